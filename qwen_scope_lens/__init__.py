@@ -1,0 +1,1 @@
+"""Qwen-Scope for SAELens and TransformerLens."""

@@ -1,0 +1,287 @@
+"""The groups of SAEs as one table of facts, and the one address of a layer or a feature.
+
+Every consumer (loader, SAELens releases, command line, stores) derives what it needs from a row
+here: a new group is a new row. Files and tensors are not opened in this module.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from qwen_scope_lens.errors import LayerOutOfRange, UnknownName
+
+__all__ = [
+    "BACKBONES",
+    "GROUPS",
+    "Backbone",
+    "FeatureRef",
+    "Group",
+    "LayerRef",
+    "find_group",
+]
+
+Family = Literal["qwen3", "qwen3_moe", "qwen3_5", "qwen3_5_moe"]
+Origin = Literal["official", "third-party", "mini", "local"]
+
+NOTICE_OFFICIAL = (
+    "Qwen-Scope weights carry Qwen's own licence (see LICENSE in the repository) and a caution: "
+    "these are tools for interpretability research. Outside scientific research they must not be "
+    "used to interfere with what a model can do, nor to produce or spread harmful content; the "
+    "permission ends by itself when that is violated. This package never redistributes the weights."
+)
+NOTICE_THIRD_PARTY = (
+    "Published by a third party, not by Qwen: read its model card for licence and limits before "
+    "use. This package never redistributes the weights."
+)
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A language model whose residual stream was dictionary-learned."""
+
+    model_id: str  # on the hub
+    family: Family
+    num_layers: int
+    d_model: int
+    tuning: Literal["base", "instruct"]
+
+    @property
+    def key(self) -> str:
+        """First part of every address, e.g. `qwen3-8b-base`."""
+        return self.model_id.split("/")[-1].lower()
+
+    @property
+    def is_moe(self) -> bool:
+        return self.family.endswith("_moe")
+
+    @property
+    def is_multimodal(self) -> bool:
+        """Whether the hub checkpoint is an image-text wrapper around the text model."""
+        return self.family.startswith("qwen3_5")
+
+
+@dataclass(frozen=True)
+class Group:
+    """One repository of SAEs: the same backbone, width and k, one file a layer."""
+
+    backbone: Backbone
+    d_sae: int
+    k: int
+    layers: tuple[int, ...]  # from 0, as the files count
+    repo_id: str
+    release: str  # the name in SAELens's directory
+    origin: Origin
+    file_pattern: str = "layer{n}.sae.pt"
+    subtracts_b_dec: bool | None = False  # before encoding; None: not documented
+    notice: str = NOTICE_OFFICIAL
+
+    @property
+    def short(self) -> str:
+        """The short form, e.g. `qwen3-8b-base/w64k-l0-50`."""
+        return f"{self.backbone.key}/w{self.d_sae // 1024}k-l0-{self.k}"
+
+    @property
+    def repo_name(self) -> str:
+        """The repository without its owner: the folder's name under `QWEN_SCOPE_HOME`."""
+        return self.repo_id.split("/")[-1]
+
+    @property
+    def d_model(self) -> int:
+        return self.backbone.d_model
+
+    @property
+    def bytes_per_layer(self) -> int:
+        """Of one float32 layer: both matrices and both biases."""
+        return 4 * (2 * self.d_sae * self.d_model + self.d_sae + self.d_model)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every name that leads to this row."""
+        return (self.short, self.release, self.repo_id, self.repo_name)
+
+    def file_name(self, layer: int) -> str:
+        return self.file_pattern.format(n=self.check_layer(layer))
+
+    def sae_ids(self, layer: int) -> tuple[str, ...]:
+        """The ids that name a layer: `layer20`, `layer20.sae.pt`, `20`."""
+        return tuple(dict.fromkeys((f"layer{layer}", self.file_name(layer), str(layer))))
+
+    def layer_of(self, sae_id: str) -> int:
+        """The layer that an id or a file name means; raises for anything else."""
+        file_name = re.escape(self.file_pattern).replace(re.escape("{n}"), r"(\d+)")
+        for pattern in (r"(?:layer)?(\d+)", file_name):
+            if found := re.fullmatch(pattern, sae_id):
+                return self.check_layer(int(found[1]))
+        raise UnknownName(
+            f"{sae_id!r} names no layer of {self.short}: expected one of"
+            f" {', '.join(self.sae_ids(self.layers[0]))}"
+        )
+
+    def check_layer(self, layer: int) -> int:
+        if layer not in self.layers:
+            have = (
+                f"{self.layers[0]}..{self.layers[-1]}"
+                if len(self.layers) > 1
+                and self.layers == tuple(range(self.layers[0], self.layers[-1] + 1))
+                else ", ".join(map(str, self.layers))
+            )
+            raise LayerOutOfRange(
+                f"layer {layer} is not in {self.short}: it has {have} (counted from 0, as the"
+                " files are; the paper's table counts from 1)"
+            )
+        return layer
+
+    def hook_name(self, layer: int) -> str:
+        """TransformerLens's name of the residual stream after decoder layer `layer`."""
+        return f"blocks.{self.check_layer(layer)}.hook_resid_post"
+
+    def hf_hook_name(self, layer: int, multimodal: bool = False) -> str:
+        """The module whose output that is, in the text-only or the multimodal HF class."""
+        root = "model.language_model.layers" if multimodal else "model.layers"
+        return f"{root}.{self.check_layer(layer)}"
+
+
+@dataclass(frozen=True, order=True)
+class LayerRef:
+    """The address of one SAE: `qwen3-8b-base/w64k-l0-50/20`."""
+
+    group: str  # the short form
+    layer: int
+
+    def __post_init__(self) -> None:
+        row = find_group(self.group)
+        object.__setattr__(self, "group", row.short)
+        row.check_layer(self.layer)
+
+    @classmethod
+    def parse(cls, text: str | LayerRef) -> LayerRef:
+        """From `GROUP/LAYER`, where GROUP is any name of the group and LAYER any id of the layer."""
+        if isinstance(text, LayerRef):
+            return text
+        group, slash, layer = text.rpartition("/")
+        if not slash:
+            raise UnknownName(f"{text!r} is no SAE address: expected GROUP/LAYER, {EXAMPLE_LAYER}")
+        row = find_group(group)
+        return cls(row.short, row.layer_of(layer))
+
+    @property
+    def row(self) -> Group:
+        return find_group(self.group)
+
+    def feature(self, feature: int) -> FeatureRef:
+        return FeatureRef(self.group, self.layer, feature)
+
+    def __str__(self) -> str:
+        return f"{self.group}/{self.layer}"
+
+
+@dataclass(frozen=True, order=True)
+class FeatureRef:
+    """The one address of a feature: `qwen3-8b-base/w64k-l0-50/20/6159`."""
+
+    group: str  # the short form
+    layer: int
+    feature: int
+
+    def __post_init__(self) -> None:
+        sae = LayerRef(self.group, self.layer)
+        object.__setattr__(self, "group", sae.group)
+        if not 0 <= self.feature < sae.row.d_sae:
+            raise LayerOutOfRange(
+                f"feature {self.feature} is not in {sae}: it has 0..{sae.row.d_sae - 1}"
+            )
+
+    @classmethod
+    def parse(cls, text: str | FeatureRef) -> FeatureRef:
+        if isinstance(text, FeatureRef):
+            return text
+        sae, slash, feature = text.rpartition("/")
+        if not slash or not feature.isdecimal() or "/" not in sae:
+            raise UnknownName(
+                f"{text!r} is no feature address: expected GROUP/LAYER/FEATURE, {EXAMPLE_LAYER}/6159"
+            )
+        layer = LayerRef.parse(sae)
+        return cls(layer.group, layer.layer, int(feature))
+
+    @property
+    def sae(self) -> LayerRef:
+        """The SAE that the feature belongs to."""
+        return LayerRef(self.group, self.layer)
+
+    def __str__(self) -> str:
+        return f"{self.group}/{self.layer}/{self.feature}"
+
+
+EXAMPLE_LAYER = "for example qwen3-8b-base/w64k-l0-50/20"
+
+_B = Backbone
+BACKBONES: tuple[Backbone, ...] = (
+    _B("Qwen/Qwen3-1.7B-Base", "qwen3", 28, 2048, "base"),
+    _B("Qwen/Qwen3-8B-Base", "qwen3", 36, 4096, "base"),
+    _B("Qwen/Qwen3-30B-A3B-Base", "qwen3_moe", 48, 2048, "base"),
+    _B("Qwen/Qwen3.5-2B-Base", "qwen3_5", 24, 2048, "base"),
+    _B("Qwen/Qwen3.5-9B-Base", "qwen3_5", 32, 4096, "base"),
+    _B("Qwen/Qwen3.5-27B", "qwen3_5", 64, 5120, "instruct"),
+    _B("Qwen/Qwen3.5-35B-A3B-Base", "qwen3_5_moe", 40, 2048, "base"),
+)
+
+# (width in units of 1024, k) of the repositories of each backbone.
+OFFICIAL_SIZES: dict[str, tuple[tuple[int, int], ...]] = {
+    "qwen3-1.7b-base": ((32, 50), (32, 100)),
+    "qwen3-8b-base": ((64, 50), (64, 100)),
+    "qwen3-30b-a3b-base": ((32, 50), (128, 100)),
+    "qwen3.5-2b-base": ((32, 50), (32, 100)),
+    "qwen3.5-9b-base": ((64, 50), (64, 100)),
+    "qwen3.5-27b": ((80, 50), (80, 100)),
+    "qwen3.5-35b-a3b-base": ((32, 50), (128, 100)),
+}
+
+
+def _official_groups() -> Iterator[Group]:
+    for backbone in BACKBONES:
+        name = backbone.model_id.split("/")[-1]
+        for width, k in OFFICIAL_SIZES[backbone.key]:
+            yield Group(
+                backbone=backbone,
+                d_sae=width * 1024,
+                k=k,
+                layers=tuple(range(backbone.num_layers)),
+                repo_id=f"Qwen/SAE-Res-{name}-W{width}K-L0_{k}",
+                release=f"qwen-scope-{name.lower().removeprefix('qwen')}-w{width}k-l{k}",
+                origin="official",
+            )
+
+
+THIRD_PARTY_GROUPS: tuple[Group, ...] = (
+    Group(
+        backbone=Backbone("Qwen/Qwen3.6-27B", "qwen3_5", 64, 5120, "instruct"),
+        d_sae=65536,
+        k=128,
+        layers=(11, 31, 55),
+        repo_id="caiovicentino1/qwen36-27b-sae-papergrade",
+        release="openinterp-qwen3.6-27b-w64k-l128",
+        origin="third-party",
+        file_pattern="sae_L{n}_latest.safetensors",
+        subtracts_b_dec=None,
+        notice=NOTICE_THIRD_PARTY,
+    ),
+)
+
+GROUPS: tuple[Group, ...] = (*_official_groups(), *THIRD_PARTY_GROUPS)
+
+_BY_NAME: dict[str, Group] = {name.lower(): row for row in GROUPS for name in row.names}
+
+
+def find_group(name: str) -> Group:
+    """The row that a short form, SAELens release or repository id names (in any case)."""
+    row = _BY_NAME.get(name.lower())
+    if row is None:
+        near = difflib.get_close_matches(name.lower(), _BY_NAME, n=3, cutoff=0.4)
+        shorts = dict.fromkeys(_BY_NAME[match].short for match in near)
+        hint = f"nearest: {', '.join(shorts)}; " if shorts else ""
+        raise UnknownName(f"no group is named {name!r}; {hint}`qsl list` shows all {len(GROUPS)}")
+    return row

@@ -1,0 +1,96 @@
+"""The named errors of the project.
+
+Every message says what was expected, what was found and the way out. `ScopeError` is the common
+ancestor: the command line prints one as a single line. Where Python has a built-in meaning for the
+failure (a missing file, a bad value) the error is that too, so existing `except` clauses work.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "CannotWrite",
+    "CheckpointError",
+    "CheckpointMissing",
+    "HubUnreachable",
+    "LayerOutOfRange",
+    "NotACheckpoint",
+    "NotFinite",
+    "ScopeError",
+    "TruncatedCheckpoint",
+    "UnknownName",
+    "UnsafeCheckpoint",
+    "UnsupportedSAE",
+    "UnsupportedSAELens",
+    "VerificationFailed",
+    "WrongKeys",
+    "WrongSettings",
+    "WrongShape",
+]
+
+
+class ScopeError(Exception):
+    """Anything this package refuses to do, with the way out in the message."""
+
+
+class UnknownName(ScopeError, ValueError):
+    """A group, release, repository or feature address that the catalog does not know."""
+
+
+class LayerOutOfRange(ScopeError, ValueError):
+    """A layer or feature number that the named group does not have."""
+
+
+class CheckpointError(ScopeError):
+    """A checkpoint file cannot be used as it stands."""
+
+
+class CheckpointMissing(CheckpointError, FileNotFoundError):
+    """No file where the checkpoint should be."""
+
+
+class NotACheckpoint(CheckpointError, ValueError):
+    """The file is something else than a checkpoint of a known format."""
+
+
+class TruncatedCheckpoint(CheckpointError, ValueError):
+    """The file ends too early: an interrupted download or copy."""
+
+
+class UnsafeCheckpoint(CheckpointError, ValueError):
+    """The file is a pickle that would run code. It is never executed."""
+
+
+class WrongKeys(CheckpointError, ValueError):
+    """The checkpoint lacks a tensor, or has one too many."""
+
+
+class WrongShape(CheckpointError, ValueError):
+    """A tensor's shape, orientation or dtype does not belong to the named group."""
+
+
+class NotFinite(CheckpointError, ValueError):
+    """NaN or infinity where a finite number is needed."""
+
+
+class WrongSettings(CheckpointError, ValueError):
+    """k, width or depth in `config.json` or the folder name disagree with the catalog."""
+
+
+class HubUnreachable(ScopeError, ConnectionError):
+    """The hub did not answer and the file is in no local place."""
+
+
+class CannotWrite(ScopeError, OSError):
+    """The target cannot be written: permissions, a full disk, or another writer at work."""
+
+
+class UnsupportedSAE(ScopeError, ValueError):
+    """An SAE whose arithmetic the wanted file format cannot express."""
+
+
+class UnsupportedSAELens(ScopeError, RuntimeError):
+    """The installed sae-lens lacks an extension point that this package needs."""
+
+
+class VerificationFailed(ScopeError):
+    """The SAE does not reconstruct these activations, or another convention fits better."""
