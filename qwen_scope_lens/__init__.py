@@ -1,1 +1,65 @@
-"""Qwen-Scope for SAELens and TransformerLens."""
+"""Qwen-Scope for SAELens and TransformerLens.
+
+Importing this package changes nothing elsewhere; `install()` does, and `uninstall()` undoes it.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qwen_scope_lens.catalog import GROUPS, FeatureRef, Group, LayerRef, find_group
+    from qwen_scope_lens.errors import ScopeError
+    from qwen_scope_lens.saes.load import load_sae
+    from qwen_scope_lens.saes.register import install, is_installed, uninstall
+    from qwen_scope_lens.saes.sae import ScopeSAE
+    from qwen_scope_lens.saes.verify import Verification, verify
+
+__version__ = "0.1.0"
+
+# Where each public name lives. Names are imported on first use, so that `qsl --help` and
+# `import qwen_scope_lens` do not wait seconds for torch, SAELens and TransformerLens.
+_HOME = {
+    "GROUPS": "catalog",
+    "FeatureRef": "catalog",
+    "Group": "catalog",
+    "LayerRef": "catalog",
+    "ScopeError": "errors",
+    "ScopeSAE": "saes.sae",
+    "Verification": "saes.verify",
+    "find_group": "catalog",
+    "install": "saes.register",
+    "is_installed": "saes.register",
+    "load_sae": "saes.load",
+    "uninstall": "saes.register",
+    "verify": "saes.verify",
+}
+
+__all__ = [
+    "GROUPS",
+    "FeatureRef",
+    "Group",
+    "LayerRef",
+    "ScopeError",
+    "ScopeSAE",
+    "Verification",
+    "__version__",
+    "find_group",
+    "install",
+    "is_installed",
+    "load_sae",
+    "uninstall",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,105 @@
+"""`load_sae`: a name and a layer become a ScopeSAE, without touching SAELens's tables."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Literal
+
+import sae_lens
+import torch
+from sae_lens.saes.sae import SAEMetadata
+from sae_lens.util import str_to_dtype
+
+from qwen_scope_lens.catalog import LayerRef, find_group
+from qwen_scope_lens.saes.checkpoint import SAETensors, open_layer
+from qwen_scope_lens.saes.locate import HubOptions, locate
+from qwen_scope_lens.saes.sae import ScopeSAE, ScopeSAEConfig
+
+__all__ = ["assemble", "build_config", "load_sae"]
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+def load_sae(
+    name: str | LayerRef,
+    sae_id: str | int | None = None,
+    *,
+    folder: str | os.PathLike[str] | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+    force_download: bool = False,
+    device: str = "cpu",
+    dtype: Dtype = "float32",
+    apply_b_dec_to_input: bool | None = None,
+) -> ScopeSAE:
+    """The SAE of one layer, ready to use; its weights stay views of the file until written to.
+
+    Args:
+        name: the address of the layer (`qwen3-8b-base/w64k-l0-50/20`), or with `sae_id` any name of
+            its group: the short form, the SAELens release, the repository id.
+        sae_id: `layer20`, `layer20.sae.pt` or `20`.
+        folder: the only place to look, with the files themselves or `<repository name>/` in it.
+            Without it: `$QWEN_SCOPE_HOME/<repository name>/`, then the hub and its cache.
+        revision: the commit, tag or branch on the hub; it is recorded in `cfg.metadata`.
+        dtype: other than the file's own means a copy in memory.
+        apply_b_dec_to_input: only where a third-party release does not document it; `verify`
+            tells which fits. Every official SAE encodes the raw residual.
+    """
+    if sae_id is None:
+        ref = LayerRef.parse(name)
+    else:
+        group = find_group(str(name))
+        ref = LayerRef(group.short, group.layer_of(str(sae_id)))
+    file = locate(ref, folder, HubOptions(revision, token, local_files_only, force_download))
+    config = build_config(ref, device=device, dtype=dtype, revision=file.revision)
+    if apply_b_dec_to_input is not None:
+        config["apply_b_dec_to_input"] = apply_b_dec_to_input
+    return assemble(config, open_layer(file))
+
+
+def build_config(
+    ref: LayerRef, *, device: str = "cpu", dtype: str = "float32", revision: str | None = None
+) -> dict[str, Any]:
+    """The SAELens configuration of a layer: every fact from the catalog, no placeholder."""
+    group, layer = ref.row, ref.layer
+    metadata = {
+        "sae_lens_version": sae_lens.__version__,
+        "sae_lens_training_version": None,  # not trained with SAELens
+        "model_name": group.backbone.model_id,
+        "hook_name": group.hook_name(layer),
+        "hf_hook_name": group.hf_hook_name(layer),
+        "prepend_bos": False,  # Qwen has no BOS token
+        "context_size": None,  # not published
+        "dataset_path": None,  # not published
+        "neuronpedia_id": None,
+        "qwen_scope_ref": str(ref),
+        "repo_id": group.repo_id,
+        "revision": revision,
+    }
+    if group.backbone.is_multimodal:
+        metadata["hf_hook_name_multimodal"] = group.hf_hook_name(layer, multimodal=True)
+    return {
+        "architecture": ScopeSAEConfig.architecture(),
+        "d_in": group.d_model,
+        "d_sae": group.d_sae,
+        "k": group.k,
+        "apply_b_dec_to_input": bool(group.subtracts_b_dec),
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        "rescale_acts_by_decoder_norm": False,
+        "device": device,
+        "dtype": dtype,
+        "metadata": metadata,
+    }
+
+
+def assemble(config: dict[str, Any], tensors: SAETensors) -> ScopeSAE:
+    """A ScopeSAE around tensors that are already there: no weight is initialised or copied."""
+    fields = {key: value for key, value in config.items() if key not in ("architecture", "metadata")}
+    cfg = ScopeSAEConfig(**fields, metadata=SAEMetadata(**config["metadata"]))
+    device, cfg.device = cfg.device, "meta"
+    sae = ScopeSAE(cfg)
+    state = tensors.state_dict(str_to_dtype(cfg.dtype), device)
+    sae.load_state_dict(state, assign=True)
+    return sae.to(device=torch.device(device))

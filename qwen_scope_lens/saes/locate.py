@@ -1,0 +1,145 @@
+"""Where a layer's file is: a given folder, `QWEN_SCOPE_HOME`, or the hub and its cache.
+
+Nothing is opened here but directory entries; `checkpoint.py` reads what this module finds.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from sae_lens.constants import SAE_WEIGHTS_FILENAME
+
+from qwen_scope_lens.catalog import Group, LayerRef
+from qwen_scope_lens.errors import CheckpointMissing, HubUnreachable
+
+__all__ = ["CONFIG_NAME", "HOME_VARIABLE", "HubOptions", "LayerFile", "locate"]
+
+HOME_VARIABLE = "QWEN_SCOPE_HOME"
+CONFIG_NAME = "config.json"
+
+
+@dataclass(frozen=True)
+class HubOptions:
+    """How to ask the hub. `revision` is a commit, tag or branch; None is the repository's head."""
+
+    revision: str | None = None
+    token: str | bool | None = None
+    local_files_only: bool = False
+    force_download: bool = False
+
+
+@dataclass(frozen=True)
+class LayerFile:
+    """One layer's tensors on disk."""
+
+    ref: LayerRef
+    path: Path
+    config: Path | None  # the group's config.json, when there is one
+    revision: str | None = None  # the commit, when it came from the hub
+
+    @property
+    def group(self) -> Group:
+        return self.ref.row
+
+
+def locate(
+    ref: LayerRef, folder: str | os.PathLike[str] | None = None, hub: HubOptions | None = None
+) -> LayerFile:
+    """The file of a layer. A given `folder` is the only place searched; without one,
+    `QWEN_SCOPE_HOME` comes before the hub."""
+    tried: list[Path] = []
+    home = os.environ.get(HOME_VARIABLE)
+    if folder is not None:
+        roots = [Path(folder) / ref.row.repo_name, Path(folder)]
+    else:
+        roots = [Path(home) / ref.row.repo_name] if home else []
+    for path in (path for root in roots for path in _candidates(ref, root)):
+        if path.exists():
+            return LayerFile(ref, path, _config_beside(path))
+        tried.append(path)
+    if folder is not None:
+        raise CheckpointMissing(
+            f"no file of {ref} in {folder}: expected one of\n  " + "\n  ".join(map(str, tried))
+        )
+    return _from_hub(ref, hub or HubOptions(), tried)
+
+
+def _candidates(ref: LayerRef, root: Path) -> Iterator[Path]:
+    """A converted SAELens folder first (its directions are row-major), then the published file."""
+    yield root / f"layer{ref.layer}" / SAE_WEIGHTS_FILENAME
+    yield root / ref.row.file_name(ref.layer)
+
+
+def _config_beside(path: Path) -> Path | None:
+    config = path.parent / CONFIG_NAME
+    return config if path.name != SAE_WEIGHTS_FILENAME and config.is_file() else None
+
+
+def _from_hub(ref: LayerRef, hub: HubOptions, tried: list[Path]) -> LayerFile:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    group, name = ref.row, ref.row.file_name(ref.layer)
+    where = f"{name} in {group.repo_id}" + (f" at revision {hub.revision}" if hub.revision else "")
+
+    def download(filename: str) -> Path:
+        return Path(
+            hf_hub_download(
+                group.repo_id,
+                filename,
+                revision=hub.revision,
+                token=hub.token,
+                local_files_only=hub.local_files_only,
+                force_download=hub.force_download,
+            )
+        )
+
+    try:
+        path = download(name)
+    except LocalEntryNotFoundError as error:  # offline, or local_files_only; before its parent
+        raise HubUnreachable(_unreachable(where, group, tried, error)) from error
+    except (RepositoryNotFoundError, GatedRepoError, RevisionNotFoundError) as error:
+        raise HubUnreachable(
+            f"the hub refused {where} ({type(error).__name__}): check the revision, your network's"
+            f" mirror (HF_ENDPOINT) and your token, or {_local_way_out(group)}"
+        ) from error
+    except EntryNotFoundError as error:
+        raise CheckpointMissing(f"the hub has no file {where}") from error
+    except (HfHubHTTPError, OSError) as error:
+        raise HubUnreachable(_unreachable(where, group, tried, error)) from error
+    try:
+        config: Path | None = download(CONFIG_NAME)
+    except (HfHubHTTPError, EntryNotFoundError, OSError):
+        config = None
+    return LayerFile(ref, path, config, _commit_of(path))
+
+
+def _commit_of(path: Path) -> str | None:
+    """The hub cache keeps files under `snapshots/<commit>/`."""
+    parent = path.parent
+    return parent.name if parent.parent.name == "snapshots" else None
+
+
+def _unreachable(where: str, group: Group, tried: list[Path], error: Exception) -> str:
+    looked = "".join(f"\n  not found locally: {path}" for path in tried)
+    return (
+        f"cannot fetch {where}: the hub is unreachable ({type(error).__name__}) and its cache has"
+        f" no copy.{looked}\n  Way out: {_local_way_out(group)}"
+    )
+
+
+def _local_way_out(group: Group) -> str:
+    return (
+        f"copy the repository's files to a folder and set {HOME_VARIABLE}=FOLDER, where"
+        f" FOLDER/{group.repo_name}/{group.file_name(group.layers[0])} exists (or pass folder=...)"
+    )

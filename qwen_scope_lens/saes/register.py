@@ -1,0 +1,209 @@
+"""What `install()` does to SAELens, and how `uninstall()` undoes it.
+
+Importing the package changes nothing. `install()` gives the fourteen Qwen-Scope releases our loader
+and adds the repository ids and short forms as further names, and the groups that SAELens does not
+have. Every other release is left alone. The places it writes to are listed once, in `_patches`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import sae_lens
+import torch
+from sae_lens.registry import SAE_CLASS_REGISTRY
+from sae_lens.saes.topk_sae import TopKSAEConfig
+from sae_lens.util import str_to_dtype
+
+from qwen_scope_lens.catalog import GROUPS, Group, LayerRef, find_group
+from qwen_scope_lens.errors import UnsupportedSAELens
+from qwen_scope_lens.saes.checkpoint import open_layer
+from qwen_scope_lens.saes.load import build_config
+from qwen_scope_lens.saes.locate import HubOptions, locate
+from qwen_scope_lens.saes.sae import ARCHITECTURE, ScopeSAE, ScopeSAEConfig
+
+__all__ = ["Installation", "ScopeLoader", "install", "is_installed", "uninstall"]
+
+SUPPORTED = ">=6.54,<7"
+LOADER_NAME = "qwen_scope"  # SAELens's own name of the loader of the fourteen releases
+
+
+@dataclass(frozen=True)
+class ScopeLoader:
+    """Our loader in SAELens's shape. Also usable by itself, without `install()`:
+    `SAE.from_pretrained(..., converter=ScopeLoader())`."""
+
+    revisions: Mapping[str, str] = field(default_factory=dict)  # short form of a group -> commit
+
+    def config(
+        self,
+        repo_id: str,
+        folder_name: str,
+        device: str = "cpu",
+        force_download: bool = False,
+        cfg_overrides: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """The configuration alone: nothing is downloaded or opened for it."""
+        config = build_config(_ref(repo_id, folder_name), device=device)
+        overrides = {k: v for k, v in (cfg_overrides or {}).items() if v is not None}
+        config["metadata"]["neuronpedia_id"] = overrides.pop("neuronpedia_id", None)
+        if not _is_registered():  # as a plain `converter=`, SAELens knows no architecture of ours
+            config["architecture"] = TopKSAEConfig.architecture()
+        return config | overrides
+
+    def __call__(
+        self,
+        repo_id: str,
+        folder_name: str,
+        device: str = "cpu",
+        force_download: bool = False,
+        cfg_overrides: dict[str, Any] | None = None,
+    ) -> tuple[dict[str, Any], dict[str, torch.Tensor], None]:
+        config = self.config(repo_id, folder_name, device, force_download, cfg_overrides)
+        ref = _ref(repo_id, folder_name)
+        hub = HubOptions(self.revisions.get(ref.group), force_download=force_download)
+        file = locate(ref, hub=hub)
+        config["metadata"]["revision"] = file.revision
+        state = open_layer(file).state_dict(str_to_dtype(config["dtype"]), config["device"])
+        return config, state, None
+
+
+class Installation:
+    """What `install()` returns: leave it be, or use it as a context manager to undo at its end."""
+
+    def __init__(self, owner: bool) -> None:
+        self._owner = owner
+
+    def __enter__(self) -> Installation:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._owner:
+            uninstall()
+
+
+@dataclass
+class _Patch:
+    """One entry written into one of SAELens's tables, and what stood there before."""
+
+    table: MutableMapping[str, Any]
+    key: str
+    value: Any
+    before: Any = None
+    existed: bool = False
+
+    def apply(self) -> None:
+        self.existed, self.before = self.key in self.table, self.table.get(self.key)
+        self.table[self.key] = self.value
+
+    def undo(self) -> None:
+        if self.table.get(self.key) is self.value:  # somebody else's later change stays
+            if self.existed:
+                self.table[self.key] = self.before
+            else:
+                del self.table[self.key]
+
+
+_applied: list[_Patch] = []
+
+
+def install(revisions: Mapping[str, str] | None = None) -> Installation:
+    """Give SAELens our loader and our names. Calling it twice is calling it once.
+
+    Args:
+        revisions: commits to pin, by any name of the group. Without one the hub's head is used; in
+            either case the commit that was loaded is in `sae.cfg.metadata.revision`.
+    """
+    pinned = {find_group(name).short: commit for name, commit in (revisions or {}).items()}
+    if _applied:
+        if _loader_in_use().revisions == pinned or revisions is None:
+            return Installation(owner=False)
+        uninstall()
+    patches = _patches(ScopeLoader(pinned))
+    for patch in patches:
+        patch.apply()
+    _applied.extend(patches)
+    return Installation(owner=True)
+
+
+def uninstall() -> None:
+    """Put everything in SAELens's tables back as it was."""
+    while _applied:
+        _applied.pop().undo()
+
+
+def is_installed() -> bool:
+    return bool(_applied)
+
+
+def _patches(loader: ScopeLoader) -> list[_Patch]:
+    try:
+        from sae_lens.loading.pretrained_sae_loaders import (
+            NAMED_PRETRAINED_SAE_CONFIG_GETTERS as getters,
+        )
+        from sae_lens.loading.pretrained_sae_loaders import (
+            NAMED_PRETRAINED_SAE_LOADERS as loaders,
+        )
+        from sae_lens.loading.pretrained_saes_directory import (
+            PretrainedSAELookup,
+            get_pretrained_saes_directory,
+        )
+        directory = get_pretrained_saes_directory()
+        missing = [g.release for g in GROUPS if g.origin == "official" and g.release not in directory]
+        if LOADER_NAME not in loaders or LOADER_NAME not in getters or missing:
+            raise ImportError(f"no loader named {LOADER_NAME!r}, or no releases {missing}")
+
+        def entry(name: str, group: Group) -> Any:
+            saes_map = {i: group.file_name(n) for n in group.layers for i in group.sae_ids(n)}
+            return PretrainedSAELookup(
+                release=name,
+                repo_id=group.repo_id,
+                model=group.backbone.model_id,
+                conversion_func=LOADER_NAME,
+                saes_map=saes_map,
+                expected_var_explained=dict.fromkeys(saes_map, math.nan),  # not published
+                expected_l0=dict.fromkeys(saes_map, float(group.k)),
+                neuronpedia_id={},
+                norm_scaling_factor={},
+                config_overrides=None,
+            )
+
+        entries = [
+            _Patch(directory, name, entry(name, group))
+            for group in GROUPS
+            for name in (group.release, group.repo_id, group.short)
+            if name not in directory
+        ]
+    except (ImportError, AttributeError, TypeError) as error:
+        raise UnsupportedSAELens(
+            f"sae-lens {sae_lens.__version__} lacks an extension point that install() needs"
+            f" ({error}): install sae-lens{SUPPORTED}; `qwen_scope_lens.load_sae` works meanwhile"
+        ) from error
+    return [
+        _Patch(SAE_CLASS_REGISTRY, ARCHITECTURE, (ScopeSAE, ScopeSAEConfig)),
+        _Patch(loaders, LOADER_NAME, loader),
+        _Patch(getters, LOADER_NAME, loader.config),
+        *entries,
+    ]
+
+
+def _loader_in_use() -> ScopeLoader:
+    return next(p.value for p in _applied if isinstance(p.value, ScopeLoader))
+
+
+def _is_registered() -> bool:
+    return ARCHITECTURE in SAE_CLASS_REGISTRY
+
+
+def _ref(repo_id: str, folder_name: str) -> LayerRef:
+    group = find_group(repo_id)
+    return LayerRef(group.short, group.layer_of(folder_name))

@@ -1,0 +1,281 @@
+"""Does this SAE belong to these activations? Measured, and refused when it does not.
+
+The usual mistakes (wrong layer, wrong model, `b_dec` subtracted before encoding, a decode without
+it) give plausible numbers, not errors. So the SAE is tried under its own convention and under the
+wrong ones, on the same tokens, and the reconstruction errors decide.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from sae_lens.saes.topk_sae import TopKSAE
+
+from qwen_scope_lens.errors import NotFinite, VerificationFailed, WrongShape
+
+__all__ = ["CONVENTIONS", "Convention", "Verification", "measure", "verify"]
+
+MAX_FVU = 0.8
+"""Our threshold, not the paper's. Official layers were measured between 0.20 and 0.69 (see
+docs/verify.md); an SAE of another layer or model usually lands above 1."""
+
+MARGIN = 0.01
+"""How much better, as a share of the SAE's own FVU, a wrong convention must fit to be believed."""
+
+MAX_NORM_RATIO = 10.0
+"""Tokens with more than this many times the median norm are left out: a handful of such tokens
+holds nearly all variance, and the published SAEs were trained without them (threshold not found)."""
+
+DENSE_RATE = 0.1
+"""A feature that fires on more than this share of the tokens counts as dense."""
+
+
+@dataclass(frozen=True)
+class Convention:
+    """One way to run the same weights."""
+
+    name: str
+    subtract_b_dec: bool = False  # before encoding
+    add_b_dec: bool = True  # after decoding
+    relu: bool = True
+    topk: bool = True
+
+
+CONVENTIONS = (
+    Convention("as documented"),
+    Convention("b_dec subtracted before encoding", subtract_b_dec=True),
+    Convention("b_dec left out of the decode", add_b_dec=False),
+    Convention("top-k without ReLU", relu=False),
+    Convention("ReLU without top-k", topk=False),
+)
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was measured. `str()` of it is the report."""
+
+    name: str
+    tokens: int
+    excluded: int  # extreme-norm tokens and first positions left out
+    convention: str  # the SAE's own
+    fvu: dict[str, float]  # fraction of variance unexplained, by convention
+    l0: float  # mean number of active features a token
+    dead: int  # features that never fired on these tokens
+    dense: int  # features that fired on more than a tenth of them
+    d_sae: int
+    negative_share: float  # of the k selected pre-activations, before ReLU
+    max_fvu: float
+    problems: tuple[str, ...] = field(default=())
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.name}: {self.tokens:,} tokens ({self.excluded:,} extreme or first left out)",
+            *(
+                f"  FVU {value:9.4f}  {name}{'   <- the convention in use' if name == self.convention else ''}"
+                for name, value in self.fvu.items()
+            ),
+            f"  L0 {self.l0:.1f}   never fired {self.dead:,} of {self.d_sae:,}"
+            f"   dense (> {DENSE_RATE:.0%} of tokens) {self.dense:,}"
+            f"   negative among the top k {self.negative_share:.2%}",
+            f"  threshold: FVU at most {self.max_fvu:g}",
+        ]
+        lines += [f"  PROBLEM: {problem}" for problem in self.problems] or ["  OK"]
+        return "\n".join(lines)
+
+
+def verify(
+    sae: TopKSAE,
+    activations: torch.Tensor,
+    *,
+    mask: torch.Tensor | None = None,
+    include_first: bool = False,
+    max_fvu: float = MAX_FVU,
+    max_norm_ratio: float = MAX_NORM_RATIO,
+) -> Verification:
+    """Measure, and raise `VerificationFailed` with the whole report when something is wrong.
+
+    Args:
+        sae: any SAELens TopK SAE.
+        activations: residuals at the SAE's hook, `[tokens, d_model]` or `[batch, position, d_model]`.
+        mask: which tokens count, shaped as the activations without their last axis.
+        include_first: keep position 0 of `[batch, position, d_model]` (an attention sink on Qwen).
+    """
+    report = measure(
+        sae,
+        activations,
+        mask=mask,
+        include_first=include_first,
+        max_fvu=max_fvu,
+        max_norm_ratio=max_norm_ratio,
+    )
+    if not report.ok:
+        raise VerificationFailed(str(report))
+    return report
+
+
+@torch.no_grad()
+def measure(
+    sae: TopKSAE,
+    activations: torch.Tensor,
+    *,
+    mask: torch.Tensor | None = None,
+    include_first: bool = False,
+    max_fvu: float = MAX_FVU,
+    max_norm_ratio: float = MAX_NORM_RATIO,
+) -> Verification:
+    """The same without raising: read `problems`."""
+    kept, excluded = _select_tokens(sae, activations, mask, include_first, max_norm_ratio)
+    own = _own_convention(sae)
+    others = [c for c in CONVENTIONS if not _same(c, own)]
+    sums = {c.name: _Sums(sae.cfg.d_sae) for c in (own, *others)}
+    mean = kept.double().mean(dim=0)
+    variance = 0.0
+    weights = _Weights(sae)
+    for chunk in kept.split(max(1, 2**24 // sae.cfg.d_sae)):  # 64 MB of dense pre-activations
+        x = chunk.to(device=sae.W_enc.device, dtype=torch.float32)
+        variance += float(((x.double() - mean.to(x.device)) ** 2).sum())
+        trial = _Trial(weights, x)
+        for convention in (own, *others):
+            trial.add_to(sums[convention.name], convention)
+    tokens = len(kept)
+    if variance == 0.0:
+        raise NotFinite("all activations are equal: FVU needs tokens that differ")
+    fvu = {name: s.squared_error / variance for name, s in sums.items()}
+    s = sums[own.name]
+    problems = _problems(own, fvu, max_fvu)
+    return Verification(
+        name=str(sae.cfg.metadata.qwen_scope_ref or sae.cfg.metadata.hook_name or "SAE"),
+        tokens=tokens,
+        excluded=excluded,
+        convention=own.name,
+        fvu=fvu,
+        l0=float(s.fired.sum()) / tokens,
+        dead=int((s.fired == 0).sum()),
+        dense=int((s.fired > DENSE_RATE * tokens).sum()),
+        d_sae=sae.cfg.d_sae,
+        negative_share=s.negative / (tokens * sae.cfg.k),
+        max_fvu=max_fvu,
+        problems=tuple(problems),
+    )
+
+
+class _Sums:
+    """Running sums over tokens for one convention."""
+
+    def __init__(self, d_sae: int) -> None:
+        self.squared_error = 0.0
+        self.fired = torch.zeros(d_sae, dtype=torch.long)
+        self.negative = 0
+
+
+class _Weights:
+    """The SAE in float32, once for all chunks."""
+
+    def __init__(self, sae: TopKSAE) -> None:
+        self.k = sae.cfg.k
+        self.W_enc, self.W_dec = sae.W_enc.float(), sae.W_dec.float()
+        self.b_enc, self.b_dec = sae.b_enc.float(), sae.b_dec.float()
+
+
+class _Trial:
+    """All conventions on one chunk `x [tokens, d_model]`; what two of them share is done once."""
+
+    def __init__(self, weights: _Weights, x: torch.Tensor) -> None:
+        self.w, self.x = weights, x
+        self._codes: dict[tuple[bool, bool, bool], tuple[torch.Tensor, torch.Tensor, int]] = {}
+
+    def add_to(self, sums: _Sums, how: Convention) -> None:
+        recons, fired, negative = self._run(how.subtract_b_dec, how.relu, how.topk)
+        error = recons + self.w.b_dec - self.x if how.add_b_dec else recons - self.x
+        sums.squared_error += float((error.double() ** 2).sum())
+        sums.fired += fired
+        sums.negative += negative
+
+    def _run(self, subtract: bool, relu: bool, topk: bool) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """`(z @ W_dec, how often each feature fired, negative values in the top k)`"""
+        key = (subtract, relu, topk)
+        if key not in self._codes:
+            x = self.x - self.w.b_dec if subtract else self.x
+            pre, negative = x @ self.w.W_enc + self.w.b_enc, 0
+            if topk:
+                values, index = pre.topk(self.w.k, dim=-1)
+                negative = int((values < 0).sum())
+                pre = torch.zeros_like(pre).scatter_(-1, index, values)
+            z = pre.relu() if relu else pre
+            self._codes[key] = (z @ self.w.W_dec, (z > 0).sum(dim=0).cpu(), negative)
+            if topk and not negative:  # then ReLU changes nothing
+                self._codes[(subtract, not relu, topk)] = self._codes[key]
+        return self._codes[key]
+
+
+def _own_convention(sae: TopKSAE) -> Convention:
+    documented = CONVENTIONS[0]
+    if sae.cfg.apply_b_dec_to_input:
+        return Convention("b_dec subtracted, as this SAE's cfg says", subtract_b_dec=True)
+    return documented
+
+
+def _same(a: Convention, b: Convention) -> bool:
+    return (a.subtract_b_dec, a.add_b_dec, a.relu, a.topk) == (
+        b.subtract_b_dec,
+        b.add_b_dec,
+        b.relu,
+        b.topk,
+    )
+
+
+def _problems(own: Convention, fvu: dict[str, float], max_fvu: float) -> list[str]:
+    problems = []
+    mine = fvu[own.name]
+    if not math.isfinite(mine) or mine > max_fvu:
+        problems.append(
+            f"FVU {mine:.4f} is above {max_fvu:g}: is this the right model, the right layer (counted"
+            " from 0) and the output of the decoder layer?"
+        )
+    best = min(fvu, key=lambda name: fvu[name])
+    if best != own.name and fvu[best] < mine * (1 - MARGIN):
+        problems.append(
+            f"'{best}' fits better ({fvu[best]:.4f}) than '{own.name}' ({mine:.4f}): the SAE is run"
+            " under the wrong convention (see apply_b_dec_to_input), or on the wrong activations"
+        )
+    return problems
+
+
+def _select_tokens(
+    sae: TopKSAE,
+    activations: torch.Tensor,
+    mask: torch.Tensor | None,
+    include_first: bool,
+    max_norm_ratio: float,
+) -> tuple[torch.Tensor, int]:
+    """The tokens that count, `[tokens, d_model]`, and how many of the masked-in were left out."""
+    if activations.ndim not in (2, 3) or activations.shape[-1] != sae.cfg.d_in:
+        raise WrongShape(
+            f"activations have shape {tuple(activations.shape)}: expected [tokens, {sae.cfg.d_in}]"
+            f" or [batch, position, {sae.cfg.d_in}]"
+        )
+    keep = torch.ones(activations.shape[:-1], dtype=torch.bool, device=activations.device)
+    if mask is not None:
+        if mask.shape != keep.shape:
+            raise WrongShape(
+                f"mask has shape {tuple(mask.shape)}: expected {tuple(keep.shape)}, one value a token"
+            )
+        keep &= mask.to(keep.device, torch.bool)
+    offered = int(keep.sum())
+    if activations.ndim == 3 and not include_first:
+        keep[:, 0] = False
+    flat = activations[keep]
+    if not torch.isfinite(flat).all():
+        bad = (~torch.isfinite(flat)).any(dim=-1)
+        raise NotFinite(f"{int(bad.sum())} of {len(flat)} activation vectors hold NaN or infinity")
+    norms = flat.float().norm(dim=-1)
+    flat = flat[norms <= max_norm_ratio * norms.median()] if len(flat) else flat
+    if len(flat) < 2:
+        raise WrongShape(f"only {len(flat)} usable tokens: verification needs at least 2")
+    return flat, offered - len(flat)
