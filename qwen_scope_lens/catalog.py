@@ -1,31 +1,40 @@
 """The groups of SAEs as one table of facts, and the one address of a layer or a feature.
 
 Every consumer (loader, SAELens releases, command line, stores) derives what it needs from a row
-here: a new group is a new row. Files and tensors are not opened in this module.
+here: a new group is a new row. SAEs of one's own, in the published layout under `QWEN_SCOPE_HOME`,
+are rows too, read from their `config.json`; no other file and no tensor is opened here.
 """
 
 from __future__ import annotations
 
 import difflib
+import json
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
-from qwen_scope_lens.errors import LayerOutOfRange, UnknownName
+from qwen_scope_lens.errors import LayerOutOfRange, UnknownName, WrongSettings
 
 __all__ = [
     "BACKBONES",
     "GROUPS",
+    "HOME_VARIABLE",
     "Backbone",
     "FeatureRef",
     "Group",
     "LayerRef",
     "find_group",
+    "local_groups",
 ]
 
 Family = Literal["qwen3", "qwen3_moe", "qwen3_5", "qwen3_5_moe"]
 Origin = Literal["official", "third-party", "mini", "local"]
+
+HOME_VARIABLE = "QWEN_SCOPE_HOME"
+"""Names a folder that holds `<repository name>/layer{n}.sae.pt`, or the same converted."""
 
 NOTICE_OFFICIAL = (
     "Qwen-Scope weights carry Qwen's own licence (see LICENSE in the repository) and a caution: "
@@ -33,6 +42,7 @@ NOTICE_OFFICIAL = (
     "used to interfere with what a model can do, nor to produce or spread harmful content; the "
     "permission ends by itself when that is violated. This package never redistributes the weights."
 )
+NOTICE_LOCAL = "Local files: their licence is whatever you received them under."
 NOTICE_THIRD_PARTY = (
     "Published by a third party, not by Qwen: read its model card for licence and limits before "
     "use. This package never redistributes the weights."
@@ -44,10 +54,10 @@ class Backbone:
     """A language model whose residual stream was dictionary-learned."""
 
     model_id: str  # on the hub
-    family: Family
+    family: Family | None  # None: not said (SAEs of one's own)
     num_layers: int
     d_model: int
-    tuning: Literal["base", "instruct"]
+    tuning: Literal["base", "instruct", "unknown"]
 
     @property
     def key(self) -> str:
@@ -56,12 +66,12 @@ class Backbone:
 
     @property
     def is_moe(self) -> bool:
-        return self.family.endswith("_moe")
+        return self.family is not None and self.family.endswith("_moe")
 
     @property
     def is_multimodal(self) -> bool:
         """Whether the hub checkpoint is an image-text wrapper around the text model."""
-        return self.family.startswith("qwen3_5")
+        return self.family is not None and self.family.startswith("qwen3_5")
 
 
 @dataclass(frozen=True)
@@ -81,7 +91,9 @@ class Group:
 
     @property
     def short(self) -> str:
-        """The short form, e.g. `qwen3-8b-base/w64k-l0-50`."""
+        """The short form, e.g. `qwen3-8b-base/w64k-l0-50`; `local/<folder>` for one's own."""
+        if self.origin == "local":
+            return self.repo_id
         return f"{self.backbone.key}/w{self.d_sae // 1024}k-l0-{self.k}"
 
     @property
@@ -277,11 +289,51 @@ _BY_NAME: dict[str, Group] = {name.lower(): row for row in GROUPS for name in ro
 
 
 def find_group(name: str) -> Group:
-    """The row that a short form, SAELens release or repository id names (in any case)."""
+    """The row that a short form, SAELens release or repository id names (in any case), or
+    `local/<folder>` for SAEs of one's own in `$QWEN_SCOPE_HOME/<folder>/config.json`."""
     row = _BY_NAME.get(name.lower())
+    if row is None and name.startswith("local/"):
+        row = _local_group(name.removeprefix("local/"))
     if row is None:
         near = difflib.get_close_matches(name.lower(), _BY_NAME, n=3, cutoff=0.4)
         shorts = dict.fromkeys(_BY_NAME[match].short for match in near)
         hint = f"nearest: {', '.join(shorts)}; " if shorts else ""
         raise UnknownName(f"no group is named {name!r}; {hint}`qsl list` shows all {len(GROUPS)}")
     return row
+
+
+def local_groups() -> tuple[Group, ...]:
+    """SAEs of one's own under `QWEN_SCOPE_HOME`: folders with a `config.json` of a base model that
+    no published repository of that folder name belongs to."""
+    home = os.environ.get(HOME_VARIABLE)
+    if not home or not Path(home).is_dir():
+        return ()
+    folders = sorted(path.parent.name for path in Path(home).glob("*/config.json"))
+    found = (_local_group(folder) for folder in folders if folder.lower() not in _BY_NAME)
+    return tuple(row for row in found if row is not None)
+
+
+def _local_group(folder: str) -> Group | None:
+    path = Path(os.environ.get(HOME_VARIABLE, "")) / folder / "config.json"
+    if HOME_VARIABLE not in os.environ or Path(folder).name != folder or not path.is_file():
+        return None
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        backbone = Backbone(
+            settings["base_model"], None, settings["num_layers"], settings["d_model"], "unknown"
+        )
+        return Group(
+            backbone=backbone,
+            d_sae=settings["d_sae"],
+            k=settings["k"],
+            layers=tuple(range(settings["num_layers"])),
+            repo_id=f"local/{folder}",
+            release=f"local-{folder}",
+            origin="local",
+            notice=NOTICE_LOCAL,
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise WrongSettings(
+            f"{path} does not describe a group ({type(error).__name__}: {error}): expected"
+            " base_model, num_layers, d_model, d_sae and k, as in the published repositories"
+        ) from error

@@ -1,2 +1,5 @@
-def main() -> int:
-    return 0
+"""The command line: one thin file per verb, no logic."""
+
+from qwen_scope_lens.cli.app import main
+
+__all__ = ["main"]

@@ -13,6 +13,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 
@@ -29,7 +30,15 @@ from qwen_scope_lens.errors import (
 )
 from qwen_scope_lens.saes.locate import LayerFile
 
-__all__ = ["LAYOUTS", "Layout", "SAETensors", "layout_of", "open_layer", "read_tensors"]
+__all__ = [
+    "LAYOUTS",
+    "Layout",
+    "SAETensors",
+    "layout_of",
+    "open_layer",
+    "read_activations",
+    "read_tensors",
+]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -107,6 +116,22 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     return _read_safetensors(path) if path.suffix == ".safetensors" else _read_pt(path)
 
 
+def read_activations(path: Path) -> torch.Tensor:
+    """The one tensor in a `.npy`, `.safetensors` or `.pt` file."""
+    if not path.is_file():
+        raise CheckpointMissing(f"no such file: {path}")
+    if path.suffix == ".npy":
+        try:
+            return torch.from_numpy(np.load(path, allow_pickle=False))
+        except (ValueError, TypeError, EOFError) as error:
+            raise NotACheckpoint(f"{path} is no plain array: {_first_line(error)}") from error
+    loaded = _read_safetensors(path) if path.suffix == ".safetensors" else _load_pt(path)
+    tensors = list(loaded.values()) if isinstance(loaded, dict) else [loaded]
+    if len(tensors) != 1 or not isinstance(tensors[0], torch.Tensor):
+        raise WrongKeys(f"{path} holds {_kinds(loaded)}: expected one tensor of activations")
+    return tensors[0]
+
+
 def _refuse_pointer_file(path: Path) -> None:
     with path.open("rb") as file:
         if file.read(24) == b"version https://git-lfs.":
@@ -117,6 +142,15 @@ def _refuse_pointer_file(path: Path) -> None:
 
 
 def _read_pt(path: Path) -> dict[str, torch.Tensor]:
+    loaded = _load_pt(path)
+    if not isinstance(loaded, dict) or not all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in loaded.items()
+    ):
+        raise WrongKeys(f"{path} holds {_kinds(loaded)}: expected a dict of tensors by name")
+    return loaded
+
+
+def _load_pt(path: Path) -> object:
     if not zipfile.is_zipfile(path):
         with path.open("rb") as file:
             head = file.read(4)
@@ -130,7 +164,8 @@ def _read_pt(path: Path) -> dict[str, torch.Tensor]:
             " written by torch.save since PyTorch 1.6"
         )
     try:
-        loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        loaded: object = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        return loaded
     except pickle.UnpicklingError as error:
         raise UnsafeCheckpoint(
             f"{path} is a pickle that asks to run code or build other objects than tensors;"
@@ -140,11 +175,6 @@ def _read_pt(path: Path) -> dict[str, torch.Tensor]:
         raise NotACheckpoint(
             f"{path} cannot be read as a torch checkpoint: {_first_line(error)}"
         ) from error
-    if not isinstance(loaded, dict) or not all(
-        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in loaded.items()
-    ):
-        raise WrongKeys(f"{path} holds {_kinds(loaded)}: expected a dict of tensors by name")
-    return loaded
 
 
 def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:

@@ -96,7 +96,9 @@ def build_config(
 
 def assemble(config: dict[str, Any], tensors: SAETensors) -> ScopeSAE:
     """A ScopeSAE around tensors that are already there: no weight is initialised or copied."""
-    fields = {key: value for key, value in config.items() if key not in ("architecture", "metadata")}
+    fields = {
+        key: value for key, value in config.items() if key not in ("architecture", "metadata")
+    }
     cfg = ScopeSAEConfig(**fields, metadata=SAEMetadata(**config["metadata"]))
     device, cfg.device = cfg.device, "meta"
     sae = ScopeSAE(cfg)

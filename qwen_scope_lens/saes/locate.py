@@ -12,12 +12,11 @@ from pathlib import Path
 
 from sae_lens.constants import SAE_WEIGHTS_FILENAME
 
-from qwen_scope_lens.catalog import Group, LayerRef
+from qwen_scope_lens.catalog import HOME_VARIABLE, Group, LayerRef
 from qwen_scope_lens.errors import CheckpointMissing, HubUnreachable
 
-__all__ = ["CONFIG_NAME", "HOME_VARIABLE", "HubOptions", "LayerFile", "locate"]
+__all__ = ["CONFIG_NAME", "HubOptions", "LayerFile", "locate"]
 
-HOME_VARIABLE = "QWEN_SCOPE_HOME"
 CONFIG_NAME = "config.json"
 
 
@@ -46,30 +45,35 @@ class LayerFile:
 
 
 def locate(
-    ref: LayerRef, folder: str | os.PathLike[str] | None = None, hub: HubOptions | None = None
+    ref: LayerRef,
+    folder: str | os.PathLike[str] | None = None,
+    hub: HubOptions | None = None,
+    *,
+    published: bool = False,
 ) -> LayerFile:
     """The file of a layer. A given `folder` is the only place searched; without one,
-    `QWEN_SCOPE_HOME` comes before the hub."""
-    tried: list[Path] = []
+    `QWEN_SCOPE_HOME` comes before the hub. `published`: converted folders do not count."""
     home = os.environ.get(HOME_VARIABLE)
     if folder is not None:
         roots = [Path(folder) / ref.row.repo_name, Path(folder)]
     else:
         roots = [Path(home) / ref.row.repo_name] if home else []
-    for path in (path for root in roots for path in _candidates(ref, root)):
+    tried = [path for root in roots for path in _candidates(ref, root, published)]
+    for path in tried:
         if path.exists():
             return LayerFile(ref, path, _config_beside(path))
-        tried.append(path)
-    if folder is not None:
+    if folder is not None or ref.row.origin == "local":
+        where = folder if folder is not None else f"{HOME_VARIABLE}={home}"
         raise CheckpointMissing(
-            f"no file of {ref} in {folder}: expected one of\n  " + "\n  ".join(map(str, tried))
+            f"no file of {ref} in {where}: expected one of\n  " + "\n  ".join(map(str, tried))
         )
     return _from_hub(ref, hub or HubOptions(), tried)
 
 
-def _candidates(ref: LayerRef, root: Path) -> Iterator[Path]:
+def _candidates(ref: LayerRef, root: Path, published: bool) -> Iterator[Path]:
     """A converted SAELens folder first (its directions are row-major), then the published file."""
-    yield root / f"layer{ref.layer}" / SAE_WEIGHTS_FILENAME
+    if not published:
+        yield root / f"layer{ref.layer}" / SAE_WEIGHTS_FILENAME
     yield root / ref.row.file_name(ref.layer)
 
 

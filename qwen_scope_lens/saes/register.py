@@ -157,8 +157,11 @@ def _patches(loader: ScopeLoader) -> list[_Patch]:
             PretrainedSAELookup,
             get_pretrained_saes_directory,
         )
+
         directory = get_pretrained_saes_directory()
-        missing = [g.release for g in GROUPS if g.origin == "official" and g.release not in directory]
+        missing = [
+            g.release for g in GROUPS if g.origin == "official" and g.release not in directory
+        ]
         if LOADER_NAME not in loaders or LOADER_NAME not in getters or missing:
             raise ImportError(f"no loader named {LOADER_NAME!r}, or no releases {missing}")
 

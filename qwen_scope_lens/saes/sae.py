@@ -54,7 +54,7 @@ class ScopeSAE(TopKSAE):
 
     def _checked(self, features: int | Sequence[int] | torch.Tensor) -> torch.Tensor:
         index = torch.as_tensor(features, device=self.W_dec.device, dtype=torch.long)
-        if index.numel() and not (0 <= int(index.min()) and int(index.max()) < self.cfg.d_sae):
+        if index.numel() and not (int(index.min()) >= 0 and int(index.max()) < self.cfg.d_sae):
             raise LayerOutOfRange(
                 f"feature {features} is out of range: this SAE has 0..{self.cfg.d_sae - 1}"
             )

@@ -197,7 +197,9 @@ class _Trial:
         sums.fired += fired
         sums.negative += negative
 
-    def _run(self, subtract: bool, relu: bool, topk: bool) -> tuple[torch.Tensor, torch.Tensor, int]:
+    def _run(
+        self, subtract: bool, relu: bool, topk: bool
+    ) -> tuple[torch.Tensor, torch.Tensor, int]:
         """`(z @ W_dec, how often each feature fired, negative values in the top k)`"""
         key = (subtract, relu, topk)
         if key not in self._codes:

@@ -1,0 +1,135 @@
+"""The bytes of a SAELens folder, written from a checkpoint of any size in bounded memory.
+
+Shared by the converters. It writes into the folder it is given; `files.whole_folder` makes that
+folder appear whole or not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
+
+from qwen_scope_lens.files import file_sha256
+from qwen_scope_lens.saes.checkpoint import SAETensors, open_layer
+from qwen_scope_lens.saes.extents import Extent, extents
+from qwen_scope_lens.saes.locate import LayerFile
+
+__all__ = ["HASHES_NAME", "write_saelens_folder"]
+
+HASHES_NAME = "SHA256SUMS"  # readable by `sha256sum --check`
+PAGE = 4096
+TILE = 2048  # a float32 tile is 16 MB, and its runs are two pages long
+SAFETENSORS_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+Progress = Callable[[int], object]  # told how many bytes were written since the last call
+
+
+def write_saelens_folder(
+    folder: Path,
+    source: LayerFile,
+    config: Mapping[str, Any],
+    dtype: torch.dtype,
+    progress: Progress = lambda count: None,
+) -> None:
+    """`cfg.json`, `sae_weights.safetensors` and their hashes, as `SAE.load_from_disk` reads them.
+
+    The source is validated, then copied tile by tile, so its size does not matter. Its own hash
+    (the one that the hub shows) is computed beside the copying and kept in the metadata.
+    """
+    tensors = open_layer(source)
+    weights = folder / SAE_WEIGHTS_FILENAME
+    with ThreadPoolExecutor(1) as pool:
+        source_hash = pool.submit(file_sha256, source.path)
+        _write_safetensors(weights, source.path, tensors, dtype, progress)
+        weights_hash = pool.submit(file_sha256, weights)
+        metadata = {
+            **config["metadata"],
+            "source_file": source.path.name,
+            "source_sha256": source_hash.result(),
+        }
+        text = json.dumps({**config, "metadata": metadata}, indent=2)
+        (folder / SAE_CFG_FILENAME).write_text(text, encoding="utf-8")
+        hashes = {
+            SAE_CFG_FILENAME: hashlib.sha256(text.encode()).hexdigest(),
+            SAE_WEIGHTS_FILENAME: weights_hash.result(),
+        }
+    lines = [f"{digest}  {name}\n" for name, digest in hashes.items()]
+    (folder / HASHES_NAME).write_text("".join(lines), encoding="utf-8")
+
+
+def _write_safetensors(
+    path: Path, source: Path, tensors: SAETensors, dtype: torch.dtype, progress: Progress
+) -> None:
+    wanted = {name: getattr(tensors, name) for name in ("W_dec", "W_enc", "b_dec", "b_enc")}
+    header: dict[str, Any] = {}
+    end = 0
+    for name, tensor in wanted.items():
+        start, end = end, end + tensor.numel() * dtype.itemsize
+        header[name] = {
+            "dtype": SAFETENSORS_NAMES[dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-(8 + len(text)) % PAGE)  # the data begins on a page
+    base, stored = 8 + len(text), extents(source)
+    with path.open("wb") as target, source.open("rb") as read:
+        target.write(len(text).to_bytes(8, "little") + text)
+        target.flush()
+        os.posix_fallocate(target.fileno(), 0, base + end)  # a full disk is found out now
+        for name, tensor in wanted.items():
+            place = base + header[name]["data_offsets"][0]
+            if tensor.ndim == 1:
+                _pwrite(target.fileno(), _bytes_of(tensor.to(dtype)), place)
+            else:
+                matrix = _Matrix(stored[name], transposed=not tensor.is_contiguous())
+                matrix.copy(read.fileno(), target.fileno(), place, dtype, progress)
+        os.fsync(target.fileno())
+
+
+class _Matrix:
+    """A matrix on its way from one file to another."""
+
+    def __init__(self, extent: Extent, transposed: bool) -> None:
+        self.extent, self.transposed = extent, transposed
+
+    def copy(
+        self, source: int, target: int, place: int, dtype: torch.dtype, progress: Progress
+    ) -> None:
+        """Tile by tile: read as short runs, turned in memory, written as short runs."""
+        height, width = self.extent.shape
+        row_bytes = (height if self.transposed else width) * dtype.itemsize
+        read_buffer = torch.empty(TILE * TILE, dtype=self.extent.dtype)
+        write_buffer = torch.empty(TILE * TILE, dtype=dtype)
+        for top in range(0, height, TILE):
+            rows = slice(top, min(top + TILE, height))
+            for left in range(0, width, TILE):
+                columns = slice(left, min(left + TILE, width))
+                tile = self.extent.read_tile(source, rows, columns, into=read_buffer)
+                first, at = top, left
+                if self.transposed:
+                    tile, first, at = tile.T, left, top
+                turned = write_buffer[: tile.numel()].view(tile.shape).copy_(tile)
+                data, run = _bytes_of(turned), turned.shape[1] * dtype.itemsize
+                start = place + first * row_bytes + at * dtype.itemsize
+                for row in range(turned.shape[0]):
+                    _pwrite(target, data[row * run : (row + 1) * run], start + row * row_bytes)
+                progress(len(data))
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    return memoryview(tensor.contiguous().view(torch.uint8).numpy()).cast("B")
+
+
+def _pwrite(fd: int, data: memoryview, offset: int) -> None:
+    while len(data):
+        written = os.pwrite(fd, data, offset)
+        data, offset = data[written:], offset + written

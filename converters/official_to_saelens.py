@@ -1,0 +1,146 @@
+"""Published layer files -> SAELens folders, one a layer, that load anywhere without this package.
+
+    qsl convert qwen3-8b-base/w64k-l0-50 --out converted/ --layers 18-22
+    python -m qwen_scope_lens.converters.official_to_saelens qwen3-8b-base/w64k-l0-50 --out converted/
+
+The result is `OUT/<repository name>/layer{n}/`, so `QWEN_SCOPE_HOME=OUT` finds it. W_dec is stored
+row-major: a few feature directions are then a few kilobytes of reading. Float32 is kept bit by bit.
+A killed run goes on where it stopped: a layer's folder is there whole or not at all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from qwen_scope_lens.converters._saelens_folder import SAE_CFG_FILENAME, write_saelens_folder
+
+import qwen_scope_lens
+from qwen_scope_lens.catalog import Group, LayerRef, find_group
+from qwen_scope_lens.errors import CannotWrite
+from qwen_scope_lens.files import exclusive, whole_folder
+from qwen_scope_lens.saes.load import Dtype, build_config
+from qwen_scope_lens.saes.locate import HubOptions, LayerFile, locate
+
+__all__ = ["convert"]
+
+
+def convert(
+    group: str | Group,
+    out: str | os.PathLike[str],
+    *,
+    layers: Sequence[int] | None = None,
+    folder: str | os.PathLike[str] | None = None,
+    hub: HubOptions | None = None,
+    dtype: Dtype = "float32",
+    overwrite: bool = False,
+    apply_b_dec_to_input: bool | None = None,
+    progress: bool = True,
+) -> list[Path]:
+    """Convert layers of a group (all by default) and return their folders.
+
+    Layers that are there already, of the same dtype and convention, are left alone.
+    """
+    row = find_group(group) if isinstance(group, str) else group
+    wanted = [row.check_layer(layer) for layer in (row.layers if layers is None else layers)]
+    root = Path(out) / row.repo_name
+    done = []
+    with exclusive(root):
+        for layer in wanted:
+            target = root / f"layer{layer}"
+            ref = LayerRef(row.short, layer)
+            config = build_config(ref, dtype=dtype)
+            config["architecture"] = "topk"
+            config["metadata"]["converted_by"] = f"qwen-scope-lens {qwen_scope_lens.__version__}"
+            if apply_b_dec_to_input is not None:
+                config["apply_b_dec_to_input"] = apply_b_dec_to_input
+            if overwrite or not _is_done(target, config):
+                file = locate(ref, folder, hub, published=True)
+                config["metadata"]["revision"] = file.revision
+                _convert_layer(file, target, config, progress)
+            done.append(target)
+    return done
+
+
+def _is_done(target: Path, config: dict[str, object]) -> bool:
+    if not target.exists():
+        return False
+    try:
+        found = json.loads((target / SAE_CFG_FILENAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        found = {}
+    for name in ("architecture", "d_in", "d_sae", "k", "dtype", "apply_b_dec_to_input"):
+        if found.get(name) != config[name]:
+            raise CannotWrite(
+                f"{target} exists and holds something else ({name}: {found.get(name)!r}, wanted"
+                f" {config[name]!r}): choose another --out, or --overwrite"
+            )
+    return True
+
+
+def _convert_layer(
+    file: LayerFile, target: Path, config: dict[str, object], progress: bool
+) -> None:
+    import torch
+    from sae_lens.util import str_to_dtype
+    from tqdm import tqdm
+
+    dtype: torch.dtype = str_to_dtype(str(config["dtype"]))
+    total = 2 * file.group.d_sae * file.group.d_model * dtype.itemsize
+    with (
+        tqdm(
+            total=total,
+            unit="B",
+            unit_scale=True,
+            desc=str(file.ref),
+            disable=not progress,
+            file=sys.stderr,
+        ) as bar,
+        whole_folder(target) as partial,
+    ):
+        write_saelens_folder(partial, file, config, dtype, bar.update)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("group", metavar="GROUP", help="any name of a group; see `qsl list`")
+    add_common_arguments(parser)
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    from qwen_scope_lens.cli.arguments import layer_list
+
+    parser.add_argument("--out", type=Path, required=True, help="folder to write into")
+    parser.add_argument("--layers", type=layer_list, help="such as 0-3,7 (default: all)")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="of the result",
+    )
+    parser.add_argument("--folder", type=Path, help="read the published files from here only")
+    parser.add_argument("--revision", help="commit, tag or branch on the hub")
+    parser.add_argument("--overwrite", action="store_true", help="replace layers that exist")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    folders = convert(
+        arguments.group,
+        arguments.out,
+        layers=arguments.layers,
+        folder=arguments.folder,
+        hub=HubOptions(arguments.revision),
+        dtype=arguments.dtype,
+        overwrite=arguments.overwrite,
+    )
+    print("\n".join(map(str, folders)))
+    return 0
+
+
+if __name__ == "__main__":
+    from qwen_scope_lens.cli.app import run_alone
+
+    sys.exit(run_alone(__doc__, add_arguments, run))

@@ -1,0 +1,77 @@
+"""OpenInterpretability's Qwen3.6-27B safetensors -> SAELens folders.
+
+    python -m qwen_scope_lens.converters.openinterp_to_saelens --out converted/ --folder downloads/
+
+Whether these SAEs subtract `b_dec` before encoding is not documented. Convert, run `qsl verify`,
+and convert again with `--subtract-b-dec` if it says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from qwen_scope_lens.converters import official_to_saelens
+
+from qwen_scope_lens.catalog import THIRD_PARTY_GROUPS
+from qwen_scope_lens.saes.load import Dtype
+from qwen_scope_lens.saes.locate import HubOptions
+
+__all__ = ["convert"]
+
+GROUP = THIRD_PARTY_GROUPS[0]
+
+
+def convert(
+    out: str | os.PathLike[str],
+    *,
+    subtract_b_dec: bool = False,
+    layers: Sequence[int] | None = None,
+    folder: str | os.PathLike[str] | None = None,
+    hub: HubOptions | None = None,
+    dtype: Dtype = "float32",
+    overwrite: bool = False,
+    progress: bool = True,
+) -> list[Path]:
+    """Convert layers 11, 31 and 55, or some of them, and return their folders."""
+    return official_to_saelens.convert(
+        GROUP,
+        out,
+        layers=layers,
+        folder=folder,
+        hub=hub,
+        dtype=dtype,
+        overwrite=overwrite,
+        apply_b_dec_to_input=subtract_b_dec,
+        progress=progress,
+    )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    official_to_saelens.add_common_arguments(parser)
+    parser.add_argument(
+        "--subtract-b-dec", action="store_true", help="the SAEs subtract b_dec before encoding"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    folders = convert(
+        arguments.out,
+        subtract_b_dec=arguments.subtract_b_dec,
+        layers=arguments.layers,
+        folder=arguments.folder,
+        hub=HubOptions(arguments.revision),
+        dtype=arguments.dtype,
+        overwrite=arguments.overwrite,
+    )
+    print("\n".join(map(str, folders)))
+    return 0
+
+
+if __name__ == "__main__":
+    from qwen_scope_lens.cli.app import run_alone
+
+    sys.exit(run_alone(__doc__, add_arguments, run))

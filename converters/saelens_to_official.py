@@ -1,0 +1,160 @@
+"""A SAELens TopK SAE -> the published layout, for people who train their own and publish it so.
+
+    python -m qwen_scope_lens.converters.saelens_to_official my_sae/ --out my-repo/ --num-layers 28
+
+The result is `OUT/layer{n}.sae.pt` beside one `config.json` for all layers. Float32 weights are kept
+bit by bit. The layout has no place for an input bias or decoder-norm rescaling: such SAEs are
+refused, or rewritten exactly in arithmetic (not in bits) with `--fold`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from sae_lens import SAE
+from sae_lens.saes.topk_sae import TopKSAE
+from sae_lens.util import extract_layer_from_tlens_hook_name
+
+from qwen_scope_lens.errors import CannotWrite, UnsupportedSAE
+from qwen_scope_lens.files import exclusive, whole_file
+from qwen_scope_lens.saes.locate import CONFIG_NAME
+
+__all__ = ["convert"]
+
+
+def convert(
+    sae: SAE[Any] | str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    num_layers: int,
+    layer: int | None = None,
+    base_model: str | None = None,
+    fold: bool = False,
+) -> Path:
+    """Write one layer file (and `config.json`) and return its path.
+
+    Args:
+        sae: the SAE, or a folder that `SAE.load_from_disk` reads.
+        num_layers: of the backbone, for `config.json`.
+        layer, base_model: default to the SAE's metadata (`hook_name`, `model_name`).
+        fold: rewrite what the layout cannot express into the weights.
+    """
+    loaded = sae if isinstance(sae, SAE) else SAE.load_from_disk(sae)
+    plain = _as_published(loaded, fold)
+    metadata = plain.cfg.metadata
+    if layer is None and (metadata.hook_name or "").endswith(("hook_resid_post", "hook_out")):
+        layer = extract_layer_from_tlens_hook_name(metadata.hook_name or "")
+    base_model = base_model or metadata.model_name
+    if layer is None or base_model is None:
+        raise UnsupportedSAE(
+            f"the SAE's metadata (hook {metadata.hook_name!r}, model {base_model!r}) name no"
+            " residual stream after a layer, or no model: give layer and base_model"
+        )
+    if not 0 <= layer < num_layers:
+        raise UnsupportedSAE(f"layer {layer} does not exist in a model of {num_layers} layers")
+    settings = {
+        "model_type": "topk_sae",
+        "base_model": base_model,
+        "d_model": plain.cfg.d_in,
+        "d_sae": plain.cfg.d_sae,
+        "k": plain.cfg.k,
+        "num_layers": num_layers,
+        "hook_point": "resid_post",
+        "dtype": "float32",
+    }
+    tensors = {
+        "W_enc": plain.W_enc.detach().T,
+        "W_dec": plain.W_dec.detach().T,
+        "b_enc": plain.b_enc.detach(),
+        "b_dec": plain.b_dec.detach(),
+    }
+    target = Path(out) / f"layer{layer}.sae.pt"
+    with exclusive(Path(out)):
+        _write_settings(Path(out) / CONFIG_NAME, settings)
+        with whole_file(target) as partial:
+            torch.save({n: t.float().cpu().contiguous() for n, t in tensors.items()}, partial)
+    return target
+
+
+def _write_settings(path: Path, settings: dict[str, Any]) -> None:
+    if path.exists():
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found != settings:
+            raise CannotWrite(
+                f"{path} describes other SAEs:\n  it has   {found}\n  this is  {settings}\n"
+                "  all layers of one folder share model, width and k: choose another --out"
+            )
+        return
+    with whole_file(path) as partial:
+        partial.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def _as_published(sae: SAE[Any], fold: bool) -> TopKSAE:
+    """The same function in the published convention; raises where that needs `fold`."""
+    if not isinstance(sae, TopKSAE):
+        raise UnsupportedSAE(
+            f"this is a {type(sae).__name__} ({sae.cfg.architecture()}): the layout holds TopK SAEs"
+        )
+    for name in ("normalize_activations", "reshape_activations"):
+        if getattr(sae.cfg, name) != "none":
+            raise UnsupportedSAE(
+                f"the SAE has {name} = {getattr(sae.cfg, name)!r}: the layout needs 'none'; fold it"
+                " into the weights with SAELens first"
+            )
+    to_fold = [
+        n for n in ("rescale_acts_by_decoder_norm", "apply_b_dec_to_input") if getattr(sae.cfg, n)
+    ]
+    if not to_fold:
+        return sae
+    if not fold:
+        raise UnsupportedSAE(
+            f"the SAE has {' and '.join(to_fold)}: the layout cannot say so. Fold it into the"
+            " weights with fold=True (--fold), which keeps the function and changes the numbers"
+        )
+    sae = copy.deepcopy(sae)
+    with torch.no_grad():
+        if sae.cfg.rescale_acts_by_decoder_norm:
+            sae.fold_W_dec_norm()
+            sae.cfg.rescale_acts_by_decoder_norm = False
+        if sae.cfg.apply_b_dec_to_input:  # (x - b_dec) W + b = x W + (b - b_dec W)
+            shift = sae.b_dec.double() @ sae.W_enc.double()
+            sae.b_enc.copy_((sae.b_enc.double() - shift).to(sae.b_enc.dtype))
+            sae.cfg.apply_b_dec_to_input = False
+    return sae
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="FOLDER", help="written by save_model of SAELens")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the published layout")
+    parser.add_argument("--num-layers", type=int, required=True, help="of the backbone")
+    parser.add_argument("--layer", type=int, help="default: from the SAE's hook name")
+    parser.add_argument("--base-model", help="default: from the SAE's metadata")
+    parser.add_argument(
+        "--fold", action="store_true", help="rewrite an input bias or norm rescaling"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    path = convert(
+        arguments.source,
+        arguments.out,
+        num_layers=arguments.num_layers,
+        layer=arguments.layer,
+        base_model=arguments.base_model,
+        fold=arguments.fold,
+    )
+    print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    from qwen_scope_lens.cli.app import run_alone
+
+    sys.exit(run_alone(__doc__, add_arguments, run))

@@ -1,0 +1,92 @@
+"""Where each tensor's bytes lie in a checkpoint file, for readers that must not map all of it.
+
+Mapping is enough for use; copying gigabytes through a mapping makes the process look (and on a
+small machine be) as large as the file. Reading known byte ranges does not.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from qwen_scope_lens.errors import WrongShape
+
+__all__ = ["Extent", "extents"]
+
+_SAFETENSORS_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Extent:
+    """A row-major tensor inside a file."""
+
+    offset: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def read_tile(
+        self, fd: int, rows: slice, columns: slice, into: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """A rectangle of a matrix, read straight from the file. `into`: a buffer to reuse."""
+        height, width = rows.stop - rows.start, columns.stop - columns.start
+        buffer = torch.empty(height * width, dtype=self.dtype) if into is None else into
+        tile = buffer[: height * width]
+        data = memoryview(tile.view(torch.uint8).numpy()).cast("B")
+        size, stride = width * self.dtype.itemsize, self.shape[1] * self.dtype.itemsize
+        start = self.offset + rows.start * stride + columns.start * self.dtype.itemsize
+        if size == stride:
+            _pread(fd, data, start)
+        else:
+            for row in range(height):
+                _pread(fd, data[row * size : (row + 1) * size], start + row * stride)
+        return tile.view(height, width)
+
+
+def extents(path: Path) -> dict[str, Extent]:
+    """The extents of all tensors of a valid `.pt` or safetensors checkpoint."""
+    return _of_safetensors(path) if path.suffix == ".safetensors" else _of_pt(path)
+
+
+def _of_safetensors(path: Path) -> dict[str, Extent]:
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    return {
+        name: Extent(
+            8 + length + entry["data_offsets"][0],
+            tuple(entry["shape"]),
+            _SAFETENSORS_DTYPES[entry["dtype"]],
+        )
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
+
+
+def _of_pt(path: Path) -> dict[str, Extent]:
+    """`torch.load` under a fake mode reads no tensor data and notes each storage's place."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        tensors = torch.load(path, weights_only=True)
+    found = {}
+    for name, tensor in tensors.items():
+        if not tensor.is_contiguous():
+            raise WrongShape(
+                f"{path}: {name} is stored as a strided view; save it once more with .contiguous()"
+            )
+        start = tensor.untyped_storage()._checkpoint_offset
+        offset = start + tensor.storage_offset() * tensor.dtype.itemsize
+        found[name] = Extent(offset, tuple(tensor.shape), tensor.dtype)
+    return found
+
+
+def _pread(fd: int, data: memoryview, offset: int) -> None:
+    while len(data):
+        count = os.preadv(fd, [data], offset)
+        if count == 0:
+            raise EOFError("the file ended while it was being read: was it replaced?")
+        data, offset = data[count:], offset + count
