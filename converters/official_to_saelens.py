@@ -1,7 +1,6 @@
 """Published layer files -> SAELens folders, one a layer, that load anywhere without this package.
 
-    qsl convert qwen3-8b-base/w64k-l0-50 --out converted/ --layers 18-22
-    python -m qwen_scope_lens.converters.official_to_saelens qwen3-8b-base/w64k-l0-50 --out converted/
+    qsl convert official-to-saelens qwen3-8b-base/w64k-l0-50 --out converted/ --layers 18-22
 
 The result is `OUT/<repository name>/layer{n}/`, so `QWEN_SCOPE_HOME=OUT` finds it. W_dec is stored
 row-major: a few feature directions are then a few kilobytes of reading. Float32 is kept bit by bit.

@@ -1,6 +1,6 @@
 """OpenInterpretability's Qwen3.6-27B safetensors -> SAELens folders.
 
-    python -m qwen_scope_lens.converters.openinterp_to_saelens --out converted/ --folder downloads/
+    qsl convert openinterp-to-saelens --out converted/ --folder downloads/
 
 Whether these SAEs subtract `b_dec` before encoding is not documented. Convert, run `qsl verify`,
 and convert again with `--subtract-b-dec` if it says so.

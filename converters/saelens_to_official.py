@@ -1,9 +1,9 @@
 """A SAELens TopK SAE -> the published layout, for people who train their own and publish it so.
 
-    python -m qwen_scope_lens.converters.saelens_to_official my_sae/ --out my-repo/ --num-layers 28
+    qsl convert saelens-to-official my_sae/ --out my-repo/ --num-layers 28
 
-The result is `OUT/layer{n}.sae.pt` beside one `config.json` for all layers. Float32 weights are kept
-bit by bit. The layout has no place for an input bias or decoder-norm rescaling: such SAEs are
+The result is `OUT/layer{n}.sae.pt` beside one `config.json` for all layers. Float32 is kept bit
+by bit. The layout has no place for an input bias or decoder-norm rescaling: such SAEs are
 refused, or rewritten exactly in arithmetic (not in bits) with `--fold`.
 """
 

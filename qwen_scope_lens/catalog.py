@@ -171,7 +171,7 @@ class LayerRef:
 
     @classmethod
     def parse(cls, text: str | LayerRef) -> LayerRef:
-        """From `GROUP/LAYER`, where GROUP is any name of the group and LAYER any id of the layer."""
+        """From `GROUP/LAYER`: any name of the group, any id of the layer."""
         if isinstance(text, LayerRef):
             return text
         group, slash, layer = text.rpartition("/")
@@ -214,7 +214,8 @@ class FeatureRef:
         sae, slash, feature = text.rpartition("/")
         if not slash or not feature.isdecimal() or "/" not in sae:
             raise UnknownName(
-                f"{text!r} is no feature address: expected GROUP/LAYER/FEATURE, {EXAMPLE_LAYER}/6159"
+                f"{text!r} is no feature address: expected GROUP/LAYER/FEATURE,"
+                f" {EXAMPLE_LAYER}/6159"
             )
         layer = LayerRef.parse(sae)
         return cls(layer.group, layer.layer, int(feature))

@@ -13,6 +13,17 @@ import json
 from qwen_scope_lens.catalog import GROUPS, Group, local_groups
 from qwen_scope_lens.cli.show import layers_in_words, size
 
+HEADINGS: tuple[str, ...] = (
+    "GROUP",
+    "BACKBONE",
+    "LAYERS",
+    "D_MODEL",
+    "WIDTH",
+    "K",
+    "A LAYER",
+    "RELEASE",
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="every field of every row")
@@ -23,8 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps([{"short": g.short, **dataclasses.asdict(g)} for g in groups], indent=2))
         return 0
-    rows = [("GROUP", "BACKBONE", "LAYERS", "D_MODEL", "WIDTH", "K", "A LAYER", "RELEASE")]
-    rows += [_row(group) for group in groups]
+    rows = [HEADINGS, *map(_row, groups)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         print(

@@ -1,4 +1,4 @@
-"""Show one group: shapes, file sizes, the memory it needs (before any download), hook and notice."""
+"""Show one group: shapes, sizes, the memory it needs (before any download), hook and notice."""
 
 from __future__ import annotations
 

@@ -157,7 +157,8 @@ def _load_pt(path: Path) -> object:
         if head == b"PK\x03\x04":
             raise TruncatedCheckpoint(
                 f"{path} begins as a torch checkpoint but ends too early"
-                f" ({path.stat().st_size:,} bytes): the download or copy was cut off; fetch it again"
+                f" ({path.stat().st_size:,} bytes): the download or copy was cut off;"
+                " fetch it again"
             )
         raise NotACheckpoint(
             f"{path} is not a torch zip checkpoint (it begins with {head!r}): expected a file"

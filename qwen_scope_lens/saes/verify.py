@@ -26,7 +26,8 @@ MARGIN = 0.01
 
 MAX_NORM_RATIO = 10.0
 """Tokens with more than this many times the median norm are left out: a handful of such tokens
-holds nearly all variance, and the published SAEs were trained without them (threshold not found)."""
+holds nearly all variance, and the published SAEs were trained without them (by an unpublished
+threshold)."""
 
 DENSE_RATE = 0.1
 """A feature that fires on more than this share of the tokens counts as dense."""
@@ -77,7 +78,7 @@ class Verification:
         lines = [
             f"{self.name}: {self.tokens:,} tokens ({self.excluded:,} extreme or first left out)",
             *(
-                f"  FVU {value:9.4f}  {name}{'   <- the convention in use' if name == self.convention else ''}"
+                f"  FVU {value:9.4f}  {name}" + "   <- in use" * (name == self.convention)
                 for name, value in self.fvu.items()
             ),
             f"  L0 {self.l0:.1f}   never fired {self.dead:,} of {self.d_sae:,}"
@@ -102,9 +103,10 @@ def verify(
 
     Args:
         sae: any SAELens TopK SAE.
-        activations: residuals at the SAE's hook, `[tokens, d_model]` or `[batch, position, d_model]`.
+        activations: residuals at the SAE's hook, `[tokens, d_model]` or
+            `[batch, position, d_model]`.
         mask: which tokens count, shaped as the activations without their last axis.
-        include_first: keep position 0 of `[batch, position, d_model]` (an attention sink on Qwen).
+        include_first: keep position 0 of a batch (an attention sink on Qwen).
     """
     report = measure(
         sae,
@@ -237,8 +239,8 @@ def _problems(own: Convention, fvu: dict[str, float], max_fvu: float) -> list[st
     mine = fvu[own.name]
     if not math.isfinite(mine) or mine > max_fvu:
         problems.append(
-            f"FVU {mine:.4f} is above {max_fvu:g}: is this the right model, the right layer (counted"
-            " from 0) and the output of the decoder layer?"
+            f"FVU {mine:.4f} is above {max_fvu:g}: is this the right model, the right layer"
+            " (counted from 0) and the output of the decoder layer?"
         )
     best = min(fvu, key=lambda name: fvu[name])
     if best != own.name and fvu[best] < mine * (1 - MARGIN):
@@ -265,9 +267,7 @@ def _select_tokens(
     keep = torch.ones(activations.shape[:-1], dtype=torch.bool, device=activations.device)
     if mask is not None:
         if mask.shape != keep.shape:
-            raise WrongShape(
-                f"mask has shape {tuple(mask.shape)}: expected {tuple(keep.shape)}, one value a token"
-            )
+            raise WrongShape(f"mask has shape {tuple(mask.shape)}: expected {tuple(keep.shape)}")
         keep &= mask.to(keep.device, torch.bool)
     offered = int(keep.sum())
     if activations.ndim == 3 and not include_first:

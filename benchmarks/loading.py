@@ -1,0 +1,147 @@
+"""Loading, feature directions and conversion, against SAELens's own loader in the same run.
+
+    python benchmarks/loading.py    # writes about 8 GB to a temporary folder, and deletes it
+
+One synthetic layer of the size of Qwen3-8B's (65536 x 4096, float32, 2.15 GB). Times are wall-clock
+medians of interleaved runs with a warm page cache; memory is the peak of resident memory beyond
+what the process held before, each in a fresh process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+import torch
+from _measure import cpu_name, interleaved, peak_extra, peak_in_fresh_process
+
+GROUP = "qwen3-8b-base/w64k-l0-50"
+RELEASE = "qwen-scope-3-8b-base-w64k-l50"
+REPO = "SAE-Res-Qwen3-8B-Base-W64K-L0_50"
+FEATURES = [6159, 36398, 0, 65535, 1, 4096, 12345, 23456, 34567, 45678]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--peak", nargs=2, metavar=("CASE", "FOLDER"), help=argparse.SUPPRESS)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--folder", type=Path, help="where to put the temporary files")
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    if arguments.peak:
+        case, folder = arguments.peak
+        print(peak_extra(_cases(Path(folder))[case]))
+        return
+    folder = Path(tempfile.mkdtemp(dir=arguments.folder, prefix="qwen-scope-loading-"))
+    try:
+        _write_layer(folder / "published" / REPO / "layer20.sae.pt")
+        _report(folder, arguments.repeats)
+    finally:
+        shutil.rmtree(folder)
+
+
+def _write_layer(path: Path) -> None:
+    path.parent.mkdir(parents=True)
+    rng = torch.Generator().manual_seed(0)
+    shapes = {"W_enc": (65536, 4096), "W_dec": (4096, 65536), "b_enc": (65536,), "b_dec": (4096,)}
+    torch.save({name: torch.randn(s, generator=rng) for name, s in shapes.items()}, path)
+
+
+def _cases(folder: Path) -> dict[str, Callable[[], object]]:
+    """Each imports what it needs before it is measured."""
+    import sae_lens.loading.pretrained_sae_loaders as upstream
+    from qwen_scope_lens.converters import official_to_saelens
+    from sae_lens import SAE
+    from safetensors.torch import save_file
+
+    import qwen_scope_lens as qsl
+    from qwen_scope_lens.saes.extents import extents
+
+    published, converted = folder / "published", folder / "converted"
+    source = published / REPO / "layer20.sae.pt"
+    scratch = folder / "scratch"
+
+    def saelens_load() -> object:
+        """SAELens's own code; only its download is answered with the local path."""
+        with mock.patch.object(upstream, "hf_hub_download", return_value=str(source)):
+            return SAE.from_pretrained(RELEASE, "layer20")
+
+    def load(home: Path) -> qsl.ScopeSAE:
+        os.environ["QWEN_SCOPE_HOME"] = str(home)
+        with qsl.install():
+            sae = SAE.from_pretrained(RELEASE, "layer20")
+        assert isinstance(sae, qsl.ScopeSAE)
+        return sae
+
+    def transpose_and_save() -> None:
+        """What one would write by hand."""
+        weights = torch.load(source, weights_only=True)
+        scratch.mkdir(exist_ok=True)
+        turned = {n: w.T.contiguous() if w.ndim == 2 else w for n, w in weights.items()}
+        save_file(turned, scratch / "sae_weights.safetensors")
+        _sync(scratch / "sae_weights.safetensors")
+        shutil.rmtree(scratch)
+
+    def convert() -> None:
+        official_to_saelens.convert(
+            GROUP, scratch, layers=[20], folder=source.parent, overwrite=True, progress=False
+        )
+        shutil.rmtree(scratch)
+
+    load_ours = {"published": lambda: load(published), "converted": lambda: load(converted)}
+    extents(source)  # imports what only the first call pays for
+    cases: dict[str, Callable[[], object]] = {
+        "SAELens load": saelens_load,
+        "load, published .pt": load_ours["published"],
+        "load, converted": load_ours["converted"],
+        "10 directions, published .pt": lambda: load(published).direction(FEATURES),
+        "10 directions, converted": lambda: load(converted).direction(FEATURES),
+        "load + transpose + save": transpose_and_save,
+        "convert": convert,
+    }
+    if (converted / REPO).exists():
+        sae = load(converted)
+        cases["10 directions, SAE already loaded"] = lambda: sae.direction(FEATURES)
+    return cases
+
+
+def _sync(path: Path) -> None:
+    """Both sides must reach the disk: ours does before it gives a file its name."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _report(folder: Path, repeats: int) -> None:
+    from qwen_scope_lens.converters import official_to_saelens
+
+    source = folder / "published" / REPO
+    official_to_saelens.convert(
+        GROUP, folder / "converted", layers=[20], folder=source, progress=False
+    )
+    cases = _cases(folder)
+    heavy = ("SAELens load", "load + transpose + save", "convert")
+    quick = {name: case for name, case in cases.items() if name not in heavy}
+    times = interleaved(quick, repeats=9, clock=time.perf_counter)
+    times |= interleaved({n: cases[n] for n in heavy}, repeats, 0.0, time.perf_counter)
+    print(f"{cpu_name()}, torch {torch.__version__}, one layer of 65536 x 4096 float32, 2.15 GB\n")
+    print(f"{'':36} {'time':>11} {'peak memory':>14}")
+    for name in cases:
+        peak = peak_in_fresh_process(__file__, name, str(folder))
+        print(f"{name:36} {times[name] * 1e3:8.1f} ms {peak / 2**20:10.1f} MiB", flush=True)
+    load = times["SAELens load"] / times["load, published .pt"]
+    convert = times["load + transpose + save"] / times["convert"]
+    print(f"\nload, published .pt: 1/{load:.0f} of SAELens's time")
+    print(f"convert: {convert:.2f}x as fast as load + transpose + save, hashes included")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,27 @@
+"""Every test is offline, and sees no SAE files but those it wrote."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# Before huggingface_hub is imported anywhere: it reads these once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import planted
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def _no_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("QWEN_SCOPE_HOME", raising=False)
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """QWEN_SCOPE_HOME with one group of one's own: `local/mine`."""
+    folder = tmp_path / "home"
+    planted.write_group(folder / "mine")
+    monkeypatch.setenv("QWEN_SCOPE_HOME", str(folder))
+    return folder

@@ -1,0 +1,149 @@
+"""The command line: help that helps, one-line errors, exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import planted
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from qwen_scope_lens.cli import main
+from qwen_scope_lens.cli.app import VERBS
+from qwen_scope_lens.cli.arguments import layer_list
+from qwen_scope_lens.cli.convert import CONVERTERS
+from qwen_scope_lens.cli.show import size
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([verb, "--help"])
+    assert caught.value.code == 0
+    assert len(capsys.readouterr().out) > 150
+    main(["--help"])
+    assert f"  {verb}" in capsys.readouterr().out
+
+
+def test_every_converter_runs_by_itself() -> None:
+    code = "import runpy, sys\n"
+    for name in CONVERTERS:
+        module = name.replace("-", "_")
+        path = Path(__file__).parent.parent / "converters" / f"{module}.py"
+        for run in (f"run_module('qwen_scope_lens.converters.{module}'", f"run_path({str(path)!r}"):
+            code += (
+                "sys.argv = ['convert', '--help']\n"
+                f"try: runpy.{run}, run_name='__main__')\n"
+                "except SystemExit as end: assert end.code == 0\n"
+            )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("--out OUT") >= 2 * len(CONVERTERS)
+
+
+def test_help_and_listing_do_not_import_torch() -> None:
+    code = (
+        "import sys; from qwen_scope_lens.cli import main; main(['--help']); main(['list'])\n"
+        "assert 'torch' not in sys.modules, 'torch was imported'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
+
+
+def test_list(capsys: pytest.CaptureFixture[str], home: Path) -> None:
+    assert main(["list"]) == 0
+    out = capsys.readouterr().out
+    assert "qwen3-30b-a3b-base/w128k-l0-100" in out
+    assert "local/mine" in out
+    assert "544 official files" in out
+    main(["list", "--json"])
+    rows = json.loads(capsys.readouterr().out)
+    assert len(rows) == 16
+    assert rows[0]["backbone"]["model_id"] == "Qwen/Qwen3-1.7B-Base"
+
+
+def test_show(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["show", "qwen-scope-3.5-27b-w80k-l100"]) == 0
+    out = capsys.readouterr().out
+    for fact in ("5120 -> 81920", "3.356 GB a layer", "215 GB", "blocks.0.hook_resid_post"):
+        assert fact in out
+    assert "model.language_model.layers.0" in out
+    assert "must not be used" in " ".join(out.split()).replace("they must", "must")
+
+
+def test_unknown_names(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["show", "qwen3-8b"]) == 1
+    error = capsys.readouterr().err
+    assert "nearest:" in error
+    assert "Traceback" not in error
+    assert main(["shwo"]) == 2
+    assert "no verb 'shwo'" in capsys.readouterr().err
+    assert main(["--version"]) == 0
+
+
+@pytest.mark.parametrize("form", ["npy", "safetensors", "pt"])
+def test_verify(home: Path, capsys: pytest.CaptureFixture[str], form: str) -> None:
+    x = planted.activations(planted.tensors(seed=1))
+    path = home / f"x.{form}"
+    if form == "npy":
+        np.save(path, x.numpy())
+    elif form == "pt":
+        torch.save(x, path)
+    else:
+        save_file({"x": x}, path)
+    assert main(["verify", "local/mine/1", "--activations", str(path)]) == 0
+    assert "as documented   <- in use" in capsys.readouterr().out
+    assert main(["verify", "local/mine/2", "--activations", str(path)]) == 1
+    assert "PROBLEM" in capsys.readouterr().err
+
+
+def test_verify_refuses_bad_activation_files(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = home / "x.npy"
+    for content in (np.array([object()]), np.zeros((4, 3))):
+        np.save(path, content, allow_pickle=True)
+        assert main(["verify", "local/mine/1", "--activations", str(path)]) == 1
+    torch.save({"a": torch.zeros(1), "b": torch.zeros(1)}, home / "two.pt")
+    assert main(["verify", "local/mine/1", "--activations", str(home / "two.pt")]) == 1
+    assert main(["verify", "local/mine/1", "--activations", str(home / "none.pt")]) == 1
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_convert(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = [
+        "convert",
+        "official-to-saelens",
+        "local/mine",
+        "--out",
+        str(home),
+        "--layers",
+        "0-1",
+    ]
+    assert main(command) == 0
+    assert capsys.readouterr().out.split() == [str(home / "mine" / f"layer{n}") for n in (0, 1)]
+
+
+def test_layer_list() -> None:
+    assert layer_list("0-3,7") == [0, 1, 2, 3, 7]
+    assert layer_list("5,5") == [5]
+    for bad in ("", "a", "3-", "3-1", "-1", "1,,2"):
+        with pytest.raises(argparse.ArgumentTypeError):
+            layer_list(bad)
+
+
+def test_size() -> None:
+    assert [size(n) for n in (5, 1500, 537_000_000, 2_147_786_752, 215_000_000_000)] == [
+        "5 B",
+        "1.5 kB",
+        "537 MB",
+        "2.148 GB",
+        "215 GB",
+    ]

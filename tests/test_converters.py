@@ -1,0 +1,297 @@
+"""Converters: bit-exact, bounded, resumable, whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import planted
+import pytest
+import torch
+from qwen_scope_lens.converters import (
+    official_to_saelens,
+    openinterp_to_saelens,
+    saelens_to_official,
+)
+from sae_lens import SAE
+from sae_lens.saes.standard_sae import StandardSAE, StandardSAEConfig
+from sae_lens.saes.topk_sae import TopKSAE
+from safetensors.torch import load_file, save_file
+
+import qwen_scope_lens as qsl
+from qwen_scope_lens.errors import CannotWrite, LayerOutOfRange, UnsupportedSAE, WrongShape
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "out"
+
+
+@pytest.mark.usefixtures("home")
+def test_official_to_saelens_is_bit_exact_and_loads_without_us(out: Path) -> None:
+    folders = official_to_saelens.convert("local/mine", out, progress=False)
+    assert [folder.name for folder in folders] == ["layer0", "layer1", "layer2"]
+    for layer, folder in enumerate(folders):
+        weights = planted.tensors(seed=layer)
+        sae = SAE.load_from_disk(folder)
+        assert type(sae) is TopKSAE
+        assert torch.equal(sae.W_enc, weights["W_enc"].T)
+        assert torch.equal(sae.W_dec, weights["W_dec"].T)
+        assert torch.equal(sae.b_enc, weights["b_enc"])
+        assert torch.equal(sae.b_dec, weights["b_dec"])
+        assert sae.cfg.k == planted.K
+        assert sae.cfg.metadata.hook_name == f"blocks.{layer}.hook_resid_post"
+
+
+def test_hashes_and_provenance(home: Path, out: Path) -> None:
+    (folder,) = official_to_saelens.convert("local/mine", out, layers=[1], progress=False)
+    for line in (folder / "SHA256SUMS").read_text().splitlines():
+        digest, name = line.split("  ")
+        assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
+    metadata = json.loads((folder / "cfg.json").read_text())["metadata"]
+    source = (home / "mine" / "layer1.sae.pt").read_bytes()
+    assert metadata["source_sha256"] == hashlib.sha256(source).hexdigest()
+    assert metadata["qwen_scope_ref"] == "local/mine/1"
+
+
+def test_converted_files_are_found_and_preferred(
+    home: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    official_to_saelens.convert("local/mine", home, layers=[1], progress=False)
+    sae = qsl.load_sae("local/mine/1")
+    assert isinstance(sae, qsl.ScopeSAE)
+    assert sae.W_dec.is_contiguous()  # row-major directions: the converted file
+    assert not qsl.load_sae("local/mine/0").W_dec.is_contiguous()
+    x = torch.randn(4, planted.D_MODEL)
+    assert torch.equal(sae.encode(x), planted.saelens_sae(planted.tensors(seed=1)).encode(x))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.usefixtures("home")
+def test_half_precision_is_rounded_once(out: Path, dtype: str) -> None:
+    (folder,) = official_to_saelens.convert(
+        "local/mine",
+        out,
+        layers=[0],
+        dtype=dtype,  # type: ignore[arg-type]
+        progress=False,
+    )
+    stored = load_file(folder / "sae_weights.safetensors")
+    weights = planted.tensors(seed=0)
+    assert torch.equal(stored["W_dec"], weights["W_dec"].T.to(getattr(torch, dtype)))
+    assert torch.equal(stored["W_enc"], weights["W_enc"].T.to(getattr(torch, dtype)))
+
+
+def test_tiles_of_every_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Edges: matrices smaller than, equal to, and not a multiple of a tile."""
+    from qwen_scope_lens.converters import _saelens_folder
+
+    for number, (d_model, d_sae, tile) in enumerate([(5, 7, 3), (6, 9, 3), (4, 4, 4), (1, 8, 16)]):
+        monkeypatch.setattr(_saelens_folder, "TILE", tile)
+        home = tmp_path / str(number)
+        folder = planted.write_group(home / "g", range(0), d_model=d_model, d_sae=d_sae, k=1)
+        weights = {
+            "W_enc": torch.randn(d_sae, d_model),
+            "W_dec": torch.randn(d_model, d_sae),
+            "b_enc": torch.randn(d_sae),
+            "b_dec": torch.randn(d_model),
+        }
+        torch.save(weights, folder / "layer0.sae.pt")
+        monkeypatch.setenv("QWEN_SCOPE_HOME", str(home))
+        (done,) = official_to_saelens.convert(
+            "local/g", tmp_path / f"out{number}", layers=[0], progress=False
+        )
+        stored = load_file(done / "sae_weights.safetensors")
+        assert torch.equal(stored["W_enc"], weights["W_enc"].T)
+        assert torch.equal(stored["W_dec"], weights["W_dec"].T)
+
+
+@pytest.mark.usefixtures("home")
+def test_finished_layers_are_left_alone(out: Path) -> None:
+    (first,) = official_to_saelens.convert("local/mine", out, layers=[0], progress=False)
+    stamp = (first / "cfg.json").stat().st_mtime_ns
+    official_to_saelens.convert("local/mine", out, progress=False)
+    assert (first / "cfg.json").stat().st_mtime_ns == stamp
+    with pytest.raises(CannotWrite, match="--overwrite"):
+        official_to_saelens.convert("local/mine", out, dtype="bfloat16", progress=False)
+    official_to_saelens.convert("local/mine", out, dtype="bfloat16", overwrite=True, progress=False)
+    assert SAE.load_from_disk(first).W_dec.dtype == torch.bfloat16
+
+
+def test_killed_in_the_middle_nothing_half_is_visible_and_it_goes_on(
+    tmp_path: Path, out: Path
+) -> None:
+    """A real process, killed with SIGKILL while the second layer is being written."""
+    home = tmp_path / "big"
+    folder = planted.write_group(home / "big", range(0), d_model=1024, d_sae=16384, k=8)
+    for layer in range(3):
+        weights = planted.tensors(seed=layer, d_model=1024, d_sae=16384)
+        torch.save(weights, folder / f"layer{layer}.sae.pt")
+    command = [
+        sys.executable,
+        "-c",
+        "import sys; from qwen_scope_lens.cli import main; sys.exit(main())",
+    ]
+    command += ["convert", "official-to-saelens", "local/big", "--out", str(out)]
+    environment = os.environ | {"QWEN_SCOPE_HOME": str(home)}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    root = out / "big"
+    deadline = time.monotonic() + 120
+    while not (root / ".layer1.partial" / "sae_weights.safetensors").exists():
+        assert process.poll() is None, "it finished before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert sorted(path.name for path in root.glob("layer*")) == ["layer0"]
+    stamp = (root / "layer0" / "cfg.json").stat().st_mtime_ns
+    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=120)
+    assert sorted(path.name for path in root.iterdir() if path.name != ".lock") == [
+        "layer0",
+        "layer1",
+        "layer2",
+    ]
+    assert (root / "layer0" / "cfg.json").stat().st_mtime_ns == stamp
+    for layer in range(3):
+        stored = load_file(root / f"layer{layer}" / "sae_weights.safetensors")
+        assert torch.equal(
+            stored["W_dec"], planted.tensors(seed=layer, d_model=1024, d_sae=16384)["W_dec"].T
+        )
+
+
+@pytest.mark.usefixtures("home")
+def test_full_disk_leaves_nothing_and_says_so(out: Path) -> None:
+    """The kernel refuses to let the file grow, as it does on a full disk."""
+    code = (
+        "import resource, signal, sys\n"
+        "from qwen_scope_lens.cli import main\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
+        f"sys.exit(main(['convert', 'official-to-saelens', 'local/mine', '--out', {str(out)!r}]))"
+    )
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 20_000
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 1
+    assert "cannot write" in result.stderr
+    assert "make room" in result.stderr
+    assert [path.name for path in (out / "mine").iterdir()] == [".lock"]
+
+
+@pytest.mark.usefixtures("home")
+def test_unwritable_target(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(CannotWrite, match="cannot write"):
+        official_to_saelens.convert("local/mine", tmp_path / "file", progress=False)
+
+
+@pytest.mark.usefixtures("home")
+def test_two_writers(out: Path) -> None:
+    from qwen_scope_lens.files import exclusive
+
+    with exclusive(out / "mine"), pytest.raises(CannotWrite, match="another process"):
+        official_to_saelens.convert("local/mine", out, progress=False)
+
+
+def test_damaged_source_leaves_no_folder(home: Path, out: Path) -> None:
+    torch.save(planted.tensors(d_sae=8), home / "mine" / "layer1.sae.pt")
+    with pytest.raises(WrongShape):
+        official_to_saelens.convert("local/mine", out, progress=False)
+    assert sorted(path.name for path in (out / "mine").glob("layer*")) == ["layer0"]
+    with pytest.raises(LayerOutOfRange):
+        official_to_saelens.convert("local/mine", out, layers=[3], progress=False)
+
+
+def test_openinterp_to_saelens(tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The true layout of file names and axes; a smaller group stands in for 2.7 GB of weights."""
+    from dataclasses import replace
+
+    from qwen_scope_lens import catalog
+
+    small = replace(
+        catalog.THIRD_PARTY_GROUPS[0],
+        backbone=replace(catalog.THIRD_PARTY_GROUPS[0].backbone, d_model=planted.D_MODEL),
+        d_sae=1024,
+        k=8,
+    )
+    for name in small.names:
+        monkeypatch.setitem(catalog._BY_NAME, name.lower(), small)
+    monkeypatch.setattr(openinterp_to_saelens, "GROUP", small)
+    weights = planted.tensors(d_sae=1024)
+    theirs = {
+        "W_enc": weights["W_enc"].T.contiguous(),
+        "W_dec": weights["W_dec"].T.contiguous(),
+        "b_enc": weights["b_enc"],
+        "b_dec": weights["b_dec"],
+    }
+    save_file(theirs, tmp_path / "sae_L31_latest.safetensors")
+    (folder,) = openinterp_to_saelens.convert(out, layers=[31], folder=tmp_path, progress=False)
+    sae = SAE.load_from_disk(folder)
+    for name, tensor in theirs.items():
+        assert torch.equal(getattr(sae, name), tensor)
+    assert sae.cfg.apply_b_dec_to_input is False
+    (folder,) = openinterp_to_saelens.convert(
+        out, layers=[31], folder=tmp_path, subtract_b_dec=True, overwrite=True, progress=False
+    )
+    assert SAE.load_from_disk(folder).cfg.apply_b_dec_to_input is True
+
+
+@pytest.mark.usefixtures("home")
+def test_round_trip_official_saelens_official_is_bit_exact(home: Path, out: Path) -> None:
+    for folder in official_to_saelens.convert("local/mine", out, progress=False):
+        saelens_to_official.convert(folder, out / "back", num_layers=planted.NUM_LAYERS)
+    for layer in range(planted.NUM_LAYERS):
+        again = torch.load(out / "back" / f"layer{layer}.sae.pt", weights_only=True)
+        assert again.keys() == planted.tensors(seed=layer).keys()
+        for name, tensor in planted.tensors(seed=layer).items():
+            assert torch.equal(again[name], tensor)
+            assert again[name].is_contiguous()
+    assert json.loads((out / "back" / "config.json").read_text()) == planted.settings()
+    os.environ["QWEN_SCOPE_HOME"] = str(out)
+    assert torch.equal(qsl.load_sae("local/back/2").b_dec, planted.tensors(seed=2)["b_dec"])
+
+
+def test_saelens_to_official_keeps_one_group_a_folder(out: Path) -> None:
+    sae = planted.saelens_sae(planted.tensors())
+    path = saelens_to_official.convert(sae, out, num_layers=3)
+    assert path.name == "layer1.sae.pt"  # from its hook name
+    with pytest.raises(CannotWrite, match="other SAEs"):
+        saelens_to_official.convert(planted.saelens_sae(planted.tensors(), k=2), out, num_layers=3)
+
+
+@pytest.mark.parametrize("option", ["apply_b_dec_to_input", "rescale_acts_by_decoder_norm"])
+def test_what_the_layout_cannot_say_is_refused_or_folded(out: Path, option: str) -> None:
+    weights = planted.tensors()
+    weights["W_dec"] = weights["W_dec"] * torch.linspace(0.5, 2, planted.D_SAE)
+    sae = planted.saelens_sae(weights, **{option: True})
+    with pytest.raises(UnsupportedSAE, match="--fold"):
+        saelens_to_official.convert(sae, out, num_layers=3)
+    before = sae.W_enc.clone()
+    path = saelens_to_official.convert(sae, out, num_layers=3, fold=True)
+    assert torch.equal(sae.W_enc, before)  # the caller's SAE is not touched
+    x = torch.randn(32, planted.D_MODEL)
+    published = planted.saelens_sae(torch.load(path, weights_only=True))
+    torch.testing.assert_close(published(x), sae(x), atol=1e-4, rtol=1e-4)
+
+
+def test_other_saes_are_refused(out: Path) -> None:
+    standard = StandardSAE(StandardSAEConfig(d_in=8, d_sae=16))
+    with pytest.raises(UnsupportedSAE, match="StandardSAE"):
+        saelens_to_official.convert(standard, out, num_layers=3)
+    normalised = planted.saelens_sae(planted.tensors(), normalize_activations="layer_norm")
+    with pytest.raises(UnsupportedSAE, match="normalize_activations"):
+        saelens_to_official.convert(normalised, out, num_layers=3)
+    sae = planted.saelens_sae(planted.tensors())
+    sae.cfg.metadata.hook_name = "blocks.1.hook_mlp_out"
+    with pytest.raises(UnsupportedSAE, match="give layer"):
+        saelens_to_official.convert(sae, out, num_layers=3)
+    with pytest.raises(UnsupportedSAE, match="3 layers"):
+        saelens_to_official.convert(sae, out, num_layers=3, layer=3)

@@ -1,0 +1,66 @@
+"""Every Python snippet in the README and the docs runs, in order, page by page."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import qwen_scope_lens as qsl
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The layer that the pages name, in its true shape: one stored number, repeated."""
+    group = qsl.find_group("qwen3-8b-base/w64k-l0-50")
+    folder = tmp_path / group.repo_name
+    folder.mkdir()
+    one = torch.ones(1)
+    torch.save(
+        {
+            "W_enc": one.expand(group.d_sae, group.d_model),
+            "W_dec": one.expand(group.d_model, group.d_sae),
+            "b_enc": one.expand(group.d_sae),
+            "b_dec": one.expand(group.d_model),
+        },
+        folder / "layer20.sae.pt",
+    )
+    monkeypatch.setenv("QWEN_SCOPE_HOME", str(tmp_path))
+    return tmp_path
+
+
+@pytest.mark.filterwarnings("ignore:You are loading an SAE using")
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.usefixtures("files")
+def test_snippets_run(page: Path) -> None:
+    snippets = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+    namespace: dict[str, object] = {}
+    try:
+        for snippet in snippets:
+            exec(compile(snippet, str(page), "exec"), namespace)
+    finally:
+        qsl.uninstall()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_verbs_exist(page: Path) -> None:
+    from qwen_scope_lens.cli.app import VERBS
+
+    text = page.read_text()
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+    for verb in re.findall(r"^qsl (\w+)", text, re.MULTILINE):
+        assert verb in VERBS, f"{page.name} shows `qsl {verb}`"
+
+
+def test_the_first_screen_is_short() -> None:
+    """What a user gets, in about twenty lines, with a picture."""
+    first = (ROOT / "README.md").read_text().splitlines()[:24]
+    assert any(line.startswith("![") for line in first)
+    assert any("SAE.from_pretrained" in line for line in first)

@@ -1,0 +1,248 @@
+"""install() and uninstall(): what changes in SAELens, what does not, and what we lean on."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import planted
+import pytest
+import torch
+from sae_lens import SAE
+from sae_lens.loading import pretrained_sae_loaders as upstream
+from sae_lens.loading.pretrained_saes_directory import (
+    PretrainedSAELookup,
+    get_pretrained_saes_directory,
+)
+from sae_lens.registry import SAE_CLASS_REGISTRY
+from sae_lens.saes.topk_sae import TopKSAE
+
+import qwen_scope_lens as qsl
+from qwen_scope_lens.errors import UnsupportedSAELens
+from qwen_scope_lens.saes import register
+from qwen_scope_lens.saes.register import ScopeLoader
+
+RELEASE, SHORT = "qwen-scope-3-1.7b-base-w32k-l50", "qwen3-1.7b-base/w32k-l0-50"
+REPO = "Qwen/SAE-Res-Qwen3-1.7B-Base-W32K-L0_50"
+
+
+@pytest.fixture(autouse=True)
+def _uninstalled() -> Any:
+    qsl.uninstall()
+    yield
+    qsl.uninstall()
+
+
+@pytest.fixture
+def official(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """One official layer of the true shape (half precision, to be quick to write)."""
+    folder = tmp_path / REPO.split("/")[-1]
+    folder.mkdir()
+    rng = torch.Generator().manual_seed(0)
+    row = torch.randn(2048, generator=rng, dtype=torch.float16)
+    torch.save(
+        {
+            "W_enc": torch.randn(32768, 1, generator=rng, dtype=torch.float16) * row / 45,
+            "W_dec": torch.zeros(2048, 32768, dtype=torch.float16),
+            "b_enc": torch.zeros(32768),
+            "b_dec": torch.randn(2048, generator=rng),
+        },
+        folder / "layer20.sae.pt",
+    )
+    monkeypatch.setenv("QWEN_SCOPE_HOME", str(tmp_path))
+    return folder
+
+
+def snapshot() -> tuple[dict[str, Any], ...]:
+    return (
+        dict(upstream.NAMED_PRETRAINED_SAE_LOADERS),
+        dict(upstream.NAMED_PRETRAINED_SAE_CONFIG_GETTERS),
+        dict(get_pretrained_saes_directory()),
+        dict(SAE_CLASS_REGISTRY),
+    )
+
+
+def test_importing_changes_nothing() -> None:
+    code = (
+        "import sae_lens.loading.pretrained_sae_loaders as u, sae_lens.registry as r\n"
+        "from sae_lens.loading import pretrained_saes_directory as p\n"
+        "d = p.get_pretrained_saes_directory\n"
+        "before = dict(u.NAMED_PRETRAINED_SAE_LOADERS), dict(d()), dict(r.SAE_CLASS_REGISTRY)\n"
+        "import qwen_scope_lens as qsl; qsl.load_sae, qsl.install, qsl.verify\n"
+        "assert before == (u.NAMED_PRETRAINED_SAE_LOADERS, d(), r.SAE_CLASS_REGISTRY)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_install_is_idempotent_and_uninstall_puts_everything_back() -> None:
+    before = snapshot()
+    qsl.install()
+    qsl.install()
+    assert qsl.is_installed()
+    assert snapshot() != before
+    qsl.uninstall()
+    assert not qsl.is_installed()
+    assert snapshot() == before
+    qsl.uninstall()
+
+
+def test_as_a_context_manager_it_undoes_only_what_it_did() -> None:
+    before = snapshot()
+    with qsl.install():
+        assert qsl.is_installed()
+    assert snapshot() == before
+    qsl.install()
+    with qsl.install():
+        pass
+    assert qsl.is_installed()
+
+
+def test_every_other_release_is_left_alone() -> None:
+    before = snapshot()
+    with qsl.install():
+        after = snapshot()
+    for old, new in zip(before, after, strict=True):
+        changed = {name for name in old if new[name] is not old[name]}
+        assert changed <= {"qwen_scope"}
+
+
+def test_someone_elses_later_change_survives_uninstall() -> None:
+    qsl.install()
+    mine = upstream.NAMED_PRETRAINED_SAE_LOADERS
+    original, mine["qwen_scope"] = upstream.qwen_scope_sae_huggingface_loader, len
+    qsl.uninstall()
+    assert mine["qwen_scope"] is len
+    mine["qwen_scope"] = original
+
+
+@pytest.mark.filterwarnings("ignore:You are loading an SAE using")
+@pytest.mark.parametrize(
+    ("release", "sae_id"),
+    [
+        (RELEASE, "layer20"),
+        (REPO, "layer20"),
+        (REPO, "layer20.sae.pt"),
+        (SHORT, "layer20"),
+        (SHORT, "20"),
+    ],
+)
+@pytest.mark.usefixtures("official")
+def test_from_pretrained_by_every_name(release: str, sae_id: str) -> None:
+    with qsl.install():
+        sae = SAE.from_pretrained(release, sae_id, dtype="float16")
+    assert isinstance(sae, qsl.ScopeSAE)
+    assert isinstance(sae, SAE)
+    assert sae.cfg.metadata.qwen_scope_ref == f"{SHORT}/20"
+    assert sae.cfg.k == 50
+    assert torch.equal(sae.b_dec, qsl.load_sae(f"{SHORT}/20").b_dec.half())
+
+
+@pytest.mark.usefixtures("official")
+def test_as_a_converter_without_installing() -> None:
+    sae = SAE.from_pretrained(RELEASE, "layer20", converter=ScopeLoader())
+    assert type(sae) is TopKSAE
+    assert sae.cfg.metadata.prepend_bos is False
+    x = torch.randn(3, 2048)
+    torch.testing.assert_close(sae.encode(x), qsl.load_sae(f"{SHORT}/20").encode(x))
+
+
+@pytest.mark.filterwarnings("ignore:You are loading an SAE using")
+@pytest.mark.usefixtures("home")
+def test_all_544_configurations_load_without_a_download() -> None:
+    with qsl.install():
+        count = 0
+        for group in qsl.GROUPS:
+            for layer in group.layers:
+                config = upstream.load_sae_config_from_huggingface(group.release, f"layer{layer}")
+                assert (config["d_in"], config["d_sae"], config["k"]) == (
+                    group.d_model,
+                    group.d_sae,
+                    group.k,
+                )
+                assert config["metadata"]["hook_name"] == group.hook_name(layer)
+                count += group.origin == "official"
+    assert count == 544
+
+
+def test_pinned_revisions_reach_the_hub_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    from qwen_scope_lens.errors import HubUnreachable
+
+    asked: list[str | None] = []
+
+    def refuse(*args: object, revision: str | None = None, **kwargs: object) -> str:
+        asked.append(revision)
+        raise huggingface_hub.errors.LocalEntryNotFoundError("offline")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
+    with qsl.install(revisions={REPO: "abc"}), pytest.raises(HubUnreachable):
+        SAE.from_pretrained(RELEASE, "layer20")
+    with qsl.install(), pytest.raises(HubUnreachable):
+        SAE.from_pretrained(RELEASE, "layer20")
+    assert asked == ["abc", None]
+
+
+def test_a_moved_extension_point_fails_with_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = snapshot()
+    monkeypatch.delattr(upstream, "NAMED_PRETRAINED_SAE_CONFIG_GETTERS")
+    with pytest.raises(UnsupportedSAELens, match=r">=6\.54,<7") as caught:
+        qsl.install()
+    assert "\n" not in str(caught.value)
+    monkeypatch.undo()
+    assert snapshot() == before
+    monkeypatch.delitem(upstream.NAMED_PRETRAINED_SAE_LOADERS, "qwen_scope")
+    with pytest.raises(UnsupportedSAELens):
+        qsl.install()
+
+
+# What register.py, load.py and sae.py lean on without SAELens promising it.
+
+
+def test_contract_loader_tables() -> None:
+    assert upstream.NAMED_PRETRAINED_SAE_LOADERS["qwen_scope"] is (
+        upstream.qwen_scope_sae_huggingface_loader
+    )
+    assert upstream.NAMED_PRETRAINED_SAE_CONFIG_GETTERS["qwen_scope"] is (
+        upstream.get_qwen_scope_config_from_hf
+    )
+    expected = ["repo_id", "folder_name", "device", "force_download", "cfg_overrides"]
+    for function in (upstream.qwen_scope_sae_huggingface_loader, ScopeLoader().__call__):
+        assert list(inspect.signature(function).parameters) == expected
+
+
+def test_contract_directory_is_one_cached_dict() -> None:
+    assert get_pretrained_saes_directory() is get_pretrained_saes_directory()
+    fields = {
+        "release",
+        "repo_id",
+        "model",
+        "conversion_func",
+        "saes_map",
+        "expected_var_explained",
+        "expected_l0",
+        "neuronpedia_id",
+        "norm_scaling_factor",
+        "config_overrides",
+    }
+    assert set(PretrainedSAELookup.__dataclass_fields__) == fields
+
+
+def test_contract_architecture_name_chooses_the_class() -> None:
+    """`from_pretrained` asks the configuration for its architecture and looks the class up."""
+    assert qsl.ScopeSAE is not TopKSAE
+    with qsl.install():
+        assert SAE_CLASS_REGISTRY["qwen_scope_topk"][0] is qsl.ScopeSAE
+        assert SAE.get_sae_class_for_architecture("qwen_scope_topk") is qsl.ScopeSAE
+    assert register.ARCHITECTURE == "qwen_scope_topk"
+
+
+def test_contract_topk_sae_takes_views(home: Path) -> None:
+    """`load_state_dict(assign=True)` keeps the file's views; the sae is built on meta."""
+    sae = qsl.load_sae("local/mine/0")
+    assert not sae.W_enc.is_contiguous()
+    assert sae.W_enc.T.is_contiguous()
+    assert torch.equal(sae.W_enc.T, planted.tensors(seed=0)["W_enc"])
