@@ -181,41 +181,50 @@ class _Weights:
 
     def __init__(self, sae: TopKSAE) -> None:
         self.k = sae.cfg.k
-        self.W_enc, self.W_dec = sae.W_enc.float(), sae.W_dec.float()
+        self.W_enc, self.rows = sae.W_enc.float(), sae.W_dec.float().contiguous()
         self.b_enc, self.b_dec = sae.b_enc.float(), sae.b_dec.float()
+        self.shift = self.b_dec @ self.W_enc  # what subtracting b_dec does to pre-activations
 
 
 class _Trial:
-    """All conventions on one chunk `x [tokens, d_model]`; what two of them share is done once."""
+    """All conventions on one chunk `x [tokens, d_model]`; what several share is done once."""
 
     def __init__(self, weights: _Weights, x: torch.Tensor) -> None:
         self.w, self.x = weights, x
-        self._codes: dict[tuple[bool, bool, bool], tuple[torch.Tensor, torch.Tensor, int]] = {}
+        self._pre = x @ weights.W_enc + weights.b_enc
+        self._runs: dict[tuple[bool, bool, bool], _Run] = {}
 
     def add_to(self, sums: _Sums, how: Convention) -> None:
-        recons, fired, negative = self._run(how.subtract_b_dec, how.relu, how.topk)
-        error = recons + self.w.b_dec - self.x if how.add_b_dec else recons - self.x
+        key = (how.subtract_b_dec, how.relu, how.topk)
+        if key not in self._runs:
+            self._runs[key] = self._run(*key)
+        run = self._runs[key]
+        error = run.decoded + self.w.b_dec - self.x if how.add_b_dec else run.decoded - self.x
         sums.squared_error += float((error.double() ** 2).sum())
-        sums.fired += fired
-        sums.negative += negative
+        sums.fired += run.fired
+        sums.negative += run.negative
 
-    def _run(
-        self, subtract: bool, relu: bool, topk: bool
-    ) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """`(z @ W_dec, how often each feature fired, negative values in the top k)`"""
-        key = (subtract, relu, topk)
-        if key not in self._codes:
-            x = self.x - self.w.b_dec if subtract else self.x
-            pre, negative = x @ self.w.W_enc + self.w.b_enc, 0
-            if topk:
-                values, index = pre.topk(self.w.k, dim=-1)
-                negative = int((values < 0).sum())
-                pre = torch.zeros_like(pre).scatter_(-1, index, values)
-            z = pre.relu() if relu else pre
-            self._codes[key] = (z @ self.w.W_dec, (z > 0).sum(dim=0).cpu(), negative)
-            if topk and not negative:  # then ReLU changes nothing
-                self._codes[(subtract, not relu, topk)] = self._codes[key]
-        return self._codes[key]
+    def _run(self, subtract: bool, relu: bool, topk: bool) -> _Run:
+        pre = self._pre - self.w.shift if subtract else self._pre
+        if not topk:
+            z = pre.relu()
+            return _Run(z @ self.w.rows, (z > 0).sum(dim=0).cpu(), 0)
+        values, index = pre.topk(self.w.k, dim=-1)
+        fired = torch.bincount(index[values > 0].cpu(), minlength=pre.shape[-1])
+        chosen = values.relu() if relu else values
+        decoded = torch.nn.functional.embedding_bag(
+            index, self.w.rows, mode="sum", per_sample_weights=chosen
+        )
+        return _Run(decoded, fired, int((values < 0).sum()))
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One encode and decode of a chunk."""
+
+    decoded: torch.Tensor  # without b_dec
+    fired: torch.Tensor  # [d_sae], how often
+    negative: int  # values below zero among the k largest
 
 
 def _own_convention(sae: TopKSAE) -> Convention:
