@@ -119,7 +119,10 @@ def make_config(kind: str, **changes: Any) -> Any:
 
 
 def make_model(
-    kind: str = "Qwen3ForCausalLM", dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any
+    kind: str = "Qwen3ForCausalLM",
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    **changes: Any,
 ) -> Any:
     torch.manual_seed(seed)
     model = getattr(transformers, kind)(make_config(kind, **changes)).to(dtype).eval()

@@ -39,7 +39,7 @@ def register_adapters() -> None:
         ArchitectureAdapterFactory.register_adapter(name, ResidualAdapter)
 
 
-class ResidualAdapter(ArchitectureAdapter):  # type: ignore[misc]
+class ResidualAdapter(ArchitectureAdapter):
     """Maps embed, blocks and unembed of any supported class, and nothing else."""
 
     applicable_phases: list[int] = []  # noqa: RUF012 (upstream's declaration)
@@ -53,7 +53,7 @@ class ResidualAdapter(ArchitectureAdapter):  # type: ignore[misc]
         self._set_rms_rotary_defaults()
         cfg.default_prepend_bos = False
         cfg.is_multimodal = places.is_multimodal
-        self.weight_processing_conversions = {}
+        self.weight_processing_conversions: dict[str, Any] = {}
         self.component_mapping = {
             "embed": Embedding(name=places.embed),
             "blocks": ResidualBlock(name=places.layers),
@@ -62,7 +62,7 @@ class ResidualAdapter(ArchitectureAdapter):  # type: ignore[misc]
             self.component_mapping["unembed"] = Unembedding(name=places.head)
 
 
-class Embedding(EmbeddingBridge):  # type: ignore[misc]
+class Embedding(EmbeddingBridge):
     """The token embedding with its hooks; a quantised one keeps its output dtype."""
 
     def forward(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -71,14 +71,14 @@ class Embedding(EmbeddingBridge):  # type: ignore[misc]
         return same_dtype(self.hook_out(embedded), embedded)
 
 
-class Unembedding(UnembeddingBridge):  # type: ignore[misc]
+class Unembedding(UnembeddingBridge):
     """The unembedding with its hooks; unlike upstream's it adds no bias to the HF module."""
 
     def set_original_component(self, original_component: nn.Module) -> None:
         GeneralizedComponent.set_original_component(self, original_component)
 
 
-class ResidualBlock(GeneralizedComponent):  # type: ignore[misc]
+class ResidualBlock(GeneralizedComponent):
     """A decoder layer between its two residual hooks."""
 
     is_list_item = True

@@ -100,7 +100,9 @@ class Capture:
 
 
 @torch.no_grad()
-def capture(model: Any, texts: Sequence[Document], layers: Iterable[int], **options: Any) -> Capture:
+def capture(
+    model: Any, texts: Sequence[Document], layers: Iterable[int], **options: Any
+) -> Capture:
     """The residuals of all documents, in the order given. Options as of `iter_captures`."""
     if isinstance(texts, (str, torch.Tensor)):
         raise BadText("expected a sequence of documents, found one: put it into a list")
@@ -265,7 +267,9 @@ def _finish(
     offsets = torch.tensor([0, *lengths]).cumsum(0)
     first = torch.zeros(int(offsets[-1]), dtype=torch.bool)
     first[offsets[:-1]] = True
-    norms = {n: torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32) for n, x in residuals.items()}
+    norms = {
+        n: torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32) for n, x in residuals.items()
+    }
     extreme = {n: _extreme(x, lengths, ratio) for n, x in norms.items()}
 
     def place(tensor: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -17,7 +17,7 @@ from qwen_scope_lens.models.layers import describe, places_of, text_config, unwr
 
 __all__ = ["Document", "Encoded", "check_tokenizer", "encode", "find_tokenizer", "is_ids"]
 
-Document = str | Sequence[Mapping[str, Any]] | Sequence[int] | torch.Tensor
+Document: TypeAlias = str | Sequence[Mapping[str, Any]] | Sequence[int] | torch.Tensor
 """A text, a chat (messages with `role` and `content`), or token ids `[n]`."""
 
 LEAST_SHARE = 0.9
