@@ -125,7 +125,10 @@ def make_model(
     **changes: Any,
 ) -> Any:
     torch.manual_seed(seed)
-    model = getattr(transformers, kind)(make_config(kind, **changes)).to(dtype).eval()
+    # Not `.to(dtype)`: that would also round the rotary frequencies, which HF keeps in float32.
+    model = (
+        getattr(transformers, kind)._from_config(make_config(kind, **changes), dtype=dtype).eval()
+    )
     model.generation_config.eos_token_id = [258, 256]
     model.generation_config.pad_token_id = 256
     return model
