@@ -226,7 +226,8 @@ def _forward(model: Any, batch: Sequence[Encoded], layers: tuple[int, ...]) -> d
     device = input_device(model)
     lengths = torch.tensor([len(document) for document in batch])
     mask = torch.arange(int(lengths.max())) < lengths[:, None]
-    ids = torch.zeros(mask.shape, dtype=torch.long)
+    pad = getattr(text_config(model), "pad_token_id", None) or 0
+    ids = torch.full(mask.shape, pad)
     ids[mask] = torch.tensor([token for document in batch for token in document.ids])
     vocabulary = int(text_config(model).vocab_size)
     if not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
