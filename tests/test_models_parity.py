@@ -62,9 +62,7 @@ def test_logits_and_residuals_equal_plain_hf(kind: str, dtype: torch.dtype, side
         )
     logits, residuals = plain_forward(model, **inputs, **theirs)
 
-    got, cache = bridge.run_with_cache(
-        inputs["input_ids"], attention_mask=mask, names_filter=HOOKS
-    )
+    got, cache = bridge.run_with_cache(inputs["input_ids"], attention_mask=mask, names_filter=HOOKS)
     real = mask.bool()
     assert torch.equal(got[real], logits[real])
     for name, truth in zip(HOOKS, residuals, strict=True):

@@ -22,9 +22,7 @@ no_grad = torch.no_grad()
 
 @pytest.fixture(params=["thin", "full"])
 def bridge(request: Any) -> ScopeBridge:
-    return load_model(
-        make_model(), tokenizer=make_tokenizer(), full_hooks=request.param == "full"
-    )
+    return load_model(make_model(), tokenizer=make_tokenizer(), full_hooks=request.param == "full")
 
 
 def zeros(activation: Tensor, hook: Any) -> Tensor:

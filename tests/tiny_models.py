@@ -13,6 +13,8 @@ from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+torch.set_num_threads(1)  # tiny matrices: more threads only wait for each other
+
 D_MODEL = 32
 N_LAYERS = 4
 CONTEXT = 256

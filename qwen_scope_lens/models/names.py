@@ -74,7 +74,11 @@ class NamedHooks(SAETransformerBridge):
         if names is None or callable(names):
             # TransformerLens's names first: they are what a point is reported as.
             wanted = sorted(
-                (n for n in hooks if names is None or names(n)),
+                (
+                    n
+                    for n in hooks
+                    if (names is None or names(n)) and self._gated_hook_reason(n) is None
+                ),
                 key=lambda n: n == hooks[n].name,
             )
             if not wanted:
@@ -99,6 +103,8 @@ class NamedHooks(SAETransformerBridge):
 
         A filter or None gives TransformerLens's names (`hook_resid_post`, not `hook_out`).
         """
+        if isinstance(input, str):
+            input = self.to_tokens(input)
         if "unembed" not in self._modules and stop_at_layer is None:
             kwargs.setdefault("return_type", None)
         stop = self._stop(stop_at_layer)
@@ -164,8 +170,6 @@ class NamedHooks(SAETransformerBridge):
         for found, point in self._points(name):
             if not callable(name):
                 self.check_hooks_to_add(found)
-            elif self._gated_hook_reason(found) is not None:
-                continue
             hook = _in_dtype(hook_fn) if dir == "fwd" else hook_fn
             point.add_hook(hook, dir=dir, is_permanent=is_permanent)
 
