@@ -64,7 +64,7 @@ def test_d1_d2_a_wrapper_needs_no_torchvision_and_installs_nothing(
 
 
 def test_d1_the_full_adapter_on_a_wrapper_object_is_refused() -> None:
-    with pytest.raises(WrongModel, match="torchvision.*Load by name"):
+    with pytest.raises(WrongModel, match=r"torchvision.*Load by name"):
         make_bridge("Qwen3_5ForConditionalGeneration", full_hooks=True)
 
 
@@ -297,7 +297,7 @@ def test_texts_are_checked() -> None:
     for empty in ("", [], ["a", ""]):
         with pytest.raises(BadText, match="empty"):
             bridge.to_tokens(empty)
-    with pytest.raises(BadText, match="300 tokens, the context 256.*truncate=True"):
+    with pytest.raises(BadText, match=r"300 tokens, the context 256.*truncate=True"):
         bridge("a" * 300)
     assert bridge.to_tokens("a" * 300, truncate=True).shape == (1, 256)
     with pytest.raises(WrongTokenizer, match="no tokenizer"):

@@ -54,7 +54,7 @@ def test_prompt_learning_is_refused() -> None:
 
 def test_another_family_is_refused() -> None:
     config = transformers.GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=9)
-    with pytest.raises(WrongModel, match="gpt2.*Qwen3"):
+    with pytest.raises(WrongModel, match=r"gpt2.*Qwen3"):
         layers.decoder_layers(transformers.GPT2LMHeadModel(config))
     with pytest.raises(WrongModel, match="another family"):
         layers.places_of_config(config)

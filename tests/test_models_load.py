@@ -98,7 +98,7 @@ def test_a_bridge_is_saelens_own_kind_and_is_taken_as_it_is() -> None:
     stock = build_bridge_from_module(stock, "Qwen3ForCausalLM", hf_config=stock.config)
     with pytest.raises(WrongModel, match="a bridge already"):
         load_model(stock)
-    with pytest.raises(WrongModel, match="dtype.*for loading by name"):
+    with pytest.raises(WrongModel, match=r"dtype.*for loading by name"):
         load_model(make_model(), dtype=torch.bfloat16)
 
 

@@ -157,9 +157,9 @@ def test_7_a_missing_hook_or_another_width_raises(bridge: ScopeBridge) -> None:
         bridge.add_sae(make_sae(layer=9))
     wrong = make_sae()
     wrong.cfg.metadata.hook_name = "blocks.1.hook_resid_pots"
-    with pytest.raises(UnknownHook, match="nearest: blocks.1.hook_resid_post"):
+    with pytest.raises(UnknownHook, match=r"nearest: blocks.1.hook_resid_post"):
         bridge.run_with_saes(IDS, saes=[wrong])
-    with pytest.raises(WrongModel, match="d_in=16.*d_model=32"):
+    with pytest.raises(WrongModel, match=r"d_in=16.*d_model=32"):
         bridge.add_sae(make_sae(d_in=16))
     assert bridge.acts_to_saes == {}
 
