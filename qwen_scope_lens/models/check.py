@@ -44,6 +44,8 @@ class ModelCheck:
     hook_name: str
     d_model: int
     hook_difference: float  # |hook - layer output|, at most; 0 when the right module is hooked
+    tokens: int
+    left_out: int  # first and extreme-norm tokens among them
     notes: tuple[str, ...]
     verification: Any  # of saes/verify.py
 
@@ -52,6 +54,7 @@ class ModelCheck:
             f"model {self.model}, SAE of {self.sae_model or 'an unnamed model'}",
             f"  {self.hook_name} is the output of decoder layer {self.layer}"
             f" (largest difference {self.hook_difference:g}), d_model {self.d_model} on both sides",
+            f"  {self.tokens:,} tokens read, {self.left_out:,} first or extreme-norm ones left out",
             *(f"  NOTE: {note}" for note in self.notes),
             str(self.verification),
         ]
@@ -89,8 +92,9 @@ def verify_model(
         model, texts, [layer], tokenizer=tokenizer, token_budget=token_budget, truncate=True
     )
     verify = importlib.import_module("qwen_scope_lens.saes.verify").verify
+    keep = found.keep(layer)
     try:
-        result = verify(sae, found.residuals[layer], mask=found.keep(layer), **thresholds)
+        result = verify(sae, found.residuals[layer], mask=keep, **thresholds)
     except VerificationFailed as error:
         said = "".join(f"\n  NOTE: {note}" for note in notes)
         raise VerificationFailed(f"{describe(model)}: {error}{said}") from error
@@ -101,6 +105,8 @@ def verify_model(
         hook_name=hook_name,
         d_model=d_model(model),
         hook_difference=difference,
+        tokens=found.n_tokens,
+        left_out=int((~keep).sum()),
         notes=notes,
         verification=result,
     )
