@@ -68,6 +68,28 @@ def test_up_to_layer_reads_nothing_behind_it(kind: str, sharded: bool, tmp_path:
         load_model(tmp_path, up_to_layer=1, full_hooks=True)
 
 
+@no_grad
+@pytest.mark.parametrize("kind", ["Qwen3ForCausalLM", "Qwen3_5MoeForCausalLM"])
+def test_a_device_map_with_disk_offload(kind: str, tmp_path: Path) -> None:
+    model = make_model(kind)
+    model.save_pretrained(tmp_path / "model")
+    places = dict.fromkeys(("embed_tokens", "layers.0", "layers.2", "norm", "rotary_emb"), "cpu")
+    places |= {"layers.1": "disk", "layers.3": "disk"}
+    bridge = load_model(
+        tmp_path / "model",
+        device_map={"lm_head": "cpu"} | {f"model.{n}": place for n, place in places.items()},
+        offload_folder=str(tmp_path / "offload"),
+    )
+    assert bridge.cfg.n_devices == 2
+    torch.testing.assert_close(bridge(IDS), model(IDS).logits, rtol=1e-5, atol=1e-5)
+    truth = capture(model, [IDS[0]], [1, 3])
+    found = capture(bridge, [IDS[0]], [1, 3])
+    for layer in (1, 3):
+        torch.testing.assert_close(
+            found.residuals[layer], truth.residuals[layer], rtol=1e-5, atol=1e-5
+        )
+
+
 def test_an_incomplete_checkpoint_is_refused(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from sae_lens import ActivationsStore
+from sae_lens.evals import EvalConfig, run_evals
+from sae_lens.training.activation_scaler import ActivationScaler
 from tiny_models import make_model, make_sae, make_tokenizer
 from torch import Tensor
 
@@ -51,24 +54,43 @@ def test_1_hook_dict_keeps_its_aliases(bridge: ScopeBridge) -> None:
     assert list(cache) == [HOOK]
 
 
-@no_grad
-def test_1_the_activation_store_and_its_bos(bridge: ScopeBridge) -> None:
-    """Also defect 8: metadata says prepend_bos=True, no token is put before the text."""
-    import datasets
-
-    sae = make_sae()
+def make_store(bridge: ScopeBridge, sae: Any) -> ActivationsStore:
     sae.cfg.metadata.context_size = 8
-    data = datasets.Dataset.from_list([{"text": "abcdefgh" * 4}] * 8)
-    store = ActivationsStore.from_sae(
+    return ActivationsStore.from_sae(
         bridge,
         sae,
-        dataset=data,
+        dataset=datasets.Dataset.from_list([{"text": "abcdefgh" * 8}] * 16),
         context_size=8,
         store_batch_size_prompts=2,
         n_batches_in_buffer=2,
         train_batch_size_tokens=16,
         streaming=False,
     )
+
+
+def test_1_run_evals(bridge: ScopeBridge) -> None:
+    sae = make_sae()
+    config = EvalConfig(
+        batch_size_prompts=2,
+        n_eval_reconstruction_batches=1,
+        n_eval_sparsity_variance_batches=1,
+        compute_ce_loss=True,
+        compute_sparsity_metrics=True,
+        compute_variance_metrics=True,
+    )
+    found, _ = run_evals(
+        sae, make_store(bridge, sae), bridge, ActivationScaler(), eval_config=config
+    )
+    assert found["sparsity"]["l0"] == 8.0
+    losses = found["model_performance_preservation"]
+    assert losses["ce_loss_with_sae"] != losses["ce_loss_without_sae"]
+
+
+@no_grad
+def test_1_the_activation_store_and_its_bos(bridge: ScopeBridge) -> None:
+    """Also defect 8: metadata says prepend_bos=True, no token is put before the text."""
+    sae = make_sae()
+    store = make_store(bridge, sae)
     tokens = store.get_batch_tokens()
     assert tokens[0].tolist() == bridge.tokenizer("abcdefgh")["input_ids"]
     _, cache = bridge.run_with_cache(tokens, names_filter=HOOK)

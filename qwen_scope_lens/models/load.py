@@ -235,7 +235,8 @@ def _bridge(model: nn.Module, tokenizer: Any, full_hooks: bool) -> ScopeBridge:
     cfg.rmsnorm_uses_offset = places.is_hybrid  # Qwen3.5's norms multiply by 1 + weight
     adapter = ArchitectureAdapterFactory.select_architecture_adapter(cfg)
     adapter.cfg.device = str(input_device(inner))
-    adapter.cfg.n_devices = len(set(getattr(inner, "hf_device_map", None) or {"": 0}.values()))
+    spread: dict[str, Any] = getattr(inner, "hf_device_map", None) or {"": 0}
+    adapter.cfg.n_devices = len(set(spread.values()))
     adapter.prepare_model(inner)
     bridge = ScopeBridge(inner, adapter, tokenizer)
     bridge.__dict__["_undo"] = undo
