@@ -8,6 +8,7 @@ failure (a missing file, a bad value) the error is that too, so existing `except
 from __future__ import annotations
 
 __all__ = [
+    "BadText",
     "CannotWrite",
     "CheckpointError",
     "CheckpointMissing",
@@ -17,14 +18,17 @@ __all__ = [
     "NotFinite",
     "ScopeError",
     "TruncatedCheckpoint",
+    "UnknownHook",
     "UnknownName",
     "UnsafeCheckpoint",
     "UnsupportedSAE",
     "UnsupportedSAELens",
     "VerificationFailed",
     "WrongKeys",
+    "WrongModel",
     "WrongSettings",
     "WrongShape",
+    "WrongTokenizer",
 ]
 
 
@@ -94,3 +98,22 @@ class UnsupportedSAELens(ScopeError, RuntimeError):
 
 class VerificationFailed(ScopeError):
     """The SAE does not reconstruct these activations, or another convention fits better."""
+
+
+class WrongModel(ScopeError, ValueError):
+    """A model of another family or width, or a way of using one that would give wrong values."""
+
+
+class WrongTokenizer(ScopeError, ValueError):
+    """No tokenizer, or one that does not belong to the model."""
+
+
+class UnknownHook(ScopeError, KeyError):
+    """A hook name that the model does not have, or that this run would never reach."""
+
+    def __str__(self) -> str:  # KeyError would print the quoted repr
+        return str(self.args[0]) if self.args else ""
+
+
+class BadText(ScopeError, ValueError):
+    """An empty text, one longer than the context, or something that is no text."""

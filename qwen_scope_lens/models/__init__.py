@@ -1,0 +1,1 @@
+"""A Qwen checkpoint becomes hook points, and texts become residual streams."""

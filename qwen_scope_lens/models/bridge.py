@@ -1,0 +1,203 @@
+"""ScopeBridge: SAELens's SAETransformerBridge, with its silent failures repaired or refused.
+
+Texts keep their tokens (no BOS is ever put first), generation ends where the model ends, and the
+HF model can be had back. Names are checked in `names.py`, SAEs attached in `attach.py`; building a
+bridge is `load.py`, which modules are wrapped is `adapter.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
+
+from qwen_scope_lens.errors import BadText, WrongModel, WrongTokenizer
+from qwen_scope_lens.models.attach import AttachesSAEs
+from qwen_scope_lens.models.layers import describe
+from qwen_scope_lens.models.tokens import check_tokenizer
+
+__all__ = ["ScopeBridge"]
+
+
+class ScopeBridge(AttachesSAEs):
+    """A Qwen model with TransformerLens hook points, to which SAEs can be attached.
+
+    `blocks.L.hook_resid_post` is the output of decoder layer L, unprocessed. It owns the HF model
+    from which it was made, until `release()`.
+    """
+
+    up_to_layer: int | None = None  # the last layer loaded, where not all were
+
+    def forward(
+        self,
+        input: Any,
+        return_type: str | None = "logits",
+        *args: Any,
+        stop_at_layer: int | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Run the model; `stop_at_layer=n` runs layers 0..n-1 and returns the residual `[b, p, d]`.
+
+        A list of texts is padded with its mask. Without `past_key_values` or `use_cache` no cache
+        is built.
+        """
+        if "_released" in self.__dict__:
+            raise WrongModel("this bridge gave its model back: build another with load_model()")
+        stop = self._stop(stop_at_layer)
+        if stop is None and return_type is not None and "unembed" not in self._modules:
+            raise WrongModel(
+                f"{describe(self)} has no unembedding here (up_to_layer, or a base model), so there"
+                " are no logits: pass return_type=None or stop_at_layer"
+            )
+        if isinstance(input, list) and len(input) > 1 and kwargs.get("attention_mask") is None:
+            input, kwargs["attention_mask"] = self._tokens_and_mask(
+                input, kwargs.pop("padding_side", None)
+            )
+        if not getattr(self, "_capture_hf_cache", False) and return_type != "logits_and_cache":
+            asks = ("use_cache", "use_past_kv_cache", "past_key_values")
+            if not any(name in kwargs for name in asks):
+                kwargs["use_cache"] = False
+        with self._stopping(stop):
+            return super().forward(input, return_type, *args, **kwargs)
+
+    def generate(
+        self,
+        input: Any = "",
+        max_new_tokens: int = 10,
+        stop_at_eos: bool = True,
+        eos_token_id: int | Sequence[int] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Continue a text; stops at any end token of the model's generation settings."""
+        self._check_generates()
+        if stop_at_eos and eos_token_id is None:
+            eos_token_id = self.end_tokens() or None
+        if isinstance(input, list) and len(input) > 1 and "attention_mask" not in kwargs:
+            input, kwargs["attention_mask"] = self._tokens_and_mask(input, "left")
+            if kwargs.get("return_type", "input") == "input":
+                kwargs["return_type"] = "str"
+        return super().generate(input, max_new_tokens, stop_at_eos, eos_token_id, **kwargs)
+
+    def generate_stream(
+        self,
+        input: Any = "",
+        max_new_tokens: int = 10,
+        max_tokens_per_yield: int = 25,
+        stop_at_eos: bool = True,
+        eos_token_id: int | Sequence[int] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As `generate`, in pieces."""
+        self._check_generates()
+        if stop_at_eos and eos_token_id is None:
+            eos_token_id = self.end_tokens() or None
+        return super().generate_stream(
+            input, max_new_tokens, max_tokens_per_yield, stop_at_eos, eos_token_id, **kwargs
+        )
+
+    def end_tokens(self) -> list[int]:
+        """The ids at which this model ends: a chat model has several."""
+        for holder in ("generation_config", "config"):
+            found = getattr(getattr(self.original_model, holder, None), "eos_token_id", None)
+            if found is not None:
+                return [found] if isinstance(found, int) else list(found)
+        return []
+
+    def _check_generates(self) -> None:
+        if "unembed" not in self._modules:
+            raise WrongModel(f"{describe(self)} has no unembedding here: it cannot generate")
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer as it was given: no BOS is invented for it."""
+        return self._tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, value: Any) -> None:
+        if value is not None:
+            check_tokenizer(value, self)
+            self.cfg.tokenizer_prepends_bos = False
+            self.cfg.tokenizer_appends_eos = False
+        self._tokenizer = value
+
+    def to_tokens(
+        self,
+        input: str | list[str],
+        prepend_bos: bool | None = None,
+        padding_side: str | None = None,
+        move_to_device: bool = True,
+        truncate: bool = False,
+    ) -> Tensor:
+        """Token ids `[batch, pos]`. `prepend_bos` has no effect: Qwen has no BOS.
+
+        Upstream would put `<|endoftext|>` first, on a bridge and not on the HF model.
+        """
+        texts = [input] if isinstance(input, str) else input
+        if self._tokenizer is None:
+            raise WrongTokenizer("this bridge has no tokenizer: pass one to load_model()")
+        if not texts or not all(texts):
+            raise BadText("an empty text has no tokens: there is nothing to run")
+        tokens = super().to_tokens(texts, False, padding_side, move_to_device, truncate)
+        limit = self.cfg.n_ctx
+        if tokens.shape[-1] > limit:
+            raise BadText(
+                f"the text has {tokens.shape[-1]} tokens, the context {limit}: pass truncate=True"
+                " to to_tokens() to keep the beginning"
+            )
+        return tokens
+
+    def _tokens_and_mask(self, texts: list[str], side: str | None) -> tuple[Tensor, Tensor]:
+        side = side or getattr(self._tokenizer, "padding_side", "right")
+        tokens = self.to_tokens(texts, padding_side=side)
+        counts = [len(ids) for ids in self._tokenizer(texts, add_special_tokens=False)["input_ids"]]
+        lengths = torch.tensor(counts, device=tokens.device)[:, None]
+        positions = torch.arange(tokens.shape[-1], device=tokens.device)
+        if side == "left":
+            return tokens, (positions >= tokens.shape[-1] - lengths).long()
+        return tokens, (positions < lengths).long()
+
+    @classmethod
+    def boot_transformers(cls, model_name: str, **kwargs: Any) -> ScopeBridge:
+        """`load_model` under the name that SAELens's examples use."""
+        from qwen_scope_lens.models.load import load_model
+
+        return load_model(model_name, **kwargs)
+
+    def enable_compatibility_mode(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused: it folds and centres weights, SAEs read the unprocessed residual."""
+        raise WrongModel(
+            "compatibility mode rewrites the weights and shifts the residuals (by 2e-2 to 1.6e-1 in"
+            " bfloat16): SAEs read unprocessed ones. The hook names work without it"
+        )
+
+    def process_weights(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused, as `enable_compatibility_mode`."""
+        self.enable_compatibility_mode()
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused: the bridge's modules stand inside the HF model, its files would not load."""
+        raise WrongModel("call release() first: it gives the HF model back, which can be saved")
+
+    def release(self) -> nn.Module:
+        """Give the HF model back as it was; the bridge cannot be used any more."""
+        self.reset_saes()
+        self.reset_hooks(including_permanent=True)
+        model: nn.Module = self.original_model
+        for undo in self.__dict__.pop("_undo", []):
+            undo()
+        _unbridge(model)
+        self.__dict__["_released"] = True
+        return model
+
+
+def _unbridge(module: nn.Module) -> None:
+    """Put the HF modules back where a bridge's components stand."""
+    for name, child in list(module._modules.items()):
+        while isinstance(child, GeneralizedComponent):
+            child = child._modules.get("_original_component")
+        if child is not None:
+            module._modules[name] = child
+            _unbridge(child)

@@ -1,0 +1,243 @@
+"""`load_model`: a checkpoint, or an HF model in memory, becomes a bridge with hook points.
+
+Checkpoints are opened by transformers alone: no image processor is touched, nothing is installed,
+and the dtype is the checkpoint's. With `up_to_layer` only the embedding and the first layers are
+read. What the bridge then does is `bridge.py`, which modules it wraps `adapter.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
+from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
+from transformer_lens.model_bridge.sources import build_bridge_config_from_hf
+
+from qwen_scope_lens.errors import CheckpointMissing, LayerOutOfRange, WrongKeys, WrongModel
+from qwen_scope_lens.models.adapter import register_adapters, residual_name
+from qwen_scope_lens.models.bridge import ScopeBridge
+from qwen_scope_lens.models.full import prepare_full
+from qwen_scope_lens.models.layers import (
+    PLACES,
+    describe,
+    input_device,
+    places_of,
+    places_of_config,
+    text_config,
+    unwrap,
+)
+
+__all__ = ["load_model"]
+
+_TEXT_WEIGHT = re.compile(
+    r"(?:model\.)?(?:language_model\.)?(?:embed_tokens|norm|layers\.(?P<layer>\d+))\."
+)
+_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+
+
+def load_model(
+    name_or_model: str | Path | nn.Module,
+    *,
+    tokenizer: Any = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    device_map: Any = None,
+    up_to_layer: int | None = None,
+    full_hooks: bool = False,
+    revision: str | None = None,
+    local_files_only: bool = False,
+    **hf_options: Any,
+) -> ScopeBridge:
+    """A Qwen3, Qwen3-MoE, Qwen3.5 or Qwen3.5-MoE model with TransformerLens hook points.
+
+    `name_or_model` is a hub name, a folder, or an HF model in memory (plain, quantised, spread
+    over devices, or with a LoRA-like adapter); the bridge then owns it until `release()`. The
+    default hook points are the residual stream's, around HF's own layers. `full_hooks` takes
+    TransformerLens's whole adapter instead: all hook points, eager attention, slower.
+
+    `up_to_layer=L` reads layers 0..L of a checkpoint and nothing behind them: residuals, no
+    logits. `dtype` is the checkpoint's unless given. `hf_options` go to `from_pretrained`.
+    """
+    if isinstance(name_or_model, ScopeBridge):
+        return name_or_model
+    if isinstance(name_or_model, TransformerBridge):
+        raise WrongModel("this is a bridge already: load the model again, or use it as it is")
+    if isinstance(name_or_model, nn.Module):
+        given = {
+            "dtype": dtype,
+            "device": device,
+            "device_map": device_map,
+            "up_to_layer": up_to_layer,
+            "revision": revision,
+            **hf_options,
+        }
+        if named := [name for name, value in given.items() if value is not None]:
+            raise WrongModel(
+                f"{', '.join(named)}: for loading by name; a model in memory is taken as it is"
+            )
+        return _bridge(name_or_model, tokenizer, full_hooks)
+    if full_hooks and up_to_layer is not None:
+        raise WrongModel("up_to_layer has the residual hooks only: leave full_hooks out")
+    name = str(name_or_model)
+    source = {"revision": revision, "local_files_only": local_files_only}
+    try:
+        config = transformers.AutoConfig.from_pretrained(name, **source)
+        places_of_config(config)
+        if tokenizer is None:
+            tokenizer = _tokenizer(name, source)
+        place = {"device_map": device_map} if device_map is not None else {}
+        if up_to_layer is None:
+            model = _load(
+                transformers.AutoModelForCausalLM,
+                name,
+                dtype=dtype or "auto",
+                **place,
+                **source,
+                **hf_options,
+            )
+        else:
+            model = _load_first_layers(
+                name, config, up_to_layer, dtype, source, **place, **hf_options
+            )
+    except OSError as error:
+        raise CheckpointMissing(f"{name} cannot be loaded: {error}") from error
+    if device is not None:
+        model = model.to(device)
+    bridge = _bridge(model.eval(), tokenizer, full_hooks)
+    bridge.up_to_layer = up_to_layer
+    return bridge
+
+
+def _tokenizer(name: str, source: dict[str, Any]) -> Any:
+    folder = Path(name)
+    if folder.is_dir() and not any(folder.glob("tokenizer*")):
+        return None  # transformers would invent an empty one
+    return transformers.AutoTokenizer.from_pretrained(name, **source)
+
+
+def _load(loader: Any, name: str | None, **options: Any) -> Any:
+    """`from_pretrained`, refusing a checkpoint that leaves weights at random values."""
+    model, info = loader.from_pretrained(name, output_loading_info=True, **options)
+    if missing := sorted(info["missing_keys"]):
+        raise WrongKeys(
+            f"{len(missing)} weights are not in the checkpoint and would be random, the first is"
+            f" {missing[0]}: it belongs to another architecture, or is incomplete"
+        )
+    return model
+
+
+def _load_first_layers(
+    name: str,
+    config: Any,
+    last: int,
+    dtype: torch.dtype | None,
+    source: dict[str, Any],
+    **options: Any,
+) -> Any:
+    """The text model without head, cut after layer `last`; other tensors are never read."""
+    from safetensors import safe_open
+
+    if getattr(config, "quantization_config", None):
+        raise WrongModel("up_to_layer reads plain checkpoints; this one is stored quantised")
+    family = places_of_config(config).family
+    text = text_config(config)
+    if not 0 <= last < text.num_hidden_layers:
+        raise LayerOutOfRange(f"up_to_layer={last}: {name} has 0..{text.num_hidden_layers - 1}")
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[: last + 1]
+    text.num_hidden_layers = last + 1
+    [row] = [row for row in PLACES if row.family == family and row.kind == "text"]
+    with ExitStack() as files:
+        weights: dict[str, Any] = {}
+        for file, keys in _files_of(name, source).items():
+            wanted = None if keys is None else [key for key in keys if _is_wanted(key, last)]
+            if wanted == []:
+                continue
+            opened = files.enter_context(
+                safe_open(_fetch(name, file, source), framework="pt", device="cpu")
+            )
+            for key in opened.keys() if wanted is None else wanted:
+                if _is_wanted(key, last):
+                    weights[key] = opened.get_slice(key)
+        if not weights:
+            raise WrongKeys(f"{name} has no weights named as those of a {row.hf_class}")
+        stored = _DTYPES.get(next(iter(weights.values())).get_dtype(), torch.float32)
+        declared = getattr(text, "dtype", None) or getattr(config, "dtype", None)
+        model = _load(
+            getattr(transformers, row.hf_class),
+            None,
+            config=text,
+            state_dict=weights,
+            dtype=dtype or declared or stored,
+            **options,
+        )
+    model.config._name_or_path = name
+    return model
+
+
+def _is_wanted(key: str, last: int) -> bool:
+    found = _TEXT_WEIGHT.match(key)
+    return found is not None and int(found["layer"] or 0) <= last
+
+
+def _files_of(name: str, source: dict[str, Any]) -> dict[str, list[str] | None]:
+    """The checkpoint's files and the tensors in each, or None where there is no index."""
+    try:
+        index = Path(_fetch(name, "model.safetensors.index.json", source))
+    except OSError:
+        return {"model.safetensors": None}
+    files: dict[str, list[str] | None] = {}
+    for key, file in json.loads(index.read_text())["weight_map"].items():
+        found = files.setdefault(file, [])
+        assert found is not None
+        found.append(key)
+    return files
+
+
+def _fetch(name: str, file: str, source: dict[str, Any]) -> str:
+    """The local path of one file of a folder or repository."""
+    if Path(name).is_dir():
+        path = Path(name) / file
+        if not path.is_file():
+            raise FileNotFoundError(f"no {file} in {name}")
+        return str(path)
+    from huggingface_hub import hf_hub_download
+
+    return str(hf_hub_download(name, file, **source))
+
+
+def _bridge(model: nn.Module, tokenizer: Any, full_hooks: bool) -> ScopeBridge:
+    """Wrap an HF model, with the thin or the full adapter."""
+    inner = unwrap(model)
+    places = places_of(inner)
+    if any(isinstance(module, GeneralizedComponent) for module in inner.modules()):
+        raise WrongModel(
+            f"{describe(inner)} stands inside a bridge already: use that one, or release() it"
+        )
+    undo: list[Callable[[], None]] = []
+    if full_hooks:
+        architecture = places.hf_class
+        undo = prepare_full(inner, places)
+    else:
+        register_adapters()
+        architecture = residual_name(places.hf_class)
+    dtype = next(inner.parameters()).dtype
+    cfg = build_bridge_config_from_hf(inner.config, architecture, describe(inner), dtype)
+    cfg.rmsnorm_uses_offset = places.is_hybrid  # Qwen3.5's norms multiply by 1 + weight
+    adapter = ArchitectureAdapterFactory.select_architecture_adapter(cfg)
+    adapter.cfg.device = str(input_device(inner))
+    spread: dict[str, Any] = getattr(inner, "hf_device_map", None) or {"": 0}
+    adapter.cfg.n_devices = len(set(spread.values()))
+    adapter.prepare_model(inner)
+    bridge = ScopeBridge(inner, adapter, tokenizer)
+    bridge.__dict__["_undo"] = undo
+    return bridge

@@ -1,0 +1,78 @@
+"""Private names of upstream that we lean on: a new version that moves one fails here by name."""
+
+from __future__ import annotations
+
+import inspect
+
+from sae_lens.analysis.hooked_sae_transformer import _SAEWrapper
+from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
+from tiny_models import make_model, make_sae, make_tokenizer
+from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
+from transformer_lens.hook_points import HookPoint
+from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge.exceptions import StopAtLayerException
+from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
+
+from qwen_scope_lens.models import adapter
+from qwen_scope_lens.models.load import load_model
+
+
+def test_saelens_wrapper() -> None:
+    wrapper = _SAEWrapper(make_sae(), use_error_term=True)
+    assert {"hook_sae_input", "hook_sae_acts_post", "hook_sae_error", "hook_sae_output"} <= {
+        name for name, _ in wrapper.named_modules()
+    }
+    for name in ("capture_input", "set_token_mask"):
+        assert callable(getattr(wrapper, name))
+    assert "_captured_input" in vars(wrapper)
+    assert "_token_mask" in vars(wrapper)
+
+
+def test_saelens_bridge() -> None:
+    source = inspect.getsource(SAETransformerBridge)
+    for name in ("_acts_to_saes", "_resolve_hook_name", "_reset_sae"):
+        assert name in source
+    bridge = load_model(make_model())
+    assert bridge._acts_to_saes == {}
+    assert bridge._resolve_hook_name("blocks.1.hook_resid_post") == "blocks.1.hook_out"
+
+
+def test_transformer_lens_bridge() -> None:
+    assert isinstance(TransformerBridge.hook_dict, property)
+    bridge = load_model(make_model(), tokenizer=make_tokenizer())
+    assert "blocks.1.hook_out" in bridge._hook_registry
+    assert bridge._tokenizer is bridge.tokenizer
+    assert vars(bridge)["original_model"] is bridge.original_model
+    assert bridge._weights_processed is bridge.compatibility_mode is False
+    assert bridge._gated_hook_reason("blocks.1.hook_resid_post") is None
+    assert bridge.blocks[0]._modules["_original_component"] is bridge.blocks[0].original_component
+    assert "_capture_hf_cache" in inspect.getsource(TransformerBridge)
+    assert StopAtLayerException("x").layer_output == "x"
+    order = list(inspect.signature(TransformerBridge.generate).parameters)
+    assert order[1:5] == ["input", "max_new_tokens", "stop_at_eos", "eos_token_id"]
+    order = list(inspect.signature(TransformerBridge.generate_stream).parameters)
+    assert order[1:6] == [
+        "input",
+        "max_new_tokens",
+        "max_tokens_per_yield",
+        "stop_at_eos",
+        "eos_token_id",
+    ]
+
+
+def test_transformer_lens_components() -> None:
+    assert callable(GeneralizedComponent.set_original_component)
+    assert HookPoint().ctx == {}
+    for name in ("supports_hf_output_attentions", "supports_compatibility_mode"):
+        assert getattr(adapter.ResidualAdapter, name) is False
+
+
+def test_registration_touches_our_names_only() -> None:
+    before = dict(ArchitectureAdapterFactory._adapters)
+    adapter.register_adapters()
+    once = dict(ArchitectureAdapterFactory._adapters)
+    adapter.register_adapters()
+    assert once == ArchitectureAdapterFactory._adapters
+    for name, found in before.items():
+        assert once[name] is found
+    assert all(name.endswith("/residual") for name in set(once) - set(before))
