@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qwen_scope_lens.catalog import GROUPS, FeatureRef, Group, LayerRef, find_group
     from qwen_scope_lens.errors import ScopeError
+    from qwen_scope_lens.models.capture import Capture, capture, iter_captures
+    from qwen_scope_lens.models.check import verify_model
+    from qwen_scope_lens.models.load import load_model
     from qwen_scope_lens.saes.load import load_sae
     from qwen_scope_lens.saes.register import install, is_installed, uninstall
     from qwen_scope_lens.saes.sae import ScopeSAE
@@ -19,22 +22,28 @@ __version__ = "0.1.0"
 # `import qwen_scope_lens` do not wait seconds for torch, SAELens and TransformerLens.
 _HOME = {
     "GROUPS": "catalog",
+    "Capture": "models.capture",
     "FeatureRef": "catalog",
     "Group": "catalog",
     "LayerRef": "catalog",
     "ScopeError": "errors",
     "ScopeSAE": "saes.sae",
     "Verification": "saes.verify",
+    "capture": "models.capture",
     "find_group": "catalog",
     "install": "saes.register",
     "is_installed": "saes.register",
+    "iter_captures": "models.capture",
+    "load_model": "models.load",
     "load_sae": "saes.load",
     "uninstall": "saes.register",
     "verify": "saes.verify",
+    "verify_model": "models.check",
 }
 
 __all__ = [
     "GROUPS",
+    "Capture",
     "FeatureRef",
     "Group",
     "LayerRef",
@@ -42,12 +51,16 @@ __all__ = [
     "ScopeSAE",
     "Verification",
     "__version__",
+    "capture",
     "find_group",
     "install",
     "is_installed",
+    "iter_captures",
+    "load_model",
     "load_sae",
     "uninstall",
     "verify",
+    "verify_model",
 ]
 
 

@@ -13,6 +13,7 @@ import planted
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny_models import make_model, make_tokenizer
 
 from qwen_scope_lens.cli import main
 from qwen_scope_lens.cli.app import VERBS
@@ -102,6 +103,30 @@ def test_verify(home: Path, capsys: pytest.CaptureFixture[str], form: str) -> No
     assert "as documented   <- in use" in capsys.readouterr().out
     assert main(["verify", "local/mine/2", "--activations", str(path)]) == 1
     assert "PROBLEM" in capsys.readouterr().err
+
+
+def test_verify_with_a_model(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A checkpoint on disk, and an SAE that keeps both signs of every coordinate: exact."""
+    make_model().save_pretrained(home / "model")
+    make_tokenizer().save_pretrained(home / "model")
+    eye = torch.eye(32)
+    folder = planted.write_group(home / "exact", range(0), d_model=32, d_sae=64, k=32)
+    weights = {"W_enc": torch.cat([eye, -eye]), "W_dec": torch.cat([eye, -eye], 1)}
+    torch.save(
+        weights | {"b_enc": torch.zeros(64), "b_dec": torch.zeros(32)}, folder / "layer2.sae.pt"
+    )
+    command = ["verify", "local/exact/2", "--model", str(home / "model")]
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    assert "blocks.2.hook_resid_post is the output of decoder layer 2" in out
+    assert "FVU    0.0000  as documented   <- in use" in out
+    assert "NOTE: the SAE was trained on somebody/their-model" in out
+    (home / "texts.txt").write_text("one line\n\nand another, longer\n")
+    assert main([*command, "--texts", str(home / "texts.txt")]) == 0
+    assert main([*command, "--texts", str(home / "none.txt")]) == 1
+    assert main(["verify", "local/mine/1", "--model", str(home / "model")]) == 1  # another width
+    assert main(["verify", "local/exact/2", "--model", str(home / "nowhere")]) == 1
+    assert "Traceback" not in capsys.readouterr().err
 
 
 def test_verify_refuses_bad_activation_files(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +12,7 @@ from qwen_scope_lens.errors import UnknownHook, VerificationFailed, WrongModel
 from qwen_scope_lens.models import check
 from qwen_scope_lens.models.check import hook_difference, sample_texts, verify_model
 from qwen_scope_lens.models.load import load_model
+from qwen_scope_lens.saes.verify import verify
 
 FVU = 0.3
 calls: list[dict[str, Any]] = []
@@ -30,11 +29,7 @@ def stand_in(sae: Any, activations: Any, *, mask: Any = None, max_fvu: float = 0
 @pytest.fixture(autouse=True)
 def verification(monkeypatch: pytest.MonkeyPatch) -> None:
     calls.clear()
-    monkeypatch.setitem(
-        sys.modules,
-        "qwen_scope_lens.saes.verify",
-        SimpleNamespace(verify=stand_in),  # type: ignore[arg-type]
-    )
+    monkeypatch.setattr(check, "verify", stand_in)
 
 
 @pytest.mark.parametrize("kind", ["Qwen3ForCausalLM", "Qwen3_5ForConditionalGeneration"])
@@ -98,6 +93,25 @@ def test_a_base_sae_on_an_instruct_or_quantised_model() -> None:
         "the model's weights are quantised, the SAE was trained on unquantised ones",
     )
     assert torch.is_tensor(calls[0]["activations"])
+
+
+@pytest.mark.parametrize("kind", ["Qwen3ForCausalLM", "Qwen3_5ForCausalLM"])
+def test_with_the_real_measurement(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An SAE that keeps both signs of every coordinate reconstructs any model exactly."""
+    monkeypatch.setattr(check, "verify", verify)
+    sae = make_sae(d_sae=64, k=32)
+    eye = torch.eye(32)
+    with torch.no_grad():
+        sae.W_enc.copy_(torch.cat([eye, -eye], 1))
+        sae.W_dec.copy_(torch.cat([eye, -eye]))
+        sae.b_enc.zero_()
+        sae.b_dec.zero_()
+    found = verify_model(make_model(kind), sae, tokenizer=make_tokenizer())
+    assert found.verification.fvu["as documented"] < 1e-6
+    with torch.no_grad():
+        sae.W_dec.copy_(sae.W_dec.flip(0))
+    with pytest.raises(VerificationFailed, match="right layer"):
+        verify_model(make_model(kind), sae, tokenizer=make_tokenizer())
 
 
 def test_the_sample() -> None:

@@ -1,7 +1,12 @@
-"""Does this SAE belong to these activations? Measures, prints a report, exits with 1 if not.
+"""Does this SAE belong to this model, or to these activations? Exits with 1 if not.
+
+    qsl verify qwen3-8b-base/w64k-l0-50/20 --model Qwen/Qwen3-8B-Base
+    qsl verify qwen3-8b-base/w64k-l0-50/20 --activations residuals.npy
 
 The SAE is run under its documented convention and under the usual wrong ones on the same tokens.
-The file of activations holds one tensor, [tokens, d_model] or [batch, position, d_model], of
+With --model the texts are a small bundled sample (or --texts, one a line), only the layers up to
+the SAE's are loaded, and the hook is compared with the layer's own output.
+A file of activations holds one tensor, [tokens, d_model] or [batch, position, d_model], of
 residuals after the SAE's decoder layer: .npy, .safetensors, or .pt (tensors only, never code).
 """
 
@@ -9,13 +14,24 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from qwen_scope_lens.catalog import LayerRef
+from qwen_scope_lens.errors import BadText
 from qwen_scope_lens.saes.verify import MAX_FVU
+
+if TYPE_CHECKING:
+    from qwen_scope_lens.models.check import ModelCheck
+    from qwen_scope_lens.saes.sae import ScopeSAE
+    from qwen_scope_lens.saes.verify import Verification
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("sae", metavar="SAE", help="such as qwen3-8b-base/w64k-l0-50/20")
-    parser.add_argument("--activations", type=Path, required=True, help=".npy, .safetensors or .pt")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--model", help="a folder, or a name on the hub")
+    source.add_argument("--activations", type=Path, help=".npy, .safetensors or .pt")
+    parser.add_argument("--texts", type=Path, help="with --model: a text a line, instead of ours")
     parser.add_argument("--folder", type=Path, help="read the SAE's file from here only")
     parser.add_argument("--revision", help="commit, tag or branch on the hub")
     parser.add_argument("--max-fvu", type=float, default=MAX_FVU, help="default: %(default)s")
@@ -25,9 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from qwen_scope_lens.saes.checkpoint import read_activations
     from qwen_scope_lens.saes.load import load_sae
-    from qwen_scope_lens.saes.verify import verify
 
     sae = load_sae(
         arguments.sae,
@@ -35,5 +49,29 @@ def run(arguments: argparse.Namespace) -> int:
         revision=arguments.revision,
         apply_b_dec_to_input=True if arguments.subtract_b_dec else None,
     )
-    print(verify(sae, read_activations(arguments.activations), max_fvu=arguments.max_fvu))
+    check = _with_model if arguments.model else _with_activations
+    print(check(sae, arguments))
     return 0
+
+
+def _with_model(sae: ScopeSAE, arguments: argparse.Namespace) -> ModelCheck:
+    from qwen_scope_lens.models.check import verify_model
+    from qwen_scope_lens.models.load import load_model
+
+    texts = None
+    if arguments.texts:
+        try:
+            lines = arguments.texts.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise BadText(f"cannot read {arguments.texts} as UTF-8 text: {error}") from error
+        texts = [line for line in lines if line.strip()]
+    layer = LayerRef.parse(arguments.sae).layer
+    model = load_model(arguments.model, up_to_layer=layer)
+    return verify_model(model, sae, texts, max_fvu=arguments.max_fvu)
+
+
+def _with_activations(sae: ScopeSAE, arguments: argparse.Namespace) -> Verification:
+    from qwen_scope_lens.saes.checkpoint import read_activations
+    from qwen_scope_lens.saes.verify import verify
+
+    return verify(sae, read_activations(arguments.activations), max_fvu=arguments.max_fvu)

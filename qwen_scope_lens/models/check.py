@@ -7,7 +7,6 @@ bundled sample (or of texts that are given).
 
 from __future__ import annotations
 
-import importlib
 import re
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -30,6 +29,7 @@ from qwen_scope_lens.models.layers import (
     is_quantised,
 )
 from qwen_scope_lens.models.tokens import Document, find_tokenizer
+from qwen_scope_lens.saes.verify import Verification, verify
 
 __all__ = ["ModelCheck", "check_width", "hook_difference", "sample_texts", "verify_model"]
 
@@ -47,7 +47,7 @@ class ModelCheck:
     tokens: int
     left_out: int  # first and extreme-norm tokens among them
     notes: tuple[str, ...]
-    verification: Any  # of saes/verify.py
+    verification: Verification
 
     def __str__(self) -> str:
         lines = [
@@ -91,7 +91,6 @@ def verify_model(
     found = capture(
         model, texts, [layer], tokenizer=tokenizer, token_budget=token_budget, truncate=True
     )
-    verify = importlib.import_module("qwen_scope_lens.saes.verify").verify
     keep = found.keep(layer)
     try:
         result = verify(sae, found.residuals[layer], mask=keep, **thresholds)
