@@ -18,6 +18,7 @@ from sae_lens.saes.topk_sae import TopK, TopKSAE, TopKSAEConfig
 
 from qwen_scope_lens.errors import LayerOutOfRange, NotFinite
 from qwen_scope_lens.saes.derived import Derived
+from qwen_scope_lens.saes.encoder import Encoder
 from qwen_scope_lens.saes.sparse import SparseCodes
 from qwen_scope_lens.saes.topk import encode_topk, gather_decode
 
@@ -29,6 +30,9 @@ ARCHITECTURE = "qwen_scope_topk"
 
 _GATHER_WORTH = 8
 """`decode` gathers while at most one dense activation in this many is not zero."""
+
+_INPUT_BYTES = 16 * 2**20
+"""How much of x is cast to float32 at a time."""
 
 
 @dataclass
@@ -58,6 +62,7 @@ class ScopeSAE(TopKSAE):
         super().__init__(cfg, use_error_term)
         self.requires_grad_(False)
         self._derived = Derived()
+        self._half_copy = False
 
     def encode_sparse(self, x: torch.Tensor) -> SparseCodes:
         """The k largest of `ReLU(pre)`: `[.., d_in] -> SparseCodes [.., k]` in float32.
@@ -68,17 +73,42 @@ class ScopeSAE(TopKSAE):
         counts as frozen. Of SAELens's hooks only `hook_sae_input` fires, unless
         `hook_sae_acts_pre` is hooked: then the dense pre-activations are made for it.
         """
-        sae_in = self.process_sae_in(x)
         if _hooked(self.hook_sae_acts_pre) or not self._plain_topk:
+            sae_in = self.process_sae_in(x)
             pre = self.hook_sae_acts_pre(sae_in @ self.W_enc + self.b_enc)
             if self.cfg.rescale_acts_by_decoder_norm:
                 pre = pre * self.W_dec.norm(dim=-1)
             return SparseCodes.from_dense(pre, self._k)
-        flat = sae_in.reshape(-1, self.cfg.d_in)
-        _require_finite(flat, sae_in.shape[:-1])
-        values, indices = encode_topk(flat, self._encoder_rows(), self.b_enc.detach(), self._k)
-        shape = (*sae_in.shape[:-1], self._k)
-        return SparseCodes(values.reshape(shape), indices.reshape(shape), self.cfg.d_sae)
+        wants_grad = torch.is_grad_enabled() and x.requires_grad
+        if wants_grad or _hooked(self.hook_sae_input) or not self._rowwise_input:
+            sae_in = self.process_sae_in(x)
+            shape, flat, size = sae_in.shape[:-1], sae_in.reshape(-1, self.cfg.d_in), 2**62
+        else:
+            # Cast and shifted block by block, so that no second copy of x is ever made.
+            shape, flat = x.shape[:-1], x.reshape(-1, self.cfg.d_in)
+            size = max(1, _INPUT_BYTES // (4 * self.cfg.d_in))
+        _require_finite(flat, shape)
+        encoder = self._encoder()
+        parts = []
+        for start in range(0, max(1, len(flat)), size):
+            block = flat[start : start + size]
+            block = block if size == 2**62 else self.process_sae_in(block)
+            parts.append(encode_topk(block, encoder, self._k))
+        values, indices = (torch.cat(part) for part in zip(*parts, strict=True))
+        full = (*shape, self._k)
+        return SparseCodes(values.reshape(full), indices.reshape(full), self.cfg.d_sae)
+
+    def prepare(self, half_copy: bool = False) -> ScopeSAE:
+        """Do now what the first encode would do: one pass over the encoder, for the bounds.
+
+        With `half_copy` a bfloat16 copy of the encoder is kept as well (half of W_enc's float32
+        size), which saves converting it on every call: worth it for many calls of a few hundred
+        tokens. Codes are the same, bit for bit. `prepare()` without it drops the copy.
+        """
+        self._half_copy = half_copy
+        self._derived.clear()
+        self._encoder()
+        return self
 
     def decode_sparse(self, codes: SparseCodes) -> torch.Tensor:
         """Reconstruct: `SparseCodes [.., k] -> [.., d_in]`, reading only the rows of `codes`.
@@ -214,13 +244,20 @@ class ScopeSAE(TopKSAE):
                 codes = self.encode_sparse(x)
             return self.decode_sparse(codes.detach())
 
-    def _encoder_rows(self) -> torch.Tensor:
-        """The encoder row-major, `[d_sae, d_in]`: a view of an official file's W_enc, else a copy
-        made once (the size of W_enc)."""
-        rows = self.W_enc.detach().T
-        if rows.is_contiguous():
-            return rows
-        return self._derived.get("encoder rows", (self.W_enc,), rows.contiguous)
+    @property
+    def _rowwise_input(self) -> bool:
+        return self.cfg.normalize_activations == "none" and self.cfg.reshape_activations == "none"
+
+    def _encoder(self) -> Encoder:
+        """Row-major, `[d_sae, d_in]`: a view of an official file's W_enc, else a copy made once
+        (the size of W_enc)."""
+        return self._derived.get(
+            "encoder",
+            (self.W_enc, self.b_enc),
+            lambda: Encoder(
+                self.W_enc.detach().T.contiguous(), self.b_enc.detach(), self._half_copy
+            ),
+        )
 
     def _decoder_rows(self) -> torch.Tensor:
         if self.W_dec.is_contiguous():
@@ -231,7 +268,7 @@ class ScopeSAE(TopKSAE):
 
     def _checked(self, features: int | Sequence[int] | torch.Tensor) -> torch.Tensor:
         index = torch.as_tensor(features, device=self.W_dec.device, dtype=torch.long)
-        if index.numel() and not (0 <= int(index.min()) and int(index.max()) < self.cfg.d_sae):
+        if index.numel() and not (int(index.min()) >= 0 and int(index.max()) < self.cfg.d_sae):
             raise LayerOutOfRange(
                 f"feature {features} is out of range: this SAE has 0..{self.cfg.d_sae - 1}"
             )
@@ -255,13 +292,15 @@ def _hooked(hook: torch.nn.Module) -> bool:
 
 def _require_finite(flat: torch.Tensor, shape: torch.Size) -> None:
     """Refuse NaN and infinity in `[n, d_in]`, naming positions of `shape`."""
-    bad = ~flat.isfinite().all(dim=-1)
-    if not bool(bad.any()):
+    # Block by block: the mask of a block is small, that of x may be a quarter of it.
+    blocks = [block.isfinite().all(dim=-1) for block in flat.split(1024)]
+    good = torch.cat([flat.new_zeros(0, dtype=torch.bool), *blocks])
+    if bool(good.all()):
         return
-    places = bad.reshape(shape).nonzero().tolist()
+    places = (~good).reshape(shape).nonzero().tolist()
     shown = ", ".join(str(tuple(place)) for place in places[:5])
     raise NotFinite(
-        f"x has NaN or infinity at {len(places)} of {len(bad)} positions: {shown}"
+        f"x has NaN or infinity at {len(places)} of {len(good)} positions: {shown}"
         f"{', ..' if len(places) > 5 else ''}; expected finite residuals. Mask these positions, "
         "or run the model in bfloat16 or float32 if it overflowed in float16"
     )

@@ -167,7 +167,7 @@ class SparseCodes:
     def to_scipy_csr(self) -> csr_matrix:
         """One row per position (flattened), one column per feature, active entries only."""
         import numpy as np
-        from scipy.sparse import csr_matrix  # type: ignore[import-untyped]
+        from scipy.sparse import csr_matrix
 
         flat = self.flatten().detach().to("cpu", torch.promote_types(self.dtype, torch.float32))
         active = flat.active

@@ -1,54 +1,142 @@
 """Exact top-k encode and gather decode, on whatever device the tensors are.
 
-`encode_topk` is the one place that chooses how. No SAELens object comes in here: only tensors,
-with the encoder row-major per feature, `rows [d_sae, d_in]`.
+`encode_topk` is the one place that chooses how: which precision makes the first pass, and what
+happens to the positions it does not settle. No SAELens object comes in here.
 """
 
 from __future__ import annotations
 
+import time
+from functools import cache
+from typing import Any
+
 import torch
 from torch.nn import functional as F
 
-__all__ = ["encode_topk", "exact_topk", "gather_decode"]
+from qwen_scope_lens.errors import NotFinite
+from qwen_scope_lens.saes.certified import U, select, tokens_per_block
+from qwen_scope_lens.saes.encoder import Encoder
+from qwen_scope_lens.saes.scores import exact_scores, exact_topk, pair_dots
 
-_EXACT_ELEMENTS = 2**20
-"""float64 numbers per buffer of `exact_topk`: 8 MiB."""
+__all__ = ["encode_topk", "exact_topk", "first_pass", "gather_decode"]
+
+_HALF_FROM = 24
+"""Positions from which a bfloat16 first pass can win: below, reading the weights is the cost."""
 
 
 def encode_topk(
-    x: torch.Tensor, rows: torch.Tensor, bias: torch.Tensor, k: int
+    x: torch.Tensor, encoder: Encoder, k: int, precision: torch.dtype | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`[n, d_in]`, `[d_sae, d_in]`, `[d_sae]` -> float32 values and int32 indices `[n, k]`."""
-    return exact_topk(x, rows, bias, k)
+    """`[n, d_in] -> float32 values, int32 indices [n, k]`, descending, ties by lower index.
 
-
-def exact_topk(
-    x: torch.Tensor, rows: torch.Tensor, bias: torch.Tensor, k: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The definition, slowly: every dot in float64, rounded to float32, stable sort.
-
-    The reference of the tests, and the last resort for positions that no bound settles.
+    The values are differentiable in `x`. `precision` overrides the choice of the first pass; the
+    result does not depend on it.
     """
-    n, d_in = x.shape
-    d_sae = rows.shape[0]
-    step = max(64, _EXACT_ELEMENTS // d_in)
-    values = x.new_zeros((n, k), dtype=torch.float32)
-    indices = torch.zeros((n, k), dtype=torch.int32, device=x.device)
-    for t in range(0, n, max(1, _EXACT_ELEMENTS // max(step, d_in))):
-        block = x[t : t + max(1, _EXACT_ELEMENTS // max(step, d_in))].double()
-        best = block.new_zeros((len(block), 0), dtype=torch.float32)
-        where = torch.zeros((len(block), 0), dtype=torch.int32, device=x.device)
-        for start in range(0, d_sae, step):
-            tile = rows[start : start + step].double()
-            scores = (block @ tile.T + bias[start : start + step].double()).float()
-            ids = torch.arange(start, start + len(tile), dtype=torch.int32, device=x.device)
-            # Earlier features stand first, so a stable sort leaves ties to the lower index.
-            best, order = torch.cat([best, scores], 1).sort(dim=1, descending=True, stable=True)
-            where = torch.cat([where, ids.expand(len(block), -1)], 1).gather(1, order)
-            best, where = best[:, :k], where[:, :k]
-        values[t : t + len(block)] = best.relu()
-        indices[t : t + len(block)] = where.masked_fill(best <= 0, 0)
-    return values, indices
+    if k > encoder.d_sae:
+        raise ValueError(f"k={k} of {encoder.d_sae} features; expected k <= d_sae")
+    return _TopK.apply(x, encoder, k, precision)
+
+
+class _TopK(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, encoder: Encoder, k: int, precision: torch.dtype | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        exact = x.float()
+        chosen = _selected(exact, encoder, k, precision or first_pass(len(x), x.device.type))
+        values, indices = _valued(exact, encoder, chosen)
+        ctx.mark_non_differentiable(indices)
+        ctx.save_for_backward(values, indices)
+        ctx.rows, ctx.dtype = encoder.rows, x.dtype
+        return values, indices
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
+        values, indices = ctx.saved_tensors
+        into = gather_decode(grads[0] * (values > 0), indices, ctx.rows)
+        return into.to(ctx.dtype), None, None, None
+
+
+def first_pass(tokens: int, device: str) -> torch.dtype:
+    """The precision in which the first pass over `tokens` positions is cheapest here."""
+    half = tokens >= _HALF_FROM and _half_pays(device)
+    return torch.bfloat16 if half else torch.float32
+
+
+@cache
+def _half_pays(device: str) -> bool:
+    """Whether bfloat16 products beat float32 clearly. Measured once per process: some 50 ms."""
+    if device != "cpu":
+        return True
+    with torch.no_grad():
+        a, b = torch.ones(128, 1024), torch.ones(2048, 1024)
+        pairs = {torch.float32: (a, b.T), torch.bfloat16: (a.bfloat16(), b.bfloat16().T)}
+        took = {dtype: float("inf") for dtype in pairs}
+        for _ in range(5):
+            for dtype, (left, right) in pairs.items():
+                start = time.perf_counter()
+                left @ right
+                took[dtype] = min(took[dtype], time.perf_counter() - start)
+    return took[torch.bfloat16] * 1.5 < took[torch.float32]
+
+
+def _selected(x: torch.Tensor, encoder: Encoder, k: int, precision: torch.dtype) -> torch.Tensor:
+    """Indices of the top k, int64 `[n, k]`, -1 where fewer are positive, in no order."""
+    chosen = torch.full((len(x), k), -1, dtype=torch.long, device=x.device)
+    size = tokens_per_block(encoder.d_sae, precision)
+    for start in range(0, len(x), size):
+        block = x[start : start + size]
+        found, settled = select(encoder, block, k, precision)
+        poorly = precision == torch.bfloat16 and settled.sum() < 0.9 * len(block)
+        if poorly and encoder.recentre(block):
+            found, settled = select(encoder, block, k, precision)
+        chosen[start : start + size] = found
+        encoder.settled[str(precision).removeprefix("torch.")] += int(settled.sum())
+        rest = (~settled).nonzero().squeeze(1)
+        if not len(rest):
+            continue
+        if precision == torch.bfloat16:
+            chosen[start + rest] = _selected(block[rest], encoder, k, torch.float32)
+        else:
+            # Pads and other repeated rows are settled once.
+            rows, back = block[rest].unique(dim=0, return_inverse=True)
+            chosen[start + rest] = exact_topk(rows, encoder.rows, encoder.bias, k)[1][back]
+            encoder.settled["float64"] += len(rest)
+    return chosen
+
+
+def _valued(
+    x: torch.Tensor, encoder: Encoder, chosen: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Selected features -> values within float32 rounding and indices, in SparseCodes's order.
+
+    The same numbers whichever pass selected the features: one float32 dot each, summed in a fixed
+    order, and the exact score where that order may have lost the sign or overflowed.
+    """
+    token, column = (chosen >= 0).nonzero(as_tuple=True)
+    feature = chosen[token, column]
+    bias = encoder.bias.float()[feature]
+    value = pair_dots(encoder.rows, x, token, feature) + bias
+    doubt = x.norm(dim=1)[token] * encoder.norms[feature] * (1.1 * encoder.d_in * U)
+    unsure = ~(value > doubt + 2 * U * bias.abs())
+    unsure |= ~value.isfinite()
+    if bool(unsure.any()):
+        t, f = token[unsure], feature[unsure]
+        value[unsure] = exact_scores(encoder.rows, encoder.bias, x, t, f).float()
+        if not bool(value.isfinite().all()):
+            raise NotFinite(
+                "pre-activations exceed float32 for finite inputs: expected residuals and weights "
+                f"whose products stay below 3.4e38; found norms up to {float(x.norm(dim=1).max())}"
+            )
+    values = x.new_zeros(chosen.shape)
+    values[token, column] = value
+    indices = chosen.clamp_min(0).to(torch.int32)
+    # Ascending feature first, padding last; then by value, keeping that order among equals.
+    order = torch.where(chosen >= 0, chosen, encoder.d_sae).argsort(dim=1)
+    values, indices = values.gather(1, order), indices.gather(1, order)
+    values, order = values.sort(dim=1, descending=True, stable=True)
+    return values, indices.gather(1, order)
 
 
 def gather_decode(values: torch.Tensor, indices: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -57,5 +145,5 @@ def gather_decode(values: torch.Tensor, indices: torch.Tensor, rows: torch.Tenso
     Reads n * k rows and nothing else; differentiable in `values` and, where it asks, in `rows`.
     """
     if not len(values):
-        return rows.new_zeros((0, rows.shape[1]))
+        return rows.new_zeros((0, rows.shape[1])) + values.sum().to(rows.dtype)
     return F.embedding_bag(indices, rows, mode="sum", per_sample_weights=values.to(rows.dtype))
