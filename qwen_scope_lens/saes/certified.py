@@ -55,16 +55,18 @@ def tokens_per_block(d_sae: int, precision: torch.dtype) -> int:
 
 def select(
     encoder: Encoder, x: torch.Tensor, k: int, precision: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """float32 `[n, d_in]` -> indices int64 `[n, k]`, -1 where fewer are positive, in no promised
-    order, and which positions are settled `[n]`."""
+    order; which positions are settled `[n]`; and, where the re-scoring happened to compute them,
+    the float32 dots of `x` with the selected rows `[n, k]`."""
     rest, outliers = encoder.centre.parts(x)
     approx, bound, slope = _first_pass(encoder, rest, outliers, precision)
     cap = max(8 * k, encoder.d_sae // 32)
     pairs, settled = _candidates(approx, bound, slope, k, encoder.d_sae, cap)
     del approx
     reach = _Reach(encoder, rest, outliers, precision, slope)
-    return _decide(encoder, x, rest, outliers, pairs, reach, k), settled
+    indices, dots = _decide(encoder, x, rest, outliers, pairs, reach, k)
+    return indices, settled, dots if encoder.centre.plain else None
 
 
 def _first_pass(
@@ -78,10 +80,11 @@ def _first_pass(
     if precision == torch.bfloat16:
         extra = centre.extra_input(outliers)
         row = torch.cat([rest.to(torch.bfloat16), extra], 1)
-        buffer = row.new_empty((TILE, d_in + EXTRA) if encoder._half is None else (0, 0))
-        for start in range(0, d_sae, TILE):
+        buffer, start = encoder.half_buffer(), 0
+        while start < d_sae:
             tile = encoder.half_tile(start, buffer)
             torch.mm(row, tile.T, out=approx[:, start : start + len(tile)])
+            start += len(tile)
     else:
         bias = centre.bias.float()
         step = 4 * TILE
@@ -155,8 +158,7 @@ def _candidates(
     size = 16
     while width // size < 4 * k and size > 1:
         size //= 2
-    groups = approx.view(n, size, width // size)
-    best = groups.amax(1).float()
+    best = approx.view(n, size, width // size).amax(1).float()
     kth = best.topk(k, dim=1).values[:, -1]
     line = kth - slope * kth.abs() - 2 * bound
     line = line - 2 * slope * line.abs()
@@ -165,7 +167,8 @@ def _candidates(
     settled = bound.isfinite() & kth.isfinite() & (hit.sum(1) <= cap)
     hit &= settled[:, None]
     token, group = hit.nonzero(as_tuple=True)
-    members = groups[token, :, group].float()
+    column = torch.arange(size, device=approx.device) * (width // size)
+    members = approx.view(-1)[(token * width + group)[:, None] + column].float()
     keep = (members >= line[token, None]) & (members > floor[token, None])
     row, member = keep.nonzero(as_tuple=True)
     token, group = token[row], group[row]
@@ -185,29 +188,31 @@ def _decide(
     pairs: Pairs,
     reach: _Reach,
     k: int,
-) -> torch.Tensor:
-    """Steps 3 and 4 of the module's docstring. `[n, k]` indices, -1 for none."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Steps 3 and 4 of the module's docstring: indices `[n, k]`, -1 for none, and their dots."""
     n = len(x)
 
-    def rescored(part: Pairs) -> tuple[torch.Tensor, torch.Tensor]:
-        value = _centred_scores(encoder, rest, outliers, part)
+    def rescored(part: Pairs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        dot = pair_dots(encoder.rows, rest, part.token, part.feature)
+        value = _completed(encoder, dot, outliers, part)
         error = (1.02 * (encoder.d_in + 4) * U) * reach.length[part.token]
         error = (error * encoder.norms[part.feature]).double() + reach.slack
         # The score itself is rounded to float32 once more.
-        return value, error + 1.01 * U * value.abs()
+        return value, error + 1.01 * U * value.abs(), dot
 
     first = _best(pairs, n, k)
-    value, error = rescored(_take(pairs, first))
+    value, error, dot = rescored(_take(pairs, first))
     lows, _ = _table(pairs.token[first], n, value - error, float("-inf"))
     line = _kth(lows, k)
     second = ~first & (pairs.approx + reach.of(pairs) >= line.float()[pairs.token])
-    more, more_error = rescored(_take(pairs, second))
+    more, more_error, more_dot = rescored(_take(pairs, second))
 
     token = torch.cat([pairs.token[first], pairs.token[second]])
     feature = torch.cat([pairs.feature[first], pairs.feature[second]])
     value, error = torch.cat([value, more]), torch.cat([error, more_error])
     order = (token * encoder.d_sae + feature).argsort()
     token, feature, value, error = token[order], feature[order], value[order], error[order]
+    dot = torch.cat([dot, more_dot])[order]
 
     # `k` or more scores reach `low`, fewer than k exceed `high`: only what meets the span between
     # them, or zero, is contested.
@@ -227,22 +232,23 @@ def _decide(
 
     table, slot = _table(token, n, score, float("-inf"))
     indices = torch.full((n, k), -1, dtype=torch.long, device=x.device)
+    dots = x.new_zeros((n, k))
     if table.shape[1]:
         # Columns ascend by feature, so a stable sort leaves ties to the lower one.
         best, column = table.sort(dim=1, descending=True, stable=True)
         best, column = best[:, :k], column[:, :k]
-        chosen = feature[slot.gather(1, column).clamp_min(0)]
-        indices[:, : column.shape[1]] = chosen.masked_fill(best == float("-inf"), -1)
-    return indices
+        pair = slot.gather(1, column).clamp_min(0)
+        indices[:, : pair.shape[1]] = feature[pair].masked_fill(best == float("-inf"), -1)
+        dots[:, : pair.shape[1]] = dot[pair]
+    return indices, dots
 
 
-def _centred_scores(
-    encoder: Encoder, rest: torch.Tensor, outliers: torch.Tensor, pairs: Pairs
+def _completed(
+    encoder: Encoder, dot: torch.Tensor, outliers: torch.Tensor, pairs: Pairs
 ) -> torch.Tensor:
-    """The scores of pairs, with a float32 dot over the rest only. float64 `[p]`"""
+    """Scores from the dots of the rest: bias and outliers are added in float64. `[p]`"""
     centre = encoder.centre
-    value = pair_dots(encoder.rows, rest, pairs.token, pairs.feature).double()
-    value += centre.bias[pairs.feature]
+    value = dot.double() + centre.bias[pairs.feature]
     if outliers.shape[1]:
         weights = centre.weights[pairs.feature].double()
         value += (outliers[pairs.token].double() * weights).sum(-1)

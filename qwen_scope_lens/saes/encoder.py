@@ -118,11 +118,16 @@ class Encoder:
             self._half[:, : self.d_in] = rows
             self._half[:, self.d_in :] = self.centre.extra
 
+    def half_buffer(self) -> torch.Tensor:
+        """Where `half_tile` may put what it converts."""
+        rows = 0 if self._half is not None else min(TILE, self.d_sae)
+        return self.rows.new_empty((rows, self.d_in + EXTRA), dtype=torch.bfloat16)
+
     def half_tile(self, start: int, buffer: torch.Tensor) -> torch.Tensor:
-        """Rows from `start` in bfloat16 with their extra columns. `[<= TILE, d_in + EXTRA]`"""
-        stop = min(start + TILE, self.d_sae)
+        """Rows from `start` in bfloat16 with their extra columns. `[<= 4 TILE, d_in + EXTRA]`"""
         if self._half is not None:
-            return self._half[start:stop]
+            return self._half[start : start + 4 * TILE]
+        stop = min(start + TILE, self.d_sae)
         tile = buffer[: stop - start]
         tile[:, : self.d_in].copy_(self.rows[start:stop])
         tile[:, self.d_in :].copy_(self.centre.extra[start:stop])

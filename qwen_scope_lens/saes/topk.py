@@ -43,8 +43,12 @@ class _TopK(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, encoder: Encoder, k: int, precision: torch.dtype | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         exact = x.float()
-        chosen = _selected(exact, encoder, k, precision or first_pass(len(x), x.device.type))
-        values, indices = _valued(exact, encoder, chosen)
+        precision = precision or first_pass(len(x), x.device.type)
+        parts = [
+            _encode_block(block, encoder, k, precision)
+            for block in exact.split(tokens_per_block(encoder.d_sae, precision))
+        ]
+        values, indices = (torch.cat(part) for part in zip(*parts, strict=True))
         ctx.mark_non_differentiable(indices)
         ctx.save_for_backward(values, indices)
         ctx.rows, ctx.dtype = encoder.rows, x.dtype
@@ -81,33 +85,38 @@ def _half_pays(device: str) -> bool:
     return took[torch.bfloat16] * 1.5 < took[torch.float32]
 
 
-def _selected(x: torch.Tensor, encoder: Encoder, k: int, precision: torch.dtype) -> torch.Tensor:
-    """Indices of the top k, int64 `[n, k]`, -1 where fewer are positive, in no order."""
-    chosen = torch.full((len(x), k), -1, dtype=torch.long, device=x.device)
-    size = tokens_per_block(encoder.d_sae, precision)
-    for start in range(0, len(x), size):
-        block = x[start : start + size]
-        found, settled = select(encoder, block, k, precision)
-        poorly = precision == torch.bfloat16 and settled.sum() < 0.9 * len(block)
-        if poorly and encoder.recentre(block):
-            found, settled = select(encoder, block, k, precision)
-        chosen[start : start + size] = found
-        encoder.settled[str(precision).removeprefix("torch.")] += int(settled.sum())
-        rest = (~settled).nonzero().squeeze(1)
-        if not len(rest):
-            continue
-        if precision == torch.bfloat16:
-            chosen[start + rest] = _selected(block[rest], encoder, k, torch.float32)
-        else:
-            # Pads and other repeated rows are settled once.
-            rows, back = block[rest].unique(dim=0, return_inverse=True)
-            chosen[start + rest] = exact_topk(rows, encoder.rows, encoder.bias, k)[1][back]
-            encoder.settled["float64"] += len(rest)
-    return chosen
+def _encode_block(
+    x: torch.Tensor, encoder: Encoder, k: int, precision: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`encode_topk` of few enough positions, float32 `[n, d_in]`."""
+    chosen, settled, dots = select(encoder, x, k, precision)
+    poorly = precision == torch.bfloat16 and settled.sum() < 0.9 * len(x)
+    if poorly and encoder.recentre(x):
+        chosen, settled, dots = select(encoder, x, k, precision)
+    values, indices = _valued(x, encoder, chosen, dots)
+    encoder.settled[str(precision).removeprefix("torch.")] += int(settled.sum())
+    rest = (~settled).nonzero().squeeze(1)
+    if not len(rest):
+        return values, indices
+    if precision == torch.bfloat16:
+        # A block of float32 is twice as large: hence half the positions at a time.
+        parts = [
+            _encode_block(part, encoder, k, torch.float32)
+            for part in x[rest].split(tokens_per_block(encoder.d_sae, torch.float32))
+        ]
+        values[rest], indices[rest] = (torch.cat(part) for part in zip(*parts, strict=True))
+    else:
+        # Pads and other repeated rows are settled once.
+        rows, back = x[rest].unique(dim=0, return_inverse=True)
+        found = exact_topk(rows, encoder.rows, encoder.bias, k)[1]
+        exact_values, exact_indices = _valued(rows, encoder, found, None)
+        values[rest], indices[rest] = exact_values[back], exact_indices[back]
+        encoder.settled["float64"] += len(rest)
+    return values, indices
 
 
 def _valued(
-    x: torch.Tensor, encoder: Encoder, chosen: torch.Tensor
+    x: torch.Tensor, encoder: Encoder, chosen: torch.Tensor, dots: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Selected features -> values within float32 rounding and indices, in SparseCodes's order.
 
@@ -117,7 +126,10 @@ def _valued(
     token, column = (chosen >= 0).nonzero(as_tuple=True)
     feature = chosen[token, column]
     bias = encoder.bias.float()[feature]
-    value = pair_dots(encoder.rows, x, token, feature) + bias
+    if dots is None:
+        value = pair_dots(encoder.rows, x, token, feature) + bias
+    else:
+        value = dots[token, column] + bias
     doubt = x.norm(dim=1)[token] * encoder.norms[feature] * (1.1 * encoder.d_in * U)
     unsure = ~(value > doubt + 2 * U * bias.abs())
     unsure |= ~value.isfinite()

@@ -1,0 +1,65 @@
+"""Timing and memory for the benchmarks: ratios that survive a busy machine."""
+
+from __future__ import annotations
+
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+__all__ = ["cpu_name", "interleaved", "peak_extra", "peak_in_fresh_process"]
+
+
+def interleaved(
+    cases: dict[str, Callable[[], object]], repeats: int = 5, at_least: float = 0.005
+) -> dict[str, float]:
+    """Median CPU seconds of each case, measured in turns after one warm-up turn.
+
+    CPU time of the process, so that neighbours cost little; a case quicker than `at_least` seconds
+    is looped.
+    """
+    loops = {}
+    for name, case in cases.items():
+        case()
+        start = time.process_time()
+        case()
+        took = time.process_time() - start
+        loops[name] = max(1, int(at_least / max(took, 1e-6)))
+    found: dict[str, list[float]] = {name: [] for name in cases}
+    for _ in range(repeats):
+        for name, case in cases.items():
+            start = time.process_time()
+            for _ in range(loops[name]):
+                case()
+            found[name].append((time.process_time() - start) / loops[name])
+    return {name: statistics.median(times) for name, times in found.items()}
+
+
+def peak_extra(case: Callable[[], object]) -> int:
+    """Bytes of resident memory that `case` needs at its peak beyond what is held now (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status("VmRSS")
+    case()
+    return max(0, _status("VmHWM") - before)
+
+
+def peak_in_fresh_process(script: str, *arguments: str) -> int:
+    """`peak_extra` as printed by `python script --peak arguments`, where no allocator is warm."""
+    command = [sys.executable, "-W", "ignore", script, "--peak", *arguments]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def cpu_name() -> str:
+    text = Path("/proc/cpuinfo").read_text()
+    model = re.search(r"model name\s*:\s*(.*)", text)
+    flags = [f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f" {f}" in text]
+    return f"{model.group(1) if model else 'unknown CPU'} ({', '.join(flags)})"
+
+
+def _status(key: str) -> int:
+    found = re.search(rf"{key}:\s*(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found.group(1)) * 1024
