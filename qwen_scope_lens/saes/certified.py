@@ -28,6 +28,7 @@ from dataclasses import dataclass
 
 import torch
 
+from qwen_scope_lens.saes import kernels
 from qwen_scope_lens.saes.encoder import EXTRA, TILE, Encoder, norm_above
 from qwen_scope_lens.saes.scores import exact_scores, pair_dots
 
@@ -60,22 +61,27 @@ def select(
     order; which positions are settled `[n]`; and, where the re-scoring happened to compute them,
     the float32 dots of `x` with the selected rows `[n, k]`."""
     rest, outliers = encoder.centre.parts(x)
-    approx, bound, slope = _first_pass(encoder, rest, outliers, precision)
     cap = max(8 * k, encoder.d_sae // 32)
-    pairs, settled = _candidates(approx, bound, slope, k, encoder.d_sae, cap)
-    del approx
+    # The kernels accumulate and store in float32: no output is rounded to bfloat16.
+    slope = 2.0**-8 if precision == torch.bfloat16 and not kernels.available(x.device) else 2.0**-22
     reach = _Reach(encoder, rest, outliers, precision, slope)
+    if kernels.available(x.device):
+        pairs, settled = _kernel_candidates(encoder, rest, outliers, precision, reach, k, cap)
+    else:
+        approx = _first_pass(encoder, rest, outliers, precision)
+        pairs, settled = _candidates(approx, reach.worst(), slope, k, encoder.d_sae, cap)
+        del approx
+    encoder.crowding = len(pairs.token) / max(1, len(x) * k) if bool(settled.all()) else 1e9
     indices, dots = _decide(encoder, x, rest, outliers, pairs, reach, k)
     return indices, settled, dots if encoder.centre.plain else None
 
 
 def _first_pass(
     encoder: Encoder, rest: torch.Tensor, outliers: torch.Tensor, precision: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """`a [n, d_pad]` with -inf after d_sae, the bound E `[n]`, and the error relative to |a|."""
-    n, d_in = rest.shape
+) -> torch.Tensor:
+    """`a [n, d_pad]`, with -inf after d_sae."""
     d_sae, centre = encoder.d_sae, encoder.centre
-    approx = rest.new_empty((n, -(-d_sae // 16) * 16), dtype=precision)
+    approx = rest.new_empty((len(rest), -(-d_sae // 16) * 16), dtype=precision)
     approx[:, d_sae:] = float("-inf")
     if precision == torch.bfloat16:
         extra = centre.extra_input(outliers)
@@ -95,8 +101,7 @@ def _first_pass(
             if outliers.shape[1]:
                 out.addmm_(outliers, centre.weights[start : start + step].T)
             out.add_(bias[start : start + step])
-    slope = 2.0**-8 if precision == torch.bfloat16 else 2.0**-22
-    return approx, _Reach(encoder, rest, outliers, precision, slope).worst(), slope
+    return approx
 
 
 class _Reach:
@@ -178,6 +183,39 @@ def _candidates(
         settled &= ~over
         pairs = _take(pairs, settled[token])
     return pairs, settled
+
+
+def _kernel_candidates(
+    encoder: Encoder,
+    rest: torch.Tensor,
+    outliers: torch.Tensor,
+    precision: torch.dtype,
+    reach: _Reach,
+    k: int,
+    cap: int,
+) -> tuple[Pairs, torch.Tensor]:
+    """`_candidates` without the `[n, d_sae]`: an exact top-k over a sixteenth of the features
+    draws the line, and the kernel keeps what reaches it."""
+    centre, cap = encoder.centre, max(cap, 32 * k)  # about 16 k pass, as the sample is a 16th
+    some = min(encoder.d_sae, max(k, encoder.d_sae // 16))
+    bound = reach.worst()
+    # The error of this product, in full float32, is within the same bound.
+    sample = rest @ encoder.rows[:some].float().T + outliers @ centre.weights[:some].T
+    kth = (sample + centre.bias[:some].float()).topk(k, dim=1).values[:, -1]
+    line = torch.maximum(kth - 2 * reach.slope * kth.abs() - 2.01 * bound, -1.01 * bound)
+    count, feature, approx = kernels.candidates(
+        rest,
+        encoder.rows,
+        centre.bias.float(),
+        outliers,
+        centre.weights,
+        line,
+        cap,
+        precision == torch.bfloat16,
+    )
+    settled = bound.isfinite() & kth.isfinite() & (count <= cap)
+    token, slot = ((feature >= 0) & settled[:, None]).nonzero(as_tuple=True)
+    return Pairs(token, feature[token, slot].long(), approx[token, slot]), settled
 
 
 def _decide(

@@ -98,6 +98,8 @@ class Encoder:
         self.d_sae, self.d_in = rows.shape
         self.settled: Counter[str] = Counter()
         """How many positions each precision settled, for whoever wants to look."""
+        self.crowding = 0.0
+        """Candidates over k in the last first pass: how tight its bound was."""
         norms, errors = [], []
         for tile in rows.split(TILE):
             norms.append(norm_above(tile))

@@ -239,8 +239,10 @@ class ScopeSAE(TopKSAE):
             for hook in (self.hook_sae_input, self.hook_sae_acts_post, self.hook_sae_recons)
         ):
             return out.detach()
+        # A normalising SAE leaves its scale behind for one decode only.
+        again = _hooked(self.hook_sae_input) or self.cfg.normalize_activations != "none"
         with _disable_hooks(self):
-            if _hooked(self.hook_sae_input) or self.cfg.normalize_activations != "none":
+            if again:
                 codes = self.encode_sparse(x)
             return self.decode_sparse(codes.detach())
 
