@@ -22,13 +22,14 @@ from qwen_scope_lens.saes.encoder import Encoder
 """
 
 CANDIDATES = """
-x, rows, bias = torch.randn(70, 40), torch.randn(300, 40), torch.randn(300)
+# Numbers that bfloat16 holds: the interpreter truncates where a GPU rounds to nearest.
+x, rows = (torch.randn(m, 40).bfloat16().float() for m in (70, 300))
+bias = torch.randn(300)
 for half in (False, True):
     for outliers, weights in ((x[:, :0], rows[:, :0]), (x[:, :3], rows[:, :3])):
         rest = x.clone()
-        rest[:, : outliers.shape[1]] = 0
-        rounded = (lambda t: t.bfloat16().float()) if half else (lambda t: t)
-        dense = rounded(rest) @ rounded(rows).T + outliers @ weights.T + bias
+        rest[:, : outliers.shape[1]] = 0  # outliers are multiplied apart
+        dense = x @ rows.T + bias
         line = dense.topk(9, dim=1).values[:, -1] - 1e-3
         count, feature, approx = kernels.candidates(
             rest, rows, bias, outliers.contiguous(), weights.contiguous(), line, 12, half
