@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from qwen_scope_lens.saes.load import load_sae
     from qwen_scope_lens.saes.register import install, is_installed, uninstall
     from qwen_scope_lens.saes.sae import ScopeSAE
+    from qwen_scope_lens.saes.sparse import SparseCodes
     from qwen_scope_lens.saes.verify import Verification, verify
 
 __version__ = "0.1.0"
@@ -28,6 +29,7 @@ _HOME = {
     "LayerRef": "catalog",
     "ScopeError": "errors",
     "ScopeSAE": "saes.sae",
+    "SparseCodes": "saes.sparse",
     "Verification": "saes.verify",
     "capture": "models.capture",
     "find_group": "catalog",
@@ -49,6 +51,7 @@ __all__ = [
     "LayerRef",
     "ScopeError",
     "ScopeSAE",
+    "SparseCodes",
     "Verification",
     "__version__",
     "capture",

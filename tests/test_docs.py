@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import planted
 import pytest
 import torch
 from tiny_models import make_model, make_sae, make_tokenizer
@@ -35,23 +36,28 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def stand_ins(folder: Path) -> dict[str, object]:
-    """What docs/models.md takes for granted: a checkpoint, an SAE, a corpus; here tiny ones."""
-    make_model(dtype=torch.bfloat16).save_pretrained(folder / "model")
-    make_tokenizer().save_pretrained(folder / "model")
-    return {
-        "name": str(folder / "model"),
-        "sae": make_sae(),
-        "corpus": ["text"] * 5,
-        "max_fvu": 1e9,
-    }
+def stand_ins(page: Path, folder: Path) -> dict[str, object]:
+    """What a page takes for granted (a checkpoint, an SAE, a corpus); here tiny ones."""
+    if page.name == "encode.md":
+        planted.write_group(folder / "mine")
+        return {"sae": qsl.load_sae("local/mine/1"), "x": torch.randn(2, 5, planted.D_MODEL)}
+    if page.name == "models.md":
+        make_model(dtype=torch.bfloat16).save_pretrained(folder / "model")
+        make_tokenizer().save_pretrained(folder / "model")
+        return {
+            "name": str(folder / "model"),
+            "sae": make_sae(),
+            "corpus": ["text"] * 5,
+            "max_fvu": 1e9,
+        }
+    return {}
 
 
 @pytest.mark.filterwarnings("ignore:You are loading an SAE using")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_snippets_run(page: Path, files: Path) -> None:
     snippets = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
-    namespace = stand_ins(files) if page.name == "models.md" else {}
+    namespace = stand_ins(page, files)
     try:
         for snippet in snippets:
             exec(compile(snippet, str(page), "exec"), namespace)

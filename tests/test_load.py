@@ -192,8 +192,16 @@ def test_error_term_and_hooks_as_in_saelens(
 
 
 def test_gradients_as_in_saelens(sae: qsl.ScopeSAE, weights: dict[str, torch.Tensor]) -> None:
+    """Of the input always; of the weights after requires_grad_(), as for any frozen module."""
     plain = planted.saelens_sae(weights)
     x = torch.randn(9, planted.D_MODEL)
+    assert not any(p.requires_grad for p in sae.parameters())
+    leaf, twin = x.clone().requires_grad_(), x.clone().requires_grad_()
+    (sae(leaf) ** 2).sum().backward()
+    (plain(twin) ** 2).sum().backward()
+    torch.testing.assert_close(leaf.grad, twin.grad, atol=1e-4, rtol=1e-4)
+    plain.zero_grad()
+    sae.requires_grad_(True)
     grads = []
     for model in (sae, plain):
         leaf = x.clone().requires_grad_()

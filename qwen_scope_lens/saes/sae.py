@@ -1,8 +1,9 @@
 """ScopeSAE: a SAELens TopKSAE whose weights may be views of the checkpoint file.
 
-The arithmetic is SAELens's own; what this class adds is access to single features without touching
-the rest of a two-gigabyte layer, and saving as plain `topk`, so that whatever it writes loads
-anywhere without this package. Opening files is `checkpoint.py`, loading by name is `load.py`.
+The arithmetic is SAELens's own; what this class adds is codes that are sparse from the first
+moment, access to single features without touching the rest of a two-gigabyte layer, and saving as
+plain `topk`, so that whatever it writes loads anywhere without this package. How codes are found
+is `topk.py`; opening files is `checkpoint.py`, loading by name is `load.py`.
 """
 
 from __future__ import annotations
@@ -12,14 +13,26 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
+from sae_lens.saes.sae import _disable_hooks
+from sae_lens.saes.topk_sae import TopK, TopKSAE, TopKSAEConfig
 
-from qwen_scope_lens.errors import LayerOutOfRange
+from qwen_scope_lens.errors import LayerOutOfRange, NotFinite
+from qwen_scope_lens.saes.derived import Derived
+from qwen_scope_lens.saes.encoder import Encoder
+from qwen_scope_lens.saes.sparse import SparseCodes
+from qwen_scope_lens.saes.topk import encode_topk, gather_decode
 
 __all__ = ["ARCHITECTURE", "ScopeSAE", "ScopeSAEConfig"]
 
 ARCHITECTURE = "qwen_scope_topk"
 """The name under which `install()` registers ScopeSAE with SAELens. Never written to a file."""
+
+
+_GATHER_WORTH = 8
+"""`decode` gathers while at most one dense activation in this many is not zero."""
+
+_INPUT_BYTES = 16 * 2**20
+"""How much of x is cast to float32 at a time."""
 
 
 @dataclass
@@ -37,7 +50,150 @@ class ScopeSAEConfig(TopKSAEConfig):
 
 
 class ScopeSAE(TopKSAE):
-    """A Qwen-Scope layer. `W_enc [d_in, d_sae]`, `W_dec [d_sae, d_in]`, as SAELens shapes them."""
+    """A Qwen-Scope layer. `W_enc [d_in, d_sae]`, `W_dec [d_sae, d_in]`, as SAELens shapes them.
+
+    The weights are frozen when made or loaded: this is a class for inference, and a frozen SAE is
+    what lets `encode`, `decode` and `forward` take the sparse path. After
+    `sae.requires_grad_(True)` those three are SAELens's own again, gradients of the weights
+    included. Gradients of the input flow either way.
+    """
+
+    def __init__(self, cfg: TopKSAEConfig, use_error_term: bool = False) -> None:
+        super().__init__(cfg, use_error_term)
+        self.requires_grad_(False)
+        self._derived = Derived()
+        self._half_copy = False
+
+    def encode_sparse(self, x: torch.Tensor) -> SparseCodes:
+        """The k largest of `ReLU(pre)`: `[.., d_in] -> SparseCodes [.., k]` in float32.
+
+        Exact: the pre-activations compared are the exact dots of `x` (in the SAE's dtype, as
+        SAELens casts it) with the stored weights, rounded once to float32; ties go to the lower
+        feature. The values are differentiable in `x` through the selected entries; the encoder
+        counts as frozen. Of SAELens's hooks only `hook_sae_input` fires, unless
+        `hook_sae_acts_pre` is hooked: then the dense pre-activations are made for it.
+        """
+        if _hooked(self.hook_sae_acts_pre) or not self._plain_topk:
+            sae_in = self.process_sae_in(x)
+            pre = self.hook_sae_acts_pre(sae_in @ self.W_enc + self.b_enc)
+            if self.cfg.rescale_acts_by_decoder_norm:
+                pre = pre * self.W_dec.norm(dim=-1)
+            return SparseCodes.from_dense(pre, self._k)
+        wants_grad = torch.is_grad_enabled() and x.requires_grad
+        if wants_grad or _hooked(self.hook_sae_input) or not self._rowwise_input:
+            sae_in = self.process_sae_in(x)
+            shape, flat, size = sae_in.shape[:-1], sae_in.reshape(-1, self.cfg.d_in), 2**62
+        else:
+            # Cast and shifted block by block, so that no second copy of x is ever made.
+            shape, flat = x.shape[:-1], x.reshape(-1, self.cfg.d_in)
+            size = max(1, _INPUT_BYTES // (4 * self.cfg.d_in))
+        _require_finite(flat, shape)
+        encoder = self._encoder()
+        parts = []
+        for start in range(0, max(1, len(flat)), size):
+            block = flat[start : start + size]
+            block = block if size == 2**62 else self.process_sae_in(block)
+            parts.append(encode_topk(block, encoder, self._k))
+        values, indices = (torch.cat(part) for part in zip(*parts, strict=True))
+        full = (*shape, self._k)
+        return SparseCodes(values.reshape(full), indices.reshape(full), self.cfg.d_sae)
+
+    def prepare(self, half_copy: bool = False) -> ScopeSAE:
+        """Do now what the first encode would do: one pass over the encoder, for the bounds.
+
+        With `half_copy` a bfloat16 copy of the encoder is kept as well (half of W_enc's float32
+        size), which saves converting it on every call: worth it for many calls of a few hundred
+        tokens. Codes are the same, bit for bit. `prepare()` without it drops the copy.
+        """
+        self._half_copy = half_copy
+        self._derived.clear()
+        self._encoder()
+        return self
+
+    def decode_sparse(self, codes: SparseCodes) -> torch.Tensor:
+        """Reconstruct: `SparseCodes [.., k] -> [.., d_in]`, reading only the rows of `codes`.
+
+        `hook_sae_recons` fires. Differentiable in the values, and in `W_dec` and `b_dec` where
+        they require it. A decoder that is a transposed view of the official file is made
+        row-major on the first call and kept: the size of `W_dec` once more.
+        """
+        if codes.d_sae != self.cfg.d_sae:
+            raise ValueError(f"codes of {codes.d_sae} features; this SAE has {self.cfg.d_sae}")
+        values = codes.values
+        if self.cfg.rescale_acts_by_decoder_norm:
+            values = values / self.W_dec[codes.indices].norm(dim=-1)
+        flat = codes.flatten()
+        out = gather_decode(values.reshape(-1, codes.k), flat.indices, self._decoder_rows())
+        return self._finish(out.reshape(*codes.shape, self.cfg.d_in))
+
+    def pre_activations(
+        self, x: torch.Tensor, features: int | Sequence[int] | torch.Tensor
+    ) -> torch.Tensor:
+        """Pre-activations of chosen features, before ReLU and top-k, at the cost of their rows.
+
+        `[.., d_in]`, `[m] -> [.., m]` (an int gives `[..]`); differentiable in `x`.
+        """
+        index = self._checked(features)
+        sae_in = self.process_sae_in(x)
+        pre = sae_in @ self.W_enc.T[index.reshape(-1)].T + self.b_enc[index.reshape(-1)]
+        if self.cfg.rescale_acts_by_decoder_norm:
+            pre = pre * self.W_dec[index.reshape(-1)].norm(dim=-1)
+        return pre.reshape(*sae_in.shape[:-1], *index.shape)
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        """SAELens's dense `[.., d_sae]`, made from the codes of `encode_sparse`."""
+        if not self._plain_topk or self._trains("W_enc", "b_enc", "b_dec"):
+            return super().encode(x)
+        if _hooked(self.hook_sae_acts_pre):
+            return super().encode(x)
+        return self.hook_sae_acts_post(self.encode_sparse(x).to_dense(self.dtype))
+
+    def decode(self, feature_acts: torch.Tensor) -> torch.Tensor:
+        """SAELens's decode of a dense `[.., d_sae]`; few non-zeros are gathered, not multiplied.
+
+        Where `feature_acts` or the decoder wants a gradient this is SAELens's dense product,
+        whose gradient is dense too; `decode_sparse` is the fast differentiable one.
+        """
+        wants_grad = torch.is_grad_enabled() and feature_acts.requires_grad
+        if (
+            wants_grad
+            or feature_acts.is_sparse
+            or self.cfg.rescale_acts_by_decoder_norm
+            or self._trains("W_dec", "b_dec")
+        ):
+            return super().decode(feature_acts)
+        flat = feature_acts.reshape(-1, self.cfg.d_sae)
+        counts = flat.count_nonzero(dim=-1)
+        if int(counts.sum()) * _GATHER_WORTH > flat.numel() or not flat.numel():
+            return super().decode(feature_acts)
+        position, feature = flat.nonzero(as_tuple=True)
+        out = torch.nn.functional.embedding_bag(
+            feature,
+            self._decoder_rows(),
+            counts.cumsum(0) - counts,
+            mode="sum",
+            per_sample_weights=flat[position, feature].to(self.dtype),
+        )
+        return self._finish(out.reshape(*feature_acts.shape[:-1], self.cfg.d_in))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """SAELens's forward with one encode, the error term included. `[.., d_in] -> [.., d_in]`"""
+        if (
+            not self._plain_topk
+            or _hooked(self.hook_sae_acts_pre)
+            or self._trains("W_enc", "b_enc", "W_dec", "b_dec")
+        ):
+            return super().forward(x)
+        codes = self.encode_sparse(x)
+        if _hooked(self.hook_sae_acts_post):
+            out = self.decode(self.hook_sae_acts_post(codes.to_dense(self.dtype)))
+        else:
+            out = self.decode_sparse(codes)
+        if self.use_error_term:
+            with torch.no_grad():
+                error = self.hook_sae_error(x - self._without_hooks(x, codes, out))
+            out = out + error
+        return self.hook_sae_output(out)
 
     def direction(self, features: int | Sequence[int] | torch.Tensor) -> torch.Tensor:
         """What a feature writes into the residual: its decoder row. `[..] -> [.., d_in]`"""
@@ -52,6 +208,66 @@ class ScopeSAE(TopKSAE):
         """The length of every feature's direction, in float32. `[d_sae]`"""
         return torch.cat([rows.float().norm(dim=-1) for rows in self.W_dec.split(chunk)])
 
+    @property
+    def _k(self) -> int:
+        return int(self.activation_fn.k)
+
+    @property
+    def _plain_topk(self) -> bool:
+        """Whether this is the arithmetic of `topk.py`; anything else is left to SAELens."""
+        return (
+            isinstance(self.activation_fn, TopK)
+            and not self.activation_fn.use_sparse_activations
+            and not self.cfg.rescale_acts_by_decoder_norm
+            and self.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        )
+
+    def _trains(self, *names: str) -> bool:
+        return torch.is_grad_enabled() and any(getattr(self, n).requires_grad for n in names)
+
+    def _finish(self, decoded: torch.Tensor) -> torch.Tensor:
+        """What SAELens does after the product with W_dec."""
+        out = self.hook_sae_recons(decoded + self.b_dec)
+        return self.reshape_fn_out(self.run_time_activation_norm_fn_out(out), self.d_head)
+
+    def _without_hooks(
+        self, x: torch.Tensor, codes: SparseCodes, out: torch.Tensor
+    ) -> torch.Tensor:
+        """The reconstruction that no hook has edited, with as little recomputed as possible."""
+        if not any(
+            _hooked(hook)
+            for hook in (self.hook_sae_input, self.hook_sae_acts_post, self.hook_sae_recons)
+        ):
+            return out.detach()
+        # A normalising SAE leaves its scale behind for one decode only.
+        again = _hooked(self.hook_sae_input) or self.cfg.normalize_activations != "none"
+        with _disable_hooks(self):
+            if again:
+                codes = self.encode_sparse(x)
+            return self.decode_sparse(codes.detach())
+
+    @property
+    def _rowwise_input(self) -> bool:
+        return self.cfg.normalize_activations == "none" and self.cfg.reshape_activations == "none"
+
+    def _encoder(self) -> Encoder:
+        """Row-major, `[d_sae, d_in]`: a view of an official file's W_enc, else a copy made once
+        (the size of W_enc)."""
+        return self._derived.get(
+            "encoder",
+            (self.W_enc, self.b_enc),
+            lambda: Encoder(
+                self.W_enc.detach().T.contiguous(), self.b_enc.detach(), self._half_copy
+            ),
+        )
+
+    def _decoder_rows(self) -> torch.Tensor:
+        if self.W_dec.is_contiguous():
+            return self.W_dec
+        if self._trains("W_dec"):
+            return self.W_dec.contiguous()
+        return self._derived.get("decoder rows", (self.W_dec,), self.W_dec.detach().contiguous)
+
     def _checked(self, features: int | Sequence[int] | torch.Tensor) -> torch.Tensor:
         index = torch.as_tensor(features, device=self.W_dec.device, dtype=torch.long)
         if index.numel() and not (int(index.min()) >= 0 and int(index.max()) < self.cfg.d_sae):
@@ -64,3 +280,29 @@ class ScopeSAE(TopKSAE):
         """Safetensors stores contiguous tensors only; mapped weights are transposed views."""
         for name, tensor in state_dict.items():
             state_dict[name] = tensor.contiguous()
+
+
+def _hooked(hook: torch.nn.Module) -> bool:
+    """Whether anybody looks at this hook point, forward or backward."""
+    return bool(
+        hook._forward_hooks
+        or hook._forward_pre_hooks
+        or hook._backward_hooks
+        or hook._backward_pre_hooks
+    )
+
+
+def _require_finite(flat: torch.Tensor, shape: torch.Size) -> None:
+    """Refuse NaN and infinity in `[n, d_in]`, naming positions of `shape`."""
+    # Block by block: the mask of a block is small, that of x may be a quarter of it.
+    blocks = [block.isfinite().all(dim=-1) for block in flat.split(1024)]
+    good = torch.cat([flat.new_zeros(0, dtype=torch.bool), *blocks])
+    if bool(good.all()):
+        return
+    places = (~good).reshape(shape).nonzero().tolist()
+    shown = ", ".join(str(tuple(place)) for place in places[:5])
+    raise NotFinite(
+        f"x has NaN or infinity at {len(places)} of {len(good)} positions: {shown}"
+        f"{', ..' if len(places) > 5 else ''}; expected finite residuals. Mask these positions, "
+        "or run the model in bfloat16 or float32 if it overflowed in float16"
+    )

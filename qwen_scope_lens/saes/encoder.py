@@ -1,0 +1,169 @@
+"""Encoder: the tensors that the certified top-k derives from an encoder's weights.
+
+Row norms and rounding errors for the bounds, the centre that makes the bounds tight on real
+residuals, and, on request, a bfloat16 copy of the rows. How they certify a selection is
+`certified.py`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+import torch
+
+__all__ = ["EXTRA", "Centre", "Encoder", "norm_above", "split"]
+
+EXTRA = 32
+"""Columns after d_in in a bfloat16 tile: the bias in three parts, outlier columns in three."""
+
+OUTLIERS = 8
+TILE = 1024
+"""Rows of the encoder converted or measured at a time."""
+
+
+def norm_above(matrix: torch.Tensor) -> torch.Tensor:
+    """An upper bound of the length of each row, whatever the order of the sum. `[n, d] -> [n]`"""
+    return matrix.float().norm(dim=-1) * (1 + matrix.shape[-1] * 2.0**-23) + 1e-18
+
+
+def split(x: torch.Tensor, parts: int) -> list[torch.Tensor]:
+    """bfloat16 tensors whose sum is `x` up to 2^-9 per part."""
+    found = []
+    rest = x.double()
+    for _ in range(parts):
+        found.append(rest.to(torch.bfloat16))
+        rest = rest - found[-1].double()
+    return found
+
+
+@dataclass
+class Centre:
+    """A point near the residuals and the columns that stick out, taken out of the bounded product.
+
+    `x = c + rest + outliers`, so `W x + b = W rest + W_O x_O + (W c + b)`: only `W rest` meets a
+    rounding bound, and `rest` is short. Any centre is exact; a good one certifies more tokens.
+    """
+
+    point: torch.Tensor
+    """`[d_in]`, float32, zero at the outlier columns; all zero means no centring."""
+    columns: torch.Tensor
+    """`[m]`, the outlier columns, m <= 8."""
+    bias: torch.Tensor
+    """`W c + b`, float64 `[d_sae]`."""
+    weights: torch.Tensor
+    """`W[:, columns]`, float32 `[d_sae, m]`."""
+    extra: torch.Tensor = field(init=False)
+    """The columns of a bfloat16 tile that carry bias and outliers. `[d_sae, EXTRA]`"""
+
+    def __post_init__(self) -> None:
+        m = len(self.columns)
+        self.extra = torch.zeros(
+            (len(self.bias), EXTRA), dtype=torch.bfloat16, device=self.bias.device
+        )
+        high, low = split(self.weights, 2)
+        parts = [*(b[:, None] for b in split(self.bias, 3)), high, high, low]
+        self.extra[:, : 3 + 3 * m] = torch.cat(parts, 1)
+        self.bias_max = float(self.bias.abs().max()) if len(self.bias) else 0.0
+        self.weights_max = float(norm_above(self.weights).max()) if m else 0.0
+
+    @property
+    def plain(self) -> bool:
+        """Whether this changes nothing: no centre, no outlier."""
+        return not len(self.columns) and not bool(self.point.any())
+
+    def parts(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """float32 `[n, d_in]` -> the rest `[n, d_in]` and the outliers `[n, m]`."""
+        if self.plain:
+            return x, x[:, :0]
+        rest = x - self.point
+        rest[:, self.columns] = 0
+        return rest, x[:, self.columns]
+
+    def extra_input(self, outliers: torch.Tensor) -> torch.Tensor:
+        """What a token puts against `extra`. `[n, m] -> bfloat16 [n, EXTRA]`"""
+        n, m = outliers.shape
+        high, low = split(outliers, 2)
+        out = high.new_zeros((n, EXTRA))
+        out[:, :3] = 1
+        out[:, 3 : 3 + 3 * m] = torch.cat([high, low, high], 1)
+        return out
+
+
+class Encoder:
+    """`rows [d_sae, d_in]` and `bias [d_sae]` as stored, and what is derived from them."""
+
+    def __init__(self, rows: torch.Tensor, bias: torch.Tensor, keep_half: bool = False) -> None:
+        self.rows, self.bias = rows, bias
+        self.d_sae, self.d_in = rows.shape
+        self.settled: Counter[str] = Counter()
+        """How many positions each precision settled, for whoever wants to look."""
+        self.crowding = 0.0
+        """Candidates over k in the last first pass: how tight its bound was."""
+        norms, errors = [], []
+        for tile in rows.split(TILE):
+            norms.append(norm_above(tile))
+            errors.append(norm_above(tile.float() - tile.to(torch.bfloat16).float()))
+        empty = rows.new_zeros(0, dtype=torch.float32)
+        self.norms = torch.cat([empty, *norms])
+        self.half_errors = torch.cat([empty, *errors])
+        if rows.dtype == torch.bfloat16:
+            self.half_errors.zero_()
+        self.norms_max = float(self.norms.max())
+        self.half_errors_max = float(self.half_errors.max())
+        self._blocks_until_recentre = 0
+        self._recentred = 0
+        self._half: torch.Tensor | None = None
+        self.centre = self._centre_at(torch.zeros_like(rows[0], dtype=torch.float32), [])
+        if keep_half:
+            self._half = rows.new_empty((self.d_sae, self.d_in + EXTRA), dtype=torch.bfloat16)
+            self._half[:, : self.d_in] = rows
+            self._half[:, self.d_in :] = self.centre.extra
+
+    def half_buffer(self) -> torch.Tensor:
+        """Where `half_tile` may put what it converts."""
+        rows = 0 if self._half is not None else min(TILE, self.d_sae)
+        return self.rows.new_empty((rows, self.d_in + EXTRA), dtype=torch.bfloat16)
+
+    def half_tile(self, start: int, buffer: torch.Tensor) -> torch.Tensor:
+        """Rows from `start` in bfloat16 with their extra columns. `[<= 4 TILE, d_in + EXTRA]`"""
+        if self._half is not None:
+            return self._half[start : start + 4 * TILE]
+        stop = min(start + TILE, self.d_sae)
+        tile = buffer[: stop - start]
+        tile[:, : self.d_in].copy_(self.rows[start:stop])
+        tile[:, self.d_in :].copy_(self.centre.extra[start:stop])
+        return tile
+
+    def recentre(self, x: torch.Tensor) -> bool:
+        """Take the centre and the outlier columns from these residuals, float32 `[n, d_in]`.
+
+        True if that may help. Weights already in bfloat16 need no centre: nothing is rounded. It
+        costs a pass over the weights, so it happens ever more rarely.
+        """
+        self._blocks_until_recentre -= 1
+        if self._blocks_until_recentre > 0 or len(x) < 32 or self.rows.dtype == torch.bfloat16:
+            return False
+        self._recentred += 1
+        self._blocks_until_recentre = 4**self._recentred
+        sample = x[:: max(1, len(x) // 512)]
+        point = sample.median(dim=0).values
+        apart = (sample - point).square()
+        share = (apart / apart.sum(-1, keepdim=True).clamp_min(1e-30)).mean(0)
+        best = share.topk(min(OUTLIERS, self.d_in))
+        columns = best.indices[best.values > 16 / self.d_in].sort().values.tolist()
+        self.centre = self._centre_at(point, columns)
+        if self._half is not None:
+            self._half[:, self.d_in :] = self.centre.extra
+        return True
+
+    def _centre_at(self, point: torch.Tensor, columns: list[int]) -> Centre:
+        point = point.clone()
+        point[columns] = 0
+        bias = self.bias.double()
+        if bool(point.any()):
+            exact = point.double()
+            shift = [tile.double() @ exact for tile in self.rows.split(TILE)]
+            bias = bias + torch.cat(shift)
+        where = torch.tensor(columns, dtype=torch.long, device=self.rows.device)
+        return Centre(point, where, bias, self.rows[:, where].float())

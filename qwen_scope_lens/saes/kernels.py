@@ -1,0 +1,196 @@
+"""Triton kernels for CUDA: the first pass of an encode, and the gather decode.
+
+`candidates` multiplies tiles and keeps only what reaches each position's line, so no
+`[tokens, d_sae]` ever stands in device memory. What is kept is decided by `certified.py` like any
+other first pass. The plain PyTorch path is the reference of everything here. Triton is imported
+on first use; `TRITON_INTERPRET=1`, set before that, runs the kernels on a CPU.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+
+__all__ = ["available", "candidates", "decode"]
+
+# mypy: disable-error-code="no-untyped-def"
+# (Kernel arguments are pointers and numbers; Triton reads annotations as its own.)
+
+if importlib.util.find_spec("triton") is not None:
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def _candidates_kernel(
+        x,
+        rows,
+        bias,
+        outliers,
+        weights,
+        line,
+        count,
+        features,
+        approx,
+        n,
+        d_in,
+        d_sae,
+        cap,
+        half: tl.constexpr,
+        interpreted: tl.constexpr,
+        m: tl.constexpr,
+        block_n: tl.constexpr,
+        block_f: tl.constexpr,
+        block_d: tl.constexpr,
+    ):
+        """One tile `[block_n, block_f]` of scores; what reaches the line is appended."""
+        t = tl.program_id(0) * block_n + tl.arange(0, block_n)
+        f = tl.program_id(1) * block_f + tl.arange(0, block_f)
+        t64, f64 = t.to(tl.int64), f.to(tl.int64)
+        total = tl.zeros((block_n, block_f), tl.float32)
+        for start in range(0, d_in, block_d):
+            d = start + tl.arange(0, block_d)
+            a_mask = (t[:, None] < n) & (d[None, :] < d_in)
+            b_mask = (f[:, None] < d_sae) & (d[None, :] < d_in)
+            a = tl.load(x + t64[:, None] * d_in + d[None, :], a_mask, 0.0)
+            b = tl.load(rows + f64[:, None] * d_in + d[None, :], b_mask, 0.0)
+            if half:
+                a = a.to(tl.bfloat16)
+                b = b.to(tl.bfloat16)
+            if half and not interpreted:
+                total = tl.dot(a, tl.trans(b), total)
+            else:
+                total = tl.dot(
+                    a.to(tl.float32), tl.trans(b.to(tl.float32)), total, input_precision="ieee"
+                )
+        o = tl.arange(0, m)
+        a = tl.load(outliers + t64[:, None] * m + o[None, :], (t < n)[:, None], 0.0)
+        b = tl.load(weights + f64[:, None] * m + o[None, :], (f < d_sae)[:, None], 0.0)
+        total = tl.dot(a, tl.trans(b), total, input_precision="ieee")
+        total += tl.load(bias + f, f < d_sae, 0.0)[None, :]
+        lines = tl.load(line + t, t < n, float("inf"))
+        keep = (total >= lines[:, None]) & (f < d_sae)[None, :] & (t < n)[:, None]
+        found = keep.to(tl.int32)
+        base = tl.atomic_add(count + t, tl.sum(found, 1), t < n)
+        slot = base[:, None] + tl.cumsum(found, 1) - 1
+        keep = keep & (slot < cap)
+        at = t64[:, None] * cap + slot
+        tl.store(features + at, tl.broadcast_to(f[None, :], (block_n, block_f)), keep)
+        tl.store(approx + at, total, keep)
+
+    @triton.jit
+    def _decode_kernel(values, indices, rows, out, k: tl.constexpr, d_in, block_d: tl.constexpr):
+        """`out[t, block] = sum of values[t, j] * rows[indices[t, j], block]`"""
+        t = tl.program_id(0).to(tl.int64)
+        d = tl.program_id(1) * block_d + tl.arange(0, block_d)
+        total = tl.zeros((block_d,), tl.float32)
+        for j in range(k):
+            value = tl.load(values + t * k + j).to(tl.float32)
+            row = tl.load(indices + t * k + j).to(tl.int64)
+            total += value * tl.load(rows + row * d_in + d, d < d_in, 0.0).to(tl.float32)
+        tl.store(out + t * d_in + d, total.to(out.dtype.element_ty), d < d_in)
+
+    @triton.jit
+    def _decode_backward_kernel(
+        grad, indices, rows, out, k: tl.constexpr, d_in, block_d: tl.constexpr
+    ):
+        """`out[t, j] = grad[t] . rows[indices[t, j]]`"""
+        t = tl.program_id(0).to(tl.int64)
+        j = tl.program_id(1)
+        row = tl.load(indices + t * k + j).to(tl.int64)
+        total = tl.zeros((block_d,), tl.float32)
+        for start in range(0, d_in, block_d):
+            d = start + tl.arange(0, block_d)
+            a = tl.load(grad + t * d_in + d, d < d_in, 0.0).to(tl.float32)
+            total += a * tl.load(rows + row * d_in + d, d < d_in, 0.0).to(tl.float32)
+        tl.store(out + t * k + j, tl.sum(total, 0))
+
+
+def available(device: torch.device) -> bool:
+    """Whether these kernels run on this device."""
+    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
+
+
+def candidates(
+    x: torch.Tensor,
+    rows: torch.Tensor,
+    bias: torch.Tensor,
+    outliers: torch.Tensor,
+    weights: torch.Tensor,
+    line: torch.Tensor,
+    cap: int,
+    half: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Scores of at least `line [n]`: how many `[n]`, and up to `cap` features and scores each.
+
+    `x` float32 `[n, d_in]`, `rows [d_sae, d_in]`, `bias` float32 `[d_sae]`, `outliers [n, m]` and
+    `weights [d_sae, m]` float32, multiplied in float32 whatever `half` says. Unused places hold
+    feature -1; entries stand in no promised order.
+    """
+    n, d_in = x.shape
+    d_sae, m = len(rows), 16
+    pad = (0, m - outliers.shape[1])
+    outliers = torch.nn.functional.pad(outliers, pad).contiguous()
+    weights = torch.nn.functional.pad(weights, pad).contiguous()
+    count = torch.zeros(n, dtype=torch.int32, device=x.device)
+    features = torch.full((n, cap), -1, dtype=torch.int32, device=x.device)
+    approx = x.new_zeros((n, cap))
+    block_n, block_f = 64, 128
+    grid = (-(-n // block_n), -(-d_sae // block_f))
+    _candidates_kernel[grid](
+        x.contiguous(),
+        rows,
+        bias,
+        outliers,
+        weights,
+        line,
+        count,
+        features,
+        approx,
+        n,
+        d_in,
+        d_sae,
+        cap,
+        half,
+        # The interpreter cannot multiply bfloat16: the same rounded numbers go in as float32.
+        bool(triton.knobs.runtime.interpret),
+        m,
+        block_n,
+        block_f,
+        32,
+    )
+    return count, features, approx
+
+
+def decode(values: torch.Tensor, indices: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """`gather_decode` with frozen rows: `[n, k]`, `[n, k]`, `[d_sae, d_in]` -> `[n, d_in]`."""
+    return _Decode.apply(values, indices, rows)
+
+
+class _Decode(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, values: torch.Tensor, indices: torch.Tensor, rows: torch.Tensor
+    ) -> torch.Tensor:
+        n, k = values.shape
+        d_in = rows.shape[1]
+        out = rows.new_empty((n, d_in))
+        if n:
+            grid = (n, -(-d_in // 512))
+            _decode_kernel[grid](values.contiguous(), indices.contiguous(), rows, out, k, d_in, 512)
+        ctx.save_for_backward(indices, rows)
+        ctx.dtype = values.dtype
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+        indices, rows = ctx.saved_tensors
+        n, k = indices.shape
+        out = torch.empty((n, k), dtype=torch.float32, device=grad.device)
+        if n:
+            _decode_backward_kernel[(n, k)](
+                grad.contiguous(), indices.contiguous(), rows, out, k, rows.shape[1], 512
+            )
+        return out.to(ctx.dtype), None, None

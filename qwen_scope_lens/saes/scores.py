@@ -1,0 +1,116 @@
+"""Scores of single (position, feature) pairs: quickly in float32, exactly in float64.
+
+Which pairs, and what the scores decide, is `certified.py`.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+
+__all__ = ["exact_scores", "exact_topk", "pair_dots"]
+
+_ELEMENTS = 2**20
+"""Numbers per working buffer: 8 MiB in float64."""
+
+
+def pair_dots(
+    rows: torch.Tensor, x: torch.Tensor, token: torch.Tensor, feature: torch.Tensor
+) -> torch.Tensor:
+    """float32 dots `x[token] . rows[feature]`. `[d_sae, d]`, float32 `[n, d]`, `[p]` -> `[p]`
+
+    Every dot is summed in an order that depends on d alone, so a pair's value does not depend on
+    the company it is computed in.
+    """
+    if not len(token):
+        return x.new_zeros(0)
+    if x.is_cuda:
+        return _gathered_dots(rows, x, token, feature)
+    # By feature, so that each encoder row is read once while the positions stay in cache.
+    order = (feature * len(x) + token).argsort()
+    token, feature = token[order], feature[order]
+    out = x.new_empty(len(token))
+    if rows.dtype == torch.float32:
+        out[order] = _sampled(rows, x, token, feature)
+        return out
+    wanted, local = feature.unique_consecutive(return_inverse=True)
+    dots = []
+    step = max(1, 4 * _ELEMENTS // rows.shape[1])
+    for start in range(0, len(wanted), step):
+        inside = (local >= start) & (local < start + step)
+        tile = rows[wanted[start : start + step]].float()
+        dots.append(_sampled(tile, x, token[inside], local[inside] - start))
+    out[order] = torch.cat(dots)
+    return out
+
+
+def _sampled(
+    rows: torch.Tensor, x: torch.Tensor, token: torch.Tensor, row: torch.Tensor
+) -> torch.Tensor:
+    """Sampled dense-dense product; pairs sorted by row, then token."""
+    starts = torch.zeros(len(rows) + 1, dtype=torch.long)
+    starts[1:] = torch.bincount(row, minlength=len(rows)).cumsum(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torch: CSR support is in beta
+        pattern = torch.sparse_csr_tensor(
+            starts, token, x.new_zeros(len(token)), (len(rows), len(x)), check_invariants=False
+        )
+        return torch.sparse.sampled_addmm(pattern, rows, x.T, beta=0.0).values()
+
+
+def _gathered_dots(
+    rows: torch.Tensor, x: torch.Tensor, token: torch.Tensor, feature: torch.Tensor
+) -> torch.Tensor:
+    step = max(1, 4 * _ELEMENTS // x.shape[1])
+    parts = zip(token.split(step), feature.split(step), strict=True)
+    return torch.cat([(x[t] * rows[f].float()).sum(-1) for t, f in parts])
+
+
+def exact_scores(
+    rows: torch.Tensor,
+    bias: torch.Tensor,
+    x: torch.Tensor,
+    token: torch.Tensor,
+    feature: torch.Tensor,
+) -> torch.Tensor:
+    """Exact dots plus bias, rounded once to float32 and held in float64. `[p]`
+
+    A product of two float32 numbers is exact in float64, and so, up to 2^-53, is their sum.
+    """
+    out = torch.empty(len(token), dtype=torch.float64, device=x.device)
+    step = max(1, _ELEMENTS // 16 // x.shape[1])  # stays in cache
+    for start in range(0, len(token), step):
+        t, f = token[start : start + step], feature[start : start + step]
+        score = (x[t].double() * rows[f].double()).sum(-1) + bias[f].double()
+        out[start : start + step] = score.float()
+    return out
+
+
+def exact_topk(
+    x: torch.Tensor, rows: torch.Tensor, bias: torch.Tensor, k: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The definition, slowly: all scores in float64, rounded to float32, stable sort.
+
+    `[n, d_in]`, `[d_sae, d_in]`, `[d_sae]` -> float32 values and int64 indices `[n, k]`, 0 and -1
+    where fewer are positive. The reference of the tests, and the last resort for positions that
+    no bound settles.
+    """
+    step = max(64, _ELEMENTS // rows.shape[1])
+    tokens = max(1, _ELEMENTS // max(step, rows.shape[1]))
+    values, indices = [x.new_zeros((0, k), dtype=torch.float32)], [x.new_zeros((0, k)).long()]
+    for block in x.split(tokens):
+        best = block.new_zeros((len(block), 0), dtype=torch.float32)
+        where = torch.zeros((len(block), 0), dtype=torch.long, device=x.device)
+        for start in range(0, len(rows), step):
+            tile = rows[start : start + step].double()
+            scores = block.double() @ tile.T + bias[start : start + step].double()
+            ids = torch.arange(start, start + len(tile), device=x.device)
+            # Earlier features stand first, so a stable sort leaves ties to the lower one.
+            best = torch.cat([best, scores.float()], 1)
+            where = torch.cat([where, ids.expand(len(block), -1)], 1)
+            best, order = best.sort(dim=1, descending=True, stable=True)
+            best, where = best[:, :k], where.gather(1, order)[:, :k]
+        values.append(best.relu())
+        indices.append(where.masked_fill(best <= 0, -1))
+    return torch.cat(values), torch.cat(indices)

@@ -1,0 +1,218 @@
+"""SparseCodes: for every position, the k features that fire and how strongly.
+
+The project's currency. Encoders make it, decoders, stores and every application read it; nothing
+else keeps its own copy of these operations. No SAE and no arithmetic of encoding lives here
+(`topk.py`), and no file format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_matrix  # type: ignore[import-untyped]
+
+__all__ = ["SparseCodes"]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class SparseCodes:
+    """`values [.., k]` and `indices [.., k]` (int32) out of `d_sae` features.
+
+    Within a position the entries stand in descending value, equal values by ascending index. A
+    position with fewer than k positive pre-activations ends in *padding*: value 0, index 0.
+    Padding is not feature 0 firing: `active` tells the two apart, and everything here that counts
+    or writes entries (`l0`, `to_dense`, `to_scipy_csr`) leaves padding out.
+    """
+
+    values: torch.Tensor
+    indices: torch.Tensor
+    d_sae: int
+
+    def __post_init__(self) -> None:
+        if self.values.shape != self.indices.shape or self.values.ndim == 0:
+            raise ValueError(
+                f"values and indices must have one shape [.., k]; found {tuple(self.values.shape)}"
+                f" and {tuple(self.indices.shape)}"
+            )
+        if self.indices.is_floating_point() or self.indices.dtype == torch.bool:
+            raise ValueError(f"indices must be integers; found {self.indices.dtype}")
+        if self.indices.dtype != torch.int32:
+            object.__setattr__(self, "indices", self.indices.to(torch.int32))
+
+    @property
+    def k(self) -> int:
+        """Entries per position, padding included."""
+        return self.values.shape[-1]
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape of the positions, without k."""
+        return self.values.shape[:-1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.values.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.values.device
+
+    @property
+    def active(self) -> torch.Tensor:
+        """Which entries are features that fire, and not padding. bool `[.., k]`"""
+        return self.values > 0
+
+    @property
+    def l0(self) -> torch.Tensor:
+        """How many features fire at each position. int `[..]`"""
+        return self.active.sum(-1)
+
+    def __len__(self) -> int:
+        if not self.shape:
+            raise TypeError("the codes of a single position have no length")
+        return self.shape[0]
+
+    def __getitem__(self, key: Any) -> SparseCodes:
+        """Index the positions as a tensor of shape `self.shape`; k stays whole."""
+        parts = key if isinstance(key, tuple) else (key,)
+        if any(part is Ellipsis for part in parts):
+            at = next(i for i, part in enumerate(parts) if part is Ellipsis)
+            free = len(self.shape) - sum(_width(p) for p in parts if p is not Ellipsis)
+            parts = (*parts[:at], *[slice(None)] * free, *parts[at + 1 :])
+        if sum(_width(p) for p in parts) > len(self.shape):
+            raise IndexError(
+                f"too many indices for codes of shape {tuple(self.shape)}: the k entries of a "
+                "position are not indexed here; use .values and .indices"
+            )
+        return SparseCodes(self.values[parts], self.indices[parts], self.d_sae)
+
+    def reshape(self, *shape: int) -> SparseCodes:
+        """The same positions in another shape. `[.., k] -> [*shape, k]`"""
+        full = (*shape, self.k)
+        return SparseCodes(self.values.reshape(full), self.indices.reshape(full), self.d_sae)
+
+    def flatten(self) -> SparseCodes:
+        """All positions in one row. `[.., k] -> [n, k]`"""
+        return self.reshape(self.shape.numel())
+
+    @staticmethod
+    def cat(codes: Sequence[SparseCodes], dim: int = 0) -> SparseCodes:
+        """Join along a dimension of the positions; a smaller k is padded to the largest."""
+        if not codes:
+            raise ValueError("nothing to concatenate: expected at least one SparseCodes")
+        widths = {c.d_sae for c in codes}
+        if len(widths) > 1:
+            raise ValueError(f"codes of different SAEs: d_sae {sorted(widths)}; expected one")
+        dims = len(codes[0].shape)
+        if not -dims <= dim < dims:
+            raise IndexError(f"dim {dim} is out of range for codes of shape {codes[0].shape}")
+        k = max(c.k for c in codes)
+        grown = [c._padded(k) for c in codes]
+        dim %= dims
+        return SparseCodes(
+            torch.cat([c.values for c in grown], dim),
+            torch.cat([c.indices for c in grown], dim),
+            codes[0].d_sae,
+        )
+
+    def mask(self, positions: torch.Tensor) -> SparseCodes:
+        """Empty every position where `positions` (bool, `[..]`) is False; the shape stays.
+
+        `codes[positions]` is the other way to leave positions out: it drops them.
+        """
+        if positions.dtype != torch.bool or positions.shape != self.shape:
+            raise ValueError(
+                f"positions must be bool of shape {tuple(self.shape)}; "
+                f"found {positions.dtype} {tuple(positions.shape)}"
+            )
+        drop = ~positions.to(self.device).unsqueeze(-1)
+        return SparseCodes(
+            self.values.masked_fill(drop, 0), self.indices.masked_fill(drop, 0), self.d_sae
+        )
+
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> SparseCodes:
+        """Move to a device, or give the values another dtype. Indices stay int32."""
+        if isinstance(device, torch.dtype):
+            device, dtype = None, device
+        return SparseCodes(
+            self.values.to(device=device, dtype=dtype), self.indices.to(device=device), self.d_sae
+        )
+
+    def detach(self) -> SparseCodes:
+        return SparseCodes(self.values.detach(), self.indices, self.d_sae)
+
+    def to_dense(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """`[.., d_sae]`, zero where nothing fires. d_sae / k times the memory."""
+        values = self.values if dtype is None else self.values.to(dtype)
+        dense = values.new_zeros((*self.shape, self.d_sae))
+        # An add, because padding repeats index 0 and must not overwrite a feature 0 that fires.
+        return dense.scatter_add(-1, self.indices.long(), values)
+
+    @staticmethod
+    def from_dense(dense: torch.Tensor, k: int) -> SparseCodes:
+        """The k largest positive entries of `[.., d_sae]`, ties by lower index."""
+        # A stable descending sort is the only one that promises the order of ties.
+        values, indices = torch.sort(dense, dim=-1, descending=True, stable=True)
+        values = values[..., :k].relu()
+        indices = indices[..., :k].to(torch.int32).masked_fill(values <= 0, 0)
+        return SparseCodes(values, indices, dense.shape[-1])
+
+    def to_scipy_csr(self) -> csr_matrix:
+        """One row per position (flattened), one column per feature, active entries only."""
+        import numpy as np
+        from scipy.sparse import csr_matrix
+
+        flat = self.flatten().detach().to("cpu", torch.promote_types(self.dtype, torch.float32))
+        active = flat.active
+        starts = np.concatenate([[0], active.sum(-1).cumsum(0).numpy()])
+        matrix = csr_matrix(
+            (flat.values[active].numpy(), flat.indices[active].numpy(), starts),
+            shape=(len(flat), self.d_sae),
+        )
+        matrix.sort_indices()
+        return matrix
+
+    def __eq__(self, other: object) -> bool:
+        """Same shape, width, dtype, indices and values, bit for bit."""
+        if not isinstance(other, SparseCodes):
+            return NotImplemented
+        return (
+            self.d_sae == other.d_sae
+            and self.dtype == other.dtype
+            and self.device == other.device
+            and torch.equal(self.indices, other.indices)
+            and torch.equal(self.values, other.values)
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        where = "" if self.device.type == "cpu" else f", {self.device}"
+        return f"SparseCodes({list(self.shape)}, k={self.k} of {self.d_sae}, {dtype}{where})"
+
+    def _padded(self, k: int) -> SparseCodes:
+        if k == self.k:
+            return self
+        pad = (0, k - self.k)
+        return SparseCodes(
+            torch.nn.functional.pad(self.values, pad),
+            torch.nn.functional.pad(self.indices, pad),
+            self.d_sae,
+        )
+
+
+def _width(part: Any) -> int:
+    """How many dimensions of the positions one part of an index consumes."""
+    if part is None:
+        return 0
+    if isinstance(part, torch.Tensor) and part.dtype == torch.bool:
+        return part.ndim
+    return 1

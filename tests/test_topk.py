@@ -1,0 +1,413 @@
+"""Encode and decode: exact against float64, equal to SAELens, bounded in memory."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
+
+from qwen_scope_lens.errors import NotFinite
+from qwen_scope_lens.saes import topk
+from qwen_scope_lens.saes.encoder import Encoder
+from qwen_scope_lens.saes.sae import ScopeSAE, ScopeSAEConfig
+from qwen_scope_lens.saes.sparse import SparseCodes
+from qwen_scope_lens.saes.topk import encode_topk
+
+PASSES = [torch.bfloat16, torch.float32]
+
+
+def reference(x, rows, bias, k):
+    """The definition in plain words: float64 dots, rounded to float32, stable sort."""
+    scores = (x.double() @ rows.double().T + bias.double()).float()
+    values, indices = scores.sort(dim=1, descending=True, stable=True)
+    values, indices = values[:, :k], indices[:, :k]
+    return values.relu(), indices.masked_fill(values <= 0, -1)
+
+
+def check(x, rows, bias, k):
+    """Same sets as the reference, values within float32 rounding, bit-equal for every pass."""
+    values, indices = reference(x, rows, bias, k)
+    found = [
+        encode_topk(x, Encoder(rows, bias, half), k, precision)
+        for precision in PASSES
+        for half in (False, True)
+    ]
+    for got_values, got_indices in found:
+        chosen = got_indices.long().masked_fill(got_values <= 0, -1)
+        assert torch.equal(chosen.sort(1).values, indices.sort(1).values)
+        assert (got_values[:, :-1] >= got_values[:, 1:]).all()
+        scale = x.double().norm(dim=1, keepdim=True) * rows.double().norm(dim=1).max()
+        slack = 1.1 * (x.shape[1] + 4) * 2**-24 * (scale + bias.double().abs().max())
+        assert ((got_values.double() - values.double()).abs() <= slack + 1e-43).all()
+        assert torch.equal(got_values, found[0][0])
+        assert torch.equal(got_indices, found[0][1])
+
+
+def problem(n=40, d=96, d_sae=1024, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    rows = torch.randn(d_sae, d, generator=g) / d**0.5
+    return torch.randn(n, d, generator=g), rows, 0.1 * torch.randn(d_sae, generator=g)
+
+
+def shifted(x):
+    x = x + 5 * torch.randn(x.shape[1], generator=torch.Generator().manual_seed(3))
+    x[:, [3, 40]] += 200 * x[:, [5, 6]]
+    x[5] *= 1000
+    return x
+
+
+@pytest.mark.parametrize(
+    "change",
+    {
+        "plain": lambda x, w, b: (x, w, b),
+        "mean, outliers, sinks": lambda x, w, b: (shifted(x), w, b),
+        "zeros": lambda x, w, b: (x * 0, w, b * 0),
+        "pads among tokens": lambda x, w, b: (x * (torch.arange(40) % 2)[:, None], w, b * 0),
+        "all tied": lambda x, w, b: (x * 0, w, b * 0 + 0.5),
+        "all negative": lambda x, w, b: (x, w, b - 100),
+        "few positive": lambda x, w, b: (x, w, b - 2.5),
+        "duplicate features": lambda x, w, b: (x, w[:256].repeat(4, 1), b[:256].repeat(4)),
+        "near duplicates": lambda x, w, b: (
+            x,
+            w[:256].repeat(4, 1) * (1 + 1e-7 * torch.arange(4).repeat_interleave(256)[:, None]),
+            b[:256].repeat(4),
+        ),
+        "one long row": lambda x, w, b: (
+            x,
+            w * torch.cat([torch.ones(1023), 1e4 * b[:1]])[:, None],
+            b,
+        ),
+        "huge": lambda x, w, b: (x * 1e30, w, b),
+        "tiny": lambda x, w, b: (x * 1e-30, w, b * 0),
+        "denormal": lambda x, w, b: (x * 1e-42, w, b * 0),
+        "bfloat16": lambda x, w, b: (x.bfloat16(), w.bfloat16(), b.bfloat16()),
+        "float16": lambda x, w, b: (x.half(), w.half(), b.half()),
+        "empty": lambda x, w, b: (x[:0], w, b),
+    }.items(),
+    ids=lambda item: item[0],
+)
+def test_exact(change):
+    check(*change[1](*problem()), 20)
+
+
+@pytest.mark.parametrize(("d_sae", "k"), [(50, 50), (77, 7), (1, 1), (17, 16), (4100, 100)])
+def test_exact_at_odd_widths(d_sae, k):
+    check(*problem(n=7, d_sae=d_sae), k)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_exact_on_small_integers(data):
+    """Integers tie all the time and every product is exact: nothing hides a wrong tie."""
+    seed, span = data.draw(st.integers(0, 10**6)), data.draw(st.integers(1, 4))
+    n, d, d_sae = (data.draw(st.integers(1, m)) for m in (6, 20, 300))
+    k = data.draw(st.integers(1, d_sae))
+    g = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randint(-span, span + 1, shape, generator=g).float()  # noqa: E731
+    check(draw(n, d), draw(d_sae, d), draw(d_sae), k)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6), st.floats(-6, 6), st.floats(0, 3), st.integers(1, 60))
+def test_exact_at_any_scale(seed, exponent, mean, k):
+    x, rows, bias = problem(n=9, d=33, d_sae=500, seed=seed)
+    check((x + 10**mean * x[0]) * 10**exponent, rows, bias, k)
+
+
+def test_result_does_not_depend_on_company_or_blocks(monkeypatch):
+    x, rows, bias = problem()
+    x = shifted(x)
+    whole = encode_topk(x, Encoder(rows, bias), 20, torch.bfloat16)
+    alone = [encode_topk(row[None], Encoder(rows, bias), 20, torch.float32) for row in x]
+    monkeypatch.setattr(topk, "tokens_per_block", lambda *_: 7)
+    blocks = encode_topk(x, Encoder(rows, bias), 20, torch.bfloat16)
+    for i in range(2):
+        assert torch.equal(whole[i], torch.cat([one[i] for one in alone]))
+        assert torch.equal(whole[i], blocks[i])
+
+
+def test_realistic_residuals_are_certified():
+    """A mean and outlier columns: without centring the bfloat16 bound settles far fewer."""
+    x, rows, bias = problem(n=200, d=512, d_sae=8192)
+    mean = 10 * torch.randn(512)
+    x = x + mean
+    x[:, [3, 40]] += 30 * torch.randn(200, 2)
+    # A trained bias takes the mean away again.
+    encoder = Encoder(rows, bias - rows @ mean)
+    encode_topk(x, encoder, 20, torch.bfloat16)
+    assert encoder.settled["bfloat16"] >= 0.95 * 200
+    assert not encoder.centre.plain
+
+
+def test_first_pass_choice_is_measured_once():
+    assert topk.first_pass(1, "cpu") == torch.float32
+    assert topk.first_pass(256, "cpu") in PASSES
+    assert topk._half_pays("cpu") is topk._half_pays("cpu")
+
+
+# ScopeSAE against SAELens
+
+
+def pair(dtype="float32", k=6, **changes) -> tuple[ScopeSAE, TopKSAE]:
+    torch.manual_seed(0)
+    settings = {"d_in": 24, "d_sae": 96, "k": k, "dtype": dtype, **changes}
+    ours = ScopeSAE(ScopeSAEConfig(**settings))
+    with torch.no_grad():
+        ours.b_enc.normal_(0, 0.1)
+        ours.b_dec.normal_(0, 0.1)
+    theirs = TopKSAE(TopKSAEConfig(**{"apply_b_dec_to_input": False, **settings}))
+    theirs.load_state_dict(ours.state_dict())
+    return ours, theirs
+
+
+CONFIGS = [
+    {},
+    {"apply_b_dec_to_input": True},
+    {"normalize_activations": "layer_norm"},
+    {"normalize_activations": "constant_norm_rescale"},
+    {"rescale_acts_by_decoder_norm": True},
+    {"dtype": "float64"},
+]
+
+
+@pytest.mark.parametrize("changes", CONFIGS, ids=str)
+@pytest.mark.parametrize("shape", [(5,), (2, 3), (0,), (2, 0), ()], ids=str)
+@pytest.mark.parametrize("error_term", [False, True])
+def test_equals_saelens(changes, shape, error_term):
+    ours, theirs = pair(**changes)
+    ours._use_error_term = theirs._use_error_term = error_term
+    x = torch.randn(*shape, 24).to(ours.dtype)
+    assert torch.equal(ours.encode(x) > 0, theirs.encode(x) > 0)
+    torch.testing.assert_close(ours.encode(x), theirs.encode(x).detach())
+    torch.testing.assert_close(ours(x), theirs(x).detach())
+    codes = ours.encode_sparse(x)
+    assert codes.shape == shape
+    torch.testing.assert_close(codes.to_dense(ours.dtype), theirs.encode(x).detach())
+    torch.testing.assert_close(
+        ours.decode_sparse(ours.encode_sparse(x)), ours.decode(ours.encode(x))
+    )
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("input_dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_half_weights(dtype, input_dtype):
+    ours, theirs = pair(dtype)
+    x = torch.randn(4, 24).to(input_dtype)
+    assert ours.encode(x).dtype == theirs.encode(x).dtype == ours.dtype
+    assert ours(x).dtype == theirs(x).dtype
+    # Selection is by float32 scores, where SAELens lets values rounded to half precision tie.
+    want = reference(x.to(ours.dtype), ours.W_enc.T, ours.b_enc, 6)
+    got = ours.encode_sparse(x)
+    assert torch.equal(got.indices.sort(-1).values, want[1].sort(-1).values.int())
+    torch.testing.assert_close(got.values, want[0], rtol=1e-5, atol=1e-5)
+
+
+def test_to_keeps_the_codes_right():
+    ours, _ = pair()
+    x = torch.randn(4, 24)
+    before = ours.encode_sparse(x)
+    ours.to(torch.bfloat16)
+    assert ours.encode(x).dtype == torch.bfloat16
+    want = reference(x.bfloat16(), ours.W_enc.T, ours.b_enc, 6)
+    assert torch.equal(ours.encode_sparse(x).indices.sort(-1).values, want[1].sort(-1).values.int())
+    ours.to(torch.float32)
+    assert ours.encode_sparse(x).values.shape == before.values.shape
+
+
+HOOKS = ["sae_input", "sae_acts_pre", "sae_acts_post", "sae_recons", "sae_error", "sae_output"]
+
+
+@pytest.mark.parametrize("name", HOOKS)
+@pytest.mark.parametrize("error_term", [False, True])
+def test_hooks_see_and_edit_what_saelens_shows(name, error_term):
+    ours, theirs = pair()
+    ours._use_error_term = theirs._use_error_term = error_term
+    x, seen = torch.randn(2, 3, 24), {}
+    results = []
+    for who, sae in {"ours": ours, "theirs": theirs}.items():
+
+        def edit(tensor, hook, who=who):
+            seen.setdefault(who, []).append(tensor.detach().clone())
+            return tensor * 1.5
+
+        results.append(sae.run_with_hooks(x, fwd_hooks=[(f"hook_{name}", edit)]).detach())
+    torch.testing.assert_close(*results)
+    assert len(seen.get("ours", [])) == len(seen.get("theirs", []))
+    for a, b in zip(seen.get("ours", []), seen.get("theirs", []), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_run_with_cache_and_backward_hooks():
+    ours, theirs = pair()
+    x = torch.randn(3, 24)
+    a, b = ours.run_with_cache(x)[1], theirs.run_with_cache(x)[1]
+    assert set(a) == set(b)
+    for name in a:
+        torch.testing.assert_close(a[name], b[name].detach())
+    grads = []
+    for sae in (ours, theirs):
+        kept = []
+        sae.add_hook("hook_sae_acts_post", lambda g, hook, kept=kept: kept.append(g), dir="bwd")
+        sae(x.clone().requires_grad_()).square().sum().backward()
+        sae.reset_hooks()
+        grads.append(kept[0])
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("changes", CONFIGS, ids=str)
+@pytest.mark.parametrize("path", ["encode", "forward"])
+def test_gradients_of_the_input(changes, path):
+    ours, theirs = pair(**changes)
+    grads = []
+    for sae in (ours, theirs):
+        x = torch.randn(5, 24, generator=torch.Generator().manual_seed(2)).to(ours.dtype)
+        x.requires_grad_()
+        getattr(sae, path)(x).square().sum().backward()
+        grads.append(x.grad)
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_of_the_weights_when_asked():
+    ours, theirs = pair()
+    assert not any(p.requires_grad for p in ours.parameters())
+    ours.requires_grad_(True)
+    x = torch.randn(5, 24)
+    for sae in (ours, theirs):
+        sae(x).square().sum().backward()
+    for name, parameter in theirs.named_parameters():
+        torch.testing.assert_close(getattr(ours, name).grad, parameter.grad)
+
+
+def test_decode_sparse_gradients():
+    ours, _ = pair()
+    codes = ours.encode_sparse(torch.randn(2, 3, 24))
+    ours.W_dec.requires_grad_(True)
+    grads = []
+    for sparse in (True, False):
+        values = codes.values.clone().requires_grad_()
+        ours.W_dec.grad = None
+        edited = SparseCodes(values, codes.indices, 96)
+        out = ours.decode_sparse(edited) if sparse else edited.to_dense() @ ours.W_dec + ours.b_dec
+        out.square().sum().backward()
+        grads.append((values.grad, ours.W_dec.grad))
+    torch.testing.assert_close(*grads)
+
+
+def test_encode_sparse_gradient_is_that_of_the_selected():
+    ours, _ = pair()
+    x = torch.randn(4, 24, requires_grad=True)
+    codes = ours.encode_sparse(x)
+    weight = torch.randn_like(codes.values)
+    (codes.values * weight).sum().backward()
+    expected = (weight[..., None] * ours.W_enc.T[codes.indices.long()]).sum(1)
+    torch.testing.assert_close(x.grad, expected)
+
+
+def test_pre_activations():
+    ours, theirs = pair()
+    x = torch.randn(2, 3, 24, requires_grad=True)
+    dense = x @ theirs.W_enc + theirs.b_enc
+    torch.testing.assert_close(ours.pre_activations(x, [5, 90]), dense[..., [5, 90]])
+    torch.testing.assert_close(ours.pre_activations(x, 7), dense[..., 7])
+    assert ours.pre_activations(x, []).shape == (2, 3, 0)
+    ours.pre_activations(x, 7).sum().backward()
+    torch.testing.assert_close(x.grad, theirs.W_enc[:, 7].expand(2, 3, -1))
+    with pytest.raises(ValueError, match="out of range"):
+        ours.pre_activations(x, 96)
+
+
+def test_bad_numbers_are_refused_by_position():
+    ours, _ = pair()
+    x = torch.randn(2, 3, 24)
+    x[0, 1, 5] = float("nan")
+    x[1, 2, 0] = float("inf")
+    for call in (ours.encode_sparse, ours.encode, ours):
+        with pytest.raises(NotFinite, match=re.escape("2 of 6 positions: (0, 1), (1, 2)")):
+            call(x)
+    with pytest.raises(NotFinite, match="exceed float32"):
+        ours.encode_sparse(torch.full((1, 24), 3e38) * ours.W_enc.T[:1].sign())
+
+
+def test_dense_decode_of_many_features_is_saelenss():
+    ours, theirs = pair()
+    acts = torch.rand(4, 96)
+    torch.testing.assert_close(ours.decode(acts), theirs.decode(acts).detach())
+    with pytest.raises(ValueError, match="this SAE has 96"):
+        ours.decode_sparse(SparseCodes(torch.zeros(1, 1), torch.zeros(1, 1).int(), 95))
+
+
+# What is derived from the weights
+
+
+def test_official_layout_is_transposed_once():
+    ours, theirs = pair()
+    ours.W_dec.data = ours.W_dec.data.T.contiguous().T
+    ours.W_enc.data = ours.W_enc.data.T.contiguous().T
+    x = torch.randn(3, 24)
+    torch.testing.assert_close(ours(x), theirs(x).detach())
+    first = ours._decoder_rows()
+    assert first.is_contiguous()
+    assert ours._decoder_rows() is first
+    assert ours._encoder().rows.data_ptr() == ours.W_enc.data_ptr()
+    assert set(ours.state_dict()) == set(theirs.state_dict())
+
+
+@pytest.mark.parametrize("how", ["in place", "data", "replace", "load", "half copy"])
+def test_changed_weights_are_noticed(how):
+    ours, _ = pair()
+    x = torch.randn(3, 24)
+    ours.encode_sparse(x)
+    with torch.no_grad():
+        if how in ("in place", "half copy"):
+            ours.prepare(half_copy=how == "half copy")
+            ours.W_enc[:, 3] += 1
+        elif how == "data":
+            ours.W_enc.data *= -2
+        elif how == "replace":
+            ours.W_enc = torch.nn.Parameter(torch.randn(24, 96))
+        else:
+            ours.load_state_dict({n: torch.randn_like(p) for n, p in ours.state_dict().items()})
+    want = reference(x, ours.W_enc.T, ours.b_enc, 6)
+    assert torch.equal(ours.encode_sparse(x).indices.sort(-1).values, want[1].sort(-1).values.int())
+
+
+def test_copies_do_not_carry_the_derived():
+    ours, _ = pair()
+    ours.prepare(half_copy=True)
+    x = torch.randn(3, 24)
+    twin = copy.deepcopy(ours)
+    assert not twin._derived._kept
+    assert not pickle.loads(pickle.dumps(ours._derived))._kept
+    assert twin.encode_sparse(x) == ours.encode_sparse(x)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+@pytest.mark.parametrize("precision", PASSES)
+def test_memory_does_not_grow_with_tokens_or_width(precision):
+    """2k tokens at 81,920 features: dense would be 0.7 GB. The benchmark runs 16k tokens."""
+    import subprocess
+    import sys
+
+    script = (
+        "import torch; torch.set_num_threads(1)\n"
+        "from qwen_scope_lens.saes.topk import encode_topk\n"
+        "from qwen_scope_lens.saes.encoder import Encoder\n"
+        "from pathlib import Path; import re\n"
+        "def rss(key): return int(re.search(key + r':\\s*(\\d+)',"
+        " Path('/proc/self/status').read_text()).group(1))\n"
+        "e = Encoder(torch.randn(81920, 16), torch.zeros(81920)); x = torch.randn(2048, 16)\n"
+        "Path('/proc/self/clear_refs').write_text('5'); before = rss('VmRSS')\n"
+        f"encode_topk(x, e, 8, {precision})\n"
+        "print(rss('VmHWM') - before)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) < 256 * 1024
