@@ -59,11 +59,11 @@ def _write_layer(path: Path) -> None:
 def _cases(folder: Path) -> dict[str, Callable[[], object]]:
     """Each imports what it needs before it is measured."""
     import sae_lens.loading.pretrained_sae_loaders as upstream
-    from qwen_scope_lens.converters import official_to_saelens
     from sae_lens import SAE
     from safetensors.torch import save_file
 
     import qwen_scope_lens as qsl
+    from qwen_scope_lens.converters import official_to_saelens
     from qwen_scope_lens.saes.extents import extents
 
     published, converted = folder / "published", folder / "converted"
@@ -81,6 +81,10 @@ def _cases(folder: Path) -> dict[str, Callable[[], object]]:
             sae = SAE.from_pretrained(RELEASE, "layer20")
         assert isinstance(sae, qsl.ScopeSAE)
         return sae
+
+    def directions(home: Path) -> torch.Tensor:
+        os.environ["QWEN_SCOPE_HOME"] = str(home)
+        return qsl.load_directions(f"{GROUP}/20", FEATURES)
 
     def transpose_and_save() -> None:
         """What one would write by hand."""
@@ -103,8 +107,8 @@ def _cases(folder: Path) -> dict[str, Callable[[], object]]:
         "SAELens load": saelens_load,
         "load, published .pt": load_ours["published"],
         "load, converted": load_ours["converted"],
-        "10 directions, published .pt": lambda: load(published).direction(FEATURES),
-        "10 directions, converted": lambda: load(converted).direction(FEATURES),
+        "10 directions, published .pt": lambda: directions(published),
+        "10 directions, converted": lambda: directions(converted),
         "load + transpose + save": transpose_and_save,
         "convert": convert,
     }

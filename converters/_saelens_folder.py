@@ -10,13 +10,14 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 
+from qwen_scope_lens.errors import NotFinite
 from qwen_scope_lens.files import file_sha256
 from qwen_scope_lens.saes.checkpoint import SAETensors, open_layer
 from qwen_scope_lens.saes.extents import Extent, extents
@@ -48,8 +49,8 @@ def write_saelens_folder(
     weights = folder / SAE_WEIGHTS_FILENAME
     with ThreadPoolExecutor(1) as pool:
         source_hash = pool.submit(file_sha256, source.path)
-        _write_safetensors(weights, source.path, tensors, dtype, progress)
-        weights_hash = pool.submit(file_sha256, weights)
+        weights_hash = _Follower(weights, pool)
+        _write_safetensors(weights, source.path, tensors, dtype, progress, weights_hash.reach)
         metadata = {
             **config["metadata"],
             "source_file": source.path.name,
@@ -59,14 +60,46 @@ def write_saelens_folder(
         (folder / SAE_CFG_FILENAME).write_text(text, encoding="utf-8")
         hashes = {
             SAE_CFG_FILENAME: hashlib.sha256(text.encode()).hexdigest(),
-            SAE_WEIGHTS_FILENAME: weights_hash.result(),
+            SAE_WEIGHTS_FILENAME: weights_hash.hexdigest(),
         }
     lines = [f"{digest}  {name}\n" for name, digest in hashes.items()]
     (folder / HASHES_NAME).write_text("".join(lines), encoding="utf-8")
 
 
+class _Follower:
+    """Hashes a file behind its writer, in another thread: one piece whenever one is finished."""
+
+    def __init__(self, path: Path, pool: ThreadPoolExecutor) -> None:
+        self._path, self._pool = path, pool
+        self._hash, self._end = hashlib.sha256(), 0
+        self._pieces: list[Future[None]] = []
+
+    def reach(self, end: int) -> None:
+        """Everything before `end` is written."""
+        self._pieces.append(self._pool.submit(self._read, self._end, end))
+        self._end = end
+
+    def hexdigest(self) -> str:
+        for piece in self._pieces:
+            piece.result()
+        return self._hash.hexdigest()
+
+    def _read(self, start: int, end: int) -> None:
+        with self._path.open("rb") as file:
+            file.seek(start)
+            while start < end:
+                data = file.read(min(2**20, end - start))
+                self._hash.update(data)
+                start += len(data)
+
+
 def _write_safetensors(
-    path: Path, source: Path, tensors: SAETensors, dtype: torch.dtype, progress: Progress
+    path: Path,
+    source: Path,
+    tensors: SAETensors,
+    dtype: torch.dtype,
+    progress: Progress,
+    reached: Callable[[int], None],
 ) -> None:
     wanted = {name: getattr(tensors, name) for name in ("W_dec", "W_enc", "b_dec", "b_enc")}
     header: dict[str, Any] = {}
@@ -88,10 +121,13 @@ def _write_safetensors(
         for name, tensor in wanted.items():
             place = base + header[name]["data_offsets"][0]
             if tensor.ndim == 1:
-                _pwrite(target.fileno(), _bytes_of(tensor.to(dtype)), place)
+                rounded = tensor.to(dtype)
+                _check_range(rounded, dtype)
+                _pwrite(target.fileno(), _bytes_of(rounded), place)
             else:
                 matrix = _Matrix(stored[name], transposed=not tensor.is_contiguous())
                 matrix.copy(read.fileno(), target.fileno(), place, dtype, progress)
+            reached(base + header[name]["data_offsets"][1])
         os.fsync(target.fileno())
 
 
@@ -118,11 +154,17 @@ class _Matrix:
                 if self.transposed:
                     tile, first, at = tile.T, left, top
                 turned = write_buffer[: tile.numel()].view(tile.shape).copy_(tile)
+                _check_range(turned, dtype)
                 data, run = _bytes_of(turned), turned.shape[1] * dtype.itemsize
                 start = place + first * row_bytes + at * dtype.itemsize
                 for row in range(turned.shape[0]):
                     _pwrite(target, data[row * run : (row + 1) * run], start + row * row_bytes)
                 progress(len(data))
+
+
+def _check_range(rounded: torch.Tensor, dtype: torch.dtype) -> None:
+    if dtype == torch.float16 and not rounded.isfinite().all():
+        raise NotFinite("the weights overflow float16: convert to bfloat16 or float32")
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:

@@ -10,20 +10,23 @@ A killed run goes on where it stopped: a layer's folder is there whole or not at
 from __future__ import annotations
 
 import argparse
-import json
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from qwen_scope_lens.converters._saelens_folder import SAE_CFG_FILENAME, write_saelens_folder
+from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
+from sae_lens.util import str_to_dtype
 
 import qwen_scope_lens
 from qwen_scope_lens.catalog import Group, LayerRef, find_group
-from qwen_scope_lens.errors import CannotWrite
-from qwen_scope_lens.files import exclusive, whole_folder
-from qwen_scope_lens.saes.load import Dtype, build_config
-from qwen_scope_lens.saes.locate import HubOptions, LayerFile, locate
+from qwen_scope_lens.converters._saelens_folder import write_saelens_folder
+from qwen_scope_lens.errors import CannotWrite, CheckpointError
+from qwen_scope_lens.files import exclusive, whole_file, whole_folder
+from qwen_scope_lens.saes.load import Dtype, build_config, check_dtype
+from qwen_scope_lens.saes.locate import CONFIG_NAME, HubOptions, LayerFile, locate, read_config
 
 __all__ = ["convert"]
 
@@ -42,8 +45,10 @@ def convert(
 ) -> list[Path]:
     """Convert layers of a group (all by default) and return their folders.
 
-    Layers that are there already, of the same dtype and convention, are left alone.
+    Layers that are there already, of the same dtype, convention and revision, are left alone; their
+    sources are not read again (`overwrite` does, and replaces the whole folder of the layer).
     """
+    dtype = check_dtype(dtype)
     row = find_group(group) if isinstance(group, str) else group
     wanted = [row.check_layer(layer) for layer in (row.layers if layers is None else layers)]
     root = Path(out) / row.repo_name
@@ -57,26 +62,41 @@ def convert(
             config["metadata"]["converted_by"] = f"qwen-scope-lens {qwen_scope_lens.__version__}"
             if apply_b_dec_to_input is not None:
                 config["apply_b_dec_to_input"] = apply_b_dec_to_input
-            if overwrite or not _is_done(target, config):
+            if overwrite or not _is_done(target, config, hub.revision if hub else None):
                 file = locate(ref, folder, hub, published=True)
                 config["metadata"]["revision"] = file.revision
                 _convert_layer(file, target, config, progress)
+                if file.config is not None and not (root / CONFIG_NAME).exists():
+                    with whole_file(root / CONFIG_NAME) as partial:
+                        shutil.copyfile(file.config, partial)
             done.append(target)
     return done
 
 
-def _is_done(target: Path, config: dict[str, object]) -> bool:
+def _is_done(target: Path, config: dict[str, Any], revision: str | None) -> bool:
     if not target.exists():
         return False
     try:
-        found = json.loads((target / SAE_CFG_FILENAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        found = {}
-    for name in ("architecture", "d_in", "d_sae", "k", "dtype", "apply_b_dec_to_input"):
-        if found.get(name) != config[name]:
+        found = read_config(target / SAE_CFG_FILENAME)
+        size = (target / SAE_WEIGHTS_FILENAME).stat().st_size
+    except (CheckpointError, OSError) as error:
+        raise CannotWrite(
+            f"{target} exists and is no converted layer ({error}): choose another --out, or"
+            " --overwrite"
+        ) from error
+    wanted = {
+        name: config[name]
+        for name in ("architecture", "d_in", "d_sae", "k", "dtype", "apply_b_dec_to_input")
+    }
+    if revision is not None:
+        wanted["revision"] = revision
+        found["revision"] = (found.get("metadata") or {}).get("revision")
+    least = 2 * config["d_in"] * config["d_sae"] * str_to_dtype(config["dtype"]).itemsize
+    for name, value in wanted.items():
+        if found.get(name) != value or size < least:
             raise CannotWrite(
                 f"{target} exists and holds something else ({name}: {found.get(name)!r}, wanted"
-                f" {config[name]!r}): choose another --out, or --overwrite"
+                f" {value!r}; {size:,} bytes of weights): choose another --out, or --overwrite"
             )
     return True
 
@@ -84,11 +104,9 @@ def _is_done(target: Path, config: dict[str, object]) -> bool:
 def _convert_layer(
     file: LayerFile, target: Path, config: dict[str, object], progress: bool
 ) -> None:
-    import torch
-    from sae_lens.util import str_to_dtype
     from tqdm import tqdm
 
-    dtype: torch.dtype = str_to_dtype(str(config["dtype"]))
+    dtype = str_to_dtype(str(config["dtype"]))
     total = 2 * file.group.d_sae * file.group.d_model * dtype.itemsize
     with (
         tqdm(

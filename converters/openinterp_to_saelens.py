@@ -14,9 +14,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from qwen_scope_lens.converters import official_to_saelens
-
 from qwen_scope_lens.catalog import THIRD_PARTY_GROUPS
+from qwen_scope_lens.converters import official_to_saelens
 from qwen_scope_lens.saes.load import Dtype
 from qwen_scope_lens.saes.locate import HubOptions
 

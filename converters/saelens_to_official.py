@@ -13,20 +13,25 @@ import argparse
 import copy
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from sae_lens import SAE
+from sae_lens.constants import SAE_CFG_FILENAME
 from sae_lens.saes.topk_sae import TopKSAE
 from sae_lens.util import extract_layer_from_tlens_hook_name
+from safetensors import SafetensorError
 
-from qwen_scope_lens.errors import CannotWrite, UnsupportedSAE
-from qwen_scope_lens.files import exclusive, whole_file
-from qwen_scope_lens.saes.locate import CONFIG_NAME
+from qwen_scope_lens.errors import CannotWrite, NotACheckpoint, NotFinite, UnsupportedSAE
+from qwen_scope_lens.files import whole_file
+from qwen_scope_lens.saes.locate import CONFIG_NAME, read_config
 
 __all__ = ["convert"]
+
+RESIDUAL_HOOK = re.compile(r"blocks\.\d+\.(hook_resid_post|hook_out)")
 
 
 def convert(
@@ -46,10 +51,10 @@ def convert(
         layer, base_model: default to the SAE's metadata (`hook_name`, `model_name`).
         fold: rewrite what the layout cannot express into the weights.
     """
-    loaded = sae if isinstance(sae, SAE) else SAE.load_from_disk(sae)
+    loaded = sae if isinstance(sae, SAE) else _load(Path(sae))
     plain = _as_published(loaded, fold)
     metadata = plain.cfg.metadata
-    if layer is None and (metadata.hook_name or "").endswith(("hook_resid_post", "hook_out")):
+    if layer is None and RESIDUAL_HOOK.fullmatch(metadata.hook_name or ""):
         layer = extract_layer_from_tlens_hook_name(metadata.hook_name or "")
     base_model = base_model or metadata.model_name
     if layer is None or base_model is None:
@@ -75,17 +80,27 @@ def convert(
         "b_enc": plain.b_enc.detach(),
         "b_dec": plain.b_dec.detach(),
     }
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise NotFinite(f"{name} holds NaN or infinity: such an SAE cannot be published")
     target = Path(out) / f"layer{layer}.sae.pt"
-    with exclusive(Path(out)):
-        _write_settings(Path(out) / CONFIG_NAME, settings)
-        with whole_file(target) as partial:
-            torch.save({n: t.float().cpu().contiguous() for n, t in tensors.items()}, partial)
+    _write_settings(Path(out) / CONFIG_NAME, settings)
+    with whole_file(target) as partial, partial.open("wb") as file:
+        torch.save({n: t.float().cpu().contiguous() for n, t in tensors.items()}, file)
     return target
+
+
+def _load(folder: Path) -> SAE[Any]:
+    read_config(folder / SAE_CFG_FILENAME)
+    try:
+        return SAE.load_from_disk(folder)
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise NotACheckpoint(f"{folder} is no SAE as save_model writes it: {error}") from error
 
 
 def _write_settings(path: Path, settings: dict[str, Any]) -> None:
     if path.exists():
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_config(path)
         if found != settings:
             raise CannotWrite(
                 f"{path} describes other SAEs:\n  it has   {found}\n  this is  {settings}\n"

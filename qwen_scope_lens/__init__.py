@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from qwen_scope_lens.models.capture import Capture, capture, iter_captures
     from qwen_scope_lens.models.check import verify_model
     from qwen_scope_lens.models.load import load_model
-    from qwen_scope_lens.saes.load import load_sae
+    from qwen_scope_lens.saes.load import load_directions, load_sae
     from qwen_scope_lens.saes.register import install, is_installed, uninstall
     from qwen_scope_lens.saes.sae import ScopeSAE
     from qwen_scope_lens.saes.sparse import SparseCodes
@@ -36,6 +36,7 @@ _HOME = {
     "install": "saes.register",
     "is_installed": "saes.register",
     "iter_captures": "models.capture",
+    "load_directions": "saes.load",
     "load_model": "models.load",
     "load_sae": "saes.load",
     "uninstall": "saes.register",
@@ -59,6 +60,7 @@ __all__ = [
     "install",
     "is_installed",
     "iter_captures",
+    "load_directions",
     "load_model",
     "load_sae",
     "uninstall",

@@ -27,6 +27,7 @@ __all__ = [
     "Group",
     "LayerRef",
     "find_group",
+    "home_folder",
     "local_groups",
 ]
 
@@ -167,16 +168,18 @@ class LayerRef:
     def __post_init__(self) -> None:
         row = find_group(self.group)
         object.__setattr__(self, "group", row.short)
-        row.check_layer(self.layer)
+        row.check_layer(_whole(self.layer, "layer"))
 
     @classmethod
     def parse(cls, text: str | LayerRef) -> LayerRef:
         """From `GROUP/LAYER`: any name of the group, any id of the layer."""
         if isinstance(text, LayerRef):
             return text
-        group, slash, layer = text.rpartition("/")
-        if not slash:
+        group, slash, layer = str(text).rpartition("/")
+        if not slash or not isinstance(text, str):
             raise UnknownName(f"{text!r} is no SAE address: expected GROUP/LAYER, {EXAMPLE_LAYER}")
+        if text.lower() in _BY_NAME:
+            raise UnknownName(f"{text!r} names a whole group: add a layer, such as {text}/0")
         row = find_group(group)
         return cls(row.short, row.layer_of(layer))
 
@@ -202,6 +205,7 @@ class FeatureRef:
     def __post_init__(self) -> None:
         sae = LayerRef(self.group, self.layer)
         object.__setattr__(self, "group", sae.group)
+        _whole(self.feature, "feature")
         if not 0 <= self.feature < sae.row.d_sae:
             raise LayerOutOfRange(
                 f"feature {self.feature} is not in {sae}: it has 0..{sae.row.d_sae - 1}"
@@ -211,7 +215,7 @@ class FeatureRef:
     def parse(cls, text: str | FeatureRef) -> FeatureRef:
         if isinstance(text, FeatureRef):
             return text
-        sae, slash, feature = text.rpartition("/")
+        sae, slash, feature = str(text).rpartition("/")
         if not slash or not feature.isdecimal() or "/" not in sae:
             raise UnknownName(
                 f"{text!r} is no feature address: expected GROUP/LAYER/FEATURE,"
@@ -227,6 +231,12 @@ class FeatureRef:
 
     def __str__(self) -> str:
         return f"{self.group}/{self.layer}/{self.feature}"
+
+
+def _whole(number: object, what: str) -> int:
+    if not isinstance(number, int) or isinstance(number, bool):
+        raise UnknownName(f"{what} {number!r} is no whole number")
+    return number
 
 
 EXAMPLE_LAYER = "for example qwen3-8b-base/w64k-l0-50/20"
@@ -293,48 +303,67 @@ def find_group(name: str) -> Group:
     """The row that a short form, SAELens release or repository id names (in any case), or
     `local/<folder>` for SAEs of one's own in `$QWEN_SCOPE_HOME/<folder>/config.json`."""
     row = _BY_NAME.get(name.lower())
-    if row is None and name.startswith("local/"):
-        row = _local_group(name.removeprefix("local/"))
+    if row is None and name.lower().startswith("local/"):
+        row = _local_group(name[len("local/") :])
     if row is None:
         near = difflib.get_close_matches(name.lower(), _BY_NAME, n=3, cutoff=0.4)
         shorts = dict.fromkeys(_BY_NAME[match].short for match in near)
         hint = f"nearest: {', '.join(shorts)}; " if shorts else ""
-        raise UnknownName(f"no group is named {name!r}; {hint}`qsl list` shows all {len(GROUPS)}")
+        raise UnknownName(f"no group is named {name!r}; {hint}`qsl list` shows all")
     return row
 
 
 def local_groups() -> tuple[Group, ...]:
-    """SAEs of one's own under `QWEN_SCOPE_HOME`: folders with a `config.json` of a base model that
-    no published repository of that folder name belongs to."""
-    home = os.environ.get(HOME_VARIABLE)
-    if not home or not Path(home).is_dir():
+    """SAEs of one's own: the folders under `QWEN_SCOPE_HOME` whose `config.json` describes TopK
+    SAEs and that have no published repository's name. A damaged description raises."""
+    home = home_folder()
+    if home is None or not home.is_dir():
         return ()
-    folders = sorted(path.parent.name for path in Path(home).glob("*/config.json"))
+    folders = sorted(path.parent.name for path in home.glob("*/config.json"))
     found = (_local_group(folder) for folder in folders if folder.lower() not in _BY_NAME)
     return tuple(row for row in found if row is not None)
 
 
+def home_folder() -> Path | None:
+    """`QWEN_SCOPE_HOME`, if it says anything."""
+    home = os.environ.get(HOME_VARIABLE)
+    return Path(home).expanduser() if home else None
+
+
 def _local_group(folder: str) -> Group | None:
-    path = Path(os.environ.get(HOME_VARIABLE, "")) / folder / "config.json"
-    if HOME_VARIABLE not in os.environ or Path(folder).name != folder or not path.is_file():
+    home = home_folder()
+    if home is None or not folder or Path(folder).name != folder:
         return None
+    path = home / folder / "config.json"
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
-        backbone = Backbone(
-            settings["base_model"], None, settings["num_layers"], settings["d_model"], "unknown"
-        )
-        return Group(
-            backbone=backbone,
-            d_sae=settings["d_sae"],
-            k=settings["k"],
-            layers=tuple(range(settings["num_layers"])),
-            repo_id=f"local/{folder}",
-            release=f"local-{folder}",
-            origin="local",
-            notice=NOTICE_LOCAL,
-        )
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not isinstance(settings, dict) or settings.get("model_type") != "topk_sae":
+        return None
+    sizes = {name: settings.get(name) for name in ("num_layers", "d_model", "d_sae", "k")}
+    wrong = [
+        f"{name} = {value!r}"
+        for name, value in sizes.items()
+        if type(value) is not int or not 1 <= value <= 2**31
+    ]
+    if not isinstance(settings.get("base_model"), str):
+        wrong.append(f"base_model = {settings.get('base_model')!r}")
+    if not wrong and (settings["k"] > settings["d_sae"] or settings["num_layers"] > 10_000):
+        wrong.append(f"k = {settings['k']} of {settings['d_sae']}, {settings['num_layers']} layers")
+    if wrong:
         raise WrongSettings(
-            f"{path} does not describe a group ({type(error).__name__}: {error}): expected"
-            " base_model, num_layers, d_model, d_sae and k, as in the published repositories"
-        ) from error
+            f"{path} does not describe a group ({'; '.join(wrong)}): expected base_model,"
+            " num_layers, d_model, d_sae and k, as in the published repositories"
+        )
+    depth, width = settings["num_layers"], settings["d_model"]
+    return Group(
+        backbone=Backbone(settings["base_model"], None, depth, width, "unknown"),
+        d_sae=settings["d_sae"],
+        k=settings["k"],
+        layers=tuple(range(depth)),
+        repo_id=f"local/{folder}",
+        release=f"local-{folder}",
+        origin="local",
+        notice=NOTICE_LOCAL,
+    )

@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from qwen_scope_lens.errors import CannotWrite
+from qwen_scope_lens.errors import CannotWrite, ScopeError
 
 __all__ = ["exclusive", "file_sha256", "whole_file", "whole_folder"]
 
@@ -39,6 +39,8 @@ def exclusive(folder: Path) -> Iterator[None]:
 def whole_folder(folder: Path) -> Iterator[Path]:
     """A place to fill; it takes the name `folder` (replacing what was there) at the end."""
     partial = _partial(folder)
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise CannotWrite(f"{folder} is a link or a file: a folder of that name is to be written")
     with _named_errors(folder):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -79,12 +81,10 @@ def _partial(path: Path) -> Path:
 def _named_errors(target: Path) -> Iterator[None]:
     try:
         yield
-    except CannotWrite:
-        raise
     except OSError as error:
-        if error.errno is None or isinstance(error, (FileNotFoundError, ConnectionError)):
+        if isinstance(error, ScopeError):
             raise
         raise CannotWrite(
-            f"cannot write {target}: {error.strerror}. Nothing is left under that name and what was"
-            " finished before stays: make room or choose another place, then run the same again"
+            f"cannot write {target}: {error.strerror}. Nothing half is left under that name, and"
+            " what was finished before stays: make room or choose another place, and run it again"
         ) from error

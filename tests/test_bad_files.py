@@ -137,13 +137,27 @@ def test_layer_out_of_range(layer: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("k", 99), ("d_sae", 5), ("d_model", 5), ("hook_point", "mlp_out")]
+    ("name", "value"),
+    [
+        ("k", 99),
+        ("d_sae", 5),
+        ("d_model", 5),
+        ("num_layers", 24),
+        ("hook_point", "mlp_out"),
+        ("base_model", "Qwen/Qwen3.5-2B-Base"),  # of the same shape
+    ],
 )
 def test_config_json_disagrees_with_the_named_group(
     tmp_path: Path, name: str, value: object
 ) -> None:
     group = qsl.find_group("qwen3-1.7b-base/w32k-l0-50")
-    settings = planted.settings(d_model=group.d_model, d_sae=group.d_sae, k=group.k)
+    settings = planted.settings(
+        d_model=group.d_model,
+        d_sae=group.d_sae,
+        k=group.k,
+        num_layers=28,
+        base_model="Qwen/Qwen3-1.7B-Base",
+    )
     (tmp_path / "config.json").write_text(json.dumps(settings | {name: value}))
     (tmp_path / "layer0.sae.pt").write_bytes(b"never read: the settings come first")
     with pytest.raises(errors.WrongSettings, match=f"{name} = {value!r}"):
@@ -158,10 +172,12 @@ def test_folder_name_disagrees_with_the_named_group(tmp_path: Path) -> None:
         qsl.load_sae("qwen3-1.7b-base/w32k-l0-50/0", folder=folder)
 
 
-def test_config_json_is_not_json(layer: Path) -> None:
-    (layer.parent / "config.json").write_text("{")
+@pytest.mark.parametrize("text", ["{", "[1]", "[" * 100_000])
+def test_config_json_is_no_json_object(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    (tmp_path / "layer0.sae.pt").write_bytes(b"never read: the settings come first")
     with pytest.raises(errors.WrongSettings, match=r"config\.json"):
-        load(layer)
+        qsl.load_sae("qwen3-1.7b-base/w32k-l0-50/0", folder=tmp_path)
 
 
 def test_unknown_release() -> None:
@@ -180,3 +196,93 @@ def test_third_party_safetensors_damaged(tmp_path: Path) -> None:
     path.write_bytes(b"\0")
     with pytest.raises(errors.NotACheckpoint):
         qsl.load_sae("qwen3.6-27b/w64k-l0-128/11", folder=tmp_path)
+
+
+def test_another_models_folder_of_the_same_shape(tmp_path: Path) -> None:
+    folder = tmp_path / "SAE-Res-Qwen3.5-2B-Base-W32K-L0_50"
+    folder.mkdir()
+    (folder / "layer0.sae.pt").write_bytes(b"never read: the name comes first")
+    with pytest.raises(errors.WrongSettings, match=r"Qwen3\.5-2B-Base"):
+        qsl.load_sae("qwen3-1.7b-base/w32k-l0-50/0", folder=folder)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_flipped_bytes_never_give_a_raw_error(layer: Path, seed: int) -> None:
+    """Damage anywhere in the archive's bookkeeping: it loads, or says what is wrong."""
+    import random
+
+    rng = random.Random(seed)
+    data = layer.read_bytes()
+    places = [*range(700), *range(len(data) - 1200, len(data))]
+    for _ in range(60):
+        damaged = bytearray(data)
+        for place in rng.sample(places, 3):
+            damaged[place] ^= 1 << rng.randrange(8)
+        layer.write_bytes(damaged)
+        try:
+            load(layer)
+        except errors.CheckpointError:
+            continue
+
+
+def test_sparse_tensors(layer: Path) -> None:
+    save_with(layer, lambda w: w | {"b_enc": w["b_enc"].to_sparse()})
+    with pytest.raises(errors.WrongShape, match="dense"):
+        load(layer)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_layers": 0},
+        {"num_layers": 10**12},
+        {"d_model": "64"},
+        {"k": 4.5},
+        {"k": 1000},
+        {"base_model": None},
+    ],
+)
+def test_impossible_descriptions_of_ones_own(
+    home: Path, settings: dict[str, object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    from qwen_scope_lens.cli import main
+
+    planted.write_group(home / "odd", range(0), **settings)
+    with pytest.raises(errors.WrongSettings, match="does not describe a group"):
+        qsl.find_group("local/odd")
+    assert main(["list"]) == 0  # the others are still shown
+    captured = capsys.readouterr()
+    assert "544 official files" in captured.out
+    assert "does not describe a group" in captured.err
+
+
+def test_a_model_folder_is_no_group(home: Path) -> None:
+    (home / "model").mkdir()
+    (home / "model" / "config.json").write_text('{"model_type": "qwen3", "architectures": []}')
+    assert [group.short for group in qsl.catalog.local_groups()] == ["local/mine"]
+    for name in ("local/", "local/.", "local/..", "local/model"):
+        with pytest.raises(errors.UnknownName):
+            qsl.find_group(name)
+
+
+def test_unknown_dtype(layer: Path) -> None:
+    with pytest.raises(errors.WrongSettings, match="float32, bfloat16, float16"):
+        qsl.load_sae("local/mine/1", dtype="int8")  # type: ignore[arg-type]
+    assert qsl.load_sae("local/mine/1", dtype=torch.bfloat16).cfg.dtype == "bfloat16"
+
+
+def test_float16_overflow(layer: Path) -> None:
+    save_with(layer, lambda w: w | {"b_enc": w["b_enc"] + 1e6})
+    with pytest.raises(errors.NotFinite, match="overflows float16"):
+        qsl.load_sae("local/mine/1", dtype="float16")
+
+
+def test_a_revision_of_a_local_file_is_not_known(layer: Path) -> None:
+    with pytest.raises(errors.WrongSettings, match="revision"):
+        qsl.load_sae("local/mine/1", revision="deadbeef")
+
+
+@pytest.mark.parametrize("name", [None, 5, "qwen3-8b-base/w64k-l0-50"])
+def test_names_that_name_no_layer(name: object) -> None:
+    with pytest.raises(errors.UnknownName):
+        qsl.load_sae(name)  # type: ignore[arg-type]

@@ -133,6 +133,6 @@ def test_ones_own_saes_are_a_group() -> None:
 
 
 def test_damaged_settings_of_ones_own(home: object) -> None:
-    (home / "mine" / "config.json").write_text('{"base_model": "x"}')  # type: ignore[operator]
+    (home / "mine" / "config.json").write_text('{"model_type": "topk_sae"}')  # type: ignore[operator]
     with pytest.raises(WrongSettings, match="num_layers"):
         find_group("local/mine")

@@ -15,18 +15,26 @@ from pathlib import Path
 import planted
 import pytest
 import torch
-from qwen_scope_lens.converters import (
-    official_to_saelens,
-    openinterp_to_saelens,
-    saelens_to_official,
-)
 from sae_lens import SAE
 from sae_lens.saes.standard_sae import StandardSAE, StandardSAEConfig
 from sae_lens.saes.topk_sae import TopKSAE
 from safetensors.torch import load_file, save_file
 
 import qwen_scope_lens as qsl
-from qwen_scope_lens.errors import CannotWrite, LayerOutOfRange, UnsupportedSAE, WrongShape
+from qwen_scope_lens.converters import (
+    official_to_saelens,
+    openinterp_to_saelens,
+    saelens_to_official,
+)
+from qwen_scope_lens.errors import (
+    CannotWrite,
+    CheckpointError,
+    LayerOutOfRange,
+    NotFinite,
+    UnsupportedSAE,
+    WrongSettings,
+    WrongShape,
+)
 
 
 @pytest.fixture
@@ -154,7 +162,9 @@ def test_killed_in_the_middle_nothing_half_is_visible_and_it_goes_on(
     assert sorted(path.name for path in root.glob("layer*")) == ["layer0"]
     stamp = (root / "layer0" / "cfg.json").stat().st_mtime_ns
     subprocess.run(command, env=environment, check=True, capture_output=True, timeout=120)
-    assert sorted(path.name for path in root.iterdir() if path.name != ".lock") == [
+    assert sorted(path.name for path in root.iterdir()) == [
+        ".lock",
+        "config.json",
         "layer0",
         "layer1",
         "layer2",
@@ -296,3 +306,100 @@ def test_other_saes_are_refused(out: Path) -> None:
         saelens_to_official.convert(sae, out, num_layers=3)
     with pytest.raises(UnsupportedSAE, match="3 layers"):
         saelens_to_official.convert(sae, out, num_layers=3, layer=3)
+
+
+def test_the_converted_convention_is_used(
+    tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the catalog does not know, the converted folder decides, for load_sae too."""
+    from dataclasses import replace
+
+    from qwen_scope_lens import catalog
+
+    monkeypatch.setenv("QWEN_SCOPE_HOME", str(out))
+    planted.write_group(out / "mine")
+    unknown = replace(catalog.find_group("local/mine"), subtracts_b_dec=None, origin="third-party")
+    monkeypatch.setitem(catalog._BY_NAME, "local/mine", unknown)
+    monkeypatch.setitem(catalog._BY_NAME, unknown.short, unknown)
+    for subtracts in (True, False):
+        official_to_saelens.convert(
+            unknown, out, layers=[0], apply_b_dec_to_input=subtracts, overwrite=True, progress=False
+        )
+        assert qsl.load_sae(f"{unknown.short}/0").cfg.apply_b_dec_to_input is subtracts
+
+
+def test_a_converted_folder_of_something_else(home: Path) -> None:
+    (folder,) = official_to_saelens.convert("local/mine", home, layers=[0], progress=False)
+    config = json.loads((folder / "cfg.json").read_text())
+    for name, value in [
+        ("apply_b_dec_to_input", True),
+        ("rescale_acts_by_decoder_norm", True),
+        ("k", 99),
+    ]:
+        (folder / "cfg.json").write_text(json.dumps(config | {name: value}))
+        with pytest.raises(WrongSettings, match=name):
+            qsl.load_sae("local/mine/0")
+    other = config["metadata"] | {"hook_name": "blocks.2.hook_resid_post"}
+    (folder / "cfg.json").write_text(json.dumps(config | {"metadata": other}))
+    with pytest.raises(WrongSettings, match="hook_name"):
+        qsl.load_sae("local/mine/0")
+    (folder / "cfg.json").write_text("{}")
+    with pytest.raises(WrongSettings, match="architecture"):
+        qsl.load_sae("local/mine/0")
+
+
+@pytest.mark.usefixtures("home")
+def test_a_layer_without_its_weights_is_not_done(out: Path) -> None:
+    (folder,) = official_to_saelens.convert("local/mine", out, layers=[0], progress=False)
+    (folder / "sae_weights.safetensors").unlink()
+    with pytest.raises(CannotWrite, match="no converted layer"):
+        official_to_saelens.convert("local/mine", out, layers=[0], progress=False)
+    official_to_saelens.convert("local/mine", out, layers=[0], overwrite=True, progress=False)
+    assert (folder / "sae_weights.safetensors").exists()
+
+
+def test_rounded_weights_are_not_passed_off_as_float32(home: Path) -> None:
+    official_to_saelens.convert("local/mine", home, layers=[0], dtype="bfloat16", progress=False)
+    with pytest.warns(UserWarning, match="does not bring back"):
+        qsl.load_sae("local/mine/0")
+
+
+@pytest.mark.parametrize("where", ["published", "converted"])
+def test_directions_straight_from_the_file(home: Path, where: str) -> None:
+    if where == "converted":
+        official_to_saelens.convert("local/mine", home, layers=[1], progress=False)
+    decoder = planted.tensors(seed=1)["W_dec"]
+    assert torch.equal(qsl.load_directions("local/mine/1", [7, 0, 159]), decoder.T[[7, 0, 159]])
+    assert torch.equal(qsl.load_directions("local/mine/1/7"), decoder[:, 7])
+    assert qsl.load_directions("local/mine/1", []).shape == (0, planted.D_MODEL)
+    with pytest.raises(LayerOutOfRange):
+        qsl.load_directions("local/mine/1", [160])
+
+
+@pytest.mark.usefixtures("home")
+def test_a_link_in_the_way(tmp_path: Path, out: Path) -> None:
+    (out / "mine").mkdir(parents=True)
+    (out / "mine" / "layer0").symlink_to(tmp_path)
+    with pytest.raises(CannotWrite, match="link"):
+        official_to_saelens.convert("local/mine", out, layers=[0], overwrite=True, progress=False)
+
+
+@pytest.mark.parametrize("damage", ["missing", "file", "cfg", "weights"])
+def test_saelens_to_official_on_something_else(tmp_path: Path, out: Path, damage: str) -> None:
+    folder = tmp_path / "sae"
+    if damage == "file":
+        folder.write_text("")
+    elif damage != "missing":
+        planted.saelens_sae(planted.tensors()).save_model(folder)
+        name = "cfg.json" if damage == "cfg" else "sae_weights.safetensors"
+        (folder / name).write_bytes((folder / name).read_bytes()[:40])
+    with pytest.raises(CheckpointError):
+        saelens_to_official.convert(folder, out, num_layers=3)
+
+
+def test_nan_is_not_published(out: Path) -> None:
+    weights = planted.tensors()
+    weights["b_dec"][0] = torch.nan
+    with pytest.raises(NotFinite, match="b_dec"):
+        saelens_to_official.convert(planted.saelens_sae(weights), out, num_layers=3)
+    assert not out.exists()

@@ -217,3 +217,25 @@ def test_to_and_deepcopy(sae: qsl.ScopeSAE) -> None:
     twin.to(torch.bfloat16)
     assert (twin.cfg.dtype, sae.cfg.dtype) == ("bfloat16", "float32")
     assert twin.W_enc.dtype == torch.bfloat16
+
+
+def test_a_direction_is_a_copy_and_wants_whole_numbers(sae: qsl.ScopeSAE) -> None:
+    before = sae.W_dec[5].clone(), sae.W_enc[:, 5].clone()
+    with torch.no_grad():
+        for index in (5, [5], torch.tensor(5)):
+            direction, row = sae.direction(index), sae.encoder_row(index)
+            direction.mul_(7)
+            row.mul_(7)
+    assert torch.equal(sae.W_dec[5], before[0])
+    assert torch.equal(sae.W_enc[:, 5], before[1])
+    for bad in (1.7, torch.zeros(planted.D_SAE, dtype=torch.bool)):
+        with pytest.raises(LayerOutOfRange, match="whole numbers"):
+            sae.direction(bad)  # type: ignore[arg-type]
+
+
+def test_the_class_reads_what_it_wrote(sae: qsl.ScopeSAE, tmp_path: Path) -> None:
+    sae.save_model(tmp_path / "saved")
+    again = qsl.ScopeSAE.load_from_disk(tmp_path / "saved")
+    assert type(again) is qsl.ScopeSAE
+    assert torch.equal(again.direction(3), sae.direction(3))
+    assert type(sae.cfg).from_dict(sae.cfg.to_dict()) == sae.cfg

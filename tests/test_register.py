@@ -137,16 +137,17 @@ def test_from_pretrained_by_every_name(release: str, sae_id: str) -> None:
     assert isinstance(sae, SAE)
     assert sae.cfg.metadata.qwen_scope_ref == f"{SHORT}/20"
     assert sae.cfg.k == 50
-    assert torch.equal(sae.b_dec, qsl.load_sae(f"{SHORT}/20").b_dec.half())
+    assert torch.equal(sae.b_dec, qsl.load_sae(f"{SHORT}/20", dtype="float16").b_dec)
 
 
 @pytest.mark.usefixtures("official")
 def test_as_a_converter_without_installing() -> None:
-    sae = SAE.from_pretrained(RELEASE, "layer20", converter=ScopeLoader())
+    sae = SAE.from_pretrained(RELEASE, "layer20", converter=ScopeLoader(), dtype="float16")
     assert type(sae) is TopKSAE
     assert sae.cfg.metadata.prepend_bos is False
     x = torch.randn(3, 2048)
-    torch.testing.assert_close(sae.encode(x), qsl.load_sae(f"{SHORT}/20").encode(x))
+    twin = qsl.load_sae(f"{SHORT}/20", dtype="float16")
+    torch.testing.assert_close(sae.encode(x), twin.encode(x))
 
 
 @pytest.mark.filterwarnings("ignore:You are loading an SAE using")
@@ -246,3 +247,21 @@ def test_contract_topk_sae_takes_views(home: Path) -> None:
     assert not sae.W_enc.is_contiguous()
     assert sae.W_enc.T.is_contiguous()
     assert torch.equal(sae.W_enc.T, planted.tensors(seed=0)["W_enc"])
+
+
+def test_an_inner_install_gives_back_the_outer_pins() -> None:
+    qsl.install(revisions={REPO: "outer"})
+    with qsl.install(revisions={RELEASE: "inner"}):
+        assert register._loader_in_use().revisions == {SHORT: "inner"}  # type: ignore[union-attr]
+    assert qsl.is_installed()
+    assert register._loader_in_use().revisions == {SHORT: "outer"}  # type: ignore[union-attr]
+
+
+def test_each_layer_is_listed_once() -> None:
+    with qsl.install():
+        for name in (REPO, SHORT):
+            ids = get_pretrained_saes_directory()[name].saes_map
+            assert list(ids) == [f"layer{n}" for n in range(28)]
+            assert "layer20.sae.pt" in ids
+            assert ids["20"] == "layer20.sae.pt"
+            assert "layer28" not in ids

@@ -121,17 +121,44 @@ def test_sinks_and_first_tokens_are_left_out(sae: qsl.ScopeSAE, x: torch.Tensor)
 def test_bad_activations(sae: qsl.ScopeSAE, x: torch.Tensor) -> None:
     with pytest.raises(WrongShape, match=r"\[tokens, 64\]"):
         qsl.verify(sae, x[:, :32])
-    with pytest.raises(WrongShape, match="at least 2"):
+    with pytest.raises(WrongShape, match="needs 16"):
         qsl.verify(sae, x[:1])
     with pytest.raises(WrongShape, match="mask"):
         qsl.verify(sae, x, mask=torch.ones(3))
     with pytest.raises(NotFinite, match="1 of 512"):
         qsl.verify(sae, torch.where(torch.arange(512)[:, None] == 5, torch.nan, x))
     with pytest.raises(NotFinite, match="equal"):
-        qsl.verify(sae, torch.ones(4, planted.D_MODEL))
+        qsl.verify(sae, torch.ones(40, planted.D_MODEL))
 
 
 def test_bfloat16_sae_and_activations(sae: qsl.ScopeSAE, x: torch.Tensor) -> None:
     full = measure(sae, x).fvu["as documented"]
     half = measure(sae.to(torch.bfloat16), x.bfloat16()).fvu["as documented"]
     assert half == pytest.approx(full, abs=0.05)
+
+
+def test_saes_that_would_be_misjudged_are_refused(
+    weights: dict[str, torch.Tensor], x: torch.Tensor
+) -> None:
+    from sae_lens.saes.standard_sae import StandardSAE, StandardSAEConfig
+
+    from qwen_scope_lens.errors import UnsupportedSAE
+
+    for changes in (
+        {"normalize_activations": "layer_norm"},
+        {"rescale_acts_by_decoder_norm": True},
+    ):
+        with pytest.raises(UnsupportedSAE, match=next(iter(changes))):
+            qsl.verify(planted.saelens_sae(weights, **changes), x)
+    with pytest.raises(UnsupportedSAE, match="StandardSAE"):
+        qsl.verify(StandardSAE(StandardSAEConfig(d_in=8, d_sae=16)), x)  # type: ignore[arg-type]
+
+
+def test_meaningless_settings_are_refused(sae: qsl.ScopeSAE, x: torch.Tensor) -> None:
+    for bad in (float("nan"), 0.0, -1.0):
+        with pytest.raises(ValueError, match="must be positive"):
+            qsl.verify(sae, x, max_fvu=bad)
+    with pytest.raises(WrongShape, match="real tensor"):
+        qsl.verify(sae, x.to(torch.complex64))
+    with pytest.raises(WrongShape, match="real tensor"):
+        qsl.verify(sae, x.numpy())  # type: ignore[arg-type]

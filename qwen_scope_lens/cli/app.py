@@ -45,7 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if verb not in VERBS:
         print(f"qsl: no verb {verb!r}\n\n{_overview()}", file=sys.stderr)
         return EXIT_USAGE
-    module = import_module(f"qwen_scope_lens.cli.{verb}")
+    try:
+        module = import_module(f"qwen_scope_lens.cli.{verb}")
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
     return _run(f"qsl {verb}", module.__doc__, module.add_arguments, module.run, words)
 
 

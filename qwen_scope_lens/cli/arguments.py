@@ -6,6 +6,8 @@ import argparse
 
 __all__ = ["layer_list"]
 
+MOST_LAYERS = 10_000
+
 
 def layer_list(text: str) -> list[int]:
     """`0-3,7` -> [0, 1, 2, 3, 7]"""
@@ -15,6 +17,8 @@ def layer_list(text: str) -> list[int]:
         if not first.isdecimal() or (dash and not last.isdecimal()):
             raise argparse.ArgumentTypeError(f"{text!r} is no list of layers such as 0-3,7")
         low, high = int(first), int(last) if dash else int(first)
+        if high > MOST_LAYERS:
+            raise argparse.ArgumentTypeError(f"{part!r}: no model has so many layers")
         if high < low:
             raise argparse.ArgumentTypeError(f"{part!r} runs backwards")
         layers += range(low, high + 1)

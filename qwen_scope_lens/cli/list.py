@@ -9,9 +9,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import sys
 
 from qwen_scope_lens.catalog import GROUPS, Group, local_groups
 from qwen_scope_lens.cli.show import layers_in_words, size
+from qwen_scope_lens.errors import WrongSettings
 
 HEADINGS: tuple[str, ...] = (
     "GROUP",
@@ -30,7 +32,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    groups = (*GROUPS, *local_groups())
+    try:
+        groups = (*GROUPS, *local_groups())
+    except WrongSettings as error:
+        print(f"qsl list: your own SAEs are left out: {error}", file=sys.stderr)
+        groups = GROUPS
     if arguments.json:
         print(json.dumps([{"short": g.short, **dataclasses.asdict(g)} for g in groups], indent=2))
         return 0

@@ -6,18 +6,18 @@ in SAELens's orientation. Pickles are never executed: `.pt` files are read with 
 
 from __future__ import annotations
 
-import json
 import pickle
 import re
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 
-from qwen_scope_lens.catalog import Group
+from qwen_scope_lens.catalog import BACKBONES, Group
 from qwen_scope_lens.errors import (
     CheckpointMissing,
     NotACheckpoint,
@@ -28,7 +28,7 @@ from qwen_scope_lens.errors import (
     WrongSettings,
     WrongShape,
 )
-from qwen_scope_lens.saes.locate import LayerFile
+from qwen_scope_lens.saes.locate import LayerFile, read_config
 
 __all__ = [
     "LAYOUTS",
@@ -38,6 +38,7 @@ __all__ = [
     "open_layer",
     "read_activations",
     "read_tensors",
+    "subtracts_b_dec",
 ]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -87,10 +88,15 @@ class SAETensors:
 
     def state_dict(self, dtype: torch.dtype, device: str) -> dict[str, torch.Tensor]:
         """Views of the file where dtype and device allow, copies otherwise."""
-        return {
+        state = {
             name: getattr(self, name).to(device=device, dtype=dtype)
             for name in ("W_enc", "W_dec", "b_enc", "b_dec")
         }
+        if dtype == torch.float16:  # whose largest number is 65504
+            for name, tensor in state.items():
+                if not tensor.isfinite().all():
+                    raise NotFinite(f"{name} overflows float16: use bfloat16 or float32")
+        return state
 
 
 def open_layer(file: LayerFile) -> SAETensors:
@@ -110,6 +116,8 @@ def open_layer(file: LayerFile) -> SAETensors:
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """All tensors of a `.pt` or safetensors file, memory-mapped."""
+    if path.is_dir():
+        raise NotACheckpoint(f"{path} is a folder: expected a file")
     if not path.is_file():
         raise CheckpointMissing(f"no such file: {path}")
     _refuse_pointer_file(path)
@@ -120,7 +128,7 @@ def read_activations(path: Path) -> torch.Tensor:
     """The one tensor in a `.npy`, `.safetensors` or `.pt` file."""
     if not path.is_file():
         raise CheckpointMissing(f"no such file: {path}")
-    if path.suffix == ".npy":
+    if path.suffix.lower() == ".npy":
         try:
             return torch.from_numpy(np.load(path, allow_pickle=False))
         except (ValueError, TypeError, EOFError) as error:
@@ -151,7 +159,11 @@ def _read_pt(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _load_pt(path: Path) -> object:
-    if not zipfile.is_zipfile(path):
+    try:
+        whole = zipfile.is_zipfile(path)
+    except (OSError, ValueError, zipfile.BadZipFile):
+        whole = False
+    if not whole:
         with path.open("rb") as file:
             head = file.read(4)
         if head == b"PK\x03\x04":
@@ -172,7 +184,7 @@ def _load_pt(path: Path) -> object:
             f"{path} is a pickle that asks to run code or build other objects than tensors;"
             f" refused, nothing was executed ({_first_line(error)})"
         ) from error
-    except (RuntimeError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:  # a damaged archive fails in as many ways as it has bytes
         raise NotACheckpoint(
             f"{path} cannot be read as a torch checkpoint: {_first_line(error)}"
         ) from error
@@ -208,6 +220,10 @@ def _check_tensors(
                 f" (d_model {group.d_model}, d_sae {group.d_sae}) in the {layout.name} layout."
                 f"{transposed} Is this a file of another group?"
             )
+        if found.layout != torch.strided or found.device.type != "cpu":
+            raise WrongShape(
+                f"{path}: {name} is {found.layout} on {found.device}: expected plain dense numbers"
+            )
         if found.dtype not in DTYPES:
             raise WrongShape(f"{path}: {name} has dtype {found.dtype}: expected one of {DTYPES}")
     for name in ("b_enc", "b_dec"):
@@ -220,53 +236,80 @@ def _check_tensors(
             )
 
 
-# A repository's settings, by their names in `config.json`, and where the catalog has them.
-def _settings(group: Group) -> dict[str, object]:
-    return {
+def _check_settings(file: LayerFile, layout: Layout) -> None:
+    """`config.json` (or a converted folder's `cfg.json`) and the folder's name, against the row."""
+    group, path = file.group, file.config
+    found: dict[str, Any] = {}
+    wanted: dict[str, Any] = {
         "model_type": "topk_sae",
         "d_model": group.d_model,
         "d_sae": group.d_sae,
         "k": group.k,
+        "num_layers": group.backbone.num_layers,
         "hook_point": "resid_post",
     }
-
-
-def _check_settings(file: LayerFile, layout: Layout) -> None:
-    """`config.json` (or a converted folder's `cfg.json`) and the folder's name, against the row."""
-    group = file.group
     if layout is SAELENS:
         path = file.path.parent / SAE_CFG_FILENAME
-        wanted = {"architecture": "topk", "d_in": group.d_model, "d_sae": group.d_sae, "k": group.k}
-    elif file.config is not None:
-        path, wanted = file.config, _settings(group)
-    else:
-        path, wanted = None, {}
-    if path is not None:
         found = read_config(path)
-        for name, value in wanted.items():
-            if name in found and found[name] != value:
-                raise WrongSettings(
-                    f"{path} says {name} = {found[name]!r}, but {group.short} has {value!r}:"
-                    " the files belong to another group, name that one"
-                )
-    named = re.search(r"-W(\d+)K-L0_(\d+)$", file.path.parent.name)
-    if named and (int(named[1]) * 1024, int(named[2])) != (group.d_sae, group.k):
+        metadata = found.pop("metadata", None)
+        found |= metadata if isinstance(metadata, dict) else {}
+        wanted = {
+            "architecture": "topk",
+            "d_in": group.d_model,
+            "d_sae": group.d_sae,
+            "k": group.k,
+            "normalize_activations": "none",
+            "rescale_acts_by_decoder_norm": False,
+            "model_name": group.backbone.model_id,
+            "hook_name": group.hook_name(file.ref.layer),
+        }
+        if group.subtracts_b_dec is not None:
+            wanted["apply_b_dec_to_input"] = group.subtracts_b_dec
+        found = dict.fromkeys(wanted) | found  # all of them must be there
+    elif path is not None:
+        found = read_config(path)
+        _check_base_model(found.get("base_model"), path, group)
+    for name, value in wanted.items():
+        if name in found and found[name] != value:
+            raise WrongSettings(
+                f"{path} says {name} = {found[name]!r}, but {file.ref} has {value!r}:"
+                " the files belong to something else, name that"
+            )
+    folder = file.path.parent.parent if layout is SAELENS else file.path.parent
+    _check_folder_name(folder.name, group)
+
+
+def _check_base_model(name: object, path: Path, group: Group) -> None:
+    """Four backbones share one shape, so the name must tell them apart. Only another backbone's
+    name is wrong: how the published files spell their own is not known for all of them."""
+    key = str(name).rstrip("/").split("/")[-1].lower()
+    if key != group.backbone.key and any(key == backbone.key for backbone in BACKBONES):
         raise WrongSettings(
-            f"the folder {file.path.parent.name} names width {named[1]}K and k = {named[2]}, but"
-            f" {group.short} has width {group.d_sae // 1024}K and k = {group.k}"
+            f"{path} says base_model = {name!r}, but {group.short} is of"
+            f" {group.backbone.model_id}: the files belong to another model, name that"
         )
 
 
-def read_config(path: Path) -> dict[str, object]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointMissing(f"no such file: {path}") from error
-    except ValueError as error:
-        raise WrongSettings(f"{path} is not JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise WrongSettings(f"{path} holds {_kinds(found)}: expected a JSON object")
-    return found
+def _check_folder_name(name: str, group: Group) -> None:
+    """A folder that is called like a published repository must be of that one."""
+    named = re.search(r"(?:SAE-Res-(.+))?-W(\d+)K-L0_(\d+)$", name)
+    if named is None or group.origin == "local":
+        return
+    model = group.backbone.model_id.split("/")[-1]
+    if (named[1] or model, int(named[2]) * 1024, int(named[3])) != (model, group.d_sae, group.k):
+        raise WrongSettings(
+            f"the folder {name} names {named[1] or 'a model'}, width {named[2]}K,"
+            f" k = {named[3]}, but {group.short} is of {model}, width {group.d_sae // 1024}K,"
+            f" k = {group.k}"
+        )
+
+
+def subtracts_b_dec(file: LayerFile) -> bool:
+    """The convention of a located layer: the catalog's, or where that does not know, what the
+    converted folder was told."""
+    if file.group.subtracts_b_dec is not None or layout_of(file.path) is not SAELENS:
+        return bool(file.group.subtracts_b_dec)
+    return bool(read_config(file.path.parent / SAE_CFG_FILENAME).get("apply_b_dec_to_input"))
 
 
 def _first_line(error: BaseException) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +45,24 @@ class Extent:
             for row in range(height):
                 _pread(fd, data[row * size : (row + 1) * size], start + row * stride)
         return tile.view(height, width)
+
+    def read_rows(self, fd: int, rows: Sequence[int]) -> torch.Tensor:
+        """`[m] -> [m, width]`"""
+        whole = slice(0, self.shape[1])
+        found = [self.read_tile(fd, slice(row, row + 1), whole) for row in rows]
+        return torch.cat([torch.empty((0, self.shape[1]), dtype=self.dtype), *found])
+
+    def read_columns(self, fd: int, columns: Sequence[int]) -> torch.Tensor:
+        """`[m] -> [m, height]`: one number from each row, so the disk reads a page for it."""
+        out = torch.empty((len(columns), self.shape[0]), dtype=self.dtype)
+        size, stride = self.dtype.itemsize, self.shape[1] * self.dtype.itemsize
+        data = bytearray(size * self.shape[0])
+        for into, column in zip(out, columns, strict=True):
+            start = self.offset + column * size
+            for row in range(self.shape[0]):
+                data[row * size : (row + 1) * size] = os.pread(fd, size, start + row * stride)
+            into.copy_(torch.frombuffer(data, dtype=self.dtype))
+        return out
 
 
 def extents(path: Path) -> dict[str, Extent]:

@@ -1,21 +1,36 @@
-"""`load_sae`: a name and a layer become a ScopeSAE, without touching SAELens's tables."""
+"""`load_sae`: a name and a layer become a ScopeSAE, without touching SAELens's tables.
+
+`load_directions` is the same for a few features of a layer, and reads no more than those.
+"""
 
 from __future__ import annotations
 
 import os
-from typing import Any, Literal
+import warnings
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
 
 import sae_lens
 import torch
 from sae_lens.saes.sae import SAEMetadata
 from sae_lens.util import str_to_dtype
 
-from qwen_scope_lens.catalog import LayerRef, find_group
-from qwen_scope_lens.saes.checkpoint import SAETensors, open_layer
-from qwen_scope_lens.saes.locate import HubOptions, locate
+from qwen_scope_lens.catalog import FeatureRef, LayerRef, find_group
+from qwen_scope_lens.errors import WrongSettings
+from qwen_scope_lens.saes.checkpoint import SAETensors, open_layer, subtracts_b_dec
+from qwen_scope_lens.saes.extents import extents
+from qwen_scope_lens.saes.locate import HubOptions, LayerFile, locate
 from qwen_scope_lens.saes.sae import ScopeSAE, ScopeSAEConfig
 
-__all__ = ["assemble", "build_config", "load_sae"]
+__all__ = [
+    "Dtype",
+    "assemble",
+    "build_config",
+    "check_dtype",
+    "load_directions",
+    "load_sae",
+    "read_layer",
+]
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -30,7 +45,7 @@ def load_sae(
     local_files_only: bool = False,
     force_download: bool = False,
     device: str = "cpu",
-    dtype: Dtype = "float32",
+    dtype: Dtype | torch.dtype = "float32",
     apply_b_dec_to_input: bool | None = None,
 ) -> ScopeSAE:
     """The SAE of one layer, ready to use; its weights stay views of the file until written to.
@@ -46,16 +61,67 @@ def load_sae(
         apply_b_dec_to_input: only where a third-party release does not document it; `verify`
             tells which fits. Every official SAE encodes the raw residual.
     """
+    dtype = check_dtype(dtype)
     if sae_id is None:
         ref = LayerRef.parse(name)
     else:
         group = find_group(str(name))
         ref = LayerRef(group.short, group.layer_of(str(sae_id)))
     file = locate(ref, folder, HubOptions(revision, token, local_files_only, force_download))
-    config = build_config(ref, device=device, dtype=dtype, revision=file.revision)
+    config, tensors = read_layer(file, device=device, dtype=dtype)
     if apply_b_dec_to_input is not None:
         config["apply_b_dec_to_input"] = apply_b_dec_to_input
-    return assemble(config, open_layer(file))
+    return assemble(config, tensors)
+
+
+def load_directions(
+    name: str | LayerRef | FeatureRef,
+    features: int | Sequence[int] | None = None,
+    *,
+    folder: str | os.PathLike[str] | None = None,
+    revision: str | None = None,
+) -> torch.Tensor:
+    """Decoder rows straight from the file, without mapping the rest. `[m] -> [m, d_model]`
+
+    For steering with a few features: from a published two-gigabyte `.pt` this reads some pages a
+    feature, from a converted folder a few kilobytes. A feature's address stands for itself.
+    """
+    if features is None:
+        address = FeatureRef.parse(name)  # type: ignore[arg-type]
+        name, features = address.sae, address.feature
+    ref = LayerRef.parse(name)  # type: ignore[arg-type]
+    wanted = [features] if isinstance(features, int) else list(features)
+    for feature in wanted:
+        ref.feature(feature)  # raises when it is out of range
+    file = locate(ref, folder, HubOptions(revision))
+    transposed = not open_layer(file).W_dec.is_contiguous()
+    extent = extents(file.path)["W_dec"]
+    with file.path.open("rb") as source:
+        read = extent.read_columns if transposed else extent.read_rows
+        rows = read(source.fileno(), wanted)
+    return rows[0] if isinstance(features, int) else rows
+
+
+def read_layer(file: LayerFile, *, device: str, dtype: str) -> tuple[dict[str, Any], SAETensors]:
+    """The configuration and the validated tensors of a located layer."""
+    tensors = open_layer(file)
+    if tensors.W_enc.dtype.itemsize < str_to_dtype(dtype).itemsize:
+        warnings.warn(
+            f"{file.path} holds {tensors.W_enc.dtype}: loading it as {dtype} does not bring back"
+            " what was rounded away. Remove or re-convert it to use the published numbers",
+            stacklevel=3,
+        )
+    config = build_config(file.ref, device=device, dtype=dtype, revision=file.revision)
+    config["apply_b_dec_to_input"] = subtracts_b_dec(file)
+    return config, tensors
+
+
+def check_dtype(dtype: str | torch.dtype) -> Dtype:
+    """The name of a dtype that these SAEs come in."""
+    name = str(dtype).removeprefix("torch.")
+    if name not in get_args(Dtype):
+        raise WrongSettings(f"dtype {dtype!r}: expected one of {', '.join(get_args(Dtype))}")
+    return name  # type: ignore[return-value]
 
 
 def build_config(

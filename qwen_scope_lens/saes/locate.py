@@ -1,21 +1,23 @@
 """Where a layer's file is: a given folder, `QWEN_SCOPE_HOME`, or the hub and its cache.
 
-Nothing is opened here but directory entries; `checkpoint.py` reads what this module finds.
+Only directory entries and small JSON files are read here; `checkpoint.py` opens the tensors.
 """
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from sae_lens.constants import SAE_WEIGHTS_FILENAME
+from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 
-from qwen_scope_lens.catalog import HOME_VARIABLE, Group, LayerRef
-from qwen_scope_lens.errors import CheckpointMissing, HubUnreachable
+from qwen_scope_lens.catalog import HOME_VARIABLE, Group, LayerRef, home_folder
+from qwen_scope_lens.errors import CheckpointMissing, HubUnreachable, WrongSettings
 
-__all__ = ["CONFIG_NAME", "HubOptions", "LayerFile", "locate"]
+__all__ = ["CONFIG_NAME", "HubOptions", "LayerFile", "locate", "read_config"]
 
 CONFIG_NAME = "config.json"
 
@@ -53,21 +55,24 @@ def locate(
 ) -> LayerFile:
     """The file of a layer. A given `folder` is the only place searched; without one,
     `QWEN_SCOPE_HOME` comes before the hub. `published`: converted folders do not count."""
-    home = os.environ.get(HOME_VARIABLE)
+    home, hub = home_folder(), hub or HubOptions()
     if folder is not None:
-        roots = [Path(folder) / ref.row.repo_name, Path(folder)]
+        given = Path(folder).expanduser()
+        if given.is_file():
+            raise CheckpointMissing(f"{given} is a file: folder=... is the folder that holds it")
+        roots = [given / ref.row.repo_name, given]
     else:
-        roots = [Path(home) / ref.row.repo_name] if home else []
+        roots = [home / ref.row.repo_name] if home else []
     tried = [path for root in roots for path in _candidates(ref, root, published)]
     for path in tried:
         if path.exists():
-            return LayerFile(ref, path, _config_beside(path))
+            return LayerFile(ref, path, _config_beside(path), _local_revision(path, hub.revision))
     if folder is not None or ref.row.origin == "local":
-        where = folder if folder is not None else f"{HOME_VARIABLE}={home}"
+        where = folder if folder is not None else f"{HOME_VARIABLE}={home or ''}"
         raise CheckpointMissing(
             f"no file of {ref} in {where}: expected one of\n  " + "\n  ".join(map(str, tried))
         )
-    return _from_hub(ref, hub or HubOptions(), tried)
+    return _from_hub(ref, hub, tried)
 
 
 def _candidates(ref: LayerRef, root: Path, published: bool) -> Iterator[Path]:
@@ -75,6 +80,34 @@ def _candidates(ref: LayerRef, root: Path, published: bool) -> Iterator[Path]:
     if not published:
         yield root / f"layer{ref.layer}" / SAE_WEIGHTS_FILENAME
     yield root / ref.row.file_name(ref.layer)
+
+
+def _local_revision(path: Path, wanted: str | None) -> str | None:
+    """The commit that a converted folder remembers. Raises where another one was asked for."""
+    known = None
+    if path.name == SAE_WEIGHTS_FILENAME:
+        metadata = read_config(path.parent / SAE_CFG_FILENAME).get("metadata")
+        known = metadata.get("revision") if isinstance(metadata, dict) else None
+    if wanted is not None and wanted != known:
+        raise WrongSettings(
+            f"revision {wanted!r} was asked for, but {path} is a local file of revision"
+            f" {known or 'unknown'}: leave the revision out, or take the file from the hub (no"
+            f" folder=..., {HOME_VARIABLE} unset)"
+        )
+    return known
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A JSON object from disk."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointMissing(f"no such file: {path}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise WrongSettings(f"{path} is no readable JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise WrongSettings(f"{path} holds a {type(found).__name__}: expected a JSON object")
+    return found
 
 
 def _config_beside(path: Path) -> Path | None:
@@ -119,11 +152,11 @@ def _from_hub(ref: LayerRef, hub: HubOptions, tried: list[Path]) -> LayerFile:
         ) from error
     except EntryNotFoundError as error:
         raise CheckpointMissing(f"the hub has no file {where}") from error
-    except (HfHubHTTPError, OSError) as error:
+    except (HfHubHTTPError, OSError, ValueError) as error:  # ValueError: a forced download failed
         raise HubUnreachable(_unreachable(where, group, tried, error)) from error
     try:
         config: Path | None = download(CONFIG_NAME)
-    except (HfHubHTTPError, EntryNotFoundError, OSError):
+    except (HfHubHTTPError, EntryNotFoundError, OSError, ValueError):
         config = None
     return LayerFile(ref, path, config, _commit_of(path))
 

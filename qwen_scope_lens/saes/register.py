@@ -21,8 +21,7 @@ from sae_lens.util import str_to_dtype
 
 from qwen_scope_lens.catalog import GROUPS, Group, LayerRef, find_group
 from qwen_scope_lens.errors import UnsupportedSAELens
-from qwen_scope_lens.saes.checkpoint import open_layer
-from qwen_scope_lens.saes.load import build_config
+from qwen_scope_lens.saes.load import build_config, read_layer
 from qwen_scope_lens.saes.locate import HubOptions, locate
 from qwen_scope_lens.saes.sae import ARCHITECTURE, ScopeSAE, ScopeSAEConfig
 
@@ -37,7 +36,11 @@ class ScopeLoader:
     """Our loader in SAELens's shape. Also usable by itself, without `install()`:
     `SAE.from_pretrained(..., converter=ScopeLoader())`."""
 
-    revisions: Mapping[str, str] = field(default_factory=dict)  # short form of a group -> commit
+    revisions: Mapping[str, str] = field(default_factory=dict)  # any name of a group -> commit
+
+    def __post_init__(self) -> None:
+        by_short = {find_group(name).short: commit for name, commit in self.revisions.items()}
+        object.__setattr__(self, "revisions", by_short)
 
     def config(
         self,
@@ -67,16 +70,17 @@ class ScopeLoader:
         ref = _ref(repo_id, folder_name)
         hub = HubOptions(self.revisions.get(ref.group), force_download=force_download)
         file = locate(ref, hub=hub)
+        read, tensors = read_layer(file, device=config["device"], dtype=config["dtype"])
+        config["apply_b_dec_to_input"] = read["apply_b_dec_to_input"]
         config["metadata"]["revision"] = file.revision
-        state = open_layer(file).state_dict(str_to_dtype(config["dtype"]), config["device"])
-        return config, state, None
+        return config, tensors.state_dict(str_to_dtype(config["dtype"]), config["device"]), None
 
 
 class Installation:
     """What `install()` returns: leave it be, or use it as a context manager to undo at its end."""
 
-    def __init__(self, owner: bool) -> None:
-        self._owner = owner
+    def __init__(self, before: ScopeLoader | None) -> None:
+        self._before = before  # our loader as it was before, or None: SAELens's own
 
     def __enter__(self) -> Installation:
         return self
@@ -87,8 +91,10 @@ class Installation:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._owner:
+        if self._before is None:
             uninstall()
+        else:
+            _apply(self._before)
 
 
 @dataclass
@@ -123,16 +129,18 @@ def install(revisions: Mapping[str, str] | None = None) -> Installation:
         revisions: commits to pin, by any name of the group. Without one the hub's head is used; in
             either case the commit that was loaded is in `sae.cfg.metadata.revision`.
     """
-    pinned = {find_group(name).short: commit for name, commit in (revisions or {}).items()}
-    if _applied:
-        if _loader_in_use().revisions == pinned or revisions is None:
-            return Installation(owner=False)
-        uninstall()
-    patches = _patches(ScopeLoader(pinned))
+    before = _loader_in_use()
+    if before is None or revisions is not None:
+        _apply(ScopeLoader(revisions or {}))
+    return Installation(before)
+
+
+def _apply(loader: ScopeLoader) -> None:
+    patches = _patches(loader)
+    uninstall()
     for patch in patches:
         patch.apply()
     _applied.extend(patches)
-    return Installation(owner=True)
 
 
 def uninstall() -> None:
@@ -166,7 +174,7 @@ def _patches(loader: ScopeLoader) -> list[_Patch]:
             raise ImportError(f"no loader named {LOADER_NAME!r}, or no releases {missing}")
 
         def entry(name: str, group: Group) -> Any:
-            saes_map = {i: group.file_name(n) for n in group.layers for i in group.sae_ids(n)}
+            saes_map = _LayerIds(group)
             return PretrainedSAELookup(
                 release=name,
                 repo_id=group.repo_id,
@@ -199,8 +207,22 @@ def _patches(loader: ScopeLoader) -> list[_Patch]:
     ]
 
 
-def _loader_in_use() -> ScopeLoader:
-    return next(p.value for p in _applied if isinstance(p.value, ScopeLoader))
+def _loader_in_use() -> ScopeLoader | None:
+    return next((p.value for p in _applied if isinstance(p.value, ScopeLoader)), None)
+
+
+class _LayerIds(dict[str, str]):
+    """SAELens's map of ids to files: each layer is listed once, and found by all its ids."""
+
+    def __init__(self, group: Group) -> None:
+        super().__init__({f"layer{n}": group.file_name(n) for n in group.layers})
+        self._more = {i: group.file_name(n) for n in group.layers for i in group.sae_ids(n)}
+
+    def __contains__(self, sae_id: object) -> bool:
+        return sae_id in self._more
+
+    def __missing__(self, sae_id: str) -> str:
+        return self._more[sae_id]
 
 
 def _is_registered() -> bool:

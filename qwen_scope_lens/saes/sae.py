@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from sae_lens.saes.sae import _disable_hooks
+from sae_lens.saes.sae import SAEConfig, SAEMetadata, _disable_hooks
 from sae_lens.saes.topk_sae import TopK, TopKSAE, TopKSAEConfig
+from sae_lens.util import filter_valid_dataclass_fields
 
 from qwen_scope_lens.errors import LayerOutOfRange, NotFinite
 from qwen_scope_lens.saes.derived import Derived
@@ -25,7 +26,8 @@ from qwen_scope_lens.saes.topk import encode_topk, gather_decode
 __all__ = ["ARCHITECTURE", "ScopeSAE", "ScopeSAEConfig"]
 
 ARCHITECTURE = "qwen_scope_topk"
-"""The name under which `install()` registers ScopeSAE with SAELens. Never written to a file."""
+"""The name under which `install()` registers ScopeSAE with SAELens. `to_dict`
+and `save_model` write plain `topk` instead."""
 
 
 _GATHER_WORTH = 8
@@ -48,6 +50,13 @@ class ScopeSAEConfig(TopKSAEConfig):
     def to_dict(self) -> dict[str, Any]:
         return {**super().to_dict(), "architecture": TopKSAEConfig.architecture()}
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any]) -> ScopeSAEConfig:
+        """From what `to_dict` wrote, which says `topk`."""
+        fields = filter_valid_dataclass_fields(config_dict, cls)
+        metadata = SAEMetadata.from_dict(config_dict.get("metadata", {}))
+        return cls(**{**fields, "metadata": metadata})
+
 
 class ScopeSAE(TopKSAE):
     """A Qwen-Scope layer. `W_enc [d_in, d_sae]`, `W_dec [d_sae, d_in]`, as SAELens shapes them.
@@ -57,6 +66,17 @@ class ScopeSAE(TopKSAE):
     `sae.requires_grad_(True)` those three are SAELens's own again, gradients of the weights
     included. Gradients of the input flow either way.
     """
+
+    @classmethod
+    def get_sae_class_for_architecture(cls, architecture: str) -> type[ScopeSAE]:
+        """`ScopeSAE.load_from_disk` and `from_dict` read what `save_model` wrote, as this class."""
+        if architecture in (ARCHITECTURE, TopKSAEConfig.architecture()):
+            return cls
+        return super().get_sae_class_for_architecture(architecture)
+
+    @classmethod
+    def get_sae_config_class_for_architecture(cls, architecture: str) -> type[SAEConfig]:
+        return ScopeSAEConfig
 
     def __init__(self, cfg: TopKSAEConfig, use_error_term: bool = False) -> None:
         super().__init__(cfg, use_error_term)
@@ -197,11 +217,11 @@ class ScopeSAE(TopKSAE):
 
     def direction(self, features: int | Sequence[int] | torch.Tensor) -> torch.Tensor:
         """What a feature writes into the residual: its decoder row. `[..] -> [.., d_in]`"""
-        return self.W_dec[self._checked(features)].contiguous()
+        return self.W_dec[self._checked(features)].clone()
 
     def encoder_row(self, features: int | Sequence[int] | torch.Tensor) -> torch.Tensor:
         """What a feature reads from the residual. `[..] -> [.., d_in]`"""
-        return self.W_enc.T[self._checked(features)].contiguous()
+        return self.W_enc.T[self._checked(features)].clone()
 
     @torch.no_grad()
     def decoder_norms(self, chunk: int = 4096) -> torch.Tensor:
@@ -269,7 +289,13 @@ class ScopeSAE(TopKSAE):
         return self._derived.get("decoder rows", (self.W_dec,), self.W_dec.detach().contiguous)
 
     def _checked(self, features: int | Sequence[int] | torch.Tensor) -> torch.Tensor:
-        index = torch.as_tensor(features, device=self.W_dec.device, dtype=torch.long)
+        index = torch.as_tensor(features, device=self.W_dec.device)
+        if index.numel() and (index.is_floating_point() or index.dtype == torch.bool):
+            raise LayerOutOfRange(
+                f"features are whole numbers, found {index.dtype}: turn a mask into numbers with"
+                " mask.nonzero()"
+            )
+        index = index.long()
         if index.numel() and not (int(index.min()) >= 0 and int(index.max()) < self.cfg.d_sae):
             raise LayerOutOfRange(
                 f"feature {features} is out of range: this SAE has 0..{self.cfg.d_sae - 1}"

@@ -14,6 +14,10 @@ __all__ = ["exact_scores", "exact_topk", "pair_dots"]
 _ELEMENTS = 2**20
 """Numbers per working buffer: 8 MiB in float64."""
 
+_FEW = 16
+"""With fewer than one pair per this many encoder rows, the rows are copied out first: a pattern
+over all rows would cost more than the dots."""
+
 
 def pair_dots(
     rows: torch.Tensor, x: torch.Tensor, token: torch.Tensor, feature: torch.Tensor
@@ -31,7 +35,7 @@ def pair_dots(
     order = (feature * len(x) + token).argsort()
     token, feature = token[order], feature[order]
     out = x.new_empty(len(token))
-    if rows.dtype == torch.float32:
+    if rows.dtype == torch.float32 and _FEW * len(token) > len(rows):
         out[order] = _sampled(rows, x, token, feature)
         return out
     wanted, local = feature.unique_consecutive(return_inverse=True)

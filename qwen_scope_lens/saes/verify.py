@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from sae_lens.saes.topk_sae import TopKSAE
 
-from qwen_scope_lens.errors import NotFinite, VerificationFailed, WrongShape
+from qwen_scope_lens.errors import NotFinite, UnsupportedSAE, VerificationFailed, WrongShape
 
 __all__ = ["CONVENTIONS", "Convention", "Verification", "measure", "verify"]
 
@@ -28,6 +28,9 @@ MAX_NORM_RATIO = 10.0
 """Tokens with more than this many times the median norm are left out: a handful of such tokens
 holds nearly all variance, and the published SAEs were trained without them (by an unpublished
 threshold)."""
+
+MIN_TOKENS = 16
+"""Around the mean of fewer tokens there is no variance worth a verdict."""
 
 DENSE_RATE = 0.1
 """A feature that fires on more than this share of the tokens counts as dense."""
@@ -102,7 +105,7 @@ def verify(
     """Measure, and raise `VerificationFailed` with the whole report when something is wrong.
 
     Args:
-        sae: any SAELens TopK SAE.
+        sae: a SAELens TopK SAE without normalisation or decoder-norm rescaling.
         activations: residuals at the SAE's hook, `[tokens, d_model]` or
             `[batch, position, d_model]`.
         mask: which tokens count, shaped as the activations without their last axis.
@@ -132,6 +135,9 @@ def measure(
     max_norm_ratio: float = MAX_NORM_RATIO,
 ) -> Verification:
     """The same without raising: read `problems`."""
+    _check_arithmetic(sae)
+    if not max_fvu > 0 or not max_norm_ratio > 0:
+        raise ValueError(f"max_fvu {max_fvu} and max_norm_ratio {max_norm_ratio} must be positive")
     kept, excluded = _select_tokens(sae, activations, mask, include_first, max_norm_ratio)
     own = _own_convention(sae)
     others = [c for c in CONVENTIONS if not _same(c, own)]
@@ -227,6 +233,21 @@ class _Run:
     negative: int  # values below zero among the k largest
 
 
+def _check_arithmetic(sae: TopKSAE) -> None:
+    """The conventions are ways to run a plain TopK SAE; anything else would be misjudged."""
+    if not isinstance(sae, TopKSAE):
+        raise UnsupportedSAE(f"a {type(sae).__name__} cannot be verified: expected a TopK SAE")
+    for name, plain in (
+        ("normalize_activations", "none"),
+        ("reshape_activations", "none"),
+        ("rescale_acts_by_decoder_norm", False),
+    ):
+        if getattr(sae.cfg, name) != plain:
+            raise UnsupportedSAE(
+                f"the SAE has {name} = {getattr(sae.cfg, name)!r}: fold it into the weights first"
+            )
+
+
 def _own_convention(sae: TopKSAE) -> Convention:
     documented = CONVENTIONS[0]
     if sae.cfg.apply_b_dec_to_input:
@@ -268,6 +289,8 @@ def _select_tokens(
     max_norm_ratio: float,
 ) -> tuple[torch.Tensor, int]:
     """The tokens that count, `[tokens, d_model]`, and how many of the masked-in were left out."""
+    if not isinstance(activations, torch.Tensor) or activations.is_complex():
+        raise WrongShape(f"activations are {type(activations).__name__}: expected a real tensor")
     if activations.ndim not in (2, 3) or activations.shape[-1] != sae.cfg.d_in:
         raise WrongShape(
             f"activations have shape {tuple(activations.shape)}: expected [tokens, {sae.cfg.d_in}]"
@@ -287,6 +310,6 @@ def _select_tokens(
         raise NotFinite(f"{int(bad.sum())} of {len(flat)} activation vectors hold NaN or infinity")
     norms = flat.float().norm(dim=-1)
     flat = flat[norms <= max_norm_ratio * norms.median()] if len(flat) else flat
-    if len(flat) < 2:
-        raise WrongShape(f"only {len(flat)} usable tokens: verification needs at least 2")
+    if len(flat) < MIN_TOKENS:
+        raise WrongShape(f"only {len(flat)} usable tokens: verification needs {MIN_TOKENS}")
     return flat, offered - len(flat)
