@@ -113,7 +113,7 @@ def _write_safetensors(
         }
     text = json.dumps(header).encode()
     text += b" " * (-(8 + len(text)) % PAGE)  # the data begins on a page
-    base, stored = 8 + len(text), extents(source)
+    base, stored = 8 + len(text), extents(source, ("W_dec", "W_enc"))
     with path.open("wb") as target, source.open("rb") as read:
         target.write(len(text).to_bytes(8, "little") + text)
         target.flush()

@@ -16,24 +16,30 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-@pytest.fixture
-def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The layer that the pages name, in its true shape: one stored number, repeated."""
+@pytest.fixture(scope="module")
+def layer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The layer that the pages name, in its true shape: mostly one stored number, repeated."""
+    home = tmp_path_factory.mktemp("home")
     group = qsl.find_group("qwen3-8b-base/w64k-l0-50")
-    folder = tmp_path / group.repo_name
+    folder = home / group.repo_name
     folder.mkdir()
     one = torch.ones(1)
     torch.save(
         {
             "W_enc": one.expand(group.d_sae, group.d_model),
-            "W_dec": one.expand(group.d_model, group.d_sae),
+            "W_dec": torch.zeros(group.d_model, group.d_sae, dtype=torch.float16),
             "b_enc": one.expand(group.d_sae),
             "b_dec": one.expand(group.d_model),
         },
         folder / "layer20.sae.pt",
     )
-    monkeypatch.setenv("QWEN_SCOPE_HOME", str(tmp_path))
-    return tmp_path
+    return home
+
+
+@pytest.fixture
+def files(layer_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("QWEN_SCOPE_HOME", str(layer_folder))
+    return layer_folder
 
 
 def stand_ins(page: Path, folder: Path) -> dict[str, object]:

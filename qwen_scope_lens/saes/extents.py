@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,12 +65,13 @@ class Extent:
         return out
 
 
-def extents(path: Path) -> dict[str, Extent]:
-    """The extents of all tensors of a valid `.pt` or safetensors checkpoint."""
-    return _of_safetensors(path) if path.suffix == ".safetensors" else _of_pt(path)
+def extents(path: Path, names: Iterable[str]) -> dict[str, Extent]:
+    """The extents of some tensors of a valid `.pt` or safetensors checkpoint."""
+    read = _of_safetensors if path.suffix == ".safetensors" else _of_pt
+    return read(path, set(names))
 
 
-def _of_safetensors(path: Path) -> dict[str, Extent]:
+def _of_safetensors(path: Path, names: set[str]) -> dict[str, Extent]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
@@ -81,18 +82,19 @@ def _of_safetensors(path: Path) -> dict[str, Extent]:
             _SAFETENSORS_DTYPES[entry["dtype"]],
         )
         for name, entry in header.items()
-        if name != "__metadata__"
+        if name in names
     }
 
 
-def _of_pt(path: Path) -> dict[str, Extent]:
+def _of_pt(path: Path, names: set[str]) -> dict[str, Extent]:
     """`torch.load` under a fake mode reads no tensor data and notes each storage's place."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode():
         tensors = torch.load(path, weights_only=True)
     found = {}
-    for name, tensor in tensors.items():
+    for name in names:
+        tensor = tensors[name]
         if not tensor.is_contiguous():
             raise WrongShape(
                 f"{path}: {name} is stored as a strided view; save it once more with .contiguous()"

@@ -95,7 +95,7 @@ def load_directions(
         ref.feature(feature)  # raises when it is out of range
     file = locate(ref, folder, HubOptions(revision))
     transposed = not open_layer(file).W_dec.is_contiguous()
-    extent = extents(file.path)["W_dec"]
+    extent = extents(file.path, ["W_dec"])["W_dec"]
     with file.path.open("rb") as source:
         read = extent.read_columns if transposed else extent.read_rows
         rows = read(source.fileno(), wanted)
