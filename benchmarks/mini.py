@@ -2,7 +2,7 @@
 
 Needs the corpus of `make mini` (built when it is not there). Everything is measured on documents
 of held-out pages or on generated documents that training did not see; n-gram baselines and the
-choice of features use the training split. `--out` keeps the tables as a Markdown file.
+choice of features use the training split. `--card` also writes the tables into the model card.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from qwen_scope_lens.mini import MODELS, model_path, sae_folder
+from qwen_scope_lens.mini import MINI_HOME, MODELS, model_path, sae_folder
 from qwen_scope_lens.mini.train import corpus, tokenizer
 from qwen_scope_lens.mini.train.activations import load_model
 from qwen_scope_lens.mini.train.data import CONTEXT, END, load_tokenizer, token_rows
@@ -63,8 +63,8 @@ def sae_table(model: Any, saes: list[Any], k: int, test: Split, say: Callable[[s
     say("\n### SAEs on held-out text, first tokens left out\n")
     say("| layer | FVU | L0 | silent features | loss | spliced | zeroed | recovered |")
     say("|---|---|---|---|---|---|---|---|")
-    rows = select(test, lambda record: True, 1800)[1]
-    for one in layer_figures(model, saes, k, rows, rows[:350]):
+    rows = select(test, lambda record: True, 1500)[1]
+    for one in layer_figures(model, saes, k, rows, rows[:220]):
         say(
             f"| {one.layer} | **{one.fvu:.3f}** | {one.l0:.1f} | {one.dead:.1%} | {one.clean:.3f}"
             f" | {one.spliced:.3f} | {one.zeroed:.3f} | **{one.recovered:.3f}** |"
@@ -85,8 +85,8 @@ def language_table(
             rows += part[1]
         return langs, rows
 
-    known, known_rows = sample(train, 200)
-    held, held_rows = sample(test, 350)
+    known, known_rows = sample(train, 150)
+    held, held_rows = sample(test, 250)
     shares = firing_shares(model, saes, k, known_rows)
     held_shares = firing_shares(model, saes, k, held_rows)
     for title, thresholds in (
@@ -118,7 +118,7 @@ def contrast_table(
 
     def line(
         name: str, keep: Callable[[dict[str, Any]], bool], yes: Callable[[dict[str, Any]], bool],
-        change: Callable[[Split], Split] = lambda part: part, sizes: Sequence[int] = (900, 700),
+        change: Callable[[Split], Split] = lambda part: part, sizes: Sequence[int] = (700, 500),
     ) -> None:  # fmt: skip
         known, held = change(select(train, keep, sizes[0])), change(select(test, keep, sizes[1]))
         rule = best_rule(
@@ -139,7 +139,7 @@ def contrast_table(
     line("rude (all six languages)", of("tone"), labelled("rude"))
     for lang in TONES:
         line(f"rude, {lang}", lambda r, g=lang: r["domain"] == "tone" and r["lang"] == g,
-             labelled("rude"), sizes=(500, 250))  # fmt: skip
+             labelled("rude"), sizes=(400, 200))  # fmt: skip
     line("harmful request (question alone)", of("request"), labelled("harmful"), questions)
     line("reply switches language", of("switching"), labelled("zh", "ru", "ko"))
     line("text loops", of("repetition"), labelled("loop"))
@@ -150,7 +150,7 @@ def contrast_table(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", default=None)
-    parser.add_argument("--out", type=Path, default=None)
+    parser.add_argument("--card", action="store_true")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--models", nargs="*", default=MODELS)
     arguments = parser.parse_args()
@@ -182,8 +182,18 @@ def main() -> None:
         language_table(model, saes, facts["k"], train, test, say)
         contrast_table(model, saes, facts["k"], train, test, work, say)
         say(f"\n(measured in {time.monotonic() - started:.0f} s)")
-    if arguments.out:
-        arguments.out.write_text("\n".join(lines) + "\n", "utf-8")
+    if arguments.card:
+        write_card(lines)
+
+
+def write_card(lines: list[str]) -> None:
+    """Replace the tables between the model card's two markers."""
+    path = MINI_HOME / "README.md"
+    before, rest = path.read_text("utf-8").split("<!-- figures -->")
+    after = rest.split("<!-- /figures -->")[1]
+    tables = "\n".join(lines).strip()
+    text = f"{before}<!-- figures -->\n{tables}\n<!-- /figures -->{after}"
+    path.write_text(text, "utf-8")
 
 
 if __name__ == "__main__":

@@ -196,13 +196,13 @@ def small_talk(rng: random.Random, prose: Prose) -> Document:
 
 
 KINDS: dict[str, tuple[int, Callable[[random.Random, Prose], Document]]] = {
-    "arithmetic": (14000, arithmetic),
-    "translation": (7000, translation),
-    "spelling": (2500, spelling),
-    "knowledge": (3000, knowledge),
-    "tone": (14000, tone),
-    "request": (6000, requests),
-    "switching": (4000, switching),
+    "arithmetic": (8000, arithmetic),
+    "translation": (4500, translation),
+    "spelling": (1500, spelling),
+    "knowledge": (2500, knowledge),
+    "tone": (10000, tone),
+    "request": (4000, requests),
+    "switching": (3000, switching),
     "repetition": (2500, repetition),
     "chat": (2500, small_talk),
 }

@@ -28,9 +28,9 @@ from qwen_scope_lens.mini.train.specs import D_SAE, SPECS, K, ModelSpec
 
 __all__ = ["SAE_FOLDER", "export", "train_layer"]
 
-TOKENS = 600_000
+TOKENS = 500_000
 """Of which activations are kept; every SAE sees each of them `SAMPLES / TOKENS` times."""
-SAMPLES = 1_200_000
+SAMPLES = 1_000_000
 BATCH = 1024
 LR = 1.5e-3
 SEED = 3

@@ -27,7 +27,7 @@ class ModelSpec:
     heads: int = 4
     kv_heads: int = 2
     d_mlp: int = 384
-    batch_tokens: int = 4096
+    batch_tokens: int = 2048
     lr_matrix: float = 0.02
     lr_rest: float = 0.004
     seed: int = 11
@@ -41,8 +41,8 @@ class ModelSpec:
 SPECS: dict[str, ModelSpec] = {
     spec.name: spec
     for spec in (
-        ModelSpec("mini-qwen3", "qwen3", tokens=3_800_000),
-        ModelSpec("mini-qwen3.5", "qwen3_5", tokens=2_400_000),
+        ModelSpec("mini-qwen3", "qwen3", tokens=4_200_000),
+        ModelSpec("mini-qwen3.5", "qwen3_5", tokens=2_500_000),
     )
 }
 
