@@ -8,7 +8,9 @@ Usage: `python -m qwen_scope_lens.mini.train.model mini-qwen3`.
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import shutil
 import time
 from collections.abc import Sequence
 from itertools import islice
@@ -19,7 +21,7 @@ import torch
 from torch.nn import functional
 
 from qwen_scope_lens.mini.train.corpus import work_folder
-from qwen_scope_lens.mini.train.data import PAD, epochs, load_tokenizer, padded, token_rows
+from qwen_scope_lens.mini.train.data import PAD, epochs, padded, token_rows
 from qwen_scope_lens.mini.train.specs import SPECS, ModelSpec, build_model
 
 __all__ = ["held_out_loss", "loss_of", "train"]
@@ -151,10 +153,13 @@ def _finish(model: Any, spec: ModelSpec, work: Path, final: Path) -> None:
     partial = final.with_suffix(".partial")
     model.generation_config.eos_token_id = [6002, 6000]
     model.generation_config.pad_token_id = 6000
-    model.to(torch.bfloat16)
-    model.config.dtype = torch.float32
-    model.save_pretrained(partial)
-    load_tokenizer(work).save_pretrained(partial)
+    model.to(torch.bfloat16).save_pretrained(partial)
+    for path in sorted((work / "tokenizer").iterdir()):
+        shutil.copy(path, partial / path.name)
+    config = json.loads((partial / "config.json").read_text("utf-8"))
+    text = json.dumps({**config, "dtype": "float32"}, indent=2)
+    (partial / "config.json").write_text(text + "\n", "utf-8")
+    (partial / "model.safetensors").chmod(0o644)
     os.replace(partial, final)
 
 

@@ -28,11 +28,11 @@ from qwen_scope_lens.mini.train.specs import D_SAE, SPECS, K, ModelSpec
 
 __all__ = ["SAE_FOLDER", "export", "train_layer"]
 
-TOKENS = 500_000
+TOKENS = 300_000
 """Of which activations are kept; every SAE sees each of them `SAMPLES / TOKENS` times."""
-SAMPLES = 1_000_000
+SAMPLES = 600_000
 BATCH = 1024
-LR = 1.5e-3
+LR = 5e-3
 SEED = 3
 
 
@@ -70,7 +70,13 @@ def train_layer(data: np.ndarray, samples: int = SAMPLES) -> dict[str, torch.Ten
         aux_loss_coefficient=1 / 32,
     )
     sae = TopKTrainingSAE(config)
-    with torch.no_grad():  # start as if the mean were subtracted; a plain encoder learns the rest
+    with torch.no_grad():
+        # Directions of real tokens to begin with leave few features dead; the biases begin as if
+        # the mean were subtracted, and a plain encoder learns the rest.
+        chosen = torch.randperm(len(probe))[:D_SAE]
+        tokens = torch.nn.functional.normalize(probe[chosen].to(device) * scale - mean, dim=-1)
+        sae.W_dec.copy_(tokens * sae.W_dec.norm(dim=-1).mean())
+        sae.W_enc.copy_(tokens.T * sae.W_enc.norm(dim=0).mean())
         sae.b_dec.copy_(mean)
         sae.b_enc.copy_(-(mean @ sae.W_enc))
     steps = samples // BATCH
@@ -83,7 +89,7 @@ def train_layer(data: np.ndarray, samples: int = SAMPLES) -> dict[str, torch.Ten
             lr_warm_up_steps=min(50, steps // 4),
             lr_decay_steps=steps // 2,
             device=device,
-            dead_feature_window=max(1, min(150, steps // 6)),
+            dead_feature_window=30,
             feature_sampling_window=10**9,
             logger=LoggingConfig(log_to_wandb=False),
         ),

@@ -42,7 +42,7 @@ SPECS: dict[str, ModelSpec] = {
     spec.name: spec
     for spec in (
         ModelSpec("mini-qwen3", "qwen3", tokens=4_200_000),
-        ModelSpec("mini-qwen3.5", "qwen3_5", tokens=2_500_000),
+        ModelSpec("mini-qwen3.5", "qwen3_5", tokens=2_950_000),
     )
 }
 
