@@ -1,0 +1,192 @@
+"""How good the minis are: held-out loss against n-gram baselines, and figures of every SAE.
+
+Only measures; `benchmarks/mini.py` prints. What single features mean is `meaning.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qwen_scope_lens.mini.train.activations import batch_residuals
+from qwen_scope_lens.mini.train.data import batches, padded
+from qwen_scope_lens.mini.train.model import held_out_loss, loss_of
+
+__all__ = ["LayerFigures", "Ngrams", "encode", "group_of", "language_losses", "layer_figures"]
+
+Rows = Sequence[Sequence[int]]
+SAE = dict[str, torch.Tensor]
+DISCOUNT = 0.75
+
+
+def group_of(record: dict[str, Any]) -> str:
+    """The row of the loss table that a document belongs to: its language for prose."""
+    return str(record["lang"]) if record["domain"] == "prose" else str(record["domain"])
+
+
+class Ngrams:
+    """Unigram and bigram models of one group's training rows (absolute discounting)."""
+
+    def __init__(self, rows: Rows, vocabulary: int) -> None:
+        self.vocabulary = vocabulary
+        self.single = Counter(token for row in rows for token in row)
+        self.total = sum(self.single.values())
+        self.pairs: Counter[tuple[int, int]] = Counter()
+        for row in rows:
+            self.pairs.update(pairwise(row))
+        self.follows: Counter[int] = Counter()
+        self.kinds: Counter[int] = Counter()
+        for (first, _), count in self.pairs.items():
+            self.follows[first] += count
+            self.kinds[first] += 1
+
+    def unigram(self, token: int) -> float:
+        return (self.single[token] + 0.1) / (self.total + 0.1 * self.vocabulary)
+
+    def bigram(self, first: int, token: int) -> float:
+        seen = self.follows[first]
+        if not seen:
+            return self.unigram(token)
+        kept = max(self.pairs[first, token] - DISCOUNT, 0.0) / seen
+        return kept + DISCOUNT * self.kinds[first] / seen * self.unigram(token)
+
+    def losses(self, rows: Rows) -> tuple[float, float]:
+        """Mean `(unigram, bigram)` loss in nats over all tokens but every row's first."""
+        one = two = 0.0
+        count = 0
+        for row in rows:
+            for first, token in pairwise(row):
+                one -= math.log(self.unigram(token))
+                two -= math.log(self.bigram(first, token))
+                count += 1
+        return one / count, two / count
+
+
+def language_losses(
+    model: Any,
+    train: tuple[list[dict[str, Any]], list[list[int]]],
+    test: tuple[list[dict[str, Any]], list[list[int]]],
+    most: int = 120,
+) -> dict[str, dict[str, float]]:
+    """Per group: held-out loss of the model and of n-gram models of that group's training text."""
+    by_group: dict[str, list[list[int]]] = defaultdict(list)
+    for record, row in zip(*train, strict=True):
+        by_group[group_of(record)].append(row)
+    held: dict[str, list[list[int]]] = defaultdict(list)
+    for record, row in zip(*test, strict=True):
+        held[group_of(record)].append(row)
+    table = {}
+    for group, rows in sorted(held.items()):
+        rows = rows[:most]
+        one, two = Ngrams(by_group[group], model.config.vocab_size).losses(rows)
+        loss = held_out_loss(model, rows)
+        tokens = sum(len(row) - 1 for row in rows)
+        table[group] = {"tokens": tokens, "unigram": one, "bigram": two, "model": loss}
+    return table
+
+
+def load_saes(folder: Path, layers: int) -> list[SAE]:
+    return [torch.load(folder / f"layer{n}.sae.pt", weights_only=True) for n in range(layers)]
+
+
+def encode(sae: SAE, x: torch.Tensor, k: int) -> torch.Tensor:
+    """`TopK(ReLU(x W_enc + b_enc))`, dense. `[.., d_model] -> [.., d_sae]`"""
+    pre = torch.relu(x @ sae["W_enc"].T + sae["b_enc"])
+    values, indices = pre.topk(k, dim=-1)
+    return torch.zeros_like(pre).scatter_(-1, indices, values)
+
+
+def decode(sae: SAE, codes: torch.Tensor) -> torch.Tensor:
+    return codes @ sae["W_dec"].T + sae["b_dec"]
+
+
+@dataclass
+class LayerFigures:
+    """One SAE on held-out text. Losses in nats a token."""
+
+    layer: int
+    fvu: float
+    l0: float
+    dead: float  # share of features that fire on none of the tokens read
+    clean: float
+    spliced: float  # residual replaced by its reconstruction, but at the first token
+    zeroed: float  # residual replaced by nothing, but at the first token
+
+    @property
+    def recovered(self) -> float:
+        return (self.zeroed - self.spliced) / (self.zeroed - self.clean)
+
+
+@torch.no_grad()
+def layer_figures(
+    model: Any, saes: list[SAE], k: int, rows: Rows, splice_rows: Rows
+) -> list[LayerFigures]:
+    """FVU, L0 and silent features on `rows`; loss recovered on `splice_rows`."""
+    layers = len(saes)
+    error = torch.zeros(layers, dtype=torch.float64)
+    total = torch.zeros(layers, saes[0]["b_dec"].numel(), dtype=torch.float64)
+    square = torch.zeros(layers, dtype=torch.float64)
+    active = torch.zeros(layers, dtype=torch.float64)
+    fired = torch.zeros(layers, saes[0]["b_enc"].numel(), dtype=torch.bool)
+    count = 0
+    for _, mask, residuals in batch_residuals(model, rows, batches(rows, 4096, 0)):
+        mask[:, 0] = False
+        count += int(mask.sum())
+        for n, (sae, residual) in enumerate(zip(saes, residuals, strict=True)):
+            x = residual[mask]
+            codes = encode(sae, x, k)
+            error[n] += (decode(sae, codes) - x).pow(2).sum().double()
+            total[n] += x.sum(0).double()
+            square[n] += x.pow(2).sum().double()
+            active[n] += (codes > 0).sum().double()
+            fired[n] |= (codes > 0).any(0)
+    variance = square - total.pow(2).sum(1) / count
+    clean = _spliced_loss(model, splice_rows, None, None)
+    figures = []
+    for n, sae in enumerate(saes):
+
+        def rebuilt(x: torch.Tensor, sae: SAE = sae) -> torch.Tensor:
+            return decode(sae, encode(sae, x, k))
+
+        spliced = _spliced_loss(model, splice_rows, n, rebuilt)
+        zeroed = _spliced_loss(model, splice_rows, n, torch.zeros_like)
+        figures.append(
+            LayerFigures(
+                layer=n,
+                fvu=float(error[n] / variance[n]),
+                l0=float(active[n] / count),
+                dead=float((~fired[n]).float().mean()),
+                clean=clean,
+                spliced=spliced,
+                zeroed=zeroed,
+            )
+        )
+    return figures
+
+
+def _spliced_loss(model: Any, rows: Rows, layer: int | None, change: Any) -> float:
+    """Mean loss with the residual after `layer` changed at every token but the first."""
+
+    def hook(module: Any, inputs: Any, output: Any) -> Any:
+        x = output[0] if isinstance(output, tuple) else output
+        new = torch.cat([x[:, :1], change(x[:, 1:])], dim=1)
+        return (new, *output[1:]) if isinstance(output, tuple) else new
+
+    handle = None if layer is None else model.model.layers[layer].register_forward_hook(hook)
+    total, count = 0.0, 0
+    try:
+        for numbers in batches(rows, 4096, 0):
+            ids, mask = padded(rows, numbers)
+            loss, n = loss_of(model, ids, mask)
+            total, count = total + float(loss) * n, count + n
+    finally:
+        if handle is not None:
+            handle.remove()
+    return total / count
