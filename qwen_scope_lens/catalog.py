@@ -22,10 +22,12 @@ __all__ = [
     "BACKBONES",
     "GROUPS",
     "HOME_VARIABLE",
+    "MINI_HOME",
     "Backbone",
     "FeatureRef",
     "Group",
     "LayerRef",
+    "bundled_model",
     "find_group",
     "home_folder",
     "local_groups",
@@ -42,6 +44,10 @@ NOTICE_OFFICIAL = (
     "these are tools for interpretability research. Outside scientific research they must not be "
     "used to interfere with what a model can do, nor to produce or spread harmful content; the "
     "permission ends by itself when that is violated. This package never redistributes the weights."
+)
+NOTICE_MINI = (
+    "A toy, trained by this project on a laptop's budget and shipped with the package: see the"
+    " model card in qwen_scope_lens/mini/README.md for its texts, their licences and its limits."
 )
 NOTICE_LOCAL = "Local files: their licence is whatever you received them under."
 NOTICE_THIRD_PARTY = (
@@ -294,7 +300,29 @@ THIRD_PARTY_GROUPS: tuple[Group, ...] = (
     ),
 )
 
-GROUPS: tuple[Group, ...] = (*_official_groups(), *THIRD_PARTY_GROUPS)
+MINI_HOME = Path(__file__).parent / "mini"
+"""Holds the models and SAEs that come with the package, in the published layout."""
+
+MINI_BACKBONES: tuple[Backbone, ...] = (
+    _B("qwen-scope-lens/mini-qwen3", "qwen3", 8, 128, "base"),
+    _B("qwen-scope-lens/mini-qwen3.5", "qwen3_5", 8, 128, "base"),
+)
+
+MINI_GROUPS: tuple[Group, ...] = tuple(
+    Group(
+        backbone=backbone,
+        d_sae=1024,
+        k=16,
+        layers=tuple(range(backbone.num_layers)),
+        repo_id=f"qwen-scope-lens/SAE-Res-{backbone.key}-W1K-L0_16",
+        release=f"qwen-scope-{backbone.key}-w1k-l16",
+        origin="mini",
+        notice=NOTICE_MINI,
+    )
+    for backbone in MINI_BACKBONES
+)
+
+GROUPS: tuple[Group, ...] = (*_official_groups(), *THIRD_PARTY_GROUPS, *MINI_GROUPS)
 
 _BY_NAME: dict[str, Group] = {name.lower(): row for row in GROUPS for name in row.names}
 
@@ -322,6 +350,13 @@ def local_groups() -> tuple[Group, ...]:
     folders = sorted(path.parent.name for path in home.glob("*/config.json"))
     found = (_local_group(folder) for folder in folders if folder.lower() not in _BY_NAME)
     return tuple(row for row in found if row is not None)
+
+
+def bundled_model(name: str) -> Path | None:
+    """The folder of a model that comes with the package: `mini-qwen3`, `mini-qwen3.5`."""
+    key = name.lower().removeprefix("qwen-scope-lens/")
+    found = any(key == backbone.key for backbone in MINI_BACKBONES)
+    return MINI_HOME / key if found else None
 
 
 def home_folder() -> Path | None:

@@ -66,7 +66,7 @@ def test_list(capsys: pytest.CaptureFixture[str], home: Path) -> None:
     assert "544 official files" in out
     main(["list", "--json"])
     rows = json.loads(capsys.readouterr().out)
-    assert len(rows) == 16
+    assert len(rows) == 18
     assert rows[0]["backbone"]["model_id"] == "Qwen/Qwen3-1.7B-Base"
 
 

@@ -22,6 +22,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 from transformer_lens.model_bridge.sources import build_bridge_config_from_hf
 
+from qwen_scope_lens.catalog import bundled_model
 from qwen_scope_lens.errors import CheckpointMissing, LayerOutOfRange, WrongKeys, WrongModel
 from qwen_scope_lens.models.adapter import register_adapters, residual_name
 from qwen_scope_lens.models.bridge import ScopeBridge
@@ -59,7 +60,7 @@ def load_model(
 ) -> ScopeBridge:
     """A Qwen3, Qwen3-MoE, Qwen3.5 or Qwen3.5-MoE model with TransformerLens hook points.
 
-    `name_or_model` is a hub name, a folder, or an HF model in memory (plain, quantised, spread
+    `name_or_model` is a hub name, a folder, a model of the package's own (`mini-qwen3`), or an HF model in memory (plain, quantised, spread
     over devices, or with a LoRA-like adapter); the bridge then owns it until `release()`. The
     default hook points are the residual stream's, around HF's own layers. `full_hooks` takes
     TransformerLens's whole adapter instead: all hook points, eager attention, slower.
@@ -87,7 +88,7 @@ def load_model(
         return _bridge(name_or_model, tokenizer, full_hooks)
     if full_hooks and up_to_layer is not None:
         raise WrongModel("up_to_layer has the residual hooks only: leave full_hooks out")
-    name = str(name_or_model)
+    name = str(bundled_model(str(name_or_model)) or name_or_model)
     source = {"revision": revision, "local_files_only": local_files_only}
     try:
         config = transformers.AutoConfig.from_pretrained(name, **source)

@@ -14,7 +14,7 @@ from typing import Any
 
 from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 
-from qwen_scope_lens.catalog import HOME_VARIABLE, Group, LayerRef, home_folder
+from qwen_scope_lens.catalog import HOME_VARIABLE, MINI_HOME, Group, LayerRef, home_folder
 from qwen_scope_lens.errors import CheckpointMissing, HubUnreachable, WrongSettings
 
 __all__ = ["CONFIG_NAME", "HubOptions", "LayerFile", "locate", "read_config"]
@@ -62,12 +62,13 @@ def locate(
             raise CheckpointMissing(f"{given} is a file: folder=... is the folder that holds it")
         roots = [given / ref.row.repo_name, given]
     else:
-        roots = [home / ref.row.repo_name] if home else []
+        roots = [MINI_HOME / ref.row.repo_name] if ref.row.origin == "mini" else []
+        roots += [home / ref.row.repo_name] if home else []
     tried = [path for root in roots for path in _candidates(ref, root, published)]
     for path in tried:
         if path.exists():
             return LayerFile(ref, path, _config_beside(path), _local_revision(path, hub.revision))
-    if folder is not None or ref.row.origin == "local":
+    if folder is not None or ref.row.origin in ("local", "mini"):
         where = folder if folder is not None else f"{HOME_VARIABLE}={home or ''}"
         raise CheckpointMissing(
             f"no file of {ref} in {where}: expected one of\n  " + "\n  ".join(map(str, tried))
