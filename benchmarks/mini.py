@@ -10,17 +10,18 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoTokenizer
 
 from qwen_scope_lens.mini import MINI_HOME, MODELS, model_path, sae_folder
-from qwen_scope_lens.mini.train import corpus, tokenizer
+from qwen_scope_lens.mini.train import corpus
 from qwen_scope_lens.mini.train.activations import load_model
-from qwen_scope_lens.mini.train.data import CONTEXT, END, load_tokenizer, token_rows
+from qwen_scope_lens.mini.train.data import CONTEXT, END, token_rows
 from qwen_scope_lens.mini.train.meaning import Rule, best_rule, firing_shares
 from qwen_scope_lens.mini.train.quality import language_losses, layer_figures, load_saes
 from qwen_scope_lens.mini.train.sources import LANGUAGES
@@ -104,12 +105,11 @@ def language_table(
 
 
 def contrast_table(
-    model: Any, saes: list[Any], k: int, train: Split, test: Split, work: Path,
+    model: Any, saes: list[Any], k: int, train: Split, test: Split, tokens: Any,
     say: Callable[[str], None],
 ) -> None:  # fmt: skip
     say("\n### One feature for each contrast (threshold chosen on discovery documents)\n")
-    say(f"| contrast | documents {RULE_HEAD}\n|---|---{RULE_LINE}")
-    tokens = load_tokenizer(work)
+    say(f"| contrast | documents | F1 of always yes {RULE_HEAD}\n|---|---|---{RULE_LINE}")
     end = tokens.convert_tokens_to_ids(END)
 
     def questions(part: Split) -> Split:
@@ -128,7 +128,8 @@ def contrast_table(
             torch.tensor([yes(record) for record in held[0]]),
         )
         count = sum(yes(record) for record in held[0])
-        say(f"| {name} | {count} of {len(held[0])} | {rule_cells(rule)}")
+        always = 2 * count / (count + len(held[0]))
+        say(f"| {name} | {count} of {len(held[0])} | {always:.3f} | {rule_cells(rule)}")
 
     def of(domain: str) -> Callable[[dict[str, Any]], bool]:
         return lambda record: record["domain"] == domain
@@ -159,16 +160,16 @@ def main() -> None:
     work = corpus.work_folder(arguments.work)
     if not (work / "corpus" / "test.jsonl").is_file():
         corpus.build(work)
-        tokenizer.build(work)
     lines: list[str] = []
 
     def say(text: str) -> None:
         print(text, flush=True)
         lines.append(text)
 
-    train, test = token_rows(work, "train"), token_rows(work, "test")
     for name in arguments.models:
         started = time.monotonic()
+        tokens = AutoTokenizer.from_pretrained(model_path(name))
+        train, test = (token_rows(work, split, tokens) for split in ("train", "test"))
         model = load_model(model_path(name)).cpu()
         facts = json.loads((sae_folder(name) / "config.json").read_text())
         saes = load_saes(sae_folder(name), facts["num_layers"])
@@ -180,7 +181,7 @@ def main() -> None:
         loss_table(model, train, test, say)
         sae_table(model, saes, facts["k"], test, say)
         language_table(model, saes, facts["k"], train, test, say)
-        contrast_table(model, saes, facts["k"], train, test, work, say)
+        contrast_table(model, saes, facts["k"], train, test, tokens, say)
         say(f"\n(measured in {time.monotonic() - started:.0f} s)")
     if arguments.card:
         write_card(lines)
@@ -191,7 +192,7 @@ def write_card(lines: list[str]) -> None:
     path = MINI_HOME / "README.md"
     before, rest = path.read_text("utf-8").split("<!-- figures -->")
     after = rest.split("<!-- /figures -->")[1]
-    tables = "\n".join(lines).strip()
+    tables = re.sub(r"(?m)^##", "###", "\n".join(lines)).strip()
     text = f"{before}<!-- figures -->\n{tables}\n<!-- /figures -->{after}"
     path.write_text(text, "utf-8")
 

@@ -30,10 +30,15 @@ def load_tokenizer(work: Path) -> Any:
     return AutoTokenizer.from_pretrained(str(work / "tokenizer"))
 
 
-def token_rows(work: Path, split: str) -> tuple[list[dict[str, Any]], list[list[int]]]:
-    """The records of a split and their token rows, each ended by `<|endoftext|>` when not cut."""
+def token_rows(
+    work: Path, split: str, tokenizer: Any = None
+) -> tuple[list[dict[str, Any]], list[list[int]]]:
+    """The records of a split and their token rows, each ended by `<|endoftext|>` when not cut.
+
+    The tokenizer is the one that `tokenizer.py` left in `work` unless another is given.
+    """
     records = read(work, split)
-    tokenizer = load_tokenizer(work)
+    tokenizer = tokenizer or load_tokenizer(work)
     end = tokenizer.convert_tokens_to_ids(END)
     encoded = tokenizer([record["text"] for record in records])["input_ids"]
     return records, [[*row, end][:CONTEXT] for row in encoded]
