@@ -21,7 +21,8 @@ from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 from sae_lens.util import str_to_dtype
 
 import qwen_scope_lens
-from qwen_scope_lens.catalog import Group, LayerRef, find_group
+from qwen_scope_lens.address import LayerRef
+from qwen_scope_lens.catalog import Group, find_group
 from qwen_scope_lens.converters._saelens_folder import write_saelens_folder
 from qwen_scope_lens.errors import CannotWrite, CheckpointError
 from qwen_scope_lens.files import exclusive, whole_file, whole_folder

@@ -6,7 +6,8 @@ Importing this package changes nothing elsewhere; `install()` does, and `uninsta
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qwen_scope_lens.catalog import GROUPS, FeatureRef, Group, LayerRef, find_group
+    from qwen_scope_lens.address import FeatureRef, LayerRef
+    from qwen_scope_lens.catalog import GROUPS, Group, find_group
     from qwen_scope_lens.errors import ScopeError
     from qwen_scope_lens.models.capture import Capture, capture, iter_captures
     from qwen_scope_lens.models.check import verify_model
@@ -24,9 +25,9 @@ __version__ = "0.1.0"
 _HOME = {
     "GROUPS": "catalog",
     "Capture": "models.capture",
-    "FeatureRef": "catalog",
+    "FeatureRef": "address",
     "Group": "catalog",
-    "LayerRef": "catalog",
+    "LayerRef": "address",
     "ScopeError": "errors",
     "ScopeSAE": "saes.sae",
     "SparseCodes": "saes.sparse",

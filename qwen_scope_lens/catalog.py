@@ -1,4 +1,4 @@
-"""The groups of SAEs as one table of facts, and the one address of a layer or a feature.
+"""The groups of SAEs as one table of facts.
 
 Every consumer (loader, SAELens releases, command line, stores) derives what it needs from a row
 here: a new group is a new row. SAEs of one's own, in the published layout under `QWEN_SCOPE_HOME`,
@@ -22,14 +22,14 @@ __all__ = [
     "BACKBONES",
     "GROUPS",
     "HOME_VARIABLE",
+    "MINI_GROUPS",
     "MINI_HOME",
     "Backbone",
-    "FeatureRef",
     "Group",
-    "LayerRef",
     "bundled_model",
     "find_group",
     "home_folder",
+    "is_known",
     "local_groups",
 ]
 
@@ -68,7 +68,7 @@ class Backbone:
 
     @property
     def key(self) -> str:
-        """First part of every address, e.g. `qwen3-8b-base`."""
+        """First part of every address (`address.py`), e.g. `qwen3-8b-base`."""
         return self.model_id.split("/")[-1].lower()
 
     @property
@@ -164,89 +164,6 @@ class Group:
         return f"{root}.{self.check_layer(layer)}"
 
 
-@dataclass(frozen=True, order=True)
-class LayerRef:
-    """The address of one SAE: `qwen3-8b-base/w64k-l0-50/20`."""
-
-    group: str  # the short form
-    layer: int
-
-    def __post_init__(self) -> None:
-        row = find_group(self.group)
-        object.__setattr__(self, "group", row.short)
-        row.check_layer(_whole(self.layer, "layer"))
-
-    @classmethod
-    def parse(cls, text: str | LayerRef) -> LayerRef:
-        """From `GROUP/LAYER`: any name of the group, any id of the layer."""
-        if isinstance(text, LayerRef):
-            return text
-        group, slash, layer = str(text).rpartition("/")
-        if not slash or not isinstance(text, str):
-            raise UnknownName(f"{text!r} is no SAE address: expected GROUP/LAYER, {EXAMPLE_LAYER}")
-        if text.lower() in _BY_NAME:
-            raise UnknownName(f"{text!r} names a whole group: add a layer, such as {text}/0")
-        row = find_group(group)
-        return cls(row.short, row.layer_of(layer))
-
-    @property
-    def row(self) -> Group:
-        return find_group(self.group)
-
-    def feature(self, feature: int) -> FeatureRef:
-        return FeatureRef(self.group, self.layer, feature)
-
-    def __str__(self) -> str:
-        return f"{self.group}/{self.layer}"
-
-
-@dataclass(frozen=True, order=True)
-class FeatureRef:
-    """The one address of a feature: `qwen3-8b-base/w64k-l0-50/20/6159`."""
-
-    group: str  # the short form
-    layer: int
-    feature: int
-
-    def __post_init__(self) -> None:
-        sae = LayerRef(self.group, self.layer)
-        object.__setattr__(self, "group", sae.group)
-        _whole(self.feature, "feature")
-        if not 0 <= self.feature < sae.row.d_sae:
-            raise LayerOutOfRange(
-                f"feature {self.feature} is not in {sae}: it has 0..{sae.row.d_sae - 1}"
-            )
-
-    @classmethod
-    def parse(cls, text: str | FeatureRef) -> FeatureRef:
-        if isinstance(text, FeatureRef):
-            return text
-        sae, slash, feature = str(text).rpartition("/")
-        if not slash or not feature.isdecimal() or "/" not in sae:
-            raise UnknownName(
-                f"{text!r} is no feature address: expected GROUP/LAYER/FEATURE,"
-                f" {EXAMPLE_LAYER}/6159"
-            )
-        layer = LayerRef.parse(sae)
-        return cls(layer.group, layer.layer, int(feature))
-
-    @property
-    def sae(self) -> LayerRef:
-        """The SAE that the feature belongs to."""
-        return LayerRef(self.group, self.layer)
-
-    def __str__(self) -> str:
-        return f"{self.group}/{self.layer}/{self.feature}"
-
-
-def _whole(number: object, what: str) -> int:
-    if not isinstance(number, int) or isinstance(number, bool):
-        raise UnknownName(f"{what} {number!r} is no whole number")
-    return number
-
-
-EXAMPLE_LAYER = "for example qwen3-8b-base/w64k-l0-50/20"
-
 _B = Backbone
 BACKBONES: tuple[Backbone, ...] = (
     _B("Qwen/Qwen3-1.7B-Base", "qwen3", 28, 2048, "base"),
@@ -339,6 +256,11 @@ def find_group(name: str) -> Group:
         hint = f"nearest: {', '.join(shorts)}; " if shorts else ""
         raise UnknownName(f"no group is named {name!r}; {hint}`qsl list` shows all")
     return row
+
+
+def is_known(name: str) -> bool:
+    """Whether this is some name of a group in the table."""
+    return name.lower() in _BY_NAME
 
 
 def local_groups() -> tuple[Group, ...]:

@@ -5,14 +5,8 @@ from __future__ import annotations
 import pytest
 from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 
-from qwen_scope_lens.catalog import (
-    BACKBONES,
-    GROUPS,
-    FeatureRef,
-    LayerRef,
-    find_group,
-    local_groups,
-)
+from qwen_scope_lens.address import FeatureRef, LayerRef
+from qwen_scope_lens.catalog import BACKBONES, GROUPS, find_group, local_groups
 from qwen_scope_lens.errors import LayerOutOfRange, UnknownName, WrongSettings
 
 OFFICIAL = [group for group in GROUPS if group.origin == "official"]

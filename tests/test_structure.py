@@ -14,8 +14,10 @@ CONVERTERS = ROOT.parent / "converters"
 FLOORS = (
     ("errors",),
     ("files", "catalog"),
+    ("address",),
     ("saes",),
     ("models", "converters"),
+    ("mini",),
     ("cli",),
 )
 LEVEL = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

@@ -16,7 +16,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    import torch
+
     from qwen_scope_lens.mini.demo import run as tour
 
+    torch.set_num_threads(1)  # tiny matrices: more threads only wait for each other
     tour(arguments.language)
     return 0

@@ -16,7 +16,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qwen_scope_lens.catalog import LayerRef
+from qwen_scope_lens.address import LayerRef
 from qwen_scope_lens.errors import BadText
 from qwen_scope_lens.saes.verify import MAX_FVU
 

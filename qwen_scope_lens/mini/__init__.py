@@ -13,21 +13,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["HELDOUT", "MINI_HOME", "MODELS", "SAES", "heldout", "model_path", "sae_folder"]
+from qwen_scope_lens.catalog import MINI_GROUPS, MINI_HOME
 
-MINI_HOME = Path(__file__).parent
-"""Holds one folder a model and one folder a repository of SAEs."""
+__all__ = ["HELDOUT", "MINI_HOME", "MODELS", "SAES", "heldout", "model_path", "sae_folder"]
 
 HELDOUT = MINI_HOME / "heldout.jsonl"
 """A labelled sample of texts that neither models nor SAEs were trained on."""
 
-MODELS = ("mini-qwen3", "mini-qwen3.5")
-
-SAES = {
-    "mini-qwen3": "SAE-Res-mini-qwen3-W1K-L0_16",
-    "mini-qwen3.5": "SAE-Res-mini-qwen3.5-W1K-L0_16",
-}
+SAES = {group.backbone.key: group.repo_name for group in MINI_GROUPS}
 """Model -> its repository of SAEs."""
+
+MODELS = tuple(SAES)
 
 
 def model_path(model: str) -> Path:

@@ -58,7 +58,9 @@ def run(language: str = "zh") -> None:
     """Print the tour. `language` is the one to find and steer: zh, ko or ru."""
     started = time.perf_counter()
     transformers.utils.logging.disable_progress_bar()
-    print("Qwen-Scope Lens on a toy: a Qwen3 of 8 layers that this project trained, and its SAEs.\n")
+    print(
+        "Qwen-Scope Lens on a toy: a Qwen3 of 8 layers that this project trained, and its SAEs.\n"
+    )
     group = qsl.find_group(GROUP)
     print(f"{group.short}: layers 0-{group.layers[-1]}, d_model {group.d_model},", end=" ")
     print(f"{group.d_sae} features, {group.k} active a token.\n")

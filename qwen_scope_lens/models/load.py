@@ -60,10 +60,11 @@ def load_model(
 ) -> ScopeBridge:
     """A Qwen3, Qwen3-MoE, Qwen3.5 or Qwen3.5-MoE model with TransformerLens hook points.
 
-    `name_or_model` is a hub name, a folder, a model of the package's own (`mini-qwen3`), or an HF model in memory (plain, quantised, spread
-    over devices, or with a LoRA-like adapter); the bridge then owns it until `release()`. The
-    default hook points are the residual stream's, around HF's own layers. `full_hooks` takes
-    TransformerLens's whole adapter instead: all hook points, eager attention, slower.
+    `name_or_model` is a hub name, a folder, a model of the package's own (`mini-qwen3`), or an HF
+    model in memory (plain, quantised, spread over devices, or with a LoRA-like adapter); the bridge
+    then owns it until `release()`. The default hook points are the residual stream's, around HF's
+    own layers. `full_hooks` takes TransformerLens's whole adapter instead: all hook points, eager
+    attention, slower.
 
     `up_to_layer=L` reads layers 0..L of a checkpoint and nothing behind them: residuals, no
     logits. `dtype` is the checkpoint's unless given. `hf_options` go to `from_pretrained`.

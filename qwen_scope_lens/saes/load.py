@@ -15,7 +15,8 @@ import torch
 from sae_lens.saes.sae import SAEMetadata
 from sae_lens.util import str_to_dtype
 
-from qwen_scope_lens.catalog import FeatureRef, LayerRef, find_group
+from qwen_scope_lens.address import FeatureRef, LayerRef
+from qwen_scope_lens.catalog import find_group
 from qwen_scope_lens.errors import WrongSettings
 from qwen_scope_lens.saes.checkpoint import SAETensors, open_layer, subtracts_b_dec
 from qwen_scope_lens.saes.extents import extents

@@ -14,7 +14,8 @@ from typing import Any
 
 from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 
-from qwen_scope_lens.catalog import HOME_VARIABLE, MINI_HOME, Group, LayerRef, home_folder
+from qwen_scope_lens.address import LayerRef
+from qwen_scope_lens.catalog import HOME_VARIABLE, MINI_HOME, Group, home_folder
 from qwen_scope_lens.errors import CheckpointMissing, HubUnreachable, WrongSettings
 
 __all__ = ["CONFIG_NAME", "HubOptions", "LayerFile", "locate", "read_config"]

@@ -19,7 +19,8 @@ from sae_lens.registry import SAE_CLASS_REGISTRY
 from sae_lens.saes.topk_sae import TopKSAEConfig
 from sae_lens.util import str_to_dtype
 
-from qwen_scope_lens.catalog import GROUPS, Group, LayerRef, find_group
+from qwen_scope_lens.address import LayerRef
+from qwen_scope_lens.catalog import GROUPS, Group, find_group
 from qwen_scope_lens.errors import UnsupportedSAELens
 from qwen_scope_lens.saes.load import build_config, read_layer
 from qwen_scope_lens.saes.locate import HubOptions, locate
