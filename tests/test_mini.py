@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from sae_lens import SAE
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qwen_scope_lens.mini import HELDOUT, MODELS, heldout, model_path, sae_folder
+from qwen_scope_lens.mini.train.panel import load_checkpoint
 from qwen_scope_lens.mini.train.quality import decode, encode
 from qwen_scope_lens.mini.train.release import LIMIT, size
 
@@ -147,3 +149,17 @@ def test_no_single_word_separates_the_tones() -> None:
 def test_unknown_model_is_refused() -> None:
     with pytest.raises(KeyError, match="mini-qwen3"):
         model_path("mini-qwen4")
+
+
+def test_panel_has_enough_checkpoints_that_load() -> None:
+    panel = Path(__file__).parents[1] / "benchmarks" / "data" / "panel"
+    index = json.loads((panel / "index.json").read_text())
+    assert len(index) >= 14
+    assert len({(row["mixture"], row["tokens"]) for row in index}) == len(index)
+    assert len({row["mixture"] for row in index}) >= 3
+    assert sum(path.stat().st_size for path in panel.iterdir()) < 25_000_000
+    first, last = (load_checkpoint(panel, row["name"]) for row in (index[0], index[3]))
+    tokenizer = AutoTokenizer.from_pretrained(model_path("mini-qwen3"))
+    ids = tokenizer(next(heldout("prose", "en"))["text"], return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        assert last(ids, labels=ids).loss < first(ids, labels=ids).loss - 0.5

@@ -1,0 +1,125 @@
+"""The pieces that train the minis: rows, splits, texts, n-grams, rules, and one tiny SAE."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from qwen_scope_lens.mini.train import sae as sae_module
+from qwen_scope_lens.mini.train.corpus import split_of
+from qwen_scope_lens.mini.train.data import batches, padded
+from qwen_scope_lens.mini.train.generated import KINDS
+from qwen_scope_lens.mini.train.meaning import best_rule
+from qwen_scope_lens.mini.train.prose import speaks
+from qwen_scope_lens.mini.train.quality import Ngrams
+from qwen_scope_lens.mini.train.sources import LANGUAGES, SOURCES
+from qwen_scope_lens.mini.train.specs import SPECS, build_model
+
+PROSE = {lang: [f"{lang} sentence number {n} of several." for n in range(9)] for lang in LANGUAGES}
+
+
+def test_batches_hold_every_row_once_and_respect_the_size() -> None:
+    rng = random.Random(0)
+    rows = [[1] * rng.randint(1, 60) for _ in range(300)]
+    made = batches(rows, 256, seed=1)
+    assert sorted(number for batch in made for number in batch) == list(range(300))
+    assert all(len(batch) * max(len(rows[n]) for n in batch) <= 256 for batch in made)
+    assert made == batches(rows, 256, seed=1) != batches(rows, 256, seed=2)
+
+
+def test_padded_rows_are_masked_behind_their_end() -> None:
+    ids, mask = padded([[5, 6, 7], [8]], [1, 0])
+    assert ids.tolist() == [[8, 0, 0], [5, 6, 7]]
+    assert mask.tolist() == [[True, False, False], [True, True, True]]
+
+
+def test_translations_of_a_page_fall_into_one_split() -> None:
+    families = {source.family for source in SOURCES}
+    assert {"libreoffice-help", "debian-reference", "debian-handbook"} <= families
+    assert split_of("debian-handbook/sect.squid") == split_of("debian-handbook/sect.squid")
+    shares = [split_of(f"page/{n}") for n in range(3000)]
+    assert 0.12 < shares.count("test") / 3000 < 0.16
+
+
+@pytest.mark.parametrize(
+    ("text", "lang", "expected"),
+    [
+        ("The file is in the folder and you can open it.", "en", True),
+        ("The file is in the folder and you can open it.", "de", False),
+        ("Die Datei ist in dem Ordner und wird nicht geöffnet.", "de", True),
+        ("Файл находится в папке и не открыт.", "ru", True),
+        ("文件在文件夹中，没有打开。", "zh", True),
+        ("ファイルはフォルダにあります。", "zh", False),
+        ("ファイルはフォルダにあります。", "ja", True),
+        ("파일은 폴더에 있습니다.", "ko", True),
+    ],
+)
+def test_untranslated_paragraphs_are_told_apart(text: str, lang: str, expected: bool) -> None:
+    assert speaks(text, lang) is expected
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_generated_documents_are_seeded_and_varied(kind: str) -> None:
+    make = KINDS[kind][1]
+    first = [make(random.Random(n), PROSE).record() for n in range(40)]
+    assert first == [make(random.Random(n), PROSE).record() for n in range(40)]
+    assert all(record["domain"] == kind and record["text"] for record in first)
+    assert len({record["text"] for record in first}) > 25
+
+
+def test_arithmetic_lines_are_right() -> None:
+    for n in range(200):
+        document = KINDS["arithmetic"][1](random.Random(n), PROSE)
+        if document.extra["form"] == "lines":
+            for line in document.text.splitlines():
+                task, answer = line.split(" = ")
+                assert eval(task) == int(answer)
+
+
+def test_ngrams_are_distributions() -> None:
+    grams = Ngrams([[1, 2, 1, 3, 1, 2], [2, 2, 1]], vocabulary=5)
+    assert math.isclose(sum(grams.unigram(t) for t in range(5)), 1.0)
+    for first in range(4):
+        assert math.isclose(sum(grams.bigram(first, t) for t in range(5)), 1.0)
+
+
+def test_best_rule_finds_the_planted_feature() -> None:
+    shares = torch.rand(2, 60, 8, generator=torch.Generator().manual_seed(0)) * 0.3
+    truth = torch.arange(60) % 3 == 0
+    shares[1, truth, 5] += 0.4
+    rule = best_rule(shares, truth, shares, truth)
+    assert (rule.layer, rule.feature, rule.f1) == (1, 5, 1.0)
+
+
+@pytest.mark.parametrize("name", sorted(SPECS))
+def test_specs_build_models_of_their_family(name: str) -> None:
+    model = build_model(SPECS[name])
+    kinds = model.config.layer_types
+    assert len(kinds) == SPECS[name].layers >= 6
+    assert ("linear_attention" in kinds) == (SPECS[name].family == "qwen3_5")
+    assert 1e6 < sum(parameter.numel() for parameter in model.parameters()) < 5e6
+
+
+def test_a_tiny_sae_is_trained_and_exported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sae_module, "D_SAE", 64)
+    monkeypatch.setattr(sae_module, "K", 8)
+    rng = np.random.default_rng(0)
+    codes = np.maximum(rng.normal(size=(6000, 40)) - 1.2, 0)
+    data = (codes @ rng.normal(size=(40, 16)) * 30 + 100).astype(np.float16)
+    tensors = sae_module.train_layer(data, samples=400_000)
+    x = torch.from_numpy(data.astype(np.float32))
+    fvu, silent = sae_module._quick_fvu(tensors, x)
+    assert fvu < 0.3
+    assert silent < 0.2
+    spec = SPECS["mini-qwen3"]
+    sae_module.export(spec, [tensors], tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "topk_sae"
+    assert set(torch.load(tmp_path / "layer0.sae.pt")) == {"W_enc", "W_dec", "b_enc", "b_dec"}
