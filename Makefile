@@ -5,7 +5,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench mini clean
 .DELETE_ON_ERROR:
 
 demo: .venv/ready
@@ -21,6 +21,13 @@ lint: .venv/ready
 
 bench: .venv/ready
 	for script in benchmarks/[a-z]*.py; do $(BIN)/python $$script || exit 1; done
+
+# Everything from nothing, for hours; each step goes on where it was interrupted. The texts come
+# from Debian packages, so this needs `apt-get` with package lists.
+mini: .venv/ready
+	set -e; for step in corpus tokenizer "model mini-qwen3" "model mini-qwen3.5" \
+	    "sae mini-qwen3" "sae mini-qwen3.5" release panel; do \
+	  $(BIN)/python -m qwen_scope_lens.mini.train.$$step --work build/mini; done
 
 .venv/ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
