@@ -28,6 +28,7 @@ mini: .venv/ready
 	set -e; for step in corpus tokenizer "model mini-qwen3" "model mini-qwen3.5" \
 	    "sae mini-qwen3" "sae mini-qwen3.5" release panel; do \
 	  $(BIN)/python -m qwen_scope_lens.mini.train.$$step --work build/mini; done
+	$(BIN)/python benchmarks/mini.py --work build/mini --card
 
 .venv/ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
