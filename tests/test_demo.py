@@ -76,3 +76,33 @@ def test_the_tour(capsys: pytest.CaptureFixture[str]) -> None:
     assert share["the features", "as it is"] > 90
     assert share["the features", "suppressed"] < share["control: random", "suppressed"]
     assert set(STRENGTHS) == {label for _, label, _ in shares}
+
+
+@pytest.mark.parametrize("group", MINI_GROUPS, ids=lambda g: g.short)
+def test_the_bridge_is_the_plain_model(group: qsl.Group) -> None:
+    """Logits and every residual of a trained model, against HF's own forward; bit by bit."""
+    import transformers
+
+    folder = bundled_model(group.backbone.key)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    bridge = qsl.load_model(group.backbone.key)
+    ids = bridge.tokenizer("The kernel reads 内核 a file.", return_tensors="pt").input_ids
+    seen: dict[str, torch.Tensor] = {}
+    for layer, module in enumerate(plain.model.layers):
+        module.register_forward_hook(
+            lambda m, a, out, layer=layer: seen.update(
+                {group.hook_name(layer): out[0] if isinstance(out, tuple) else out}
+            )
+        )
+    with torch.no_grad():
+        expected = plain(ids).logits
+        logits, cache = bridge.run_with_cache(
+            ids, names_filter=list(map(group.hook_name, range(8)))
+        )
+        assert torch.equal(logits, expected)
+        for name, residual in seen.items():
+            assert torch.equal(cache[name], residual)
+        options = {"max_new_tokens": 12, "do_sample": False}
+        theirs = plain.generate(ids, **options)
+        ours = bridge.generate(ids, verbose=False, **options)
+    assert ours[0].tolist()[: theirs.shape[1]] == theirs[0].tolist()
