@@ -144,16 +144,19 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace layers that exist")
 
 
+def common_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What `add_common_arguments` read, as keywords of `convert`."""
+    return {
+        "layers": arguments.layers,
+        "folder": arguments.folder,
+        "hub": HubOptions(arguments.revision),
+        "dtype": arguments.dtype,
+        "overwrite": arguments.overwrite,
+    }
+
+
 def run(arguments: argparse.Namespace) -> int:
-    folders = convert(
-        arguments.group,
-        arguments.out,
-        layers=arguments.layers,
-        folder=arguments.folder,
-        hub=HubOptions(arguments.revision),
-        dtype=arguments.dtype,
-        overwrite=arguments.overwrite,
-    )
+    folders = convert(arguments.group, arguments.out, **common_options(arguments))
     print("\n".join(map(str, folders)))
     return 0
 

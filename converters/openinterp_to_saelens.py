@@ -60,11 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
     folders = convert(
         arguments.out,
         subtract_b_dec=arguments.subtract_b_dec,
-        layers=arguments.layers,
-        folder=arguments.folder,
-        hub=HubOptions(arguments.revision),
-        dtype=arguments.dtype,
-        overwrite=arguments.overwrite,
+        **official_to_saelens.common_options(arguments),
     )
     print("\n".join(map(str, folders)))
     return 0

@@ -16,7 +16,6 @@ from sae_lens.saes.sae import SAEMetadata
 from sae_lens.util import str_to_dtype
 
 from qwen_scope_lens.address import FeatureRef, LayerRef
-from qwen_scope_lens.catalog import find_group
 from qwen_scope_lens.errors import WrongSettings
 from qwen_scope_lens.saes.checkpoint import SAETensors, open_layer, subtracts_b_dec
 from qwen_scope_lens.saes.extents import extents
@@ -63,11 +62,7 @@ def load_sae(
             tells which fits. Every official SAE encodes the raw residual.
     """
     dtype = check_dtype(dtype)
-    if sae_id is None:
-        ref = LayerRef.parse(name)
-    else:
-        group = find_group(str(name))
-        ref = LayerRef(group.short, group.layer_of(str(sae_id)))
+    ref = LayerRef.parse(name if sae_id is None else f"{name}/{sae_id}")
     file = locate(ref, folder, HubOptions(revision, token, local_files_only, force_download))
     config, tensors = read_layer(file, device=device, dtype=dtype)
     if apply_b_dec_to_input is not None:

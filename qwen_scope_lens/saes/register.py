@@ -231,5 +231,4 @@ def _is_registered() -> bool:
 
 
 def _ref(repo_id: str, folder_name: str) -> LayerRef:
-    group = find_group(repo_id)
-    return LayerRef(group.short, group.layer_of(folder_name))
+    return LayerRef.parse(f"{repo_id}/{folder_name}")

@@ -8,7 +8,7 @@ wrong ones, on the same tokens, and the reconstruction errors decide.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from sae_lens.saes.topk_sae import TopKSAE
@@ -256,12 +256,7 @@ def _own_convention(sae: TopKSAE) -> Convention:
 
 
 def _same(a: Convention, b: Convention) -> bool:
-    return (a.subtract_b_dec, a.add_b_dec, a.relu, a.topk) == (
-        b.subtract_b_dec,
-        b.add_b_dec,
-        b.relu,
-        b.topk,
-    )
+    return replace(a, name=b.name) == b
 
 
 def _problems(own: Convention, fvu: dict[str, float], max_fvu: float) -> list[str]:
