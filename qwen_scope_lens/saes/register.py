@@ -52,12 +52,7 @@ class ScopeLoader:
         cfg_overrides: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
         """The configuration alone: nothing is downloaded or opened for it."""
-        config = build_config(_ref(repo_id, folder_name), device=device)
-        overrides = {k: v for k, v in (cfg_overrides or {}).items() if v is not None}
-        config["metadata"]["neuronpedia_id"] = overrides.pop("neuronpedia_id", None)
-        if not _is_registered():  # as a plain `converter=`, SAELens knows no architecture of ours
-            config["architecture"] = TopKSAEConfig.architecture()
-        return config | overrides
+        return _merged(build_config(_ref(repo_id, folder_name), device=device), cfg_overrides)
 
     def __call__(
         self,
@@ -67,13 +62,11 @@ class ScopeLoader:
         force_download: bool = False,
         cfg_overrides: dict[str, Any] | None = None,
     ) -> tuple[dict[str, Any], dict[str, torch.Tensor], None]:
-        config = self.config(repo_id, folder_name, device, force_download, cfg_overrides)
         ref = _ref(repo_id, folder_name)
         hub = HubOptions(self.revisions.get(ref.group), force_download=force_download)
-        file = locate(ref, hub=hub)
-        read, tensors = read_layer(file, device=config["device"], dtype=config["dtype"])
-        config["apply_b_dec_to_input"] = read["apply_b_dec_to_input"]
-        config["metadata"]["revision"] = file.revision
+        dtype = (cfg_overrides or {}).get("dtype") or "float32"
+        read, tensors = read_layer(locate(ref, hub=hub), device=device, dtype=dtype)
+        config = _merged(read, cfg_overrides)
         return config, tensors.state_dict(str_to_dtype(config["dtype"]), config["device"]), None
 
 
@@ -224,6 +217,15 @@ class _LayerIds(dict[str, str]):
 
     def __missing__(self, sae_id: str) -> str:
         return self._more[sae_id]
+
+
+def _merged(config: dict[str, Any], cfg_overrides: dict[str, Any] | None) -> dict[str, Any]:
+    """Our configuration with what SAELens overrides, and a class that it can find."""
+    overrides = {k: v for k, v in (cfg_overrides or {}).items() if v is not None}
+    config["metadata"]["neuronpedia_id"] = overrides.pop("neuronpedia_id", None)
+    if not _is_registered():  # as a plain `converter=`, SAELens knows no architecture of ours
+        config["architecture"] = TopKSAEConfig.architecture()
+    return config | overrides
 
 
 def _is_registered() -> bool:
