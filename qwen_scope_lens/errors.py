@@ -8,15 +8,24 @@ failure (a missing file, a bad value) the error is that too, so existing `except
 from __future__ import annotations
 
 __all__ = [
+    "BadCorpus",
+    "BadFile",
+    "BadPlan",
     "BadText",
     "CannotWrite",
     "CheckpointError",
     "CheckpointMissing",
+    "GeneratorFailed",
     "HubUnreachable",
     "LayerOutOfRange",
+    "MissingExtra",
     "NotACheckpoint",
     "NotFinite",
+    "PlanNeverFired",
     "ScopeError",
+    "StoreDamaged",
+    "StoreMismatch",
+    "TooLittleData",
     "TruncatedCheckpoint",
     "UnknownHook",
     "UnknownName",
@@ -117,3 +126,39 @@ class UnknownHook(ScopeError, KeyError):
 
 class BadText(ScopeError, ValueError):
     """An empty text, one longer than the context, or something that is no text."""
+
+
+class BadCorpus(ScopeError, ValueError):
+    """A corpus file or one of its rows cannot be read as documents with labels."""
+
+
+class BadFile(ScopeError, ValueError):
+    """A file that a user gave is of another format or version, damaged, or lacks a field."""
+
+
+class BadPlan(ScopeError, ValueError):
+    """An edit that cannot be done: unknown operation, missing strength, a feature elsewhere."""
+
+
+class GeneratorFailed(ScopeError, RuntimeError):
+    """A text generator refused, timed out or answered nonsense more often than allowed."""
+
+
+class MissingExtra(ScopeError, ImportError):
+    """An optional package is not installed."""
+
+
+class PlanNeverFired(ScopeError, RuntimeError):
+    """A plan was active and no edit of it ever touched a residual."""
+
+
+class StoreDamaged(ScopeError, ValueError):
+    """A feature store lacks files, or they do not fit together."""
+
+
+class StoreMismatch(ScopeError, ValueError):
+    """Stores, rules or plans that were made with another SAE, layer, model or tokenizer."""
+
+
+class TooLittleData(ScopeError, ValueError):
+    """Too few samples, classes or features for the question that was asked."""

@@ -1,4 +1,4 @@
-"""Writing whole or not at all: folders, files, one writer at a time, hashes.
+"""Writing whole or not at all: folders, files, one writer at a time, hashes, JSON with a name.
 
 A name appears only when everything under it is written; what a killed run left behind is hidden,
 harmless and removed by the next. Every failure of the disk becomes `CannotWrite`.
@@ -9,13 +9,15 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-from qwen_scope_lens.errors import CannotWrite, ScopeError
+from qwen_scope_lens.errors import BadFile, CannotWrite, ScopeError
 
-__all__ = ["exclusive", "file_sha256", "whole_file", "whole_folder"]
+__all__ = ["exclusive", "file_sha256", "read_json", "whole_file", "whole_folder", "write_json"]
 
 
 @contextlib.contextmanager
@@ -71,6 +73,35 @@ def whole_file(path: Path) -> Iterator[Path]:
 def file_sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json(path: Path, format: str, version: int, content: Mapping[str, Any]) -> None:
+    """A JSON file that names its own format and version, so that no other is taken for it."""
+    head = {"format": format, "version": version}
+    text = json.dumps({**head, **content}, ensure_ascii=False, indent=1, allow_nan=False)
+    with whole_file(path) as partial:
+        partial.write_text(text + "\n", encoding="utf-8")
+
+
+def read_json(path: Path, format: str, version: int, made_by: str) -> dict[str, Any]:
+    """What `write_json` wrote, else an error. `made_by` is the command that makes such a file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise BadFile(f"{path} does not exist: `{made_by}` makes such a file") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise BadFile(f"{path} cannot be read as JSON ({error}): expected {format}") from error
+    found = content.get("format") if isinstance(content, dict) else None
+    if found != format:
+        raise BadFile(
+            f"{path} is no {format} file (its format says {found!r}): `{made_by}` makes one"
+        )
+    if content.get("version") != version:
+        raise BadFile(
+            f"{path} is {format} version {content.get('version')!r}, this package reads version"
+            f" {version}: make it again with `{made_by}`, or use the package that wrote it"
+        )
+    return {key: value for key, value in content.items() if key not in ("format", "version")}
 
 
 def _partial(path: Path) -> Path:

@@ -1,0 +1,1 @@
+"""Features as classifiers, in scikit-learn's shape."""

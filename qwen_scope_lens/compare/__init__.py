@@ -1,0 +1,1 @@
+"""Features across SAEs, layers and models."""

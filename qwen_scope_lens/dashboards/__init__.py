@@ -1,0 +1,1 @@
+"""Static pages of every feature, Neuronpedia's format, and the app."""

@@ -1,0 +1,1 @@
+"""Footprints, redundancy, overlap and subsets of benchmarks."""

@@ -1,0 +1,1 @@
+"""Sparse codes edited while the model runs."""
