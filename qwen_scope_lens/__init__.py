@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from qwen_scope_lens.saes.sae import ScopeSAE
     from qwen_scope_lens.saes.sparse import SparseCodes
     from qwen_scope_lens.saes.verify import Verification, verify
+    from qwen_scope_lens.steering.hooks import steer
+    from qwen_scope_lens.steering.plan import Edit, Plan
 
 __version__ = "0.1.0"
 
@@ -25,9 +27,11 @@ __version__ = "0.1.0"
 _HOME = {
     "GROUPS": "catalog",
     "Capture": "models.capture",
+    "Edit": "steering.plan",
     "FeatureRef": "address",
     "Group": "catalog",
     "LayerRef": "address",
+    "Plan": "steering.plan",
     "ScopeError": "errors",
     "ScopeSAE": "saes.sae",
     "SparseCodes": "saes.sparse",
@@ -40,6 +44,7 @@ _HOME = {
     "load_directions": "saes.load",
     "load_model": "models.load",
     "load_sae": "saes.load",
+    "steer": "steering.hooks",
     "uninstall": "saes.register",
     "verify": "saes.verify",
     "verify_model": "models.check",
@@ -48,9 +53,11 @@ _HOME = {
 __all__ = [
     "GROUPS",
     "Capture",
+    "Edit",
     "FeatureRef",
     "Group",
     "LayerRef",
+    "Plan",
     "ScopeError",
     "ScopeSAE",
     "SparseCodes",
@@ -64,6 +71,7 @@ __all__ = [
     "load_directions",
     "load_model",
     "load_sae",
+    "steer",
     "uninstall",
     "verify",
     "verify_model",

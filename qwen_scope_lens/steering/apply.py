@@ -1,0 +1,141 @@
+"""The arithmetic: the edits of one layer as a change of its residual. No model is known here.
+
+Every edit becomes one number per token, c, and the change is the sum of c d over the edits, all
+computed from the residual as it came in: their order within a layer is of no consequence. It is
+computed in float32 and rounded once to the residual's dtype. A token where every c is 0 keeps its
+residual bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from qwen_scope_lens.errors import BadPlan
+from qwen_scope_lens.saes.sae import ScopeSAE
+from qwen_scope_lens.saes.sparse import SparseCodes
+from qwen_scope_lens.steering.plan import Edit
+
+__all__ = ["LayerEdits", "activations_of"]
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """An SAE, and which edits of the layer read its codes."""
+
+    sae: ScopeSAE
+    at: tuple[int, ...]  # numbers of edits
+    features: tuple[int, ...]
+
+
+@dataclass
+class LayerEdits:
+    """The edits of one layer, in a fixed order, with their directions `[m, d_model]` (float32)."""
+
+    edits: tuple[Edit, ...]
+    directions: Tensor
+    readers: tuple[_Reader, ...]
+    _placed: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
+
+    @classmethod
+    def build(
+        cls, edits: Sequence[Edit], directions: Tensor, saes: dict[str, ScopeSAE]
+    ) -> LayerEdits:
+        """`saes` has one for every edit that reads a code, by the SAE's address."""
+        by_sae: dict[str, list[int]] = {}
+        for i, edit in enumerate(edits):
+            if edit.operation.reads == "code":
+                by_sae.setdefault(str(edit.ref.sae), []).append(i)
+        readers = tuple(
+            _Reader(saes[name], tuple(at), tuple(edits[i].ref.feature for i in at))
+            for name, at in by_sae.items()
+        )
+        directions = directions.detach().to(torch.float32)
+        for edit, row in zip(edits, directions, strict=True):
+            needs = edit.unit == "norm" or edit.operation.reads == "residual"
+            if needs and not bool(row.norm() > 0):
+                raise BadPlan(f"{edit}: the feature's decoder row is zero, it has no direction")
+        return cls(tuple(edits), directions, readers)
+
+    def change(self, x: Tensor, selected: Tensor) -> tuple[Tensor, Tensor]:
+        """The new residual and the c of every edit.
+
+        `x [.., d_model]`, `selected` bool `[.., m]` -> `[.., d_model]` in x's dtype, `[.., m]`.
+        """
+        precise = torch.promote_types(x.dtype, torch.float32)
+        directions, _, _ = self._on(x.device)
+        c = self.coefficients(x, selected)
+        touched = (c != 0).any(-1, keepdim=True)
+        moved = x.to(precise) + c.to(precise) @ directions.to(precise)
+        return torch.where(touched, moved.to(x.dtype), x), c
+
+    def coefficients(self, x: Tensor, selected: Tensor) -> Tensor:
+        """c of every edit: 0 where it is not selected. `[.., d_model], [.., m] -> [.., m]`"""
+        precise = torch.promote_types(x.dtype, torch.float32)
+        directions, values, lengths = self._on(x.device)
+        v = values.to(precise).expand(*x.shape[:-1], -1)
+        by_norm = [i for i, edit in enumerate(self.edits) if edit.unit == "norm"]
+        if by_norm:
+            norm = torch.linalg.vector_norm(x.to(precise), dim=-1, keepdim=True)
+            v = v.clone()
+            v[..., by_norm] = v[..., by_norm] * norm / lengths[by_norm].to(precise)
+        columns = list(v.unbind(-1))
+        for reader in self.readers:
+            wanted = selected[..., list(reader.at)].any(-1)
+            a = _activations_where(reader, x, wanted)
+            for j, i in enumerate(reader.at):
+                target = self.edits[i].operation.target
+                assert target is not None
+                columns[i] = target(a[..., j], columns[i]) - a[..., j]
+        out = [i for i, edit in enumerate(self.edits) if edit.operation.reads == "residual"]
+        if out:
+            rows = directions[out].to(precise)
+            share = _projection(x.to(precise), rows, selected[..., out])
+            for j, i in enumerate(out):
+                columns[i] = -share[..., j]
+        c = torch.stack(columns, dim=-1)
+        still = torch.tensor([edit.changes_nothing for edit in self.edits], device=x.device)
+        return torch.where(selected & ~still, c, torch.zeros_like(c))
+
+    def _on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        if device not in self._placed:
+            values = torch.tensor([edit.value for edit in self.edits], dtype=torch.float64)
+            rows = self.directions.to(device)
+            self._placed[device] = (rows, values.to(device), rows.norm(dim=-1))
+        return self._placed[device]
+
+
+def activations_of(codes: SparseCodes, features: Sequence[int]) -> Tensor:
+    """The activation of chosen features, 0 outside the top k. `[..] codes, m -> [.., m]`"""
+    wanted = torch.tensor(list(features), dtype=torch.int32, device=codes.device)
+    hit = codes.indices.unsqueeze(-2) == wanted.unsqueeze(-1)  # padding has value 0
+    return (codes.values.unsqueeze(-2) * hit).sum(-1)
+
+
+def _activations_where(reader: _Reader, x: Tensor, wanted: Tensor) -> Tensor:
+    """Activations at the wanted tokens only; 0 elsewhere, where nobody looks."""
+    device = reader.sae.W_dec.device
+    if bool(wanted.all()):
+        found = activations_of(reader.sae.encode_sparse(x.to(device)), reader.features)
+        return found.to(x.device)
+    found = x.new_zeros((*x.shape[:-1], len(reader.features)), dtype=torch.float32)
+    if bool(wanted.any()):
+        codes = reader.sae.encode_sparse(x[wanted].to(device))
+        found[wanted] = activations_of(codes, reader.features).to(x.device)
+    return found
+
+
+def _projection(x: Tensor, rows: Tensor, selected: Tensor) -> Tensor:
+    """How much of each row makes up x's projection onto the span of the selected rows.
+
+    Several directions at one token are taken out together, so that nothing is left along any.
+    """
+    flags = selected.to(x.dtype)
+    along = (x @ rows.T) * flags
+    if len(rows) == 1:
+        return along / (rows @ rows.T)[0]
+    gram = (rows @ rows.T) * flags.unsqueeze(-1) * flags.unsqueeze(-2)
+    return (torch.linalg.pinv(gram, hermitian=True) @ along.unsqueeze(-1)).squeeze(-1)

@@ -1,0 +1,237 @@
+"""Edit and Plan: what to do to which feature, how strongly and where.
+
+Pure data with a JSON form and a text form; nothing is loaded or computed. What the operations are
+is `operations.py`, the arithmetic `apply.py`, running it `hooks.py`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from qwen_scope_lens.address import FeatureRef
+from qwen_scope_lens.errors import BadFile, BadPlan, ScopeError
+from qwen_scope_lens.files import read_json, write_json
+from qwen_scope_lens.steering.operations import Operation, find_operation
+from qwen_scope_lens.steering.where import Where
+
+__all__ = ["Edit", "Plan"]
+
+FORMAT, VERSION = "qsl-plan", 1
+MADE_BY = "qsl steer --save-plan"
+EVERYWHERE = Where()
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One operation on one feature.
+
+    `strength` is v of the operation's formula, in `unit`: raw activations, `sigma` (multiples of
+    `typical`, the feature's typical activation, which `Plan.calibrated` fills in) or `norm`
+    (fraction of the residual's length at the token).
+    """
+
+    ref: FeatureRef
+    op: str = "add"
+    strength: float | None = None
+    unit: str = "raw"
+    where: Where = EVERYWHERE
+    typical: float | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ref", FeatureRef.parse(self.ref))
+        object.__setattr__(self, "where", Where.of(self.where))
+        row = find_operation(self.op)
+        if row.takes_strength != (self.strength is not None):
+            wants = "needs a strength" if row.takes_strength else "takes no strength"
+            raise BadPlan(f"{self.ref}: {row.name} {wants}; found {self.strength!r}")
+        if self.strength is not None:
+            object.__setattr__(self, "strength", _number(self.strength, self.ref))
+            if row.least is not None and self.strength < row.least:
+                raise BadPlan(
+                    f"{self.ref}: {row.name} at {self.strength:g} makes no sense, activations are"
+                    f" never negative: expected {row.least:g} or more"
+                )
+        if self.unit not in row.units:
+            raise BadPlan(
+                f"{self.ref}: unit {self.unit!r} for {row.name}: expected {' or '.join(row.units)}"
+            )
+        if self.typical is not None and not _number(self.typical, self.ref) > 0:
+            raise BadPlan(f"{self.ref}: typical activation {self.typical!r} is not above 0")
+
+    @property
+    def operation(self) -> Operation:
+        return find_operation(self.op)
+
+    @property
+    def value(self) -> float:
+        """v in raw activations (for `norm`, still the fraction)."""
+        strength = 0.0 if self.strength is None else self.strength
+        if self.unit != "sigma":
+            return strength
+        if self.typical is None:
+            raise BadPlan(
+                f"{self.ref}: strength {self.strength:g} sigma needs the feature's typical"
+                " activation: make a calibration with `qsl calibrate` and use plan.calibrated(it)"
+            )
+        return strength * self.typical
+
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether the strength is the operation's neutral one: then no number is touched."""
+        return self.strength is not None and self.strength == self.operation.neutral
+
+    @classmethod
+    def parse(cls, text: str) -> Edit:
+        """From `REF:op[:strength][@where]`: `G/6/12:add:+2.0sigma@generation`, `G/6/12:ablate`."""
+        head, at, place = text.partition("@")
+        ref, *rest = head.split(":")
+        if not rest or len(rest) > 2 or (at and not place):
+            raise BadPlan(
+                f"{text!r} is no edit: expected REF:operation[:strength][@where], for example"
+                " qwen3-8b-base/w64k-l0-50/20/6159:add:+2sigma@generation"
+            )
+        strength, unit = parse_strength(rest[1]) if len(rest) == 2 else (None, "raw")
+        where = Where.of(place) if at else EVERYWHERE
+        return cls(FeatureRef.parse(ref), rest[0], strength, unit, where)
+
+    def __str__(self) -> str:
+        parts = [str(self.ref), self.op]
+        if self.strength is not None:
+            parts.append(f"{self.strength:+g}{'' if self.unit == 'raw' else self.unit}")
+        place = "" if self.where == EVERYWHERE else f"@{self.where}"
+        return ":".join(parts) + place
+
+    def to_dict(self) -> dict[str, Any]:
+        found: dict[str, Any] = {"ref": str(self.ref), "op": self.op}
+        if self.strength is not None:
+            found |= {"strength": self.strength, "unit": self.unit}
+        if self.where != EVERYWHERE:
+            found["where"] = str(self.where)
+        if self.typical is not None:
+            found["typical"] = self.typical
+        return found
+
+    @classmethod
+    def from_dict(cls, row: Mapping[str, Any]) -> Edit:
+        known = {"ref", "op", "strength", "unit", "where", "typical"}
+        if not isinstance(row, Mapping) or "ref" not in row or not set(row) <= known:
+            raise BadPlan(
+                f"{row!r} is no edit: expected ref and some of {', '.join(sorted(known))}"
+            )
+        return cls(**row)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Edits that act together. Within a layer their order is of no consequence."""
+
+    edits: tuple[Edit, ...]
+
+    def __init__(self, edits: Iterable[Edit | str]) -> None:
+        if isinstance(edits, (str, Edit)):
+            edits = [edits]
+        found = tuple(Edit.parse(one) if isinstance(one, str) else one for one in edits)
+        if not found:
+            raise BadPlan("a plan without edits does nothing: run the model without one")
+        object.__setattr__(self, "edits", found)
+        self._check_overlaps()
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return tuple(sorted({edit.ref.layer for edit in self.edits}))
+
+    @property
+    def refs(self) -> tuple[FeatureRef, ...]:
+        return tuple(dict.fromkeys(edit.ref for edit in self.edits))
+
+    def calibrated(self, typical: Mapping[Any, float]) -> Plan:
+        """With the typical activation of each `sigma` edit filled in from `{address: number}`."""
+        known = {str(ref): value for ref, value in typical.items()}
+
+        def fill(edit: Edit) -> Edit:
+            if edit.unit != "sigma":
+                return edit
+            if str(edit.ref) not in known and edit.typical is None:
+                raise BadPlan(
+                    f"{edit.ref} is not in the calibration, which has {len(known)} features: add"
+                    " it with `qsl calibrate`"
+                )
+            return replace(edit, typical=known.get(str(edit.ref), edit.typical))
+
+        return self._each(fill)
+
+    def times(self, factor: float) -> Plan:
+        """Every strength multiplied: the same plan, weaker, stronger or the other way round."""
+        for edit in self.edits:
+            if not edit.operation.takes_strength:
+                raise BadPlan(f"{edit}: {edit.op} has no strength that could be multiplied")
+        return self._each(lambda edit: replace(edit, strength=(edit.strength or 0.0) * factor))
+
+    def at(self, strength: float) -> Plan:
+        """Every edit at this strength, in its own unit."""
+        return self._each(lambda edit: replace(edit, strength=strength))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"edits": [edit.to_dict() for edit in self.edits]}
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Plan:
+        rows = content.get("edits") if isinstance(content, Mapping) else None
+        if not isinstance(rows, list):
+            raise BadPlan("no list `edits` in the plan")
+        return cls([Edit.from_dict(row) for row in rows])
+
+    def save(self, path: str | Path) -> None:
+        write_json(Path(path), FORMAT, VERSION, self.to_dict())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        content = read_json(Path(path), FORMAT, VERSION, MADE_BY)
+        try:
+            return cls.from_dict(content)
+        except (ScopeError, TypeError) as error:
+            raise BadFile(f"{path}: {error}") from error
+
+    def __len__(self) -> int:
+        return len(self.edits)
+
+    def __str__(self) -> str:
+        return "; ".join(map(str, self.edits))
+
+    def _each(self, change: Callable[[Edit], Edit]) -> Plan:
+        return Plan([change(edit) for edit in self.edits])
+
+    def _check_overlaps(self) -> None:
+        """Two edits that both decide a feature's activation at one token contradict each other."""
+        for i, one in enumerate(self.edits):
+            if one.operation.reads == "nothing":
+                continue
+            for other in self.edits[:i]:
+                if (
+                    other.ref == one.ref
+                    and other.operation.reads != "nothing"
+                    and not one.where.apart(other.where)
+                ):
+                    raise BadPlan(
+                        f"{one.ref} is decided twice, by {other.op} and {one.op}: keep one, or give"
+                        " one to the prompt and the other to the generation"
+                    )
+
+
+def parse_strength(text: str) -> tuple[float, str]:
+    """`4`, `+2.0sigma`, `-0.1norm` -> the number and its unit."""
+    found = re.fullmatch(r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*([a-z]*)\s*", text)
+    if found is None or found[2] not in ("", "raw", "sigma", "norm"):
+        raise BadPlan(f"strength {text!r}: expected a number such as 4, +2.0sigma or -0.1norm")
+    return float(found[1]), found[2] or "raw"
+
+
+def _number(value: Any, ref: FeatureRef) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise BadPlan(f"{ref}: {value!r} is no finite number")
+    return float(value)

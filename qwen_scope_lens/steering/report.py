@@ -1,0 +1,74 @@
+"""What a plan did: how often each edit fired and how far it moved the residual."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qwen_scope_lens.steering.plan import Edit
+
+__all__ = ["EditReport", "Report"]
+
+
+@dataclass(frozen=True)
+class EditReport:
+    """One edit, summed over all passes; a token that is computed twice counts twice."""
+
+    edit: Edit
+    selected: int  # tokens where the edit was to act
+    fired: int  # of these, where it changed the residual
+    moved: float  # mean length of its change where it fired
+    share: float  # mean of that length over the residual's
+
+    def __str__(self) -> str:
+        return (
+            f"{self.edit}: fired on {self.fired:,} of {self.selected:,} tokens"
+            f", moved the residual by {self.moved:.3g} ({self.share:.1%} of its length)"
+        )
+
+
+class Report:
+    """Filled while a plan is active; read it at any time, `str(report)` prints all of it."""
+
+    def __init__(self, edits: Sequence[Edit]) -> None:
+        self._edits = tuple(edits)
+        self._sums: dict[int, Tensor] = {}
+        self.passes = 0  # forward passes that reached an edited layer
+
+    def add(self, numbers: Sequence[int], c: Tensor, selected: Tensor, lengths: Tensor,
+            norms: Tensor) -> None:  # fmt: skip
+        """Count one pass: `c`, `selected [.., m]`, `lengths [m]`, `norms [..]` of the residual."""
+        with torch.no_grad():
+            steps = (c.detach().abs() * lengths).flatten(0, -2)
+            shares = steps / norms.detach().flatten().unsqueeze(-1).clamp(min=1e-30)
+            counts = torch.stack(
+                [selected.flatten(0, -2).sum(0), (c != 0).flatten(0, -2).sum(0)]
+            ).double()
+            sums = torch.cat([counts, steps.sum(0)[None].double(), shares.sum(0)[None].double()])
+            for j, number in enumerate(numbers):
+                before = self._sums.get(number)
+                self._sums[number] = sums[:, j] if before is None else before + sums[:, j]
+
+    @property
+    def edits(self) -> tuple[EditReport, ...]:
+        """One row an edit, in the order of the plan (plans of several rows one after another)."""
+        rows = []
+        for number, edit in enumerate(self._edits):
+            found = self._sums.get(number)
+            selected, fired, moved, share = [0.0] * 4 if found is None else found.tolist()
+            each = max(1.0, fired)
+            rows.append(EditReport(edit, int(selected), int(fired), moved / each, share / each))
+        return tuple(rows)
+
+    @property
+    def fired(self) -> bool:
+        """Whether any edit acted; one of neutral strength acts where it is selected."""
+        return any(
+            row.selected if row.edit.changes_nothing else row.fired for row in self.edits
+        )  # fmt: skip
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.edits))

@@ -1,0 +1,195 @@
+"""Where an edit applies in a running pass: `Where` and `Call` -> one flag a token.
+
+Token classes go by the text of the token alone, roles by the chat markers around it.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qwen_scope_lens.errors import BadPlan, WrongTokenizer
+from qwen_scope_lens.steering.calls import Call
+from qwen_scope_lens.steering.where import Span, Where
+
+__all__ = ["Selector", "roles_of", "token_classes"]
+
+START, END = "<|im_start|>", "<|im_end|>"
+
+_SCRIPTS = {
+    "latin": ("LATIN",),
+    "cyrillic": ("CYRILLIC",),
+    "greek": ("GREEK",),
+    "arabic": ("ARABIC",),
+    "hebrew": ("HEBREW",),
+    "devanagari": ("DEVANAGARI",),
+    "thai": ("THAI",),
+    "han": ("CJK UNIFIED", "CJK COMPATIBILITY IDEOGRAPH"),
+    "kana": ("HIRAGANA", "KATAKANA"),
+    "hangul": ("HANGUL",),
+}
+
+
+def token_classes(text: str, special: bool = False) -> frozenset[str]:
+    """The classes of a token, by its text (see `where.TOKEN_CLASSES`)."""
+    if special:
+        return frozenset({"special"})
+    found = set()
+    if "\ufffd" in text:
+        found.add("fragment")
+    if text.isspace():
+        found |= {"space", "newline"} if "\n" in text else {"space"}
+    for char in text:
+        kind = unicodedata.category(char)[0]
+        if kind == "N":
+            found.add("digit")
+        elif kind == "L":
+            found.add("letter")
+            name = unicodedata.name(char, "")
+            found |= {script for script, heads in _SCRIPTS.items() if name.startswith(heads)}
+    if not found and text.strip():
+        found.add("punctuation")
+    return frozenset(found)
+
+
+def roles_of(ids: list[int], tokenizer: Any) -> list[str | None]:
+    """The chat role of every token: that of the message whose content it is, else None."""
+    start, end = (tokenizer.convert_tokens_to_ids(mark) for mark in (START, END))
+    roles: list[str | None] = []
+    role: str | None = None
+    head: list[int] | None = None  # the tokens of a role's name, while it is read
+    for token in ids:
+        if token == start:
+            role, head = None, []
+            roles.append(None)
+        elif token == end:
+            role, head = None, None
+            roles.append(None)
+        elif head is not None:
+            roles.append(None)
+            head.append(token)
+            name, line_break, _ = tokenizer.decode(head).partition("\n")
+            if line_break:
+                role, head = name.strip(), None
+        else:
+            roles.append(role)
+    return roles
+
+
+class Selector:
+    """Answers for one tokenizer; remembers the classes of the tokens it has seen."""
+
+    def __init__(self, tokenizer: Callable[[], Any]) -> None:
+        self._tokenizer_of = tokenizer  # asked only when an edit needs one
+        self._tokenizer: Any = None
+        self._classes: dict[int, frozenset[str]] = {}
+        self._special: set[int] = set()
+
+    def check(self, where: Where) -> None:
+        """Raise now what would be raised in the middle of a generation."""
+        if where.classes or where.roles:
+            tokenizer = self._known()
+            if where.roles and tokenizer.convert_tokens_to_ids(START) in (
+                None,
+                tokenizer.unk_token_id,
+            ):
+                raise WrongTokenizer(
+                    f"chat roles are read from {START}, which this tokenizer does not have"
+                )
+
+    def active(self, where: Where, call: Call) -> bool:
+        """Whether the pass has columns of the wanted phase at all."""
+        return {
+            "both": True,
+            "prompt": call.in_prompt,
+            "generation": call.in_generation,
+        }[where.phase]
+
+    def mask(self, where: Where, call: Call, device: torch.device) -> Tensor | None:
+        """bool `[rows or 1, columns or 1]`; None: every token of the pass."""
+        total, past = call.past + call.columns, call.past
+        parts: list[Tensor] = []
+        real = None if call.real is None else call.real.to(device)
+        if real is not None:
+            parts.append(real[:, past:])
+        if where.phase != "both" and call.in_prompt and call.in_generation:
+            columns = torch.arange(past, total, device=device)
+            wanted = columns < call.prompt if where.phase == "prompt" else columns >= call.prompt
+            parts.append(wanted[None])
+        skips = where.skip_first and where.positions is None
+        if where.positions is not None or (skips and (past == 0 or real is not None)):
+            if real is None:
+                at = torch.arange(past, total, device=device)[None]
+                ends = torch.tensor([[call.prompt]], device=device)
+            else:
+                at = real.cumsum(1)[:, past:] - 1
+                ends = real[:, : call.prompt].sum(1, keepdim=True)
+            if where.positions is None:
+                parts.append(at != 0)
+            else:
+                inside = [_inside(at, ends, span) for span in where.positions]
+                parts.append(torch.stack(inside).any(0))
+        if where.classes or where.token_ids:
+            parts.append(self._of_kind(where, call).to(device))
+        if where.roles:
+            parts.append(self._of_role(where, call).to(device))
+        if not parts:
+            return None
+        mask = parts[0]
+        for other in parts[1:]:
+            mask = mask & other
+        return mask
+
+    def _of_kind(self, where: Where, call: Call) -> Tensor:
+        ids = self._ids(call)[:, -call.columns :].tolist()
+        listed, classes = set(where.token_ids), set(where.classes)
+
+        def wanted(token: int) -> bool:
+            return token in listed or bool(classes and classes & self._classes_of(token))
+
+        return torch.tensor([[wanted(token) for token in row] for row in ids])
+
+    def _of_role(self, where: Where, call: Call) -> Tensor:
+        ids = self._ids(call)
+        if ids.shape[1] != call.past + call.columns:
+            raise BadPlan("chat roles need the tokens before these: start the text in the context")
+        tokenizer = self._known()
+        roles = [roles_of(row, tokenizer)[-call.columns :] for row in ids.tolist()]
+        return torch.tensor([[role in where.roles for role in row] for row in roles])
+
+    def _ids(self, call: Call) -> Tensor:
+        if call.ids is None:
+            raise BadPlan(
+                "an edit selects by token or role, but the tokens are not known (embeddings were"
+                " given, or the text began before the context): select by position or phase"
+            )
+        return call.ids
+
+    def _classes_of(self, token: int) -> frozenset[str]:
+        found = self._classes.get(token)
+        if found is None:
+            tokenizer = self._known()
+            found = token_classes(tokenizer.decode([token]), token in self._special)
+            self._classes[token] = found
+        return found
+
+    def _known(self) -> Any:
+        if self._tokenizer is None:
+            self._tokenizer = self._tokenizer_of()
+            self._special = set(self._tokenizer.all_special_ids)
+            added = getattr(self._tokenizer, "added_tokens_decoder", {})
+            self._special |= {i for i, token in added.items() if token.special}
+        return self._tokenizer
+
+
+def _inside(at: Tensor, ends: Tensor, span: Span) -> Tensor:
+    """Which positions `at` lie in a span; `ends` is the length of each row's prompt."""
+    start, stop = span
+    low = at >= (start if start >= 0 else ends + start)
+    if stop is None:
+        return low
+    return low & (at < (stop if start >= 0 else ends + stop))
