@@ -11,6 +11,7 @@ __all__ = [
     "BadCorpus",
     "BadFile",
     "BadPlan",
+    "BadQuery",
     "BadText",
     "CannotWrite",
     "CheckpointError",
@@ -138,6 +139,10 @@ class BadFile(ScopeError, ValueError):
 
 class BadPlan(ScopeError, ValueError):
     """An edit that cannot be done: unknown operation, missing strength, a feature elsewhere."""
+
+
+class BadQuery(ScopeError, ValueError):
+    """SQL that DuckDB does not understand, or that would do more than read."""
 
 
 class GeneratorFailed(ScopeError, RuntimeError):

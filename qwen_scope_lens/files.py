@@ -21,15 +21,18 @@ __all__ = ["exclusive", "file_sha256", "read_json", "whole_file", "whole_folder"
 
 
 @contextlib.contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
-    """One writer for a folder. The lock goes with the process, so a killed one leaves none."""
+def exclusive(folder: Path, wait: bool = False) -> Iterator[None]:
+    """One writer for a folder. The lock goes with the process, so a killed one leaves none.
+
+    Where another has it: wait for it, or raise.
+    """
     lock = folder / ".lock"
     with _named_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         handle = lock.open("w")
     with handle:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except OSError as error:
             raise CannotWrite(
                 f"another process is writing into {folder}: wait for it, or choose another folder"
