@@ -8,6 +8,7 @@ from pathlib import Path
 import planted
 import pytest
 import torch
+from feature_stores import build_store
 from tiny_models import make_model, make_sae, make_tokenizer
 
 import qwen_scope_lens as qsl
@@ -47,6 +48,12 @@ def stand_ins(page: Path, folder: Path) -> dict[str, object]:
     if page.name == "encode.md":
         planted.write_group(folder / "mine")
         return {"sae": qsl.load_sae("local/mine/1"), "x": torch.randn(2, 5, planted.D_MODEL)}
+    if page.name == "rank.md":
+        documents = [[{n % 7: 1.0, 50: 2.0} if n < 20 else {n % 7: 1.0}] * 3 for n in range(60)]
+        labels = {"lang": ["zh"] * 20 + ["en"] * 40}
+        texts = [f"one {n}" for n in range(60)]
+        build_store(folder / "store", documents, labels, texts=texts)
+        return {"path": folder / "store"}
     if page.name == "models.md":
         make_model(dtype=torch.bfloat16).save_pretrained(folder / "model")
         make_tokenizer().save_pretrained(folder / "model")

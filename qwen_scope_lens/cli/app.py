@@ -21,6 +21,8 @@ VERBS = {
     "show": "one group: shapes, sizes, memory, hook, notice",
     "convert": "between the published layout and SAELens's",
     "verify": "does this SAE belong to these activations?",
+    "rank": "which features tell one group of documents from another",
+    "stats": "every feature of a store: how often, how strongly, with which others",
     "demo": "a tour on data made on the spot, offline",
 }
 

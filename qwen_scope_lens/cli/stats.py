@@ -1,0 +1,50 @@
+"""Every feature of a stored layer: how often, how strongly, on what, and with which others.
+
+    qsl stats store/ --layer 12
+    qsl stats store/ --layer 12 --feature 6159,42
+    qsl stats store/ --layer 12 --out layer12.parquet
+
+One pass over the store in bounded memory. The Parquet file has a row a feature: density, document
+frequency, mean and maximum activation, histogram, top examples (document and token) and co-firing
+features. First tokens and tokens of extreme norm are left out unless --all-tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("store", type=Path, metavar="STORE", help="made by `qsl extract`")
+    parser.add_argument("--layer", type=int, help="default: the store's only, or its last")
+    parser.add_argument("--feature", type=_features, default=[], help="numbers, a comma apart")
+    parser.add_argument("--examples", type=int, default=10, help="shown of each feature")
+    parser.add_argument("--all-tokens", action="store_true", help="also first and extreme ones")
+    parser.add_argument("--out", type=Path, help="a Parquet file, one row a feature")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from qwen_scope_lens.features.statistics import statistics
+    from qwen_scope_lens.features.statistics_table import feature_text, save_table, summary
+    from qwen_scope_lens.features.store import FeatureStore
+
+    store = FeatureStore.open(arguments.store)
+    layer = store.layers[-1] if arguments.layer is None else arguments.layer
+    found = statistics(
+        store, layer, keep=not arguments.all_tokens, examples=max(20, arguments.examples)
+    )
+    print(summary(found))
+    for feature in arguments.feature:
+        print(f"\n{feature_text(found, feature, store, arguments.examples)}")
+    if arguments.out:
+        save_table(found, arguments.out)
+        print(f"\nwritten: {arguments.out}")
+    return 0
+
+
+def _features(text: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of features such as 6159,42")
+    return [int(part) for part in parts]

@@ -1,0 +1,252 @@
+"""Everything that is worth knowing about all features of a layer, from one pass over a store.
+
+How often each fires, on how many documents, how strongly (sum, maximum, histogram), on which tokens
+(top examples and a uniform sample), and with which others. Memory is a few hundred bytes a feature
+plus a bounded buffer, however large the store. Texts stay in the store: an example is a document
+and a position, `store.spans(doc)[position]` its place in the text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from qwen_scope_lens.errors import LayerOutOfRange, TooLittleData
+from qwen_scope_lens.features.cofiring import PAIR_TOKENS, Cofiring
+from qwen_scope_lens.features.examples import Best, place_hash
+
+if TYPE_CHECKING:
+    from qwen_scope_lens.features.store import Block, FeatureStore
+
+__all__ = ["BIN_EDGES", "Example", "FeatureStatistics", "statistics"]
+
+Array = np.ndarray[Any, Any]
+
+LOWEST, BINS = -16, 56
+BIN_EDGES = 2.0 ** (np.arange(LOWEST, LOWEST + BINS + 1) / 2)
+"""Edges of the histogram's bins, half an octave each, from 2^-8 to 2^20. What lies outside is
+counted in the first or last bin."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A token on which a feature fires."""
+
+    doc: int
+    position: int
+    value: float
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureStatistics:
+    """Statistics of all features of one layer; arrays have one row a feature, numbered as in the
+    SAE. Entries of the example arrays that do not exist are -1 (documents, positions, partners)."""
+
+    sae: str  # address of the layer, GROUP/LAYER
+    n_docs: int  # read
+    n_tokens: int  # counted: first and extreme ones are left out unless keep=False
+    kept_only: bool
+    token_count: Array  # int64 [d_sae], tokens on which the feature fires
+    doc_count: Array  # int64 [d_sae]
+    total: Array  # float64 [d_sae], sum of its activations
+    maximum: Array  # float32 [d_sae]
+    histogram: Array  # int64 [d_sae, len(BIN_EDGES) - 1], activations by size
+    top_doc: Array  # int64 [d_sae, m], strongest token of the m strongest documents, descending
+    top_position: Array  # int32 [d_sae, m]
+    top_value: Array  # float32 [d_sae, m]
+    sample_doc: Array  # int64 [d_sae, r], a uniform sample of firing tokens, strongest first
+    sample_position: Array  # int32 [d_sae, r]
+    sample_value: Array  # float32 [d_sae, r]
+    partner: Array  # int32 [d_sae, p], features that fire on the same tokens, closest first
+    partner_count: Array  # int64 [d_sae, p], tokens on which both fire
+    partner_jaccard: Array  # float32 [d_sae, p]
+    pair_tokens: int  # tokens on which pairs were counted: all, or a sample
+    bin_edges: Array = field(default_factory=lambda: BIN_EDGES)
+
+    @property
+    def d_sae(self) -> int:
+        return len(self.token_count)
+
+    @property
+    def density(self) -> Array:
+        """The share of tokens on which each feature fires. float64 `[d_sae]`"""
+        return self.token_count / max(1, self.n_tokens)
+
+    @property
+    def document_frequency(self) -> Array:
+        """The share of documents on which each feature fires. float64 `[d_sae]`"""
+        return self.doc_count / max(1, self.n_docs)
+
+    @property
+    def mean_active(self) -> Array:
+        """The mean activation where the feature fires, 0 where it never does. `[d_sae]`"""
+        return self.total / np.maximum(1, self.token_count)
+
+    @property
+    def dead(self) -> Array:
+        """Features that fired on no token that was read. bool `[d_sae]`"""
+        return self.token_count == 0
+
+    @property
+    def l0(self) -> float:
+        """How many features fire on a token, on average."""
+        return float(self.token_count.sum() / max(1, self.n_tokens))
+
+    def top_examples(self, feature: int) -> list[Example]:
+        """The strongest token of each of its strongest documents, in descending order."""
+        return self._examples(feature, self.top_doc, self.top_position, self.top_value)
+
+    def sample_examples(self, feature: int) -> list[Example]:
+        """A uniform sample of the tokens on which it fires, strongest first."""
+        return self._examples(feature, self.sample_doc, self.sample_position, self.sample_value)
+
+    def quantile_examples(self, feature: int, quantiles: Iterable[float]) -> list[Example]:
+        """For each quantile of its activations (1 the strongest) an example near it."""
+        sample = self.sample_examples(feature)
+        if not sample:
+            return []
+        last = len(sample) - 1
+        return [sample[round((1 - min(max(q, 0.0), 1.0)) * last)] for q in quantiles]
+
+    def top_pairs(self, n: int = 50, least: int = 10) -> list[tuple[int, int, int, float]]:
+        """The closest pairs among every feature's partners: feature, feature, tokens, Jaccard.
+
+        Only pairs that fire together on `least` tokens or more: rare ones agree by chance.
+        """
+        a = np.repeat(np.arange(self.d_sae), self.partner.shape[1])
+        b, count, score = (
+            x.ravel() for x in (self.partner, self.partner_count, self.partner_jaccard)
+        )
+        good = (b >= 0) & (count >= least)
+        low, high = np.minimum(a, b)[good], np.maximum(a, b)[good]
+        _, once = np.unique(low.astype(np.int64) * self.d_sae + high, return_index=True)
+        low, high, count, score = low[once], high[once], count[good][once], score[good][once]
+        order = np.lexsort((high, low, -score))[:n]
+        return [(int(low[i]), int(high[i]), int(count[i]), float(score[i])) for i in order]
+
+    def _examples(self, feature: int, doc: Array, position: Array, value: Array) -> list[Example]:
+        if not 0 <= feature < self.d_sae:
+            raise LayerOutOfRange(f"feature {feature}: {self.sae} has 0..{self.d_sae - 1}")
+        return [
+            Example(int(d), int(p), float(v))
+            for d, p, v in zip(doc[feature], position[feature], value[feature], strict=True)
+            if d >= 0
+        ]
+
+
+def statistics(
+    store: FeatureStore,
+    layer: int,
+    *,
+    keep: bool = True,
+    docs: Iterable[int] | None = None,
+    examples: int = 20,
+    sample: int = 24,
+    partners: int = 8,
+    pair_tokens: int = PAIR_TOKENS,
+) -> FeatureStatistics:
+    """Read a layer of the store once and count.
+
+    Args:
+        keep: leave out first tokens and tokens of extreme norm, as every statistic does by default.
+        docs: only these documents.
+        examples: documents whose strongest token is kept, a feature.
+        sample: tokens kept at random, a feature: what quantile examples are taken from.
+        partners: co-firing features kept, a feature.
+        pair_tokens: more tokens than these are sampled for counting pairs.
+    """
+    from tqdm import tqdm
+
+    facts = store.sae(layer)
+    chosen = None if docs is None else list(docs)
+    counts = _Counts(facts.d_sae)
+    top = Best(facts.d_sae, examples, one_per_doc=True)
+    uniform = Best(facts.d_sae, sample, one_per_doc=False)
+    pairs = Cofiring(facts.d_sae, pair_tokens)
+    bar = tqdm(unit="token", unit_scale=True, desc=f"statistics, layer {layer}", disable=None)
+    with bar:
+        for block in store.iter_blocks(layer, keep=keep, docs=chosen):
+            active = block.codes.active.numpy()
+            row, entry = active.nonzero()
+            feature = block.codes.indices.numpy()[row, entry].astype(np.int64)
+            value = block.codes.values.float().numpy()[row, entry]
+            doc, position = np.asarray(block.doc)[row], np.asarray(block.position)[row]
+            counts.add(block, feature, doc, value)
+            top.add(feature, doc, position, value, value.astype(np.float64))
+            uniform.add(feature, doc, position, value, place_hash(doc, position, feature))
+            pairs.add(np.asarray(block.doc), np.asarray(block.position),
+                      block.codes.indices.numpy(), active)  # fmt: skip
+            bar.update(len(block.doc))
+    if not counts.n_tokens:
+        raise TooLittleData(
+            f"layer {layer} of this store has no token to count (first and extreme ones are left"
+            " out by default: keep=False counts them)"
+        )
+    top_doc, top_position, top_value = top.result()
+    sampled = _strongest_first(*uniform.result())
+    partner, partner_count, jaccard, pair_count = pairs.partners(partners)
+    return FeatureStatistics(
+        sae=str(facts.ref),
+        n_docs=store.n_docs if chosen is None else len(set(chosen)),
+        n_tokens=counts.n_tokens,
+        kept_only=keep,
+        token_count=counts.tokens,
+        doc_count=counts.docs,
+        total=counts.total,
+        maximum=counts.maximum,
+        histogram=counts.histogram,
+        top_doc=top_doc,
+        top_position=top_position,
+        top_value=top_value,
+        sample_doc=sampled[0],
+        sample_position=sampled[1],
+        sample_value=sampled[2],
+        partner=partner,
+        partner_count=partner_count,
+        partner_jaccard=jaccard,
+        pair_tokens=pair_count,
+    )
+
+
+class _Counts:
+    """Sums over the blocks of a store."""
+
+    def __init__(self, d_sae: int) -> None:
+        self.n_tokens = 0
+        self.tokens = np.zeros(d_sae, dtype=np.int64)
+        self.docs = np.zeros(d_sae, dtype=np.int64)
+        self.total = np.zeros(d_sae, dtype=np.float64)
+        self.maximum = np.zeros(d_sae, dtype=np.float32)
+        self.histogram = np.zeros((d_sae, BINS), dtype=np.int64)
+        self._last_doc = -1
+        self._seen = np.zeros(d_sae, dtype=bool)  # in the document that the last block ended with
+
+    def add(self, block: Block, feature: Array, doc: Array, value: Array) -> None:
+        d_sae = len(self.tokens)
+        self.n_tokens += len(block.doc)
+        self.tokens += np.bincount(feature, minlength=d_sae)
+        self.total += np.bincount(feature, weights=value, minlength=d_sae)
+        np.maximum.at(self.maximum, feature, value)
+        bins = np.floor(2 * np.log2(value)).astype(np.int64) - LOWEST
+        np.add.at(self.histogram.reshape(-1), feature * BINS + bins.clip(0, BINS - 1), 1)
+        if not len(block.doc):
+            return
+        on_doc, fires = np.divmod(np.unique(doc * d_sae + feature), d_sae)
+        # A document's tokens stand together, but a block may end in the middle of one.
+        again = (on_doc == self._last_doc) & self._seen[fires]
+        self.docs += np.bincount(fires[~again], minlength=d_sae)
+        last = int(np.asarray(block.doc)[-1])
+        if last != self._last_doc:
+            self._last_doc = last
+            self._seen[:] = False
+        self._seen[fires[on_doc == last]] = True
+
+
+def _strongest_first(doc: Array, position: Array, value: Array) -> tuple[Array, Array, Array]:
+    """Order each row by value, ties by document and position; missing entries stay last."""
+    missing = np.where(doc < 0, np.inf, -value.astype(np.float64))
+    order = np.lexsort((position, doc, missing), axis=1)
+    return tuple(np.take_along_axis(a, order, axis=1) for a in (doc, position, value))  # type: ignore[return-value]

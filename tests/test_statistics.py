@@ -1,0 +1,167 @@
+"""Statistics of all features in one pass, against counting by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from planted_store import PlantedStore, random_codes
+
+from qwen_scope_lens.errors import LayerOutOfRange, TooLittleData
+from qwen_scope_lens.features.cofiring import Cofiring
+from qwen_scope_lens.features.examples import Best, place_hash
+from qwen_scope_lens.features.statistics import BIN_EDGES, statistics
+
+D_SAE = 40
+
+
+@pytest.fixture(scope="module")
+def dense() -> np.ndarray:
+    codes = random_codes(0, 400, D_SAE, popular=2.0)
+    codes[:, 7] = 0  # dead
+    return codes
+
+
+@pytest.fixture(scope="module")
+def store(dense: np.ndarray) -> PlantedStore:
+    rng = np.random.default_rng(1)
+    lengths = [100, 1, 1, 50, *rng.multinomial(248, [1 / 20] * 20).tolist()]
+    keep = rng.random(400) > 0.1
+    return PlantedStore({6: dense}, lengths, keep=keep, block=37)
+
+
+def counted(dense: np.ndarray, store: PlantedStore) -> np.ndarray:
+    """What the store holds: the rows that count, others zero."""
+    return np.where(store.keep[:, None], store.codes[6].to_dense().numpy(), 0)
+
+
+def test_counts_are_those_of_the_dense_matrix(dense: np.ndarray, store: PlantedStore) -> None:
+    found = statistics(store, 6, examples=5)
+    x = counted(dense, store)
+    fires = x > 0
+    assert found.n_tokens == store.keep.sum()
+    assert (found.token_count == fires.sum(0)).all()
+    np.testing.assert_allclose(found.total, x.sum(0), rtol=1e-6)
+    assert (found.maximum == x.max(0)).all()
+    docs = [[fires[store.doc == d, f].any() for d in range(store.n_docs)] for f in range(D_SAE)]
+    assert (found.doc_count == np.sum(docs, axis=1)).all()
+    assert found.dead[7]
+    assert found.mean_active[7] == 0
+    assert (found.dead == (fires.sum(0) == 0)).all()
+    assert found.l0 == pytest.approx(fires.sum() / store.keep.sum())
+    for f in range(D_SAE):
+        expected = np.histogram(x[fires[:, f], f].astype(np.float32), BIN_EDGES)[0]
+        assert (found.histogram[f] == expected).all()
+
+
+@pytest.mark.parametrize("block", [1, 13, 1000])
+def test_block_borders_change_nothing(dense: np.ndarray, store: PlantedStore, block: int) -> None:
+    other = PlantedStore({6: dense}, store.lengths, keep=store.keep, block=block)
+    a, b = statistics(store, 6, examples=4), statistics(other, 6, examples=4)
+    for name, value in vars(a).items():
+        if name == "total":  # a sum, in another order
+            np.testing.assert_allclose(value, getattr(b, name), rtol=1e-12)
+        else:
+            np.testing.assert_array_equal(value, getattr(b, name))
+
+
+def test_top_examples_are_the_strongest_token_of_each_document(
+    dense: np.ndarray, store: PlantedStore
+) -> None:
+    found = statistics(store, 6, examples=5)
+    x = counted(dense, store)
+    for f in range(D_SAE):
+        best = {}
+        for row in np.flatnonzero(x[:, f]):
+            place = (-x[row, f], store.position[row])
+            doc = int(store.doc[row])
+            best[doc] = min(best.get(doc, place), place)
+        expected = sorted((value, doc, position) for doc, (value, position) in best.items())[:5]
+        shown = [(-e.value, e.doc, e.position) for e in found.top_examples(f)]
+        assert shown == [(pytest.approx(v), d, p) for v, d, p in expected]
+
+
+def test_a_small_buffer_gives_the_same_best() -> None:
+    rng = np.random.default_rng(3)
+    n = 3000
+    feature, doc = rng.integers(0, 6, n), np.sort(rng.integers(0, 90, n))
+    position = rng.permutation(n)
+    value = rng.integers(1, 12, n).astype(np.float32)
+    for one_per_doc in (True, False):
+        results = []
+        for pending in (1, 10**9):
+            best = Best(6, 7, one_per_doc, pending)
+            for at in np.array_split(np.arange(n), 60):
+                best.add(feature[at], doc[at], position[at], value[at], value[at])
+            results.append(best.result())
+        for a, b in zip(*results, strict=True):
+            assert (a == b).all()
+
+
+def test_the_sample_is_uniform_and_the_same_in_any_order() -> None:
+    doc, position = np.divmod(np.arange(20_000), 100)
+    value = np.linspace(1, 9, 20_000).astype(np.float32)
+    key = place_hash(doc, position, np.zeros(20_000, dtype=np.int64))
+    results = []
+    for order in (np.arange(20_000), np.random.default_rng(0).permutation(20_000)):
+        best = Best(1, 400, one_per_doc=False, pending=3000)
+        for at in np.array_split(order, 20):
+            best.add(np.zeros(len(at), int), doc[at], position[at], value[at], key[at])
+        results.append(best.result())
+    assert all((a == b).all() for a, b in zip(*results, strict=True))
+    drawn = results[0][2][0]
+    assert drawn.mean() == pytest.approx(5.0, abs=0.4)  # three standard errors
+    assert drawn.std() == pytest.approx(2.31, abs=0.25)
+
+
+def test_quantile_examples_run_from_the_weakest_to_the_strongest(store: PlantedStore) -> None:
+    found = statistics(store, 6, sample=10)
+    busy = int(found.token_count.argmax())
+    low, middle, high = (e.value for e in found.quantile_examples(busy, [0, 0.5, 1]))
+    assert low < middle < high
+    assert found.quantile_examples(7, [0.5]) == []
+
+
+def test_partners_are_those_of_brute_force(dense: np.ndarray, store: PlantedStore) -> None:
+    found = statistics(store, 6, partners=6)
+    fires = counted(dense, store)[store.keep] > 0
+    both = fires.T.astype(int) @ fires.astype(int)
+    alone = np.diag(both)
+    for f in range(D_SAE):
+        union = alone[f] + alone - both[f]
+        score = np.divide(both[f], union, out=np.zeros(D_SAE), where=union > 0)
+        order = sorted((-score[g], g) for g in range(D_SAE) if g != f and both[f, g])[:6]
+        assert [g for _, g in order] == [g for g in found.partner[f] if g >= 0]
+        assert [both[f, g] for _, g in order] == found.partner_count[f][: len(order)].tolist()
+    a, b, n, score = found.top_pairs(1, least=3)[0]
+    assert a < b
+    assert n == both[a, b]
+    assert score == pytest.approx(both[a, b] / (alone[a] + alone[b] - both[a, b]))
+
+
+def test_pairs_on_a_sample_of_tokens_stay_bounded_and_close() -> None:
+    codes = random_codes(5, 6000, 12, k=4)
+    indices = np.argsort(-codes, axis=1)[:, :4].astype(np.int32)
+    active = np.take_along_axis(codes, indices, 1) > 0
+    few, all_of_them = Cofiring(12, most_tokens=1000), Cofiring(12, most_tokens=10**6)
+    for at in np.array_split(np.arange(6000), 30):
+        for pairs in (few, all_of_them):
+            pairs.add(at // 50, at % 50, indices[at], active[at])
+    partner, count, jaccard, tokens = few.partners(11)
+    full, _, full_jaccard, n = all_of_them.partners(11)
+    assert (tokens, n) == (1000, 6000)
+    for f in range(12):
+        a = dict(zip(partner[f].tolist(), jaccard[f].tolist(), strict=True))
+        b = dict(zip(full[f].tolist(), full_jaccard[f].tolist(), strict=True))
+        assert all(abs(a.get(g, 0) - b[g]) < 0.08 for g in b)
+    assert count.max() <= 1000
+
+
+def test_some_documents_only_and_what_is_refused(store: PlantedStore) -> None:
+    part = statistics(store, 6, docs=[0, 3])
+    assert part.n_docs == 2
+    assert part.n_tokens == store.keep[np.isin(store.doc, [0, 3])].sum()
+    assert set(part.top_doc[part.top_doc >= 0]) <= {0, 3}
+    with pytest.raises(TooLittleData):
+        statistics(store, 6, docs=[])
+    with pytest.raises(LayerOutOfRange):
+        part.top_examples(D_SAE)
