@@ -108,6 +108,7 @@ def measure(shape: tuple[int, int, int, int], script: str) -> None:
         "10 pre-activations fwd+bwd": preacts_backward,
         "one token: encode SAELens": no_grad(lambda: theirs.encode(one)),
         "one token: encode": lambda: ours.encode_sparse(one),
+        "one token: encode, half copy": lambda: kept.encode_sparse(one),
         "one token: decode SAELens": no_grad(lambda: theirs.decode(one_dense)),
         "one token: decode": no_grad(lambda: ours.decode_sparse(one_codes)),
     }
@@ -123,6 +124,7 @@ def measure(shape: tuple[int, int, int, int], script: str) -> None:
         "encode+decode certified": "encode+decode SAELens",
         "encode+decode certified, half copy": "encode+decode SAELens",
         "one token: encode": "one token: encode SAELens",
+        "one token: encode, half copy": "one token: encode SAELens",
         "one token: decode": "one token: decode SAELens",
     }
     peaks = {
@@ -244,7 +246,12 @@ def main() -> None:
         minis()
         return
     print(f"{cpu_name()}, one thread, torch {torch.__version__}")
-    print(f"first pass chosen for 256 tokens: {first_pass(256, 'cpu')}")
+    for keeps_half in (False, True):
+        counts = [n for n in range(1, 257) if first_pass(n, "cpu", keeps_half) == torch.bfloat16]
+        print(
+            f"bfloat16 first pass chosen from {min(counts, default='no number of')} tokens"
+            f"{', half copy' if keeps_half else ''}"
+        )
     for shape in QUICK if quick else SHAPES:
         measure(shape, str(Path(__file__)))
         gc.collect()

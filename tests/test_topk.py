@@ -147,9 +147,26 @@ def test_realistic_residuals_are_certified():
 
 
 def test_first_pass_choice_is_measured_once():
-    assert topk.first_pass(1, "cpu") == torch.float32
-    assert topk.first_pass(256, "cpu") in PASSES
-    assert topk._half_pays("cpu") is topk._half_pays("cpu")
+    for keeps_half in (False, True):
+        chosen = [topk.first_pass(count, "cpu", keeps_half) for count in topk._COUNTS]
+        # Once bfloat16 wins it is not given up again for more positions.
+        assert chosen == sorted(chosen, key=lambda dtype: dtype == torch.bfloat16)
+        assert set(chosen) <= set(PASSES)
+    before = topk._half_from.cache_info().misses
+    topk.first_pass(7, "cpu")
+    assert topk._half_from.cache_info().misses == before
+
+
+@pytest.mark.parametrize(("half", "expected"), [(0.1, 1), (10.0, topk._NEVER)])
+def test_first_pass_follows_the_clock(monkeypatch, half, expected):
+    now = [0.0]
+
+    def timed(encoder, x, outliers, precision):
+        now[0] += half if precision == torch.bfloat16 else 1.0
+
+    monkeypatch.setattr(topk, "approximate", timed)
+    monkeypatch.setattr(topk.time, "thread_time", lambda: now[0])
+    assert topk._half_from.__wrapped__("cpu", True) == expected
 
 
 # ScopeSAE against SAELens

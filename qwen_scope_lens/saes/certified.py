@@ -32,7 +32,7 @@ from qwen_scope_lens.saes import kernels
 from qwen_scope_lens.saes.encoder import EXTRA, TILE, Encoder, norm_above
 from qwen_scope_lens.saes.scores import exact_scores, pair_dots
 
-__all__ = ["BLOCK_BYTES", "select", "tokens_per_block"]
+__all__ = ["BLOCK_BYTES", "approximate", "select", "tokens_per_block"]
 
 U = 2.0**-24
 TINY = 2.0**-120
@@ -68,7 +68,7 @@ def select(
     if kernels.available(x.device):
         pairs, settled = _kernel_candidates(encoder, rest, outliers, precision, reach, k, cap)
     else:
-        approx = _first_pass(encoder, rest, outliers, precision)
+        approx = approximate(encoder, rest, outliers, precision)
         pairs, settled = _candidates(approx, reach.worst(), slope, k, encoder.d_sae, cap)
         del approx
     encoder.crowding = len(pairs.token) / max(1, len(x) * k) if bool(settled.all()) else 1e9
@@ -76,10 +76,10 @@ def select(
     return indices, settled, dots if encoder.centre.plain else None
 
 
-def _first_pass(
+def approximate(
     encoder: Encoder, rest: torch.Tensor, outliers: torch.Tensor, precision: torch.dtype
 ) -> torch.Tensor:
-    """`a [n, d_pad]`, with -inf after d_sae."""
+    """The first pass: `a [n, d_pad]`, with -inf after d_sae."""
     d_sae, centre = encoder.d_sae, encoder.centre
     approx = rest.new_empty((len(rest), -(-d_sae // 16) * 16), dtype=precision)
     approx[:, d_sae:] = float("-inf")

@@ -120,9 +120,14 @@ class Encoder:
             self._half[:, : self.d_in] = rows
             self._half[:, self.d_in :] = self.centre.extra
 
+    @property
+    def keeps_half(self) -> bool:
+        """Whether the bfloat16 copy is there, so that a bfloat16 pass converts nothing."""
+        return self._half is not None
+
     def half_buffer(self) -> torch.Tensor:
         """Where `half_tile` may put what it converts."""
-        rows = 0 if self._half is not None else min(TILE, self.d_sae)
+        rows = 0 if self.keeps_half else min(TILE, self.d_sae)
         return self.rows.new_empty((rows, self.d_in + EXTRA), dtype=torch.bfloat16)
 
     def half_tile(self, start: int, buffer: torch.Tensor) -> torch.Tensor:

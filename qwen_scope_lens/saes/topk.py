@@ -15,14 +15,18 @@ from torch.nn import functional as F
 
 from qwen_scope_lens.errors import NotFinite
 from qwen_scope_lens.saes import kernels
-from qwen_scope_lens.saes.certified import U, select, tokens_per_block
+from qwen_scope_lens.saes.certified import U, approximate, select, tokens_per_block
 from qwen_scope_lens.saes.encoder import Encoder
 from qwen_scope_lens.saes.scores import exact_scores, exact_topk, pair_dots
 
 __all__ = ["encode_topk", "exact_topk", "first_pass", "gather_decode"]
 
-_HALF_FROM = 24
-"""Positions from which a bfloat16 first pass can win: below, reading the weights is the cost."""
+_COUNTS = (1, 2, 4, 12, 24)
+"""Positions for which the two first passes are compared; the choice changes at one of them."""
+
+_NEVER = 2**62
+_CLEARLY = 1.2
+"""How much quicker bfloat16 has to be: it leaves a few more candidates to re-score."""
 
 _CROWDED = 5.0
 """Candidates over k from which another centre is worth trying; 2 to 4 is what a good one gives."""
@@ -47,7 +51,7 @@ class _TopK(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, encoder: Encoder, k: int, precision: torch.dtype | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         exact = x.float()
-        precision = precision or first_pass(len(x), x.device.type)
+        precision = precision or first_pass(len(x), x.device.type, encoder.keeps_half)
         parts = [
             _encode_block(block, encoder, k, precision)
             for block in exact.split(tokens_per_block(encoder.d_sae, precision))
@@ -66,27 +70,33 @@ class _TopK(torch.autograd.Function):
         return into.to(ctx.dtype), None, None, None
 
 
-def first_pass(tokens: int, device: str) -> torch.dtype:
+def first_pass(tokens: int, device: str, keeps_half: bool = False) -> torch.dtype:
     """The precision in which the first pass over `tokens` positions is cheapest here."""
-    half = tokens >= _HALF_FROM and _half_pays(device)
-    return torch.bfloat16 if half else torch.float32
+    return torch.bfloat16 if tokens >= _half_from(device, keeps_half) else torch.float32
 
 
 @cache
-def _half_pays(device: str) -> bool:
-    """Whether bfloat16 products beat float32 clearly. Measured once per process: some 50 ms."""
+def _half_from(device: str, keeps_half: bool) -> int:
+    """The fewest positions from which a bfloat16 first pass, the conversion of the weights
+    included unless a copy is kept, clearly beats float32. Measured once per process: 0.1 s.
+    """
     if device != "cpu":
-        return True
+        return _COUNTS[-1]
     with torch.no_grad():
-        a, b = torch.ones(128, 1024), torch.ones(2048, 1024)
-        pairs = {torch.float32: (a, b.T), torch.bfloat16: (a.bfloat16(), b.bfloat16().T)}
-        took = {dtype: float("inf") for dtype in pairs}
-        for _ in range(8):
-            for dtype, (left, right) in pairs.items():
-                start = time.perf_counter()
-                left @ right
-                took[dtype] = min(took[dtype], time.perf_counter() - start)
-    return took[torch.bfloat16] * 1.3 < took[torch.float32]
+        encoder = Encoder(torch.ones(8192, 1024), torch.zeros(8192), keeps_half)
+        found = _NEVER
+        for count in reversed(_COUNTS):
+            x = torch.ones(count, 1024)
+            took = dict.fromkeys((torch.float32, torch.bfloat16), float("inf"))
+            for _ in range(3):
+                for dtype in took:
+                    start = time.thread_time()
+                    approximate(encoder, x, x[:, :0], dtype)
+                    took[dtype] = min(took[dtype], time.thread_time() - start)
+            if took[torch.bfloat16] * _CLEARLY > took[torch.float32]:
+                break
+            found = count
+    return found
 
 
 def _encode_block(
