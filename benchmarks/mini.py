@@ -19,13 +19,14 @@ import torch
 from transformers import AutoTokenizer
 
 from qwen_scope_lens.mini import MINI_HOME, MODELS, model_path, sae_folder
-from qwen_scope_lens.mini.train import corpus
+from qwen_scope_lens.mini.train import corpus, durations
 from qwen_scope_lens.mini.train.activations import load_model
 from qwen_scope_lens.mini.train.data import CONTEXT, END, token_rows
-from qwen_scope_lens.mini.train.meaning import Rule, best_rule, firing_shares
+from qwen_scope_lens.mini.train.meaning import SEVERAL, Rule, best_rule, firing_shares, several
 from qwen_scope_lens.mini.train.quality import language_losses, layer_figures, load_saes
 from qwen_scope_lens.mini.train.sources import LANGUAGES
 from qwen_scope_lens.mini.train.tones import TONES
+from qwen_scope_lens.saes.sae import ScopeSAE
 
 Split = tuple[list[dict[str, Any]], list[list[int]]]
 ANYWHERE = (0.0,)
@@ -60,22 +61,23 @@ def loss_table(model: Any, train: Split, test: Split, say: Callable[[str], None]
         )
 
 
-def sae_table(model: Any, saes: list[Any], k: int, test: Split, say: Callable[[str], None]) -> None:
+def sae_table(model: Any, saes: list[ScopeSAE], test: Split, say: Callable[[str], None]) -> None:
     say("\n### SAEs on held-out text, first tokens left out\n")
-    say("| layer | FVU | L0 | silent features | loss | spliced | zeroed | recovered |")
-    say("|---|---|---|---|---|---|---|---|")
+    say("| layer | FVU | L0 | silent features | loss | spliced | zeroed | recovered | random SAE |")
+    say("|---|---|---|---|---|---|---|---|---|")
     rows = select(test, lambda record: True, 1500)[1]
-    for one in layer_figures(model, saes, k, rows, rows[:220]):
+    for one in layer_figures(model, saes, rows, rows[:220]):
         say(
             f"| {one.layer} | **{one.fvu:.3f}** | {one.l0:.1f} | {one.dead:.1%} | {one.clean:.3f}"
-            f" | {one.spliced:.3f} | {one.zeroed:.3f} | **{one.recovered:.3f}** |"
+            f" | {one.spliced:.3f} | {one.zeroed:.3f} | **{one.recovered:.3f}** | {one.floor:.3f} |"
         )
     tokens = sum(len(row) - 1 for row in rows)
     say(f"\n{tokens} tokens of all kinds of text; silent: fires on none of them.")
+    say("Random SAE: what as many random directions with the same k recover; the floor to compare.")
 
 
 def language_table(
-    model: Any, saes: list[Any], k: int, train: Split, test: Split, say: Callable[[str], None]
+    model: Any, saes: list[ScopeSAE], train: Split, test: Split, say: Callable[[str], None]
 ) -> None:
     def sample(split: Split, most: int) -> tuple[list[str], list[list[int]]]:
         langs: list[str] = []
@@ -88,8 +90,8 @@ def language_table(
 
     known, known_rows = sample(train, 150)
     held, held_rows = sample(test, 250)
-    shares = firing_shares(model, saes, k, known_rows)
-    held_shares = firing_shares(model, saes, k, held_rows)
+    shares = firing_shares(model, saes, known_rows)
+    held_shares = firing_shares(model, saes, held_rows)
     for title, thresholds in (
         ("share of tokens above a threshold", None),
         ("fires anywhere (threshold 0)", ANYWHERE),
@@ -105,11 +107,12 @@ def language_table(
 
 
 def contrast_table(
-    model: Any, saes: list[Any], k: int, train: Split, test: Split, tokens: Any,
+    model: Any, saes: list[ScopeSAE], train: Split, test: Split, tokens: Any,
     say: Callable[[str], None],
 ) -> None:  # fmt: skip
-    say("\n### One feature for each contrast (threshold chosen on discovery documents)\n")
-    say(f"| contrast | documents | F1 of always yes {RULE_HEAD}\n|---|---|---{RULE_LINE}")
+    say("\n### One feature for each contrast, and several (chosen on discovery documents)\n")
+    say(f"| contrast | documents | F1 of always yes {RULE_HEAD} {SEVERAL} features, held-out F1 |")
+    say(f"|---|---|---{RULE_LINE}---|")
     end = tokens.convert_tokens_to_ids(END)
 
     def questions(part: Split) -> Split:
@@ -121,15 +124,14 @@ def contrast_table(
         change: Callable[[Split], Split] = lambda part: part, sizes: Sequence[int] = (700, 500),
     ) -> None:  # fmt: skip
         known, held = change(select(train, keep, sizes[0])), change(select(test, keep, sizes[1]))
-        rule = best_rule(
-            firing_shares(model, saes, k, known[1]),
-            torch.tensor([yes(record) for record in known[0]]),
-            firing_shares(model, saes, k, held[1]),
-            torch.tensor([yes(record) for record in held[0]]),
-        )
+        shares = tuple(firing_shares(model, saes, part[1]) for part in (known, held))
+        truth = tuple(torch.tensor([yes(record) for record in part[0]]) for part in (known, held))
+        rule = best_rule(shares[0], truth[0], shares[1], truth[1])
+        together = several(shares[0], truth[0], shares[1], truth[1])
         count = sum(yes(record) for record in held[0])
         always = 2 * count / (count + len(held[0]))
-        say(f"| {name} | {count} of {len(held[0])} | {always:.3f} | {rule_cells(rule)}")
+        cells = f"{rule_cells(rule)} **{together:.3f}** |"
+        say(f"| {name} | {count} of {len(held[0])} | {always:.3f} | {cells}")
 
     def of(domain: str) -> Callable[[dict[str, Any]], bool]:
         return lambda record: record["domain"] == domain
@@ -172,17 +174,19 @@ def main() -> None:
         train, test = (token_rows(work, split, tokens) for split in ("train", "test"))
         model = load_model(model_path(name)).cpu()
         facts = json.loads((sae_folder(name) / "config.json").read_text())
-        saes = load_saes(sae_folder(name), facts["num_layers"])
+        saes = load_saes(name)
         size = sum(parameter.numel() for parameter in model.parameters())
         say(
             f"\n## {name}: {size / 1e6:.2f}M parameters, {facts['num_layers']} layers, d_model"
             f" {facts['d_model']}; SAEs d_sae {facts['d_sae']}, k {facts['k']}"
         )
         loss_table(model, train, test, say)
-        sae_table(model, saes, facts["k"], test, say)
-        language_table(model, saes, facts["k"], train, test, say)
-        contrast_table(model, saes, facts["k"], train, test, tokens, say)
+        sae_table(model, saes, test, say)
+        language_table(model, saes, train, test, say)
+        contrast_table(model, saes, train, test, tokens, say)
         say(f"\n(measured in {time.monotonic() - started:.0f} s)")
+    for line in durations.table(work):
+        say(line)
     if arguments.card:
         write_card(lines)
 

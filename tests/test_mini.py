@@ -12,10 +12,21 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qwen_scope_lens.mini import HELDOUT, MODELS, heldout, model_path, sae_folder
 from qwen_scope_lens.mini.train.panel import load_checkpoint
-from qwen_scope_lens.mini.train.quality import decode, encode
 from qwen_scope_lens.mini.train.release import LIMIT, size
 
+Tensors = dict[str, torch.Tensor]
 TEXT = "Select the table and print it. 请选择表格。 Выберите таблицу. 표를 선택합니다. 12 + 30 = 42"
+
+
+def encode(sae: Tensors, x: torch.Tensor, k: int) -> torch.Tensor:
+    """The published formula: `TopK(ReLU(x W_enc + b_enc))`."""
+    pre = torch.relu(x @ sae["W_enc"].T + sae["b_enc"])
+    values, indices = pre.topk(k, dim=-1)
+    return torch.zeros_like(pre).scatter_(-1, indices, values)
+
+
+def decode(sae: Tensors, codes: torch.Tensor) -> torch.Tensor:
+    return codes @ sae["W_dec"].T + sae["b_dec"]
 
 
 @pytest.fixture(params=MODELS)

@@ -5,19 +5,24 @@ from __future__ import annotations
 import json
 import math
 import random
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from qwen_scope_lens.mini import heldout, model_path
 from qwen_scope_lens.mini.train import sae as sae_module
 from qwen_scope_lens.mini.train.corpus import split_of
 from qwen_scope_lens.mini.train.data import batches, padded
+from qwen_scope_lens.mini.train.durations import measured, table
 from qwen_scope_lens.mini.train.generated import KINDS
-from qwen_scope_lens.mini.train.meaning import best_rule
+from qwen_scope_lens.mini.train.meaning import SEVERAL, best_rule, firing_shares, several
 from qwen_scope_lens.mini.train.prose import speaks
-from qwen_scope_lens.mini.train.quality import Ngrams
+from qwen_scope_lens.mini.train.quality import Ngrams, layer_figures, load_saes
 from qwen_scope_lens.mini.train.sources import LANGUAGES, SOURCES
 from qwen_scope_lens.mini.train.specs import SPECS, build_model
 
@@ -95,6 +100,83 @@ def test_best_rule_finds_the_planted_feature() -> None:
     shares[1, truth, 5] += 0.4
     rule = best_rule(shares, truth, shares, truth)
     assert (rule.layer, rule.feature, rule.f1) == (1, 5, 1.0)
+
+
+def test_several_features_see_what_no_single_one_does() -> None:
+    """Planted: each of eight features shows the class in a few documents only."""
+    generator = torch.Generator().manual_seed(0)
+    truth = torch.arange(400) % 2 == 0
+    shares = torch.rand(2, 400, 40, generator=generator) * 0.1
+    for feature in range(8):
+        seen = truth & (torch.rand(400, generator=generator) < 0.4)
+        shares[feature % 2, seen, feature] += 0.3
+    known, held = (shares[:, :200], truth[:200]), (shares[:, 200:], truth[200:])
+    single = best_rule(*known, *held).f1
+    together = several(*known, *held)
+    assert SEVERAL >= 8
+    assert single < 0.75 < 0.9 < together
+    shuffled = truth[:200][torch.randperm(200, generator=generator)]
+    assert several(known[0], shuffled, *held) < 0.7
+
+
+def test_durations_add_up_over_interruptions(tmp_path: Path) -> None:
+    def interrupted() -> None:
+        with measured(tmp_path, "model x"):
+            time.sleep(0.02)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    first = json.loads((tmp_path / "durations" / "model x.json").read_text())
+    with measured(tmp_path, "model x"):
+        time.sleep(0.02)
+    second = json.loads((tmp_path / "durations" / "model x.json").read_text())
+    assert second["wall"] >= first["wall"] + 0.02 >= 0.04
+    assert [line for line in table(tmp_path) if line.startswith("| model x |")]
+    assert not list(table(tmp_path / "elsewhere"))
+
+
+@pytest.fixture(scope="module")
+def mini_rows() -> tuple[Any, list[list[int]]]:
+    model = AutoModelForCausalLM.from_pretrained(model_path("mini-qwen3")).eval()
+    tokenizer = AutoTokenizer.from_pretrained(model_path("mini-qwen3"))
+    texts = [record["text"] for record in heldout("prose")][:10]
+    return model, [row[:48] for row in tokenizer(texts)["input_ids"]]
+
+
+def test_layer_figures_follow_the_formulas(mini_rows: tuple[Any, list[list[int]]]) -> None:
+    model, rows = mini_rows
+    saes = load_saes("mini-qwen3")
+    one = layer_figures(model, saes, rows, rows)[4]
+    found, fired = [], set()
+    for row in rows:
+        with torch.no_grad():
+            hidden = model(torch.tensor([row]), output_hidden_states=True).hidden_states[5]
+        found.append(hidden[0, 1:].double())
+    x = torch.cat(found)
+    sae = saes[4]
+    pre = torch.relu(x @ sae.W_enc.double() + sae.b_enc.double())
+    values, indices = pre.topk(sae.cfg.k)
+    fired = set(indices[values > 0].tolist())
+    codes = torch.zeros_like(pre).scatter_(1, indices, values)
+    error = codes @ sae.W_dec.double() + sae.b_dec.double() - x
+    fvu = float(error.square().sum() / (x - x.mean(0)).square().sum())
+    assert one.fvu == pytest.approx(fvu, rel=1e-4)
+    assert one.l0 == pytest.approx(float((values > 0).sum()) / len(x), rel=1e-6)
+    assert one.dead == pytest.approx(1 - len(fired) / sae.cfg.d_sae, abs=1e-6)
+    assert one.clean < one.spliced < one.random < one.zeroed
+    assert 0.2 < one.floor < one.recovered < 1
+
+
+def test_firing_shares_count_tokens_but_the_first(mini_rows: tuple[Any, list[list[int]]]) -> None:
+    model, rows = mini_rows
+    saes = load_saes("mini-qwen3")
+    shares = firing_shares(model, saes, rows[:5])
+    for number, row in enumerate(rows[:5]):
+        with torch.no_grad():
+            hidden = model(torch.tensor([row]), output_hidden_states=True).hidden_states[1]
+        expected = (saes[0].encode(hidden[0, 1:]) > 0).float().mean(0)
+        assert torch.allclose(shares[0, number], expected, atol=1 / 24 / len(row))
 
 
 @pytest.mark.parametrize("name", sorted(SPECS))

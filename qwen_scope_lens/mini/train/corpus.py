@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_scope_lens.mini.train import prose as prose_module
+from qwen_scope_lens.mini.train.durations import measured
 from qwen_scope_lens.mini.train.generated import KINDS, Document, Prose
 from qwen_scope_lens.mini.train.sources import CODE_PACKAGE, LANGUAGES, SOURCES, fetch
 
@@ -140,7 +141,8 @@ def main() -> None:
     if done and sample.is_file() and not arguments.again:
         print("corpus: already there")
         return
-    build(work, sample)
+    with measured(work, "corpus"):
+        build(work, sample)
 
 
 if __name__ == "__main__":

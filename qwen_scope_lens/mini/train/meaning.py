@@ -16,25 +16,30 @@ import torch
 
 from qwen_scope_lens.mini.train.activations import batch_residuals
 from qwen_scope_lens.mini.train.data import batches
-from qwen_scope_lens.mini.train.quality import SAE, encode
+from qwen_scope_lens.saes.sae import ScopeSAE
 
-__all__ = ["THRESHOLDS", "Rule", "best_rule", "firing_shares"]
+__all__ = ["SEVERAL", "THRESHOLDS", "Rule", "best_rule", "firing_shares", "several"]
+
+SEVERAL = 16
+"""Features that `several` puts together."""
 
 THRESHOLDS = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7)
 
 
 @torch.no_grad()
-def firing_shares(
-    model: Any, saes: list[SAE], k: int, rows: Sequence[Sequence[int]]
-) -> torch.Tensor:
+def firing_shares(model: Any, saes: list[ScopeSAE], rows: Sequence[Sequence[int]]) -> torch.Tensor:
     """Share of a row's tokens (but the first) on which a feature fires. `[layers, rows, d_sae]`"""
-    shares = torch.zeros(len(saes), len(rows), saes[0]["b_enc"].numel())
+    width = saes[0].cfg.d_sae
+    shares = torch.zeros(len(saes), len(rows), width)
     for numbers, mask, residuals in batch_residuals(model, rows, batches(rows, 4096, 0)):
         mask[:, 0] = False
         length = mask.sum(1, keepdim=True).clamp(min=1)
         for n, (sae, residual) in enumerate(zip(saes, residuals, strict=True)):
-            fires = (encode(sae, residual, k) > 0) & mask[:, :, None]
-            shares[n, list(numbers)] = fires.sum(1) / length
+            codes = sae.encode_sparse(residual)
+            row, token, entry = (codes.active & mask[:, :, None]).nonzero(as_tuple=True)
+            cells = row * width + codes.indices[row, token, entry]
+            fires = torch.bincount(cells, minlength=len(numbers) * width)
+            shares[n, list(numbers)] = fires.view(-1, width) / length
     return shares
 
 
@@ -80,3 +85,22 @@ def best_rule(
     column = held[layer, :, feature : feature + 1] > threshold
     f1, precision, recall = (float(value[0]) for value in _scores(column, held_truth))
     return Rule(layer, feature, threshold, found, f1, precision, recall)
+
+
+def several(
+    discovery: torch.Tensor, truth: torch.Tensor, held: torch.Tensor, held_truth: torch.Tensor
+) -> float:
+    """F1 on `held` of a logistic regression on the shares of SEVERAL features of all layers.
+
+    Those whose mean differs most between the classes, in units of their spread, on `discovery`.
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    known = discovery.transpose(0, 1).flatten(1)
+    gap = (known[truth].mean(0) - known[~truth].mean(0)).abs() / (known.std(0) + 1e-3)
+    chosen = gap.topk(SEVERAL).indices
+    scale = known[:, chosen].std(0) + 1e-6
+    fitted = LogisticRegression(max_iter=1000).fit(known[:, chosen] / scale, truth)
+    said = fitted.predict(held.transpose(0, 1).flatten(1)[:, chosen] / scale)
+    f1, _, _ = _scores(torch.as_tensor(said)[:, None], held_truth)
+    return float(f1[0])

@@ -22,6 +22,7 @@ from torch.nn import functional
 
 from qwen_scope_lens.mini.train.corpus import work_folder
 from qwen_scope_lens.mini.train.data import PAD, epochs, padded, token_rows
+from qwen_scope_lens.mini.train.durations import measured
 from qwen_scope_lens.mini.train.specs import SPECS, ModelSpec, build_model
 
 __all__ = ["held_out_loss", "loss_of", "train"]
@@ -171,7 +172,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    train(SPECS[arguments.name], work_folder(arguments.work))
+    work = work_folder(arguments.work)
+    with measured(work, f"model {arguments.name}"):
+        train(SPECS[arguments.name], work)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from qwen_scope_lens.mini.train.corpus import work_folder
 from qwen_scope_lens.mini.train.data import token_rows
+from qwen_scope_lens.mini.train.durations import measured
 from qwen_scope_lens.mini.train.model import held_out_loss, train
 from qwen_scope_lens.mini.train.quality import group_of
 from qwen_scope_lens.mini.train.specs import ModelSpec
@@ -106,7 +107,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    index = make(work_folder(arguments.work), arguments.out)
+    work = work_folder(arguments.work)
+    with measured(work, "panel"):
+        index = make(work, arguments.out)
     print(f"panel: {len(index)} checkpoints in {arguments.out}")
 
 

@@ -10,19 +10,29 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from qwen_scope_lens.catalog import find_group
+from qwen_scope_lens.mini import SAES
 from qwen_scope_lens.mini.train.activations import batch_residuals
 from qwen_scope_lens.mini.train.data import batches, padded
 from qwen_scope_lens.mini.train.model import held_out_loss, loss_of
+from qwen_scope_lens.saes.load import load_sae
+from qwen_scope_lens.saes.sae import ScopeSAE, ScopeSAEConfig
 
-__all__ = ["LayerFigures", "Ngrams", "encode", "group_of", "language_losses", "layer_figures"]
+__all__ = [
+    "LayerFigures",
+    "Ngrams",
+    "group_of",
+    "language_losses",
+    "layer_figures",
+    "load_saes",
+    "random_sae",
+]
 
 Rows = Sequence[Sequence[int]]
-SAE = dict[str, torch.Tensor]
 DISCOUNT = 0.75
 
 
@@ -92,19 +102,22 @@ def language_losses(
     return table
 
 
-def load_saes(folder: Path, layers: int) -> list[SAE]:
-    return [torch.load(folder / f"layer{n}.sae.pt", weights_only=True) for n in range(layers)]
+def load_saes(name: str) -> list[ScopeSAE]:
+    """The shipped SAEs of a mini model, by layer."""
+    group = find_group(SAES[name])
+    return [load_sae(f"{group.short}/{layer}") for layer in group.layers]
 
 
-def encode(sae: SAE, x: torch.Tensor, k: int) -> torch.Tensor:
-    """`TopK(ReLU(x W_enc + b_enc))`, dense. `[.., d_model] -> [.., d_sae]`"""
-    pre = torch.relu(x @ sae["W_enc"].T + sae["b_enc"])
-    values, indices = pre.topk(k, dim=-1)
-    return torch.zeros_like(pre).scatter_(-1, indices, values)
-
-
-def decode(sae: SAE, codes: torch.Tensor) -> torch.Tensor:
-    return codes @ sae["W_dec"].T + sae["b_dec"]
+def random_sae(like: ScopeSAE, mean: torch.Tensor) -> ScopeSAE:
+    """Random directions of length one that read and write around the mean: learnt nothing."""
+    config = ScopeSAEConfig(d_in=like.cfg.d_in, d_sae=like.cfg.d_sae, k=like.cfg.k)
+    sae = ScopeSAE(config)
+    shape = (like.cfg.d_sae, like.cfg.d_in)
+    rows = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    rows = torch.nn.functional.normalize(rows, dim=-1)
+    state = {"W_enc": rows.T.clone(), "W_dec": rows, "b_enc": -(rows @ mean), "b_dec": mean}
+    sae.load_state_dict(state)
+    return sae
 
 
 @dataclass
@@ -118,45 +131,48 @@ class LayerFigures:
     clean: float
     spliced: float  # residual replaced by its reconstruction, but at the first token
     zeroed: float  # residual replaced by nothing, but at the first token
+    random: float  # residual replaced by what an SAE of random directions makes of it
 
     @property
     def recovered(self) -> float:
         return (self.zeroed - self.spliced) / (self.zeroed - self.clean)
 
+    @property
+    def floor(self) -> float:
+        """What the random SAE recovers: the figure to compare `recovered` with."""
+        return (self.zeroed - self.random) / (self.zeroed - self.clean)
+
 
 @torch.no_grad()
 def layer_figures(
-    model: Any, saes: list[SAE], k: int, rows: Rows, splice_rows: Rows
+    model: Any, saes: list[ScopeSAE], rows: Rows, splice_rows: Rows
 ) -> list[LayerFigures]:
     """FVU, L0 and silent features on `rows`; loss recovered on `splice_rows`."""
     layers = len(saes)
     error = torch.zeros(layers, dtype=torch.float64)
-    total = torch.zeros(layers, saes[0]["b_dec"].numel(), dtype=torch.float64)
+    total = torch.zeros(layers, saes[0].cfg.d_in, dtype=torch.float64)
     square = torch.zeros(layers, dtype=torch.float64)
     active = torch.zeros(layers, dtype=torch.float64)
-    fired = torch.zeros(layers, saes[0]["b_enc"].numel(), dtype=torch.bool)
+    fired = torch.zeros(layers, saes[0].cfg.d_sae, dtype=torch.bool)
     count = 0
     for _, mask, residuals in batch_residuals(model, rows, batches(rows, 4096, 0)):
         mask[:, 0] = False
         count += int(mask.sum())
         for n, (sae, residual) in enumerate(zip(saes, residuals, strict=True)):
             x = residual[mask]
-            codes = encode(sae, x, k)
-            error[n] += (decode(sae, codes) - x).pow(2).sum().double()
+            codes = sae.encode_sparse(x)
+            error[n] += (sae.decode_sparse(codes) - x).pow(2).sum().double()
             total[n] += x.sum(0).double()
             square[n] += x.pow(2).sum().double()
-            active[n] += (codes > 0).sum().double()
-            fired[n] |= (codes > 0).any(0)
+            active[n] += codes.active.sum().double()
+            fired[n, codes.indices[codes.active].long()] = True
     variance = square - total.pow(2).sum(1) / count
     clean = _spliced_loss(model, splice_rows, None, None)
     figures = []
     for n, sae in enumerate(saes):
-
-        def rebuilt(x: torch.Tensor, sae: SAE = sae) -> torch.Tensor:
-            return decode(sae, encode(sae, x, k))
-
-        spliced = _spliced_loss(model, splice_rows, n, rebuilt)
+        spliced = _spliced_loss(model, splice_rows, n, sae)
         zeroed = _spliced_loss(model, splice_rows, n, torch.zeros_like)
+        untrained = random_sae(sae, (total[n] / count).float())
         figures.append(
             LayerFigures(
                 layer=n,
@@ -166,6 +182,7 @@ def layer_figures(
                 clean=clean,
                 spliced=spliced,
                 zeroed=zeroed,
+                random=_spliced_loss(model, splice_rows, n, untrained),
             )
         )
     return figures

@@ -24,9 +24,10 @@ from sae_lens.training.sae_trainer import SAETrainer
 from qwen_scope_lens.mini.train.activations import collect, load_model
 from qwen_scope_lens.mini.train.corpus import work_folder
 from qwen_scope_lens.mini.train.data import token_rows
+from qwen_scope_lens.mini.train.durations import measured
 from qwen_scope_lens.mini.train.specs import D_SAE, SPECS, K, ModelSpec
 
-__all__ = ["SAE_FOLDER", "export", "train_layer"]
+__all__ = ["SAE_FOLDER", "export", "train_all", "train_layer"]
 
 TOKENS = 300_000
 """Of which activations are kept; every SAE sees each of them `SAMPLES / TOKENS` times."""
@@ -135,15 +136,8 @@ def _quick_fvu(tensors: dict[str, torch.Tensor], x: torch.Tensor) -> tuple[float
     return fvu, float((codes.amax(0) == 0).float().mean())
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("name", choices=sorted(SPECS))
-    parser.add_argument("--work", default=None)
-    parser.add_argument("--threads", type=int, default=0)
-    arguments = parser.parse_args()
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    work, spec = work_folder(arguments.work), SPECS[arguments.name]
+def train_all(spec: ModelSpec, work: Path) -> None:
+    """The SAEs of all layers of a finished model, exported; finished layers are not repeated."""
     model = load_model(work / "models" / spec.name / "final")
     rows = token_rows(work, "train")[1]
     data = collect(model, rows, work / "activations" / spec.name, TOKENS, SEED)
@@ -159,9 +153,23 @@ def main() -> None:
             os.replace(path.with_suffix(".partial"), path)
             fvu, dead = _quick_fvu(tensors, torch.from_numpy(values[:40_000].astype(np.float32)))
             spent = time.monotonic() - started
-            print(f"{spec.name} layer {layer}: FVU {fvu:.3f}, silent {dead:.1%}, {spent:.0f} s")
+            text = f"FVU {fvu:.3f}, silent {dead:.1%}, {spent:.0f} s"
+            print(f"{spec.name} layer {layer}: {text}", flush=True)
         layers.append(torch.load(path, weights_only=True))
     export(spec, layers, parts / SAE_FOLDER(spec))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("name", choices=sorted(SPECS))
+    parser.add_argument("--work", default=None)
+    parser.add_argument("--threads", type=int, default=0)
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    work, spec = work_folder(arguments.work), SPECS[arguments.name]
+    with measured(work, f"sae {spec.name}"):
+        train_all(spec, work)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from tokenizers import pre_tokenizers as pre
 
 from qwen_scope_lens.mini.train.corpus import read, work_folder
+from qwen_scope_lens.mini.train.durations import measured
 
 __all__ = ["CHAT_TEMPLATE", "SPECIAL", "VOCAB_SIZE", "build"]
 
@@ -103,7 +104,8 @@ def main() -> None:
     if (work / "tokenizer" / "tokenizer_config.json").is_file() and not arguments.again:
         print("tokenizer: already there")
         return
-    folder = build(work)
+    with measured(work, "tokenizer"):
+        folder = build(work)
     print("tokenizer:", folder, (folder / "tokenizer.json").stat().st_size, "bytes")
 
 
