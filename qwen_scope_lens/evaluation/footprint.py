@@ -1,0 +1,111 @@
+"""The footprint of a benchmark: which features each of its items activates.
+
+Equations 2-3 of the paper: `F(x_i) = {j : z_j(x_i) > 0}` at one token position, `F(D)` their union.
+Everything in this room is counted from this one matrix. Where it comes from (a feature store, a
+token position, a layer) is `suite.py`; what is made of it are the other modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from scipy.sparse import csr_matrix, spmatrix
+
+from qwen_scope_lens.errors import StoreMismatch, TooLittleData
+
+__all__ = ["Footprint", "check_comparable", "footprint"]
+
+
+@dataclass(frozen=True, eq=False)
+class Footprint:
+    """Items x features of one benchmark, True where an item activates a feature."""
+
+    name: str
+    items: csr_matrix  # [n_items, d_sae], ones as float32, no stored zeros, sorted
+    keys: tuple[str, ...]  # of the items
+    sae: str  # the address of the SAE; "" when it has none
+    position: str  # where in the prompt it was read
+
+    def __len__(self) -> int:
+        return int(self.items.shape[0])
+
+    @property
+    def d_sae(self) -> int:
+        return int(self.items.shape[1])
+
+    @cached_property
+    def counts(self) -> np.ndarray:
+        """m_j: how many items activate each feature. int64 `[d_sae]`"""
+        return np.bincount(self.items.indices, minlength=self.d_sae)
+
+    @cached_property
+    def features(self) -> np.ndarray:
+        """F(D): the features that any item activates, ascending. int64 `[|F|]`"""
+        return np.flatnonzero(self.counts)
+
+    @property
+    def size(self) -> int:
+        """|F(D)|"""
+        return len(self.features)
+
+    @cached_property
+    def compact(self) -> csr_matrix:
+        """`items` with the columns of `features` alone. `[n_items, |F|]`"""
+        column = np.zeros(self.d_sae, dtype=np.int32)
+        column[self.features] = np.arange(self.size, dtype=np.int32)
+        parts = (self.items.data, column[self.items.indices], self.items.indptr)
+        return csr_matrix(parts, shape=(len(self), self.size))
+
+    def subset(self, numbers: Sequence[int] | np.ndarray) -> Footprint:
+        """The same benchmark with these items alone, in this order."""
+        rows = np.asarray(numbers, dtype=np.int64)
+        keys = tuple(self.keys[i] for i in rows)
+        return footprint(self.name, self.items[rows], keys, self.sae, self.position)
+
+    def __repr__(self) -> str:
+        return f"Footprint({self.name!r}, {len(self)} items, {self.size} of {self.d_sae} features)"
+
+
+def footprint(
+    name: str,
+    items: csr_matrix | spmatrix | np.ndarray | Any,
+    keys: Sequence[str] = (),
+    sae: str = "",
+    position: str = "last",
+) -> Footprint:
+    """A footprint from activations or booleans `[n_items, d_sae]`: whatever is above zero."""
+    fires = csr_matrix(items) > 0
+    matrix = csr_matrix(fires, dtype=np.float32)
+    matrix.sort_indices()
+    n_items = matrix.shape[0]
+    if n_items == 0:
+        raise TooLittleData(f"benchmark {name!r} has no items: there is nothing to measure")
+    if matrix.nnz == 0:
+        raise TooLittleData(
+            f"benchmark {name!r}: none of its {n_items} items activates any feature at position"
+            f" {position!r}, so its footprint is empty. Read another position or layer"
+        )
+    keys = tuple(str(key) for key in keys) or tuple(str(i) for i in range(n_items))
+    if len(keys) != n_items:
+        raise ValueError(f"{name}: {n_items} items but {len(keys)} keys")
+    return Footprint(name, matrix, keys, sae, position)
+
+
+def check_comparable(*footprints: Footprint) -> None:
+    """Raise unless all were read by one SAE at one position."""
+    first = footprints[0]
+    for other in footprints[1:]:
+        for what, a, b in (
+            ("SAE", first.sae, other.sae),
+            ("width", first.d_sae, other.d_sae),
+            ("position", first.position, other.position),
+        ):
+            if a != b:
+                raise StoreMismatch(
+                    f"{first.name} and {other.name} cannot be compared: {what} {a!r} against"
+                    f" {b!r}. Extract both with the same settings"
+                )
