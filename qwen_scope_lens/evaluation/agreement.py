@@ -72,8 +72,8 @@ def ranking_curve(
     """
     first, second = np.triu_indices(len(correct), 1)
     whole_numbers = np.array_equal(correct, np.rint(correct))
-    values = correct.astype(np.int32 if whole_numbers else np.float64)
-    differences = values[first] - values[second]  # [pairs, items]
+    values: np.ndarray = correct.astype(np.int32 if whole_numbers else np.float64)
+    differences: np.ndarray = np.subtract(values[first], values[second])  # [pairs, items]
     slack = 0 if whole_numbers else 1e-9 * max(1.0, float(np.abs(correct).max()))
 
     def signs(sums: np.ndarray) -> np.ndarray:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial as bind
 
 import numpy as np
 from scipy.stats import rankdata
@@ -136,7 +137,7 @@ def correlate_pairs(
         return (pearson if measure == "pearson" else spearman)(a[i, j], b[i, j])
 
     found = {
-        measure: over_benchmarks(lambda numbers, m=measure: over(m, numbers), n, seed=seed)
+        measure: over_benchmarks(bind(over, measure), n, seed=seed)
         for measure in ("pearson", "spearman")
     }
     rng = np.random.default_rng(seed)

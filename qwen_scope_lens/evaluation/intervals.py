@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -45,7 +46,7 @@ class Interval:
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
-def ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
+def ratio(above: Any, below: Any) -> np.ndarray:
     """Their quotient; NaN where nothing stands below, as in a resample that activates nothing."""
     above, below = np.broadcast_arrays(np.asarray(above, float), np.asarray(below, float))
     result: np.ndarray = np.divide(above, below, out=np.full(above.shape, np.nan), where=below > 0)
@@ -97,9 +98,7 @@ def over_benchmarks(
     out.
     """
     if n < 3:
-        raise TooLittleData(
-            f"a correlation over {n} benchmarks says nothing: at least 3 are needed"
-        )
+        raise TooLittleData(f"a correlation over {n} benchmarks: at least 3 are needed")
     rng = np.random.default_rng(seed)
     found = np.full(draws, np.nan)
     for i in range(draws):
