@@ -13,7 +13,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from qwen_scope_lens.errors import BadCorpus, HubUnreachable
 from qwen_scope_lens.features.manifest import join_label_types
 from qwen_scope_lens.features.shards import RESERVED
 
-__all__ = ["Corpus", "Document", "Survey", "as_corpus", "read_corpus", "survey"]
+__all__ = ["Corpus", "Document", "Survey", "as_corpus", "read_corpus", "read_rows", "survey"]
 
 KEYS = ("key", "id")
 TEXTS = ("text", "messages")
@@ -85,8 +85,23 @@ def read_corpus(
     truth values). Empty texts are an error unless `skip_empty`. Unpaired surrogates, which no
     tokenizer takes, become U+FFFD.
     """
-    place = Path(path).expanduser()
     columns = _Columns(text, None if labels is None else tuple(labels), key, skip_empty)
+    place, reader = _opened(path, split)
+    size = place.stat().st_size if isinstance(place, Path) and place.is_file() else None
+    return Corpus(str(path), _Source(place, reader, columns), size)
+
+
+def read_rows(
+    path: str | os.PathLike[str], *, split: str | None = None
+) -> Iterator[tuple[str, Row]]:
+    """The rows of whatever `read_corpus` reads, with where each stands, for messages."""
+    place, reader = _opened(path, split)
+    yield from reader(place)
+
+
+def _opened(path: str | os.PathLike[str], split: str | None) -> tuple[Any, Reader]:
+    """What a path or name stands for, and how it is read."""
+    place = Path(path).expanduser()
     if place.is_file():
         suffix = place.suffix.lower()
         if suffix not in READERS:
@@ -94,12 +109,12 @@ def read_corpus(
                 f"{place}: what format is {suffix or 'a file without an ending'}? Expected one of"
                 f" {', '.join(READERS)}, a folder of datasets.save_to_disk or a hub name"
             )
-        return Corpus(str(path), _Source(place, READERS[suffix], columns), place.stat().st_size)
+        return place, READERS[suffix]
     if place.is_dir():
-        return Corpus(str(path), _Source(place, _Datasets(split, on_hub=False), columns))
+        return place, _Datasets(split, on_hub=False)
     if place.suffix.lower() in READERS or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(path)):
         raise BadCorpus(f"{path} does not exist")
-    return Corpus(str(path), _Source(path, _Datasets(split, on_hub=True), columns))
+    return path, _Datasets(split, on_hub=True)
 
 
 def as_corpus(documents: Any, name: str = "documents given in Python") -> Corpus:
@@ -150,6 +165,7 @@ def survey(corpus: Iterable[Document], name: str) -> Survey:
 # Reading rows. A reader yields (where it stands, row); the rest is common to all formats.
 
 Row = Mapping[str, Any]
+Reader = Callable[[Any], Iterator[tuple[str, Any]]]
 
 
 @dataclass(frozen=True)
