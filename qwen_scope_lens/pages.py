@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import html
 import io
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -129,7 +130,10 @@ def _drawn(draw: Callable[[Any], None], width: float, height: float) -> io.Bytes
         axes = figure.subplots()
         draw(axes)
         out = io.BytesIO()
-        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
+        # Text stays text, so the reader's fonts count and not those of this machine.
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+            figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
     return out
 
 
