@@ -22,6 +22,7 @@ __all__ = [
     "correlate",
     "correlate_pairs",
     "partial",
+    "partial_rank",
     "pearson",
     "similarity",
     "spearman",
@@ -45,6 +46,8 @@ class PairCorrelation:
 def pearson(x: np.ndarray, y: np.ndarray) -> float:
     """NaN where one of them does not vary."""
     x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
+    if len(x) < 2:
+        return float("nan")
     x, y = x - x.mean(), y - y.mean()
     norm = float(np.sqrt((x @ x) * (y @ y)))
     return float(np.clip(x @ y / norm, -1, 1)) if norm > 1e-300 else float("nan")
@@ -120,6 +123,22 @@ def correlate(x: np.ndarray, y: np.ndarray, seed: int = 0) -> tuple[Interval, In
         over_benchmarks(lambda rows: pearson(x[rows], y[rows]), len(x), seed=seed),
         over_benchmarks(lambda rows: spearman(x[rows], y[rows]), len(x), seed=seed),
     )
+
+
+def partial_rank(x: np.ndarray, y: np.ndarray, m: np.ndarray, seed: int = 0) -> Interval:
+    """Spearman of x and y with m held fixed (equation 12 on ranks), over the benchmarks.
+
+    NaN where m alone orders one of them.
+    """
+    x, y, m = (np.asarray(values, dtype=float) for values in (x, y, m))
+
+    def over(rows: np.ndarray) -> float:
+        to_m = spearman(x[rows], m[rows]), spearman(y[rows], m[rows])
+        if not max(map(abs, to_m)) <= NEARLY_ONE:
+            return float("nan")
+        return partial(spearman(x[rows], y[rows]), *to_m)
+
+    return over_benchmarks(over, len(x), seed=seed)
 
 
 def correlate_pairs(

@@ -41,6 +41,17 @@ class Subset:
     def size(self) -> int:
         return len(self.chosen)
 
+    def __str__(self) -> str:
+        return (
+            f"{self.name}: {self.size:,} of {self.n_items:,} items cover {self.coverage[-1]:.1%} of"
+            f" the footprint (asked for {self.share:.1%})\n"
+            f"  no subset of fewer than {self.at_least:,} can; greedy covers at least 1 - 1/e of"
+            " what the best subset of its size does\n"
+            f"  random subsets of {self.size:,}: {self.random_mean:.1%} (95% of them"
+            f" {self.random_low:.1%} to {self.random_high:.1%}); {self.random_size:,} random items"
+            " would be needed"
+        )
+
 
 def choose(footprint: Footprint, share: float = 0.95, seed: int = 0) -> Subset:
     """Greedy items until they cover `share` of the footprint (0 < share <= 1)."""
