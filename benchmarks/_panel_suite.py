@@ -64,7 +64,9 @@ class Maker:
         right = numbers[int(text[at])]
         return Item(prompt + text[:at], (right, *(n for n in numbers if n != right)))
 
-    def fill(self, size: int, name: str, make: Callable[[random.Random], Item | None]) -> list[Item]:
+    def fill(
+        self, size: int, name: str, make: Callable[[random.Random], Item | None]
+    ) -> list[Item]:
         """At most `size` different items; fewer where `make` has no more."""
         rng = random.Random(f"{self.seed}/{name}")
         found: dict[str, Item] = {}
@@ -110,7 +112,9 @@ def stories(maker: Maker) -> Callable[[random.Random], Item | None]:
     return make
 
 
-def translations(maker: Maker, languages: tuple[str, ...]) -> Callable[[random.Random], Item | None]:
+def translations(
+    maker: Maker, languages: tuple[str, ...]
+) -> Callable[[random.Random], Item | None]:
     def make(rng: random.Random) -> Item | None:
         source, target = rng.sample(languages, 2)
         word, *others = rng.sample(WORDS, 7)
@@ -145,7 +149,16 @@ def capitals(maker: Maker, frames: tuple[str, ...]) -> Callable[[random.Random],
 
 
 FRAMES = ("The capital of {land} is", "What is the capital of {land}?")
-OPENINGS = ("", "We know it: ", "Note: ", "Well, ", "Yes. ", "Read this. ", "Of course, ", "Listen: ")
+OPENINGS = (
+    "",
+    "We know it: ",
+    "Note: ",
+    "Well, ",
+    "Yes. ",
+    "Read this. ",
+    "Of course, ",
+    "Listen: ",
+)
 PHRASES = tuple(
     start + frame
     for start in OPENINGS
@@ -158,7 +171,7 @@ PHRASES = tuple(
 
 
 def cloze(maker: Maker, records: list[dict[str, Any]], name: str) -> Iterator[Item]:
-    """Gaps in held-out texts, in a random order; wrong options are other tokens of the same texts."""
+    """Gaps in held-out texts, in a random order; the wrong options are other tokens of theirs."""
     rng = random.Random(f"{maker.seed}/{name}")
     rows = [(r["text"], maker.tokenizer(r["text"], return_offsets_mapping=True)) for r in records]
     pool = [token for _, row in rows for token in row["input_ids"]]

@@ -23,6 +23,7 @@ VERBS = {
     "verify": "does this SAE belong to these activations?",
     "rank": "which features tell one group of documents from another",
     "stats": "every feature of a store: how often, how strongly, with which others",
+    "bench": "what benchmarks measure: redundancy, overlap, subsets",
     "demo": "a tour on data made on the spot, offline",
 }
 

@@ -1,0 +1,129 @@
+r"""Run the prompts of benchmarks through a model, and keep the features of every token.
+
+    qsl bench extract gsm8k.jsonl math.jsonl --model Qwen/Qwen3-8B-Base \
+        --sae qwen3-8b-base/w64k-l0-50 --layer 20 --out bench/
+    qsl bench extract mmlu=cais/mmlu --split test --template 'Q: {question}\nA:' ...
+    qsl bench extract --tasks gsm8k arc_easy --fewshot 5 ...        # rendered by lm-eval itself
+
+A benchmark is a file (JSONL, CSV, Parquet, text: an item a row), a folder of `datasets`, the name
+of a data set on the hub, or with --tasks a task of lm-eval. It is called as its file unless
+NAME=FILE says otherwise. Each gets one store in --out; what is finished is not run again, and later
+calls may add more benchmarks. Prompts longer than the model's context are refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from qwen_scope_lens.cli.arguments import layer_list
+from qwen_scope_lens.cli.bench.options import add_prompt_format, prompt_format, say
+from qwen_scope_lens.errors import BadCorpus
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("benchmarks", nargs="*", metavar="FILE", help="or NAME=FILE, or a data set")
+    parser.add_argument("--model", required=True, help="a folder, a hub name, or mini-qwen3")
+    parser.add_argument("--sae", required=True, help="a group, such as qwen3-8b-base/w64k-l0-50")
+    layers = parser.add_mutually_exclusive_group(required=True)
+    layers.add_argument("--layer", type=int)
+    layers.add_argument("--layers", help="such as 0-3,7; or all, to see how conclusions move")
+    parser.add_argument("--out", required=True, type=Path, help="a folder for the suite")
+    add_prompt_format(parser)
+    parser.add_argument(
+        "--thinking", action=argparse.BooleanOptionalAction, help="with --chat: the template's mode"
+    )
+    parser.add_argument("--limit", type=int, help="items of each benchmark, the first ones")
+    parser.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help="of lm-eval")
+    parser.add_argument("--task-path", type=Path, help="a folder with lm-eval tasks of your own")
+    parser.add_argument("--fewshot", type=int, help="examples before the question (lm-eval tasks)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from qwen_scope_lens.evaluation.suite import extract_suite
+
+    prompts, facts = _prompts(arguments)
+    layers = arguments.layers
+    if layers is None:
+        layers = [arguments.layer]
+    elif layers != "all":
+        try:
+            layers = layer_list(layers)
+        except argparse.ArgumentTypeError as error:
+            raise BadCorpus(str(error)) from error
+    suite = extract_suite(
+        prompts,
+        model=arguments.model,
+        group=arguments.sae,
+        layers=layers,
+        out=arguments.out,
+        facts=facts,
+        say=say,
+        enable_thinking=arguments.thinking,
+        add_generation_prompt=arguments.chat,
+    )
+    print(f"{arguments.out}: {len(suite.names)} benchmarks, layers {_span(suite.layers)}")
+    for name in suite.names:
+        print(f"  {name}  {suite[name].store.n_docs:,} items")
+    return 0
+
+
+def _prompts(arguments: argparse.Namespace) -> tuple[dict[str, list[Any]], dict[str, Any]]:
+    """The prompts of every benchmark, and how they were made."""
+    from itertools import islice
+
+    from qwen_scope_lens.evaluation.prompts import read_prompts
+
+    how = prompt_format(arguments)
+    prompts: dict[str, list[Any]] = {}
+    facts: dict[str, Any] = {}
+    for word in arguments.benchmarks:
+        name, equals, source = word.partition("=")
+        if not equals or Path(word).exists():
+            name, source = Path(word).stem if Path(word).exists() else word.split("/")[-1], word
+        _new(name, prompts)
+        prompts[name] = list(islice(read_prompts(source, how), arguments.limit))
+        facts[name] = {"source": source, **how.facts()}
+    if arguments.tasks:
+        from qwen_scope_lens.evaluation.lm_tasks import task_prompts
+
+        found = task_prompts(
+            arguments.tasks,
+            arguments.task_path,
+            arguments.fewshot,
+            arguments.limit,
+            _chat_template(arguments) if arguments.chat else None,
+        )
+        for name, documents in found.items():
+            _new(name, prompts)
+            prompts[name] = documents
+            facts[name] = {"task": name, "fewshot": arguments.fewshot, "chat": arguments.chat}
+    if not prompts:
+        raise BadCorpus("no benchmark was named: pass files, data sets, or --tasks")
+    return prompts, facts
+
+
+def _new(name: str, prompts: dict[str, list[Any]]) -> None:
+    if name in prompts:
+        raise BadCorpus(f"two benchmarks are called {name}: write NAME=FILE")
+
+
+def _chat_template(arguments: argparse.Namespace) -> Any:
+    """lm-eval renders messages with the model's own template."""
+    from functools import partial
+
+    from transformers import AutoTokenizer
+
+    from qwen_scope_lens.catalog import bundled_model
+
+    if arguments.thinking is None:
+        raise BadCorpus("--chat: say --thinking or --no-thinking, the template differs with it")
+    tokenizer = AutoTokenizer.from_pretrained(bundled_model(arguments.model) or arguments.model)
+    return partial(
+        tokenizer.apply_chat_template, tokenize=False, enable_thinking=arguments.thinking
+    )
+
+
+def _span(layers: tuple[int, ...]) -> str:
+    return ", ".join(map(str, layers))
