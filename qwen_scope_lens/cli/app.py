@@ -24,6 +24,7 @@ VERBS = {
     "rank": "which features tell one group of documents from another",
     "stats": "every feature of a store: how often, how strongly, with which others",
     "bench": "what benchmarks measure: redundancy, overlap, subsets",
+    "compare": "features across SAEs, layers and models: match, drift, transfer",
     "demo": "a tour on data made on the spot, offline",
 }
 

@@ -252,8 +252,8 @@ def _require_enough(groups: Groups, discovery: Any, held: Any) -> None:
         if min(inside, outside) < 2:
             raise TooLittleData(
                 f"{inside} positive and {outside} negative documents in the part for {part}: both"
-                " need at least 2 (documents with the same text stay in one part). Add documents, or"
-                " change held_out"
+                " need at least 2 (documents with the same text stay in one part). Add documents,"
+                " or change held_out"
             )
 
 

@@ -1,0 +1,218 @@
+"""How faithful SAEs are to a model: unexplained variance, and the loss with one spliced in.
+
+One pass of the model reads all layers; then for each layer one pass with the SAE's reconstruction
+in the residual's place, and one with zeros. First tokens, tokens of extreme norm and pads keep
+their residual in both, as no SAE was trained on them. Which models and SAEs are compared is
+`transfer.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qwen_scope_lens.errors import TooLittleData, WrongModel
+from qwen_scope_lens.models.capture import EXTREME_NORM_RATIO
+from qwen_scope_lens.models.layers import (
+    context_length,
+    d_model,
+    decoder_layers,
+    describe,
+    input_device,
+    unwrap,
+)
+from qwen_scope_lens.models.tokens import Document, encode, find_tokenizer
+from qwen_scope_lens.saes.sae import ScopeSAE
+
+__all__ = ["Fidelity", "fidelity"]
+
+TOKEN_BUDGET = 4096
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """One SAE on one model."""
+
+    layer: int
+    tokens: int  # that were reconstructed
+    fvu: float  # the share of variance that is not explained; 0 is perfect, 1 is the mean
+    l0: float
+    loss: float | None = None  # nats a token, the model untouched
+    spliced: float | None = None  # with reconstructions in the residual's place
+    zeroed: float | None = None  # with zeros there
+
+    @property
+    def recovered(self) -> float | None:
+        """1: the SAE costs nothing; 0: no better than zeros. None where zeros cost nothing."""
+        if self.loss is None or self.spliced is None or self.zeroed is None:
+            return None
+        cost = self.zeroed - self.loss
+        return (self.zeroed - self.spliced) / cost if cost > 1e-6 else None
+
+
+@torch.no_grad()
+def fidelity(
+    model: Any,
+    saes: Mapping[int, ScopeSAE],
+    texts: Sequence[Document],
+    *,
+    losses: bool = True,
+    tokenizer: Any = None,
+    max_tokens: int | None = None,
+    token_budget: int = TOKEN_BUDGET,
+    progress: Callable[[int], Any] | None = None,
+    **encode_options: Any,
+) -> dict[int, Fidelity]:
+    """`{layer: Fidelity}` for `{layer: SAE}`, on documents cut to `max_tokens`."""
+    for layer, sae in saes.items():
+        if sae.cfg.d_in != d_model(model):
+            raise WrongModel(
+                f"{describe(model)} has residuals of width {d_model(model)}, the SAE of layer"
+                f" {layer} reads {sae.cfg.d_in}: it was made for another model"
+            )
+    limit = min(context_length(model), max_tokens or context_length(model))
+    tokenizer = find_tokenizer(model, tokenizer)
+    encoded = encode(texts, tokenizer, limit=limit, truncate=True, **encode_options)
+    rows = sorted((document.ids for document in encoded if len(document) > 1), key=len)
+    if not rows:
+        raise TooLittleData("no text has two tokens: there is nothing to predict or reconstruct")
+    sums = {layer: _Sums() for layer in saes}
+    clean, predicted = 0.0, 0
+    for ids, mask in _batches(rows, token_budget, input_device(model)):
+        found: dict[int, Tensor] = {}
+        with _hooks(model, {layer: _reader(found, layer) for layer in saes}):
+            logits = _logits(model, ids, mask)
+        clean += _loss(logits, ids, mask) if losses else 0.0
+        predicted += int(mask[:, 1:].sum())
+        for layer, sae in saes.items():
+            sums[layer].add(sae, found[layer][_kept(found[layer], mask)])
+        for layer, sae in saes.items() if losses else ():
+            for name, change in (("spliced", _splice(sae, mask)), ("zeroed", _zero(mask))):
+                with _hooks(model, {layer: change}):
+                    loss = _loss(_logits(model, ids, mask), ids, mask)
+                setattr(sums[layer], name, getattr(sums[layer], name) + loss)
+        if progress is not None:
+            progress(len(ids))
+    return {layer: found_.result(layer, clean, predicted, losses) for layer, found_ in sums.items()}
+
+
+class _Sums:
+    def __init__(self) -> None:
+        self.n, self.active, self.error, self.square = 0, 0, 0.0, 0.0
+        self.total: Tensor | None = None
+        self.spliced = self.zeroed = 0.0
+
+    def add(self, sae: ScopeSAE, x: Tensor) -> None:
+        x = x.float()
+        codes = sae.encode_sparse(x.to(sae.W_enc.device))
+        out = sae.decode_sparse(codes).to(x.device, torch.float32)
+        self.n += len(x)
+        self.active += int(codes.l0.sum())
+        self.error += float((out - x).double().pow(2).sum())
+        self.square += float(x.double().pow(2).sum())
+        total = x.double().sum(0)
+        self.total = total if self.total is None else self.total + total
+
+    def result(self, layer: int, clean: float, predicted: int, losses: bool) -> Fidelity:
+        if not self.n or self.total is None:
+            raise TooLittleData("every token is first or of extreme norm: nothing to reconstruct")
+        variance = self.square - float(self.total.pow(2).sum()) / self.n
+        fvu = self.error / variance if variance > 0 else math.nan
+        per_token = (
+            (clean / predicted, self.spliced / predicted, self.zeroed / predicted)
+            if losses
+            else (None, None, None)
+        )
+        return Fidelity(layer, self.n, fvu, self.active / self.n, *per_token)
+
+
+def _kept(x: Tensor, mask: Tensor) -> Tensor:
+    """`[b, t, d] -> bool [b, t]`: no pad, not first, not of extreme norm, as `capture` decides."""
+    norms = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32)
+    later = mask.to(x.device).clone()
+    later[:, 0] = False
+    median = norms.masked_fill(~later, torch.nan).nanmedian(dim=1, keepdim=True).values
+    return later & (norms <= EXTREME_NORM_RATIO * median)
+
+
+def _reader(found: dict[int, Tensor], layer: int) -> Callable[[Tensor], None]:
+    def read(x: Tensor) -> None:
+        found[layer] = x
+
+    return read
+
+
+def _splice(sae: ScopeSAE, mask: Tensor) -> Callable[[Tensor], Tensor]:
+    def change(x: Tensor) -> Tensor:
+        kept, out = _kept(x, mask), x.clone()
+        rows = x[kept].float().to(sae.W_enc.device)
+        out[kept] = sae.decode_sparse(sae.encode_sparse(rows)).to(x.device, x.dtype)
+        return out
+
+    return change
+
+
+def _zero(mask: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda x: x.masked_fill(_kept(x, mask).unsqueeze(-1), 0)
+
+
+@contextlib.contextmanager
+def _hooks(model: Any, changes: Mapping[int, Callable[[Tensor], Tensor | None]]) -> Iterator[None]:
+    """While inside, every layer's output goes through its function."""
+
+    def hook(change: Callable[[Tensor], Tensor | None]) -> Any:
+        def run(module: Any, args: Any, output: Any) -> Any:
+            is_tuple = isinstance(output, tuple)
+            new = change(output[0] if is_tuple else output)
+            if new is None:
+                return None
+            return (new, *output[1:]) if is_tuple else new
+
+        return run
+
+    modules = decoder_layers(model)
+    handles = [modules[n].register_forward_hook(hook(change)) for n, change in changes.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _logits(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
+    out = unwrap(model)(input_ids=ids, attention_mask=mask.long(), use_cache=False)
+    return out.logits if hasattr(out, "logits") else out[0]
+
+
+def _loss(logits: Tensor, ids: Tensor, mask: Tensor) -> float:
+    """Summed over the predicted tokens, in nats."""
+    real = mask[:, 1:]
+    return float(
+        torch.nn.functional.cross_entropy(
+            logits[:, :-1][real].float(), ids[:, 1:][real], reduction="sum"
+        )
+    )
+
+
+def _batches(
+    rows: Sequence[Sequence[int]], budget: int, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Ids and mask `[b, t]`, padded on the right; rows come sorted by length."""
+    start = 0
+    while start < len(rows):
+        end = start + 1
+        while end < len(rows) and (end + 1 - start) * len(rows[end]) <= budget:
+            end += 1
+        longest = len(rows[end - 1])
+        ids = torch.zeros(end - start, longest, dtype=torch.long)
+        mask = torch.zeros(end - start, longest, dtype=torch.bool)
+        for at, row in enumerate(rows[start:end]):
+            ids[at, : len(row)], mask[at, : len(row)] = torch.tensor(row), True
+        yield ids.to(device), mask.to(device)
+        start = end

@@ -1,0 +1,173 @@
+"""Which feature of one SAE is which of another, how sure that is, and which have no partner.
+
+Scores come from `nearest.py`; each best score is held against those of a shuffled copy of B, so
+that "unmatched" is an answer. Mutual nearest neighbours, the optimal one-to-one assignment
+(`assign.py`) and one-to-many splits are read off the same scores. Correlation needs tokens aligned
+between two stores: `align.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from qwen_scope_lens.compare.assign import assign, crowded
+from qwen_scope_lens.compare.nearest import Nearest, nearest_by_correlation, nearest_by_cosine
+from qwen_scope_lens.compare.null import shuffled_directions, shuffled_rows
+from qwen_scope_lens.errors import TooLittleData, WrongShape
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_matrix
+
+__all__ = ["Matching", "match_activations", "match_decoders"]
+
+Array = np.ndarray[Any, Any]
+
+CANDIDATES = 8
+NULL_ROWS = 4096
+COSINE, CORRELATION = "decoder cosine", "activation correlation"
+
+
+@dataclass(frozen=True, eq=False)
+class Matching:
+    """For every feature of A its partner in B; -1 where there is none to speak of."""
+
+    a: str  # addresses of the two SAEs, or names of tensors
+    b: str
+    measure: str
+    nearest: Array  # int64 [n_a], the best of B whatever its score; -1 if nothing was comparable
+    score: Array  # float32 [n_a], its score
+    q_value: Array  # float64 [n_a], against the null, false-discovery rate over A
+    mutual: Array  # bool [n_a], whether it is the best of B's feature as well
+    assigned: Array  # int64 [n_a], the partner in the optimal one-to-one assignment
+    assigned_score: Array  # float32 [n_a]
+    parent: Array  # int64 [n_b], the best of A for every feature of B, -1 below the null's level
+    parent_score: Array  # float32 [n_b]
+    null: Array  # float32, best scores against the shuffled B, ascending
+    level: float  # the null's score that a pair has to exceed to be assigned or a child
+    fdr: float
+    crowded: int  # features with more candidates than were kept: then `assigned` is nearly optimal
+    candidates: Nearest = field(repr=False)
+    settings: dict[str, Any]
+
+    @property
+    def matched(self) -> Array:
+        """Which features of A have a partner beyond chance. bool `[n_a]`"""
+        return self.q_value <= self.fdr
+
+    @property
+    def n_children(self) -> Array:
+        """How many features of B have each feature of A as their best. int64 `[n_a]`"""
+        return np.bincount(self.parent[self.parent >= 0], minlength=len(self.nearest))
+
+    def children(self, feature: int) -> list[tuple[int, float]]:
+        """The features of B that this feature of A is split into, best first."""
+        mine = np.flatnonzero(self.parent == feature)
+        order = np.lexsort((mine, -self.parent_score[mine]))
+        return [(int(mine[i]), float(self.parent_score[mine[i]])) for i in order]
+
+
+def match_decoders(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    names: tuple[str, str] = ("A", "B"),
+    *,
+    candidates: int = CANDIDATES,
+    fdr: float = 0.05,
+    seed: int = 0,
+    progress: Callable[[int], Any] | None = None,
+) -> Matching:
+    """By the cosine of decoder directions `[n_a, d_model]` and `[n_b, d_model]` of one residual
+    space: the same model, or models that were made from one another."""
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
+        raise WrongShape(
+            f"directions {tuple(a.shape)} and {tuple(b.shape)}: expected two matrices over one"
+            " residual space. Other models are compared by activation correlation on their stores"
+        )
+    found = nearest_by_cosine(a, b, candidates, progress=progress)
+    rng = np.random.default_rng(seed)
+    rows = np.sort(rng.permutation(len(a))[:NULL_ROWS])
+    shuffled = shuffled_directions(b, seed + 1)
+    null = nearest_by_cosine(a[torch.from_numpy(rows)], shuffled, 1, progress=progress).score_a[
+        :, 0
+    ]
+    return _matching(found, null, names, COSINE, fdr, {"null_rows": len(rows), "seed": seed})
+
+
+def match_activations(
+    a: csr_matrix,
+    b: csr_matrix,
+    names: tuple[str, str] = ("A", "B"),
+    *,
+    candidates: int = CANDIDATES,
+    fdr: float = 0.05,
+    least: int = 5,
+    seed: int = 0,
+) -> Matching:
+    """By the correlation of activations on the same pieces of text `[n, n_a]`, `[n, n_b]`."""
+    if a.shape[0] != b.shape[0]:
+        raise WrongShape(f"{a.shape[0]} and {b.shape[0]} rows: expected the same pieces of text")
+    if a.shape[0] < 20:
+        raise TooLittleData(
+            f"{a.shape[0]} common pieces of text: some thousands are needed for correlations"
+        )
+    found = nearest_by_correlation(a, b, candidates, least=least)
+    null = nearest_by_correlation(a, shuffled_rows(b, seed), 1, least=least).score_a[:, 0]
+    fires = np.diff(a.tocsc().indptr) >= least
+    null = np.where(np.isfinite(null), null, 0.0)[fires]
+    if not len(null):
+        raise TooLittleData(f"no feature of {names[0]} fires on {least} common pieces of text")
+    settings = {"least": least, "seed": seed, "pieces": a.shape[0]}
+    return _matching(found, null, names, CORRELATION, fdr, settings, tested=fires)
+
+
+def _matching(
+    found: Nearest,
+    null: Array,
+    names: tuple[str, str],
+    measure: str,
+    fdr: float,
+    settings: dict[str, Any],
+    tested: Array | None = None,
+) -> Matching:
+    from scipy.stats import false_discovery_control
+
+    null = np.sort(null)
+    best, score = found.of_a[:, 0], np.where(found.of_a[:, 0] >= 0, found.score_a[:, 0], 0.0)
+    # As many of the null as reach the score, the score itself counted among them.
+    above = len(null) - np.searchsorted(null, score, side="left")
+    p = (1 + above) / (1 + len(null))
+    q = np.ones(len(p))
+    mine = np.ones(len(p), dtype=bool) if tested is None else tested
+    q[mine] = false_discovery_control(p[mine])
+    # The p-value at which the step-up procedure stopped, as a score: what any other pair has to
+    # exceed to be as believable as the matches are.
+    stopped = fdr * max(1, int((q <= fdr).sum())) / max(1, int(mine.sum()))
+    level = float(np.quantile(null, 1 - stopped))
+    partner, partner_score = assign(found, level)
+    back = found.of_b[:, 0]
+    real = (back >= 0) & (found.score_b[:, 0] > level)
+    mutual = (best >= 0) & (back[np.maximum(best, 0)] == np.arange(len(best)))
+    return Matching(
+        a=names[0],
+        b=names[1],
+        measure=measure,
+        nearest=best,
+        score=score.astype(np.float32),
+        q_value=q,
+        mutual=mutual,
+        assigned=partner,
+        assigned_score=partner_score,
+        parent=np.where(real, back, -1),
+        parent_score=np.where(real, found.score_b[:, 0], 0.0).astype(np.float32),
+        null=null.astype(np.float32),
+        level=level,
+        fdr=fdr,
+        crowded=crowded(found, level),
+        candidates=found,
+        settings={"candidates": found.of_a.shape[1], "level_quantile": 1 - stopped, **settings},
+    )

@@ -1,0 +1,55 @@
+"""What chance looks like: copies of B that share no feature with A.
+
+Directions keep the mean, the covariance and the spread along every principal axis of B's decoder,
+so that the few dimensions which every feature of a language model uses do not pass for agreement.
+Activations keep everything but the text that they belong to.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_matrix
+
+__all__ = ["shuffled_directions", "shuffled_rows"]
+
+CHUNK = 8192
+
+
+def shuffled_directions(directions: torch.Tensor, seed: int) -> torch.Tensor:
+    """`[n, d] -> [n, d]`: along each principal axis the values are dealt out anew among features.
+
+    Directions are made unit-length first, as the cosine does.
+    """
+    unit = torch.nn.functional.normalize
+    n, d = directions.shape
+    total = torch.zeros(d, dtype=torch.float64)
+    square = torch.zeros(d, d, dtype=torch.float64)
+    for rows in directions.detach().split(CHUNK):
+        x = unit(rows.float(), dim=-1).double()
+        total += x.sum(0)
+        square += x.T @ x
+    mean = total / n
+    _, axes = torch.linalg.eigh(square / n - torch.outer(mean, mean))
+    rotated = torch.cat(
+        [
+            (unit(rows.float(), dim=-1) - mean.float()) @ axes.float()
+            for rows in directions.detach().split(CHUNK)
+        ]
+    )
+    rng = np.random.default_rng(seed)
+    for axis in range(d):
+        rotated[:, axis] = rotated[torch.from_numpy(rng.permutation(n)), axis]
+    for start in range(0, n, CHUNK):
+        rows = rotated[start : start + CHUNK]
+        rotated[start : start + CHUNK] = rows @ axes.float().T + mean.float()
+    return rotated
+
+
+def shuffled_rows(activations: csr_matrix, seed: int) -> Any:
+    """The rows in another order: what fires together in B stays together, elsewhere in the text."""
+    return activations[np.random.default_rng(seed).permutation(activations.shape[0])]

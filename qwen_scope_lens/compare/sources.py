@@ -1,0 +1,108 @@
+"""From stores, addresses and files to what the comparisons take."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from qwen_scope_lens.address import LayerRef
+from qwen_scope_lens.compare.align import align
+from qwen_scope_lens.compare.fidelity import fidelity
+from qwen_scope_lens.compare.match import Matching, match_activations, match_decoders
+from qwen_scope_lens.errors import StoreMismatch, TooLittleData, UnknownName
+from qwen_scope_lens.saes.load import load_sae
+
+if TYPE_CHECKING:
+    from qwen_scope_lens.features.store import FeatureStore
+
+__all__ = ["both_fvu", "match_sources", "read_texts"]
+
+By = Literal["decoder", "activation"]
+
+
+def match_sources(
+    a: str,
+    b: str,
+    *,
+    layers: Sequence[int] | None = None,
+    by: By | None = None,
+    candidates: int = 8,
+    fdr: float = 0.05,
+    seed: int = 0,
+) -> Matching:
+    """Match two stores, or the SAEs at two addresses, by what suits them unless `by` says it."""
+    from qwen_scope_lens.features.store import FeatureStore
+
+    stores: list[FeatureStore | None] = []
+    refs: list[LayerRef] = []
+    numbers = list(layers) if layers is not None else []
+    if len(numbers) > 2:
+        raise UnknownName(f"layers {numbers}: expected one for both, or one of A and one of B")
+    for side, name in enumerate((a, b)):
+        if Path(name).is_dir():
+            store = FeatureStore.open(name)
+            layer = numbers[min(side, len(numbers) - 1)] if numbers else store.layers[-1]
+            stores.append(store)
+            refs.append(LayerRef.parse(store.sae(layer).ref))
+        else:
+            stores.append(None)
+            refs.append(LayerRef.parse(name))
+    same_space = refs[0].row.backbone == refs[1].row.backbone
+    if by is None:
+        by = "decoder" if same_space else "activation"
+    names = (str(refs[0]), str(refs[1]))
+    if by == "decoder":
+        if not same_space:
+            raise StoreMismatch(
+                f"{names[0]} and {names[1]} write into different residual spaces"
+                f" ({refs[0].row.backbone.model_id}, {refs[1].row.backbone.model_id}): their"
+                " directions cannot be compared. Match stores of both by activation"
+            )
+        from tqdm import tqdm
+
+        x, y = (load_sae(ref).W_dec for ref in refs)
+        with tqdm(unit="pair", unit_scale=True, desc="cosines", disable=None) as bar:
+            return match_decoders(
+                x, y, names, candidates=candidates, fdr=fdr, seed=seed, progress=bar.update
+            )
+    if stores[0] is None or stores[1] is None:
+        raise UnknownName(
+            f"{names[0]} and {names[1]} are to be matched by activation: that needs a store of"
+            " each on the same texts (`qsl extract`), not addresses"
+        )
+    common = align(stores[0], refs[0].layer, stores[1], refs[1].layer)
+    return match_activations(common.a, common.b, names, candidates=candidates, fdr=fdr, seed=seed)
+
+
+def both_fvu(
+    base: FeatureStore, tuned: FeatureStore, layers: Sequence[int] | None, texts: int
+) -> dict[int, tuple[float, float]]:
+    """The unexplained variance of each layer in both models, on the first texts of the stores."""
+    from qwen_scope_lens.compare.transfer import load_related
+
+    wanted = list(layers) if layers is not None else [n for n in base.layers if n in tuned.layers]
+    sample = [t for t in base.documents(["text"])["text"].to_pylist()[:texts] if t]
+    saes = {layer: load_sae(base.sae(layer).ref) for layer in wanted}
+    found = [
+        fidelity(
+            load_related(store.manifest.model.id),
+            saes,
+            sample,
+            losses=False,
+            max_tokens=store.manifest.settings.max_tokens,
+        )
+        for store in (base, tuned)
+    ]
+    return {layer: (found[0][layer].fvu, found[1][layer].fvu) for layer in wanted}
+
+
+def read_texts(path: str | Path, column: str | None, most: int) -> list[Any]:
+    """The first documents of a corpus file."""
+    from qwen_scope_lens.features.corpus import read_corpus
+
+    texts = [document.content for document in islice(read_corpus(path, column), most)]
+    if not texts:
+        raise TooLittleData(f"{path} has no document")
+    return texts

@@ -1,0 +1,135 @@
+"""One group of SAEs on several related models: the base, an instruct version, a quantised one, a
+merged adapter. The first model is the reference; a random SAE is the floor.
+
+Measuring is `fidelity.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qwen_scope_lens.compare.fidelity import Fidelity, fidelity
+from qwen_scope_lens.errors import TooLittleData, UnknownName
+from qwen_scope_lens.extras import require
+from qwen_scope_lens.files import write_json
+from qwen_scope_lens.models.tokens import Document
+from qwen_scope_lens.saes.sae import ScopeSAE
+
+__all__ = ["Transfer", "load_related", "random_sae", "transfer"]
+
+FORMAT, VERSION = "qwen-scope-transfer", 1
+FLOOR = "random SAE"
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """Fidelity per model and layer; the last entry is the random SAE on the first model."""
+
+    sae: str
+    rows: dict[str, dict[int, Fidelity]]  # model -> layer -> figures
+    texts: int
+    settings: dict[str, Any]
+
+    def save(self, path: str | Path) -> None:
+        rows = [
+            {"model": model, **asdict(found), "recovered": found.recovered}
+            for model, layers in self.rows.items()
+            for found in layers.values()
+        ]
+        content = {"sae": self.sae, "rows": rows, "texts": self.texts, "settings": self.settings}
+        write_json(Path(path), FORMAT, VERSION, content)
+
+    def table(self) -> str:
+        width = max(map(len, self.rows))
+        lines = [
+            f"{self.sae} on {self.texts} texts",
+            f"layer  {'model':{width}}   FVU     L0    loss  spliced  zeroed  recovered",
+        ]
+        layers = next(iter(self.rows.values()))
+        for layer in layers:
+            for model, found in self.rows.items():
+                one = found[layer]
+                losses = "".join(
+                    f"{'–' if x is None else format(x, '.3f'):>{n}}"
+                    for x, n in ((one.loss, 8), (one.spliced, 9), (one.zeroed, 8),
+                                 (one.recovered, 11))
+                )  # fmt: skip
+                lines.append(f"{layer:5}  {model:{width}}  {one.fvu:.3f}  {one.l0:5.1f}{losses}")
+        return "\n".join(lines)
+
+
+def transfer(
+    saes: Mapping[int, ScopeSAE],
+    models: Mapping[str, Any],
+    texts: Sequence[Document],
+    *,
+    name: str = "SAE",
+    losses: bool = True,
+    seed: int = 0,
+    **options: Any,
+) -> Transfer:
+    """Measure `{layer: SAE}` on `{name: model}`; options as of `fidelity`.
+
+    The models are measured one after the other and may be loaded lazily: a value that is not a
+    model but a function is called for one.
+    """
+    if not models or not saes:
+        raise TooLittleData("nothing to measure: expected at least one model and one SAE")
+    rows: dict[str, dict[int, Fidelity]] = {}
+    floor: dict[int, Fidelity] = {}
+    for model_name, given in models.items():
+        model = given() if callable(given) and not isinstance(given, torch.nn.Module) else given
+        rows[model_name] = fidelity(model, saes, texts, losses=losses, **options)
+        if not floor:
+            noise = {layer: random_sae(sae, seed + layer) for layer, sae in saes.items()}
+            floor = fidelity(model, noise, texts, losses=losses, **options)
+        del model
+    rows[FLOOR] = floor
+    settings = {"losses": losses, "seed": seed, "reference": next(iter(models)), **options}
+    return Transfer(name, rows, len(texts), settings)
+
+
+def random_sae(sae: ScopeSAE, seed: int = 0) -> ScopeSAE:
+    """The same sizes, k and `b_dec`, with random unit directions, read and written alike.
+
+    An activation is the projection of `x - b_dec` on its direction: what a dictionary reaches that
+    knows nothing but the mean.
+    """
+    rng = torch.Generator().manual_seed(seed)
+    directions = torch.nn.functional.normalize(
+        torch.randn(sae.cfg.d_sae, sae.cfg.d_in, generator=rng), dim=-1
+    ).to(sae.W_dec.device, sae.W_dec.dtype)
+    floor = ScopeSAE(sae.cfg)
+    floor.load_state_dict(
+        {
+            "W_enc": directions.T.contiguous(),
+            "W_dec": directions,
+            "b_enc": -(directions @ sae.b_dec.detach()),
+            "b_dec": sae.b_dec.detach().clone(),
+        }
+    )
+    return floor
+
+
+def load_related(name: str, **options: Any) -> Any:
+    """A model by name or folder; a folder with an adapter is merged into the base it names."""
+    from qwen_scope_lens.models.load import load_model
+
+    folder = Path(name)
+    if not (folder / "adapter_config.json").is_file():
+        if name.startswith((".", "/")) and not folder.is_dir():
+            raise UnknownName(f"{name} is no folder: expected a model's folder or a hub name")
+        return load_model(name, **options)
+    peft = require("peft", "train")
+    import json
+
+    base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+    bridge = load_model(base, **options)
+    tokenizer = bridge.tokenizer
+    adapted = peft.PeftModel.from_pretrained(bridge.release(), folder)
+    return load_model(adapted.merge_and_unload().eval(), tokenizer=tokenizer)
