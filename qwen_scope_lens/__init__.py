@@ -9,6 +9,9 @@ if TYPE_CHECKING:
     from qwen_scope_lens.address import FeatureRef, LayerRef
     from qwen_scope_lens.catalog import GROUPS, Group, find_group
     from qwen_scope_lens.errors import ScopeError
+    from qwen_scope_lens.features.corpus import read_corpus
+    from qwen_scope_lens.features.extract import extract
+    from qwen_scope_lens.features.store import FeatureStore
     from qwen_scope_lens.models.capture import Capture, capture, iter_captures
     from qwen_scope_lens.models.check import verify_model
     from qwen_scope_lens.models.load import load_model
@@ -29,6 +32,7 @@ _HOME = {
     "Capture": "models.capture",
     "Edit": "steering.plan",
     "FeatureRef": "address",
+    "FeatureStore": "features.store",
     "Group": "catalog",
     "LayerRef": "address",
     "Plan": "steering.plan",
@@ -37,6 +41,7 @@ _HOME = {
     "SparseCodes": "saes.sparse",
     "Verification": "saes.verify",
     "capture": "models.capture",
+    "extract": "features.extract",
     "find_group": "catalog",
     "install": "saes.register",
     "is_installed": "saes.register",
@@ -45,6 +50,7 @@ _HOME = {
     "load_model": "models.load",
     "load_sae": "saes.load",
     "steer": "steering.hooks",
+    "read_corpus": "features.corpus",
     "uninstall": "saes.register",
     "verify": "saes.verify",
     "verify_model": "models.check",
@@ -55,6 +61,7 @@ __all__ = [
     "Capture",
     "Edit",
     "FeatureRef",
+    "FeatureStore",
     "Group",
     "LayerRef",
     "Plan",
@@ -64,6 +71,7 @@ __all__ = [
     "Verification",
     "__version__",
     "capture",
+    "extract",
     "find_group",
     "install",
     "is_installed",
@@ -71,6 +79,7 @@ __all__ = [
     "load_directions",
     "load_model",
     "load_sae",
+    "read_corpus",
     "steer",
     "uninstall",
     "verify",

@@ -76,7 +76,9 @@ def build_store(
             if value is not None:
                 kind = type(value).__name__
                 kinds[name] = join_label_types(kinds.get(name, kind), kind)
-    corpus = CorpusFacts("planted", len(documents), "0" * 64, shard_docs=shard_docs)
+    corpus = CorpusFacts(
+        "planted", len(documents), "0" * 64, shard_docs=shard_docs, labels=tuple(kinds)
+    )
     manifest = Manifest(
         model=ModelFacts("planted/model", None, "float32", row.d_model, "0" * 64),
         tokenizer=TokenizerFacts("planted", 1000, "0" * 64),

@@ -21,6 +21,8 @@ VERBS = {
     "show": "one group: shapes, sizes, memory, hook, notice",
     "convert": "between the published layout and SAELens's",
     "verify": "does this SAE belong to these activations?",
+    "extract": "a corpus through model and SAEs, into a feature store",
+    "store": "a feature store: info, check, sql, merge",
     "rank": "which features tell one group of documents from another",
     "stats": "every feature of a store: how often, how strongly, with which others",
     "bench": "what benchmarks measure: redundancy, overlap, subsets",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import re
 
-__all__ = ["layer_list"]
+__all__ = ["layer_list", "memory", "rank"]
 
 MOST_LAYERS = 10_000
 
@@ -23,3 +24,20 @@ def layer_list(text: str) -> list[int]:
             raise argparse.ArgumentTypeError(f"{part!r} runs backwards")
         layers += range(low, high + 1)
     return list(dict.fromkeys(layers))
+
+
+def memory(text: str) -> int:
+    """`8GB` -> 8_000_000_000; also MB, and a plain number of bytes."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)B?", text.strip(), re.IGNORECASE)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 8GB or 500MB")
+    powers = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+    return int(float(found[1]) * 1000 ** powers[found[2].upper()])
+
+
+def rank(text: str) -> tuple[int, int]:
+    """`0/4` -> (0, 4)"""
+    found = re.fullmatch(r"(\d+)/(\d+)", text.strip())
+    if found is None or int(found[1]) >= int(found[2]):
+        raise argparse.ArgumentTypeError(f"{text!r} is no part such as 0/4, 1/4, 2/4 or 3/4")
+    return int(found[1]), int(found[2])

@@ -7,7 +7,6 @@ is for is not decided here; tokens come from `models/tokens.py`.
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import math
@@ -18,8 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qwen_scope_lens.errors import BadCorpus, HubUnreachable
+from qwen_scope_lens.errors import BadCorpus
 from qwen_scope_lens.features.manifest import join_label_types
+from qwen_scope_lens.features.readers import READERS, Datasets, Given
 from qwen_scope_lens.features.shards import RESERVED
 
 __all__ = ["Corpus", "Document", "Survey", "as_corpus", "read_corpus", "read_rows", "survey"]
@@ -111,10 +111,10 @@ def _opened(path: str | os.PathLike[str], split: str | None) -> tuple[Any, Reade
             )
         return place, READERS[suffix]
     if place.is_dir():
-        return place, _Datasets(split, on_hub=False)
+        return place, Datasets(split, on_hub=False)
     if place.suffix.lower() in READERS or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(path)):
         raise BadCorpus(f"{path} does not exist")
-    return path, _Datasets(split, on_hub=True)
+    return path, Datasets(split, on_hub=True)
 
 
 def as_corpus(documents: Any, name: str = "documents given in Python") -> Corpus:
@@ -126,7 +126,7 @@ def as_corpus(documents: Any, name: str = "documents given in Python") -> Corpus
             "expected documents, found one text or path: put a text into a list, or pass"
             " read_corpus(path)"
         )
-    return Corpus(name, _Source(name, _Given(list(documents)), _Columns()))
+    return Corpus(name, _Source(name, Given(list(documents)), _Columns()))
 
 
 def survey(corpus: Iterable[Document], name: str) -> Survey:
@@ -161,8 +161,6 @@ def survey(corpus: Iterable[Document], name: str) -> Survey:
     known = {label: kind or "str" for label, kind in labels.items()}
     return Survey(count, characters, digest.hexdigest(), known, has_chats)
 
-
-# Reading rows. A reader yields (where it stands, row); the rest is common to all formats.
 
 Row = Mapping[str, Any]
 Reader = Callable[[Any], Iterator[tuple[str, Any]]]
@@ -267,127 +265,3 @@ def _whole(text: str) -> str:
 
 def _clean(value: Any) -> Any:
     return _whole(value) if isinstance(value, str) else value
-
-
-def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    for number, line in _lines(path):
-        if line.strip():
-            try:
-                yield f"{path}, line {number}", json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise BadCorpus(f"{path}, line {number} is no JSON: {error}") from error
-
-
-def _json(path: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise BadCorpus(f"{path} is no JSON ({error}); JSON Lines end in .jsonl") from error
-    if not isinstance(rows, list):
-        raise BadCorpus(f"{path} holds a {type(rows).__name__}: expected a list of objects")
-    yield from ((f"{path}, entry {number}", row) for number, row in enumerate(rows))
-
-
-def _text(path: Path) -> Iterator[tuple[str, Any]]:
-    for number, line in _lines(path):
-        if line.strip():
-            yield f"{path}, line {number}", {"text": line.rstrip("\r\n")}
-
-
-def _csv(path: Path) -> Iterator[tuple[str, Any]]:
-    csv.field_size_limit(2**31 - 1)
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = csv.DictReader(
-                file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True
-            )
-            for row in rows:
-                where = f"{path}, line {rows.line_num}"
-                if None in row or None in row.values():
-                    raise BadCorpus(
-                        f"{where} has another number of fields than the header"
-                        f" ({len(rows.fieldnames or ())}): quote texts that hold the separator"
-                    )
-                yield where, row
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise BadCorpus(f"{path} cannot be read as UTF-8 CSV: {error}") from error
-
-
-def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    number = 0
-    try:
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(1024):
-                for row in batch.to_pylist():
-                    yield f"{path}, row {number}", row
-                    number += 1
-    except (pa.ArrowException, OSError) as error:
-        raise BadCorpus(f"{path} cannot be read as Parquet: {error}") from error
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    try:
-        with path.open(encoding="utf-8-sig", newline="\n") as file:
-            yield from enumerate(file, start=1)
-    except UnicodeDecodeError as error:
-        raise BadCorpus(f"{path} is not UTF-8: {error}") from error
-
-
-@dataclass(frozen=True)
-class _Given:
-    rows: list[Any]
-
-    def __call__(self, name: Any) -> Iterator[tuple[str, Any]]:
-        for number, row in enumerate(self.rows):
-            where = f"document {number}"
-            if isinstance(row, str):
-                yield where, {"text": row}
-            elif isinstance(row, Sequence) and row and isinstance(row[0], Mapping):
-                yield where, {"messages": row}
-            else:
-                yield where, row
-
-
-@dataclass(frozen=True)
-class _Datasets:
-    split: str | None
-    on_hub: bool
-
-    def __call__(self, place: Any) -> Iterator[tuple[str, Any]]:
-        import datasets
-
-        try:
-            if self.on_hub:
-                found = datasets.load_dataset(str(place))
-            else:
-                found = datasets.load_from_disk(str(place))
-        except (ConnectionError, OSError) as error:
-            if self.on_hub:
-                raise HubUnreachable(
-                    f"{place} is no file here, and as a dataset it cannot be fetched: {error}"
-                ) from error
-            raise BadCorpus(f"{place} is no folder of datasets.save_to_disk: {error}") from error
-        except ValueError as error:
-            raise BadCorpus(f"{place} cannot be read as a dataset: {error}") from error
-        if isinstance(found, dict):
-            if (self.split is None and len(found) > 1) or self.split not in (None, *found):
-                raise BadCorpus(
-                    f"{place} has the splits {', '.join(found)}: pass split=... (--split)"
-                )
-            found = found[self.split or next(iter(found))]
-        for number, row in enumerate(found):
-            yield f"{place}, row {number}", row
-
-
-READERS = {
-    ".jsonl": _json_lines,
-    ".ndjson": _json_lines,
-    ".json": _json,
-    ".txt": _text,
-    ".csv": _csv,
-    ".tsv": _csv,
-    ".parquet": _parquet,
-}

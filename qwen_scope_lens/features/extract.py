@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import os
 import sys
-import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +19,18 @@ from tqdm.auto import tqdm
 
 from qwen_scope_lens.address import LayerRef
 from qwen_scope_lens.catalog import find_group
-from qwen_scope_lens.errors import BadCorpus, StoreDamaged, StoreMismatch, TooLittleData
+from qwen_scope_lens.errors import (
+    BadCorpus,
+    StoreDamaged,
+    StoreMismatch,
+)
 from qwen_scope_lens.features import facts
-from qwen_scope_lens.features.corpus import Corpus, Document, as_corpus, survey
-from qwen_scope_lens.features.encoding import Encoder, Piece, coded_documents
+from qwen_scope_lens.features.corpus import as_corpus, survey
+from qwen_scope_lens.features.job import Job
 from qwen_scope_lens.features.manifest import CorpusFacts, Manifest, Settings
-from qwen_scope_lens.features.shards import damage, shard_folder, write_shard
 from qwen_scope_lens.features.store import FeatureStore
 from qwen_scope_lens.files import exclusive
-from qwen_scope_lens.models.capture import EXTREME_NORM_RATIO, iter_captures
-from qwen_scope_lens.models.layers import input_device
+from qwen_scope_lens.models.capture import EXTREME_NORM_RATIO
 from qwen_scope_lens.models.load import load_model
 from qwen_scope_lens.models.tokens import find_tokenizer
 
@@ -109,147 +109,6 @@ def extract(
     return FeatureStore.open(job.out)
 
 
-@dataclass(frozen=True)
-class Job:
-    """Everything that is settled before the first forward."""
-
-    out: Path
-    corpus: Corpus
-    facts: CorpusFacts
-    manifest: Manifest
-    model: Any
-    tokenizer: Any
-    token_budget: int
-    sae_folder: str | os.PathLike[str] | None
-    sae_revision: str | None
-    say: Callable[[str], None]
-
-    def missing(self, i: int = 0, n: int = 1) -> list[int]:
-        """The shards that rank i of n has to make: not there, or damaged."""
-        first = self.facts.first_shard
-        shards = []
-        for shard in range(first + i, first + self.facts.n_shards, n):
-            folder = shard_folder(self.out, shard)
-            if not folder.is_dir():
-                shards.append(shard)
-            elif (problem := damage(folder)) is not None:
-                self.say(f"made again: {problem}")
-                shards.append(shard)
-        return shards
-
-    def run(self, shards: Sequence[int], sae_memory: int | None, progress: bool) -> None:
-        """Make the given shards."""
-        if not shards:
-            self.say("nothing to do: every shard is there")
-            return
-        encoder = Encoder(self._load, self.manifest.layers, self._room(sae_memory))
-        total = sum(end - start for start, end in map(self.facts.span, shards))
-        waiting: list[_Read] = []
-        truncated = 0
-        with tqdm(
-            total=total, unit="doc", disable=not progress, file=sys.stderr, desc="extract"
-        ) as bar:
-            for read in self._read(shards, encoder, bar):
-                waiting.append(read)
-                pieces = [piece for each in waiting for piece in each.pieces]
-                if not encoder.is_full(pieces) and read.shard != shards[-1]:
-                    continue
-                encoder.settle(pieces)
-                for each in waiting:
-                    coded = coded_documents(each.pieces, each.documents, each.first, self.tokenizer)
-                    write_shard(self.out, each.shard, self.manifest, coded)
-                    truncated += sum(document.truncated for document in coded)
-                waiting.clear()
-        if truncated:
-            self.say(f"{truncated:,} documents were cut to their first tokens (see `truncated`)")
-
-    def _read(self, shards: Sequence[int], encoder: Encoder, bar: Any) -> Iterator[_Read]:
-        """Run the model over the documents of each shard."""
-        settings = self.manifest.settings
-        ahead: deque[Document] = deque()
-        captures = iter_captures(
-            self.model,
-            self._stream(shards, ahead),
-            self.manifest.layers,
-            tokenizer=self.tokenizer,
-            token_budget=self.token_budget,
-            window=self.facts.shard_docs,  # a batch never crosses a shard's border
-            max_tokens=settings.max_tokens,
-            truncate=settings.truncate,
-            enable_thinking=settings.enable_thinking,
-            add_generation_prompt=settings.add_generation_prompt,
-            extreme_norm_ratio=settings.extreme_norm_ratio,
-        )
-        began, tokens, first = time.monotonic(), 0, 0
-        for shard in shards:
-            start, end = self.facts.span(shard)
-            pieces: list[Piece] = []
-            while sum(len(piece.capture) for piece in pieces) < end - start:
-                capture = next(captures)
-                pieces.append(encoder.read(capture))
-                tokens += capture.n_tokens
-                rate = tokens / (time.monotonic() - began)
-                bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
-                bar.update(len(capture))
-            documents = [ahead.popleft() for _ in range(end - start)]
-            yield _Read(shard, first, documents, pieces)
-            first += end - start
-
-    def _stream(self, shards: Sequence[int], ahead: deque[Document]) -> Iterator[Any]:
-        """The contents of the documents of some shards, remembered until they are written."""
-        spans = map(self.facts.span, shards)
-        start, end = next(spans)
-        for number, document in enumerate(self.corpus, start=self.facts.first_doc):
-            if number == end:
-                if (following := next(spans, None)) is None:
-                    return
-                start, end = following
-            if number >= start:
-                ahead.append(document)
-                yield document.content
-
-    def _load(self, layer: int) -> Any:
-        from qwen_scope_lens.saes.load import load_sae
-
-        return load_sae(
-            self.manifest.saes[layer].ref,
-            folder=self.sae_folder,
-            revision=self.sae_revision,
-            device=str(input_device(self.model)),
-        )
-
-    def _room(self, sae_memory: int | None) -> int | None:
-        """Bytes of residuals that may wait, or None where all SAEs fit. Says what it costs."""
-        one = LayerRef.parse(next(iter(self.manifest.saes.values())).ref).row.bytes_per_layer
-        count = len(self.manifest.layers)
-        if sae_memory is None or count * one <= sae_memory:
-            self.say(f"{count} SAEs in memory: {count * one / 1e9:,.2f} GB")
-            return None
-        if one > sae_memory:
-            raise TooLittleData(
-                f"sae_memory is {sae_memory / 1e9:,.2f} GB, one SAE alone needs {one / 1e9:,.2f} GB"
-            )
-        room = sae_memory - one
-        width = self.manifest.model.d_model * count
-        self.say(
-            f"{count} SAEs need {count * one / 1e9:,.2f} GB, sae_memory is {sae_memory / 1e9:,.2f}"
-            f" GB: they are loaded one at a time, {count * one / 1e9:,.2f} GB read again for every"
-            f" {max(1, room // (4 * width)):,} tokens (or every shard of {self.facts.shard_docs}"
-            f" documents, where that is more). A token's residuals wait in {4 * width:,} bytes"
-        )
-        return room
-
-
-@dataclass(frozen=True)
-class _Read:
-    """One shard's documents after the forward."""
-
-    shard: int
-    first: int  # the stream's number of its first document
-    documents: list[Document]
-    pieces: list[Piece]
-
-
 def prepare(
     documents: Any,
     *,
@@ -283,6 +142,18 @@ def prepare(
             " --no-thinking), the template changes the text with it"
         )
     saes = {n: facts.sae_facts(LayerRef(row.short, n), sae_folder, sae_revision) for n in wanted}
+    corpus_facts = CorpusFacts(
+        name=corpus.name,
+        n_docs=found.n_docs,
+        sha256=found.sha256,
+        shard_docs=shard_docs or SHARD_DOCS,
+        token_budget=token_budget or TOKEN_BUDGET,
+        size=corpus.size,
+    )
+    folder = Path(out).expanduser()
+    if Manifest.exists(folder):  # refuse now what needs no model to be refused
+        likely = replace(Manifest.read(folder), saes=saes, settings=settings)
+        _joined(folder, likely, corpus_facts, found.labels, append)
     if isinstance(model, (str, Path)):
         model = load_model(model, up_to_layer=wanted[-1], device=device, **model_options)
     facts.check_model(model, row)
@@ -298,15 +169,6 @@ def prepare(
     )
     if note := facts.model_note(mine.model, row):
         say(f"NOTE: {note}")
-    corpus_facts = CorpusFacts(
-        name=corpus.name,
-        n_docs=found.n_docs,
-        sha256=found.sha256,
-        shard_docs=shard_docs or SHARD_DOCS,
-        token_budget=token_budget or TOKEN_BUDGET,
-        size=corpus.size,
-    )
-    folder = Path(out).expanduser()
     with exclusive(folder / ".manifest", wait=True):
         manifest = _joined(folder, mine, corpus_facts, found.labels, append)
         if not Manifest.exists(folder) or Manifest.read(folder) != manifest:

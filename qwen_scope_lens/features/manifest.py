@@ -88,6 +88,7 @@ class CorpusFacts:
     shard_docs: int = 512
     token_budget: int = 4096
     size: int | None = None  # bytes of the file
+    labels: tuple[str, ...] = ()  # their types are the store's
 
     @property
     def n_shards(self) -> int:
@@ -131,7 +132,7 @@ class Manifest:
 
     def require_same(self, other: Manifest, mine: str, theirs: str) -> None:
         """Raise where codes of the two may not stand in one store."""
-        for what in ("model", "tokenizer", "saes", "settings"):
+        for what in ("saes", "settings", "tokenizer", "model"):
             left, right = getattr(self, what), getattr(other, what)
             if left == right:
                 continue
@@ -144,7 +145,9 @@ class Manifest:
 
     def with_corpus(self, corpus: CorpusFacts, labels: dict[str, str]) -> Manifest:
         """The same store, with one more corpus after the others."""
-        corpus = replace(corpus, first_doc=self.n_docs, first_shard=self.n_shards)
+        corpus = replace(
+            corpus, first_doc=self.n_docs, first_shard=self.n_shards, labels=tuple(labels)
+        )
         names = {**self.labels}
         for name, kind in labels.items():
             names[name] = join_label_types(names[name], kind) if name in names else kind
@@ -172,7 +175,10 @@ class Manifest:
                 saes={int(n): SAEFacts(**facts) for n, facts in content["saes"].items()},
                 settings=Settings(**content["settings"]),
                 labels=dict(content["labels"]),
-                corpora=tuple(CorpusFacts(**facts) for facts in content["corpora"]),
+                corpora=tuple(
+                    CorpusFacts(**{**facts, "labels": tuple(facts["labels"])})
+                    for facts in content["corpora"]
+                ),
                 versions=dict(content["versions"]),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:

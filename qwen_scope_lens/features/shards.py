@@ -61,7 +61,9 @@ def write_shard(
     store: Path, shard: int, manifest: Manifest, documents: Sequence[CodedDocument]
 ) -> None:
     """Write one shard, whole or not at all. The bytes follow from the content alone."""
-    first, end = manifest.corpus_of(shard).span(shard)
+    corpus = manifest.corpus_of(shard)
+    first, end = corpus.span(shard)
+    labels = {name: manifest.labels[name] for name in corpus.labels}
     assert len(documents) == end - first
     lengths = np.array([len(document.token_ids) for document in documents])
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
@@ -69,7 +71,7 @@ def write_shard(
     position = (np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths)).astype(np.int32)
     nonzero = {}
     with whole_folder(shard_folder(store, shard)) as folder:
-        _write_documents(folder, first, documents, manifest.labels)
+        _write_documents(folder, first, documents, labels)
         _write_tokens(folder, doc, position, documents, manifest.layers)
         np.save(folder / "offsets.npy", offsets)
         for layer in manifest.layers:
@@ -266,10 +268,17 @@ class Shard:
 
     @cached_property
     def tokens(self) -> pa.Table:
-        """Everything of `tokens.parquet` but the strings."""
+        """Everything of `tokens.parquet` but the strings; remembered until `forget_tokens`."""
         columns = ["token_id", "start", "end"]
         columns += [f"extreme_{layer}" for layer in self._manifest.layers]
         return self.table("tokens.parquet", columns)
+
+    def forget_tokens(self) -> None:
+        self.__dict__.pop("tokens", None)
+
+    def forget_maps(self) -> None:
+        """Close the files that `packed` opened (once nothing uses them any more)."""
+        self._packed.clear()
 
     def token_ids(self) -> np.ndarray:
         return self.tokens["token_id"].to_numpy().astype(np.int64)

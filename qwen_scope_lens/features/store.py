@@ -8,13 +8,15 @@ writes it, and holds the documents 0..n_docs-1 in the corpus's order. It never w
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import torch
 
 from qwen_scope_lens.address import FeatureRef
 from qwen_scope_lens.errors import (
@@ -24,6 +26,7 @@ from qwen_scope_lens.errors import (
     StoreMismatch,
     UnknownName,
 )
+from qwen_scope_lens.features.blocks import Block, DocumentBlock, blocks_of, document_block
 from qwen_scope_lens.features.manifest import Manifest, SAEFacts
 from qwen_scope_lens.features.packed import Packed
 from qwen_scope_lens.features.shards import RESERVED, Shard, shard_folder
@@ -31,31 +34,8 @@ from qwen_scope_lens.saes.sparse import SparseCodes
 
 __all__ = ["Block", "DocumentBlock", "FeatureStore", "Hits"]
 
-BLOCK_TOKENS = 16384
-"""The most tokens of a block, unless one document is longer."""
-
-
-@dataclass(frozen=True)
-class Block:
-    """The tokens of some whole documents in one layer, row by row."""
-
-    doc: np.ndarray  # int64 [n]
-    position: np.ndarray  # int64 [n]
-    token_ids: np.ndarray  # int64 [n]
-    keep: np.ndarray  # bool [n]: neither first nor of extreme norm
-    codes: SparseCodes  # [n]
-
-    def __len__(self) -> int:
-        return len(self.doc)
-
-
-@dataclass(frozen=True)
-class DocumentBlock(Block):
-    """The tokens of one document."""
-
-    tokens: list[str]
-    spans: np.ndarray  # int64 [n, 2], characters of the text; -1 where there is no text
-    layers: dict[int, SparseCodes]  # every layer of the store
+RECENT_TOKENS, RECENT_MAPS = 8, 1024
+"""How many shards keep their tokens in memory, and their arrays mapped."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +63,8 @@ class FeatureStore:
     def __init__(self, path: Path, manifest: Manifest, shards: Sequence[Shard]) -> None:
         self.path, self.manifest, self._shards = path, manifest, list(shards)
         self._firsts = np.array([shard.first_doc for shard in shards], dtype=np.int64)
+        self._with_tokens = _Recent(RECENT_TOKENS, Shard.forget_tokens)
+        self._with_maps = _Recent(RECENT_MAPS, Shard.forget_maps)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> FeatureStore:
@@ -193,25 +175,14 @@ class FeatureStore:
 
     def _blocks(self, layer: int, keep: bool, wanted: np.ndarray | None) -> Iterator[Block]:
         for shard in self._shards:
+            self._use(shard)
             local = np.arange(shard.n_docs)
             if wanted is not None:
                 local = wanted - shard.first_doc
                 local = local[(local >= 0) & (local < shard.n_docs)]
             if not len(local):
                 continue
-            token_ids, keeps, packed = shard.token_ids(), shard.keep(layer), shard.packed(layer)
-            for group in _groups(local, np.diff(shard.offsets)):
-                rows = _rows(shard.offsets, group)
-                if keep:
-                    rows = rows[keeps[rows]]
-                doc = np.searchsorted(shard.offsets, rows, side="right") - 1
-                yield Block(
-                    doc=doc + shard.first_doc,
-                    position=rows - shard.offsets[doc],
-                    token_ids=token_ids[rows],
-                    keep=keeps[rows],
-                    codes=_take(packed, rows).unpack(),
-                )
+            yield from blocks_of(shard, layer, local, keep)
 
     def by_token(self, doc: int, layer: int | None = None) -> DocumentBlock:
         """One document: what fires on each of its tokens.
@@ -220,24 +191,8 @@ class FeatureStore:
         """
         layer = self.layers[-1] if layer is None else layer
         self.sae(layer)
-        shard, rows = self._place(doc)
-        spans = shard.spans()[rows]
-        text = shard.table("tokens.parquet", ["token"]).slice(rows.start, rows.stop - rows.start)
-        n = rows.stop - rows.start
-        codes = {
-            stored: shard.packed(stored).rows(rows.start, rows.stop).unpack()
-            for stored in self.layers
-        }
-        return DocumentBlock(
-            doc=np.full(n, doc, dtype=np.int64),
-            position=np.arange(n, dtype=np.int64),
-            token_ids=shard.token_ids()[rows],
-            keep=shard.keep(layer)[rows],
-            codes=codes[layer],
-            tokens=text["token"].to_pylist(),
-            spans=spans,
-            layers=codes,
-        )
+        shard, _ = self._place(doc)
+        return document_block(shard, doc, layer, self.layers)
 
     def codes_at(self, layer: int, doc: Sequence[int], position: Sequence[int]) -> SparseCodes:
         """The codes of chosen tokens, in the order given. `[n] -> SparseCodes [n]`"""
@@ -248,7 +203,7 @@ class FeatureStore:
             parts.append(shard.packed(layer).take(rows))
             order.append(chosen)
         if not parts:
-            return SparseCodes.from_dense(_no_rows(facts.d_sae), facts.k)
+            return SparseCodes.from_dense(torch.zeros(0, facts.d_sae), facts.k)
         back = np.argsort(np.concatenate(order))
         return Packed.cat(parts).take(back).unpack()
 
@@ -297,6 +252,10 @@ class FeatureStore:
 
     # Where documents and tokens are.
 
+    def _use(self, shard: Shard) -> None:
+        self._with_tokens.use(shard)
+        self._with_maps.use(shard)
+
     def _check_doc(self, doc: int) -> None:
         if not 0 <= doc < self.n_docs:
             more = "" if self.is_complete else " (the store is not complete yet)"
@@ -307,6 +266,7 @@ class FeatureStore:
     def _place(self, doc: int) -> tuple[Shard, slice]:
         self._check_doc(doc)
         shard = self._shards[int(np.searchsorted(self._firsts, doc, side="right")) - 1]
+        self._use(shard)
         start, end = shard.offsets[doc - shard.first_doc : doc - shard.first_doc + 2].tolist()
         return shard, slice(start, end)
 
@@ -321,6 +281,7 @@ class FeatureStore:
         at = np.searchsorted(self._firsts, docs, side="right") - 1
         for number in np.unique(at):
             shard = self._shards[int(number)]
+            self._use(shard)
             [chosen] = np.nonzero(at == number)
             local = docs[chosen] - shard.first_doc
             rows = shard.offsets[local] + positions[chosen]
@@ -331,6 +292,19 @@ class FeatureStore:
             yield shard, chosen, rows
 
 
+class _Recent:
+    """The shards used last; an older one forgets what it holds in memory."""
+
+    def __init__(self, most: int, forget: Callable[[Shard], None]) -> None:
+        self._most, self._forget, self._shards = most, forget, OrderedDict[int, Shard]()
+
+    def use(self, shard: Shard) -> None:
+        self._shards[shard.number] = shard
+        self._shards.move_to_end(shard.number)
+        if len(self._shards) > self._most:
+            self._forget(self._shards.popitem(last=False)[1])
+
+
 def _with_all(shard: Shard, manifest: Manifest, columns: Sequence[str] | None) -> pa.Table:
     """A shard's documents; labels that only later corpora have are null."""
     wanted = list(columns) if columns is not None else [*RESERVED, *manifest.labels]
@@ -339,34 +313,3 @@ def _with_all(shard: Shard, manifest: Manifest, columns: Sequence[str] | None) -
         if name not in table.column_names:
             table = table.append_column(name, pa.nulls(len(table)))
     return table.select(wanted)
-
-
-def _groups(docs: np.ndarray, lengths: np.ndarray) -> Iterator[np.ndarray]:
-    """Consecutive documents that together have at most BLOCK_TOKENS tokens, at least one."""
-    start, tokens = 0, 0
-    for i, doc in enumerate(docs):
-        if i > start and tokens + lengths[doc] > BLOCK_TOKENS:
-            yield docs[start:i]
-            start, tokens = i, 0
-        tokens += int(lengths[doc])
-    yield docs[start:]
-
-
-def _rows(offsets: np.ndarray, docs: np.ndarray) -> np.ndarray:
-    """The rows of some documents, one after the other."""
-    lengths = offsets[docs + 1] - offsets[docs]
-    ends = np.cumsum(lengths)
-    return np.arange(ends[-1]) + np.repeat(offsets[docs] - (ends - lengths), lengths)
-
-
-def _take(packed: Packed, rows: np.ndarray) -> Packed:
-    """A slice where the rows are one, else a gather."""
-    if len(rows) and rows[-1] - rows[0] + 1 == len(rows):
-        return packed.rows(int(rows[0]), int(rows[-1]) + 1)
-    return packed.take(rows)
-
-
-def _no_rows(d_sae: int):  # type: ignore[no-untyped-def]
-    import torch
-
-    return torch.zeros(0, d_sae)

@@ -1,0 +1,92 @@
+"""A corpus through a model and its SAEs, into a feature store.
+
+    qsl extract corpus.jsonl --sae mini-qwen3/w1k-l0-16 --layers 6 --out store/
+    qsl extract chats.parquet --model Qwen/Qwen3-8B --sae qwen3-8b-base/w64k-l0-50 \\
+        --layers 12,20 --no-thinking --label-columns lang,stars --out store/
+    qsl extract big.jsonl ... --rank 0/4     # four processes or machines share the work
+
+The corpus: JSON Lines, JSON, text (a document a line), CSV, TSV, Parquet, a folder of
+`datasets.save_to_disk`, or the name of a dataset on the hub. Killed at any instant and started
+again with the same command, it goes on where it was. `qsl store info` shows what is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from qwen_scope_lens.cli.arguments import layer_list, memory, rank
+
+__all__ = ["add_arguments", "run"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("corpus", help="a file, a folder of datasets, or a name on the hub")
+    parser.add_argument("--sae", required=True, metavar="GROUP", help="qwen3-8b-base/w64k-l0-50")
+    parser.add_argument("--layers", required=True, type=layer_list, help="such as 12,20 or 0-7")
+    parser.add_argument("--out", required=True, type=Path, help="the store's folder")
+    parser.add_argument("--model", help="a folder or hub name; default: what the SAEs belong to")
+
+    corpus = parser.add_argument_group("the corpus")
+    corpus.add_argument("--text", metavar="COLUMN", help="default: text, else messages (chats)")
+    corpus.add_argument("--key", metavar="COLUMN", help="default: key, else id, else the number")
+    corpus.add_argument("--label-columns", metavar="A,B", help="default: every plain column")
+    corpus.add_argument("--split", help="of a dataset with several")
+    corpus.add_argument("--skip-empty", action="store_true", help="leave empty documents out")
+    corpus.add_argument("--append", action="store_true", help="to a store with other documents")
+
+    tokens = parser.add_argument_group("tokens")
+    tokens.add_argument("--max-tokens", type=int, help="cut longer ones; default: the context")
+    tokens.add_argument("--no-truncate", action="store_true", help="refuse longer ones instead")
+    thinking = tokens.add_mutually_exclusive_group()
+    thinking.add_argument("--thinking", action="store_true", default=None, help="for chats")
+    thinking.add_argument("--no-thinking", dest="thinking", action="store_false", default=None)
+    tokens.add_argument("--generation-prompt", action="store_true", help="end chats with it")
+
+    work = parser.add_argument_group("the work")
+    work.add_argument("--token-budget", type=int, help="tokens of a batch, default 4096")
+    work.add_argument("--shard-docs", type=int, help="documents of a shard, default 512")
+    work.add_argument("--sae-memory", type=memory, metavar="SIZE", help="such as 8GB; see docs")
+    work.add_argument("--rank", type=rank, default=(0, 1), metavar="I/N", help="a part of the job")
+    work.add_argument("--device", help="cpu, cuda, cuda:1, ...")
+    work.add_argument("--folder", type=Path, help="read the SAEs from here only")
+    work.add_argument("--revision", help="of the SAEs on the hub")
+    work.add_argument("--quiet", action="store_true", help="no progress bar, no remarks")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from qwen_scope_lens.catalog import find_group
+    from qwen_scope_lens.cli.store import describe
+    from qwen_scope_lens.features.corpus import read_corpus
+    from qwen_scope_lens.features.extract import extract
+
+    labels = arguments.label_columns
+    store = extract(
+        read_corpus(
+            arguments.corpus,
+            text=arguments.text,
+            labels=None if labels is None else [name for name in labels.split(",") if name],
+            key=arguments.key,
+            split=arguments.split,
+            skip_empty=arguments.skip_empty,
+        ),
+        model=arguments.model or find_group(arguments.sae).backbone.model_id,
+        group=arguments.sae,
+        layers=arguments.layers,
+        out=arguments.out,
+        max_tokens=arguments.max_tokens,
+        truncate=not arguments.no_truncate,
+        enable_thinking=arguments.thinking,
+        add_generation_prompt=arguments.generation_prompt,
+        token_budget=arguments.token_budget,
+        shard_docs=arguments.shard_docs,
+        append=arguments.append,
+        sae_memory=arguments.sae_memory,
+        rank=arguments.rank,
+        sae_folder=arguments.folder,
+        sae_revision=arguments.revision,
+        device=arguments.device,
+        progress=not arguments.quiet,
+    )
+    print(describe(store))
+    return 0
