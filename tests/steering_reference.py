@@ -21,13 +21,20 @@ Weights = dict[str, Tensor]
 Chosen = Callable[[Edit, int, int], bool]  # edit, row, position -> whether it acts
 
 
-def write_saes(home: Path) -> dict[int, Weights]:
-    """`local/tiny`: an SAE for every layer of a tiny model. Returns the weights by layer."""
+class World(dict[int, Weights]):
+    """Layer -> the weights of its SAE; `home` is the folder for QWEN_SCOPE_HOME."""
+
+    home: Path
+
+
+def write_saes(home: Path) -> World:
+    """`local/tiny`: an SAE for every layer of a tiny model."""
     folder = home / "tiny"
     folder.mkdir(parents=True)
     settings = planted.settings(d_model=D_MODEL, d_sae=D_SAE, k=K, num_layers=N_LAYERS)
     (folder / "config.json").write_text(json.dumps(settings))
-    found = {}
+    found = World()
+    found.home = home
     for layer in range(N_LAYERS):
         weights = planted.tensors(seed=layer, d_model=D_MODEL, d_sae=D_SAE, b_dec=0.3)
         weights["W_dec"] = weights["W_dec"] * torch.linspace(0.5, 2, D_SAE)  # not of length one

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,20 +27,13 @@ SHORT, LONG = list(b"steer me"), list(b"a longer prompt, really")
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, Any]]:
-    """`local/tiny` on disk for the whole module; its weights by layer."""
-    home = tmp_path_factory.mktemp("home")
-    patch = pytest.MonkeyPatch()
-    patch.setenv("QWEN_SCOPE_HOME", str(home))
-    yield reference.write_saes(home)
-    patch.undo()
+def world(tmp_path_factory: pytest.TempPathFactory) -> reference.World:
+    return reference.write_saes(tmp_path_factory.mktemp("home"))
 
 
 @pytest.fixture(autouse=True)
-def _home(world: Any, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: Any) -> None:
-    """After the suite's own fixture that hides QWEN_SCOPE_HOME."""
-    folders = sorted(tmp_path_factory.getbasetemp().glob("home*/tiny"))
-    monkeypatch.setenv("QWEN_SCOPE_HOME", str(folders[-1].parent))
+def _home(world: reference.World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QWEN_SCOPE_HOME", str(world.home))
 
 
 def ref(layer: int, feature: int) -> str:

@@ -27,6 +27,12 @@ VERBS = {
     "stats": "every feature of a store: how often, how strongly, with which others",
     "bench": "what benchmarks measure: redundancy, overlap, subsets",
     "compare": "features across SAEs, layers and models: match, drift, transfer",
+    "steer": "generate with features amplified, set, capped or removed",
+    "sweep": "effect of an edit against its strength, with control and picture",
+    "calibrate": "typical activations, the unit of strengths",
+    "blame": "from a bad reply to the features behind it",
+    "export": "a plan for llama.cpp (GGUF) or as plain vectors",
+    "lm_eval": "standard benchmarks of a steered model",
     "demo": "a tour on data made on the spot, offline",
 }
 

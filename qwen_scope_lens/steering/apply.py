@@ -8,8 +8,9 @@ residual bit for bit.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -38,7 +39,8 @@ class LayerEdits:
     edits: tuple[Edit, ...]
     directions: Tensor
     readers: tuple[_Reader, ...]
-    _placed: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
+    pushes: Tensor  # along which the changes go: the directions, but for a control
+    _placed: dict[torch.device, tuple[Tensor, ...]] = field(default_factory=dict)
 
     @classmethod
     def build(
@@ -58,7 +60,20 @@ class LayerEdits:
             needs = edit.unit == "norm" or edit.operation.reads == "residual"
             if needs and not bool(row.norm() > 0):
                 raise BadPlan(f"{edit}: the feature's decoder row is zero, it has no direction")
-        return cls(tuple(edits), directions, readers)
+        return cls(tuple(edits), directions, readers, directions)
+
+    def astray(self, seed: int) -> LayerEdits:
+        """The same changes, each along a random direction of the same length: a control.
+
+        Edits of one feature share theirs, and it does not depend on the other edits.
+        """
+        rows = []
+        for edit, row in zip(self.edits, self.directions, strict=True):
+            words = hashlib.sha256(f"{seed} {edit.ref}".encode()).digest()
+            rng = torch.Generator().manual_seed(int.from_bytes(words[:7], "big"))
+            chance = torch.randn(row.shape, generator=rng)
+            rows.append(chance * (row.norm() / chance.norm()))
+        return replace(self, pushes=torch.stack(rows), _placed={})
 
     def change(self, x: Tensor, selected: Tensor) -> tuple[Tensor, Tensor]:
         """The new residual and the c of every edit.
@@ -66,16 +81,16 @@ class LayerEdits:
         `x [.., d_model]`, `selected` bool `[.., m]` -> `[.., d_model]` in x's dtype, `[.., m]`.
         """
         precise = torch.promote_types(x.dtype, torch.float32)
-        directions, _, _ = self._on(x.device)
+        pushes = self._on(x.device)[0]
         c = self.coefficients(x, selected)
         touched = (c != 0).any(-1, keepdim=True)
-        moved = x.to(precise) + c.to(precise) @ directions.to(precise)
+        moved = x.to(precise) + c.to(precise) @ pushes.to(precise)
         return torch.where(touched, moved.to(x.dtype), x), c
 
     def coefficients(self, x: Tensor, selected: Tensor) -> Tensor:
         """c of every edit: 0 where it is not selected. `[.., d_model], [.., m] -> [.., m]`"""
         precise = torch.promote_types(x.dtype, torch.float32)
-        directions, values, lengths = self._on(x.device)
+        _, directions, values, lengths = self._on(x.device)
         v = values.to(precise).expand(*x.shape[:-1], -1)
         by_norm = [i for i, edit in enumerate(self.edits) if edit.unit == "norm"]
         if by_norm:
@@ -100,11 +115,12 @@ class LayerEdits:
         still = torch.tensor([edit.changes_nothing for edit in self.edits], device=x.device)
         return torch.where(selected & ~still, c, torch.zeros_like(c))
 
-    def _on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    def _on(self, device: torch.device) -> tuple[Tensor, ...]:
         if device not in self._placed:
             values = torch.tensor([edit.value for edit in self.edits], dtype=torch.float64)
             rows = self.directions.to(device)
-            self._placed[device] = (rows, values.to(device), rows.norm(dim=-1))
+            pushes = self.pushes.to(device)
+            self._placed[device] = (pushes, rows, values.to(device), rows.norm(dim=-1))
         return self._placed[device]
 
 

@@ -28,7 +28,15 @@ from qwen_scope_lens.steering.plan import Edit, Plan
 from qwen_scope_lens.steering.report import Report
 from qwen_scope_lens.steering.select import Selector
 
-__all__ = ["SAEs", "directions_of", "layer_edits", "steer"]
+__all__ = [
+    "SAEs",
+    "by_address",
+    "directions_of",
+    "is_steered",
+    "layer_edits",
+    "steer",
+    "with_readers",
+]
 
 SAEs = Iterable[ScopeSAE] | Mapping[Any, ScopeSAE] | ScopeSAE | None
 """SAEs that are loaded already, by their address or by what `cfg.metadata` says; others are read
@@ -45,6 +53,7 @@ def steer(
     *,
     tokenizer: Any = None,
     must_fire: bool = True,
+    control: int | None = None,
 ) -> Iterator[Report]:
     """Edit the residual while the model runs: `with steer(model, plan): model.generate(...)`.
 
@@ -52,7 +61,8 @@ def steer(
     of the batch (None: that row is left alone); inside `generate`, which may multiply the rows,
     each serves the rows made of its own. `tokenizer` is needed only where edits select by token
     class or chat role and the model's is not found. A plan of which no edit acted raises
-    `PlanNeverFired` at the end unless `must_fire=False`.
+    `PlanNeverFired` at the end unless `must_fire=False`. With `control` (a seed) every change has
+    its size but goes along a random direction: what it does is what any push of that size does.
     """
     plans = _per_row(plan)
     tagged = [(row, edit) for row, one in enumerate(plans) if one for edit in one.edits]
@@ -61,9 +71,9 @@ def steer(
     for _, edit in tagged:
         selector.check(edit.where)
     report = Report([edit for _, edit in tagged])
-    layers = _layers(model, tagged, saes)
+    layers = _layers(tagged, saes, control)
     inner = unwrap(model)
-    if vars(inner).get(_ACTIVE):
+    if is_steered(model):
         raise BadPlan(
             f"a plan is active on {describe(model)} already: put the edits into one Plan, so that"
             " what acts first is not left to chance"
@@ -83,17 +93,23 @@ def steer(
 
 def layer_edits(edits: Sequence[Edit], saes: SAEs = None) -> LayerEdits:
     """The arithmetic of the edits of one layer, with what it needs read from disk."""
-    known = _by_address(saes)
+    known = with_readers(edits, saes)
+    return LayerEdits.build(edits, directions_of(edits, known), known)
+
+
+def with_readers(edits: Iterable[Edit], saes: SAEs = None) -> dict[str, ScopeSAE]:
+    """The SAEs given and those that edits read codes of, loaded; by address."""
+    known = by_address(saes)
     for edit in edits:
         name = str(edit.ref.sae)
         if edit.operation.reads == "code" and name not in known:
             known[name] = load_sae(name)
-    return LayerEdits.build(edits, directions_of(edits, known), known)
+    return known
 
 
 def directions_of(edits: Sequence[Edit], saes: SAEs = None) -> Tensor:
     """The decoder row of every edit's feature, float32 `[m, d_model]`; only these are read."""
-    known = _by_address(saes)
+    known = by_address(saes)
     by_sae: dict[LayerRef, list[int]] = {}
     for i, edit in enumerate(edits):
         by_sae.setdefault(edit.ref.sae, []).append(i)
@@ -116,7 +132,12 @@ class _Layer:
     lengths: Tensor
 
 
-def _layers(model: Any, tagged: Sequence[tuple[int, Edit]], saes: SAEs) -> list[_Layer]:
+def is_steered(model: Any) -> bool:
+    """Whether a plan is active on the model now."""
+    return bool(vars(unwrap(model)).get(_ACTIVE))
+
+
+def _layers(tagged: Sequence[tuple[int, Edit]], saes: SAEs, control: int | None) -> list[_Layer]:
     """The edits by layer, in an order that does not depend on how the plan was written."""
     by_layer: dict[int, list[int]] = {}
     for i, (_, edit) in enumerate(tagged):
@@ -125,6 +146,8 @@ def _layers(model: Any, tagged: Sequence[tuple[int, Edit]], saes: SAEs) -> list[
     for number, members in sorted(by_layer.items()):
         members.sort(key=lambda i: (tagged[i][0], str(tagged[i][1])))
         made = layer_edits([tagged[i][1] for i in members], saes)
+        if control is not None:
+            made = made.astray(control)
         rows = tuple(tagged[i][0] for i in members)
         lengths = made.directions.norm(dim=-1)
         layers.append(_Layer(number, made, rows, tuple(members), lengths))
@@ -237,7 +260,7 @@ def _check_model(model: Any, edits: Iterable[Edit]) -> None:
             )
 
 
-def _by_address(saes: SAEs) -> dict[str, ScopeSAE]:
+def by_address(saes: SAEs) -> dict[str, ScopeSAE]:
     if saes is None:
         return {}
     if isinstance(saes, Mapping):

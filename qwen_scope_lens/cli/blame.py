@@ -1,0 +1,81 @@
+"""From a bad reply to the features behind it: strong on the reply and not elsewhere.
+
+    qsl blame mini-qwen3/w1k-l0-16/6 --prompt "How do I install it?" --class han \\
+        --reply "Use the package manager 安装程序 and restart."
+    qsl blame qwen3-8b-base/w64k-l0-50/20 qwen3-8b-base/w64k-l0-50/24 --cases replies.jsonl
+
+A file of cases has one a line: {"prompt": ..., "reply": ..., "bad": true}, or `messages` for
+`prompt`; those with "bad": false are what the bad ones are compared with, as are the prompts. With
+--class only the tokens of that class in the bad replies are held against the rest. The last lines
+are edits to try: `qsl steer` shows one, `qsl sweep` measures it.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qwen_scope_lens.cli import plans
+
+if TYPE_CHECKING:
+    from qwen_scope_lens.steering.blame import Case
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "saes", nargs="+", metavar="SAE", help="such as qwen3-8b-base/w64k-l0-50/20"
+    )
+    parser.add_argument("--prompt", help="what was asked")
+    parser.add_argument("--reply", help="what was answered")
+    parser.add_argument("--cases", type=Path, help="a JSON Lines file of them instead")
+    parser.add_argument(
+        "--class", dest="classes", action="append", default=[], metavar="CLASS",
+        help="only tokens of this class are bad: han, digit, ... (see `qsl steer --help`)",
+    )  # fmt: skip
+    parser.add_argument("--chat", action="store_true", help="prompts as a user's messages")
+    parser.add_argument("--thinking", action="store_true", help="with --chat: thinking mode")
+    parser.add_argument("--labels", type=Path, help="a label pack, to show what features mean")
+    parser.add_argument("--top", type=int, default=10, help="default: %(default)s")
+    plans.add_model(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from qwen_scope_lens.address import LayerRef
+    from qwen_scope_lens.features.labels import LabelPack
+    from qwen_scope_lens.steering.blame import blame
+    from qwen_scope_lens.steering.where import Where
+
+    Where(classes=tuple(arguments.classes))  # refuses unknown ones before anything is loaded
+    saes = [LayerRef.parse(text) for text in arguments.saes]
+    cases = _cases(arguments)
+    labels = LabelPack.read(arguments.labels) if arguments.labels else LabelPack()
+    found = blame(
+        plans.load(arguments, saes),
+        saes,
+        cases,
+        classes=arguments.classes,
+        top=arguments.top,
+        enable_thinking=arguments.thinking,
+    )
+    print(
+        f"{'feature':34} {'on bad':>8} {'elsewhere':>9} {'rate bad':>8} {'rate other':>10}   token"
+    )
+    for suspect in found:
+        print(f"{suspect}  {labels.text(suspect.ref)}".rstrip())
+    for suspect in found[:3]:
+        print(f"try: --edit {suspect.ref}:ablate")
+    return 0
+
+
+def _cases(arguments: argparse.Namespace) -> list[Case]:
+    from qwen_scope_lens.errors import BadText
+    from qwen_scope_lens.steering.blame import Case, read_cases
+
+    if arguments.cases:
+        cases = read_cases(arguments.cases)
+    elif arguments.prompt and arguments.reply:
+        cases = [Case(arguments.prompt, arguments.reply)]
+    else:
+        raise BadText("give --prompt and --reply, or --cases FILE")
+    return [Case(plans.as_prompt(arguments, case.prompt), case.reply, case.bad) for case in cases]

@@ -1,0 +1,60 @@
+"""Typical activations of features, the unit of strengths such as `--edit REF:add:+2sigma`.
+
+    qsl calibrate mini-qwen3/w1k-l0-16/6/498 --texts texts.jsonl --out typical.json
+    qsl calibrate qwen3-8b-base/w64k-l0-50/20 --store stores/wiki --out typical.json
+
+REF is a feature, or a whole SAE for all its features that fire. The typical activation is the mean
+over the tokens where a feature fires, first and extreme-norm tokens left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from qwen_scope_lens.cli import plans
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("refs", nargs="+", metavar="REF", help="features, or SAEs")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--texts", type=Path, help="a corpus to run through the model")
+    source.add_argument("--store", type=Path, help="a feature store, from `qsl extract`")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--max-tokens", type=int, help="of one document; the rest is cut off")
+    plans.add_model(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from qwen_scope_lens.steering.calibrate import calibrate, calibrate_from_store, split_refs
+
+    saes = list(split_refs(arguments.refs))
+    if arguments.store:
+        from qwen_scope_lens.features.store import FeatureStore
+
+        found = calibrate_from_store(FeatureStore.open(arguments.store), arguments.refs)
+    else:
+        from tqdm import tqdm
+
+        from qwen_scope_lens.features.corpus import read_corpus
+
+        texts = (document.content for document in read_corpus(arguments.texts))
+        found = calibrate(
+            plans.load(arguments, saes),
+            arguments.refs,
+            tqdm(texts, unit="doc", leave=False),
+            max_tokens=arguments.max_tokens,
+            truncate=True,
+            enable_thinking=False,
+        )
+    found.save(arguments.out)
+    missing = [ref for ref in arguments.refs if ref.count("/") == 3 and ref not in found]
+    for ref in missing:
+        print(f"{ref} never fired in these texts: it has no typical activation", file=sys.stderr)
+    for ref, facts in list(found.facts.items())[:10]:
+        print(
+            f"{ref:34} {facts.mean:8.3f}  on {facts.rate:.2%} of tokens, up to {facts.largest:.3f}"
+        )
+    print(f"{len(found):,} features over {found.provenance['tokens']:,} tokens: {arguments.out}")
+    return 0

@@ -1,0 +1,31 @@
+"""A plan for another runtime: a llama.cpp control vector (.gguf) or plain vectors (.safetensors).
+
+    qsl export --edit mini-qwen3/w1k-l0-16/6/498:add:40@first --out chinese.gguf
+    llama-cli -m model.gguf --control-vector chinese.gguf -p "..."
+    qsl export --plan plan.json --out vectors.safetensors
+
+Both formats hold one vector a layer to be added there, so only `add` edits in raw or sigma units
+can be exported. llama.cpp adds its vector at every token, the first included: edits say so with
+`@first`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from qwen_scope_lens.cli import plans
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    plans.add_plan(parser)
+    parser.add_argument("--out", type=Path, required=True, help="ends with .gguf or .safetensors")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from qwen_scope_lens.steering.export import export
+
+    plan = plans.plan_of(arguments)
+    plans.notices(ref.sae for ref in plan.refs)
+    print(f"wrote {export(plan, arguments.out)}: layers {', '.join(map(str, plan.layers))}")
+    return 0

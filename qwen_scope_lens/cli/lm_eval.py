@@ -1,0 +1,63 @@
+"""Standard benchmarks of a steered model, with lm-eval.
+
+    qsl lm_eval --model Qwen/Qwen3-8B-Base --tasks hellaswag --limit 200 \\
+        --edit qwen3-8b-base/w64k-l0-50/20/6159:ablate
+
+Several features and several layers at once, with every operation of `qsl steer`. --plain runs the
+unsteered model on the same tasks first. --include-path is a folder with tasks of your own (YAML).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from qwen_scope_lens.cli import plans
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--tasks", required=True, help="names, joined by commas")
+    parser.add_argument("--model", required=True, help="a folder, or a name on the hub")
+    parser.add_argument("--device", help="such as cuda; default: cpu")
+    plans.add_plan(parser)
+    parser.add_argument("--plain", action="store_true", help="the unsteered model as well")
+    parser.add_argument("--limit", type=int, help="requests a task")
+    parser.add_argument("--num-fewshot", type=int)
+    parser.add_argument("--batch-size", type=int, default=8, help="default: %(default)s")
+    parser.add_argument("--include-path", type=Path, help="a folder with tasks of your own")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the results as JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from qwen_scope_lens.files import whole_file
+    from qwen_scope_lens.steering.harness import evaluate
+
+    plan = plans.plan_of(arguments)
+    plans.notices(ref.sae for ref in plan.refs)
+    results = {}
+    for name, one in {"unsteered": None, "steered": plan}.items():
+        if one is None and not arguments.plain:
+            continue
+        found = evaluate(
+            arguments.model,
+            one,
+            arguments.tasks.split(","),
+            limit=arguments.limit,
+            num_fewshot=arguments.num_fewshot,
+            batch_size=arguments.batch_size,
+            include_path=arguments.include_path,
+            device=arguments.device,
+        )
+        results[name] = found["results"]
+        for task, numbers in found["results"].items():
+            for metric, value in numbers.items():
+                if isinstance(value, float):
+                    print(f"{name:10} {task:24} {metric:28} {value:.4f}")
+    print(f"\n{plan}", file=sys.stderr)
+    if arguments.out:
+        with whole_file(arguments.out) as partial:
+            text = json.dumps({"plan": plan.to_dict(), "results": results}, default=str, indent=1)
+            partial.write_text(text, encoding="utf-8")
+    return 0

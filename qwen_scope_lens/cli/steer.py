@@ -1,0 +1,61 @@
+"""Generate with features amplified, set, capped or removed; --compare shows both texts.
+
+    qsl steer "安装程序" --edit mini-qwen3/w1k-l0-16/6/498:ablate --compare
+    qsl steer "Tell me about tea." --model Qwen/Qwen3-8B --chat --compare \\
+        --edit qwen3-8b-base/w64k-l0-50/20/6159:add:-2sigma@generation --calibration typical.json
+
+An edit is REF:OP[:STRENGTH][@WHERE]. OP: add, set (or clamp), scale, ablate, floor, cap,
+project_out. STRENGTH: 4 (in activations), +2sigma (multiples of the feature's typical activation),
+-0.1norm (fraction of the residual's length). WHERE, joined by commas: prompt, generation,
+pos=3-8+-1, class=han, role=user, token=42, first; default: everything but the first token.
+The text comes from standard input when it is `-`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from qwen_scope_lens.cli import plans
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("text", metavar="TEXT", help="the prompt; - for standard input")
+    plans.add_model(parser)
+    plans.add_plan(parser)
+    plans.add_sampling(parser, new_tokens=100)
+    parser.add_argument("--compare", action="store_true", help="with the unsteered text beside it")
+    parser.add_argument("--save-plan", type=Path, metavar="FILE", help="write the edits as JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    plan = plans.plan_of(arguments)
+    saes = [ref.sae for ref in plan.refs]
+    plans.notices(saes)
+    if arguments.save_plan:
+        plan.save(arguments.save_plan)
+    sampling = plans.sampling_of(arguments)
+    text = sys.stdin.read() if arguments.text == "-" else arguments.text
+    model = plans.load(arguments, saes)
+
+    from qwen_scope_lens.steering.side import stream
+
+    report = stream(
+        model,
+        plans.as_prompt(arguments, text),
+        plan,
+        sampling,
+        _write,
+        compare=arguments.compare,
+        width=shutil.get_terminal_size((100, 24)).columns,
+        enable_thinking=arguments.thinking,
+    )
+    print(f"\n{report}", file=sys.stderr)
+    return 0
+
+
+def _write(text: str) -> Any:
+    print(text, end="", flush=True)

@@ -1,0 +1,80 @@
+"""Dose and response of an edit: effect against strength, with a guard for coherence and a control.
+
+    qsl sweep prompts.jsonl --edit mini-qwen3/w1k-l0-16/6/498:add --strengths -8:8:2 \\
+        --measure class=han --out dose
+
+PROMPTS is a corpus (JSON Lines with `text` or `messages`, plain text a line, CSV, Parquet). Edits
+come without a strength; --strengths is FROM:TO:STEP or a list, in --unit (raw, sigma, norm). The
+effect is --measure: change (share of tokens that differ from the unsteered text), class=NAME (share
+of characters of a class, such as han) or regex=PATTERN (share of texts in which it is found). Each
+strength is run beside a control, changes of the same size along random directions. DIR gets
+sweep.json, rewritten after every strength (a stopped sweep goes on there), and a page to look at.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from qwen_scope_lens.cli import plans
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    plans.allow_negative_values(parser)
+    parser.add_argument("prompts", type=Path, metavar="PROMPTS", help="a file of prompts")
+    parser.add_argument(
+        "--edit", action="append", required=True, metavar="REF:OP[@WHERE]", help="again for more"
+    )
+    parser.add_argument("--strengths", required=True, metavar="FROM:TO:STEP")
+    parser.add_argument("--unit", choices=("raw", "sigma", "norm"), default="raw")
+    parser.add_argument("--calibration", type=Path, help="from `qsl calibrate`; for sigma")
+    parser.add_argument("--measure", default="change", help="default: %(default)s")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: only print")
+    parser.add_argument("--batch", type=int, default=16, help="prompts at a time; default: 16")
+    plans.add_model(parser)
+    plans.add_sampling(parser, new_tokens=48)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from qwen_scope_lens.steering.grammar import parse_open_edit, parse_strengths
+    from qwen_scope_lens.steering.measure import Measure
+    from qwen_scope_lens.steering.plan import Plan
+
+    strengths = parse_strengths(arguments.strengths)
+    plan = Plan([parse_open_edit(text, arguments.unit) for text in arguments.edit])
+    plan = plans.calibrated(plan, arguments)
+    measure = Measure.parse(arguments.measure)
+    prompts = plans.read_prompts(arguments, arguments.prompts)
+    sampling = plans.sampling_of(arguments)
+    plans.notices(ref.sae for ref in plan.refs)
+    model = plans.load(arguments, [ref.sae for ref in plan.refs])
+
+    from tqdm import tqdm
+
+    from qwen_scope_lens.steering.figures import sweep_page
+    from qwen_scope_lens.steering.sweep import sweep
+
+    out: Path | None = arguments.out
+    with tqdm(unit="dose", leave=False) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total, bar.n = total, done
+            bar.refresh()
+
+        found = sweep(
+            model,
+            plan,
+            strengths,
+            prompts,
+            measure,
+            sampling=sampling,
+            batch=arguments.batch,
+            seed=arguments.seed,
+            enable_thinking=arguments.thinking,
+            keep=out / "sweep.json" if out else None,
+            progress=progress,
+        )
+    print(found)
+    if out:
+        print(f"wrote {sweep_page(found).save(out / 'sweep.html')}")
+    return 0

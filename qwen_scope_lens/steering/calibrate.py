@@ -1,0 +1,190 @@
+"""Typical activations, so that a strength has a unit: `+2 sigma` is twice what is usual.
+
+The typical activation of a feature is its mean over the tokens where it fires, in texts of one's
+own or in a store, without the first and the extreme-norm token. What is done with it is `Plan`'s
+business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from qwen_scope_lens.address import FeatureRef, LayerRef
+from qwen_scope_lens.errors import BadFile, BadPlan, ScopeError, StoreMismatch, TooLittleData
+from qwen_scope_lens.files import read_json, write_json
+from qwen_scope_lens.models.capture import iter_captures
+from qwen_scope_lens.models.layers import describe
+from qwen_scope_lens.models.tokens import Document
+from qwen_scope_lens.saes.load import load_sae
+from qwen_scope_lens.saes.sparse import SparseCodes
+from qwen_scope_lens.steering.hooks import SAEs, by_address
+
+if TYPE_CHECKING:
+    from qwen_scope_lens.features.store import FeatureStore
+
+__all__ = ["Calibration", "Typical", "calibrate", "calibrate_from_store", "split_refs"]
+
+FORMAT, VERSION = "qsl-calibration", 1
+
+
+@dataclass(frozen=True)
+class Typical:
+    """One feature over the calibration texts."""
+
+    mean: float  # over the tokens where it fires
+    largest: float
+    fired: int  # tokens
+    rate: float  # share of all tokens
+
+
+@dataclass(frozen=True)
+class Calibration(Mapping[str, float]):
+    """Address -> typical activation, for `Plan.calibrated`; `facts` has the rest."""
+
+    facts: dict[str, Typical]
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def __getitem__(self, ref: FeatureRef | str) -> float:
+        return self.facts[str(ref)].mean
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.facts)
+
+    def __len__(self) -> int:
+        return len(self.facts)
+
+    def save(self, path: str | Path) -> None:
+        rows = {ref: asdict(found) for ref, found in self.facts.items()}
+        write_json(Path(path), FORMAT, VERSION, {"provenance": self.provenance, "features": rows})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Calibration:
+        content = read_json(Path(path), FORMAT, VERSION, "qsl calibrate")
+        try:
+            rows = {
+                str(FeatureRef.parse(ref)): Typical(**row)
+                for ref, row in content["features"].items()
+            }
+            return cls(rows, dict(content["provenance"]))
+        except (KeyError, TypeError, AttributeError, ScopeError) as error:
+            raise BadFile(f"{path} is damaged ({error!r}): make it with `qsl calibrate`") from error
+
+
+def calibrate(
+    model: Any,
+    refs: Iterable[FeatureRef | LayerRef | str],
+    texts: Iterable[Document],
+    saes: SAEs = None,
+    **options: Any,
+) -> Calibration:
+    """Run texts through a model. `refs` are features, or SAEs for all their features that fire.
+
+    `options` are those of `iter_captures`.
+    """
+    wanted = split_refs(refs)
+    known = by_address(saes)
+    layers: dict[int, list[LayerRef]] = {}
+    for sae in wanted:
+        layers.setdefault(sae.layer, []).append(sae)
+        if str(sae) not in known:
+            known[str(sae)] = load_sae(sae)
+    sums = {sae: _Sums(sae.row.d_sae) for sae in wanted}
+    documents = 0
+    for read in iter_captures(model, texts, layers, **options):
+        documents += len(read)
+        for layer, members in layers.items():
+            x = read.residuals[layer][read.keep(layer)]
+            for sae in members:
+                own = known[str(sae)]
+                sums[sae].add(own.encode_sparse(x.to(own.W_dec.device)))
+    return _result(wanted, sums, {"model": describe(model), "documents": documents})
+
+
+def calibrate_from_store(
+    store: FeatureStore, refs: Iterable[FeatureRef | LayerRef | str]
+) -> Calibration:
+    """The same from codes that are stored already."""
+    wanted = split_refs(refs)
+    sums = {}
+    for sae in wanted:
+        stored = str(store.sae(sae.layer).ref)
+        if stored != str(sae):
+            raise StoreMismatch(f"the store has codes of {stored} at that layer, not of {sae}")
+        sums[sae] = _Sums(sae.row.d_sae)
+        for block in store.iter_blocks(sae.layer, keep=True):
+            sums[sae].add(block.codes)
+    return _result(wanted, sums, {"store": str(store.path), "documents": store.n_docs})
+
+
+def split_refs(
+    refs: Iterable[FeatureRef | LayerRef | str],
+) -> dict[LayerRef, Sequence[int] | None]:
+    """SAE -> the features asked for, None for all of them."""
+    found: dict[LayerRef, list[int] | None] = {}
+    for ref in refs:
+        one = _parse(ref)
+        if isinstance(one, LayerRef):
+            found[one] = None
+        elif (listed := found.setdefault(one.sae, [])) is not None:
+            listed.append(one.feature)
+    if not found:
+        raise BadPlan("no feature and no SAE was named")
+    return found  # type: ignore[return-value]
+
+
+def _parse(ref: FeatureRef | LayerRef | str) -> FeatureRef | LayerRef:
+    if not isinstance(ref, str):
+        return ref
+    try:
+        return FeatureRef.parse(ref)
+    except ScopeError:
+        return LayerRef.parse(ref)
+
+
+class _Sums:
+    """Running sums over codes, for all features of one SAE."""
+
+    def __init__(self, d_sae: int) -> None:
+        self.tokens = 0
+        self.sum = torch.zeros(d_sae, dtype=torch.float64)
+        self.count = torch.zeros(d_sae, dtype=torch.float64)
+        self.largest = torch.zeros(d_sae, dtype=torch.float64)
+
+    def add(self, codes: SparseCodes) -> None:
+        flat = codes.flatten().detach()
+        self.tokens += len(flat)
+        index = flat.indices[flat.active].long().cpu()
+        values: Tensor = flat.values[flat.active].double().cpu()
+        self.sum.index_add_(0, index, values)
+        self.count.index_add_(0, index, torch.ones_like(values))
+        self.largest.scatter_reduce_(0, index, values, "amax")
+
+
+def _result(
+    wanted: Mapping[LayerRef, Sequence[int] | None],
+    sums: Mapping[LayerRef, _Sums],
+    provenance: dict[str, Any],
+) -> Calibration:
+    tokens = max(one.tokens for one in sums.values())
+    if not tokens:
+        raise TooLittleData("the texts have no token that counts: only first or extreme ones")
+    facts = {}
+    for sae, features in wanted.items():
+        own = sums[sae]
+        listed = own.count.nonzero().flatten().tolist() if features is None else sorted(features)
+        for feature in listed:
+            fired = int(own.count[feature])
+            if fired:
+                facts[str(sae.feature(feature))] = Typical(
+                    mean=float(own.sum[feature]) / fired,
+                    largest=float(own.largest[feature]),
+                    fired=fired,
+                    rate=fired / own.tokens,
+                )
+    return Calibration(facts, {**provenance, "tokens": tokens})

@@ -1,0 +1,125 @@
+"""Plans for other runtimes: llama.cpp control vectors (GGUF), and plain vectors (safetensors).
+
+Both hold one vector a layer, which the runtime adds to the residual after that layer. So only `add`
+can be exported, and only where the runtime's idea of "everywhere" is the plan's; anything else is
+refused, because the file would do something else than the plan.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qwen_scope_lens.errors import BadPlan
+from qwen_scope_lens.extras import require
+from qwen_scope_lens.files import whole_file
+from qwen_scope_lens.steering.hooks import SAEs, directions_of
+from qwen_scope_lens.steering.plan import Edit, Plan
+from qwen_scope_lens.steering.where import Where
+
+__all__ = ["FORMATS", "export", "layer_vectors", "to_gguf", "to_safetensors"]
+
+EVERY_TOKEN = Where(skip_first=False)
+AFTER_FIRST = Where()
+
+# The architecture by which llama.cpp knows a model, for its `model_hint`.
+LLAMA_NAMES = {"qwen3": "qwen3", "qwen3_moe": "qwen3moe", "qwen3_5": "qwen35",
+               "qwen3_5_moe": "qwen35moe"}  # fmt: skip
+
+
+def layer_vectors(plan: Plan, saes: SAEs = None) -> dict[int, Tensor]:
+    """Layer -> the sum of its `add` edits, `[d_model]` float32."""
+    for edit in plan.edits:
+        _check_constant(edit)
+    rows = directions_of(plan.edits, saes).double()
+    found: dict[int, Tensor] = {}
+    for edit, row in zip(plan.edits, rows, strict=True):
+        found[edit.ref.layer] = found.get(edit.ref.layer, torch.zeros_like(row)) + edit.value * row
+    return {layer: vector.float() for layer, vector in sorted(found.items())}
+
+
+def to_gguf(plan: Plan, path: Path, saes: SAEs = None) -> Path:
+    """A control vector: `llama-cli --control-vector FILE`.
+
+    llama.cpp adds `direction.N` after decoder layer N (from 0, as here), has none for layer 0, and
+    adds it at every token, the first included.
+    """
+    for edit in plan.edits:
+        if edit.where != EVERY_TOKEN:
+            raise BadPlan(
+                f"{edit}: llama.cpp adds a control vector at every token, the first included: say"
+                f" so in the edit ({edit.ref}:{edit.op}:..@first), or export safetensors"
+            )
+        if edit.ref.layer == 0:
+            raise BadPlan(f"{edit}: llama.cpp has no control vector for layer 0")
+    vectors = layer_vectors(plan, saes)
+    gguf = require("gguf", "gguf")
+    backbone = plan.edits[0].ref.sae.row.backbone
+    with whole_file(path) as partial:
+        writer = gguf.GGUFWriter(str(partial), "controlvector")
+        writer.add_string("controlvector.model_hint", LLAMA_NAMES.get(backbone.family or "", ""))
+        writer.add_uint32("controlvector.layer_count", len(vectors))
+        writer.add_string("qwen_scope_lens.plan", json.dumps(plan.to_dict()))
+        for layer, vector in vectors.items():
+            writer.add_tensor(f"direction.{layer}", vector.numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    return path
+
+
+def to_safetensors(plan: Plan, path: Path, saes: SAEs = None) -> Path:
+    """`layers.N`: what to add to the output of decoder layer N; the metadata says where."""
+    from safetensors.torch import save_file
+
+    places = {edit.where for edit in plan.edits}
+    if not (places == {AFTER_FIRST} or places == {EVERY_TOKEN}):
+        raise BadPlan(
+            "a file of vectors has no places: expected edits that act on the prompt and the"
+            f" generation, all with or all without the first token; found {plan}"
+        )
+    vectors = layer_vectors(plan, saes)
+    backbone = plan.edits[0].ref.sae.row.backbone
+    metadata = {
+        "format": "qsl-vectors",
+        "version": "1",
+        "model": backbone.model_id,
+        "first_token": "added" if places == {EVERY_TOKEN} else "left out",
+        "plan": json.dumps(plan.to_dict()),
+    }
+    with whole_file(path) as partial:
+        tensors = {f"layers.{layer}": vector for layer, vector in vectors.items()}
+        save_file(tensors, partial, metadata=metadata)
+    return path
+
+
+FORMATS: dict[str, Callable[[Plan, Path, SAEs], Path]] = {
+    ".gguf": to_gguf,
+    ".safetensors": to_safetensors,
+}
+"""By the ending of the file's name."""
+
+
+def export(plan: Plan, path: Path, saes: SAEs = None) -> Path:
+    """In the format that the file's name ends with."""
+    if path.suffix not in FORMATS:
+        raise BadPlan(f"{path}: expected a name that ends with {' or '.join(FORMATS)}")
+    return FORMATS[path.suffix](plan, path, saes)
+
+
+def _check_constant(edit: Edit) -> None:
+    if edit.op != "add":
+        raise BadPlan(
+            f"{edit}: {edit.op} depends on what the model is doing, a vector cannot express it."
+            " Only `add` can be exported; steer with this package's own backends instead"
+        )
+    if edit.unit == "norm":
+        raise BadPlan(
+            f"{edit}: a strength in `norm` depends on each token's residual, a vector cannot:"
+            " give it in raw or sigma"
+        )

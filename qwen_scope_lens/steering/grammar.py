@@ -1,0 +1,51 @@
+"""What the command line says: a list of strengths, an edit whose strength is still open."""
+
+from __future__ import annotations
+
+from decimal import Decimal, InvalidOperation
+
+from qwen_scope_lens.errors import BadPlan
+from qwen_scope_lens.steering.operations import find_operation
+from qwen_scope_lens.steering.plan import Edit
+
+__all__ = ["parse_open_edit", "parse_strengths"]
+
+MOST = 500
+
+
+def parse_strengths(text: str) -> list[float]:
+    """`-8:8:1` (both ends meant, in steps of 1) or `-4,-2,2,4`, mixed as wanted."""
+    found: list[float] = []
+    for part in text.split(","):
+        try:
+            numbers = [Decimal(number.strip()) for number in part.split(":")]
+        except InvalidOperation:
+            numbers = []
+        if len(numbers) not in (1, 2, 3) or not all(number.is_finite() for number in numbers):
+            raise BadPlan(
+                f"strengths {text!r}: expected FROM:TO:STEP such as -8:8:1, or a list -4,4"
+            )
+        if len(numbers) == 1:
+            found.append(float(numbers[0]))
+            continue
+        start, stop = numbers[:2]
+        step = numbers[2] if len(numbers) == 3 else Decimal(1)
+        if step <= 0 or stop < start or (stop - start) / step > MOST:
+            raise BadPlan(
+                f"strengths {part!r}: expected FROM at most TO, a STEP above 0, and at most {MOST}"
+            )
+        count = int((stop - start) / step)
+        found += [float(start + i * step) for i in range(count + 1)]
+    return list(dict.fromkeys(found))
+
+
+def parse_open_edit(text: str, unit: str = "raw") -> Edit:
+    """`REF:add` or `REF:add@generation`: an edit for a sweep, which brings the strengths."""
+    head, at, place = text.partition("@")
+    parts = head.split(":")
+    if len(parts) != 2 or not find_operation(parts[1]).takes_strength:
+        raise BadPlan(
+            f"{text!r} is no edit for a sweep: expected REF:operation without a strength, for"
+            " example qwen3-8b-base/w64k-l0-50/20/6159:add"
+        )
+    return Edit.parse(f"{head}:1{'' if unit == 'raw' else unit}{at}{place}")

@@ -1,0 +1,234 @@
+"""Dose and response: what a plan does at every strength, and what it costs in coherence.
+
+Each strength is run on all prompts, with the plan and with a control that makes changes of the same
+size along random directions. What is finished is kept: a sweep goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qwen_scope_lens.errors import BadPlan, StoreMismatch
+from qwen_scope_lens.files import read_json, write_json
+from qwen_scope_lens.models.layers import describe
+from qwen_scope_lens.models.tokens import Document
+from qwen_scope_lens.steering.coherence import perplexity, repetition, surprisals
+from qwen_scope_lens.steering.generate import Continuation, Sampling, generate
+from qwen_scope_lens.steering.hooks import SAEs, with_readers
+from qwen_scope_lens.steering.measure import Measure
+from qwen_scope_lens.steering.plan import Plan
+
+__all__ = ["CONTROL", "PLAN", "Dose", "Guard", "Sweep", "sweep"]
+
+FORMAT, VERSION = "qsl-sweep", 1
+PLAN, CONTROL = "the plan", "control: random directions"
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Guard:
+    """When a text still counts as coherent, against the unsteered ones. Our own defaults."""
+
+    perplexity_ratio: float = 2.0
+    more_repetition: float = 0.15
+
+    def holds(self, dose: Dose, plain: Dose) -> bool:
+        if dose.perplexity is None or plain.perplexity is None:
+            return False
+        return (
+            dose.perplexity <= self.perplexity_ratio * plain.perplexity
+            and dose.repetition <= plain.repetition + self.more_repetition
+        )
+
+
+@dataclass(frozen=True)
+class Dose:
+    """One strength of one arm, over all prompts."""
+
+    arm: str
+    strength: float
+    effect: float
+    low: float  # 95% interval of the effect, bootstrap over the prompts
+    high: float
+    perplexity: float | None  # of what was written, under the unsteered model
+    repetition: float
+    sample: str  # what came after the first prompt
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """All doses, the unsteered one (strength 0) among them."""
+
+    plan: str
+    unit: str
+    measure: str
+    meaning: str
+    settings: dict[str, Any]
+    doses: tuple[Dose, ...]
+    guard: Guard = Guard()
+
+    @property
+    def plain(self) -> Dose:
+        return next(dose for dose in self.doses if dose.strength == 0)
+
+    def arm(self, name: str) -> tuple[Dose, ...]:
+        """The doses of an arm by strength, the unsteered one in its place."""
+        own = [dose for dose in self.doses if dose.arm == name and dose.strength != 0]
+        return tuple(sorted([*own, self.plain], key=lambda dose: dose.strength))
+
+    def coherent(self, dose: Dose) -> bool:
+        return self.guard.holds(dose, self.plain)
+
+    def best(self) -> tuple[Dose | None, Dose | None]:
+        """The coherent doses of the plan with the smallest and the largest effect."""
+        fine = [d for d in self.arm(PLAN) if d.strength != 0 and self.coherent(d)]
+        if not fine:
+            return None, None
+        return min(fine, key=lambda d: d.effect), max(fine, key=lambda d: d.effect)
+
+    def save(self, path: Path) -> None:
+        content = asdict(self) | {"doses": [asdict(dose) for dose in self.doses]}
+        write_json(path, FORMAT, VERSION, content)
+
+    @classmethod
+    def load(cls, path: Path) -> Sweep:
+        content = read_json(path, FORMAT, VERSION, "qsl sweep")
+        doses = tuple(Dose(**row) for row in content.pop("doses"))
+        return cls(**{**content, "doses": doses, "guard": Guard(**content["guard"])})
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.plan}, strength in {self.unit}; effect: {self.meaning}",
+            f"{'strength':>9}  {'effect':>6} {'95% interval':>14}  {'control':>7}"
+            f"  {'perplexity':>10}  {'repeats':>7}",
+        ]
+        control = {dose.strength: dose for dose in self.doses if dose.arm == CONTROL}
+        for dose in self.arm(PLAN):
+            other = control.get(dose.strength)
+            shown = "-" if other is None else f"{other.effect:.3f}"
+            height = "-" if dose.perplexity is None else f"{dose.perplexity:.1f}"
+            mark = "" if dose.strength == 0 or self.coherent(dose) else "  incoherent"
+            lines.append(
+                f"{dose.strength:>+9g}  {dose.effect:>6.3f} [{dose.low:.3f}, {dose.high:.3f}]"
+                f"  {shown:>7}  {height:>10}  {dose.repetition:>7.2f}{mark}"
+            )
+        return "\n".join(lines)
+
+
+def sweep(
+    model: Any,
+    plan: Plan,
+    strengths: Iterable[float],
+    prompts: Sequence[Document],
+    measure: Measure | str = "change",
+    saes: SAEs = None,
+    *,
+    tokenizer: Any = None,
+    sampling: Sampling | None = None,
+    batch: int = 16,
+    guard: Guard | None = None,
+    seed: int = 0,
+    enable_thinking: bool | None = None,
+    keep: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Sweep:
+    """Every strength (for all edits of the plan, each in its own unit) and its control.
+
+    `keep` is a file that is rewritten after every dose; a sweep of the same settings goes on from
+    it, another one raises. Strength 0 is always run, once: unsteered.
+    """
+    measure = Measure.parse(measure) if isinstance(measure, str) else measure
+    sampling, guard = sampling or Sampling(), guard or Guard()
+    wanted = sorted({float(strength) for strength in strengths} - {0.0})
+    if not wanted:
+        raise BadPlan("no strength but 0 was given: there is nothing to compare")
+    plans = {strength: plan.at(strength) for strength in wanted}
+    plan_text = "; ".join(f"{e.ref}:{e.op}@{e.where}" for e in plan.edits)
+    settings = {
+        "model": describe(model),
+        "prompts": len(prompts),
+        "prompts_sha256": hashlib.sha256(repr(list(prompts)).encode()).hexdigest(),
+        "sampling": asdict(sampling),
+        "seed": seed,
+        "edits": plan.at(wanted[-1]).to_dict()["edits"],
+    }
+    units = "/".join(sorted({edit.unit for edit in plan.edits}))
+    empty = Sweep(plan_text, units, measure.name, measure.meaning, settings, (), guard)
+    doses = list(_kept(empty, keep))
+    saes = with_readers(plan.edits, saes)
+    options: dict[str, Any] = {
+        "saes": saes,
+        "tokenizer": tokenizer,
+        "sampling": sampling,
+        "batch": batch,
+        "enable_thinking": enable_thinking,
+    }
+    plain = generate(model, prompts, None, **options)
+    jobs = [(PLAN, 0.0)] + [(arm, strength) for strength in wanted for arm in (PLAN, CONTROL)]
+    done = {(dose.arm, dose.strength) for dose in doses}
+    for number, (arm, strength) in enumerate(jobs):
+        if (arm, strength) not in done:
+            texts = plain
+            if strength:
+                chance = seed if arm == CONTROL else None
+                texts = generate(
+                    model, prompts, plans[strength], control=chance, must_fire=False, **options
+                )
+            doses.append(_dose(model, arm, strength, measure, texts, plain))
+            if keep is not None:
+                _with(empty, doses).save(keep)
+        if progress is not None:
+            progress(number + 1, len(jobs))
+    return _with(empty, doses)
+
+
+def _dose(
+    model: Any,
+    arm: str,
+    strength: float,
+    measure: Measure,
+    texts: Sequence[Continuation],
+    plain: Sequence[Continuation],
+) -> Dose:
+    effects = np.array([measure.of(new, old) for new, old in zip(texts, plain, strict=True)])
+    rng = np.random.default_rng(0)
+    means = effects[rng.integers(0, len(effects), (RESAMPLES, len(effects)))].mean(axis=1)
+    repeats = [r for text in texts if (r := repetition(text.ids)) is not None]
+    return Dose(
+        arm=arm,
+        strength=strength,
+        effect=float(effects.mean()),
+        low=float(np.quantile(means, 0.025)),
+        high=float(np.quantile(means, 0.975)),
+        perplexity=perplexity(surprisals(model, texts)),
+        repetition=float(np.mean(repeats)) if repeats else 0.0,
+        sample=texts[0].text,
+    )
+
+
+def _with(empty: Sweep, doses: Sequence[Dose]) -> Sweep:
+    return Sweep(**{**vars(empty), "doses": tuple(doses)})
+
+
+def _kept(empty: Sweep, keep: Path | None) -> tuple[Dose, ...]:
+    if keep is None or not keep.exists():
+        return ()
+    before = Sweep.load(keep)
+
+    def facts(one: Sweep) -> str:
+        edits = [{**row, "strength": None} for row in one.settings["edits"]]
+        return json.dumps([one.plan, one.measure, {**one.settings, "edits": edits}], sort_keys=True)
+
+    if facts(before) != facts(empty):
+        raise StoreMismatch(
+            f"{keep} holds a sweep of other edits, prompts, model or settings: choose another"
+            " place, or delete it"
+        )
+    return before.doses
