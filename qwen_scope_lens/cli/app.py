@@ -33,6 +33,7 @@ VERBS = {
     "blame": "from a bad reply to the features behind it",
     "export": "a plan for llama.cpp (GGUF) or as plain vectors",
     "lm_eval": "standard benchmarks of a steered model",
+    "train": "SASFT and rare negatives on TRL, their features and metrics",
     "demo": "a tour on data made on the spot, offline",
 }
 

@@ -1,0 +1,254 @@
+"""One YAML file, one training run: read, checked, run, resumed.
+
+The file names a model, data and what to train with; everything under `trainer` goes to TRL's
+configuration as it stands. A copy and the versions are written beside the checkpoints.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qwen_scope_lens.catalog import bundled_model
+from qwen_scope_lens.errors import BadCorpus, BadFile, UnknownName
+from qwen_scope_lens.files import whole_file
+from qwen_scope_lens.training.rewards import reply_text
+
+__all__ = ["Run", "read_replies", "read_run", "run_grpo", "run_sasft"]
+
+COMMON = {"model", "train", "eval", "lora", "trainer"}
+SASFT = COMMON | {"language_features"}
+GRPO = COMMON | {"plan", "rewards"}
+PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "qwen-scope-lens")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as its file describes it; paths in it are relative to the file."""
+
+    path: Path
+    content: Mapping[str, Any]
+
+    def need(self, key: str) -> Any:
+        if key not in self.content:
+            raise BadFile(f"{self.path} has no `{key}`: see `qsl train --help` for an example")
+        return self.content[key]
+
+    def file(self, key: str) -> Path:
+        return (self.path.parent / str(self.need(key))).expanduser()
+
+    def output(self) -> Path:
+        folder = dict(self.content.get("trainer") or {}).get("output_dir")
+        if not folder:
+            raise BadFile(f"{self.path} has no `trainer: output_dir`: where should the run go?")
+        return (self.path.parent / str(folder)).expanduser()
+
+
+def read_run(path: Path, keys: set[str]) -> Run:
+    """A YAML mapping with known keys only, so that a misspelt one is not ignored."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise BadFile(f"{path} cannot be read as YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise BadFile(f"{path} is no mapping: expected `model: ..`, `train: ..`, `trainer: ..`")
+    if unknown := sorted(map(str, set(content) - keys)):
+        raise BadFile(
+            f"{path} has unknown keys {', '.join(unknown)}: expected {', '.join(sorted(keys))}"
+        )
+    for key in ("trainer", "lora"):
+        if not isinstance(content.get(key) or {}, dict):
+            raise BadFile(f"{path}: `{key}` has to be a mapping of settings")
+    return Run(path, content)
+
+
+def run_sasft(path: Path, resume: bool = True) -> Path:
+    """Supervised fine-tuning with the penalty; returns the folder of the trained model."""
+    from qwen_scope_lens.training.sasft import SASFTConfig, SASFTTrainer
+
+    run = read_run(path, SASFT)
+    args = _arguments(run, SASFTConfig)
+    model, tokenizer = _model(run)
+    trainer = SASFTTrainer(
+        model,
+        args,
+        language_features=run.file("language_features"),
+        train_dataset=_data(run, "train"),
+        eval_dataset=_data(run, "eval"),
+        processing_class=tokenizer,
+        peft_config=_lora(run),
+    )
+    return _train(run, trainer, resume)
+
+
+def run_grpo(path: Path, resume: bool = True) -> Path:
+    """GRPO with rare negatives; returns the folder of the trained model."""
+    from qwen_scope_lens.steering.plan import Plan
+    from qwen_scope_lens.training.rare_negatives import (
+        RareNegativeGRPOConfig,
+        RareNegativeGRPOTrainer,
+    )
+
+    run = read_run(path, GRPO)
+    args = _arguments(run, RareNegativeGRPOConfig)
+    model, tokenizer = _model(run)
+    trainer = RareNegativeGRPOTrainer(
+        model,
+        _rewards(run),
+        args,
+        plan=Plan.load(run.file("plan")),
+        train_dataset=_data(run, "train"),
+        eval_dataset=_data(run, "eval"),
+        processing_class=tokenizer,
+        peft_config=_lora(run),
+    )
+    return _train(run, trainer, resume)
+
+
+def read_replies(path: Path, text: str, prompt: str | None) -> tuple[list[str], list[str] | None]:
+    """Two columns of a JSONL file: the replies, and the prompt of each where one is named."""
+    replies, prompts = [], []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadCorpus(f"{path} cannot be read as UTF-8 text: {error}") from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            replies.append(reply_text(row[text]))
+            if prompt is not None:
+                prompts.append(str(row[prompt]))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            wanted = text if prompt is None else f"{text} and {prompt}"
+            raise BadCorpus(
+                f"{path}, line {number}: expected an object with {wanted}; {error!r}"
+            ) from error
+    return replies, prompts if prompt is not None else None
+
+
+def _arguments(run: Run, kind: type) -> Any:
+    given = {**dict(run.need("trainer")), "output_dir": str(run.output())}
+    known = {each.name for each in fields(kind) if each.init}
+    if unknown := sorted(set(given) - known):
+        raise BadFile(f"{run.path}: `trainer` has unknown settings {', '.join(unknown)}")
+    try:
+        return kind(**given)
+    except (TypeError, ValueError) as error:
+        raise BadFile(f"{run.path}: `trainer` cannot be used: {error}") from error
+
+
+def _model(run: Run) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    name = str(run.need("model"))
+    beside = run.path.parent / name
+    source = bundled_model(name) or (beside if beside.is_dir() else name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        return AutoModelForCausalLM.from_pretrained(source, dtype="auto"), tokenizer
+    except OSError as error:
+        raise BadFile(f"{run.path}: model {name} cannot be loaded: {error}") from error
+
+
+def _data(run: Run, key: str) -> Any:
+    """JSONL, CSV, Parquet, a folder of `datasets`, or a name on the hub."""
+    import datasets
+
+    if run.content.get(key) is None:
+        if key == "eval":
+            return None
+        run.need(key)
+    path = run.file(key)
+    kinds = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+    try:
+        if path.is_dir():
+            return datasets.load_from_disk(str(path))
+        if path.suffix in kinds and path.is_file():
+            return datasets.load_dataset(kinds[path.suffix], data_files=str(path), split="train")
+        if path.suffix in kinds:
+            raise BadCorpus(f"{path} does not exist: `{key}` of {run.path}")
+        return datasets.load_dataset(str(run.content[key]), split="train")
+    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
+        if isinstance(error, BadCorpus):
+            raise
+        raise BadCorpus(f"`{key}` of {run.path} cannot be read: {error}") from error
+
+
+def _lora(run: Run) -> Any:
+    settings = run.content.get("lora")
+    if not settings:
+        return None
+    from peft import LoraConfig
+
+    try:
+        return LoraConfig(**{"task_type": "CAUSAL_LM", **settings})
+    except (TypeError, ValueError) as error:
+        raise BadFile(f"{run.path}: `lora` cannot be used: {error}") from error
+
+
+def _rewards(run: Run) -> list[Any]:
+    """`no_repetition`, `no_script: zh`, or `module:function` of the user's own."""
+    from importlib import import_module
+
+    from qwen_scope_lens.training import rewards
+
+    own: dict[str, Any] = {
+        "no_repetition": rewards.no_repetition,
+        "no_script": rewards.no_script,
+    }
+    given = run.content.get("rewards", ["no_repetition"])
+    found = []
+    for entry in [given] if isinstance(given, (str, dict)) else given:
+        name, settings = (entry, None) if isinstance(entry, str) else next(iter(entry.items()))
+        if name in own:
+            options = settings if isinstance(settings, dict) else {}
+            if settings is not None and not options:
+                options = {next(iter(inspect.signature(own[name]).parameters)): settings}
+            found.append(own[name](**options))
+            continue
+        module, colon, function = name.partition(":")
+        if not colon:
+            raise UnknownName(
+                f"{run.path}: no reward {name!r}: expected {', '.join(own)}, or module:function"
+            )
+        try:
+            found.append(getattr(import_module(module), function))
+        except (ImportError, AttributeError) as error:
+            raise UnknownName(f"{run.path}: reward {name} cannot be imported: {error}") from error
+    return found
+
+
+def _train(run: Run, trainer: Any, resume: bool) -> Path:
+    from transformers.trainer_utils import get_last_checkpoint
+
+    output = run.output()
+    last = get_last_checkpoint(str(output)) if resume and output.is_dir() else None
+    _record(run, output)
+    trainer.train(resume_from_checkpoint=last)
+    trainer.save_model(str(output / "final"))
+    return output / "final"
+
+
+def _record(run: Run, output: Path) -> None:
+    """The run's file and what it ran with, beside its checkpoints."""
+    versions = {name: _version(name) for name in PACKAGES}
+    content = {"run": dict(run.content), "python": platform.python_version(), "packages": versions}
+    with whole_file(output / "qsl_run.yaml") as partial:
+        partial.write_text(yaml.safe_dump(content, allow_unicode=True, sort_keys=False), "utf-8")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
