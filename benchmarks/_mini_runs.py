@@ -1,0 +1,108 @@
+"""What the replications on the minis share: sentences, prompts, a store, replies, held-out loss."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from qwen_scope_lens.catalog import bundled_model
+from qwen_scope_lens.features.corpus import Document
+from qwen_scope_lens.features.extract import extract
+from qwen_scope_lens.features.store import FeatureStore
+from qwen_scope_lens.mini import heldout
+from qwen_scope_lens.mini.train.data import PAD
+from qwen_scope_lens.mini.train.generated import chat
+from qwen_scope_lens.mini.train.model import held_out_loss
+from qwen_scope_lens.mini.train.prose import sentences
+
+LANGUAGES = ("de", "en", "es", "fr", "ja", "ko", "ru", "zh")
+MODEL, GROUP = "mini-qwen3", "mini-qwen3/w1k-l0-16"
+
+
+def mini() -> tuple[Any, Any]:
+    """The model in float32 and its tokenizer."""
+    folder = bundled_model(MODEL)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model.eval(), transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def halves() -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """Sentences of every language from two disjoint halves of the held-out documents."""
+    parts: tuple[dict[str, list[str]], dict[str, list[str]]] = ({}, {})
+    for language in LANGUAGES:
+        for number, record in enumerate(heldout("prose", language)):
+            lines = [
+                line
+                for line in sentences(record["text"])
+                if 30 <= len(line.encode()) <= 260 and "\n" not in line
+            ]
+            parts[number % 2].setdefault(language, []).extend(lines)
+    return parts
+
+
+def store_of(
+    texts: Sequence[tuple[str, dict[str, str]]], layers: Sequence[int], folder: Path
+) -> FeatureStore:
+    """A store of labelled texts, made with the mini."""
+    documents = [
+        Document(str(i), text=text, labels=labels) for i, (text, labels) in enumerate(texts)
+    ]
+    return extract(documents, model=MODEL, group=GROUP, layers=list(layers), out=folder)
+
+
+@torch.no_grad()
+def replies(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    *,
+    samples: int,
+    tokens: int,
+    temperature: float,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> tuple[list[list[int]], list[str], list[int]]:
+    """Sampled replies: token ids up to the end of the turn, text, and the prompt of each."""
+    torch.manual_seed(seed)
+    model.eval()
+    tokenizer.padding_side = "left"
+    batch = tokenizer(list(prompts), return_tensors="pt", padding=True, add_special_tokens=False)
+    out = model.generate(
+        **batch,
+        do_sample=True,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=0,
+        max_new_tokens=tokens,
+        num_return_sequences=samples,
+        pad_token_id=tokenizer.pad_token_id,
+    )[:, batch["input_ids"].shape[1] :]
+    ends = {tokenizer.pad_token_id, tokenizer.eos_token_id}
+    ids = []
+    for row in out.tolist():
+        stop = next((i for i, token in enumerate(row) if token in ends), len(row))
+        ids.append(row[:stop])
+    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    return ids, texts, [i // samples for i in range(len(ids))]
+
+
+def loss_by_language(model: Any, tokenizer: Any, parts: dict[str, list[str]]) -> dict[str, float]:
+    """Held-out loss in nats a token, on conversations in each language."""
+    assert PAD == tokenizer.pad_token_id
+    rng = random.Random(0)
+    found = {}
+    for language, lines in parts.items():
+        texts = [chat(rng.choice(lines), rng.choice(lines)) for _ in range(30)]
+        rows = [ids[:160] for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+        found[language] = held_out_loss(model.eval(), rows)
+    return found
+
+
+def prompt(question: str) -> str:
+    """A question up to the point where the reply begins."""
+    return chat(question, "").removesuffix("<|im_end|>\n")

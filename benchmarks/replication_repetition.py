@@ -1,0 +1,184 @@
+"""The paper's section 8 on the mini: do rare negatives cure endless repetition faster than DAPO?
+
+Repetition features are found by last minus first occurrence in looping texts; whether they cause
+loops is tested by amplifying them. Then GRPO with DAPO's objective, reward -1 for a loop: plain,
+with one rollout a group steered by the repetition features, and with random features instead.
+
+    python benchmarks/replication_repetition.py [--seeds 3] [--steps 30]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from _mini_runs import GROUP, halves, loss_by_language, mini, replies, store_of
+from datasets import Dataset, disable_progress_bars
+
+from qwen_scope_lens.address import FeatureRef
+from qwen_scope_lens.mini import heldout
+from qwen_scope_lens.steering.hooks import steer
+from qwen_scope_lens.steering.plan import Edit, Plan
+from qwen_scope_lens.training.metrics import repeat_ratio
+from qwen_scope_lens.training.rare_negatives import RareNegativeGRPOConfig, RareNegativeGRPOTrainer
+from qwen_scope_lens.training.repetition import find_repetition_features
+from qwen_scope_lens.training.rewards import no_repetition
+
+LAYERS = (3, 4, 5, 6)
+FEATURES = 3
+STRENGTHS = (1.0, 2.0, 3.0)  # times the mean activation at last occurrences
+TEMPERATURE = 0.8
+TOKENS, GROUP_SIZE, PROMPTS_A_STEP = 64, 4, 6
+
+
+def prompts_of(lines: dict[str, list[str]], count: int) -> list[str]:
+    """Beginnings of texts, as a base model is prompted."""
+    languages = ("en", "de", "fr", "es", "ru", "zh")
+    found = []
+    for number in range(count):
+        line = lines[languages[number % 6]][number // 6]
+        found.append(line[: max(6, len(line) // 2)])
+    return found
+
+
+def loops(model: Any, tokenizer: Any, prompts: Sequence[str], samples: int, seed: int = 0) -> Any:
+    ids, _, groups = replies(model, tokenizer, prompts, samples=samples, tokens=TOKENS,
+                             temperature=TEMPERATURE, seed=seed)  # fmt: skip
+    return repeat_ratio(ids, groups)
+
+
+def trained(plan: Plan | None, prompts: Sequence[str], seed: int, steps: int, every: Any) -> Any:
+    model, tokenizer = mini()
+    some = plan or Plan([Edit(FeatureRef(GROUP, 6, 0), "add", 0.0)])
+    with tempfile.TemporaryDirectory() as folder:
+        args = RareNegativeGRPOConfig(
+            output_dir=folder, max_steps=steps, num_generations=GROUP_SIZE,
+            per_device_train_batch_size=GROUP_SIZE * PROMPTS_A_STEP, max_completion_length=TOKENS,
+            temperature=TEMPERATURE, learning_rate=2e-4, lr_scheduler_type="constant", bf16=False,
+            use_cpu=True, disable_tqdm=True, gradient_checkpointing=False, logging_steps=1000,
+            save_strategy="no", seed=seed, steered_per_group=0 if plan is None else 1,
+        )  # fmt: skip
+        trainer = RareNegativeGRPOTrainer(
+            model, no_repetition(), args, plan=some, processing_class=tokenizer,
+            train_dataset=Dataset.from_list([{"prompt": text} for text in prompts]),
+            callbacks=[every(model, tokenizer)],
+        )  # fmt: skip
+        trainer.train()
+    return model, tokenizer
+
+
+def main() -> None:
+    from transformers import TrainerCallback
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent / "results/replication_repetition.txt"
+    )
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    disable_progress_bars()
+    started = time.monotonic()
+    lines: list[str] = []
+
+    def say(text: str = "") -> None:
+        print(text, flush=True)
+        lines.append(text)
+
+    first, second = halves()
+    training, held = prompts_of(first, 240), prompts_of(second, 60)
+    texts = [
+        (r["text"], {"kind": r["label"]}) for r in heldout("repetition") if r["label"] == "loop"
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        found = find_repetition_features(store_of(texts, LAYERS, Path(folder) / "store"), seed=0)
+    best = [f for f in found.features if f.stands_out][:FEATURES]
+    say(f"repetition features of mini-qwen3, {found.settings['documents']} looping texts,"
+        f" layers {LAYERS}; {sum(f.stands_out for f in found.features)} of the listed above chance")  # fmt: skip
+    for f in best:
+        say(
+            f"  {f.ref}  rise {f.rise:.2f}, held out {f.held_out:.2f}, z {f.z:.1f} (chance {f.chance:.1f})"
+        )
+    if not best:
+        say("no feature stands out: nothing to steer with")
+        return
+    rng = np.random.default_rng(0)
+    model, tokenizer = mini()
+    base = loops(model, tokenizer, held, 4)
+    say(f"\nrepeat ratio of the untrained model at temperature {TEMPERATURE}: {base}")
+    say(
+        "causal check: amplified on the same prompts (strength x mean activation at last occurrences)"
+    )
+
+    def plan_of(strength: float, chance: bool) -> Plan:
+        return Plan([
+            Edit(FeatureRef(GROUP, f.ref.layer, int(rng.integers(1024))) if chance else f.ref,
+                 "add", strength * f.last, where="generation")
+            for f in best
+        ])  # fmt: skip
+
+    rows = []
+    for strength in STRENGTHS:
+        shown = []
+        for chance in (False, True):
+            with steer(model, plan_of(strength, chance), tokenizer=tokenizer):
+                shown.append(loops(model, tokenizer, held, 2))
+        rows.append((strength, shown[0].value))
+        say(f"  strength {strength:.1f}: features {shown[0]}, random features {shown[1]}")
+    strength = max(rows, key=lambda row: row[1])[0]
+    with steer(model, plan_of(-strength, False), tokenizer=tokenizer):
+        say(f"  suppressed at {-strength:.1f}: {loops(model, tokenizer, held, 2)}")
+    say(f"\nGRPO, {arguments.steps} steps of {PROMPTS_A_STEP} prompts x {GROUP_SIZE} rollouts, reward -1"
+        f" for a loop, rollouts amplified at {strength:.1f}")  # fmt: skip
+    say(
+        f"{'':26} {'repeat ratio after':>30} {'seeds':>20}  at a third, two thirds   mean loss (all languages)"
+    )
+    before = float(np.mean(list(loss_by_language(model, tokenizer, second).values())))
+    say(
+        f"{'before':26} {f'{base.value:.3f} [{base.low:.3f}, {base.high:.3f}]':>30} {'':>20}  {'':22}   {before:.3f}"
+    )
+    for kind in ("plain DAPO", "rare negatives", "random features"):
+        seeds, curves, losses, all_ids, groups = [], [], [], [], []
+        for seed in range(arguments.seeds):
+            curve: list[float] = []
+
+            class Watch(TrainerCallback):
+                def __init__(self, model: Any, tokenizer: Any) -> None:
+                    self.model, self.tokenizer = model, tokenizer
+
+                def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+                    if state.global_step in (arguments.steps // 3, 2 * arguments.steps // 3):
+                        kept = torch.get_rng_state()
+                        curve.append(loops(self.model, self.tokenizer, held, 1, seed=5).value)  # noqa: B023
+                        torch.set_rng_state(kept)
+                        self.model.train()
+
+            plan = None if kind == "plain DAPO" else plan_of(strength, kind == "random features")
+            tuned, tokenizer = trained(plan, training, seed, arguments.steps, Watch)
+            ids, _, asked = replies(tuned, tokenizer, held, samples=4, tokens=TOKENS,
+                                    temperature=TEMPERATURE, seed=seed)  # fmt: skip
+            all_ids += ids
+            groups += asked
+            seeds.append(repeat_ratio(ids).value)
+            curves.append(curve)
+            losses.append(float(np.mean(list(loss_by_language(tuned, tokenizer, second).values()))))
+        ratio = repeat_ratio(all_ids, groups)
+        shown_ratio = f"{ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]"
+        steps = " ".join(f"{value:.3f}" for value in np.mean(curves, axis=0))
+        say(f"{kind:26} {shown_ratio:>30} {' '.join(f'{s:.3f}' for s in seeds):>20}  {steps:22}   "
+            f"{np.mean(losses):.3f}")  # fmt: skip
+    say(f"\nintervals: bootstrap over prompts. {time.monotonic() - started:.0f} s, one thread")
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text("\n".join(lines) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
