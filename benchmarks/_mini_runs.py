@@ -15,7 +15,6 @@ from qwen_scope_lens.features.corpus import Document
 from qwen_scope_lens.features.extract import extract
 from qwen_scope_lens.features.store import FeatureStore
 from qwen_scope_lens.mini import heldout
-from qwen_scope_lens.mini.train.data import PAD
 from qwen_scope_lens.mini.train.generated import chat
 from qwen_scope_lens.mini.train.model import held_out_loss
 from qwen_scope_lens.mini.train.prose import sentences
@@ -93,7 +92,6 @@ def replies(
 
 def loss_by_language(model: Any, tokenizer: Any, parts: dict[str, list[str]]) -> dict[str, float]:
     """Held-out loss in nats a token, on conversations in each language."""
-    assert PAD == tokenizer.pad_token_id
     rng = random.Random(0)
     found = {}
     for language, lines in parts.items():

@@ -54,6 +54,10 @@ def loops(model: Any, tokenizer: Any, prompts: Sequence[str], samples: int, seed
     return repeat_ratio(ids, groups)
 
 
+def interval(ratio: Any) -> str:
+    return f"{ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]"
+
+
 def trained(plan: Plan | None, prompts: Sequence[str], seed: int, steps: int, every: Any) -> Any:
     model, tokenizer = mini()
     some = plan or Plan([Edit(FeatureRef(GROUP, 6, 0), "add", 0.0)])
@@ -101,11 +105,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         found = find_repetition_features(store_of(texts, LAYERS, Path(folder) / "store"), seed=0)
     best = [f for f in found.features if f.stands_out][:FEATURES]
-    say(f"repetition features of mini-qwen3, {found.settings['documents']} looping texts,"
-        f" layers {LAYERS}; {sum(f.stands_out for f in found.features)} of the listed above chance")  # fmt: skip
+    above = sum(f.stands_out for f in found.features)
+    say(f"repetition features of mini-qwen3 in layers {LAYERS}: {above} above chance, from"
+        f" {found.settings['documents']} looping texts")  # fmt: skip
     for f in best:
         say(
-            f"  {f.ref}  rise {f.rise:.2f}, held out {f.held_out:.2f}, z {f.z:.1f} (chance {f.chance:.1f})"
+            f"  {f.ref}  rise {f.rise:.2f}, held out {f.held_out:.2f}, z {f.z:.1f}"
+            f" (chance {f.chance:.1f})"
         )
     if not best:
         say("no feature stands out: nothing to steer with")
@@ -114,9 +120,7 @@ def main() -> None:
     model, tokenizer = mini()
     base = loops(model, tokenizer, held, 4)
     say(f"\nrepeat ratio of the untrained model at temperature {TEMPERATURE}: {base}")
-    say(
-        "causal check: amplified on the same prompts (strength x mean activation at last occurrences)"
-    )
+    say("causal check: amplified on these prompts, in units of the activation at last occurrences")
 
     def plan_of(strength: float, chance: bool) -> Plan:
         return Plan([
@@ -136,15 +140,11 @@ def main() -> None:
     strength = max(rows, key=lambda row: row[1])[0]
     with steer(model, plan_of(-strength, False), tokenizer=tokenizer):
         say(f"  suppressed at {-strength:.1f}: {loops(model, tokenizer, held, 2)}")
-    say(f"\nGRPO, {arguments.steps} steps of {PROMPTS_A_STEP} prompts x {GROUP_SIZE} rollouts, reward -1"
-        f" for a loop, rollouts amplified at {strength:.1f}")  # fmt: skip
-    say(
-        f"{'':26} {'repeat ratio after':>30} {'seeds':>20}  at a third, two thirds   mean loss (all languages)"
-    )
+    say(f"\nGRPO, {arguments.steps} steps of {PROMPTS_A_STEP} prompts x {GROUP_SIZE} rollouts,"
+        f" reward -1 for a loop, rollouts amplified at {strength:.1f}")  # fmt: skip
+    say(f"{'':18} {'repeat ratio after':>26} {'seeds':>20}  at 1/3, 2/3    mean loss")
     before = float(np.mean(list(loss_by_language(model, tokenizer, second).values())))
-    say(
-        f"{'before':26} {f'{base.value:.3f} [{base.low:.3f}, {base.high:.3f}]':>30} {'':>20}  {'':22}   {before:.3f}"
-    )
+    say(f"{'before':18} {interval(base):>26} {'':>20}  {'':14} {before:.3f}")
     for kind in ("plain DAPO", "rare negatives", "random features"):
         seeds, curves, losses, all_ids, groups = [], [], [], [], []
         for seed in range(arguments.seeds):
@@ -171,10 +171,9 @@ def main() -> None:
             curves.append(curve)
             losses.append(float(np.mean(list(loss_by_language(tuned, tokenizer, second).values()))))
         ratio = repeat_ratio(all_ids, groups)
-        shown_ratio = f"{ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]"
         steps = " ".join(f"{value:.3f}" for value in np.mean(curves, axis=0))
-        say(f"{kind:26} {shown_ratio:>30} {' '.join(f'{s:.3f}' for s in seeds):>20}  {steps:22}   "
-            f"{np.mean(losses):.3f}")  # fmt: skip
+        say(f"{kind:18} {interval(ratio):>26} {' '.join(f'{s:.3f}' for s in seeds):>20}"
+            f"  {steps:14} {np.mean(losses):.3f}")  # fmt: skip
     say(f"\nintervals: bootstrap over prompts. {time.monotonic() - started:.0f} s, one thread")
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text("\n".join(lines) + "\n", "utf-8")

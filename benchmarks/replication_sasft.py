@@ -5,7 +5,7 @@ the same. Compared: plain SFT; SFT with a plain penalty on the probability of th
 SASFT; SASFT with as many random features. Printed: code-switching ratio on unseen English prompts,
 held-out loss by language, over seeds.
 
-    python benchmarks/replication_sasft.py [--seeds 3] [--out benchmarks/results/replication_sasft.txt]
+    python benchmarks/replication_sasft.py [--seeds 3] [--targets zh,ru]
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def data(lines: dict[str, list[str]], target: str, seed: int) -> Dataset:
                      "language": "en"})  # fmt: skip
     for language in LANGUAGES:
         for _ in range(EXAMPLES // 24):
-            rows.append({"prompt": prompt(rng.choice(lines[language])),
-                         "completion": rng.choice(lines[language]), "language": language})  # fmt: skip
+            question_, reply = rng.choice(lines[language]), rng.choice(lines[language])
+            rows.append({"prompt": prompt(question_), "completion": reply, "language": language})
     rng.shuffle(rows)
     return Dataset.from_list(rows)
 
@@ -167,12 +167,8 @@ def main() -> None:
     rng = random.Random(99)
     prompts = [prompt(question(rng, second["en"])) for _ in range(PROMPTS)]
     for target in targets:
-        say(
-            f"\n{target} breaking into English replies, {PROMPTS} prompts x {SAMPLES} samples a seed"
-        )
-        say(
-            f"{'':22} {'ratio':>28} {'change':>8} {'seeds':>22}   held-out loss: en, {target}, others"
-        )
+        say(f"\n{target} in English replies, {PROMPTS} prompts x {SAMPLES} samples a seed")
+        say(f"{'':22} {'ratio':>22} {'change':>7} {'seeds':>18}   loss: en, {target}, others")
         base: float | None = None
         kinds = ("before", "SFT", "penalty", "SASFT", "SASFT, random features")
         for kind in kinds:
@@ -201,7 +197,7 @@ def main() -> None:
                 np.mean([mean[name] for name in LANGUAGES if name not in ("en", target)])
             )
             shown = f"{ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]"
-            say(f"{kind:22} {shown:>28} {change:>8} {' '.join(f'{r:.3f}' for r in ratios):>22}   "
+            say(f"{kind:22} {shown:>22} {change:>7} {' '.join(f'{r:.3f}' for r in ratios):>18}   "
                 f"{mean['en']:.3f} {mean[target]:.3f} {others:.3f}")  # fmt: skip
     say(f"\nintervals: bootstrap over prompts; the paper: -26% to -100% against SFT."
         f" {time.monotonic() - started:.0f} s, one thread")  # fmt: skip

@@ -79,7 +79,7 @@ def test_zero_strength_is_plain_grpo_bit_for_bit(tmp_path: Path) -> None:
 
 
 def test_the_last_rollout_of_each_group_is_steered_and_no_other(tmp_path: Path) -> None:
-    """With greedy-like sampling the own rollouts of a prompt agree; only the steered one differs."""
+    """Sampled almost greedily, the own rollouts of a prompt agree; the steered one differs."""
     seen: list[list[str]] = []
 
     def spy(completions: Sequence[str], **_: Any) -> list[float]:
@@ -216,7 +216,9 @@ def test_wrong_arguments_are_named(tmp_path: Path) -> None:
     with pytest.raises(BadPlan, match="expected a Plan"):
         RareNegativeGRPOTrainer(None, reward, args, plan=None)  # type: ignore[arg-type]
     with pytest.raises(WrongModel, match="RareNegativeGRPOConfig"):
-        RareNegativeGRPOTrainer(None, reward, GRPOConfig(**settings(tmp_path, num_generations=2)), plan=plan(1.0))  # type: ignore[arg-type]
+        RareNegativeGRPOTrainer(
+            None, reward, GRPOConfig(**settings(tmp_path, num_generations=2)), plan=plan(1.0)
+        )  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="behaviour 'other'"):
         RareNegativeGRPOConfig(**settings(tmp_path, num_generations=2), behaviour="other")
 

@@ -77,9 +77,8 @@ def occurrences(tokens: Sequence[int], *, context: int = 2, min_times: int = 3) 
     `[n] -> [m, 2]`; a token counts when it stands `min_times` times or more in its context.
     """
     seen: dict[tuple[int, ...], list[int]] = {}
-    ids = [int(token) for token in tokens]
-    for position in range(context, len(ids)):
-        seen.setdefault(tuple(ids[position - context : position + 1]), []).append(position)
+    for position in range(context, len(tokens)):
+        seen.setdefault(tuple(tokens[position - context : position + 1]), []).append(position)
     pairs = [(places[0], places[-1]) for places in seen.values() if len(places) >= min_times]
     return np.array(sorted(pairs), dtype=np.int64).reshape(-1, 2)
 
@@ -150,7 +149,7 @@ def _rises(
     rises, lasts = [], []
     for doc in range(store.n_docs) if docs is None else docs.tolist():
         block = store.by_token(doc, layer=layer)
-        pairs = occurrences(block.token_ids, context=context, min_times=min_times)
+        pairs = occurrences(block.token_ids.tolist(), context=context, min_times=min_times)
         if not len(pairs):
             continue
         matrix = block.codes.to_scipy_csr()

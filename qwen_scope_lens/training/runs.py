@@ -157,7 +157,8 @@ def _model(run: Run) -> tuple[Any, Any]:
         tokenizer = AutoTokenizer.from_pretrained(source)
         return AutoModelForCausalLM.from_pretrained(source, dtype="auto"), tokenizer
     except OSError as error:
-        raise BadFile(f"{run.path}: model {name} cannot be loaded: {error}") from error
+        first_line = str(error).partition("\n")[0]
+        raise BadFile(f"{run.path}: model {name} cannot be loaded: {first_line}") from error
 
 
 def _data(run: Run, key: str) -> Any:
