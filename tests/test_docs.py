@@ -63,12 +63,22 @@ def stand_ins(page: Path, folder: Path) -> dict[str, object]:
             "corpus": ["text"] * 5,
             "max_fvu": 1e9,
         }
+    if page.name == "train.md":
+        import training_data
+
+        training_data.table({6: (1, 2), 7: (3, 4)}).save(folder / "language_features.json")
+        model, tokenizer = training_data.mini()
+        settings = training_data.settings(folder / "runs", max_steps=1)
+        for said_on_the_page in ("output_dir", "per_device_train_batch_size"):
+            del settings[said_on_the_page]
+        return {"model": model, "tokenizer": tokenizer, "settings": settings}
     return {}
 
 
 @pytest.mark.filterwarnings("ignore:You are loading an SAE using")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_snippets_run(page: Path, files: Path) -> None:
+def test_snippets_run(page: Path, files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(files)
     snippets = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
     namespace = stand_ins(page, files)
     try:
