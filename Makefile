@@ -5,7 +5,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench mini clean
+.PHONY: demo test lint bench docs mini clean
 .DELETE_ON_ERROR:
 
 demo: .venv/ready
@@ -21,6 +21,10 @@ lint: .venv/ready
 
 bench: .venv/ready
 	for script in benchmarks/[a-z]*.py; do $(BIN)/python $$script || exit 1; done
+
+# Every output in docs/ that a command printed, printed again.
+docs: .venv/ready
+	$(BIN)/python docs/refresh.py
 
 # Everything from nothing, for hours; each step goes on where it was interrupted. The texts come
 # from Debian packages, so this needs `apt-get` with package lists.

@@ -105,3 +105,16 @@ def test_the_first_screen_is_short() -> None:
     first = (ROOT / "README.md").read_text().splitlines()[:24]
     assert any(line.startswith("![") for line in first)
     assert any("SAE.from_pretrained" in line for line in first)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_outputs_can_be_made_again(page: Path) -> None:
+    """Every command that a page gives for a block is one of ours, and a block follows."""
+    from qwen_scope_lens.cli.app import VERBS
+
+    text = page.read_text()
+    for step in re.finditer(r"^<!-- *(run|first): *(.+?) *-->\n", text, re.MULTILINE):
+        verbs = re.findall(r"(?:^|[;&|] *)qsl (\w+)", step[2])
+        assert set(verbs) <= set(VERBS), f"{page.name}: {step[2]}"
+        assert step[1] == "first" or text[step.end() :].startswith("```"), f"{page.name}: {step[2]}"
+    assert text.count("<!-- run") == len(re.findall(r"^<!-- run: .+ -->$", text, re.MULTILINE))
