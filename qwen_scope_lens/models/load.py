@@ -37,7 +37,7 @@ from qwen_scope_lens.models.layers import (
     unwrap,
 )
 
-__all__ = ["load_model"]
+__all__ = ["fetch_file", "files_of", "load_model"]
 
 _TEXT_WEIGHT = re.compile(
     r"(?:model\.)?(?:language_model\.)?(?:embed_tokens|norm|layers\.(?P<layer>\d+))\."
@@ -160,12 +160,12 @@ def _load_first_layers(
     [row] = [row for row in PLACES if row.family == family and row.kind == "text"]
     with ExitStack() as files:
         weights: dict[str, Any] = {}
-        for file, keys in _files_of(name, source).items():
+        for file, keys in files_of(name, source).items():
             wanted = None if keys is None else [key for key in keys if _is_wanted(key, last)]
             if wanted == []:
                 continue
             opened = files.enter_context(
-                safe_open(_fetch(name, file, source), framework="pt", device="cpu")
+                safe_open(fetch_file(name, file, source), framework="pt", device="cpu")
             )
             for key in opened.keys() if wanted is None else wanted:
                 if _is_wanted(key, last):
@@ -191,10 +191,10 @@ def _is_wanted(key: str, last: int) -> bool:
     return found is not None and int(found["layer"] or 0) <= last
 
 
-def _files_of(name: str, source: dict[str, Any]) -> dict[str, list[str] | None]:
+def files_of(name: str, source: dict[str, Any]) -> dict[str, list[str] | None]:
     """The checkpoint's files and the tensors in each, or None where there is no index."""
     try:
-        index = Path(_fetch(name, "model.safetensors.index.json", source))
+        index = Path(fetch_file(name, "model.safetensors.index.json", source))
     except OSError:
         return {"model.safetensors": None}
     files: dict[str, list[str] | None] = {}
@@ -205,7 +205,7 @@ def _files_of(name: str, source: dict[str, Any]) -> dict[str, list[str] | None]:
     return files
 
 
-def _fetch(name: str, file: str, source: dict[str, Any]) -> str:
+def fetch_file(name: str, file: str, source: dict[str, Any]) -> str:
     """The local path of one file of a folder or repository."""
     if Path(name).is_dir():
         path = Path(name) / file

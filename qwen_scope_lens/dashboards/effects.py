@@ -1,0 +1,85 @@
+"""What a feature writes: the tokens it promotes and suppresses, and the features that write alike.
+
+The direction of a feature (its decoder row) is read as if it were the whole residual at the end of
+the model: through the last norm, which for RMSNorm is exact up to its length, and the unembedding.
+Effects of the layers between are left out, so for early layers this is a hint and no more.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qwen_scope_lens.dashboards.products import extremes
+from qwen_scope_lens.errors import WrongModel
+from qwen_scope_lens.models.unembed import Unembedding
+
+__all__ = ["Neighbours", "TokenEffects", "nearest", "token_effects"]
+
+
+@dataclass(frozen=True)
+class TokenEffects:
+    """Per feature, tokens and their logits less the vocabulary's mean; `[features, count]`."""
+
+    promoted: np.ndarray
+    promoted_by: np.ndarray
+    suppressed: np.ndarray
+    suppressed_by: np.ndarray
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """Per feature the others with the largest cosine of directions; `[features, count]`."""
+
+    features: np.ndarray
+    cosines: np.ndarray
+
+
+@torch.no_grad()
+def token_effects(
+    directions: Tensor,
+    out: Unembedding,
+    count: int = 10,
+    vocabulary: int | None = None,
+    half: bool | None = None,
+    progress: bool = False,
+) -> TokenEffects:
+    """`directions [features, d_model]`; only the first `vocabulary` tokens compete, because models
+    embed a few ids that the tokenizer never makes."""
+    if directions.shape[-1] != out.weight.shape[-1]:
+        raise WrongModel(
+            f"the directions have {directions.shape[-1]} dimensions, the unembedding"
+            f" {out.weight.shape[-1]}: the SAE belongs to another model"
+        )
+    weight = out.weight[:vocabulary]
+    rows = out.normed(directions)
+    title = "promoted tokens" if progress else None
+    most, least = extremes(rows, weight, count, smallest=True, half=half, progress=title)
+    mean = (rows @ _mean(weight))[:, None]
+    return TokenEffects(
+        most.indices.numpy(),
+        (most.values - mean).numpy(),
+        least.indices.numpy(),
+        (least.values - mean).numpy(),
+    )
+
+
+@torch.no_grad()
+def nearest(
+    directions: Tensor, count: int = 8, half: bool | None = None, progress: bool = False
+) -> Neighbours:
+    """`directions [features, d_model]`; a zero direction is near to nothing (cosine 0)."""
+    unit = torch.nn.functional.normalize(directions.float(), dim=-1)
+    title = "nearest directions" if progress else None
+    [found] = extremes(unit, unit, count, without_self=True, half=half, progress=title)
+    return Neighbours(found.indices.numpy(), found.values.clamp(-1, 1).numpy())
+
+
+def _mean(weight: Tensor) -> Tensor:
+    total = torch.zeros(weight.shape[1], dtype=torch.float64)
+    for rows in weight.split(8192):
+        total += rows.double().sum(dim=0)
+    return (total / len(weight)).float()

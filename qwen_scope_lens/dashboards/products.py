@@ -1,0 +1,96 @@
+"""The largest and smallest entries of a product of two large matrices, without ever holding it.
+
+Both questions of a feature page are this one: which tokens a direction promotes or suppresses
+(directions times the unembedding), and which other directions point the same way (directions times
+themselves). Blocked; where the product is large, candidates come from bfloat16 and are re-scored in
+float32, which is several times as fast and leaves the shown values exact to float32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from qwen_scope_lens.saes.scores import pair_dots
+
+__all__ = ["Extremes", "extremes"]
+
+ELEMENTS = 2**26
+"""Numbers of the product held at a time: 128 MiB in bfloat16."""
+
+HALF_FROM = 2**36
+"""Multiplications from which the candidates come from bfloat16."""
+
+CANDIDATES = 2
+"""How many candidates a wanted entry has, and `SPARE` more."""
+SPARE = 8
+
+
+@dataclass(frozen=True)
+class Extremes:
+    """Per row the entries wanted: `values` float32 and `indices` int64, both `[rows, count]`."""
+
+    values: Tensor
+    indices: Tensor
+
+
+@torch.no_grad()
+def extremes(
+    rows: Tensor,
+    columns: Tensor,
+    count: int,
+    *,
+    smallest: bool = False,
+    without_self: bool = False,
+    half: bool | None = None,
+    progress: str | None = None,
+) -> list[Extremes]:
+    """The `count` largest entries of every row of `rows @ columns.T`, in descending order.
+
+    With `smallest` a second result holds the smallest, in ascending order. `without_self` leaves
+    out the diagonal. `half` says whether candidates come from bfloat16 (None: where it pays).
+    """
+    count = max(0, min(count, len(columns) - int(without_self)))
+    if half is None:
+        half = rows.numel() * len(columns) > HALF_FROM
+    ends = (True, False) if smallest else (True,)
+    found: list[list[Extremes]] = [[] for _ in ends]
+    step = max(1, ELEMENTS // max(1, len(columns)))
+    dtype = torch.bfloat16 if half else torch.float32
+    table = columns.to(dtype)
+    with tqdm(total=len(rows), desc=progress, disable=progress is None, leave=False) as bar:
+        for start in range(0, len(rows), step):
+            block = rows[start : start + step].float()
+            product = block.to(dtype) @ table.T
+            own = torch.arange(start, start + len(block))[:, None]
+            for end, largest in enumerate(ends):
+                if without_self:
+                    product.scatter_(1, own, -torch.inf if largest else torch.inf)
+                wanted = min(len(columns), CANDIDATES * count + SPARE) if half else count
+                values, indices = product.topk(wanted, largest=largest)
+                if half:
+                    dots = _dots(block, columns, indices)
+                    if without_self:
+                        dots.masked_fill_(indices == own, -torch.inf if largest else torch.inf)
+                    values, order = dots.topk(count, largest=largest)
+                    indices = indices.gather(1, order)
+                found[end].append(Extremes(values, indices))
+            bar.update(len(block))
+    return [_join(parts, count) for parts in found]
+
+
+def _dots(block: Tensor, columns: Tensor, indices: Tensor) -> Tensor:
+    """The exact entries at `indices` `[rows, candidates]`."""
+    row = torch.arange(len(block))[:, None].expand_as(indices)
+    return pair_dots(columns, block, row.reshape(-1), indices.reshape(-1)).reshape(indices.shape)
+
+
+def _join(parts: list[Extremes], count: int) -> Extremes:
+    if not parts:
+        return Extremes(torch.empty(0, count), torch.empty(0, count, dtype=torch.long))
+    return Extremes(
+        torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])
+    )

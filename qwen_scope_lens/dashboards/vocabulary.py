@@ -1,0 +1,151 @@
+"""Tokens as readers should see them: whole characters joined, half ones shown as bytes.
+
+Qwen's tokens are byte strings: a character outside the vocabulary is spread over several tokens,
+none of which is text by itself. In running text those are joined with their neighbours into one
+piece; alone, bytes that are no whole character are written `<0xE4>`, as other tools do.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from qwen_scope_lens.errors import WrongTokenizer
+
+__all__ = ["Piece", "Vocabulary", "readable"]
+
+MOST_JOINED = 4
+"""A character has at most four bytes, so at most so many tokens."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What is shown as one unit: usually one token, more where they share a character."""
+
+    text: str
+    tokens: int
+
+
+class Vocabulary:
+    """The byte strings of a byte-level tokenizer, by token id."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None or "ByteLevel" not in str(backend.decoder):
+            raise WrongTokenizer(
+                f"{type(tokenizer).__name__} is no fast byte-level tokenizer, as Qwen's are: load"
+                " the tokenizer of the model's own repository"
+            )
+        self._tokenizer = tokenizer
+
+    def __len__(self) -> int:
+        return len(self._bytes)
+
+    @cached_property
+    def _bytes(self) -> list[bytes | None]:
+        known = len(self._tokenizer)
+        added = {
+            int(token): str(entry.content).encode()
+            for token, entry in self._tokenizer.added_tokens_decoder.items()
+        }
+        names = self._tokenizer.convert_ids_to_tokens(list(range(known)))
+        return [added.get(i, _to_bytes(name)) for i, name in enumerate(names)]
+
+    @cached_property
+    def continues(self) -> np.ndarray:
+        """Which tokens begin inside a character. bool `[n_tokens]`"""
+        return np.array([bool(b) and 0x80 <= b[0] < 0xC0 for b in self._bytes])
+
+    def bytes_of(self, token: int) -> bytes | None:
+        """None for an id that the tokenizer never makes."""
+        return self._bytes[token] if 0 <= token < len(self._bytes) else None
+
+    def text(self, token: int) -> str:
+        """One token alone, as a list of tokens shows it."""
+        found = self.bytes_of(int(token))
+        return f"<unused {token}>" if found is None else readable(found)
+
+    def pieces(self, tokens: Sequence[int]) -> list[Piece]:
+        """Running text: every token in order, those that share a character as one piece."""
+        out: list[Piece] = []
+        waiting: list[int] = []
+        held = b""
+        for token in tokens:
+            more = self.bytes_of(int(token))
+            if more is None or not _may_follow(held, more):
+                out += [Piece(self.text(t), 1) for t in waiting]
+                waiting, held = [], b""
+            if more is None:
+                out.append(Piece(self.text(token), 1))
+                continue
+            waiting.append(int(token))
+            held += more
+            whole = _decoded(held)
+            if whole is not None:
+                out.append(Piece(whole, len(waiting)))
+            elif _is_begun(held) and len(waiting) < MOST_JOINED:
+                continue
+            else:
+                out += [Piece(self.text(t), 1) for t in waiting]
+            waiting, held = [], b""
+        return out + [Piece(self.text(t), 1) for t in waiting]
+
+
+def readable(found: bytes) -> str:
+    """Text where the bytes are text; what is no whole character as `<0xE4>`."""
+    return found.decode("utf-8", errors="qsl-bytes")
+
+
+def _show_bytes(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeDecodeError)
+    bad = error.object[error.start : error.end]
+    return "".join(f"<0x{byte:02X}>" for byte in bad), error.end
+
+
+codecs.register_error("qsl-bytes", _show_bytes)
+
+
+def _decoded(found: bytes) -> str | None:
+    try:
+        return found.decode("utf-8")
+    except UnicodeDecodeError:
+        return None
+
+
+def _is_begun(found: bytes) -> bool:
+    """Whether the bytes are text but for a character that has not ended yet."""
+    try:
+        found.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return error.reason == "unexpected end of data"
+    return False
+
+
+def _may_follow(held: bytes, more: bytes) -> bool:
+    """Whether what is begun can go on with the next token's bytes."""
+    return not held or _decoded(held + more) is not None or _is_begun(held + more)
+
+
+def _letters() -> dict[str, int]:
+    """GPT-2's byte alphabet: the printable bytes stand for themselves, the rest from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    letters = {chr(byte): byte for byte in printable}
+    others = [byte for byte in range(256) if byte not in set(printable)]
+    return letters | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+
+
+_LETTERS = _letters()
+
+
+def _to_bytes(name: str | None) -> bytes | None:
+    if name is None:
+        return None
+    try:
+        return bytes(_LETTERS[letter] for letter in name)
+    except KeyError:  # an added token: plain text
+        return name.encode()
