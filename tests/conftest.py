@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # Before huggingface_hub is imported anywhere: it reads these once.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -11,6 +12,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import planted
 import pytest
+
+if TYPE_CHECKING:
+    from qwen_scope_lens.features.store import FeatureStore
 
 
 @pytest.fixture(autouse=True)
@@ -25,3 +29,11 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     planted.write_group(folder / "mine")
     monkeypatch.setenv("QWEN_SCOPE_HOME", str(folder))
     return folder
+
+
+@pytest.fixture(scope="session")
+def small_store(tmp_path_factory: pytest.TempPathFactory) -> FeatureStore:
+    """Some documents of every language, and some hostile ones: see `dash_site.py`."""
+    from dash_site import build_small_store
+
+    return build_small_store(tmp_path_factory.mktemp("dash") / "store")

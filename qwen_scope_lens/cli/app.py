@@ -34,6 +34,7 @@ VERBS = {
     "export": "a plan for llama.cpp (GGUF) or as plain vectors",
     "lm_eval": "standard benchmarks of a steered model",
     "train": "SASFT and rare negatives on TRL, their features and metrics",
+    "dash": "every feature on a page: a static site, or Neuronpedia's format",
     "demo": "a tour on data made on the spot, offline",
 }
 

@@ -1,4 +1,4 @@
-"""On which kinds of documents features fire: the share of tokens, by language or any other label."""
+"""On which kinds of documents features fire: the share of tokens, by language or other label."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 __all__ = ["MOST_VALUES", "Breakdown", "break_down"]
 
 MOST_VALUES = 30
-"""A label with more values (a key, a number) tells documents apart, not kinds of them."""
+"""A label with more values, or with as many as documents (a key, a number), tells documents apart
+and not kinds of them."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,15 @@ def break_down(store: FeatureStore, layer: int) -> list[Breakdown]:
     for name in store.label_names:
         column = [None if value is None else str(value) for value in store.labels(name)]
         values = sorted({value for value in column if value is not None})
-        if not 2 <= len(values) <= MOST_VALUES:
+        known = sum(value is not None for value in column)
+        if not 2 <= len(values) <= min(MOST_VALUES, known // 2):
             continue
         number = {value: i for i, value in enumerate(values)} | {None: -1}
         codes_of[name] = np.array([number[value] for value in column])
         zeros = np.zeros(len(values), np.int64)
-        found[name] = Breakdown(name, tuple(values), zeros, np.zeros((d_sae, len(values)), np.int64))
+        found[name] = Breakdown(
+            name, tuple(values), zeros, np.zeros((d_sae, len(values)), np.int64)
+        )
     if not found:
         return []
     for block in store.iter_blocks(layer, keep=True):

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import qwen_scope_lens
+from qwen_scope_lens.address import LayerRef
 from qwen_scope_lens.catalog import bundled_model
 from qwen_scope_lens.dashboards.layer import LayerPages, Settings, gather
+from qwen_scope_lens.dashboards.neuronpedia import Release, write_neuronpedia
 from qwen_scope_lens.dashboards.site import check_target, write_site
 from qwen_scope_lens.dashboards.vocabulary import Vocabulary
 from qwen_scope_lens.errors import ScopeError, StoreMismatch, WrongTokenizer
+from qwen_scope_lens.features.facts import sae_facts, tokenizer_facts
 from qwen_scope_lens.features.labels import LabelPack
 from qwen_scope_lens.features.store import FeatureStore
 from qwen_scope_lens.models.unembed import Unembedding, read_unembedding
 from qwen_scope_lens.saes.load import load_sae
+from qwen_scope_lens.saes.sae import ScopeSAE
 
-__all__ = ["Sources", "build_site", "document_heads"]
+__all__ = ["Sources", "build_neuronpedia", "build_site", "document_heads"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class Sources:
     sae_folder: Path | None = None
     labels: LabelPack | None = None
     tokens: bool = True
-    settings: Settings = Settings()
+    settings: Settings = field(default_factory=Settings)
 
     @property
     def model_name(self) -> str:
@@ -45,14 +48,12 @@ class Sources:
         if self.labels is not None:
             self._check_labels(self.labels)
         for layer in self.layers:
-            facts = self.store.sae(layer)
-            sae = load_sae(facts.ref, folder=self.sae_folder, revision=facts.revision)
             yield gather(
                 self.store,
                 layer,
                 vocabulary,
                 out,
-                sae=sae,
+                sae=self._sae(layer),
                 labels=self.labels,
                 settings=self.settings,
                 progress=progress,
@@ -69,13 +70,23 @@ class Sources:
                 f"no tokenizer for {name}: --model names the folder or repository of the model"
                 " that the store was made with"
             ) from error
-        expected = self.store.manifest.tokenizer.size
-        if len(tokenizer) != expected:
+        if tokenizer_facts(tokenizer).sha256 != self.store.manifest.tokenizer.sha256:
             raise StoreMismatch(
-                f"the tokenizer of {name} knows {len(tokenizer)} tokens, the store was made with"
-                f" one of {expected}: --model names the model that `qsl extract` used"
+                f"the tokenizer of {name} is not the one that the store was made with"
+                f" ({self.store.manifest.tokenizer.name}): --model names the model that"
+                " `qsl extract` used"
             )
         return tokenizer
+
+    def _sae(self, layer: int) -> ScopeSAE:
+        facts = self.store.sae(layer)
+        here = sae_facts(LayerRef.parse(facts.ref), self.sae_folder, facts.revision)
+        if here.sha256 != facts.sha256:
+            raise StoreMismatch(
+                f"the file of {facts.ref} is another than the one that the store was made with:"
+                " --sae-folder names the folder that `qsl extract` used"
+            )
+        return load_sae(facts.ref, folder=self.sae_folder, revision=facts.revision)
 
     def _unembedding(self) -> Unembedding:
         revision = None if self.model else self.store.manifest.model.revision
@@ -117,6 +128,21 @@ def build_site(
         made=made,
         title=title,
         documents=document_heads(store),
+        progress=progress,
+    )
+
+
+def build_neuronpedia(
+    sources: Sources, out: Path, release: Release | None = None, *, progress: bool = False
+) -> Path:
+    """All layers in Neuronpedia's layout."""
+    store = sources.store
+    return write_neuronpedia(
+        out,
+        sources.pages(progress),
+        release,
+        n_prompts=store.n_docs,
+        prompt_tokens=store.manifest.settings.max_tokens,
         progress=progress,
     )
 

@@ -20,7 +20,6 @@ from qwen_scope_lens.dashboards.passages import Passage, PassageReader
 from qwen_scope_lens.dashboards.vocabulary import Vocabulary
 from qwen_scope_lens.errors import StoreMismatch
 from qwen_scope_lens.features.statistics import Example, FeatureStatistics, statistics
-from qwen_scope_lens.saes.load import load_sae
 from qwen_scope_lens.saes.sae import ScopeSAE
 
 if TYPE_CHECKING:
@@ -129,7 +128,7 @@ def gather(
     vocabulary: Vocabulary,
     out: Unembedding | None = None,
     *,
-    sae: ScopeSAE | None = None,
+    sae: ScopeSAE,
     labels: LabelPack | None = None,
     settings: Settings | None = None,
     progress: bool = False,
@@ -138,8 +137,6 @@ def gather(
     settings = settings or Settings()
     facts = store.sae(layer)
     ref = LayerRef.parse(facts.ref)
-    if sae is None:
-        sae = load_sae(ref, revision=facts.revision)
     if sae.cfg.d_sae != facts.d_sae:
         raise StoreMismatch(
             f"the store was made with {facts.d_sae} features of {ref}, this SAE has"
@@ -182,5 +179,9 @@ def _geometry(sae: ScopeSAE, directions: torch.Tensor) -> Geometry:
         decoder.append(write.norm(dim=-1))
         encoder.append(read.norm(dim=-1))
         cosine.append(torch.nn.functional.cosine_similarity(write, read, dim=-1))
-    columns = [torch.cat(part).numpy() for part in (decoder, encoder, cosine)]
-    return Geometry(*columns, bias=sae.b_enc.detach().float().numpy())
+    return Geometry(
+        decoder_norm=torch.cat(decoder).numpy(),
+        encoder_norm=torch.cat(encoder).numpy(),
+        cosine=torch.cat(cosine).numpy(),
+        bias=sae.b_enc.detach().float().numpy(),
+    )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -97,7 +97,8 @@ class PassageReader:
         which = np.repeat(np.arange(len(doc)), lengths)
         within = np.arange(len(which)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
         at = (start - self._offsets[doc])[which] + within
-        codes = self._store.codes_at(self._layer, doc[which], at)
+        where: Any = (doc[which], at)  # arrays are sequences of whole numbers
+        codes = self._store.codes_at(self._layer, *where)
         mine = (codes.indices.numpy() == feature[which][:, None]) & codes.active.numpy()
         return np.where(mine, codes.values.float().numpy(), 0).sum(axis=1)
 

@@ -40,7 +40,8 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
 
     @property
     def _is_local(self) -> bool:
-        return str(self.server.server_address[0]) in ("127.0.0.1", "::1")
+        address = self.server.server_address
+        return isinstance(address, tuple) and address[0] in ("127.0.0.1", "::1")
 
     def list_directory(self, path):  # type: ignore[no-untyped-def]
         self.send_error(404)
@@ -55,7 +56,9 @@ def make_server(
 ) -> http.server.ThreadingHTTPServer:
     """A server that is listening but not yet answering: call `serve_forever()`."""
     if not is_site(site):
-        raise BadFile(f"{site} is no site of features: `qsl dash build STORE --out {site}` makes one")
+        raise BadFile(
+            f"{site} is no site of features: `qsl dash build STORE --out {site}` makes one"
+        )
     handler = functools.partial(_Handler, directory=str(site.resolve()))
     try:
         return http.server.ThreadingHTTPServer((host, port), handler)

@@ -59,7 +59,7 @@ class Vocabulary:
     @cached_property
     def continues(self) -> np.ndarray:
         """Which tokens begin inside a character. bool `[n_tokens]`"""
-        return np.array([bool(b) and 0x80 <= b[0] < 0xC0 for b in self._bytes])
+        return np.array([b is not None and 0x80 <= (b + b" ")[0] < 0xC0 for b in self._bytes])
 
     @cached_property
     def _whole(self) -> list[str | None]:

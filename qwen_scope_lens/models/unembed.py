@@ -71,9 +71,8 @@ def read_unembedding(
             if keys is not None and not any(_kind(key) for key in keys):
                 continue
             with safe_open(fetch_file(name, file, source), framework="pt", device="cpu") as opened:
-                for key in opened.keys():
-                    if kind := _kind(key):
-                        found[kind] = opened.get_tensor(key)
+                named = {_kind(key): key for key in list(opened.keys())}
+                found |= {kind: opened.get_tensor(key) for kind, key in named.items() if kind}
     except OSError as error:
         raise CheckpointMissing(f"{name} cannot be read: {error}") from error
     text = text_config(config)
