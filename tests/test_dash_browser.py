@@ -11,6 +11,7 @@ import pytest
 from browser import Browser, open_browser
 from dash_site import ARABIC, HOSTILE, HOSTILE_LABEL, read_data, small_labels
 from feature_stores import GROUP, LAYER
+from playwright.sync_api import expect
 
 from qwen_scope_lens.dashboards.build import Sources, build_site
 from qwen_scope_lens.dashboards.serve import make_server
@@ -79,7 +80,7 @@ def test_the_list_searches_sorts_and_opens(site: Path, browser: Browser) -> None
         assert [row.get_attribute("data-feature") for row in rows.all()] == ["3"]
         token = index["words"][index["peaks"][alive[0]][0]].strip().lower()
         page.locator("#search").fill(token)
-        page.wait_for_function("document.querySelectorAll('table.list tbody tr').length > 0")
+        expect(rows.first).to_be_visible()
         found = {int(row.get_attribute("data-feature")) for row in rows.all()}
         expected = {
             f
@@ -122,7 +123,7 @@ def test_a_feature_page_shows_its_examples(site: Path, browser: Browser) -> None
         for text in ("Directions nearest to its own", "Fires together with", "In the SAE"):
             assert page.get_by_text(text, exact=True).first.is_visible(), text
         page.locator("a", has_text=str(content["nearest"][0][0])).first.click()
-        page.wait_for_function(f"location.hash.endsWith('/{content['nearest'][0][0]}')")
+        expect(page.locator("#address")).to_have_text(f"{REF}/{content['nearest'][0][0]}")
 
 
 def test_keyboard_alone(site: Path, browser: Browser) -> None:
@@ -134,14 +135,14 @@ def test_keyboard_alone(site: Path, browser: Browser) -> None:
         page.wait_for_selector("#address")
         second = page.locator("#address").inner_text()
         page.keyboard.press("n")
-        page.wait_for_function(f"document.querySelector('#address').textContent !== '{second}'")
+        expect(page.locator("#address")).not_to_have_text(second)
         page.keyboard.press("p")
-        page.wait_for_function(f"document.querySelector('#address').textContent === '{second}'")
+        expect(page.locator("#address")).to_have_text(second)
         page.keyboard.press("Escape")
         page.wait_for_selector("table.list tr.here")
         assert f"{REF}/{page.locator('tr.here').get_attribute('data-feature')}" == second
         page.keyboard.press("[")
-        page.wait_for_function("document.querySelector('#layers').value.endsWith('/2')")
+        expect(page.locator("#layers")).to_have_value(f"{GROUP}/2")
         page.keyboard.press("?")
         assert page.locator("#keys").get_by_text("next feature").is_visible()
 
