@@ -1,4 +1,4 @@
-"""Whether chosen features are among the top k: the certificates agree with a full encode, always."""
+"""Whether chosen features are in the top k: the certificates agree with a full encode, always."""
 
 from __future__ import annotations
 

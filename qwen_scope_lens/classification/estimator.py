@@ -111,6 +111,7 @@ class FeatureRuleClassifier(ClassifierMixin, BaseEstimator):
             )
         rule = RULES[self.rule](values, truth, self.get_params(deep=False))
         needed = rule.needed()
+        self.task_: dict[str, Any] = {}  # what was asked, where the command line asked it
         self.classes_ = classes
         self.rule_ = rule.take(needed)
         columns = choice.columns[needed]

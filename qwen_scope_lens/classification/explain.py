@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qwen_scope_lens.classification.pooled import is_store
+from qwen_scope_lens.classification.pooled import is_store, source_of_store
 from qwen_scope_lens.errors import BadText, StoreMismatch
 
 if TYPE_CHECKING:
@@ -107,12 +107,10 @@ def _in_store(
     classifier: FeatureRuleClassifier, doc: int, store: Any
 ) -> tuple[list[np.ndarray], list[str], np.ndarray]:
     """Values of every feature along the document's tokens, the tokens, their characters."""
-    from qwen_scope_lens.classification.pooled import Source, model_of, store_facts
-
     source = classifier.source_
     assert source is not None
-    facts = tuple(store_facts(store, f.layer) for f in source.layers if f.layer in store.layers)
-    source.check_same(Source(model_of(store), facts, source.keep), "the store")
+    have = [facts.layer for facts in source.layers if facts.layer in store.layers]
+    source.check_same(source_of_store(store, have, source.keep), "the store")
     fired: list[np.ndarray] = []
     blocks = {facts.layer: store.by_token(doc, facts.layer) for facts in source.layers}
     for address in classifier.features_:
@@ -128,6 +126,7 @@ def _in_text(
     classifier: FeatureRuleClassifier, doc: Any, reader: Any
 ) -> tuple[list[np.ndarray], list[str], np.ndarray]:
     from qwen_scope_lens.classification.read import open_reader
+    from qwen_scope_lens.features.packed import stored_values
 
     assert classifier.source_ is not None
     reader = reader or open_reader(classifier.source_)
@@ -139,7 +138,7 @@ def _in_text(
         codes = reader.saes[layer].encode_sparse(batch.residuals[layer]).to("cpu")
         hit = (codes.values * (codes.indices == feature)).sum(-1).numpy()
         keep = batch.keep(layer).cpu().numpy() if reader.source.keep else True
-        fired.append(np.where(keep, hit, 0))
+        fired.append(np.where(keep, stored_values(hit), 0))
     text, spans = batch.texts[0], batch.char_spans[0]
     if text is None or spans is None:
         ids = batch.token_ids.tolist()

@@ -14,11 +14,18 @@ import numpy as np
 
 from qwen_scope_lens.classification.estimator import FeatureRuleClassifier
 from qwen_scope_lens.classification.pooled import Pooled
-from qwen_scope_lens.classification.rules import f1_of
+from qwen_scope_lens.classification.rules import RULES, f1_of
 from qwen_scope_lens.errors import TooLittleData
 
-__all__ = ["Documents", "Method", "baselines", "rules"]
+__all__ = ["Documents", "Method", "baselines", "name_of", "rules"]
 
+NAMES = {
+    "or": "OR",
+    "k-of-n": "k of n",
+    "thresholds": "own thresholds",
+    "logistic": "sparse logistic",
+    "tree": "small tree",
+}
 PROBE_CHECK = 5
 """One discovery document in this many chooses the layer of a probe."""
 
@@ -171,15 +178,17 @@ def baselines(residuals: bool = True) -> list[Method]:
 
 def rules(top_k: int = 2, many: int = 32, **shared: Any) -> list[RuleMethod]:
     """The paper's rule, its multi-layer form, and what goes beyond it on the same features."""
-    rows: list[tuple[str, dict[str, Any]]] = [
-        (f"OR, {top_k} features", {"top_k": top_k}),
-        ("OR, 1 feature of each of 3 layers", {"top_k": 1, "n_layers": 3}),
-        (f"k of n, {many} features", {"rule": "k-of-n", "top_k": many}),
-        (f"own thresholds, {many} features", {"rule": "thresholds", "top_k": many}),
-        (f"sparse logistic, {many} features", {"rule": "logistic", "top_k": many}),
-        (f"tree of depth 3, {many} features", {"rule": "tree", "top_k": many}),
-    ]
-    return [RuleMethod(name, {**shared, **settings}) for name, settings in rows]
+    rows: list[dict[str, Any]] = [{"top_k": top_k}, {"top_k": 1, "n_layers": 3}]
+    rows += [{"rule": rule, "top_k": many} for rule in RULES if rule != "or"]
+    return [RuleMethod(name_of({**shared, **row}), {**shared, **row}) for row in rows]
+
+
+def name_of(settings: Mapping[str, Any]) -> str:
+    """What a table calls a rule: `OR, 2 features`."""
+    full = FeatureRuleClassifier(**settings).get_params()
+    kind, top_k, n_layers = full["rule"], full["top_k"], full["n_layers"]
+    what = f"{NAMES[kind]}, {top_k} feature{'s' if top_k > 1 else ''}"
+    return f"{what} of each of {n_layers} layers" if n_layers > 1 else what
 
 
 def _both(truth: np.ndarray, check: np.ndarray) -> bool:

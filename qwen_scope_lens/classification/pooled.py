@@ -20,7 +20,15 @@ if TYPE_CHECKING:
 
     from qwen_scope_lens.features.store import FeatureStore
 
-__all__ = ["LayerFacts", "Pooled", "Source", "is_store", "pool_layers", "stack_layers"]
+__all__ = [
+    "LayerFacts",
+    "Pooled",
+    "Source",
+    "is_store",
+    "pool_layers",
+    "source_of_store",
+    "stack_layers",
+]
 
 
 @dataclass(frozen=True)
@@ -61,6 +69,8 @@ class Source:
     layers: tuple[LayerFacts, ...]
     keep: bool = True  # first and extreme-norm tokens left out
     settings: Mapping[str, Any] = field(default_factory=dict)  # of reading, such as max_tokens
+    dtype: str | None = None  # of the model's weights; None: as stored
+    revision: str | None = None  # of the model
 
     def only(self, positions: Sequence[int]) -> Source:
         return replace(self, layers=tuple(self.layers[i] for i in positions))
@@ -71,7 +81,14 @@ class Source:
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Source:
         layers = tuple(LayerFacts(**facts) for facts in content["layers"])
-        return cls(content["model"], layers, bool(content["keep"]), dict(content["settings"]))
+        return cls(
+            content["model"],
+            layers,
+            bool(content["keep"]),
+            dict(content["settings"]),
+            content["dtype"],
+            content["revision"],
+        )
 
     def check_same(self, other: Source, what: str) -> None:
         """Raise unless `other` reads the same model the same way, with all of these SAEs."""
@@ -215,34 +232,37 @@ def pool_layers(
     facts, blocks = [], []
     for number in wanted:
         store = places[number]
-        facts.append(store_facts(store, number))
+        facts.append(_facts(store, number))
         blocks.append(pool(store, number, how="max", keep=keep, docs=docs))
-    source = Source(model_of(some[0]), tuple(facts), keep, reading_settings(some[0]))
+    source = replace(source_of_store(some[0], (), keep), layers=tuple(facts))
     numbers = np.arange(some[0].n_docs) if docs is None else np.asarray(docs)
     return stack_layers(blocks, source, numbers)
 
 
-def store_facts(store: Any, layer: int) -> LayerFacts:
+def source_of_store(store: FeatureStore, layers: Iterable[int], keep: bool = True) -> Source:
+    """What a store says about itself, with these of its layers."""
+    manifest = store.manifest
+    return Source(
+        manifest.model.id,
+        tuple(_facts(store, number) for number in layers),
+        keep,
+        asdict(manifest.settings),
+        manifest.model.dtype,
+        manifest.model.revision,
+    )
+
+
+def _facts(store: FeatureStore, layer: int) -> LayerFacts:
     facts = store.sae(layer)
-    return LayerFacts(str(facts.ref), int(facts.d_sae), int(facts.k), facts.sha256)
-
-
-def model_of(store: Any) -> str:
-    return str(store.manifest.model.id)
-
-
-def reading_settings(store: Any) -> dict[str, Any]:
-    """What a later reading of other texts has to repeat."""
-    return asdict(store.manifest.settings)
+    return LayerFacts(facts.ref, facts.d_sae, facts.k, facts.sha256)
 
 
 def _check_same_documents(stores: Sequence[Any]) -> None:
     first = stores[0]
     for other in stores[1:]:
-        if model_of(other) != model_of(first):
-            raise StoreMismatch(
-                f"stores of different models: {model_of(first)} and {model_of(other)}"
-            )
+        models = [store.manifest.model.id for store in (first, other)]
+        if models[0] != models[1]:
+            raise StoreMismatch(f"stores of different models: {models[0]} and {models[1]}")
         keys = [store.documents(["key"])["key"].to_pylist() for store in (first, other)]
         if keys[0] != keys[1]:
             raise StoreMismatch(

@@ -7,7 +7,7 @@ is `features/extract.py`, and predictions over long files, which need far less, 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -15,15 +15,16 @@ import torch
 
 from qwen_scope_lens.address import LayerRef
 from qwen_scope_lens.classification.pooled import LayerFacts, Pooled, Source, stack_layers
-from qwen_scope_lens.files import file_sha256
+from qwen_scope_lens.features.facts import sae_facts
+from qwen_scope_lens.features.manifest import Settings
+from qwen_scope_lens.features.packed import stored_values
 from qwen_scope_lens.models.capture import Capture, iter_captures
 from qwen_scope_lens.models.load import load_model
 from qwen_scope_lens.models.tokens import Document
 from qwen_scope_lens.saes.load import load_sae
-from qwen_scope_lens.saes.locate import locate
 from qwen_scope_lens.saes.sae import ScopeSAE
 
-__all__ = ["Reader", "mean_residuals", "open_reader", "read_documents", "source_of"]
+__all__ = ["Reader", "mean_residuals", "open_model", "open_reader", "read_documents", "source_of"]
 
 
 @dataclass(frozen=True)
@@ -47,23 +48,27 @@ def source_of(
     """What a reader of these SAEs (`mini-qwen3/w1k-l0-16/6`, ...) is to read."""
     layers = []
     for name in saes:
-        ref = LayerRef.parse(name)
-        sha256 = file_sha256(locate(ref).path)
-        layers.append(LayerFacts(str(ref), ref.row.d_sae, ref.row.k, sha256))
-    return Source(model, tuple(layers), keep, {"max_tokens": max_tokens, "truncate": True})
+        facts = sae_facts(LayerRef.parse(name))
+        layers.append(LayerFacts(facts.ref, facts.d_sae, facts.k, facts.sha256))
+    return Source(model, tuple(layers), keep, asdict(Settings(max_tokens)))
 
 
 def open_reader(source: Source, model: Any = None) -> Reader:
     """The model (only as deep as needed, unless one is given) and the SAEs of `source`."""
     saes = {}
     for facts in source.layers:
-        found = locate(LayerRef.parse(facts.ref))
-        if facts.sha256 is not None:
-            facts.check_same(replace(facts, sha256=file_sha256(found.path)), str(found.path))
+        found = sae_facts(LayerRef.parse(facts.ref))
+        here = LayerFacts(found.ref, found.d_sae, found.k, found.sha256)
+        facts.check_same(here, "this machine")
         saes[facts.layer] = load_sae(facts.ref)
-    if model is None:
-        model = load_model(source.model, up_to_layer=max(saes))
-    return Reader(model, saes, source)
+    return Reader(model or open_model(source), saes, source)
+
+
+def open_model(source: Source) -> Any:
+    """The model of `source`, in its dtype, only as deep as its layers need."""
+    dtype = None if source.dtype is None else getattr(torch, source.dtype)
+    last = max(facts.layer for facts in source.layers)
+    return load_model(source.model, up_to_layer=last, dtype=dtype, revision=source.revision)
 
 
 @torch.no_grad()
@@ -72,7 +77,7 @@ def read_documents(
 ) -> tuple[Pooled, dict[int, np.ndarray]]:
     """Document maxima of every feature and, where asked for, mean residuals by layer.
 
-    Values are those of a store of the same texts, bit for bit.
+    Values are rounded as a store rounds them.
     """
     from scipy.sparse import csr_matrix
 
@@ -94,7 +99,8 @@ def read_documents(
             largest = codes.values.new_zeros(len(unique))
             largest.scatter_reduce_(0, place, codes.values[active], "amax")
             rows = numbers[(unique // sae.cfg.d_sae).numpy()]
-            parts[layer].append((rows, (unique % sae.cfg.d_sae).numpy(), largest.numpy()))
+            values = stored_values(largest.numpy())
+            parts[layer].append((rows, (unique % sae.cfg.d_sae).numpy(), values))
     blocks = []
     for layer, found in parts.items():
         rows, columns, values = (np.concatenate(part) for part in zip(*found, strict=True))

@@ -9,11 +9,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from qwen_scope_lens.classification.compare_methods import Report
+from qwen_scope_lens.classification.estimator import FeatureRuleClassifier
 from qwen_scope_lens.classification.experiments import Efficiency, LayerRow, Overlap, Transfer
+from qwen_scope_lens.classification.methods import Documents, name_of
+from qwen_scope_lens.classification.scores import scored
 from qwen_scope_lens.pages import Page, chart
 
 __all__ = [
     "efficiency_table",
+    "fit_text",
     "layer_table",
     "overlap_table",
     "report_page",
@@ -112,6 +116,24 @@ def report_page(report: Report, title: str = "Feature classifier") -> Page:
     ]
     page.table(("error", "document", "language", "text", "features that fire"), rows)
     return page
+
+
+def fit_text(classifier: FeatureRuleClassifier, documents: Documents, task: str) -> str:
+    """What was learned; the F1 is that of the discovery documents, and so flatters."""
+    own = scored(classifier.decision_function(documents.pooled) > 0, documents.truth)
+    rows = list(zip(map(str, classifier.features_), classifier.differences_, strict=True))
+    layers = [(str(n), d) for n, d in classifier.layer_differences_.items()]
+    return "\n".join(
+        [
+            f"{task}: {own.positives:,} of {own.n:,} documents.",
+            f"Rule: {name_of(classifier.get_params(deep=False))}",
+            table(("feature", "Δ"), [(name, float(delta)) for name, delta in rows]),
+            "\nLargest Δ of every layer:",
+            table(("layer", "d"), layers),
+            f"\nOn these discovery documents: F1 {own.f1:.3f}, precision {own.precision:.3f},"
+            f" recall {own.recall:.3f}; `qsl classify report` measures on others.",
+        ]
+    )
 
 
 def layer_table(rows: Sequence[LayerRow]) -> str:

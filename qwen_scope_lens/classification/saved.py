@@ -28,7 +28,7 @@ MADE_BY = "qsl classify fit"
 
 
 def save_classifier(classifier: FeatureRuleClassifier, path: Path) -> Path:
-    """Write a fitted classifier. `task_`, where set, says what it was fitted for."""
+    """Write a fitted classifier."""
     import sklearn
 
     import qwen_scope_lens
@@ -39,7 +39,7 @@ def save_classifier(classifier: FeatureRuleClassifier, path: Path) -> Path:
         FORMAT,
         VERSION,
         {
-            "task": getattr(classifier, "task_", {}),
+            "task": dict(classifier.task_),
             "settings": _plain(classifier.get_params(deep=False)),
             "classes": _plain(classifier.classes_),
             "features": list(classifier.features_),

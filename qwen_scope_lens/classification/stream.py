@@ -1,8 +1,8 @@
 """Predictions over texts of any number, reading only what the rule needs.
 
 The forward pass ends after the rule's last layer, only its SAEs are opened, and of those mostly
-only its features are computed (`saes/membership.py`); predictions equal those of a full encode,
-bit for bit. Documents in stores are `estimator.py`'s.
+only its features are computed (`saes/membership.py`); values equal those of a full encode, bit for
+bit, and are then rounded as a store rounds them. Documents in stores are `estimator.py`'s.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from qwen_scope_lens.classification.explain import Evidence, label_of
 from qwen_scope_lens.classification.read import Reader
 from qwen_scope_lens.errors import StoreMismatch
+from qwen_scope_lens.features.packed import stored_values
 from qwen_scope_lens.models.capture import Capture
 from qwen_scope_lens.models.tokens import Document
 from qwen_scope_lens.saes.membership import Membership
@@ -108,7 +109,8 @@ class Stream:
                 x, doc = x[place], doc[place]
             found = member.maxima(x, doc, len(batch))
             columns = self._columns[layer]
-            values[:, columns] = found.values.cpu().numpy()
+            # A store keeps rounded values, and rules are fitted on those.
+            values[:, columns] = stored_values(found.values.cpu().numpy())
             where = place[found.rows.clamp_min(0)] if len(place) else found.rows
             rows[:, columns] = where.masked_fill(found.rows < 0, -1).cpu().numpy()
         scores = self.classifier.rule_score(values)

@@ -35,6 +35,7 @@ VERBS = {
     "lm_eval": "standard benchmarks of a steered model",
     "train": "SASFT and rare negatives on TRL, their features and metrics",
     "dash": "every feature on a page: a static site, or Neuronpedia's format",
+    "classify": "documents by rules over features, beside probes",
     "demo": "a tour on data made on the spot, offline",
 }
 

@@ -1,0 +1,156 @@
+"""`qsl classify predict`: a corpus or a store becomes a file of predictions, one JSON line each.
+
+What is finished stays when a run is interrupted; the same command goes on after the last whole
+line. How a prediction comes about is `stream.py` (texts) and `estimator.py` (stores).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from qwen_scope_lens.classification.estimator import FeatureRuleClassifier
+from qwen_scope_lens.classification.explain import explain
+from qwen_scope_lens.classification.read import open_reader
+from qwen_scope_lens.classification.stream import WINDOW, Stream
+from qwen_scope_lens.errors import CannotWrite, StoreMismatch
+from qwen_scope_lens.features.corpus import Corpus, Document, read_corpus
+from qwen_scope_lens.features.manifest import Manifest
+from qwen_scope_lens.features.store import FeatureStore
+
+if TYPE_CHECKING:
+    from qwen_scope_lens.features.labels import LabelPack
+
+__all__ = ["predict_data"]
+
+
+def predict_data(
+    classifier: FeatureRuleClassifier,
+    data: str,
+    out: Path | None,
+    labels: LabelPack | None = None,
+    text: str | None = None,
+    split: str | None = None,
+) -> int:
+    """Write predictions to `out` (stdout where None); how many were made in this run."""
+    if classifier.source_ is None:
+        raise StoreMismatch(
+            "the classifier was fitted on a plain array: it does not say which model and SAE its"
+            " columns come from. Fit it on a store"
+        )
+    path = Path(data).expanduser()
+    rows: Any
+    if path.is_dir() and Manifest.exists(path):
+        rows = _FromStore(classifier, FeatureStore.open(path), labels)
+    else:
+        rows = _FromCorpus(classifier, read_corpus(data, text=text, labels=[], split=split), labels)
+    if out is None:
+        for row in rows(0):
+            print(json.dumps(row, ensure_ascii=False))
+        return 0
+    return _write(rows, out, classifier, data)
+
+
+class _FromCorpus:
+    """Rows of predictions from the n-th document on."""
+
+    def __init__(
+        self, classifier: FeatureRuleClassifier, corpus: Corpus, labels: LabelPack | None
+    ) -> None:
+        self.classifier, self.corpus, self.labels = classifier, corpus, labels
+
+    def __call__(self, start: int) -> Iterator[dict[str, Any]]:
+        assert self.classifier.source_ is not None
+        stream = Stream(self.classifier, open_reader(self.classifier.source_), self.labels)
+        keys: deque[str] = deque()
+
+        def contents(documents: Iterable[Document]) -> Iterator[Any]:
+            for document in documents:
+                keys.append(document.key)
+                yield document.content
+
+        texts = contents(islice(iter(self.corpus), start, None))
+        for prediction in stream.predict(texts):
+            yield {"key": keys.popleft(), **prediction.to_json()}
+
+
+class _FromStore:
+    """The same from a store; evidence is read for documents that are called positive."""
+
+    def __init__(
+        self, classifier: FeatureRuleClassifier, store: FeatureStore, labels: LabelPack | None
+    ) -> None:
+        self.classifier, self.store, self.labels = classifier, store, labels
+
+    def __call__(self, start: int) -> Iterator[dict[str, Any]]:
+        scores = self.classifier.decision_function(self.store)
+        keys = self.store.documents(["key"])["key"].to_pylist()
+        for doc in range(start, len(keys)):
+            evidence: list[dict[str, Any]] = []
+            if scores[doc] > 0:
+                found = explain(self.classifier, doc, self.store, self.labels)
+                seen: set[str] = set()
+                for one in found.evidence:  # the strongest place of each feature
+                    if one.feature not in seen:
+                        seen.add(one.feature)
+                        evidence.append(one.to_json())
+            predicted = self.classifier.classes_[int(scores[doc] > 0)].item()
+            row = {"predicted": predicted, "score": round(float(scores[doc]), 6)}
+            yield {"key": keys[doc], **row, "evidence": evidence}
+
+
+def _write(rows: Any, out: Path, classifier: FeatureRuleClassifier, data: str) -> int:
+    """Append to a partial file, which takes the name `out` when everything is there."""
+    partial = out.with_name(f".{out.name}.partial")
+    head = json.dumps(
+        {"data": data, "features": classifier.features_, "rule": classifier.rule_.to_json()}
+    )
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        done = _finished(partial, head)
+        with ExitStack() as stack:
+            file = stack.enter_context(partial.open("a", encoding="utf-8"))
+            if done < 0:
+                file.write(head + "\n")
+                done = 0
+            if done:
+                print(f"going on after {done:,} documents", file=sys.stderr)
+            made = 0
+            for row in tqdm(rows(done), initial=done, unit="doc", disable=None, file=sys.stderr):
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                made += 1
+        lines = partial.open(encoding="utf-8")
+        finished = out.with_name(f".{out.name}.finished")
+        with lines, finished.open("w", encoding="utf-8") as target:
+            next(lines)
+            target.writelines(lines)
+        finished.replace(out)
+        partial.unlink()
+    except OSError as error:
+        raise CannotWrite(f"cannot write {out}: {error.strerror}") from error
+    return made
+
+
+def _finished(partial: Path, head: str) -> int:
+    """How many documents a partial file of the same job holds; -1 where there is none."""
+    if not partial.is_file():
+        return -1
+    content = partial.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    lines = whole.split(b"\n")[:-1]
+    if not lines or lines[0] != head.encode("utf-8"):
+        partial.unlink()
+        return -1
+    # Documents are read in windows: a window that was cut is read again as a whole, so that the
+    # batches, and with them the last bits of the scores, are those of a run without a break.
+    done = (len(lines) - 1) // WINDOW * WINDOW
+    partial.write_bytes(b"".join(line + b"\n" for line in lines[: done + 1]))
+    return done

@@ -1,0 +1,257 @@
+"""Classify documents with features: rules that one can read, beside what a probe gives.
+
+    qsl classify fit train.jsonl --label toxic --out clf.json \\
+        --model Qwen/Qwen3-1.7B --sae qwen3-1.7b-base/w32k-l0-50 --layers 10-20
+    qsl classify predict clf.json new.jsonl --out predictions.jsonl
+    qsl classify report train.jsonl --test test.jsonl --label toxic --page report.html ..
+    qsl classify transfer all.jsonl --label toxic --language lang ..
+    qsl classify efficiency train.jsonl --label toxic ..
+
+DATA is a feature store (`qsl extract`) or a corpus (JSON Lines, CSV, Parquet, a dataset). A corpus
+is extracted first, into --store (default: DATA.store), which is kept: the next command on it starts
+at once, and an interrupted one goes on. Rules are written as JSON, never as a pickle.
+`qsl classify VERB --help` explains each.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qwen_scope_lens.cli.arguments import layer_list
+
+if TYPE_CHECKING:
+    from qwen_scope_lens.classification.methods import Documents
+    from qwen_scope_lens.features.store import FeatureStore
+
+RULES = ("or", "k-of-n", "thresholds", "logistic", "tree")
+
+FIT = """Learn a rule and write it as JSON.
+
+The defaults are the paper's: firing-rate differences, the layer whose best feature differs most,
+its --top-k features, yes when any of them fires. --n-layers 3 --top-k 1 is its multi-layer rule.
+"""
+PREDICT = """Use a rule on new documents: one JSON line each, with the features responsible.
+
+For a corpus the model runs no deeper than the rule's last layer and only its features are computed
+where that decides; an interrupted run goes on with the same command. Another SAE, layer or model
+than the rule was fitted on is refused.
+"""
+REPORT = """All rules and baselines on the same documents, side by side, with intervals.
+
+Fitted on DATA, measured on --test (else on a fifth of DATA, held out). The first row is the rule
+that the options describe. Baselines: always yes, bag of words, character n-grams, and, re-reading
+the residuals, a linear probe and the difference of means (--no-residuals leaves these two out).
+"""
+TRANSFER = """One rule per language: how far the languages' best features overlap, and what a rule
+fitted on one language is worth on the others.
+"""
+EFFICIENCY = (
+    """How much discovery data a rule needs: F1 with 1% to all of it, over several draws."""
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    verbs = parser.add_subparsers(dest="what", metavar="VERB", required=True)
+    fit = _verb(verbs, "fit", FIT)
+    _data(fit, "discovery documents: a store or a corpus")
+    _rule(fit)
+    fit.add_argument("--out", type=Path, required=True, help="the classifier, a JSON file")
+    predict = _verb(verbs, "predict", PREDICT)
+    predict.add_argument("classifier", type=Path, help="what `fit` wrote")
+    predict.add_argument("data", metavar="DATA", help="a store or a corpus")
+    predict.add_argument("--out", type=Path, help="JSON Lines (default: stdout)")
+    predict.add_argument("--labels", type=Path, help="a label pack: says what the features mean")
+    predict.add_argument("--text", metavar="COLUMN", help="the column of the texts")
+    predict.add_argument("--split", help="of a dataset")
+    for name, text in (("report", REPORT), ("transfer", TRANSFER), ("efficiency", EFFICIENCY)):
+        verb = _verb(verbs, name, text)
+        _data(verb, "discovery documents, and test ones where --test is not given")
+        _rule(verb)
+        verb.add_argument("--test", metavar="DATA", help="test documents: a store or a corpus")
+        verb.add_argument("--test-store", metavar="FOLDER", help="where --test is extracted to")
+        verb.add_argument(
+            "--language",
+            metavar="COLUMN",
+            required=name == "transfer",
+            help="the column of the languages",
+        )
+        if name == "report":
+            verb.add_argument("--at", default="precision=0.9", help="default: %(default)s")
+            verb.add_argument("--page", type=Path, help="also write an HTML page")
+            verb.add_argument("--no-residuals", action="store_true", help="no model, no probes")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    handler = {
+        "fit": _fit,
+        "predict": _predict,
+        "report": _report,
+        "transfer": _transfer,
+        "efficiency": _efficiency,
+    }[arguments.what]
+    handler(arguments)
+    return 0
+
+
+def _verb(verbs: Any, name: str, text: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = verbs.add_parser(
+        name, description=text, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    return parser
+
+
+def _data(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("data", metavar="DATA", help=what)
+    parser.add_argument("--label", required=True, metavar="COLUMN", help="the column to predict")
+    parser.add_argument("--positive", metavar="VALUE", help="its positive value (default: true, 1)")
+    corpus = parser.add_argument_group("for a corpus")
+    corpus.add_argument("--model", help="a folder, a name on the hub, or mini-qwen3")
+    corpus.add_argument("--sae", metavar="GROUP", help="such as qwen3-1.7b-base/w32k-l0-50")
+    corpus.add_argument("--layers", type=layer_list, metavar="LIST", help="such as 10-20 (all)")
+    corpus.add_argument("--store", metavar="FOLDER", help="where it is extracted to (DATA.store)")
+    corpus.add_argument("--text", metavar="COLUMN", help="the column of the texts")
+    corpus.add_argument("--max-tokens", type=int, metavar="N", help="cut longer documents")
+    corpus.add_argument("--split", help="of a dataset")
+
+
+def _rule(parser: argparse.ArgumentParser) -> None:
+    rule = parser.add_argument_group("the rule")
+    rule.add_argument("--rule", choices=RULES, default="or", help="default: %(default)s")
+    rule.add_argument("--top-k", type=int, default=2, metavar="K", help="features of a layer (2)")
+    rule.add_argument("--layer", default="auto", help="a layer, or auto: the largest difference")
+    rule.add_argument("--n-layers", type=int, default=1, metavar="M", help="layers to combine (1)")
+    rule.add_argument("--threshold", type=float, default=0.0, help="fires above this value (0)")
+    rule.add_argument("--at-least", type=int, metavar="K", help="k-of-n: how many have to fire")
+
+
+def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    from qwen_scope_lens.errors import BadPlan
+
+    layer = arguments.layer
+    if layer != "auto" and not layer.isdecimal():
+        raise BadPlan(f"--layer {layer}: expected a layer number or auto")
+    return {
+        "rule": arguments.rule,
+        "top_k": arguments.top_k,
+        "layer": layer if layer == "auto" else int(layer),
+        "n_layers": arguments.n_layers,
+        "threshold": arguments.threshold,
+        "at_least": arguments.at_least,
+    }
+
+
+def _open(arguments: argparse.Namespace, data: str, store: str | None) -> FeatureStore:
+    from qwen_scope_lens.classification.inputs import open_data
+
+    return open_data(
+        data,
+        model=arguments.model,
+        group=arguments.sae,
+        layers=arguments.layers,
+        store=store,
+        text=arguments.text,
+        column=arguments.label,
+        max_tokens=arguments.max_tokens,
+        split=arguments.split,
+    )
+
+
+def _read(
+    arguments: argparse.Namespace, residuals: bool = False
+) -> tuple[Documents, Documents, str]:
+    """Discovery and test documents, and a line that says what they are."""
+    from qwen_scope_lens.classification.inputs import Task, documents_of, residuals_of, split
+    from qwen_scope_lens.classification.pooled import source_of_store
+    from qwen_scope_lens.classification.read import open_model
+
+    model: Any = None
+    task = Task(arguments.label, arguments.positive)
+    found = []
+    for data, place in ((arguments.data, arguments.store), (arguments.test, arguments.test_store)):
+        if data is None:
+            continue
+        store = _open(arguments, data, place)
+        layers = arguments.layers or list(store.layers)
+        documents = documents_of(store, task, layers=layers, language=arguments.language)
+        if residuals:
+            model = model or open_model(source_of_store(store, layers))
+            documents = residuals_of(documents, store, layers, model)
+        found.append(documents)
+    discovery, test = found if len(found) == 2 else split(found[0])
+    source = discovery.pooled.source
+    group = source.layers[0].ref.rpartition("/")[0]
+    layers = ", ".join(str(facts.layer) for facts in source.layers)
+    return discovery, test, f"{task}: {source.model}, {group}, layers {layers}"
+
+
+def _fit(arguments: argparse.Namespace) -> None:
+    from qwen_scope_lens.classification.estimator import FeatureRuleClassifier
+    from qwen_scope_lens.classification.inputs import Task, documents_of
+    from qwen_scope_lens.classification.report import fit_text
+
+    task = Task(arguments.label, arguments.positive)
+    classifier = FeatureRuleClassifier(**_settings(arguments))
+    store = _open(arguments, arguments.data, arguments.store)
+    documents = documents_of(store, task, layers=arguments.layers)
+    classifier.fit(documents.pooled, documents.truth)
+    classifier.task_ = task.to_json()
+    classifier.save(arguments.out)
+    print(fit_text(classifier, documents, str(task)))
+    print(f"written to {arguments.out}")
+
+
+def _predict(arguments: argparse.Namespace) -> None:
+    from qwen_scope_lens.classification.estimator import FeatureRuleClassifier
+    from qwen_scope_lens.classification.predict import predict_data
+    from qwen_scope_lens.features.labels import LabelPack
+
+    classifier = FeatureRuleClassifier.load(arguments.classifier)
+    labels = LabelPack.read(arguments.labels) if arguments.labels else None
+    predict_data(
+        classifier,
+        arguments.data,
+        arguments.out,
+        labels=labels,
+        text=arguments.text,
+        split=arguments.split,
+    )
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from qwen_scope_lens.classification.compare_methods import compare
+    from qwen_scope_lens.classification.methods import RuleMethod, name_of
+    from qwen_scope_lens.classification.report import report_page, report_text
+    from qwen_scope_lens.classification.scores import At
+
+    settings, at = _settings(arguments), At.parse(arguments.at)
+    discovery, test, said = _read(arguments, residuals=not arguments.no_residuals)
+    first = RuleMethod(name_of(settings), settings)
+    report = compare(discovery, test, first, at, described=said)
+    print(report_text(report))
+    if arguments.page:
+        report_page(report, f"Classifier: {arguments.label}").save(arguments.page)
+        print(f"\npage: {arguments.page}")
+
+
+def _transfer(arguments: argparse.Namespace) -> None:
+    from qwen_scope_lens.classification.experiments import overlap, transfer
+    from qwen_scope_lens.classification.inputs import by_language
+    from qwen_scope_lens.classification.report import overlap_table, transfer_table
+
+    discovery, test, said = _read(arguments)
+    known, held = by_language(discovery), by_language(test)
+    print(f"{said}\n\nF1 of rules used on another language than they were fitted on:")
+    print(transfer_table(transfer(known, held, _settings(arguments))))
+    print("\nOverlap of the languages' ten best features:")
+    print(overlap_table(overlap(known)))
+
+
+def _efficiency(arguments: argparse.Namespace) -> None:
+    from qwen_scope_lens.classification.experiments import efficiency
+    from qwen_scope_lens.classification.report import efficiency_table
+
+    discovery, test, said = _read(arguments)
+    print(f"{said}\n")
+    print(efficiency_table(efficiency(discovery, test, _settings(arguments))))

@@ -1,0 +1,285 @@
+"""Classifiers on stores and texts of the minis: streaming, reasons, refusals, `qsl classify`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from qwen_scope_lens.classification import predict as predict_module
+from qwen_scope_lens.classification.estimator import FeatureRuleClassifier
+from qwen_scope_lens.classification.inputs import Task, documents_of
+from qwen_scope_lens.classification.pooled import pool_layers, source_of_store
+from qwen_scope_lens.classification.read import (
+    mean_residuals,
+    open_reader,
+    read_documents,
+    source_of,
+)
+from qwen_scope_lens.classification.rules import RULES
+from qwen_scope_lens.classification.stream import Stream
+from qwen_scope_lens.cli import main
+from qwen_scope_lens.errors import BadText, StoreMismatch
+from qwen_scope_lens.features.extract import extract
+from qwen_scope_lens.features.labels import Label, LabelPack
+from qwen_scope_lens.features.store import FeatureStore
+from qwen_scope_lens.mini import heldout
+
+MODEL, GROUP = "mini-qwen3", "mini-qwen3/w1k-l0-16"
+LAYERS = [2, 5]
+
+
+@pytest.fixture(scope="module")
+def records() -> list[dict[str, Any]]:
+    """Chinese or not, in short texts; one label is missing."""
+    found = [
+        {"key": f"d{i}", "text": r["text"][:60], "chinese": r["lang"] == "zh", "lang": r["lang"]}
+        for i, r in enumerate(r for r in heldout("prose") if r["lang"] in ("zh", "en", "ru"))
+    ]
+    odd = {"text": "א ב ג 🙂 " * 3, "lang": "he"}
+    return [*found, {"key": "odd", **odd, "chinese": None}]
+
+
+@pytest.fixture(scope="module")
+def corpus(records: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("classify") / "texts.jsonl"
+    path.write_text("\n".join(json.dumps(r, ensure_ascii=False) for r in records), "utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def store(records: list[dict[str, Any]], corpus: Path) -> FeatureStore:
+    return extract(
+        records,
+        model=MODEL,
+        group=GROUP,
+        layers=LAYERS,
+        out=corpus.parent / "store",
+        max_tokens=64,
+        progress=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def fitted(store: FeatureStore) -> FeatureRuleClassifier:
+    return FeatureRuleClassifier(top_k=2, n_layers=2).fit(store, "chinese")
+
+
+def test_fit_and_predict_on_stores(store: FeatureStore, fitted: FeatureRuleClassifier) -> None:
+    truth = np.array([label is True for label in store.labels("chinese")])
+    predicted = fitted.predict(store)
+    assert (predicted == truth)[:-1].mean() > 0.85
+    assert all(str(f).startswith(f"{GROUP}/") for f in fitted.features_)
+    documents = documents_of(store, Task("lang", "zh"), layers=[5], language="lang")
+    assert len(documents) == store.n_docs
+    assert documents.pooled.shape[1] == 1024
+    again = FeatureRuleClassifier(layer=5).fit(documents.pooled, documents.truth)
+    assert again.source_ == source_of_store(store, [5])
+
+
+def test_reading_texts_is_reading_a_store(
+    store: FeatureStore, records: list[dict[str, Any]]
+) -> None:
+    """Without a store on disk, the same maxima; and mean residuals as capture gives them."""
+    reader = open_reader(source_of_store(store, LAYERS))
+    texts = [record["text"] for record in records]
+    pooled, means = read_documents(reader, texts, residuals=True)
+    there = pool_layers(store)
+    assert (pooled.matrix != there.matrix).nnz == 0
+    assert pooled.source == there.source
+    again = mean_residuals(reader.model, texts, LAYERS, reader.source)
+    [batch] = reader.captures(texts[3:4])
+    for layer in LAYERS:
+        assert np.allclose(means[layer], again[layer], atol=1e-4)
+        x = batch.residuals[layer][batch.keep(layer)]
+        assert np.allclose(means[layer][3], x.double().mean(0).numpy(), rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_streaming_equals_a_full_encode(
+    rule: str, store: FeatureStore, records: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    clf = FeatureRuleClassifier(rule, top_k=6, n_layers=2).fit(store, "chinese")
+    clf = FeatureRuleClassifier.load(clf.save(tmp_path / "clf.json"))
+    assert clf.source_ is not None
+    stream = Stream(clf, open_reader(clf.source_))
+    found = list(stream.predict(record["text"] for record in records))
+    assert np.array_equal([one.values for one in found], clf.values(store).astype(np.float32))
+    assert np.array_equal([one.score for one in found], clf.decision_function(store))
+    assert stream.settled["negative"] > stream.settled["encoded"]
+    for one, record in zip(found, records, strict=True):
+        for evidence in one.evidence:
+            assert record["text"][evidence.start : evidence.end] == evidence.token
+            assert evidence.position > 0  # the first token does not count
+    assert any(one.evidence for one in found)
+
+
+def test_reasons(
+    store: FeatureStore, fitted: FeatureRuleClassifier, records: list[dict[str, Any]]
+) -> None:
+    doc = int(np.argmax(fitted.decision_function(store)))
+    from qwen_scope_lens.address import FeatureRef
+
+    labels = LabelPack([Label(FeatureRef.parse(fitted.features_[0]), "Chinese text")])
+    found = fitted.explain(doc, store, labels)
+    assert found.score == pytest.approx(fitted.decision_function(store)[doc])
+    strongest = max(found.evidence, key=lambda one: one.value)
+    assert strongest.value == pytest.approx(found.score)
+    layer, feature = (int(part) for part in strongest.feature.split("/")[-2:])
+    hits = store.by_feature((layer, feature))
+    at = (hits.doc == doc) & (hits.position == strongest.position)
+    assert hits.value[at].tolist() == [pytest.approx(strongest.value)]
+    assert strongest.token in records[doc]["text"]
+    assert any(one.label == "Chinese text" for one in fitted.explain(doc, store, labels).evidence)
+    text = fitted.explain(records[doc]["text"])  # opens what it was fitted on
+    # A batch of one differs from a batch of many in the last bits.
+    assert text.score == pytest.approx(found.score, rel=1e-3)
+    assert [one.position for one in text.evidence] == [one.position for one in found.evidence]
+    assert str(found).startswith("True (score")
+    quiet = fitted.explain("x", open_reader(fitted.source_))
+    assert "no feature of the rule fires" in str(quiet)
+    with pytest.raises(BadText, match="of which store"):
+        fitted.explain(3)
+
+
+def test_other_saes_and_layers_are_refused(
+    store: FeatureStore,
+    fitted: FeatureRuleClassifier,
+    records: list[dict[str, Any]],
+    tmp_path: Path,
+) -> None:
+    options = {"model": MODEL, "group": GROUP, "progress": False}
+    other = extract(records[:4], layers=[5], out=tmp_path / "one", max_tokens=64, **options)
+    with pytest.raises(StoreMismatch, match="layer 2 too"):
+        fitted.predict(other)
+    with pytest.raises(StoreMismatch, match="layer 2 too"):
+        fitted.explain(0, other)
+    two = extract(records[:4], layers=[2], out=tmp_path / "two", max_tokens=64, **options)
+    assert np.array_equal(fitted.predict([two, other]), fitted.predict(store)[:4])
+    fewer = extract(records[:3], layers=[2], out=tmp_path / "three", max_tokens=64, **options)
+    with pytest.raises(StoreMismatch, match="different documents"):
+        fitted.predict([fewer, other])
+    hybrid = source_of("mini-qwen3.5", ["mini-qwen3.5/w1k-l0-16/2", "mini-qwen3.5/w1k-l0-16/5"])
+    with pytest.raises(StoreMismatch, match="activations of mini-qwen3;"):
+        Stream(fitted, open_reader(hybrid))
+
+
+def command(*words: object) -> int:
+    return main(["classify", *map(str, words)])
+
+
+def test_the_command_line(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """fit, predict, report, transfer, efficiency on one file, extracted once."""
+    data = tmp_path / "texts.jsonl"
+    data.write_text(corpus.read_text("utf-8"), "utf-8")
+    read = ["--model", MODEL, "--sae", GROUP, "--layers", "2,5", "--max-tokens", "64"]
+    clf, out = tmp_path / "clf.json", tmp_path / "out.jsonl"
+    assert command("fit", data, "--label", "chinese", *read, "--out", clf) == 0
+    printed = capsys.readouterr().out
+    assert "chinese: 40 of 120 documents" in printed
+    assert json.loads(clf.read_text())["task"] == {"label": "chinese", "positive": None}
+    assert command("predict", clf, data, "--out", out) == 0
+    rows = [json.loads(line) for line in out.read_text("utf-8").splitlines()]
+    assert [row["key"] for row in rows][-1] == "odd"
+    stored = tmp_path / "texts.jsonl.store"
+    again = tmp_path / "again.jsonl"
+    assert command("predict", clf, stored, "--out", again) == 0
+    others = [json.loads(line) for line in again.read_text("utf-8").splitlines()]
+    assert [row["predicted"] for row in others] == [row["predicted"] for row in rows]
+    assert [row["score"] for row in others] == [row["score"] for row in rows]
+    assert sum(row["predicted"] for row in rows) > 20
+    assert {e["feature"] for row in rows for e in row["evidence"]} <= set(
+        json.loads(clf.read_text())["features"]
+    )
+    capsys.readouterr()
+    assert command("predict", clf, stored) == 0
+    assert len(capsys.readouterr().out.splitlines()) == len(rows)
+
+    page = tmp_path / "report.html"
+    task = ["--label", "lang", "--positive", "zh"]
+    assert command("report", stored, *task, "--page", page, "--at", "recall=0.9") == 0
+    printed = capsys.readouterr().out
+    for part in ("always yes", "linear probe on the residual", "bag of words", "own thresholds"):
+        assert part in printed
+        assert part in page.read_text("utf-8")
+    assert command("efficiency", stored, *task, "--top-k", 1) == 0
+    assert "of full" in capsys.readouterr().out
+    rng = np.random.default_rng(0)
+    made = [
+        {"text": ("bad 坏" if yes else "good 好") * 4, "toxic": int(yes), "lang": lang}
+        for lang in ("en", "zh")
+        for yes in rng.permutation([True, False] * 10)
+    ]
+    toxic = tmp_path / "toxic.jsonl"
+    toxic.write_text("\n".join(map(json.dumps, made)), "utf-8")
+    words = ["--label", "toxic", "--language", "lang", *read]
+    assert command("transfer", toxic, *words) == 0
+    assert "Overlap of the languages' ten best features" in capsys.readouterr().out
+
+
+def test_predicting_goes_on_where_it_stopped(
+    corpus: Path, fitted: FeatureRuleClassifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, broken = tmp_path / "whole.jsonl", tmp_path / "broken.jsonl"
+    for module in (predict_module, __import__("sys").modules[Stream.__module__]):
+        monkeypatch.setattr(module, "WINDOW", 32)
+    predict_module.predict_data(fitted, str(corpus), whole)
+    real = Stream._batch
+    calls = []
+
+    def failing(self: Stream, batch: Any) -> Any:
+        calls.append(batch)
+        if len(calls) > 2:
+            raise KeyboardInterrupt
+        return real(self, batch)
+
+    monkeypatch.setattr(Stream, "_batch", failing)
+    with pytest.raises(KeyboardInterrupt):
+        predict_module.predict_data(fitted, str(corpus), broken)
+    assert not broken.exists()
+    partial = tmp_path / ".broken.jsonl.partial"
+    kept = partial.read_text("utf-8").splitlines()
+    assert len(kept) > 32
+    partial.write_text("\n".join(kept[:-1]) + '\n{"key": "cut', "utf-8")
+    monkeypatch.setattr(Stream, "_batch", real)
+    made = predict_module.predict_data(fitted, str(corpus), broken)
+    assert made < len(whole.read_text("utf-8").splitlines())
+    assert broken.read_text("utf-8") == whole.read_text("utf-8")
+    assert not partial.exists()
+
+
+def test_what_users_get_wrong(
+    corpus: Path, store: FeatureStore, fitted: FeatureRuleClassifier, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    out = tmp_path / "clf.json"
+    read = ["--model", MODEL, "--sae", GROUP, "--layers", "5", "--store", tmp_path / "s"]
+    for said, words in (
+        ("has no column 'toxic': it has chinese, lang", [corpus, "--label", "toxic", *read]),
+        ("is no feature store", [corpus, "--label", "chinese"]),
+        ("never is 'fr'", [store.path, "--label", "lang", "--positive", "fr"]),
+        ("not true or false", [store.path, "--label", "lang"]),
+        ("no label 'toxic'", [store.path, "--label", "toxic"]),
+        ("layer 3 is not", [store.path, "--label", "chinese", "--layer", "3"]),
+        ("top_k=0", [store.path, "--label", "chinese", "--top-k", "0"]),
+        ("expected a layer number", [store.path, "--label", "chinese", "--layer", "best"]),
+        ("does not exist", [tmp_path / "none.jsonl", "--label", "chinese", *read]),
+    ):
+        assert command("fit", *words, "--out", out) == 1
+        error = capsys.readouterr().err
+        assert said in error
+        assert "Traceback" not in error
+    assert command("predict", tmp_path / "none.json", corpus) == 1
+    saved = fitted.save(out)
+    content = json.loads(saved.read_text())
+    content["source"]["layers"][0]["sha256"] = "0" * 64
+    saved.write_text(json.dumps(content))
+    for data in (corpus, store.path):
+        assert command("predict", out, data) == 1
+        assert "another SAE" in capsys.readouterr().err
+    array = FeatureRuleClassifier().fit(np.eye(4), [0, 1, 0, 1]).save(out)
+    assert command("predict", array, corpus) == 1
+    assert "plain array" in capsys.readouterr().err
