@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qwen_scope_lens.address import FeatureRef, LayerRef
     from qwen_scope_lens.catalog import GROUPS, Group, find_group
+    from qwen_scope_lens.classification.estimator import FeatureRuleClassifier
     from qwen_scope_lens.errors import ScopeError
     from qwen_scope_lens.features.corpus import read_corpus
     from qwen_scope_lens.features.extract import extract
@@ -33,6 +34,7 @@ _HOME = {
     "Edit": "steering.plan",
     "FeatureRef": "address",
     "FeatureStore": "features.store",
+    "FeatureRuleClassifier": "classification.estimator",
     "Group": "catalog",
     "LayerRef": "address",
     "Plan": "steering.plan",
@@ -62,6 +64,7 @@ __all__ = [
     "Edit",
     "FeatureRef",
     "FeatureStore",
+    "FeatureRuleClassifier",
     "Group",
     "LayerRef",
     "Plan",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -283,3 +284,26 @@ def test_what_users_get_wrong(
     array = FeatureRuleClassifier().fit(np.eye(4), [0, 1, 0, 1]).save(out)
     assert command("predict", array, corpus) == 1
     assert "plain array" in capsys.readouterr().err
+
+
+def test_the_toxicity_example_on_a_file_of_the_same_schema(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One file a language, columns text and toxic, as the data set on the hub has splits."""
+    words = {"en": ("good day", "bad fool"), "ru": ("добрый день", "глупый осёл")}
+    for language, (clean, toxic) in words.items():
+        rows = [{"text": f"{(clean, toxic)[i % 2]} {i}", "toxic": i % 2} for i in range(40)]
+        lines = (json.dumps(row, ensure_ascii=False) for row in rows)
+        (tmp_path / f"{language}.jsonl").write_text("\n".join(lines), "utf-8")
+    path = Path(__file__).parent.parent / "examples" / "toxicity.py"
+    arguments = ["--model", MODEL, "--sae", GROUP, "--layers", "5,6", "--data", str(tmp_path)]
+    arguments += ["--languages", "en", "ru", "--out", str(tmp_path / "stores")]
+    monkeypatch.setattr("sys.argv", [str(path), *arguments])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(path), run_name="__main__")
+    assert end.value.code == 0
+    printed = capsys.readouterr().out
+    for part in ("<- largest d", "always yes", "ru (layer", "Jaccard", "of full"):
+        assert part in printed
+    best = next(line for line in printed.splitlines() if line.startswith("OR, K = 2, layer best"))
+    assert float(best.split()[-1]) > 0.9

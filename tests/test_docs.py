@@ -45,6 +45,8 @@ def files(layer_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def stand_ins(page: Path, folder: Path) -> dict[str, object]:
     """What a page takes for granted (a checkpoint, an SAE, a corpus); here tiny ones."""
+    if page.name == "classify.md":
+        return {"folder": folder / "classify"}
     if page.name == "encode.md":
         planted.write_group(folder / "mine")
         return {"sae": qsl.load_sae("local/mine/1"), "x": torch.randn(2, 5, planted.D_MODEL)}
