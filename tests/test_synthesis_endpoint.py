@@ -1,0 +1,390 @@
+"""The real client against a real server that misbehaves; the ledger that never pays twice."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from email.utils import formatdate
+from pathlib import Path
+from typing import Any
+
+import pytest
+from endpoint_server import Call, Server, answer
+
+from qwen_scope_lens.address import FeatureRef
+from qwen_scope_lens.errors import BadFile, CannotWrite, GeneratorFailed
+from qwen_scope_lens.synthesis.endpoint import Endpoint
+from qwen_scope_lens.synthesis.generator import Request, Sampling, digest
+from qwen_scope_lens.synthesis.ledger import Ledger, Prices
+
+KEY = "sk-secret-0123456789"
+
+
+def requests(count: int, **more: Any) -> list[Request]:
+    return [Request((("user", f"question {i}"),), "prompt", **more) for i in range(count)]
+
+
+def endpoint(server: Server, **more: Any) -> Endpoint:
+    settings: dict[str, Any] = {"backoff": 0.01, "max_backoff": 0.02, "timeout": 2.0}
+    return Endpoint(server.url, "writer", **settings | more)
+
+
+def echo(call: Call) -> Any:
+    return answer(f"to {call.prompt}", raw=call.path.endswith("/v1/completions"))
+
+
+def test_answers_come_in_order_and_concurrently(tmp_path: Path) -> None:
+    busy: list[int] = []
+
+    def behave(call: Call) -> Any:
+        busy.append(1)
+        time.sleep(0.05 + 0.05 * (call.number % 2))
+        busy.pop()
+        peaks.append(len(busy) + 1)
+        return echo(call)
+
+    peaks: list[int] = []
+    with Server(behave) as server, Ledger.open(tmp_path) as ledger:
+        found = ledger.ask(endpoint(server, concurrency=4), requests(12, seed=7))
+        assert [one.text for one in found if one] == [f"to question {i}" for i in range(12)]
+        assert 2 <= max(peaks) <= 4
+        assert server.calls[0].path == "/v1/chat/completions"
+        assert server.calls[0].body["seed"] == 7
+        assert server.calls[0].body["model"] == "writer"
+        raw = ledger.ask(endpoint(server), requests(1, raw=True, sampling=Sampling(0.1, 0.9, 3)))
+        assert raw[0] is not None
+        assert raw[0].text == "to question 0"
+        assert server.calls[-1].path == "/v1/completions"
+        assert server.calls[-1].body["max_tokens"] == 3
+        assert ledger.spent.calls == 13
+        assert ledger.spent.prompt_tokens == 130
+
+
+def cut(call: Call) -> None:
+    """Announce a body, send half of it, hang up."""
+    call.handler.wfile.write(b'HTTP/1.1 200 OK\r\nContent-Length: 900\r\n\r\n{"choices": [')
+    call.handler.wfile.flush()
+    call.handler.connection.shutdown(socket.SHUT_RDWR)
+
+
+def hang_up(call: Call) -> None:
+    call.handler.connection.shutdown(socket.SHUT_RDWR)
+
+
+def drip(call: Call) -> None:
+    """Byte by byte, each in time, the whole never."""
+    call.handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 900\r\n\r\n")
+    for _ in range(100):
+        call.handler.wfile.write(b" ")
+        call.handler.wfile.flush()
+        time.sleep(0.02)
+
+
+ONCE: dict[str, tuple[Any, bool]] = {  # what goes wrong once, and whether it may have been charged
+    "full": (lambda call: (429, {"Retry-After": "0"}, b"{}"), False),
+    "broken": (lambda call: (500, {}, b"<html>oops"), False),
+    "overloaded": (lambda call: (529, {}, b""), False),
+    "cut in the middle": (cut, True),
+    "no answer": (hang_up, True),
+    "slow": (lambda call: time.sleep(0.6), True),
+    "byte by byte": (drip, True),
+    "no JSON": (lambda call: (200, {}, b"<html>welcome to the proxy"), True),
+    "half of a JSON": (lambda call: (200, {}, b'{"choices": [{"mess'), True),
+    "another JSON": (lambda call: (200, {}, b'["choices"]'), True),
+    "no message": (lambda call: (200, {}, b'{"choices": [{"message": null}]}'), True),
+    "no choices": (lambda call: {"choices": []}, True),
+    "null choices": (lambda call: {"choices": None}, True),
+    "an error that says 200": (lambda call: {"error": {"message": "try later"}}, False),
+    "wrong encoding": (lambda call: (200, {"Content-Encoding": "gzip"}, b"no gzip"), True),
+}
+
+
+@pytest.mark.parametrize("wrong", ONCE)
+def test_what_goes_wrong_once_is_tried_again(tmp_path: Path, wrong: str) -> None:
+    misbehave, charged = ONCE[wrong]
+
+    def behave(call: Call) -> Any:
+        return misbehave(call) if call.number == 0 else echo(call)
+
+    with Server(behave) as server, Ledger.open(tmp_path) as ledger:
+        found = ledger.ask(endpoint(server, timeout=0.3), requests(1))
+        assert found[0] is not None
+        assert found[0].text == "to question 0"
+        assert len(server.calls) == 2
+        assert len({call.key for call in server.calls}) == 1
+        assert ledger.spent.calls == 1
+        assert sum(ledger.spent.troubles.values()) == 1
+        assert ledger.spent.maybe_charged == charged
+
+
+def test_it_waits_as_long_as_the_server_says(tmp_path: Path) -> None:
+    def behave(call: Call) -> Any:
+        times.append(time.monotonic())
+        late = formatdate(time.time() + 2, usegmt=True)  # whole seconds: 1 to 2 of them
+        waits = {0: "0.3", 1: late}
+        if call.number in waits:
+            return 429, {"Retry-After": waits[call.number]}, b"{}"
+        return echo(call)
+
+    times: list[float] = []
+    with Server(behave) as server, Ledger.open(tmp_path) as ledger:
+        ledger.ask(endpoint(server, max_backoff=1), requests(1))
+    assert 0.3 <= times[1] - times[0] < 0.9
+    assert 0.9 <= times[2] - times[1] < 2.5
+
+
+def test_one_full_answer_holds_everyone_back(tmp_path: Path) -> None:
+    def behave(call: Call) -> Any:
+        times.append(time.monotonic())
+        return (429, {"Retry-After": "0.4"}, b"{}") if call.number == 0 else echo(call)
+
+    times: list[float] = []
+    with Server(behave) as server, Ledger.open(tmp_path) as ledger:
+        ledger.ask(endpoint(server, concurrency=1, max_backoff=1), requests(3))
+    assert times[1] - times[0] >= 0.4
+
+
+@pytest.mark.parametrize(
+    ("limits", "least"),
+    [({"requests_per_minute": 600}, 0.3), ({"tokens_per_minute": 9000, "concurrency": 1}, 0.3)],
+)
+def test_pace(tmp_path: Path, limits: dict[str, Any], least: float) -> None:
+    """Four calls at ten a second, or of 15 tokens at 150 tokens a second."""
+    with Server(echo) as server, Ledger.open(tmp_path) as ledger:
+        started = time.monotonic()
+        ledger.ask(endpoint(server, **limits), requests(4))
+        assert least <= time.monotonic() - started < 2
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "words"),
+    [
+        (401, {"error": {"message": f"bad key {KEY}"}}, "key is refused"),
+        (404, {}, "no such address or model"),
+        (307, {}, "redirect"),
+        (429, {"error": {"code": "insufficient_quota"}}, "account is empty"),
+    ],
+)
+def test_what_cannot_get_better_ends_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int, body: Any, words: str
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+
+    def behave(call: Call) -> Any:
+        return status, {"Location": f"http://a:{KEY}@b/?key={KEY}"}, json.dumps(body).encode()
+
+    with (
+        Server(behave) as server,
+        Ledger.open(tmp_path) as ledger,
+        pytest.raises(GeneratorFailed, match=words) as caught,
+    ):
+        ledger.ask(endpoint(server, concurrency=1), requests(5))
+    assert len(server.calls) == 1
+    assert KEY not in str(caught.value)
+
+
+def test_one_bad_request_fails_alone(tmp_path: Path) -> None:
+    def behave(call: Call) -> Any:
+        return (400, {}, b"too long") if call.prompt.endswith("1") else echo(call)
+
+    with Server(behave) as server, Ledger.open(tmp_path) as ledger:
+        found = ledger.ask(endpoint(server), requests(3))
+        assert [bool(one and one.error) for one in found] == [False, True, False]
+        assert len(server.calls) == 3  # a 400 is not tried again
+        ledger.ask(endpoint(server), requests(3))
+        assert len(server.calls) == 4  # but asked again by the next run
+
+
+def test_answers_that_may_be_charged_are_not_tried_forever(tmp_path: Path) -> None:
+    with Server(lambda call: {"choices": []}) as server, Ledger.open(tmp_path) as ledger:
+        found = ledger.ask(endpoint(server, charged_tries=2), requests(1))
+        assert found[0] is not None
+        assert found[0].error == "no choices in the answer"
+        assert len(server.calls) == 2
+
+
+def test_a_server_that_only_fails_is_given_up(tmp_path: Path) -> None:
+    with (
+        Server(lambda call: (500, {}, b"")) as server,
+        Ledger.open(tmp_path) as ledger,
+        pytest.raises(GeneratorFailed, match="3 requests in a row failed, the last with HTTP 500"),
+    ):
+        ledger.ask(endpoint(server, tries=2, failures_in_a_row=3, concurrency=2), requests(50))
+    assert len(server.calls) < 20
+
+
+def test_nobody_there(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
+    client = Endpoint(url, "writer", backoff=0.01, failures_in_a_row=2)
+    with Ledger.open(tmp_path) as ledger, pytest.raises(GeneratorFailed, match="no connection"):
+        ledger.ask(client, requests(4))
+
+
+@pytest.mark.parametrize("url", ["localhost:8000", "ftp://x", "http://", "http://x:port/v1", ""])
+def test_an_address_that_is_none(url: str) -> None:
+    with pytest.raises(GeneratorFailed, match="expected something like"):
+        Endpoint(url, "writer")
+
+
+@pytest.mark.parametrize("url", [f"http://me:{KEY}@host/v1", f"https://host/v1?key={KEY}"])
+def test_no_key_in_an_address(url: str) -> None:
+    with pytest.raises(GeneratorFailed, match="OPENAI_API_KEY") as caught:
+        Endpoint(url, "writer")
+    assert KEY not in str(caught.value)
+
+
+def test_the_key_is_sent_and_written_nowhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when the server repeats it in answers and errors."""
+    monkeypatch.setenv("MY_KEY", f" {KEY}\n")
+
+    def behave(call: Call) -> Any:
+        if call.number == 0:
+            return 500, {}, call.headers["authorization"].encode()
+        if call.prompt.endswith("1"):
+            return 400, {}, call.headers["authorization"].encode()
+        return answer(f"your key is {call.headers['authorization']}")
+
+    with Server(behave) as server, Ledger.open(tmp_path) as ledger:
+        client = endpoint(server, key_variable="MY_KEY", concurrency=1)
+        found = ledger.ask(client, requests(3))
+        assert server.calls[0].headers["authorization"] == f"Bearer {KEY}"
+        assert found[0] is not None
+        assert found[0].text == "your key is Bearer [key]"
+        seen = repr((found, client, vars(client), ledger.spent))
+    written = "".join(p.read_text() for p in tmp_path.rglob("*") if p.is_file())
+    assert "question" in seen or "your key" in written
+    assert KEY not in seen + written
+
+
+def test_a_key_with_spaces_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk one\nsk two")
+    with (
+        Server(echo) as server,
+        Ledger.open(tmp_path) as ledger,
+        pytest.raises(GeneratorFailed, match="set it again"),
+    ):
+        ledger.ask(endpoint(server), requests(1))
+    assert not server.calls
+
+
+def test_contents_of_every_kind(tmp_path: Path) -> None:
+    contents: list[Any] = [None, "", "half \ud83d", [{"type": "text", "text": "in parts"}], "中文"]
+
+    def behave(call: Call) -> Any:
+        body = json.dumps(answer(contents[int(call.prompt[-1])], usage=None))
+        return 200, {}, body.encode()
+
+    with Server(behave) as server, Ledger.open(tmp_path) as ledger:
+        found = ledger.ask(endpoint(server), requests(5))
+        texts = [one.text for one in found if one]
+        assert texts == ["", "", "half �", "in parts", "中文"]
+        assert ledger.spent.estimated == 5
+    with Ledger.open(tmp_path) as ledger:
+        assert [one.text for one in ledger.ask(endpoint(server), requests(5)) if one] == texts
+
+
+def test_nothing_is_paid_twice(tmp_path: Path) -> None:
+    prices = Prices(prompt=1.0, completion=2.0)
+    with Server(echo) as server:
+        with Ledger.open(tmp_path, prices) as ledger:
+            ledger.ask(endpoint(server), requests(3))
+        with Ledger.open(tmp_path, prices) as ledger:
+            found = ledger.ask(endpoint(server), [*requests(5), *requests(5)])
+            assert [one.text[-1] for one in found if one] == list("0123401234")
+            assert ledger.spent.cost == pytest.approx(5 * (10 * 1 + 5 * 2) / 1e6)
+            assert ledger.spent.reused == 8
+            assert "8 answers were in the ledger" in str(ledger.spent)
+    assert max(Counter(call.key for call in server.calls).values()) == 1
+
+
+def test_the_limits_hold(tmp_path: Path) -> None:
+    with Server(echo) as server:
+        for limit in (Prices(prompt=1e5, max_cost=2.5), Prices(max_tokens=40)):
+            with Ledger.open(tmp_path / str(limit.max_tokens), limit) as ledger:
+                found = ledger.ask(endpoint(server, concurrency=1), requests(10))
+                assert [one is None for one in found] == [False] * 3 + [True] * 7
+                assert "limit of" in ledger.limit_reached
+
+
+def test_every_difference_is_another_question() -> None:
+    [one] = requests(1)
+    ref = FeatureRef.parse("mini-qwen3/w1k-l0-16/6/7")
+    others = [
+        Request((("system", "question 0"),), "prompt"),
+        Request(one.messages, "prompt", seed=1),
+        Request(one.messages, "prompt", raw=True),
+        Request(one.messages, "prompt", sampling=Sampling(max_tokens=1)),
+        Request(one.messages, "prompt", target=ref),
+    ]
+    assert len({digest("a", request) for request in [one, *others]} | {digest("b", one)}) == 7
+    assert digest("a", one) == digest("a", Request(one.messages, "reply"))
+
+
+def test_a_ledger_is_held_by_one(tmp_path: Path) -> None:
+    with Ledger.open(tmp_path), pytest.raises(CannotWrite, match="another process"):  # noqa: SIM117
+        with Ledger.open(tmp_path):
+            pass
+
+
+def test_a_torn_end_is_cut_and_damage_is_named(tmp_path: Path) -> None:
+    with Server(echo) as server:
+        with Ledger.open(tmp_path) as ledger:
+            ledger.ask(endpoint(server), requests(2))
+            ledger.measure({"text": {"a": 1.5}})
+        path = tmp_path / "ledger.jsonl"
+        whole = path.read_bytes()
+        path.write_bytes(whole + b'{"event": "answer", "key": "ab')
+        with Ledger.open(tmp_path) as ledger:
+            assert ledger.spent.calls == 2
+            assert ledger.measured("text") == {"a": 1.5}
+            ledger.ask(endpoint(server), requests(3))
+        assert len(server.calls) == 3
+        path.write_bytes(b"garbage\n" + whole)
+        with pytest.raises(BadFile, match="line 1 is damaged"), Ledger.open(tmp_path):
+            pass
+
+
+ASK = """
+import sys
+from pathlib import Path
+from qwen_scope_lens.synthesis.endpoint import Endpoint
+from qwen_scope_lens.synthesis.generator import Request
+from qwen_scope_lens.synthesis.ledger import Ledger
+requests = [Request((("user", f"question {i}"),), "prompt") for i in range(40)]
+with Ledger.open(Path(sys.argv[1])) as ledger:
+    found = ledger.ask(Endpoint(sys.argv[2], "writer", concurrency=3), requests)
+    print(sum(one is not None for one in found), ledger.spent.maybe_charged)
+"""
+
+
+def test_killed_anywhere_it_goes_on(tmp_path: Path) -> None:
+    """kill -9 twice: what was kept is not asked again; what was in flight is counted."""
+
+    def behave(call: Call) -> Any:
+        time.sleep(0.02)
+        if call.number in kills:
+            os.kill(running[0].pid, signal.SIGKILL)
+        return echo(call)
+
+    kills = {13, 31}
+    running: list[subprocess.Popen[str]] = []
+    with Server(behave) as server:
+        for _ in range(3):
+            command = [sys.executable, "-c", ASK, str(tmp_path), server.url]
+            running[:] = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True)]
+            out, _ = running[0].communicate(timeout=60)
+        answered, maybe_charged = map(int, out.split())
+        asked = Counter(call.key for call in server.calls)
+    assert answered == len(asked) == 40
+    again = sum(asked.values()) - 40
+    assert again <= maybe_charged <= 2 * 3  # three at a time, killed twice
