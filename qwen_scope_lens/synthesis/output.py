@@ -1,0 +1,107 @@
+"""What a run leaves: the kept rows, every candidate with its outcome, and the settings.
+
+`data.jsonl` loads with `datasets`; the folder `data.run/` beside it holds the ledger, all
+candidates and the settings that a continued run has to share. Files are rewritten whole.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qwen_scope_lens.errors import BadFile, StoreMismatch
+from qwen_scope_lens.files import read_json, whole_file, write_json
+from qwen_scope_lens.synthesis.pipeline import Synthesis
+
+__all__ = ["check_settings", "read_rows", "run_folder", "save", "settings_of"]
+
+FORMAT, VERSION, MADE_BY = "qsl-synthesis", 1, "qsl synth run"
+
+MAY_CHANGE = ("attempts", "per_feature", "candidates", "count_others")
+"""Of a recipe: what a continued run may have more or less of; answers that were paid stay good."""
+
+
+def run_folder(out: Path) -> Path:
+    return out.with_name(f"{out.stem}.run")
+
+
+def settings_of(synthesis: Synthesis, model: str) -> dict[str, Any]:
+    """What decides the content of an output, without what only decides how much of it."""
+    from qwen_scope_lens import __version__
+
+    recipe = synthesis.recipe.to_dict()
+    replier, judge = synthesis.replier, synthesis.judge
+    return {
+        "targets": synthesis.targets.digest,
+        "task": synthesis.targets.task,
+        "saes": [str(ref) for ref in synthesis.targets.saes],
+        "model": model,
+        "reader": synthesis.reader.identity,
+        "generator": synthesis.writer.name,
+        "replier": replier.name if replier else synthesis.writer.name,
+        "judge": judge.name if judge else None,
+        "recipe": {key: value for key, value in recipe.items() if key not in MAY_CHANGE},
+        "templates": synthesis.templates.sha256,
+        "package": __version__,
+    }
+
+
+def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Write them beside a new run; refuse to continue one that was made with others."""
+    path = folder / "settings.json"
+    if not path.exists():
+        write_json(path, FORMAT, VERSION, settings)
+        return
+    before = read_json(path, FORMAT, VERSION, MADE_BY)
+    for name, value in settings.items():
+        if name != "package" and before.get(name) != value:
+            old, new = _difference(before.get(name), value)
+            raise StoreMismatch(
+                f"{folder} belongs to a run with another {name} ({old} there, {new} here): choose"
+                " another --out, or the same settings to continue it"
+            )
+
+
+def save(synthesis: Synthesis, out: Path) -> None:
+    """The kept rows to `out`, every candidate to the run's folder."""
+    name = synthesis.writer.name
+    rows = [one.to_row(name, synthesis.chat) for one in synthesis.candidates]
+    kept = [row for row in rows if row["outcome"] == "kept"]
+    for path, some in ((out, kept), (run_folder(out) / "candidates.jsonl", rows)):
+        with whole_file(path) as partial, partial.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in some)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of one of these files; an error names the line."""
+    rows = []
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadFile(f"{path} cannot be read ({error}): `{MADE_BY}` writes such a file") from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            missing = {"messages", "target", "activation", "fires", "outcome"} - set(row)
+        except (ValueError, TypeError, RecursionError) as error:
+            raise BadFile(f"{path}, line {number} is no JSON object ({error})") from error
+        if missing:
+            raise BadFile(
+                f"{path}, line {number} lacks {', '.join(sorted(missing))}: expected rows as"
+                f" `{MADE_BY}` writes them"
+            )
+        rows.append(row)
+    return rows
+
+
+def _difference(before: Any, now: Any) -> tuple[str, str]:
+    """The two values, or of two mappings the entries that differ."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in sorted({*before, *now}):
+            if before.get(key) != now.get(key):
+                return f"{key} {str(before.get(key))[:60]}", f"{key} {str(now.get(key))[:60]}"
+    return str(before)[:60], str(now)[:60]

@@ -1,0 +1,121 @@
+"""Reader: texts are encoded again, and the strongest activation of every feature is measured.
+
+This is the proof that an example has the feature it was written for. The model runs unsteered.
+First and extreme-norm tokens are left out, as in every statistic of the project.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from scipy.sparse import csr_matrix
+
+from qwen_scope_lens.address import FeatureRef, LayerRef
+from qwen_scope_lens.errors import StoreMismatch, WrongModel
+from qwen_scope_lens.models.capture import iter_captures
+from qwen_scope_lens.models.layers import context_length, d_model, decoder_layers, describe
+from qwen_scope_lens.saes.sae import ScopeSAE
+from qwen_scope_lens.saes.sparse import SparseCodes
+
+__all__ = ["Reader", "maxima"]
+
+
+class Reader:
+    """A model and the SAEs of the layers that are read."""
+
+    def __init__(
+        self,
+        model: Any,
+        saes: Mapping[LayerRef, ScopeSAE],
+        *,
+        tokenizer: Any = None,
+        max_tokens: int | None = None,
+        keep: bool = True,
+    ) -> None:
+        layers = [ref.layer for ref in saes]
+        if len(set(layers)) < len(layers):
+            raise StoreMismatch(
+                f"two SAEs of one layer: {', '.join(map(str, saes))}. Measure them one at a time"
+            )
+        for ref in saes:
+            if ref.row.d_model != d_model(model) or ref.layer >= len(decoder_layers(model)):
+                raise WrongModel(
+                    f"{ref} reads a residual of {ref.row.d_model} numbers after layer {ref.layer};"
+                    f" {describe(model)} has {d_model(model)} and"
+                    f" {len(decoder_layers(model))} layers"
+                )
+        self._model, self._saes, self._tokenizer = model, dict(saes), tokenizer
+        self._max_tokens = max_tokens or context_length(model)
+        self._keep = keep
+
+    @property
+    def identity(self) -> str:
+        """Changes with whatever changes the numbers; the key of kept measurements."""
+        facts = [*sorted(map(str, self._saes)), describe(self._model), self._max_tokens, self._keep]
+        return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+
+    def read(self, texts: Sequence[str]) -> dict[LayerRef, csr_matrix]:
+        """The maximum over its tokens of every feature, a row a text. `-> {sae: [n, d_sae]}`"""
+        layers = [ref.layer for ref in self._saes]
+        parts: dict[LayerRef, list[tuple[int, csr_matrix]]] = {ref: [] for ref in self._saes}
+        captures = iter_captures(
+            self._model,
+            texts,
+            layers,
+            tokenizer=self._tokenizer,
+            max_tokens=self._max_tokens,
+            truncate=True,
+        )
+        for read in captures:
+            for ref, sae in self._saes.items():
+                codes = sae.encode_sparse(read.residuals[ref.layer])
+                if self._keep:
+                    codes = codes.mask(read.keep(ref.layer))
+                rows = maxima(codes, read.doc_rows().numpy(), len(read))
+                parts[ref] += zip(read.doc_ids, rows, strict=True)
+        return {ref: _in_order(found, ref.row.d_sae) for ref, found in parts.items()}
+
+    def read_features(
+        self, texts: Sequence[str], refs: Iterable[FeatureRef]
+    ) -> list[dict[FeatureRef, float]]:
+        """Of some features only, those that fire: one mapping a text."""
+        wanted: dict[LayerRef, list[int]] = {}
+        for ref in refs:
+            wanted.setdefault(ref.sae, []).append(ref.feature)
+        if missing := sorted(set(wanted) - set(self._saes)):
+            raise StoreMismatch(f"no SAE was loaded for {missing[0]}, which has target features")
+        found: list[dict[FeatureRef, float]] = [{} for _ in texts]
+        if not len(texts):
+            return found
+        for sae, matrix in self.read(texts).items():
+            features = np.array(wanted.get(sae, []), dtype=np.int64)
+            part = matrix[:, features].tocoo()
+            for row, column, value in zip(part.row, part.col, part.data, strict=True):
+                found[row][sae.feature(int(features[column]))] = float(value)
+        return found
+
+
+def maxima(codes: SparseCodes, doc: np.ndarray[Any, Any], n_docs: int) -> csr_matrix:
+    """The largest value of every feature in every document. `doc [n] -> [n_docs, d_sae]`"""
+    values = codes.values.float().cpu().numpy()
+    indices = codes.indices.cpu().numpy().astype(np.int64)
+    active = values > 0
+    rows = np.broadcast_to(doc[:, None], values.shape)[active]
+    key = rows * codes.d_sae + indices[active]
+    order = np.lexsort((-values[active], key))
+    key, value = key[order], values[active][order]
+    first = np.ones(len(key), dtype=bool)
+    first[1:] = key[1:] != key[:-1]
+    place = (key[first] // codes.d_sae, key[first] % codes.d_sae)
+    return csr_matrix((value[first], place), shape=(n_docs, codes.d_sae))
+
+
+def _in_order(found: list[tuple[int, csr_matrix]], d_sae: int) -> csr_matrix:
+    from scipy.sparse import vstack
+
+    if not found:
+        return csr_matrix((0, d_sae), dtype=np.float32)
+    return vstack([row for _, row in sorted(found, key=lambda one: one[0])], format="csr")

@@ -1,0 +1,147 @@
+"""Recipe: every choice of a synthesis run, and the two that papers describe.
+
+`SCOPE` is section 6 of the Qwen-Scope report (vanilla and adversarial prompts, labelled replies, a
+feature counts from above zero), `FAC` is FAC Synthesis (a stronger and a weaker example of each
+feature as demonstrations, a threshold delta), `TEXT` is the first of them for a base model that
+continues texts. What the papers leave open has a default here and a line in the file that
+`qsl synth templates` writes. What is done with a recipe is `pipeline.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from qwen_scope_lens.errors import BadFile, BadPlan, UnknownName
+from qwen_scope_lens.files import whole_file
+from qwen_scope_lens.synthesis.generator import Sampling
+from qwen_scope_lens.synthesis.language import check_language
+
+__all__ = ["FAC", "RECIPES", "SCOPE", "TEXT", "Recipe", "read_recipe", "write_recipe"]
+
+Read = Literal["example", "prompt", "reply"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How examples are written, judged and kept."""
+
+    name: str
+    template: str = "prompt"  # `{template}_{kind}.txt`, or `{template}.txt` for every kind
+    kinds: tuple[str, ...] = ("harmful", "benign")  # each in turn; `reply_{kind}.txt` answers it
+    adversarial: bool = True  # every other prompt is rewritten in one of the styles
+    check_rewrites: bool = False  # ask the judge whether a rewrite still means the same
+    replies: bool = True
+    pairs: bool = False  # first find x+ and x-, then write with both as demonstrations
+    candidates: int = 1  # at a time for one feature
+    attempts: int = 4  # rounds for one feature before it is given up
+    per_feature: int = 1  # examples to keep for one feature
+    count_others: bool = False  # an example also counts for other features that it activates
+    threshold: float = 0.0  # a feature counts from above this; delta in FAC
+    read: Read = "example"  # which words are re-encoded: prompt and reply, or one of them
+    examples_shown: int = 5  # passages of a feature in a prompt
+    language: str = ""  # a code such as en or zh; empty: any
+    least_characters: int = 8
+    most_characters: int = 8000
+    near_duplicates: float = 0.8  # Jaccard similarity of character n-grams; 1: only exact ones
+    caution: tuple[str, ...] = ()  # words that no benign prompt and no reply may have
+    seed: int = 0
+    temperature: float = 0.8
+    top_p: float = 1.0
+    prompt_tokens: int = 256  # at most, of a prompt or a text
+    reply_tokens: int = 768
+
+    def __post_init__(self) -> None:
+        for name in ("kinds", "caution"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                raise BadPlan(f"{name} is one word, {value!r}: expected a list of them")
+            object.__setattr__(self, name, tuple(value))
+        counts = ("candidates", "attempts", "per_feature", "prompt_tokens", "reply_tokens")
+        for name in counts:
+            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
+                raise BadPlan(f"{name} is {getattr(self, name)!r}: expected a whole number from 1")
+        if self.read not in get_args(Read):
+            raise BadPlan(f"read is {self.read!r}: expected one of {', '.join(get_args(Read))}")
+        if self.read != "prompt" and not self.replies and self.read == "reply":
+            raise BadPlan("read is 'reply', but the recipe writes no replies")
+        if self.pairs and self.candidates < 2:
+            raise BadPlan("pairs needs candidates of 2 or more: a stronger and a weaker one")
+        if not self.kinds:
+            raise BadPlan("kinds is empty: expected at least one")
+        if not self.threshold >= 0:
+            raise BadPlan(f"threshold is {self.threshold!r}: expected zero or more")
+        if not 0 < self.near_duplicates <= 1:
+            raise BadPlan(f"near_duplicates is {self.near_duplicates!r}: expected 0 to 1")
+        check_language(self.language)
+
+    @property
+    def types(self) -> tuple[tuple[str, bool], ...]:
+        """(kind, rewritten adversarially), in the order in which they take turns."""
+        ways = (False, True) if self.adversarial else (False,)
+        return tuple((kind, way) for way in ways for kind in self.kinds)
+
+    def sampling(self, reply: bool = False) -> Sampling:
+        tokens = self.reply_tokens if reply else self.prompt_tokens
+        return Sampling(self.temperature, self.top_p, tokens)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items()}
+
+    def change(self, **changes: Any) -> Recipe:
+        """The same with other values; None leaves one as it is."""
+        return replace(self, **{key: v for key, v in changes.items() if v is not None})
+
+
+SCOPE = Recipe("scope")
+FAC = Recipe(
+    "fac",
+    template="fac",
+    kinds=("task",),
+    adversarial=False,
+    pairs=True,
+    candidates=2,
+    threshold=1.0,
+    read="prompt",
+)
+TEXT = Recipe(
+    "text", template="text", kinds=("text",), adversarial=False, replies=False, read="prompt"
+)
+RECIPES: Mapping[str, Recipe] = {recipe.name: recipe for recipe in (SCOPE, FAC, TEXT)}
+
+
+def read_recipe(name: str) -> Recipe:
+    """One of the package's by name, or a YAML file that changes one of them."""
+    if name in RECIPES:
+        return RECIPES[name]
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml", ".json"):
+        raise UnknownName(f"no recipe is named {name!r}: {', '.join(RECIPES)}, or a .yaml file")
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise BadFile(f"{path} cannot be read as YAML ({str(error)[:120]})") from error
+    known = {field.name: field.type for field in fields(Recipe)}
+    if not isinstance(content, dict):
+        raise BadFile(f"{path}: expected `name: value` lines, found {str(content)[:40]!r}")
+    if unknown := sorted(set(map(str, content)) - set(known)):
+        raise BadFile(f"{path}: a recipe has no {unknown[0]!r}: it has {', '.join(known)}")
+    base = RECIPES.get(str(content.get("name")), SCOPE)
+    try:
+        return replace(base, **content)
+    except (BadPlan, UnknownName, TypeError) as error:
+        raise BadFile(f"{path}: {error}") from error
+
+
+def write_recipe(recipe: Recipe, path: Path) -> Path:
+    import yaml
+
+    with whole_file(path) as partial:
+        partial.write_text(
+            yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8"
+        )
+    return path

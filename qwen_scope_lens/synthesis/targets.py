@@ -1,0 +1,152 @@
+"""TargetSet: the features that matter for a task, and which of them the seed data lacks.
+
+Equations 18 to 20 of the Qwen-Scope report, and `F_miss` of FAC Synthesis. Pure data with a JSON
+form; how it is found in feature stores is `find.py`, how relevance is judged `relevance.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qwen_scope_lens.address import FeatureRef, LayerRef
+from qwen_scope_lens.errors import BadFile, ScopeError, TooLittleData
+from qwen_scope_lens.files import read_json, write_json
+from qwen_scope_lens.synthesis.coverage import fac
+
+__all__ = ["Target", "TargetSet"]
+
+FORMAT, VERSION, MADE_BY = "qsl-targets", 1, "qsl synth targets"
+
+
+@dataclass(frozen=True)
+class Target:
+    """One relevant feature."""
+
+    ref: FeatureRef
+    relevance: float = 1.0  # s_f
+    seed_documents: int = 0  # of the seed data, on how many it fires
+    reference_documents: int | None = None  # of the anchor data; None: there is none
+    typical: float = 0.0  # mean activation where it fires in the anchor data; 0: unknown
+    description: str = ""
+    examples: tuple[str, ...] = ()  # passages of the anchor data, the feature's tokens in << >>
+
+
+@dataclass(frozen=True)
+class TargetSet:
+    """T, with what is known of the seed data."""
+
+    targets: tuple[Target, ...]
+    task: str = ""
+    threshold: float = 0.0  # a feature fires in a document where its maximum exceeds this
+    weak_below: int = 1  # features on fewer seed documents than this are wanted; 1: missing ones
+    seed_size: int = 0  # documents
+    openings: tuple[str, ...] = ()  # beginnings of anchor documents, for base models
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.targets:
+            raise TooLittleData(
+                "no feature is a target: none is relevant enough. Lower --least-relevance, choose"
+                " other labels, or take all features of the anchor data"
+            )
+        refs = [target.ref for target in self.targets]
+        if len(set(refs)) < len(refs):
+            raise TooLittleData("one feature is a target twice: expected each address once")
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    @property
+    def missing(self) -> tuple[Target, ...]:
+        """T_miss: relevant, and on no document of the seed data."""
+        return tuple(target for target in self.targets if not target.seed_documents)
+
+    @property
+    def weak(self) -> tuple[Target, ...]:
+        """Covered, but on fewer than `weak_below` documents."""
+        few = (t for t in self.targets if 0 < t.seed_documents < self.weak_below)
+        return tuple(sorted(few, key=lambda t: (t.seed_documents, t.ref)))
+
+    @property
+    def wanted(self) -> tuple[Target, ...]:
+        """What is to be written: the missing ones by relevance, then the weak ones."""
+        missing = sorted(self.missing, key=lambda t: (-t.relevance, t.ref))
+        return (*missing, *self.weak)
+
+    @property
+    def refs(self) -> tuple[FeatureRef, ...]:
+        return tuple(target.ref for target in self.targets)
+
+    @property
+    def saes(self) -> tuple[LayerRef, ...]:
+        return tuple(sorted({target.ref.sae for target in self.targets}))
+
+    @property
+    def seed_coverage(self) -> float:
+        """Cov(D_seed), equation 23 on the seed data."""
+        return 1 - len(self.missing) / len(self)
+
+    @property
+    def seed_fac(self) -> float | None:
+        """FAC of the seed data against the anchor data; None without anchor data."""
+        import numpy as np
+
+        known = [t for t in self.targets if t.reference_documents is not None]
+        if not any(t.reference_documents for t in known):
+            return None
+        seed = np.array([t.seed_documents > 0 for t in known])
+        anchor = np.array([bool(t.reference_documents) for t in known])
+        return fac(seed, anchor)
+
+    @property
+    def digest(self) -> str:
+        """Changes with the features and what prompts are written from."""
+        content = json.dumps(self.to_dict() | {"provenance": None}, sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+    def to_dict(self) -> dict[str, Any]:
+        content = {key: value for key, value in vars(self).items() if key != "targets"}
+        rows = [asdict(t) | {"ref": str(t.ref), "examples": list(t.examples)} for t in self.targets]
+        content["openings"] = list(self.openings)
+        return {**content, "provenance": dict(self.provenance), "targets": rows}
+
+    def save(self, path: Path) -> None:
+        write_json(path, FORMAT, VERSION, self.to_dict())
+
+    @classmethod
+    def load(cls, path: Path) -> TargetSet:
+        content = read_json(path, FORMAT, VERSION, MADE_BY)
+        try:
+            targets = tuple(_target(row) for row in content.pop("targets"))
+            content["openings"] = tuple(content["openings"])
+            return cls(targets, **content)
+        except (ScopeError, TypeError, KeyError, AttributeError) as error:
+            raise BadFile(
+                f"{path} lacks or mistypes a field ({error}): make it again with `{MADE_BY}`"
+            ) from error
+
+    def __str__(self) -> str:
+        lines = [
+            f"{len(self)} target features of {', '.join(map(str, self.saes))}"
+            + (f" for {self.task!r}" if self.task else ""),
+            f"seed data: {self.seed_size} documents, coverage {self.seed_coverage:.2%}"
+            + ("" if self.seed_fac is None else f", FAC {self.seed_fac:.2%}"),
+            f"missing: {len(self.missing)}, weak (on fewer than {self.weak_below} documents):"
+            f" {len(self.weak)}",
+        ]
+        described = sum(bool(target.description) for target in self.targets)
+        shown = sum(bool(target.examples) for target in self.targets)
+        return "\n".join([*lines, f"with a description: {described}, with passages: {shown}"])
+
+
+def by_ref(targets: Iterable[Target]) -> dict[FeatureRef, Target]:
+    return {target.ref: target for target in targets}
+
+
+def _target(row: dict[str, Any]) -> Target:
+    return Target(**{**row, "ref": FeatureRef.parse(row["ref"]), "examples": (*row["examples"],)})
