@@ -581,7 +581,7 @@ def test_the_model_writes_the_same_with_and_without_pads(tmp_path: Path, model: 
 
 
 def test_steering_raises_the_feature_that_is_missing(
-    tmp_path: Path, model: Any, reader: Reader, planted: TargetSet
+    tmp_path: Path, model: Any, reader: Reader, planted: TargetSet, firing: Any
 ) -> None:
     refs = [target.ref for target in planted.missing]
     sampling = Sampling(temperature=1.0, max_tokens=24)
@@ -597,8 +597,10 @@ def test_steering_raises_the_feature_that_is_missing(
         values = reader.read_features(found, refs)
         return sum(request.target in v for request, v in zip(requests, values, strict=True))
 
+    values = reader.read([text for ref in refs for text in firing[ref]])[SAE]
+    typical = {ref: float(values[:, ref.feature].max()) for ref in refs}
     with Ledger.open(tmp_path) as ledger:
-        assert fired(Push(4.0, {})) > fired(None)
+        assert fired(Push(8.0, typical)) > 2 * fired(None)
 
 
 def test_chats_need_a_chat_template(tmp_path: Path, model: Any) -> None:

@@ -36,6 +36,8 @@ VERBS = {
     "train": "SASFT and rare negatives on TRL, their features and metrics",
     "dash": "every feature on a page: a static site, or Neuronpedia's format",
     "classify": "documents by rules over features, beside probes",
+    "label": "packs of what features mean: list, show, merge, check",
+    "synth": "find features that data never activates, write data that does",
     "demo": "a tour on data made on the spot, offline",
 }
 

@@ -14,14 +14,18 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from qwen_scope_lens.address import FeatureRef, LayerRef
 from qwen_scope_lens.errors import BadFile, BadText, ScopeError, UnknownName
 from qwen_scope_lens.files import whole_file
+
+if TYPE_CHECKING:
+    from qwen_scope_lens.features.store import FeatureStore
 
 __all__ = ["Label", "LabelPack", "Prefer"]
 
@@ -117,6 +121,30 @@ class LabelPack(Mapping[FeatureRef, Label]):
         """Feature number -> label, for one SAE."""
         wanted = LayerRef.parse(sae)
         return {ref.feature: label for ref, label in self.items() if ref.sae == wanted}
+
+    def search(self, match: str = "", least_score: float | None = None) -> LabelPack:
+        """Labels whose text matches a regular expression; with `least_score` only tested ones."""
+        try:
+            pattern = re.compile(match, re.IGNORECASE)
+        except re.error as error:
+            raise BadText(f"{match!r} is no regular expression: {error}") from error
+        return LabelPack(
+            label
+            for label in self.values()
+            if pattern.search(label.text)
+            and (least_score is None or (label.score is not None and label.score >= least_score))
+        )
+
+    def silent_in(self, store: FeatureStore) -> dict[str, int]:
+        """For each of the pack's SAEs that the store has: how many labelled features never fire."""
+        from qwen_scope_lens.features.pool import pool
+
+        found = {}
+        for sae in self.saes:
+            if sae.layer in store.layers and store.sae(sae.layer).ref == str(sae):
+                fires = set(pool(store, sae.layer, keep=False).indices.tolist())
+                found[str(sae)] = sum(feature not in fires for feature in self.of_sae(sae))
+        return found
 
     @classmethod
     def merge(cls, packs: Iterable[LabelPack], prefer: Prefer = "first") -> LabelPack:

@@ -19,7 +19,7 @@ from qwen_scope_lens.files import whole_file
 from qwen_scope_lens.synthesis.generator import Sampling
 from qwen_scope_lens.synthesis.language import check_language
 
-__all__ = ["FAC", "RECIPES", "SCOPE", "TEXT", "Recipe", "read_recipe", "write_recipe"]
+__all__ = ["FAC", "RECIPES", "SCOPE", "TEXT", "Recipe", "read_recipe", "read_words", "write_recipe"]
 
 Read = Literal["example", "prompt", "reply"]
 
@@ -87,6 +87,11 @@ class Recipe:
         tokens = self.reply_tokens if reply else self.prompt_tokens
         return Sampling(self.temperature, self.top_p, tokens)
 
+    def for_steering(self) -> Recipe:
+        """The same for a steered writer: prompts that do not describe the feature."""
+        steered = {"prompt": "steered", "text": "opening"}
+        return replace(self, template=steered.get(self.template, self.template))
+
     def to_dict(self) -> dict[str, Any]:
         return {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items()}
 
@@ -135,6 +140,18 @@ def read_recipe(name: str) -> Recipe:
         return replace(base, **content)
     except (BadPlan, UnknownName, TypeError) as error:
         raise BadFile(f"{path}: {error}") from error
+
+
+def read_words(path: Path) -> tuple[str, ...]:
+    """A file with a word or phrase a line; lines that begin with # say something about it."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadFile(f"{path} cannot be read as UTF-8 text ({error})") from error
+    words = tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))
+    if not words:
+        raise BadFile(f"{path} is empty: expected a word a line")
+    return words
 
 
 def write_recipe(recipe: Recipe, path: Path) -> Path:

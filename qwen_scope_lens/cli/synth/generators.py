@@ -1,0 +1,78 @@
+"""Arguments of `qsl synth` that say who writes, and what it may cost. No verb of its own."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from qwen_scope_lens.address import FeatureRef
+
+if TYPE_CHECKING:
+    from qwen_scope_lens.synthesis.ledger import Prices
+    from qwen_scope_lens.synthesis.roles import Roles
+
+
+def add_generator_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("endpoints", "for generators of the form openai:URL#MODEL")
+    group.add_argument("--model-name", default="", help="instead of #MODEL")
+    group.add_argument(
+        "--key-variable",
+        default="OPENAI_API_KEY",
+        help="the environment variable with the key, which is written nowhere (%(default)s)",
+    )
+    group.add_argument("--concurrency", type=int, default=8, help="calls at a time (%(default)s)")
+    group.add_argument("--timeout", type=float, default=120.0, help="seconds (%(default)g)")
+    group.add_argument("--tries", type=int, default=6, help="of one call (%(default)s)")
+    group.add_argument("--requests-per-minute", type=float)
+    group.add_argument("--tokens-per-minute", type=float)
+    group.add_argument(
+        "--body", type=_mapping, default={}, metavar="JSON", help="further fields of every request"
+    )
+    cost = parser.add_argument_group("cost", "counted in a ledger that no answer is paid for twice")
+    cost.add_argument("--price-prompt", type=float, default=0.0, help="per million tokens")
+    cost.add_argument("--price-completion", type=float, default=0.0, help="per million tokens")
+    cost.add_argument("--max-cost", type=float, help="start no call once this is reached")
+    cost.add_argument("--max-tokens", type=int, help="the same for tokens, of prompts and answers")
+
+
+def prices(arguments: argparse.Namespace) -> Prices:
+    from qwen_scope_lens.synthesis.ledger import Prices
+
+    return Prices(
+        arguments.price_prompt,
+        arguments.price_completion,
+        arguments.max_cost,
+        arguments.max_tokens,
+    )
+
+
+def roles(
+    arguments: argparse.Namespace,
+    load: Callable[[str], Any],
+    typical: Mapping[FeatureRef, float] | None = None,
+    saes: Any = None,
+) -> Roles:
+    from qwen_scope_lens.synthesis.roles import Roles
+
+    names = ("key_variable", "concurrency", "timeout", "tries", "requests_per_minute",
+             "tokens_per_minute", "body")  # fmt: skip
+    return Roles(
+        load,
+        arguments.model_name,
+        typical=typical or {},
+        saes=saes,
+        endpoint={name: getattr(arguments, name) for name in names},
+        **({"strength": arguments.strength} if "strength" in arguments else {}),
+    )
+
+
+def _mapping(text: str) -> dict[str, Any]:
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected an object, such as {{'top_k': 20}}")
+    return content

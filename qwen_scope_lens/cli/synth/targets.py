@@ -1,0 +1,94 @@
+"""Which features matter for a task, and which of them the seed data lacks.
+
+    qsl synth targets seed_store/ --reference anchor_store/ --labels labels.jsonl --match toxic \\
+        --out targets.json
+    qsl synth targets seed_store/ --reference anchor_store/ --labels labels.jsonl \\
+        --judge openai:http://localhost:8000/v1#NAME --task "safety fine-tuning" --out targets.json
+    qsl synth targets seed_store/ --reference anchor_store/ --contrast lang=zh --out targets.json
+    qsl synth targets seed_store/ --reference anchor_store/ --out targets.json
+
+What matters is said by a judge model (asked about each feature with a label or that fires in the
+anchor data), by the labels alone, by a contrast of labelled anchor documents, or by nothing: then
+every feature of the anchor data is a target (FAC synthesis). A target that fires on no document of
+the seed data is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from qwen_scope_lens.cli.arguments import layer_list
+from qwen_scope_lens.cli.synth.generators import add_generator_arguments, prices, roles
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("seed", metavar="SEED", type=Path, help="store of the data to complete")
+    parser.add_argument("--reference", type=Path, help="store of anchor data, texts of the task")
+    parser.add_argument("--layers", type=layer_list, help="such as 12,20; else all in the store")
+    parser.add_argument("--task", default="", help="in words, for judges and prompts")
+    parser.add_argument("--labels", type=Path, help="a label pack: descriptions of features")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--match", metavar="REGEX", help="labels that match are relevant")
+    how.add_argument("--judge", metavar="GENERATOR", help="openai:URL#MODEL or hf:MODEL")
+    how.add_argument("--contrast", metavar="LABEL=VALUE", help="of the anchor documents")
+    parser.add_argument("--least-score", type=float, help="of labels: their detection test")
+    parser.add_argument("--least-relevance", type=float, default=0.5, help="tau (%(default)s)")
+    parser.add_argument(
+        "--threshold", type=float, default=0.0, help="an activation counts above it (%(default)s)"
+    )
+    parser.add_argument(
+        "--weak-below", type=int, default=1, metavar="N",
+        help="features on fewer seed documents than N are wanted too (%(default)s: missing ones)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--least-documents", type=int, default=1, metavar="N",
+        help="of the anchor data, on which a target has to fire (%(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--passages", type=int, default=5, help="kept a feature (%(default)s)")
+    parser.add_argument("--templates", type=Path, help="folder of `qsl synth templates`")
+    parser.add_argument("--out", type=Path, required=True, help="targets.json")
+    add_generator_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from qwen_scope_lens.features.labels import LabelPack
+    from qwen_scope_lens.features.store import FeatureStore
+    from qwen_scope_lens.models.load import load_model
+    from qwen_scope_lens.synthesis.find import find_targets
+    from qwen_scope_lens.synthesis.relevance import choose_relevance
+
+    seed = FeatureStore.open(arguments.seed)
+    reference = FeatureStore.open(arguments.reference) if arguments.reference else None
+    labels = LabelPack.read(arguments.labels) if arguments.labels else None
+    judge = roles(arguments, load_model).open(arguments.judge) if arguments.judge else None
+    relevance = choose_relevance(
+        reference,
+        labels,
+        match=arguments.match,
+        contrast=arguments.contrast,
+        judge=judge,
+        task=arguments.task,
+        least_score=arguments.least_score,
+        templates=arguments.templates,
+        ledger=arguments.out.with_name(f"{arguments.out.stem}.run"),
+        prices=prices(arguments),
+        layers=arguments.layers or seed.layers,
+        passages=arguments.passages,
+    )
+    targets = find_targets(
+        seed,
+        reference,
+        relevance=relevance,
+        least_relevance=arguments.least_relevance,
+        threshold=arguments.threshold,
+        weak_below=arguments.weak_below,
+        least_documents=arguments.least_documents,
+        layers=arguments.layers,
+        labels=labels,
+        task=arguments.task,
+        passages=arguments.passages,
+    )
+    targets.save(arguments.out)
+    print(targets)
+    return 0

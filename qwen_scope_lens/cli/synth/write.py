@@ -1,0 +1,96 @@
+"""Write examples that activate the missing features; keep those of which the model says so.
+
+    qsl synth run targets.json --generator openai:http://localhost:8000/v1 --model-name NAME \\
+        --budget 2000 --out data.jsonl
+    qsl synth run targets.json --generator hf:Qwen/Qwen3-8B --budget 200 --out data.jsonl
+    qsl synth run targets.json --generator steer:Qwen/Qwen3-8B --strength 8 --out data.jsonl
+    qsl synth run targets.json --recipe fac --threshold 1.5 --generator ... --out data.jsonl
+
+Every candidate is read again, unsteered, by the model whose SAEs the targets name. Killed anywhere,
+the same command continues and pays for no answer twice. `data.run/` beside the output holds the
+ledger and every candidate with the reason why it was kept or not. The output loads with `datasets`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from functools import lru_cache
+from pathlib import Path
+
+from qwen_scope_lens.cli.synth.generators import add_generator_arguments, prices, roles
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("targets", metavar="TARGETS", type=Path, help="of `qsl synth targets`")
+    parser.add_argument(
+        "--generator", required=True, help="openai:URL#MODEL, hf:MODEL or steer:MODEL"
+    )
+    parser.add_argument("--replier", help="who writes the replies; else the generator")
+    parser.add_argument("--judge", help="who checks rewrites, where the recipe wants it")
+    parser.add_argument("--out", type=Path, required=True, help="data.jsonl")
+    parser.add_argument("--budget", type=int, default=1000, help="candidates (%(default)s)")
+    parser.add_argument("--recipe", default="scope", help="scope, fac, text, or a .yaml file")
+    parser.add_argument("--templates", type=Path, help="folder of `qsl synth templates`")
+    parser.add_argument("--model", help="who reads; else the model of the targets' stores")
+    parser.add_argument("--device", default="cpu", help="of the reading model (%(default)s)")
+    parser.add_argument(
+        "--strength", type=float, default=8.0,
+        help="of steer:MODEL, times the feature's typical activation (%(default)g)",
+    )  # fmt: skip
+    parser.add_argument("--not-like", type=Path, help="a corpus that nothing may repeat")
+    parser.add_argument("--wave", type=int, default=64, help="candidates at a time (%(default)s)")
+    recipe = parser.add_argument_group("recipe", "instead of what the recipe says")
+    recipe.add_argument("--template", help="such as prompt, steered, fac, text, opening")
+    recipe.add_argument("--threshold", type=float)
+    recipe.add_argument("--per-feature", type=int, help="examples to keep for a feature")
+    recipe.add_argument("--attempts", type=int, help="rounds for a feature")
+    recipe.add_argument("--language", help="such as en; other languages are rejected")
+    recipe.add_argument("--seed", type=int)
+    recipe.add_argument("--temperature", type=float)
+    recipe.add_argument("--caution-words", type=Path, help="file, one a line")
+    add_generator_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from qwen_scope_lens.models.load import load_model
+    from qwen_scope_lens.synthesis.recipe import read_recipe, read_words
+    from qwen_scope_lens.synthesis.report import make_report
+    from qwen_scope_lens.synthesis.run import known_texts, open_reader, synthesise
+    from qwen_scope_lens.synthesis.targets import TargetSet
+    from qwen_scope_lens.synthesis.templates import Templates
+
+    targets = TargetSet.load(arguments.targets)
+    words = read_words(arguments.caution_words) if arguments.caution_words else None
+    changes = ("template", "threshold", "per_feature", "attempts", "language", "seed",
+               "temperature")  # fmt: skip
+    recipe = read_recipe(arguments.recipe)
+    if arguments.generator.startswith("steer:"):
+        recipe = recipe.for_steering()
+    recipe = recipe.change(caution=words, **{name: getattr(arguments, name) for name in changes})
+    templates = Templates(arguments.templates)
+    load = lru_cache(lambda name: load_model(name, device=arguments.device))
+    name = arguments.model or targets.provenance["model"]
+    reader, saes = open_reader(targets, load(name), arguments.device)
+    typical = {target.ref: target.typical for target in targets.wanted if target.typical > 0}
+    who = roles(arguments, load, typical, saes)
+    synthesis = synthesise(
+        targets,
+        arguments.out,
+        writer=who.open(arguments.generator),
+        reader=reader,
+        budget=arguments.budget,
+        recipe=recipe,
+        replier=who.open(arguments.replier) if arguments.replier else None,
+        judge=who.open(arguments.judge) if arguments.judge else None,
+        templates=templates,
+        prices=prices(arguments),
+        known=known_texts(arguments.not_like) if arguments.not_like else (),
+        wave=arguments.wave,
+        model=name,
+        progress=True,
+    )
+    print(f"stopped: {synthesis.stopped}\n{synthesis.ledger.spent}\n")
+    if synthesis.candidates:
+        print(make_report(arguments.out, targets))
+    print(f"\nrows: {arguments.out}")
+    return 0
