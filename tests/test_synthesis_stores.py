@@ -308,8 +308,8 @@ def chinese(anchor: FeatureStore) -> list[str]:
 
 def run_words(folder: Path, out: Path, server: Server, *more: str) -> list[str]:
     return ["synth", "run", str(folder / "targets.json"), "--out", str(out),
-            "--generator", f"openai:{server.url}#writer", "--budget", "30", "--attempts", "2",
-            "--timeout", "5", "--wave", "8",
+            "--generator", f"openai:{server.url}#writer", "--budget", "16", "--attempts", "2",
+            "--timeout", "5", "--backoff", "0.01", "--wave", "6",
             "--price-prompt", "1", "--price-completion", "2", *more]  # fmt: skip
 
 
@@ -357,32 +357,31 @@ def test_the_whole_way_on_the_command_line(
 def test_killed_it_continues_and_pays_for_nothing_twice(
     folder: Path, tmp_path: Path, chinese: list[str]
 ) -> None:
-    """kill -9 in the middle, twice; then the result is that of a run that was never killed."""
+    """kill -9 in the middle; then the result is that of a run that was never killed."""
     if not (folder / "targets.json").exists():
         words = ["synth", "targets", str(folder / "seed"), "--reference", str(folder / "anchor")]
         main([*words, "--contrast", "lang=zh", "--out", str(folder / "targets.json")])
     running: list[subprocess.Popen[bytes]] = []
-    kills = {9, 40}
 
     def behave(call: Call) -> Any:
-        if running and call.number in kills:
+        if call.number == 15:
             os.kill(running[0].pid, signal.SIGKILL)
         return write_chinese(chinese)(Call(0, call.path, call.headers, call.body, None))
 
     with Server(behave) as server:
         out = tmp_path / "killed.jsonl"
         code = "import sys; from qwen_scope_lens.cli import main; sys.exit(main(sys.argv[1:]))"
-        for _ in range(3):
-            command = [sys.executable, "-c", code, *run_words(folder, out, server)]
-            running[:] = [subprocess.Popen(command, stdout=subprocess.DEVNULL,
-                                           stderr=subprocess.DEVNULL)]  # fmt: skip
-            running[0].wait(timeout=120)
-        assert running[0].returncode == 0
-        running.clear()
+        command = [sys.executable, "-c", code, *run_words(folder, out, server)]
+        running.append(
+            subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        )
+        assert running[0].wait(timeout=300) == -signal.SIGKILL
+        main(run_words(folder, out, server))
         asked = Counter(call.key for call in server.calls)
         main(run_words(folder, tmp_path / "whole.jsonl", server))
+    assert read_rows(out)
     assert read_rows(out) == read_rows(tmp_path / "whole.jsonl")
-    assert sum(asked.values()) - len(asked) <= 2 * 8  # in flight when it died
+    assert sum(asked.values()) - len(asked) <= 8  # in flight when it died
     events = [json.loads(line) for line in (tmp_path / "killed.run" / "ledger.jsonl").open()]
     answers = Counter(row["key"] for row in events if row["event"] == "answer")
     assert max(answers.values()) == 1
@@ -402,7 +401,7 @@ def test_describe_and_label_on_the_command_line(
     assert "of 21 features described" in printed
     assert "mean score 0.500" in printed
     pack = LabelPack.read(out)
-    address = str(next(iter(pack)))
+    address = str(next(ref for ref, label in pack.items() if label.score is not None))
     assert main(["label", "list", str(out), "--match", "WORDS", "--least-score", "0.4"]) == 0
     assert address in capsys.readouterr().out
     assert main(["label", "show", str(out), address]) == 0
@@ -442,5 +441,5 @@ def test_templates_on_the_command_line(
     }.items():
         out = tmp_path / "data.jsonl"
         command = ["synth", "run", str(folder / "targets.json"), *wrong, "--out", str(out)]
-        assert main([*command, "--tries", "2"]) == 1
+        assert main([*command, "--tries", "2", "--backoff", "0.01"]) == 1
         assert words in capsys.readouterr().err

@@ -25,6 +25,10 @@ def add_generator_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--concurrency", type=int, default=8, help="calls at a time (%(default)s)")
     group.add_argument("--timeout", type=float, default=120.0, help="seconds (%(default)g)")
     group.add_argument("--tries", type=int, default=6, help="of one call (%(default)s)")
+    group.add_argument(
+        "--backoff", type=float, default=1.0, metavar="SECONDS",
+        help="before the second try, doubled each time (%(default)g)",
+    )  # fmt: skip
     group.add_argument("--requests-per-minute", type=float)
     group.add_argument("--tokens-per-minute", type=float)
     group.add_argument(
@@ -56,7 +60,7 @@ def roles(
 ) -> Roles:
     from qwen_scope_lens.synthesis.roles import Roles
 
-    names = ("key_variable", "concurrency", "timeout", "tries", "requests_per_minute",
+    names = ("key_variable", "concurrency", "timeout", "tries", "backoff", "requests_per_minute",
              "tokens_per_minute", "body")  # fmt: skip
     return Roles(
         load,
