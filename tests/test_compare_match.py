@@ -21,7 +21,7 @@ from qwen_scope_lens.compare.align import align, pieces
 from qwen_scope_lens.compare.assign import assign
 from qwen_scope_lens.compare.match import match_activations, match_decoders
 from qwen_scope_lens.compare.nearest import Nearest, nearest_by_correlation, nearest_by_cosine
-from qwen_scope_lens.compare.null import shuffled_directions
+from qwen_scope_lens.compare.null import shuffled_directions, shuffled_rows
 from qwen_scope_lens.errors import StoreMismatch, WrongShape
 from qwen_scope_lens.saes.sparse import SparseCodes
 
@@ -188,6 +188,25 @@ def test_a_rotated_copy_is_matched_by_activations_and_not_by_directions() -> Non
     )
     chance = match_activations(codes[0].to_scipy_csr(), unrelated.to_scipy_csr())
     assert chance.matched.mean() < 0.05
+
+
+def test_a_common_subject_is_no_match_when_rows_stay_in_their_documents() -> None:
+    """Both fire at random places of the same half of the documents, and nowhere else."""
+    rng = np.random.default_rng(0)
+    doc = np.repeat(np.arange(200), 20)
+    subject = (doc % 2 == 0)[:, None]
+    a, b = ((rng.random((4000, 30)) < 0.3) * subject * rng.gamma(2, size=(4000, 30))
+            for _ in range(2))  # fmt: skip
+    b[:, 4] = a[:, 9]
+    loose = match_activations(csr_matrix(a), csr_matrix(b))
+    strict = match_activations(csr_matrix(a), csr_matrix(b), doc=doc)
+    assert loose.matched.mean() > 0.9
+    assert strict.matched[9]
+    assert strict.nearest[9] == 4
+    assert strict.matched.mean() < 0.15
+    mixed = shuffled_rows(csr_matrix(np.arange(4000.0)[:, None]), 1, doc[::-1]).toarray()[:, 0]
+    assert sorted(mixed) == list(range(4000))
+    assert (doc[mixed.astype(int)] == doc).all()
 
 
 def test_what_cannot_be_matched_is_refused() -> None:

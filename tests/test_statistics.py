@@ -7,7 +7,7 @@ import pytest
 from planted_store import PlantedStore, random_codes
 
 from qwen_scope_lens.errors import LayerOutOfRange, TooLittleData
-from qwen_scope_lens.features.cofiring import Cofiring
+from qwen_scope_lens.features.cofiring import LEAST, Cofiring
 from qwen_scope_lens.features.examples import Best, place_hash
 from qwen_scope_lens.features.statistics import BIN_EDGES, statistics
 
@@ -129,10 +129,10 @@ def test_partners_are_those_of_brute_force(dense: np.ndarray, store: PlantedStor
     for f in range(D_SAE):
         union = alone[f] + alone - both[f]
         score = np.divide(both[f], union, out=np.zeros(D_SAE), where=union > 0)
-        order = sorted((-score[g], g) for g in range(D_SAE) if g != f and both[f, g])[:6]
+        order = sorted((-score[g], g) for g in range(D_SAE) if g != f and both[f, g] >= LEAST)[:6]
         assert [g for _, g in order] == [g for g in found.partner[f] if g >= 0]
         assert [both[f, g] for _, g in order] == found.partner_count[f][: len(order)].tolist()
-    a, b, n, score = found.top_pairs(1, least=3)[0]
+    a, b, n, score = found.top_pairs(1)[0]
     assert a < b
     assert n == both[a, b]
     assert score == pytest.approx(both[a, b] / (alone[a] + alone[b] - both[a, b]))

@@ -28,7 +28,9 @@ __all__ = ["Matching", "match_activations", "match_decoders"]
 Array = np.ndarray[Any, Any]
 
 CANDIDATES = 8
-NULL_ROWS = 4096
+NULL_ROWS, NULL_SCORES, MOST_SHUFFLES = 4096, 8192, 40
+"""Features of A compared with a shuffled B, scores of the null wanted, and shuffles made for them
+at most: with few scores no p-value can be small enough for a few matches among many features."""
 COSINE, CORRELATION = "decoder cosine", "activation correlation"
 
 
@@ -90,12 +92,13 @@ def match_decoders(
         )
     found = nearest_by_cosine(a, b, candidates, progress=progress)
     rng = np.random.default_rng(seed)
-    rows = np.sort(rng.permutation(len(a))[:NULL_ROWS])
-    shuffled = shuffled_directions(b, seed + 1)
-    null = nearest_by_cosine(a[torch.from_numpy(rows)], shuffled, 1, progress=progress).score_a[
-        :, 0
+    rows = a[torch.from_numpy(np.sort(rng.permutation(len(a))[:NULL_ROWS]))]
+    null = [
+        nearest_by_cosine(rows, shuffled_directions(b, seed + n), 1, progress=progress).score_a
+        for n in range(1, 1 + _shuffles(len(rows)))
     ]
-    return _matching(found, null, names, COSINE, fdr, {"null_rows": len(rows), "seed": seed})
+    settings = {"null_rows": len(rows), "shuffles": len(null), "seed": seed}
+    return _matching(found, np.concatenate(null)[:, 0], names, COSINE, fdr, settings)
 
 
 def match_activations(
@@ -103,12 +106,17 @@ def match_activations(
     b: csr_matrix,
     names: tuple[str, str] = ("A", "B"),
     *,
+    doc: Array | None = None,
     candidates: int = CANDIDATES,
     fdr: float = 0.05,
     least: int = 5,
     seed: int = 0,
 ) -> Matching:
-    """By the correlation of activations on the same pieces of text `[n, n_a]`, `[n, n_b]`."""
+    """By the correlation of activations on the same pieces of text `[n, n_a]`, `[n, n_b]`.
+
+    `doc [n]` says to which document each piece belongs: B is then shuffled within documents only,
+    and agreement that is no more than a common subject or language does not count.
+    """
     if a.shape[0] != b.shape[0]:
         raise WrongShape(f"{a.shape[0]} and {b.shape[0]} rows: expected the same pieces of text")
     if a.shape[0] < 20:
@@ -116,13 +124,30 @@ def match_activations(
             f"{a.shape[0]} common pieces of text: some thousands are needed for correlations"
         )
     found = nearest_by_correlation(a, b, candidates, least=least)
-    null = nearest_by_correlation(a, shuffled_rows(b, seed), 1, least=least).score_a[:, 0]
     fires = np.diff(a.tocsc().indptr) >= least
-    null = np.where(np.isfinite(null), null, 0.0)[fires]
+    null = np.concatenate(
+        [
+            nearest_by_correlation(a, shuffled_rows(b, seed + n, doc), 1, least=least).score_a[
+                fires
+            ]
+            for n in range(1, 1 + _shuffles(int(fires.sum())))
+        ]
+    )[:, 0]
+    null = np.where(np.isfinite(null), null, 0.0)
     if not len(null):
         raise TooLittleData(f"no feature of {names[0]} fires on {least} common pieces of text")
-    settings = {"least": least, "seed": seed, "pieces": a.shape[0]}
+    settings = {
+        "least": least,
+        "seed": seed,
+        "shuffles": _shuffles(int(fires.sum())),
+        "pieces": a.shape[0],
+        "shuffled": "all" if doc is None else "within documents",
+    }
     return _matching(found, null, names, CORRELATION, fdr, settings, tested=fires)
+
+
+def _shuffles(scores: int) -> int:
+    return min(MOST_SHUFFLES, -(-NULL_SCORES // max(1, scores)))
 
 
 def _matching(

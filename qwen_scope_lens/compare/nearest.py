@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from qwen_scope_lens.features.examples import rank_within
+
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
 
@@ -61,7 +63,7 @@ def nearest_by_cosine(
 
 
 def nearest_by_correlation(
-    a: csr_matrix, b: csr_matrix, m: int = 8, tile: int = 1024, least: int = 5
+    a: csr_matrix, b: csr_matrix, m: int = 8, tile: int = 256, least: int = 5
 ) -> Nearest:
     """Pearson's correlation of the columns of `a [n, d_a]` and `b [n, d_b]`, sparse and >= 0.
 
@@ -120,7 +122,7 @@ def _merge_pairs(
     m = best.shape[1]
     order = np.lexsort((column, -value, row))
     row, column, value = row[order], column[order], value[order]
-    rank = np.arange(len(row)) - np.searchsorted(row, row)
+    rank = rank_within(row)
     top = rank < m
     touched, at = np.unique(row[top], return_inverse=True)
     new = torch.full((len(touched), m), -torch.inf)

@@ -2,7 +2,7 @@
 
 Directions keep the mean, the covariance and the spread along every principal axis of B's decoder,
 so that the few dimensions which every feature of a language model uses do not pass for agreement.
-Activations keep everything but the text that they belong to.
+Activations keep their documents and lose their places in them.
 """
 
 from __future__ import annotations
@@ -50,6 +50,21 @@ def shuffled_directions(directions: torch.Tensor, seed: int) -> torch.Tensor:
     return rotated
 
 
-def shuffled_rows(activations: csr_matrix, seed: int) -> Any:
-    """The rows in another order: what fires together in B stays together, elsewhere in the text."""
-    return activations[np.random.default_rng(seed).permutation(activations.shape[0])]
+def shuffled_rows(activations: csr_matrix, seed: int, doc: Any = None) -> Any:
+    """The rows in another order: what fires together in B stays together, elsewhere in the text.
+
+    With `doc [n]` every row stays in its document, so that two features which merely fire on the
+    same kind of document, such as those of one language, agree with the shuffle as they did before.
+    """
+    rng = np.random.default_rng(seed)
+    n = activations.shape[0]
+    if doc is None:
+        return activations[rng.permutation(n)]
+    return activations[_within(np.asarray(doc), rng)]
+
+
+def _within(doc: Any, rng: np.random.Generator) -> Any:
+    """A permutation that keeps every row in its document."""
+    order = np.empty(len(doc), dtype=np.int64)
+    order[np.argsort(doc, kind="stable")] = np.lexsort((rng.random(len(doc)), doc))
+    return order

@@ -73,7 +73,9 @@ def match_sources(
             " each on the same texts (`qsl extract`), not addresses"
         )
     common = align(stores[0], refs[0].layer, stores[1], refs[1].layer)
-    return match_activations(common.a, common.b, names, candidates=candidates, fdr=fdr, seed=seed)
+    return match_activations(
+        common.a, common.b, names, doc=common.doc, candidates=candidates, fdr=fdr, seed=seed
+    )
 
 
 def both_fvu(

@@ -11,14 +11,17 @@ from typing import Any
 
 import numpy as np
 
-from qwen_scope_lens.features.examples import place_hash
+from qwen_scope_lens.features.examples import place_hash, rank_within
 
 __all__ = ["PAIR_TOKENS", "Cofiring"]
 
 Array = np.ndarray[Any, Any]
 
-PAIR_TOKENS = 200_000
-"""Tokens on which pairs are counted at most; at k = 50 about 40 MB of indices."""
+PAIR_TOKENS = 100_000
+"""Tokens on which pairs are counted at most; at k = 50 about 20 MB of indices."""
+
+LEAST = 5
+"""Features that fire together on fewer tokens are no partners: most pairs meet once or twice."""
 
 BLOCK = 1024
 
@@ -69,14 +72,13 @@ class Cofiring:
         alone = np.diff(by_feature.indptr).astype(np.int64)
         for start in range(0, self._d_sae, BLOCK):
             both = (by_feature[start : start + BLOCK] @ fires).tocoo()
-            a, b = both.row + start, both.col
-            other = a != b
-            a, b, n = a[other], b[other], both.data[other].astype(np.int64)
+            often = np.flatnonzero((both.data >= LEAST) & (both.row + start != both.col))
+            a, b = both.row[often] + start, both.col[often]
+            n = both.data[often].astype(np.int64)
             score = n / (alone[a] + alone[b] - n)
             order = np.lexsort((b, -score, a))
             a, b, n, score = a[order], b[order], n[order], score[order]
-            first = np.searchsorted(a, a)
-            rank = np.arange(len(a)) - first
+            rank = rank_within(a)
             top = rank < size
             at = (a[top], rank[top])
             partner[at], count[at], jaccard[at] = b[top], n[top], score[top]

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["Best", "place_hash"]
+__all__ = ["Best", "place_hash", "rank_within"]
 
 Array = np.ndarray[Any, Any]
 
@@ -55,7 +55,7 @@ class Best:
         doc = np.full((self._d_sae, self._size), -1, dtype=np.int64)
         position = np.full((self._d_sae, self._size), -1, dtype=np.int32)
         value = np.zeros((self._d_sae, self._size), dtype=np.float32)
-        rank = _rank_within(self._held["feature"])
+        rank = rank_within(self._held["feature"])
         at = (self._held["feature"], rank)
         doc[at], position[at] = self._held["doc"], self._held["position"]
         value[at] = self._held["value"]
@@ -79,9 +79,9 @@ class Best:
             keep = np.ones(len(entries), dtype=bool)
             keep[order[same]] = False
             entries = entries[keep]
-        rank = _rank_within(entries["feature"])
+        rank = rank_within(entries["feature"])
         self._held = entries[rank < self._size]
-        last = self._held[_rank_within(self._held["feature"]) == self._size - 1]
+        last = self._held[rank_within(self._held["feature"]) == self._size - 1]
         self._floor[last["feature"]] = last["priority"]
 
 
@@ -98,7 +98,7 @@ def place_hash(doc: Array, position: Array, salt: Array | int = 0) -> Array:
     return (x >> np.uint64(11)).astype(np.float64) / 2.0**53
 
 
-def _rank_within(group: Array) -> Array:
+def rank_within(group: Array) -> Array:
     """The place of each entry within its run of equal values of a sorted array."""
     if not len(group):
         return np.zeros(0, dtype=np.int64)

@@ -42,9 +42,9 @@ def SAE_FOLDER(spec: ModelSpec) -> str:
     return f"SAE-Res-{spec.name}-W{D_SAE // 1024}K-L0_{K}"
 
 
-def _stream(data: np.ndarray, scale: float, device: str) -> Iterator[torch.Tensor]:
+def _stream(data: np.ndarray, scale: float, device: str, seed: int) -> Iterator[torch.Tensor]:
     """Shuffled batches without end, the same for the same seed."""
-    rng = np.random.default_rng(SEED)
+    rng = np.random.default_rng(seed)
     while True:
         order = rng.permutation(len(data))
         for start in range(0, len(order) - BATCH + 1, BATCH):
@@ -52,17 +52,19 @@ def _stream(data: np.ndarray, scale: float, device: str) -> Iterator[torch.Tenso
             yield torch.from_numpy(data[values].astype(np.float32)).mul_(scale).to(device)
 
 
-def train_layer(data: np.ndarray, samples: int = SAMPLES) -> dict[str, torch.Tensor]:
+def train_layer(
+    data: np.ndarray, samples: int = SAMPLES, d_sae: int = D_SAE, seed: int = SEED
+) -> dict[str, torch.Tensor]:
     """Train on `data [tokens, d_model]`; the official four tensors, for unscaled inputs."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.manual_seed(SEED)
+    torch.manual_seed(seed)
     probe = torch.from_numpy(data[:: max(1, len(data) // 50_000)].astype(np.float32))
     width = probe.shape[1]
     scale = width**0.5 / float(probe.norm(dim=-1).mean())
     mean = (probe.mean(0) * scale).to(device)
     config = TopKTrainingSAEConfig(
         d_in=width,
-        d_sae=D_SAE,
+        d_sae=d_sae,
         k=K,
         device=device,
         apply_b_dec_to_input=False,
@@ -74,7 +76,7 @@ def train_layer(data: np.ndarray, samples: int = SAMPLES) -> dict[str, torch.Ten
     with torch.no_grad():
         # Directions of real tokens to begin with leave few features dead; the biases begin as if
         # the mean were subtracted, and a plain encoder learns the rest.
-        chosen = torch.randperm(len(probe))[:D_SAE]
+        chosen = torch.randperm(len(probe))[:d_sae]
         tokens = torch.nn.functional.normalize(probe[chosen].to(device) * scale - mean, dim=-1)
         sae.W_dec.copy_(tokens * sae.W_dec.norm(dim=-1).mean())
         sae.W_enc.copy_(tokens.T * sae.W_enc.norm(dim=0).mean())
@@ -95,7 +97,7 @@ def train_layer(data: np.ndarray, samples: int = SAMPLES) -> dict[str, torch.Ten
             logger=LoggingConfig(log_to_wandb=False),
         ),
         sae,
-        _stream(data, scale, device),
+        _stream(data, scale, device, seed),
     )
     sae = trainer.fit()
     sae.fold_W_dec_norm()
