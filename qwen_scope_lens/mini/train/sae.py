@@ -53,10 +53,11 @@ def _stream(data: np.ndarray, scale: float, device: str, seed: int) -> Iterator[
 
 
 def train_layer(
-    data: np.ndarray, samples: int = SAMPLES, d_sae: int = D_SAE, seed: int = SEED
+    data: np.ndarray, samples: int = SAMPLES, d_sae: int | None = None, seed: int = SEED
 ) -> dict[str, torch.Tensor]:
     """Train on `data [tokens, d_model]`; the official four tensors, for unscaled inputs."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    d_sae = d_sae or D_SAE
     torch.manual_seed(seed)
     probe = torch.from_numpy(data[:: max(1, len(data) // 50_000)].astype(np.float32))
     width = probe.shape[1]
