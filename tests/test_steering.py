@@ -258,6 +258,16 @@ def test_all_backends_do_the_same(world: Any, model: Any, name: str) -> None:
     assert seen[0].shape == (1, len(LONG), D_MODEL)
 
 
+def test_a_bridge_with_all_hook_points(world: Any) -> None:
+    model = no_end(make_model(dtype=torch.float64))
+    plan = Plan(PLANS["several layers"])
+    truth = reference.run(model, [LONG], plan.edits, world, lambda e, r, at: at > 0)[0]
+    bridge = qsl.load_model(model, tokenizer=make_tokenizer(), full_hooks=True)
+    with steer(bridge, plan), torch.no_grad():
+        got = bridge(torch.tensor([LONG]))[0]
+    torch.testing.assert_close(got, truth, rtol=0, atol=2e-4)
+
+
 def test_rows_with_plans_of_their_own(world: Any, model: Any) -> None:
     plans = [
         Plan([f"{ref(1, 3)}:add:+4"]),

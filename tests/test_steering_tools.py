@@ -93,6 +93,7 @@ def test_a_calibration_survives_a_file(model: Any, tmp_path: Path) -> None:
     again = Calibration.load(tmp_path / "typical.json")
     assert again.facts == found.facts
     assert again.provenance["documents"] == 3
+    assert again.provenance["saes"] == ["local/tiny/1"]
     (tmp_path / "typical.json").write_text('{"format": "qsl-calibration", "version": 1}')
     with pytest.raises(BadFile, match="damaged"):
         Calibration.load(tmp_path / "typical.json")

@@ -90,7 +90,7 @@ class LayerEdits:
     def coefficients(self, x: Tensor, selected: Tensor) -> Tensor:
         """c of every edit: 0 where it is not selected. `[.., d_model], [.., m] -> [.., m]`"""
         precise = torch.promote_types(x.dtype, torch.float32)
-        _, directions, values, lengths = self._on(x.device)
+        _, directions, values, lengths, still = self._on(x.device)
         v = values.to(precise).expand(*x.shape[:-1], -1)
         by_norm = [i for i, edit in enumerate(self.edits) if edit.unit == "norm"]
         if by_norm:
@@ -112,7 +112,6 @@ class LayerEdits:
             for j, i in enumerate(out):
                 columns[i] = -share[..., j]
         c = torch.stack(columns, dim=-1)
-        still = torch.tensor([edit.changes_nothing for edit in self.edits], device=x.device)
         return torch.where(selected & ~still, c, torch.zeros_like(c))
 
     def _on(self, device: torch.device) -> tuple[Tensor, ...]:
@@ -120,7 +119,9 @@ class LayerEdits:
             values = torch.tensor([edit.value for edit in self.edits], dtype=torch.float64)
             rows = self.directions.to(device)
             pushes = self.pushes.to(device)
-            self._placed[device] = (pushes, rows, values.to(device), rows.norm(dim=-1))
+            still = torch.tensor([edit.changes_nothing for edit in self.edits], device=device)
+            placed = (pushes, rows, values.to(device), rows.norm(dim=-1), still)
+            self._placed[device] = placed
         return self._placed[device]
 
 

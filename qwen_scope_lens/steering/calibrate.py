@@ -17,9 +17,9 @@ from torch import Tensor
 
 from qwen_scope_lens.address import FeatureRef, LayerRef
 from qwen_scope_lens.errors import BadFile, BadPlan, ScopeError, StoreMismatch, TooLittleData
+from qwen_scope_lens.features.facts import model_facts, versions
 from qwen_scope_lens.files import read_json, write_json
 from qwen_scope_lens.models.capture import iter_captures
-from qwen_scope_lens.models.layers import describe
 from qwen_scope_lens.models.tokens import Document
 from qwen_scope_lens.saes.load import load_sae
 from qwen_scope_lens.saes.sparse import SparseCodes
@@ -103,7 +103,8 @@ def calibrate(
             for sae in members:
                 own = known[str(sae)]
                 sums[sae].add(own.encode_sparse(x.to(own.W_dec.device)))
-    return _result(wanted, sums, {"model": describe(model), "documents": documents})
+    facts = asdict(model_facts(model, layers))
+    return _result(wanted, sums, {"model": facts, "documents": documents})
 
 
 def calibrate_from_store(
@@ -119,7 +120,8 @@ def calibrate_from_store(
         sums[sae] = _Sums(sae.row.d_sae)
         for block in store.iter_blocks(sae.layer, keep=True):
             sums[sae].add(block.codes)
-    return _result(wanted, sums, {"store": str(store.path), "documents": store.n_docs})
+    facts = asdict(store.manifest.model)
+    return _result(wanted, sums, {"model": facts, "documents": store.n_docs})
 
 
 def split_refs(
@@ -187,4 +189,5 @@ def _result(
                     fired=fired,
                     rate=fired / own.tokens,
                 )
-    return Calibration(facts, {**provenance, "tokens": tokens})
+    made_with = {"saes": [str(sae) for sae in wanted], "versions": versions()}
+    return Calibration(facts, {**provenance, "tokens": tokens, **made_with})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from qwen_scope_lens.pages import Page, chart
-from qwen_scope_lens.steering.sweep import CONTROL, PLAN, Sweep
+from qwen_scope_lens.steering.sweep import CONTROL, PLAN, Dose, Sweep
 
 __all__ = ["sweep_page"]
 
@@ -15,7 +15,8 @@ COLOURS = {PLAN: "#4a7ebb", CONTROL: "#999999"}
 def sweep_page(found: Sweep) -> Page:
     """One page; `page.save(path)` writes it."""
     page = Page("Dose and response")
-    page.text(f"{found.plan}, on {found.settings['model']}, {found.settings['prompts']} prompts.")
+    model = found.settings["model"]["id"]
+    page.text(f"{found.plan}, on {model}, {found.settings['prompts']} prompts.")
     page.figure(
         chart(lambda axes: _effect(axes, found)),
         f"Effect: {found.meaning}, with 95% intervals over the prompts. Hollow: incoherent, by"
@@ -28,18 +29,23 @@ def sweep_page(found: Sweep) -> Page:
     )
     page.heading("Numbers")
     columns = ["arm", "strength", "effect", "from", "to", "perplexity", "repetition", "coherent"]
-    page.table(
-        columns,
-        [
-            (d.arm, d.strength, d.effect, d.low, d.high, d.perplexity, d.repetition,
-             "yes" if found.coherent(d) else "no")
-            for arm in (PLAN, CONTROL)
-            for d in found.arm(arm)
-        ],
-    )  # fmt: skip
+    page.table(columns, [_row(found, dose) for dose in _in_order(found)])
     page.heading("What followed the first prompt")
     page.table(["strength", "text"], [(d.strength, d.sample) for d in found.arm(PLAN)])
     return page.text(f"Settings: {found.settings}", quiet=True)
+
+
+def _in_order(found: Sweep) -> list[Dose]:
+    """Unsteered, then each arm by strength."""
+    steered = [dose for arm in (PLAN, CONTROL) for dose in found.arm(arm) if dose.strength != 0]
+    return [found.plain, *steered]
+
+
+def _row(found: Sweep, dose: Dose) -> tuple[Any, ...]:
+    arm = dose.arm if dose.strength != 0 else "unsteered"
+    coherent = "yes" if found.coherent(dose) else "no"
+    return (arm, dose.strength, dose.effect, dose.low, dose.high, dose.perplexity,
+            dose.repetition, coherent)  # fmt: skip
 
 
 def _effect(axes: Any, found: Sweep) -> None:
@@ -80,6 +86,8 @@ def _cost(axes: Any, found: Sweep) -> None:
         limit *= found.guard.perplexity_ratio
         axes.axhline(limit, color="#bb5544", lw=0.8, ls="--", label="guard")
     axes.set_yscale("log")
+    for axis_of in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        axis_of(lambda value, at: f"{value:g}")
     axes.set_xlabel(f"strength ({found.unit})")
     axes.set_ylabel("perplexity")
     axes.legend()

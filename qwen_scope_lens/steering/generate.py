@@ -150,7 +150,12 @@ def continue_batch(
     ids = torch.tensor([[pad] * (longest - len(row)) + list(row) for row in rows])
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
     device = input_device(model)
-    settings: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None}
+    settings: dict[str, Any] = {
+        "do_sample": False,
+        "temperature": None,
+        "top_p": None,
+        "repetition_penalty": 1.0,
+    }
     if sampling.temperature > 0:
         settings = {
             "do_sample": True,

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from qwen_scope_lens.errors import BadPlan, StoreMismatch
+from qwen_scope_lens.features.facts import model_facts, versions
 from qwen_scope_lens.files import read_json, write_json
-from qwen_scope_lens.models.layers import describe
 from qwen_scope_lens.models.tokens import Document
 from qwen_scope_lens.steering.coherence import perplexity, repetition, surprisals
 from qwen_scope_lens.steering.generate import Continuation, Sampling, generate
@@ -152,12 +152,13 @@ def sweep(
     plans = {strength: plan.at(strength) for strength in wanted}
     plan_text = "; ".join(f"{e.ref}:{e.op}@{e.where}" for e in plan.edits)
     settings = {
-        "model": describe(model),
+        "model": asdict(model_facts(model, plan.layers)),
         "prompts": len(prompts),
         "prompts_sha256": hashlib.sha256(repr(list(prompts)).encode()).hexdigest(),
         "sampling": asdict(sampling),
         "seed": seed,
         "edits": plan.at(wanted[-1]).to_dict()["edits"],
+        "versions": versions(),
     }
     units = "/".join(sorted({edit.unit for edit in plan.edits}))
     empty = Sweep(plan_text, units, measure.name, measure.meaning, settings, (), guard)
@@ -224,7 +225,8 @@ def _kept(empty: Sweep, keep: Path | None) -> tuple[Dose, ...]:
 
     def facts(one: Sweep) -> str:
         edits = [{**row, "strength": None} for row in one.settings["edits"]]
-        return json.dumps([one.plan, one.measure, {**one.settings, "edits": edits}], sort_keys=True)
+        settings = {**one.settings, "edits": edits, "versions": None}
+        return json.dumps([one.plan, one.measure, settings], sort_keys=True)
 
     if facts(before) != facts(empty):
         raise StoreMismatch(
