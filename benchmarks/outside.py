@@ -11,6 +11,7 @@ so it is installed without its dependencies:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import subprocess
 import sys
@@ -105,17 +106,20 @@ def sparse_probing(model: Any, sae: Any, names: list[str]) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         cache = Path(scratch) / "activations"
         for name in names:  # its own loader knows no Qwen-Scope model, but takes one in memory
-            generate_single_dataset_activations(
-                model, MODEL, DATA_PATH / "cleaned_data" / f"{name}.csv.zst", [hook], cache, "cpu",
-                max_seq_len=128,
-            )  # fmt: skip
+            path = DATA_PATH / "cleaned_data" / f"{name}.csv.zst"
+            with contextlib.redirect_stdout(sys.stderr):
+                generate_single_dataset_activations(
+                    model, MODEL, path, [hook], cache, "cpu", max_seq_len=128
+                )
         floor = random_sae(sae)
         for name, one in (("the SAE", sae), ("a random one", floor)):
             out = Path(scratch) / name
-            sae_probes.run_sae_evals(
-                sae=one, model_name=MODEL, hook_name=hook, reg_type="l1", setting="normal", ks=KS,
-                results_path=out, model_cache_path=cache, datasets=list(names), device="cpu",
-            )  # fmt: skip
+            with contextlib.redirect_stdout(sys.stderr):
+                sae_probes.run_sae_evals(
+                    sae=one, model_name=MODEL, hook_name=hook, reg_type="l1", setting="normal",
+                    ks=KS, results_path=out, model_cache_path=cache, datasets=list(names),
+                    device="cpu",
+                )  # fmt: skip
             for dataset in names:
                 [path] = out.rglob(f"{dataset}_*.json")
                 rows = json.loads(path.read_text())

@@ -56,6 +56,10 @@ def stand_ins(page: Path, folder: Path) -> dict[str, object]:
         texts = [f"one {n}" for n in range(60)]
         build_store(folder / "store", documents, labels, texts=texts)
         return {"path": folder / "store"}
+    if page.name == "compare.md":
+        sae = qsl.load_sae("mini-qwen3/w1k-l0-16/1")
+        model = qsl.load_model("mini-qwen3")
+        return {"sae_a": sae, "sae_b": sae, "sae": sae, "model": model, "texts": ["some words"]}
     if page.name == "models.md":
         make_model(dtype=torch.bfloat16).save_pretrained(folder / "model")
         make_tokenizer().save_pretrained(folder / "model")
