@@ -13,6 +13,7 @@ again with the same command, it goes on where it was. `qsl store info` shows wha
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 
 from qwen_scope_lens.cli.arguments import layer_list, memory, rank
@@ -48,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     work.add_argument("--shard-docs", type=int, help="documents of a shard, default 512")
     work.add_argument("--sae-memory", type=memory, metavar="SIZE", help="such as 8GB; see docs")
     work.add_argument("--rank", type=rank, default=(0, 1), metavar="I/N", help="a part of the job")
+    work.add_argument("--ray", type=int, metavar="WORKERS", help="on a Ray cluster (extra `ray`)")
     work.add_argument("--device", help="cpu, cuda, cuda:1, ...")
     work.add_argument("--folder", type=Path, help="read the SAEs from here only")
     work.add_argument("--revision", help="of the SAEs on the hub")
@@ -58,35 +60,44 @@ def run(arguments: argparse.Namespace) -> int:
     from qwen_scope_lens.catalog import find_group
     from qwen_scope_lens.cli.store import describe
     from qwen_scope_lens.features.corpus import read_corpus
-    from qwen_scope_lens.features.extract import extract
+    from qwen_scope_lens.features.manifest import Settings
 
     labels = arguments.label_columns
-    store = extract(
-        read_corpus(
-            arguments.corpus,
-            text=arguments.text,
-            labels=None if labels is None else [name for name in labels.split(",") if name],
-            key=arguments.key,
-            split=arguments.split,
-            skip_empty=arguments.skip_empty,
-        ),
-        model=arguments.model or find_group(arguments.sae).backbone.model_id,
-        group=arguments.sae,
-        layers=arguments.layers,
-        out=arguments.out,
+    corpus = read_corpus(
+        arguments.corpus,
+        text=arguments.text,
+        labels=None if labels is None else [name for name in labels.split(",") if name],
+        key=arguments.key,
+        split=arguments.split,
+        skip_empty=arguments.skip_empty,
+    )
+    settings = Settings(
         max_tokens=arguments.max_tokens,
         truncate=not arguments.no_truncate,
         enable_thinking=arguments.thinking,
         add_generation_prompt=arguments.generation_prompt,
-        token_budget=arguments.token_budget,
-        shard_docs=arguments.shard_docs,
-        append=arguments.append,
-        sae_memory=arguments.sae_memory,
-        rank=arguments.rank,
-        sae_folder=arguments.folder,
-        sae_revision=arguments.revision,
-        device=arguments.device,
-        progress=not arguments.quiet,
     )
+    job = {
+        "model": arguments.model or find_group(arguments.sae).backbone.model_id,
+        "group": arguments.sae,
+        "layers": arguments.layers,
+        "out": arguments.out,
+        "token_budget": arguments.token_budget,
+        "shard_docs": arguments.shard_docs,
+        "append": arguments.append,
+        "sae_memory": arguments.sae_memory,
+        "sae_folder": arguments.folder,
+        "sae_revision": arguments.revision,
+        "device": arguments.device,
+        "progress": not arguments.quiet,
+    }
+    if arguments.ray is not None:
+        from qwen_scope_lens.features.ray import extract_on_ray
+
+        store = extract_on_ray(corpus, settings=settings, workers=arguments.ray, **job)
+    else:
+        from qwen_scope_lens.features.extract import extract
+
+        store = extract(corpus, rank=arguments.rank, **asdict(settings), **job)
     print(describe(store))
     return 0

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from qwen_scope_lens.features.packed import Packed
-from qwen_scope_lens.features.shards import Shard
+from qwen_scope_lens.features.shard import Shard, spans_of
 from qwen_scope_lens.saes.sparse import SparseCodes
 
 __all__ = ["BLOCK_TOKENS", "Block", "DocumentBlock", "blocks_of", "document_block"]
@@ -63,16 +63,18 @@ def blocks_of(shard: Shard, layer: int, local: np.ndarray, keep: bool) -> Iterat
 def document_block(shard: Shard, doc: int, layer: int, layers: tuple[int, ...]) -> DocumentBlock:
     """One document of a shard, by its number in the store."""
     start, end = shard.offsets[doc - shard.first_doc : doc - shard.first_doc + 2].tolist()
-    strings = shard.table("tokens.parquet", ["token"]).slice(start, end - start)
+    rows = shard.some_tokens(start, end)
     codes = {stored: shard.packed(stored).rows(start, end).unpack() for stored in layers}
+    keep = ~rows[f"extreme_{layer}"].to_numpy(zero_copy_only=False)
+    keep[:1] = False
     return DocumentBlock(
         doc=np.full(end - start, doc, dtype=np.int64),
         position=np.arange(end - start, dtype=np.int64),
-        token_ids=shard.token_ids()[start:end],
-        keep=shard.keep(layer)[start:end],
+        token_ids=rows["token_id"].to_numpy().astype(np.int64),
+        keep=keep,
         codes=codes[layer],
-        tokens=strings["token"].to_pylist(),
-        spans=shard.spans()[start:end],
+        tokens=rows["token"].to_pylist(),
+        spans=spans_of(rows),
         layers=codes,
     )
 

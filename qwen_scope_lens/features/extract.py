@@ -11,30 +11,30 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 
 from qwen_scope_lens.address import LayerRef
-from qwen_scope_lens.catalog import find_group
+from qwen_scope_lens.catalog import Group, find_group
 from qwen_scope_lens.errors import (
     BadCorpus,
     StoreDamaged,
     StoreMismatch,
 )
 from qwen_scope_lens.features import facts
-from qwen_scope_lens.features.corpus import as_corpus, survey
+from qwen_scope_lens.features.corpus import Corpus, Survey, as_corpus, survey
 from qwen_scope_lens.features.job import Job
-from qwen_scope_lens.features.manifest import CorpusFacts, Manifest, Settings
+from qwen_scope_lens.features.manifest import CorpusFacts, Manifest, SAEFacts, Settings
 from qwen_scope_lens.features.store import FeatureStore
 from qwen_scope_lens.files import exclusive
 from qwen_scope_lens.models.capture import EXTREME_NORM_RATIO
 from qwen_scope_lens.models.load import load_model
 from qwen_scope_lens.models.tokens import find_tokenizer
 
-__all__ = ["SHARD_DOCS", "Job", "extract", "prepare"]
+__all__ = ["SHARD_DOCS", "Checked", "check", "extract", "prepare"]
 
 SHARD_DOCS = 512
 TOKEN_BUDGET = 4096
@@ -81,53 +81,68 @@ def extract(
             kept and the SAEs go over them one by one.
         rank: (i, n) makes every n-th shard from i: n processes share the work.
     """
-    job = prepare(
+    i, n = rank
+    if not 0 <= i < n:
+        raise BadCorpus(f"rank {i}/{n}: expected 0/{n}..{n - 1}/{n}")
+    settings = Settings(
+        max_tokens, truncate, enable_thinking, add_generation_prompt, extreme_norm_ratio
+    )
+    checked = check(
         documents,
         model=model,
         group=group,
         layers=layers,
         out=out,
-        tokenizer=tokenizer,
-        settings=Settings(
-            max_tokens, truncate, enable_thinking, add_generation_prompt, extreme_norm_ratio
-        ),
+        settings=settings,
         token_budget=token_budget,
         shard_docs=shard_docs,
         append=append,
         sae_folder=sae_folder,
         sae_revision=sae_revision,
-        device=device,
-        say=_say if progress else _silent,
-        **model_options,
     )
-    i, n = rank
-    if not 0 <= i < n:
-        raise BadCorpus(f"rank {i}/{n}: expected 0/{n}..{n - 1}/{n}")
+    say = _say if progress else _silent
+    job = prepare(checked, model, tokenizer, device, say, **model_options)
     lock = job.out if n == 1 else job.out / ".ranks" / f"{i}-of-{n}"
     with exclusive(lock):
-        job.run(job.missing(i, n), sae_memory, progress)
+        if missing := job.missing(i, n):
+            job.run(missing, job.encoder(sae_memory), progress)
+        else:
+            job.say("nothing to do: every shard is there")
     return FeatureStore.open(job.out)
 
 
-def prepare(
+@dataclass(frozen=True)
+class Checked:
+    """A job of which everything is known but the model."""
+
+    group: Group
+    corpus: Corpus
+    survey: Survey
+    saes: dict[int, SAEFacts]
+    settings: Settings
+    facts: CorpusFacts  # in an existing store: as it stands there, or would stand
+    folder: Path
+    append: bool
+    token_budget: int | None
+    sae_folder: str | os.PathLike[str] | None
+    sae_revision: str | None
+
+
+def check(
     documents: Any,
     *,
     model: Any,
     group: str,
     layers: Sequence[int],
     out: str | os.PathLike[str],
-    tokenizer: Any,
     settings: Settings,
     token_budget: int | None = None,
     shard_docs: int | None = None,
     append: bool = False,
     sae_folder: str | os.PathLike[str] | None = None,
     sae_revision: str | None = None,
-    device: str | None = None,
-    say: Callable[[str], None] = lambda line: None,
-    **model_options: Any,
-) -> Job:
-    """Check everything that can be checked before the work, and write the manifest."""
+) -> Checked:
+    """Refuse what needs no model to be refused: bad rows, other SAEs, settings or documents."""
     row = find_group(group)
     wanted = sorted({row.check_layer(layer) for layer in layers})
     if not wanted:
@@ -142,7 +157,7 @@ def prepare(
             " --no-thinking), the template changes the text with it"
         )
     saes = {n: facts.sae_facts(LayerRef(row.short, n), sae_folder, sae_revision) for n in wanted}
-    corpus_facts = CorpusFacts(
+    mine = CorpusFacts(
         name=corpus.name,
         n_docs=found.n_docs,
         sha256=found.sha256,
@@ -151,43 +166,82 @@ def prepare(
         size=corpus.size,
     )
     folder = Path(out).expanduser()
-    if Manifest.exists(folder):  # refuse now what needs no model to be refused
+    if Manifest.exists(folder):
         likely = replace(Manifest.read(folder), saes=saes, settings=settings)
-        _joined(folder, likely, corpus_facts, found.labels, append)
+        mine = _current(_joined(folder, likely, mine, found.labels, append), mine)
+    if shard_docs not in (None, mine.shard_docs):
+        raise StoreMismatch(
+            f"{folder} has {mine.shard_docs} documents a shard, {shard_docs} were asked for:"
+            " leave shard_docs out to go on"
+        )
+    return Checked(
+        group=row,
+        corpus=corpus,
+        survey=found,
+        saes=saes,
+        settings=settings,
+        facts=mine,
+        folder=folder,
+        append=append,
+        token_budget=token_budget,
+        sae_folder=sae_folder,
+        sae_revision=sae_revision,
+    )
+
+
+def prepare(
+    checked: Checked,
+    model: Any,
+    tokenizer: Any = None,
+    device: str | None = None,
+    say: Callable[[str], None] = lambda line: None,
+    **model_options: Any,
+) -> Job:
+    """Load the model, compare it with the store's, write the manifest."""
+    wanted, folder, found = sorted(checked.saes), checked.folder, checked.survey
     if isinstance(model, (str, Path)):
         model = load_model(model, up_to_layer=wanted[-1], device=device, **model_options)
-    facts.check_model(model, row)
+    facts.check_model(model, checked.group)
     tokenizer = find_tokenizer(model, tokenizer)
     mine = Manifest(
         model=facts.model_facts(model, wanted),
         tokenizer=facts.tokenizer_facts(tokenizer),
-        saes=saes,
-        settings=settings,
+        saes=checked.saes,
+        settings=checked.settings,
         labels={},
         corpora=(),
         versions=facts.versions(),
     )
-    if note := facts.model_note(mine.model, row):
+    if note := facts.model_note(mine.model, checked.group):
         say(f"NOTE: {note}")
     with exclusive(folder / ".manifest", wait=True):
-        manifest = _joined(folder, mine, corpus_facts, found.labels, append)
+        manifest = _joined(folder, mine, checked.facts, found.labels, checked.append)
         if not Manifest.exists(folder) or Manifest.read(folder) != manifest:
             manifest.write(folder)
-    [current] = [c for c in manifest.corpora if c.sha256 == found.sha256]
-    if shard_docs not in (None, current.shard_docs):
-        raise StoreMismatch(
-            f"{folder} has {current.shard_docs} documents a shard, {shard_docs} were asked for:"
-            " leave shard_docs out to go on"
-        )
-    budget = token_budget or current.token_budget
+    current = _current(manifest, checked.facts)
+    budget = checked.token_budget or current.token_budget
     if budget != current.token_budget:
         say(
             f"NOTE: {budget} tokens a batch, the store was begun with {current.token_budget}: in"
             " floating point, values may differ in their last digit from an undisturbed run's"
         )
     return Job(
-        folder, corpus, current, manifest, model, tokenizer, budget, sae_folder, sae_revision, say
+        out=folder,
+        corpus=checked.corpus,
+        facts=current,
+        manifest=manifest,
+        model=model,
+        tokenizer=tokenizer,
+        token_budget=budget,
+        sae_folder=checked.sae_folder,
+        sae_revision=checked.sae_revision,
+        say=say,
     )
+
+
+def _current(manifest: Manifest, corpus: CorpusFacts) -> CorpusFacts:
+    [found] = [known for known in manifest.corpora if known.sha256 == corpus.sha256]
+    return found
 
 
 def _joined(

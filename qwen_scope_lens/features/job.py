@@ -59,12 +59,12 @@ class Job:
                 shards.append(shard)
         return shards
 
-    def run(self, shards: Sequence[int], sae_memory: int | None, progress: bool) -> None:
+    def encoder(self, sae_memory: int | None) -> Encoder:
+        """The SAEs, loaded; or one at a time where they do not fit. Says what that costs."""
+        return Encoder(self._load, self.manifest.layers, self._room(sae_memory))
+
+    def run(self, shards: Sequence[int], encoder: Encoder, progress: bool) -> None:
         """Make the given shards."""
-        if not shards:
-            self.say("nothing to do: every shard is there")
-            return
-        encoder = Encoder(self._load, self.manifest.layers, self._room(sae_memory))
         total = sum(end - start for start, end in map(self.facts.span, shards))
         waiting: list[_Read] = []
         truncated = 0

@@ -176,7 +176,7 @@ class Manifest:
                 settings=Settings(**content["settings"]),
                 labels=dict(content["labels"]),
                 corpora=tuple(
-                    CorpusFacts(**{**facts, "labels": tuple(facts["labels"])})
+                    CorpusFacts(**{**facts, "labels": tuple(facts.get("labels", ()))})
                     for facts in content["corpora"]
                 ),
                 versions=dict(content["versions"]),

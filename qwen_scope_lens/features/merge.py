@@ -17,10 +17,10 @@ import numpy as np
 
 from qwen_scope_lens.errors import StoreDamaged, StoreMismatch, TooLittleData
 from qwen_scope_lens.features.manifest import Manifest
+from qwen_scope_lens.features.shard import Shard
 from qwen_scope_lens.features.shards import (
     RESERVED,
     CodedDocument,
-    Shard,
     damage,
     shard_folder,
     write_shard,

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import Literal, get_args
 
 import numpy as np
+import torch
 from scipy.sparse import csr_matrix
 
 from qwen_scope_lens.errors import UnknownName
@@ -57,32 +58,36 @@ def _pooled(block: Block, how: How, d_sae: int) -> tuple[np.ndarray, np.ndarray,
     """document, feature, value of a block; a block holds whole documents."""
     if not len(block):
         return _NOTHING
-    starts = np.concatenate([[True], block.doc[1:] != block.doc[:-1]])
+    starts = np.nonzero(np.concatenate([[True], block.doc[1:] != block.doc[:-1]]))[0]
+    docs, tokens = block.doc[starts], np.diff(np.append(starts, len(block)))
+    codes = block.codes
     if how == "last":
-        ends = np.concatenate([starts[1:], [True]])
-        doc, codes = block.doc[ends], block.codes[np.nonzero(ends)[0]]
-    else:
-        doc, codes = block.doc, block.codes
-    values, indices = codes.values.numpy(), codes.indices.numpy()
-    active = values > 0
-    rows = np.broadcast_to(doc[:, None], values.shape)[active]
-    value = values[active]
-    key = rows * d_sae + indices[active]
-    if how == "last":
-        return rows, indices[active].astype(np.int64), value
-    order = np.argsort(key, kind="stable")
-    key, value = key[order], value[order]
-    if not len(key):
+        codes = codes[torch.from_numpy(starts + tokens - 1)]
+        starts = np.arange(len(docs))
+    active = codes.active.numpy()
+    before = np.concatenate([[0], np.cumsum(active.sum(1))])
+    entries = csr_matrix(  # a row a document, features repeated and unsorted
+        (
+            codes.values.numpy()[active],
+            codes.indices.numpy()[active],
+            before[np.append(starts, len(codes))],
+        ),
+        shape=(len(docs), d_sae),
+    )
+    # Transposing twice is a sort by feature within each row, in linear time.
+    entries = entries.tocsc().tocsr()
+    row = np.repeat(np.arange(len(docs)), np.diff(entries.indptr))
+    feature, value = entries.indices, entries.data
+    if not len(row):
         return _NOTHING
-    [first] = np.nonzero(np.concatenate([[True], key[1:] != key[:-1]]))
-    unique = key[first]
-    found_doc, found_feature = unique // d_sae, unique % d_sae
+    changes = (row[1:] != row[:-1]) | (feature[1:] != feature[:-1])
+    first = np.nonzero(np.concatenate([[True], changes]))[0]
+    row, feature = row[first], feature[first].astype(np.int64)
     if how == "any":
-        pooled = np.ones(len(unique), np.float32)
-    elif how == "max":
-        pooled = np.maximum.reduceat(value, first)
+        pooled = np.ones(len(first), np.float32)
+    elif how == "mean":
+        sums = np.add.reduceat(value.astype(np.float64), first)
+        pooled = (sums / tokens[row]).astype(np.float32)
     else:
-        tokens = np.diff(np.append(np.nonzero(starts)[0], len(block)))
-        count = tokens[np.searchsorted(block.doc[starts], found_doc)]
-        pooled = (np.add.reduceat(value.astype(np.float64), first) / count).astype(np.float32)
-    return found_doc, found_feature, pooled
+        pooled = np.maximum.reduceat(value, first)
+    return docs[row], feature, pooled

@@ -29,7 +29,8 @@ from qwen_scope_lens.errors import (
 from qwen_scope_lens.features.blocks import Block, DocumentBlock, blocks_of, document_block
 from qwen_scope_lens.features.manifest import Manifest, SAEFacts
 from qwen_scope_lens.features.packed import Packed
-from qwen_scope_lens.features.shards import RESERVED, Shard, shard_folder
+from qwen_scope_lens.features.shard import Shard, spans_of
+from qwen_scope_lens.features.shards import RESERVED, shard_folder
 from qwen_scope_lens.saes.sparse import SparseCodes
 
 __all__ = ["Block", "DocumentBlock", "FeatureStore", "Hits"]
@@ -154,7 +155,7 @@ class FeatureStore:
     def spans(self, doc: int) -> np.ndarray:
         """Characters of the document's text per token. int64 `[n, 2]`"""
         shard, rows = self._place(doc)
-        return shard.spans()[rows]
+        return spans_of(shard.some_tokens(rows.start, rows.stop))
 
     # Codes.
 

@@ -1,0 +1,179 @@
+"""One finished shard, read: tokens, codes of rows, hits of a feature. The files are `shards.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from qwen_scope_lens.errors import BadFile, StoreDamaged
+from qwen_scope_lens.features.manifest import Manifest
+from qwen_scope_lens.features.packed import OVERFLOW, Packed
+from qwen_scope_lens.features.shards import REPAIR, SHARD_FORMAT, layer_folder, shard_folder
+from qwen_scope_lens.files import read_json
+
+__all__ = ["Shard", "spans_of"]
+
+
+class Shard:
+    """One finished shard, memory-mapped; nothing is read before it is asked for."""
+
+    def __init__(self, store: Path, number: int, manifest: Manifest) -> None:
+        self.folder, self.number, self._manifest = shard_folder(store, number), number, manifest
+        try:
+            facts = read_json(self.folder / "shard.json", *SHARD_FORMAT, "qsl extract")
+            self.first_doc, self.n_docs = int(facts["first_doc"]), int(facts["n_docs"])
+            self.n_tokens = int(facts["n_tokens"])
+            self.n_nonzero = {int(layer): int(n) for layer, n in facts["n_nonzero"].items()}
+            self.files: dict[str, dict[str, Any]] = facts["files"]
+        except (BadFile, KeyError, TypeError, ValueError, AttributeError) as error:
+            raise StoreDamaged(f"{self.folder}: {error}. {REPAIR}") from error
+        if (self.first_doc, self.first_doc + self.n_docs) != manifest.corpus_of(number).span(
+            number
+        ):
+            raise StoreDamaged(f"{self.folder} holds other documents than the manifest says")
+        self._packed: dict[int, Packed] = {}
+        self._groups: dict[int, tuple[pq.FileMetaData, np.ndarray, np.ndarray]] = {}
+
+    def path(self, name: str) -> Path:
+        return self.folder / name
+
+    def features_path(self, layer: int) -> Path:
+        return layer_folder(self.folder, layer) / "features.parquet"
+
+    @cached_property
+    def offsets(self) -> np.ndarray:
+        return self._array("offsets.npy", mapped=False)
+
+    def packed(self, layer: int) -> Packed:
+        """The layer's codes of all tokens, as views of the files."""
+        if layer not in self._packed:
+            name = layer_folder(Path(), layer)
+            optional = {
+                part: self._array((name / f"{part}.npy").as_posix())
+                if (name / f"{part}.npy").as_posix() in self.files
+                else None
+                for part in ("indices_high", "overflow")
+            }
+            overflow = optional["overflow"]
+            packed = Packed(
+                low=self._array((name / "indices.npy").as_posix()),
+                high=optional["indices_high"],
+                values=self._array((name / "values.npy").as_posix()),
+                overflow=np.zeros(0, OVERFLOW) if overflow is None else np.array(overflow),
+                d_sae=self._manifest.saes[layer].d_sae,
+            )
+            if not packed.low.shape == packed.values.shape == (self.n_tokens, packed.k):
+                raise StoreDamaged(f"{self.folder}/{name}: arrays do not fit together. {REPAIR}")
+            self._packed[layer] = packed
+        return self._packed[layer]
+
+    @cached_property
+    def tokens(self) -> pa.Table:
+        """Everything of `tokens.parquet` but the strings; remembered until `forget_tokens`."""
+        columns = ["token_id", "start", "end"]
+        columns += [f"extreme_{layer}" for layer in self._manifest.layers]
+        return self.table("tokens.parquet", columns)
+
+    def forget_tokens(self) -> None:
+        self.__dict__.pop("tokens", None)
+
+    def forget_maps(self) -> None:
+        """Close the files that `packed` opened (once nothing uses them any more)."""
+        self._packed.clear()
+
+    def token_ids(self) -> np.ndarray:
+        return self.tokens["token_id"].to_numpy().astype(np.int64)
+
+    def spans(self) -> np.ndarray:
+        """int64 `[T, 2]`; -1 where a document was given as token ids."""
+        return spans_of(self.tokens)
+
+    def keep(self, layer: int) -> np.ndarray:
+        """bool `[T]`: neither the first token of its document nor of extreme norm."""
+        keep = ~self.tokens[f"extreme_{layer}"].to_numpy(zero_copy_only=False)
+        starts = self.offsets[:-1]
+        keep[starts[starts < self.n_tokens]] = False
+        return keep
+
+    def table(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
+        try:
+            return pq.read_table(self.path(name), columns=columns)
+        except (OSError, pa.ArrowException) as error:
+            raise StoreDamaged(f"{self.path(name)} cannot be read: {error}. {REPAIR}") from error
+
+    def some_tokens(self, start: int, end: int) -> pa.Table:
+        """Rows start..end of `tokens.parquet`, strings included, without reading all others."""
+        meta, ends = self._token_groups
+        first, last = np.searchsorted(ends, [start, end - 1], side="right").tolist()
+        path = self.path("tokens.parquet")
+        try:
+            with pq.ParquetFile(path, metadata=meta) as file:
+                table = file.read_row_groups(list(range(first, last + 1)), use_threads=False)
+        except (OSError, pa.ArrowException) as error:
+            raise StoreDamaged(f"{path} cannot be read: {error}. {REPAIR}") from error
+        skipped = int(ends[first - 1]) if first else 0
+        return table.slice(start - skipped, end - start)
+
+    @cached_property
+    def _token_groups(self) -> tuple[pq.FileMetaData, np.ndarray]:
+        """The footer of `tokens.parquet`, and the row at which each of its row groups ends."""
+        path = self.path("tokens.parquet")
+        try:
+            meta = pq.read_metadata(path)
+        except (OSError, pa.ArrowException) as error:
+            raise StoreDamaged(f"{path} cannot be read: {error}. {REPAIR}") from error
+        return meta, np.cumsum([meta.row_group(i).num_rows for i in range(meta.num_row_groups)])
+
+    def hits(self, layer: int, feature: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """doc, position, value of one feature, from the few row groups that can have it."""
+        if layer not in self._groups:
+            self._groups[layer] = self._open_groups(layer)
+        meta, low, high = self._groups[layer]
+        groups = np.nonzero((low <= feature) & (feature <= high))[0].tolist()
+        if not groups:
+            none = np.zeros(0, np.int64)
+            return none, none, np.zeros(0, np.float32)
+        try:
+            with pq.ParquetFile(self.features_path(layer), metadata=meta) as file:
+                table = file.read_row_groups(
+                    groups, columns=["feature", "doc", "position", "value"], use_threads=False
+                )
+        except (OSError, pa.ArrowException) as error:
+            path = self.features_path(layer)
+            raise StoreDamaged(f"{path} cannot be read: {error}. {REPAIR}") from error
+        found = table["feature"].to_numpy()
+        rows = slice(*np.searchsorted(found, [feature, feature + 1]).tolist())
+        doc, position, value = (
+            table[name].to_numpy()[rows] for name in ("doc", "position", "value")
+        )
+        return doc.astype(np.int64), position.astype(np.int64), value
+
+    def _open_groups(self, layer: int) -> tuple[pq.FileMetaData, np.ndarray, np.ndarray]:
+        """The footer, and the least and the greatest feature of every row group."""
+        path = self.features_path(layer)
+        try:
+            meta = pq.read_metadata(path)
+        except (OSError, pa.ArrowException) as error:
+            raise StoreDamaged(f"{path} cannot be read: {error}. {REPAIR}") from error
+        at = meta.schema.names.index("feature")
+        ranges = [meta.row_group(i).column(at).statistics for i in range(meta.num_row_groups)]
+        low = np.array([r.min for r in ranges if r is not None], dtype=np.int64)
+        return meta, low, np.array([r.max for r in ranges if r is not None], dtype=np.int64)
+
+    def _array(self, name: str, mapped: bool = True) -> np.ndarray:
+        try:
+            return np.load(self.path(name), mmap_mode="r" if mapped else None)
+        except (OSError, ValueError) as error:
+            raise StoreDamaged(f"{self.path(name)} cannot be read: {error}. {REPAIR}") from error
+
+
+def spans_of(tokens: pa.Table) -> np.ndarray:
+    """int64 `[n, 2]` of rows of `tokens.parquet`; -1 where there is no text."""
+    columns = [tokens[name].fill_null(-1).to_numpy() for name in ("start", "end")]
+    return np.stack(columns, axis=1).astype(np.int64)

@@ -1,0 +1,71 @@
+"""Ray: a local cluster of two workers, one of them killed in the middle, makes the same store."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from feature_stores import GROUP, LAYER
+
+import qwen_scope_lens as qsl
+from qwen_scope_lens.errors import BadCorpus, LayerOutOfRange
+from qwen_scope_lens.features.manifest import Settings
+from qwen_scope_lens.features.ray import extract_on_ray
+
+psutil = pytest.importorskip("psutil")
+pytest.importorskip("ray")
+
+TEXTS = [f"Document {n} says {n * n} 并且 {'again ' * n}" for n in range(14)]
+JOB: dict[str, Any] = {"model": "mini-qwen3", "group": GROUP, "layers": [LAYER], "shard_docs": 1}
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and ".lock" not in path.name
+    }
+
+
+def kill_one(shards: Path, seen: list[tuple[int, int]]) -> None:
+    """Once a shard is there, kill -9 one of the cluster's two workers."""
+    for _ in range(600):
+        done = len(list(shards.glob("0*"))) if shards.is_dir() else 0
+        if done:
+            for process in psutil.Process().children(recursive=True):
+                if "_Maker" in " ".join(process.cmdline()):
+                    seen.append((process.pid, done))
+                    process.kill()
+                    return
+        time.sleep(0.05)
+
+
+def test_a_killed_worker_changes_nothing(tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    killer = threading.Thread(target=kill_one, args=(tmp_path / "ray" / "shards", seen))
+    killer.start()
+    settings = Settings(max_tokens=40)
+    on_ray = extract_on_ray(
+        TEXTS, out=tmp_path / "ray", settings=settings, progress=False, workers=2, **JOB
+    )
+    killer.join()
+    assert seen
+    assert seen[0][1] < len(TEXTS), "nobody was killed in the middle"
+    assert on_ray.is_complete
+    single = qsl.extract(TEXTS, out=tmp_path / "single", max_tokens=40, progress=False, **JOB)
+    assert files_of(on_ray.path) == files_of(single.path)
+    again = {"settings": settings, "progress": False, **JOB}  # nothing to do: no cluster starts
+    assert extract_on_ray(TEXTS, out=on_ray.path, **again).n_docs == len(TEXTS)
+
+
+def test_refusals_need_no_cluster(tmp_path: Path) -> None:
+    job = {"settings": Settings(), "progress": False, **JOB}
+    with pytest.raises(BadCorpus, match="no documents"):
+        extract_on_ray([], out=tmp_path, **job)
+    with pytest.raises(BadCorpus, match="0 workers"):
+        extract_on_ray(["a"], out=tmp_path, **{**job, "workers": 0})
+    with pytest.raises(LayerOutOfRange):
+        extract_on_ray(["a"], out=tmp_path, **{**job, "layers": [8]})
