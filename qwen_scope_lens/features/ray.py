@@ -136,6 +136,7 @@ class _Maker:
 
 def _start(ray: Any, workers: int) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # they are the job, not its background
     variables = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
     local: dict[str, Any] = {}
     if "RAY_ADDRESS" not in os.environ:
