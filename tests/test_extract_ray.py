@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +29,9 @@ def files_of(folder: Path) -> dict[str, bytes]:
     }
 
 
-def kill_one(shards: Path, seen: list[tuple[int, int]]) -> None:
+def kill_one(shards: Path, seen: list[tuple[int, int]], over: threading.Event) -> None:
     """Once a shard is there, kill -9 one of the cluster's two workers."""
-    for _ in range(600):
+    while not over.wait(0.05):
         done = len(list(shards.glob("0*"))) if shards.is_dir() else 0
         if done:
             for process in psutil.Process().children(recursive=True):
@@ -40,17 +39,18 @@ def kill_one(shards: Path, seen: list[tuple[int, int]]) -> None:
                     seen.append((process.pid, done))
                     process.kill()
                     return
-        time.sleep(0.05)
 
 
 def test_a_killed_worker_changes_nothing(tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
-    killer = threading.Thread(target=kill_one, args=(tmp_path / "ray" / "shards", seen))
+    over = threading.Event()
+    killer = threading.Thread(target=kill_one, args=(tmp_path / "ray" / "shards", seen, over))
     killer.start()
     settings = Settings(max_tokens=40)
     on_ray = extract_on_ray(
         TEXTS, out=tmp_path / "ray", settings=settings, progress=False, workers=2, **JOB
     )
+    over.set()
     killer.join()
     assert seen
     assert seen[0][1] < len(TEXTS), "nobody was killed in the middle"
