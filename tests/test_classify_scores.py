@@ -10,6 +10,7 @@ from scipy.sparse import csr_matrix
 from sklearn.metrics import f1_score, precision_score, recall_score
 
 from qwen_scope_lens.classification.compare_methods import compare
+from qwen_scope_lens.classification.estimator import FeatureRuleClassifier
 from qwen_scope_lens.classification.experiments import (
     best_test_layer,
     by_layer,
@@ -18,6 +19,7 @@ from qwen_scope_lens.classification.experiments import (
     subset,
     transfer,
 )
+from qwen_scope_lens.classification.explain import Evidence, Explanation
 from qwen_scope_lens.classification.inputs import Task, by_language, split
 from qwen_scope_lens.classification.methods import Documents, RuleMethod, name_of
 from qwen_scope_lens.classification.pooled import LayerFacts, Source, stack_layers
@@ -120,7 +122,12 @@ def test_the_operating_point_is_the_best_that_keeps_it(seed: int, n: int, what: 
 def test_the_report_shows_the_fall_of_the_or_rule_and_who_wins() -> None:
     documents = planted()
     discovery, test = split(documents, 0.3)
-    report = compare(discovery, test, at=At.parse("recall=0.8"))
+
+    def why(classifier: FeatureRuleClassifier, doc: int) -> Explanation:
+        seen = Evidence(classifier.features_[0], 1.0, doc, "tok", 0, 3, "planted")
+        return Explanation(True, 1.0, (seen,))
+
+    report = compare(discovery, test, at=At.parse("recall=0.8"), why=why)
     f1 = {row.method: row.all.f1 for row in report.rows}
     assert next(iter(f1)) == "OR, 2 features"
     assert f1["always yes"] == pytest.approx(2 / 3, abs=0.01)
@@ -134,6 +141,9 @@ def test_the_report_shows_the_fall_of_the_or_rule_and_who_wins() -> None:
     assert max(report.layers, key=report.layers.__getitem__) == 6
     for error in report.errors:
         assert bool(error.features) is not error.truth  # alarms have features, misses have none
+    assert any(
+        f"'tok', token {e.doc} (planted)" in why for e in report.errors for why in e.features
+    )
     text = report_text(report)
     for part in ("always yes", "recall >= 0.8", "mini-qwen3/w1k-l0-16/6/1", "or: precision", "ru"):
         assert part in text

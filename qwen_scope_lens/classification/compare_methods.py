@@ -6,12 +6,14 @@ data are `experiments.py`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from sklearn.model_selection import StratifiedKFold
 
+from qwen_scope_lens.classification.estimator import FeatureRuleClassifier
+from qwen_scope_lens.classification.explain import Explanation
 from qwen_scope_lens.classification.methods import (
     Documents,
     Method,
@@ -24,8 +26,10 @@ from qwen_scope_lens.errors import TooLittleData
 
 __all__ = ["Error", "Growth", "Point", "Report", "Row", "compare"]
 
+Why = Callable[[FeatureRuleClassifier, int], Explanation]
 GROWTH = (1, 2, 5, 10, 16, 32)
-FOLDS = 3
+HELD_OUT = 3
+"""One discovery document in this many sets the cut of the operating point."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,7 @@ class Error:
     text: str
     truth: bool
     score: float
-    features: tuple[tuple[str, float], ...]  # address, value; none for most misses
+    features: tuple[str, ...]  # address, value, where it fires if known; none for most misses
     language: str | None = None
 
 
@@ -93,10 +97,12 @@ def compare(
     growth: Sequence[int] = GROWTH,
     most_errors: int = 20,
     described: str = "",
+    why: Why | None = None,
 ) -> Report:
     """Fit every method on `discovery`, score it on `test`.
 
-    `classifier` is the one reported on, the paper's OR over two features where None.
+    `classifier` is the one reported on, the paper's OR over two features where None. `why` explains
+    a test document's number, so that errors name tokens.
     """
     for name, part in (("discovery", discovery), ("test", test)):
         if not 0 < part.truth.sum() < len(part.truth):
@@ -113,7 +119,7 @@ def compare(
     decisions: dict[str, np.ndarray] = {}
     rows = []
     for method in methods:
-        cut = _cut(method, discovery, at)
+        point = _at_point(method, discovery, test, at)
         scores = method.fit(discovery).score(test)
         decisions[method.name] = says = scores > 0
         known = test.languages
@@ -129,14 +135,14 @@ def compare(
                 scored(says, test.truth),
                 by_language,
                 None if method is first else against,
-                None if cut is None else _point(scores > cut, test.truth),
+                point,
             )
         )
     fitted = first.classifier
     return Report(
         tuple(rows),
         tuple(grow(discovery, test, growth, dict(first.settings))),
-        tuple(_errors(first, test, most_errors)),
+        tuple(_errors(first, test, most_errors, why)),
         at,
         len(discovery),
         len(test),
@@ -162,24 +168,27 @@ def grow(
     return found
 
 
-def _cut(method: Method, discovery: Documents, at: At) -> float | None:
-    """The operating point's cut, from scores of discovery documents that were held out."""
+def _at_point(method: Method, discovery: Documents, test: Documents, at: At) -> Point | None:
+    """Fitted on two thirds of the discovery documents, the cut set on the rest, then on test.
+
+    One fit throughout: scores of different fits, perhaps on different layers, have no common scale.
+    """
     least = min(int(discovery.truth.sum()), int((~discovery.truth).sum()))
-    if least < FOLDS:
+    if least < HELD_OUT:
         return None
-    held = np.zeros(len(discovery))
-    folds = StratifiedKFold(FOLDS, shuffle=True, random_state=0)
-    for known, left in folds.split(discovery.truth, discovery.truth):
-        held[left] = method.fit(discovery.take(known)).score(discovery.take(left))
-    return cut_for(held, discovery.truth, at)
-
-
-def _point(says: np.ndarray, truth: np.ndarray) -> Point:
-    scores = scored(says, truth)
+    folds = StratifiedKFold(HELD_OUT, shuffle=True, random_state=0)
+    known, left = next(folds.split(discovery.truth, discovery.truth))
+    held = discovery.take(left)
+    fitted = method.fit(discovery.take(known))
+    cut = cut_for(fitted.score(held), held.truth, at)
+    if cut is None:
+        return None
+    says = fitted.score(test) > cut
+    scores = scored(says, test.truth)
     return Point(scores.precision, scores.recall, float(says.mean()))
 
 
-def _errors(method: RuleMethod, test: Documents, most: int) -> list[Error]:
+def _errors(method: RuleMethod, test: Documents, most: int, why: Why | None) -> list[Error]:
     """False alarms and misses in turn, the clearest first."""
     fitted = method.classifier
     values = fitted.values(test.pooled)
@@ -187,17 +196,22 @@ def _errors(method: RuleMethod, test: Documents, most: int) -> list[Error]:
     alarms = [i for i in np.argsort(-scores, kind="stable") if scores[i] > 0 and not test.truth[i]]
     misses = [i for i in np.argsort(scores, kind="stable") if scores[i] <= 0 and test.truth[i]]
     chosen = alarms[: most // 2] + misses[: most // 2]
-    return [
-        Error(
+    found = []
+    for i in chosen:
+        places: dict[str, str] = {}
+        for one in why(fitted, int(test.pooled.docs[i])).evidence if why else ():
+            label = f" ({one.label})" if one.label else ""
+            places.setdefault(one.feature, f" on {one.token!r}, token {one.position}{label}")
+        error = Error(
             int(test.pooled.docs[i]),
             test.texts[i],
             bool(test.truth[i]),
             float(scores[i]),
             tuple(
-                (str(fitted.features_[at]), float(values[i, at]))
+                f"{fitted.features_[at]} {values[i, at]:.2f}{places.get(fitted.features_[at], '')}"
                 for at in fitted.rule_.responsible(values[i])
             ),
             None if test.languages is None else str(test.languages[i]),
         )
-        for i in chosen
-    ]
+        found.append(error)
+    return found

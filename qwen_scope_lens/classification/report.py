@@ -52,7 +52,7 @@ def report_text(report: Report) -> str:
         f" ({_share_positive(report)} positive). All numbers are of the test documents; intervals"
         " hold 95% of resamples.\n",
         table(METHODS, _method_rows(report)),
-        f"\nAt {report.at} (cut set on held-out discovery documents):",
+        f"\nAt {report.at} (fitted on two thirds of the discovery documents, cut set on the rest):",
         table(("method", "precision", "recall", "called positive"), _point_rows(report)),
     ]
     if report.languages:
@@ -68,7 +68,7 @@ def report_text(report: Report) -> str:
     ]
     for error in report.errors:
         head = "missed     " if error.truth else "false alarm"
-        why = ", ".join(f"{address} {value:.2f}" for address, value in error.features)
+        why = "; ".join(error.features)
         where = f" [{error.language}]" if error.language else ""
         parts.append(f"  {head} doc {error.doc}{where}: {_excerpt(error.text)}")
         parts.append(f"              {why or 'no feature of the rule fires'}")
@@ -89,7 +89,10 @@ def report_page(report: Report, title: str = "Feature classifier") -> Page:
     )
     page.heading("All methods on the same documents").table(METHODS, _method_rows(report))
     page.heading(f"At {report.at}")
-    page.text("The cut of every method was set on discovery documents held out for it.", quiet=True)
+    page.text(
+        "Each method fitted on two thirds of the discovery documents, its cut set on the rest.",
+        quiet=True,
+    )
     page.table(("method", "precision", "recall", "called positive"), _point_rows(report))
     if report.languages:
         page.heading("F1 by language")
@@ -110,7 +113,7 @@ def report_page(report: Report, title: str = "Feature classifier") -> Page:
             str(error.doc),
             error.language,
             error.text[:400],
-            ", ".join(f"{address} {value:.2f}" for address, value in error.features) or None,
+            "; ".join(error.features) or None,
         )
         for error in report.errors
     ]

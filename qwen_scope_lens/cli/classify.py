@@ -80,6 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         if name == "report":
             verb.add_argument("--at", default="precision=0.9", help="default: %(default)s")
             verb.add_argument("--page", type=Path, help="also write an HTML page")
+            verb.add_argument("--labels", type=Path, help="a label pack: what the features mean")
             verb.add_argument("--no-residuals", action="store_true", help="no model, no probes")
 
 
@@ -160,8 +161,8 @@ def _open(arguments: argparse.Namespace, data: str, store: str | None) -> Featur
 
 def _read(
     arguments: argparse.Namespace, residuals: bool = False
-) -> tuple[Documents, Documents, str]:
-    """Discovery and test documents, and a line that says what they are."""
+) -> tuple[Documents, Documents, str, FeatureStore]:
+    """Discovery and test documents, a line that says what they are, and the store of the test."""
     from qwen_scope_lens.classification.inputs import Task, documents_of, residuals_of, split
     from qwen_scope_lens.classification.pooled import source_of_store
     from qwen_scope_lens.classification.read import open_model
@@ -182,8 +183,8 @@ def _read(
     discovery, test = found if len(found) == 2 else split(found[0])
     source = discovery.pooled.source
     group = source.layers[0].ref.rpartition("/")[0]
-    layers = ", ".join(str(facts.layer) for facts in source.layers)
-    return discovery, test, f"{task}: {source.model}, {group}, layers {layers}"
+    numbers = ", ".join(str(facts.layer) for facts in source.layers)
+    return discovery, test, f"{task}: {source.model}, {group}, layers {numbers}", store
 
 
 def _fit(arguments: argparse.Namespace) -> None:
@@ -224,11 +225,20 @@ def _report(arguments: argparse.Namespace) -> None:
     from qwen_scope_lens.classification.methods import RuleMethod, name_of
     from qwen_scope_lens.classification.report import report_page, report_text
     from qwen_scope_lens.classification.scores import At
+    from qwen_scope_lens.features.labels import LabelPack
 
     settings, at = _settings(arguments), At.parse(arguments.at)
-    discovery, test, said = _read(arguments, residuals=not arguments.no_residuals)
+    labels = LabelPack.read(arguments.labels) if arguments.labels else None
+    discovery, test, said, store = _read(arguments, residuals=not arguments.no_residuals)
     first = RuleMethod(name_of(settings), settings)
-    report = compare(discovery, test, first, at, described=said)
+    report = compare(
+        discovery,
+        test,
+        first,
+        at,
+        described=said,
+        why=lambda classifier, doc: classifier.explain(doc, store, labels),
+    )
     print(report_text(report))
     if arguments.page:
         report_page(report, f"Classifier: {arguments.label}").save(arguments.page)
@@ -240,7 +250,7 @@ def _transfer(arguments: argparse.Namespace) -> None:
     from qwen_scope_lens.classification.inputs import by_language
     from qwen_scope_lens.classification.report import overlap_table, transfer_table
 
-    discovery, test, said = _read(arguments)
+    discovery, test, said, _ = _read(arguments)
     known, held = by_language(discovery), by_language(test)
     print(f"{said}\n\nF1 of rules used on another language than they were fitted on:")
     print(transfer_table(transfer(known, held, _settings(arguments))))
@@ -252,6 +262,6 @@ def _efficiency(arguments: argparse.Namespace) -> None:
     from qwen_scope_lens.classification.experiments import efficiency
     from qwen_scope_lens.classification.report import efficiency_table
 
-    discovery, test, said = _read(arguments)
+    discovery, test, said, _ = _read(arguments)
     print(f"{said}\n")
     print(efficiency_table(efficiency(discovery, test, _settings(arguments))))
