@@ -310,6 +310,15 @@ def test_a_cache_carried_by_hand(world: Any, model: Any) -> None:
     assert found == truth
 
 
+def test_arguments_by_position_are_understood(world: Any, model: Any) -> None:
+    plan, batch = Plan([f"{ref(1, 3)}:add:+4@pos=0"]), padded([SHORT, LONG])
+    with torch.no_grad(), steer(model, plan) as report:
+        named = model(**batch).logits
+        placed = model(batch["input_ids"], batch["attention_mask"]).logits
+    assert torch.equal(named, placed)
+    assert report.edits[0].fired == 4  # the first real token of each row, twice
+
+
 def test_neutral_plans_leave_the_logits_alone(world: Any) -> None:
     model = make_model(dtype=torch.bfloat16)
     ids = torch.tensor([LONG])

@@ -8,7 +8,8 @@ it is computed. It edits nothing; what is selected by these names is `select.py`
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+import inspect
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -56,12 +57,12 @@ class Watch:
         self._ids: Tensor | None = None
         self._outer_waits = False
 
-    def before(self, module: Any, args: Any, kwargs: dict[str, Any], outer: bool) -> None:
+    def before(
+        self, module: Any, args: Any, kwargs: dict[str, Any], names: Sequence[str], outer: bool
+    ) -> None:
         """A pass begins, at the whole model or at the text model inside it."""
-        ids = kwargs.get("input_ids")
-        if ids is None and args and isinstance(args[0], Tensor) and not args[0].is_floating_point():
-            ids = args[0]
-        embeds = kwargs.get("inputs_embeds")
+        kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+        ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
         if not outer and self._outer_waits:  # the same pass, a floor below
             self._outer_waits = False
             if self.call is not None:
@@ -142,7 +143,9 @@ def watching(model: Any) -> Iterator[Watch]:
     undo: list[Callable[[], None]] = []
     try:
         for module in dict.fromkeys((inner, root)):
-            hook = functools.partial(watch.before, outer=module is inner and inner is not root)
+            names = tuple(inspect.signature(module.forward).parameters)
+            outer = module is inner and inner is not root
+            hook = functools.partial(watch.before, names=names, outer=outer)
             handle = module.register_forward_pre_hook(hook, with_kwargs=True)
             undo.append(handle.remove)
         for holder in dict.fromkeys((model, inner)):
