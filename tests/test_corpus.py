@@ -178,6 +178,7 @@ def test_a_survey_notices_every_change() -> None:
     assert survey(as_corpus([{"text": "a", "x": 1}, {"text": "b", "x": "1"}]), "x").labels == {
         "x": "str"
     }
+    assert survey(as_corpus([{"text": "a", "x": 2**70}]), "x").labels == {"x": "str"}
 
 
 @settings(

@@ -156,6 +156,23 @@ def test_killed_at_any_moment(store: FeatureStore, model: Any, tmp_path: Path) -
     assert check(out) == []
 
 
+def test_read_while_another_process_writes(model: Any, tmp_path: Path) -> None:
+    out, seen = tmp_path / "store", set()
+    writer = multiprocessing.get_context("fork").Process(target=lambda: run(model, out))
+    writer.start()
+    while writer.is_alive():
+        if (out / "manifest.json").exists():
+            now = FeatureStore.open(out)
+            tokens = sum(len(block) for block in now.iter_blocks(LAYER))
+            assert tokens == now.n_tokens
+            seen.add(now.n_docs)
+    writer.join()
+    assert writer.exitcode == 0
+    assert seen <= {0, 3, 6, 9, 11}
+    assert len(seen) > 1
+    assert FeatureStore.open(out).is_complete
+
+
 @pytest.mark.parametrize("what", ["lost", "changed", "cut"])
 def test_a_damaged_shard_is_found_and_made_again(
     store: FeatureStore, model: Any, tmp_path: Path, what: str

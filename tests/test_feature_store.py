@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -20,6 +22,7 @@ from qwen_scope_lens.errors import (
     StoreMismatch,
     UnknownName,
 )
+from qwen_scope_lens.features.merge import merge
 from qwen_scope_lens.features.packed import Packed, pack, stored_values
 from qwen_scope_lens.features.pool import pool
 from qwen_scope_lens.features.store import FeatureStore
@@ -172,6 +175,39 @@ def test_another_saes_feature_is_refused(store: FeatureStore) -> None:
         store.by_feature("mini-qwen3.5/w1k-l0-16/6/5")
     with pytest.raises(LayerOutOfRange):
         store.by_feature((LAYER, 1024))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sha256": "1" * 64}, r"another SAE: mini-qwen3/w1k-l0-16/6: sha256 0+.. against 1+.."),
+        ({"ref": "mini-qwen3.5/w1k-l0-16/6"}, r"mini-qwen3/\S+ against mini-qwen3.5/w1k-l0-16/6"),
+        ({"subtracts_b_dec": True}, "subtracts_b_dec False against True"),
+        ({"k": 8}, "k 16 against 8"),
+    ],
+)
+def test_stores_of_different_saes_do_not_merge(
+    store: FeatureStore, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    saes = {LAYER: replace(store.sae(LAYER), **changes)}
+    other = build_store(tmp_path / "other", [[{1: 1.0}]], saes=saes)
+    with pytest.raises(StoreMismatch, match=message):
+        merge([store.path, other.path], tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_an_edited_manifest_is_named(store: FeatureStore, tmp_path: Path) -> None:
+    build_store(tmp_path, [[{1: 1.0}]])
+    path = tmp_path / "manifest.json"
+    whole = path.read_text()
+    for content, message in (
+        (whole.replace("d_model", "width"), "lacks or mistypes"),
+        (whole.replace('"version": 1', '"version": 99'), "version 99"),
+        (whole[:100], "cannot be read as JSON"),
+    ):
+        path.write_text(content)
+        with pytest.raises(BadFile, match=message):
+            FeatureStore.open(tmp_path)
 
 
 def test_no_store(tmp_path: Path) -> None:

@@ -27,6 +27,8 @@ __all__ = ["Corpus", "Document", "Survey", "as_corpus", "read_corpus", "read_row
 KEYS = ("key", "id")
 TEXTS = ("text", "messages")
 
+_BEYOND_INT64 = 2**63
+
 Label = bool | int | float | str | None
 
 
@@ -150,6 +152,8 @@ def survey(corpus: Iterable[Document], name: str) -> Survey:
                 labels.setdefault(label, "")
                 continue
             kind = type(value).__name__
+            if kind == "int" and abs(value) >= _BEYOND_INT64:
+                kind = "str"
             labels[label] = join_label_types(labels.get(label) or kind, kind)
     if not count:
         raise BadCorpus(f"{name} has no documents")
