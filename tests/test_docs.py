@@ -78,6 +78,9 @@ def stand_ins(page: Path, folder: Path) -> dict[str, object]:
         for said_on_the_page in ("output_dir", "per_device_train_batch_size"):
             del settings[said_on_the_page]
         return {"model": model, "tokenizer": tokenizer, "settings": settings}
+    if page.name == "bench.md":
+        (folder / "items").mkdir()
+        return {"folder": folder / "items"}
     return {}
 
 

@@ -7,7 +7,7 @@ intervals resample benchmarks, never pairs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial as bind
 
@@ -142,32 +142,38 @@ def partial_rank(x: np.ndarray, y: np.ndarray, m: np.ndarray, seed: int = 0) -> 
 
 
 def correlate_pairs(
-    a: np.ndarray, b: np.ndarray, shuffles: int = 2000, seed: int = 0
+    a: np.ndarray,
+    b: np.ndarray,
+    keep: np.ndarray | None = None,
+    shuffles: int = 999,
+    seed: int = 0,
 ) -> PairCorrelation:
-    """Two symmetric tables `[benchmarks, benchmarks]`, compared over their pairs."""
+    """Two symmetric tables `[benchmarks, benchmarks]`, compared over their pairs.
+
+    `keep` (bool, symmetric) says which pairs count, as where some benchmarks have items in common.
+    """
     a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
     n = len(a)
+    counts = ~np.eye(n, dtype=bool) if keep is None else np.asarray(keep) & ~np.eye(n, dtype=bool)
     rows, columns = np.triu_indices(n, 1)
+    n_pairs = int(counts[rows, columns].sum())
+    if n_pairs < 3:
+        raise TooLittleData(f"{n_pairs} pairs of benchmarks: a correlation over pairs needs 3")
 
-    def over(measure: str, numbers: np.ndarray) -> float:
+    def over(measure: Callable[[np.ndarray, np.ndarray], float], numbers: np.ndarray) -> float:
         i, j = numbers[rows], numbers[columns]
-        different = i != j
-        i, j = i[different], j[different]
-        return (pearson if measure == "pearson" else spearman)(a[i, j], b[i, j])
+        wanted = counts[i, j]
+        return measure(a[i[wanted], j[wanted]], b[i[wanted], j[wanted]])
 
-    found = {
-        measure: over_benchmarks(bind(over, measure), n, seed=seed)
-        for measure in ("pearson", "spearman")
-    }
+    straight, ranks = (
+        over_benchmarks(bind(over, measure), n, seed=seed) for measure in (pearson, spearman)
+    )
     rng = np.random.default_rng(seed)
-    ranks_a, ranks_b = np.zeros((n, n)), rankdata(b[rows, columns])
-    ranks_a[rows, columns] = rankdata(a[rows, columns])
-    ranks_a += ranks_a.T
-    least = found["spearman"].value - 1e-12
     reached = 0
     for _ in range(shuffles):
         order = rng.permutation(n)
-        reached += pearson(ranks_a[np.ix_(order, order)][rows, columns], ranks_b) >= least
-    return PairCorrelation(
-        n, len(rows), found["pearson"], found["spearman"], (reached + 1) / (shuffles + 1)
-    )
+        i, j = order[rows], order[columns]
+        wanted = counts[i, j] & counts[rows, columns]  # where both tables have a pair that counts
+        there = a[i[wanted], j[wanted]], b[rows[wanted], columns[wanted]]
+        reached += len(there[0]) > 1 and spearman(*there) >= ranks.value - 1e-12
+    return PairCorrelation(n, n_pairs, straight, ranks, (reached + 1) / (shuffles + 1))

@@ -25,6 +25,7 @@ __all__ = [
     "missed",
     "redundancy",
     "redundancy_at",
+    "size_for",
     "size_grid",
 ]
 
@@ -131,7 +132,7 @@ def redundancy(footprint: Footprint, draws: int = DRAWS, seed: int = 0) -> Redun
         features_per_item=float(counts.sum() / n_items),
         auc=centred(float(auc[0]), aucs, 0.0, 1.0),
         r_hat=centred(float(r_hat[0]), r_hats, 0.0),
-        half=_reaches(footprint, 0.5),
+        half=size_for(footprint, 0.5),
         new_per_item=float(np.count_nonzero(counts == 1) / n_items),
     )
 
@@ -149,19 +150,20 @@ def redundancy_at(footprint: Footprint, size: int) -> float:
     return float(expected.sum() / expected[-1] ** 2)
 
 
+def size_for(footprint: Footprint, share: float) -> int:
+    """The least n with c_n >= share. c_n grows with n, so by bisection."""
+    low, high = 1, len(footprint)
+    while low < high:
+        middle = (low + high) // 2
+        covered = expected_features(footprint.counts, len(footprint), [middle])[0]
+        enough = covered >= share * footprint.size - 1e-9
+        low, high = (low, middle) if enough else (middle + 1, high)
+    return low
+
+
 def _indices(counts: np.ndarray, n_items: int) -> tuple[np.ndarray, np.ndarray]:
     """AUC and R-hat of columns of counts. `[features, draws] -> [draws], [draws]`"""
     m = counts.astype(np.float64)
     size = np.count_nonzero(counts, axis=0)
     total = ratio((n_items + 1) * (m / (m + 1)).sum(0), size)  # sum of c_n over n = 1..N
     return total / n_items, ratio(total, size)
-
-
-def _reaches(footprint: Footprint, share: float) -> int:
-    """The least n with c_n >= share. c_n grows with n, so by bisection."""
-    low, high = 1, len(footprint)
-    while low < high:
-        middle = (low + high) // 2
-        covered = expected_features(footprint.counts, len(footprint), [middle])[0]
-        low, high = (low, middle) if covered >= share * footprint.size else (middle + 1, high)
-    return low

@@ -90,7 +90,7 @@ def resampled(footprint: Footprint, draws: int = DRAWS, seed: int = 0) -> Iterat
 
 
 def over_benchmarks(
-    statistic: Callable[[np.ndarray], float], n: int, draws: int = 2000, seed: int = 0
+    statistic: Callable[[np.ndarray], float], n: int, draws: int = 1000, seed: int = 0
 ) -> Interval:
     """A figure over n benchmarks, resampled with replacement: `statistic(numbers)`.
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from qwen_scope_lens.errors import TooLittleData
-from qwen_scope_lens.evaluation.coverage import expected_features
+from qwen_scope_lens.evaluation.coverage import expected_features, size_for
 from qwen_scope_lens.evaluation.footprint import Footprint
 
 __all__ = ["Subset", "choose"]
@@ -60,8 +60,7 @@ def choose(footprint: Footprint, share: float = 0.95, seed: int = 0) -> Subset:
     target = int(np.ceil(share * footprint.size - 1e-9))
     chosen, covered, at_least = _greedy(footprint, target)
     n_items, size = len(footprint), len(chosen)
-    sizes = np.arange(1, n_items + 1)
-    expected = expected_features(footprint.counts, n_items, sizes)
+    expected = expected_features(footprint.counts, n_items, [size])[0]
     sampled = _random_coverage(footprint, size, seed)
     return Subset(
         name=footprint.name,
@@ -70,10 +69,10 @@ def choose(footprint: Footprint, share: float = 0.95, seed: int = 0) -> Subset:
         chosen=np.array(chosen),
         coverage=np.array(covered) / footprint.size,
         at_least=at_least,
-        random_mean=float(expected[size - 1] / footprint.size),
+        random_mean=float(expected / footprint.size),
         random_low=float(np.quantile(sampled, 0.025)),
         random_high=float(np.quantile(sampled, 0.975)),
-        random_size=int(np.argmax(expected >= target - 1e-9)) + 1,
+        random_size=size_for(footprint, target / footprint.size),
     )
 
 
@@ -122,6 +121,7 @@ def _random_coverage(footprint: Footprint, size: int, seed: int) -> np.ndarray:
     matrix = footprint.compact
     found = np.zeros(RANDOM_SUBSETS)
     for i in range(RANDOM_SUBSETS):
-        rows = rng.choice(len(footprint), size, replace=False)
-        found[i] = len(np.unique(matrix[np.sort(rows)].indices)) / footprint.size
+        covered = np.zeros(footprint.size, dtype=bool)
+        covered[matrix[rng.choice(len(footprint), size, replace=False)].indices] = True
+        found[i] = covered.mean()
     return found
