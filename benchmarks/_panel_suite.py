@@ -261,6 +261,10 @@ def _tasks(
         ("russian", 300, "prose/ru"),
         ("korean", 150, "prose/ko"),
         ("others", 900, "prose/fr,es,ja"),
+        ("requests", 600, "request"),
+        ("tone", 800, "tone"),
+        ("loops", 400, "repetition"),
+        ("facts", 250, "knowledge"),
     ):
         found[name] = gaps(source, max(1, round(scale * size)))
     return dict(found)

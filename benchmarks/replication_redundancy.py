@@ -2,7 +2,7 @@
 
     python benchmarks/replication_redundancy.py
 
-Twenty small benchmarks (`_panel_suite.py`) are read by mini-qwen3 through its SAEs, and answered
+Two dozen small benchmarks (`_panel_suite.py`) are read by mini-qwen3 through its SAEs, and answered
 by a panel of 20 checkpoints (`benchmarks/data/panel`), item by item. Then R-hat against R, and
 overlap against similarity of scores, whatever they say, with intervals and the obvious rivals: the
 number of items, and the same formulas on the prompts' tokens instead of features. What was computed

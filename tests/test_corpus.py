@@ -191,3 +191,24 @@ def test_any_text_survives(tmp_path: Path, texts: list[str]) -> None:
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     clean = [t.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for t in texts]
     assert [d.text for d in read_corpus(path)] == clean
+
+
+def test_a_dataset_on_the_hub_may_name_its_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    asked = []
+
+    def load(*names: Any) -> dict[str, Any]:
+        asked.append(names)
+        return {"train": datasets.Dataset.from_list([{"text": "a"}]), "test": []}
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert [d.text for d in read_corpus("cais/mmlu:all", split="train")] == ["a"]
+    assert [d.text for d in read_corpus("imdb", split="train")] == ["a"]
+    assert asked == [("cais/mmlu", "all"), ("imdb", None)]
+
+
+def test_whole_numbers_beyond_64_bits_are_kept_as_text() -> None:
+    rows = [{"text": "a", "uid": 2**70}, {"text": "b", "uid": -(2**63)}]
+    assert [d.labels["uid"] for d in as_corpus(rows)] == [str(2**70), -(2**63)]
+    assert survey(as_corpus(rows), "rows").labels == {"uid": "str"}

@@ -26,6 +26,9 @@ __all__ = ["Corpus", "Document", "Survey", "as_corpus", "read_corpus", "read_row
 
 KEYS = ("key", "id")
 TEXTS = ("text", "messages")
+HUB_NAME = r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?"
+LARGEST = 2**63
+"""Whole numbers from here on are labels as text: Parquet's do not reach so far."""
 
 _BEYOND_INT64 = 2**63
 
@@ -79,7 +82,7 @@ def read_corpus(
     split: str | None = None,
     skip_empty: bool = False,
 ) -> Corpus:
-    """A file, a folder of `datasets`, or the name of a dataset on the hub.
+    """A file, a folder of `datasets`, or a dataset on the hub, `owner/name` or `owner/name:config`.
 
     `text` is the column of the text or of the chat messages (else `text`, else `messages`), `key`
     that of the documents' names (else `key`, else `id`, else their numbers). `labels` are the
@@ -114,7 +117,7 @@ def _opened(path: str | os.PathLike[str], split: str | None) -> tuple[Any, Reade
         return place, READERS[suffix]
     if place.is_dir():
         return place, Datasets(split, on_hub=False)
-    if place.suffix.lower() in READERS or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(path)):
+    if place.suffix.lower() in READERS or not re.fullmatch(HUB_NAME, str(path)):
         raise BadCorpus(f"{path} does not exist")
     return path, Datasets(split, on_hub=True)
 
@@ -239,7 +242,8 @@ def _labels(
         if hasattr(value, "item") and not isinstance(value, (str, bytes)):  # numpy scalars
             value = value.item()
         if value is None or isinstance(value, (bool, int)):
-            found[name] = value
+            fits = value is None or -LARGEST <= value < LARGEST
+            found[name] = value if fits else str(value)
         elif isinstance(value, float):
             found[name] = None if math.isnan(value) else value
         elif isinstance(value, str):

@@ -109,7 +109,8 @@ class Datasets:
 
         try:
             if self.on_hub:
-                found = datasets.load_dataset(str(place))
+                name, _, config = str(place).partition(":")
+                found = datasets.load_dataset(name, config or None)
             else:
                 found = datasets.load_from_disk(str(place))
         except (ConnectionError, OSError) as error:

@@ -2,7 +2,7 @@ r"""Run the prompts of benchmarks through a model, and keep the features of ever
 
     qsl bench extract gsm8k.jsonl math.jsonl --model Qwen/Qwen3-8B-Base \
         --sae qwen3-8b-base/w64k-l0-50 --layer 20 --out bench/
-    qsl bench extract mmlu=cais/mmlu --split test --template 'Q: {question}\nA:' ...
+    qsl bench extract mmlu=cais/mmlu:all --split test --template 'Q: {question}\nA:' ...
     qsl bench extract --tasks gsm8k arc_easy --fewshot 5 ...        # rendered by lm-eval itself
 
 A benchmark is a file (JSONL, CSV, Parquet, text: an item a row), a folder of `datasets`, the name
@@ -81,7 +81,10 @@ def _prompts(arguments: argparse.Namespace) -> tuple[dict[str, list[Any]], dict[
     for word in arguments.benchmarks:
         name, equals, source = word.partition("=")
         if not equals or Path(word).exists():
-            name, source = Path(word).stem if Path(word).exists() else word.split("/")[-1], word
+            name, source = (
+                Path(word).stem if Path(word).exists() else word.split("/")[-1].split(":")[0],
+                word,
+            )
         _new(name, prompts)
         prompts[name] = list(islice(read_prompts(source, how), arguments.limit))
         facts[name] = {"source": source, **how.facts()}
