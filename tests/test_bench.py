@@ -113,6 +113,8 @@ def test_a_suite_grows_and_is_not_made_again(suite: Suite, model: object) -> Non
     assert "more" in grown.names
     assert grown["more"].footprint().keys == ("0", "1")
     assert all(path.stat().st_mtime_ns == before for path, before in stamp.items())
+    with pytest.raises(StoreMismatch, match=r"other prompts or settings than benchmark more"):
+        extract_suite({"more": items(["a"])}, model, GROUP, LAYERS, suite.folder, progress=False)
     for path in suite.folder.glob("more*"):
         if path.is_file():
             path.unlink()

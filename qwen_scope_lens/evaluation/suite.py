@@ -115,17 +115,24 @@ def extract_suite(
     if isinstance(model, (str, Path)):
         from qwen_scope_lens.models.load import load_model
 
-        model = load_model(model, up_to_layer=wanted[-1])
+        model = load_model(model, up_to_layer=wanted[-1], device=options.get("device"))
     for name, documents in benchmarks.items():
         say(f"{name}: {len(documents):,} items")
-        extract(
-            _unique(name, documents),
-            model=model,
-            group=group,
-            layers=wanted,
-            out=folder / name,
-            **{"truncate": False, **options},
-        )
+        try:
+            extract(
+                _unique(name, documents),
+                model=model,
+                group=group,
+                layers=wanted,
+                out=folder / name,
+                **{"truncate": False, **options},
+            )
+        except StoreMismatch as error:
+            raise StoreMismatch(
+                f"{folder / name} was made with other prompts or settings than benchmark {name} has"
+                f" now ({error}). Remove it, choose another folder, or give the benchmark another"
+                " name"
+            ) from error
         known = dict((facts or {}).get(name, {}))
         write_json(_facts_file(folder, name), FORMAT, VERSION, {"name": name, **known})
     return open_suite(folder)

@@ -17,14 +17,14 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from qwen_scope_lens.cli.arguments import layer_list
-from qwen_scope_lens.cli.bench.options import add_prompt_format, prompt_format, say
+from qwen_scope_lens.cli.arguments import layer_list, memory
+from qwen_scope_lens.cli.bench.options import add_prompt_format, prompt_format, say, say_nothing
 from qwen_scope_lens.errors import BadCorpus
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("benchmarks", nargs="*", metavar="FILE", help="or NAME=FILE, or a data set")
-    parser.add_argument("--model", required=True, help="a folder, a hub name, or mini-qwen3")
+    parser.add_argument("--model", help="a folder or hub name; default: what the SAEs belong to")
     parser.add_argument("--sae", required=True, help="a group, such as qwen3-8b-base/w64k-l0-50")
     layers = parser.add_mutually_exclusive_group(required=True)
     layers.add_argument("--layer", type=int)
@@ -38,9 +38,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help="of lm-eval")
     parser.add_argument("--task-path", type=Path, help="a folder with lm-eval tasks of your own")
     parser.add_argument("--fewshot", type=int, help="examples before the question (lm-eval tasks)")
+    work = parser.add_argument_group("the work")
+    work.add_argument("--token-budget", type=int, help="tokens of a batch, default 4096")
+    work.add_argument("--sae-memory", type=memory, metavar="SIZE", help="such as 8GB")
+    work.add_argument("--device", help="cpu, cuda, cuda:1, ...")
+    work.add_argument("--folder", type=Path, help="read the SAEs from here only")
+    work.add_argument("--revision", help="of the SAEs on the hub")
+    work.add_argument("--quiet", action="store_true", help="no progress bar, no remarks")
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from qwen_scope_lens.catalog import find_group
     from qwen_scope_lens.evaluation.suite import extract_suite
 
     prompts, facts = _prompts(arguments)
@@ -54,14 +62,20 @@ def run(arguments: argparse.Namespace) -> int:
             raise BadCorpus(str(error)) from error
     suite = extract_suite(
         prompts,
-        model=arguments.model,
+        model=arguments.model or find_group(arguments.sae).backbone.model_id,
         group=arguments.sae,
         layers=layers,
         out=arguments.out,
         facts=facts,
-        say=say,
+        say=say_nothing if arguments.quiet else say,
         enable_thinking=arguments.thinking,
         add_generation_prompt=arguments.chat,
+        token_budget=arguments.token_budget,
+        sae_memory=arguments.sae_memory,
+        device=arguments.device,
+        sae_folder=arguments.folder,
+        sae_revision=arguments.revision,
+        progress=not arguments.quiet,
     )
     print(f"{arguments.out}: {len(suite.names)} benchmarks, layers {_span(suite.layers)}")
     for name in suite.names:
@@ -118,11 +132,12 @@ def _chat_template(arguments: argparse.Namespace) -> Any:
 
     from transformers import AutoTokenizer
 
-    from qwen_scope_lens.catalog import bundled_model
+    from qwen_scope_lens.catalog import bundled_model, find_group
 
     if arguments.thinking is None:
         raise BadCorpus("--chat: say --thinking or --no-thinking, the template differs with it")
-    tokenizer = AutoTokenizer.from_pretrained(bundled_model(arguments.model) or arguments.model)
+    name = arguments.model or find_group(arguments.sae).backbone.model_id
+    tokenizer = AutoTokenizer.from_pretrained(bundled_model(name) or name)
     return partial(
         tokenizer.apply_chat_template, tokenize=False, enable_thinking=arguments.thinking
     )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qwen_scope_lens.evaluation.prompts import PromptFormat
 
-__all__ = ["add_prompt_format", "add_reading", "prompt_format", "say", "show"]
+__all__ = ["add_prompt_format", "add_reading", "prompt_format", "say", "say_nothing", "show"]
 
 
 def add_reading(parser: argparse.ArgumentParser, position: str = "last") -> None:
@@ -46,6 +46,10 @@ def prompt_format(arguments: argparse.Namespace) -> PromptFormat:
 
 def say(line: str) -> None:
     print(line, file=sys.stderr)
+
+
+def say_nothing(line: str) -> None:
+    pass
 
 
 def show(columns: Sequence[str], rows: Sequence[Sequence[Any]], as_json: bool = False) -> None:
