@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import runpy
 from pathlib import Path
 from typing import Any
@@ -210,9 +211,13 @@ def test_the_command_line(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert "of full" in capsys.readouterr().out
     rng = np.random.default_rng(0)
     made = [
-        {"text": ("bad 坏" if yes else "good 好") * 4, "toxic": int(yes), "lang": lang}
+        {
+            "text": f"{lang} {number} " + ("bad 坏" if yes else "good 好") * 4,
+            "toxic": int(yes),
+            "lang": lang,
+        }
         for lang in ("en", "zh")
-        for yes in rng.permutation([True, False] * 10)
+        for number, yes in enumerate(rng.permutation([True, False] * 10))
     ]
     toxic = tmp_path / "toxic.jsonl"
     toxic.write_text("\n".join(map(json.dumps, made)), "utf-8")
@@ -250,6 +255,13 @@ def test_predicting_goes_on_where_it_stopped(
     assert made < len(whole.read_text("utf-8").splitlines())
     assert broken.read_text("utf-8") == whole.read_text("utf-8")
     assert not partial.exists()
+    partial.write_text("\n".join(kept) + "\n", "utf-8")
+    os.utime(corpus, ns=(1, 1))  # the corpus was edited: nothing of before is used
+    assert predict_module.predict_data(fitted, str(corpus), broken) == len(lines_of(broken))
+
+
+def lines_of(path: Path) -> list[str]:
+    return path.read_text("utf-8").splitlines()
 
 
 def test_what_users_get_wrong(

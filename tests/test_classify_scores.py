@@ -186,6 +186,10 @@ def test_subsets_and_splits_keep_the_classes() -> None:
         assert test.truth[test.languages == language].mean() == pytest.approx(0.5, abs=0.05)
     with pytest.raises(TooLittleData):
         split(documents.take(np.array([0, 1])), 0.2)
+    copies = documents.take(np.repeat(np.arange(100), 3))
+    known, held = split(copies, 0.2)
+    assert not set(known.texts) & set(held.texts)
+    assert len(held) % 3 == 0
 
 
 def test_labels_become_a_truth_or_a_clear_error() -> None:

@@ -139,16 +139,25 @@ def residuals_of(
 
 
 def split(documents: Documents, share: float = 0.2, seed: int = 0) -> tuple[Documents, Documents]:
-    """Discovery and test: a share of every class of every language is held out."""
+    """Discovery and test: a share of every class of every language is held out.
+
+    Equal texts stay together: a copy on both sides would be recognised, not classified.
+    """
     rng = np.random.default_rng(seed)
-    test = np.zeros(len(documents), dtype=bool)
+    _, first, text_of = np.unique(documents.texts, return_index=True, return_inverse=True)
+    held = np.zeros(len(first), dtype=bool)
     languages = documents.languages if documents.languages is not None else documents.truth * 0
     for language in sorted(set(languages.tolist()), key=str):
         for value in (False, True):
-            [rows] = np.nonzero((languages == language) & (documents.truth == value))
-            test[rng.permutation(rows)[: round(share * len(rows))]] = True
+            mine = (languages[first] == language) & (documents.truth[first] == value)
+            [rows] = np.nonzero(mine)
+            held[rng.permutation(rows)[: round(share * len(rows))]] = True
+    test = held[text_of]
     if not test.any() or test.all():
-        raise TooLittleData(f"{len(documents)} documents are too few to hold out {share:.0%}")
+        raise TooLittleData(
+            f"{len(first)} different texts are too few to hold out {share:.0%}"
+            " of every class: add documents, or pass test documents of their own"
+        )
     return documents.take(~test), documents.take(test)
 
 

@@ -110,9 +110,12 @@ class _FromStore:
 def _write(rows: Any, out: Path, classifier: FeatureRuleClassifier, data: str) -> int:
     """Append to a partial file, which takes the name `out` when everything is there."""
     partial = out.with_name(f".{out.name}.partial")
-    head = json.dumps(
-        {"data": data, "features": classifier.features_, "rule": classifier.rule_.to_json()}
-    )
+    path = Path(data).expanduser()
+    changed = path.stat().st_mtime_ns if path.is_file() else None  # edited since: begin again
+    head = json.dumps({
+        "data": data, "changed": changed, "features": classifier.features_,
+        "rule": classifier.rule_.to_json(),
+    })  # fmt: skip
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         done = _finished(partial, head)
