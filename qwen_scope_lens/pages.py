@@ -10,12 +10,14 @@ import html
 import io
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qwen_scope_lens.errors import BadText
 from qwen_scope_lens.files import whole_file
 
-__all__ = ["Page", "chart", "save_chart"]
+__all__ = ["Link", "Page", "chart", "save_chart"]
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --quiet: #777; --mark: #4a7ebb33; }
@@ -32,6 +34,19 @@ svg { max-width: 100%; height: auto; } code, pre { font-size: .88em; } pre { ove
 @media print { body { max-width: none; } h2 { break-after: avoid; }
   figure { break-inside: avoid; } }
 """.strip()
+
+
+@dataclass(frozen=True)
+class Link:
+    """A cell of a table that leads somewhere: a file beside the page, or a web address."""
+
+    text: str
+    target: str
+
+    def __post_init__(self) -> None:
+        scheme, colon, _ = self.target.partition(":")
+        if colon and scheme.lower() not in ("http", "https"):
+            raise BadText(f"{self.target!r} is no link: expected a relative path or https://")
 
 
 class Page:
@@ -61,7 +76,7 @@ class Page:
             f"<th{kind}>{html.escape(name)}</th>" for kind, name in zip(kinds, columns, strict=True)
         )
         lines = (
-            "".join(f"<td{kind}>{html.escape(cell)}</td>"
+            "".join(f"<td{kind}>{cell}</td>"
                     for kind, (cell, _) in zip(kinds, row, strict=True))
             for row in body
         )  # fmt: skip
@@ -138,10 +153,13 @@ def _drawn(draw: Callable[[Any], None], width: float, height: float) -> io.Bytes
 
 
 def _shown(cell: Any) -> str:
+    """A cell as HTML."""
+    if isinstance(cell, Link):
+        return f'<a href="{html.escape(cell.target)}">{html.escape(cell.text)}</a>'
     if cell is None:
         return "–"
     if isinstance(cell, float):
         return f"{cell:,.3f}"
     if isinstance(cell, int) and not isinstance(cell, bool):
         return f"{cell:,}"
-    return str(cell)
+    return html.escape(str(cell))

@@ -160,7 +160,9 @@ def test_the_report_escapes_links_and_names(
     labels = {"mini-qwen3/w1k-l0-16/6/10": "<b>new</b>"}
     html = drift_page(found, labels, "site/{layer}/{feature}.html").render()
     assert "&lt;b&gt;new" in html
-    assert "site/6/10.html" in html
+    assert '<a href="site/6/10.html">mini-qwen3/w1k-l0-16/6/10</a>' in html
+    site = drift_page(found, link="../site/").render()
+    assert 'href="../site/index.html#mini-qwen3/w1k-l0-16/6/10"' in site
     assert html.count("<svg") >= 2
     assert "appeared" in summary(found)
 

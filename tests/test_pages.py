@@ -9,7 +9,7 @@ import pytest
 from qwen_scope_lens.errors import BadFile, MissingExtra
 from qwen_scope_lens.extras import require
 from qwen_scope_lens.files import read_json, write_json
-from qwen_scope_lens.pages import Page, chart, save_chart
+from qwen_scope_lens.pages import Link, Page, chart, save_chart
 
 HOSTILE = "<script>alert(1)</script>"
 
@@ -22,6 +22,14 @@ def test_nothing_from_a_corpus_can_run() -> None:
     assert text.count("&lt;script&gt;") == 8  # the title stands twice
     assert "1.500" in text
     assert "–" in text
+
+
+def test_a_link_is_escaped_and_leads_nowhere_dangerous() -> None:
+    page = Page("t").table(["where"], [[Link('a"b<', "site/1.html?a=1&b=2")]]).render()
+    assert '<a href="site/1.html?a=1&amp;b=2">a&quot;b&lt;</a>' in page
+    for target in ("javascript:alert(1)", "data:text/html,x", "JavaScript:x"):
+        with pytest.raises(ValueError, match="no link"):
+            Link("x", target)
 
 
 def test_a_chart_is_an_svg_and_the_same_each_time(tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="run both models again on so many of the texts for unexplained variance",
     )  # fmt: skip
     drift.add_argument("--labels", type=Path, help="a label pack, for names of features")
-    drift.add_argument("--link", help="to dashboards, such as site/{layer}/{feature}.html")
+    drift.add_argument("--link", help="to a site of `qsl dash build`, or a pattern with {ref}")
     drift.add_argument("--out", type=Path, help="an HTML report")
 
     transfer = verb("transfer", TRANSFER)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from qwen_scope_lens.compare.drift import KINDS, MANY_TIMES, Drift, LayerDrift
-from qwen_scope_lens.pages import Page, chart
+from qwen_scope_lens.pages import Link, Page, chart
 
 __all__ = ["drift_page", "summary"]
 
@@ -42,8 +42,8 @@ def summary(found: Drift) -> str:
 
 
 def drift_page(found: Drift, labels: dict[str, str] | None = None, link: str | None = None) -> Page:
-    """The report. `labels` maps addresses to words; `link` is a pattern such as
-    `site/{layer}/{feature}.html`, for dashboards of the features."""
+    """The report. `labels` maps addresses to words; `link` is a site of the features made by
+    `qsl dash build`, or a pattern of other dashboards with {ref}, {layer} and {feature}."""
     labels = labels or {}
     page = Page(f"Drift: {found.base} to {found.tuned}")
     page.text(
@@ -104,8 +104,15 @@ def _feature_rows(
         if labels:
             rows[-1].append(labels.get(ref))
         if link:
-            rows[-1].append(link.format(layer=one.layer, feature=f))
-    return [*columns, *(["label"] if labels else []), *(["dashboard"] if link else [])], rows
+            rows[-1][0] = Link(ref, _target(link, ref))
+    return [*columns, *(["label"] if labels else [])], rows
+
+
+def _target(link: str, ref: str) -> str:
+    if "{" not in link:
+        link = link.rstrip("/") + "/index.html#{ref}"
+    _, layer, feature = ref.rsplit("/", 2)
+    return link.replace("{ref}", ref).replace("{layer}", layer).replace("{feature}", feature)
 
 
 def _by_layer(found: Drift) -> Any:
