@@ -155,7 +155,7 @@ def survey(corpus: Iterable[Document], name: str) -> Survey:
                 labels.setdefault(label, "")
                 continue
             kind = type(value).__name__
-            if kind == "int" and abs(value) >= _BEYOND_INT64:
+            if isinstance(value, int) and abs(value) >= _BEYOND_INT64:
                 kind = "str"
             labels[label] = join_label_types(labels.get(label) or kind, kind)
     if not count:
