@@ -27,7 +27,10 @@ docs: .venv/ready
 	$(BIN)/python docs/refresh.py
 
 # Everything from nothing, for hours; each step goes on where it was interrupted. The texts come
-# from Debian packages, so this needs `apt-get` with package lists.
+# from Debian packages, so this needs `apt-get` with package lists. glibc keeps freed memory here:
+# giving it back after every step of training costs a fifth of the time in page faults.
+mini: export MALLOC_MMAP_THRESHOLD_ = 4000000000
+mini: export MALLOC_TRIM_THRESHOLD_ = 8000000000
 mini: .venv/ready
 	set -e; for step in corpus tokenizer "model mini-qwen3" "model mini-qwen3.5" \
 	    "sae mini-qwen3" "sae mini-qwen3.5" release panel; do \

@@ -25,6 +25,7 @@ from qwen_scope_lens.mini.train.data import CONTEXT, END, token_rows
 from qwen_scope_lens.mini.train.meaning import SEVERAL, Rule, best_rule, firing_shares, several
 from qwen_scope_lens.mini.train.quality import language_losses, layer_figures, load_saes
 from qwen_scope_lens.mini.train.sources import LANGUAGES
+from qwen_scope_lens.mini.train.specs import SPECS
 from qwen_scope_lens.mini.train.tones import TONES
 from qwen_scope_lens.saes.sae import ScopeSAE
 
@@ -179,6 +180,11 @@ def main() -> None:
         say(
             f"\n## {name}: {size / 1e6:.2f}M parameters, {facts['num_layers']} layers, d_model"
             f" {facts['d_model']}; SAEs d_sae {facts['d_sae']}, k {facts['k']}"
+        )
+        once = sum(map(len, train[1]))
+        say(
+            f"\nTrained on {SPECS[name].tokens / 1e6:.1f} million tokens; the training split has"
+            f" {once / 1e6:.2f} million in {len(train[1])} rows."
         )
         loss_table(model, train, test, say)
         sae_table(model, saes, test, say)

@@ -40,8 +40,11 @@ def token_rows(
     records = read(work, split)
     tokenizer = tokenizer or load_tokenizer(work)
     end = tokenizer.convert_tokens_to_ids(END)
-    encoded = tokenizer([record["text"] for record in records])["input_ids"]
-    return records, [[*row, end][:CONTEXT] for row in encoded]
+    rows = []
+    for start in range(0, len(records), 1000):  # all at once takes gigabytes of offsets
+        texts = [record["text"] for record in records[start : start + 1000]]
+        rows += [[*row, end][:CONTEXT] for row in tokenizer(texts)["input_ids"]]
+    return records, rows
 
 
 def batches(
