@@ -23,14 +23,18 @@ from qwen_scope_lens.mini.train import corpus, durations
 from qwen_scope_lens.mini.train.activations import load_model
 from qwen_scope_lens.mini.train.data import CONTEXT, END, token_rows
 from qwen_scope_lens.mini.train.meaning import SEVERAL, Rule, best_rule, firing_shares, several
-from qwen_scope_lens.mini.train.quality import language_losses, layer_figures, load_saes
+from qwen_scope_lens.mini.train.model import held_out_loss
+from qwen_scope_lens.mini.train.quality import baselines, by_group, layer_figures, load_saes
 from qwen_scope_lens.mini.train.sources import LANGUAGES
 from qwen_scope_lens.mini.train.specs import SPECS
+from qwen_scope_lens.mini.train.tokenizer import VOCAB_SIZE
 from qwen_scope_lens.mini.train.tones import TONES
 from qwen_scope_lens.saes.sae import ScopeSAE
 
 Split = tuple[list[dict[str, Any]], list[list[int]]]
 ANYWHERE = (0.0,)
+HELD_ROWS = 120
+"""Documents of each kind that held-out losses are measured on."""
 RULE_HEAD = "| layer / feature | threshold | discovery F1 | held-out F1 | precision | recall |"
 RULE_LINE = "|---|---|---|---|---|---|"
 
@@ -50,16 +54,17 @@ def rule_cells(rule: Rule) -> str:
     )
 
 
-def loss_table(model: Any, train: Split, test: Split, say: Callable[[str], None]) -> None:
+def loss_table(
+    model: Any, held: dict[str, list[list[int]]], grams: dict[str, Any], say: Callable[[str], None]
+) -> None:
     say("\n### Held-out loss, nats per token\n")
     say("| text | tokens | unigram | bigram | model | below bigram |")
     say("|---|---|---|---|---|---|")
-    for group, row in language_losses(model, train, test).items():
-        gain = row["bigram"] - row["model"]
-        say(
-            f"| {group} | {row['tokens']:.0f} | {row['unigram']:.3f} | {row['bigram']:.3f}"
-            f" | **{row['model']:.3f}** | {gain:+.3f} |"
-        )
+    for group, rows in held.items():
+        one, two = grams[group]
+        loss = held_out_loss(model, rows)
+        tokens = sum(len(row) - 1 for row in rows)
+        say(f"| {group} | {tokens} | {one:.3f} | {two:.3f} | **{loss:.3f}** | {two - loss:+.3f} |")
 
 
 def sae_table(model: Any, saes: list[ScopeSAE], test: Split, say: Callable[[str], None]) -> None:
@@ -169,10 +174,12 @@ def main() -> None:
         print(text, flush=True)
         lines.append(text)
 
+    tokens = AutoTokenizer.from_pretrained(model_path(arguments.models[0]))  # one for all
+    train, test = (token_rows(work, split, tokens) for split in ("train", "test"))
+    held = by_group(test, HELD_ROWS)
+    grams = baselines(train, held, VOCAB_SIZE)
     for name in arguments.models:
         started = time.monotonic()
-        tokens = AutoTokenizer.from_pretrained(model_path(name))
-        train, test = (token_rows(work, split, tokens) for split in ("train", "test"))
         model = load_model(model_path(name)).cpu()
         facts = json.loads((sae_folder(name) / "config.json").read_text())
         saes = load_saes(name)
@@ -186,7 +193,7 @@ def main() -> None:
             f"\nTrained on {SPECS[name].tokens / 1e6:.1f} million tokens; the training split has"
             f" {once / 1e6:.2f} million in {len(train[1])} rows."
         )
-        loss_table(model, train, test, say)
+        loss_table(model, held, grams, say)
         sae_table(model, saes, test, say)
         language_table(model, saes, train, test, say)
         contrast_table(model, saes, train, test, tokens, say)

@@ -39,7 +39,7 @@ SENTENCES = (
     "def install(package):\n    return manager.install(package)",
 )
 FEATURES_STEERED = 3
-STRENGTHS = {"suppressed": -1.0, "as it is": 0.0, "amplified": 1.5}
+STRENGTHS = {"suppressed": -1.0, "as it is": 0.0, "amplified": 2.0}
 PROMPTS = {"zh": "安装程序", "ko": "설치 프로그램", "ru": "Программа установки"}
 ENGLISH_PROMPT = "The package manager is a tool that"
 

@@ -18,15 +18,16 @@ from qwen_scope_lens.catalog import find_group
 from qwen_scope_lens.mini import SAES
 from qwen_scope_lens.mini.train.activations import batch_residuals
 from qwen_scope_lens.mini.train.data import batches, padded
-from qwen_scope_lens.mini.train.model import held_out_loss, loss_of
+from qwen_scope_lens.mini.train.model import loss_of
 from qwen_scope_lens.saes.load import load_sae
 from qwen_scope_lens.saes.sae import ScopeSAE, ScopeSAEConfig
 
 __all__ = [
     "LayerFigures",
     "Ngrams",
+    "baselines",
+    "by_group",
     "group_of",
-    "language_losses",
     "layer_figures",
     "load_saes",
     "random_sae",
@@ -79,27 +80,21 @@ class Ngrams:
         return one / count, two / count
 
 
-def language_losses(
-    model: Any,
-    train: tuple[list[dict[str, Any]], list[list[int]]],
-    test: tuple[list[dict[str, Any]], list[list[int]]],
-    most: int = 120,
-) -> dict[str, dict[str, float]]:
-    """Per group: held-out loss of the model and of n-gram models of that group's training text."""
-    by_group: dict[str, list[list[int]]] = defaultdict(list)
-    for record, row in zip(*train, strict=True):
-        by_group[group_of(record)].append(row)
-    held: dict[str, list[list[int]]] = defaultdict(list)
-    for record, row in zip(*test, strict=True):
-        held[group_of(record)].append(row)
-    table = {}
-    for group, rows in sorted(held.items()):
-        rows = rows[:most]
-        one, two = Ngrams(by_group[group], model.config.vocab_size).losses(rows)
-        loss = held_out_loss(model, rows)
-        tokens = sum(len(row) - 1 for row in rows)
-        table[group] = {"tokens": tokens, "unigram": one, "bigram": two, "model": loss}
-    return table
+Split = tuple[list[dict[str, Any]], list[list[int]]]
+
+
+def by_group(split: Split, most: int | None = None) -> dict[str, list[list[int]]]:
+    """The rows of every language and kind of text, at most the first `most`, groups by name."""
+    found: dict[str, list[list[int]]] = defaultdict(list)
+    for record, row in zip(*split, strict=True):
+        found[group_of(record)].append(row)
+    return {group: rows[:most] for group, rows in sorted(found.items())}
+
+
+def baselines(train: Split, held: dict[str, list[list[int]]], vocabulary: int) -> dict[str, Any]:
+    """Per group: held-out `(unigram, bigram)` loss of n-gram models of its own training text."""
+    texts = by_group(train)
+    return {group: Ngrams(texts[group], vocabulary).losses(rows) for group, rows in held.items()}
 
 
 def load_saes(name: str) -> list[ScopeSAE]:

@@ -41,8 +41,8 @@ class ModelSpec:
 SPECS: dict[str, ModelSpec] = {
     spec.name: spec
     for spec in (
-        ModelSpec("mini-qwen3", "qwen3", tokens=4_200_000),
-        ModelSpec("mini-qwen3.5", "qwen3_5", tokens=2_950_000),
+        ModelSpec("mini-qwen3", "qwen3", tokens=9_000_000),
+        ModelSpec("mini-qwen3.5", "qwen3_5", tokens=6_000_000),
     )
 }
 
