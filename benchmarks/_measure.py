@@ -10,7 +10,22 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-__all__ = ["cpu_name", "interleaved", "peak_extra", "peak_in_fresh_process"]
+__all__ = ["Printed", "cpu_name", "interleaved", "peak_extra", "peak_in_fresh_process"]
+
+
+class Printed:
+    """Lines that are shown as they come and kept for a file of results."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def __call__(self, text: str = "") -> None:
+        print(text, flush=True)
+        self.lines.append(text)
+
+    def save(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join(self.lines) + "\n", "utf-8")
 
 
 def interleaved(

@@ -1,7 +1,7 @@
 """The paper's section 8 on the mini: do rare negatives cure endless repetition faster than DAPO?
 
-Repetition features are found by last minus first occurrence in looping texts; whether they cause
-loops is tested by amplifying them. Then GRPO with DAPO's objective, reward -1 for a loop: plain,
+Candidates are found by last minus first occurrence in looping texts. Whether any causes loops is
+screened by amplifying each on training prompts, and confirmed on others. Then GRPO with DAPO's objective, reward -1 for a loop: plain,
 with one rollout a group steered by the repetition features, and with random features instead.
 
     python benchmarks/replication_repetition.py [--seeds 3] [--steps 30]
@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from _measure import Printed
 from _mini_runs import GROUP, halves, loss_by_language, mini, replies, store_of
 from datasets import Dataset, disable_progress_bars
 
@@ -26,15 +27,16 @@ from qwen_scope_lens.address import FeatureRef
 from qwen_scope_lens.mini import heldout
 from qwen_scope_lens.steering.hooks import steer
 from qwen_scope_lens.steering.plan import Edit, Plan
+from qwen_scope_lens.steering.where import Where
 from qwen_scope_lens.training.metrics import repeat_ratio
 from qwen_scope_lens.training.rare_negatives import RareNegativeGRPOConfig, RareNegativeGRPOTrainer
 from qwen_scope_lens.training.repetition import find_repetition_features
 from qwen_scope_lens.training.rewards import no_repetition
 
-LAYERS = (3, 4, 5, 6)
-FEATURES = 3
-STRENGTHS = (1.0, 2.0, 3.0)  # times the mean activation at last occurrences
-TEMPERATURE = 0.8
+LAYERS = (2, 3, 4, 5, 6)
+CANDIDATES, FEATURES = 20, 2
+STRENGTH = 0.3  # of the length of the residual, for each feature
+TEMPERATURE = 0.5  # where the mini loops now and then
 TOKENS, GROUP_SIZE, PROMPTS_A_STEP = 64, 4, 6
 
 
@@ -91,12 +93,7 @@ def main() -> None:
     torch.set_num_threads(1)
     disable_progress_bars()
     started = time.monotonic()
-    lines: list[str] = []
-
-    def say(text: str = "") -> None:
-        print(text, flush=True)
-        lines.append(text)
-
+    say = Printed()
     first, second = halves()
     training, held = prompts_of(first, 240), prompts_of(second, 60)
     texts = [
@@ -104,44 +101,46 @@ def main() -> None:
     ]
     with tempfile.TemporaryDirectory() as folder:
         found = find_repetition_features(store_of(texts, LAYERS, Path(folder) / "store"), seed=0)
-    best = [f for f in found.features if f.stands_out][:FEATURES]
-    above = sum(f.stands_out for f in found.features)
-    say(f"repetition features of mini-qwen3 in layers {LAYERS}: {above} above chance, from"
-        f" {found.settings['documents']} looping texts")  # fmt: skip
-    for f in best:
+    candidates = [f.ref for f in found.features if f.stands_out][:CANDIDATES]
+    say(f"candidates in mini-qwen3, layers {LAYERS}: {len(candidates)} above chance, from"
+        f" {found.settings['documents']} looping texts; the first three")  # fmt: skip
+    for f in found.features[:3]:
         say(
             f"  {f.ref}  rise {f.rise:.2f}, held out {f.held_out:.2f}, z {f.z:.1f}"
             f" (chance {f.chance:.1f})"
         )
-    if not best:
-        say("no feature stands out: nothing to steer with")
-        return
-    rng = np.random.default_rng(0)
     model, tokenizer = mini()
+
+    def amplified(refs: Sequence[FeatureRef], sign: float = 1.0) -> Plan:
+        edits = [Edit(ref, "add", sign * STRENGTH, "norm", Where("generation")) for ref in refs]
+        return Plan(edits)
+
+    def under(plan: Plan, prompts: Sequence[str], samples: int) -> Any:
+        with steer(model, plan, tokenizer=tokenizer):
+            return loops(model, tokenizer, prompts, samples)
+
+    dev = training[-60:]
+    screened = sorted(
+        ((under(amplified([ref]), dev, 1).value, ref) for ref in candidates), reverse=True
+    )
+    say(f"\nrepeat ratio at temperature {TEMPERATURE}, {TOKENS} tokens")
+    say(
+        f"screening prompts: untouched {interval(loops(model, tokenizer, dev, 1))}; amplified, each"
+    )
+    say("  " + ", ".join(f"{ref.layer}/{ref.feature} {value:.3f}" for value, ref in screened))
+    best = [ref for _, ref in screened[:FEATURES]]
+    rng = np.random.default_rng(0)
+    chance = [FeatureRef(GROUP, ref.layer, int(rng.integers(1024))) for ref in best]
     base = loops(model, tokenizer, held, 4)
-    say(f"\nrepeat ratio of the untrained model at temperature {TEMPERATURE}: {base}")
-    say("causal check: amplified on these prompts, in units of the activation at last occurrences")
-
-    def plan_of(strength: float, chance: bool) -> Plan:
-        return Plan([
-            Edit(FeatureRef(GROUP, f.ref.layer, int(rng.integers(1024))) if chance else f.ref,
-                 "add", strength * f.last, where="generation")
-            for f in best
-        ])  # fmt: skip
-
-    rows = []
-    for strength in STRENGTHS:
-        shown = []
-        for chance in (False, True):
-            with steer(model, plan_of(strength, chance), tokenizer=tokenizer):
-                shown.append(loops(model, tokenizer, held, 2))
-        rows.append((strength, shown[0].value))
-        say(f"  strength {strength:.1f}: features {shown[0]}, random features {shown[1]}")
-    strength = max(rows, key=lambda row: row[1])[0]
-    with steer(model, plan_of(-strength, False), tokenizer=tokenizer):
-        say(f"  suppressed at {-strength:.1f}: {loops(model, tokenizer, held, 2)}")
+    say(f"other prompts: untouched {interval(base)}")
+    for name, plan in (
+        (f"the best {FEATURES} amplified", amplified(best)),
+        ("as many random features amplified", amplified(chance)),
+        (f"the best {FEATURES} suppressed", amplified(best, -1.0)),
+    ):
+        say(f"  {name}: {interval(under(plan, held, 4))}")
     say(f"\nGRPO, {arguments.steps} steps of {PROMPTS_A_STEP} prompts x {GROUP_SIZE} rollouts,"
-        f" reward -1 for a loop, rollouts amplified at {strength:.1f}")  # fmt: skip
+        f" reward -1 for a loop")  # fmt: skip
     say(f"{'':18} {'repeat ratio after':>26} {'seeds':>20}  at 1/3, 2/3    mean loss")
     before = float(np.mean(list(loss_by_language(model, tokenizer, second).values())))
     say(f"{'before':18} {interval(base):>26} {'':>20}  {'':14} {before:.3f}")
@@ -161,7 +160,9 @@ def main() -> None:
                         torch.set_rng_state(kept)
                         self.model.train()
 
-            plan = None if kind == "plain DAPO" else plan_of(strength, kind == "random features")
+            plan = None
+            if kind != "plain DAPO":
+                plan = amplified(chance if kind == "random features" else best)
             tuned, tokenizer = trained(plan, training, seed, arguments.steps, Watch)
             ids, _, asked = replies(tuned, tokenizer, held, samples=4, tokens=TOKENS,
                                     temperature=TEMPERATURE, seed=seed)  # fmt: skip
@@ -175,8 +176,7 @@ def main() -> None:
         say(f"{kind:18} {interval(ratio):>26} {' '.join(f'{s:.3f}' for s in seeds):>20}"
             f"  {steps:14} {np.mean(losses):.3f}")  # fmt: skip
     say(f"\nintervals: bootstrap over prompts. {time.monotonic() - started:.0f} s, one thread")
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text("\n".join(lines) + "\n", "utf-8")
+    say.save(arguments.out)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from _measure import Printed
 from _mini_runs import LANGUAGES, halves, loss_by_language, mini, prompt, replies, store_of
 from datasets import Dataset, disable_progress_bars
 from trl import SFTConfig, SFTTrainer
@@ -38,8 +39,8 @@ LAYERS = (6, 7)  # the last two, as the published code
 ASK = ("Explain this to me:", "Tell me more.", "Please go on from here:", "What is this about?")
 LAMBDA = 0.1
 PENALTY = 1.0
-EXAMPLES, SWITCHED = 360, 0.5
-PROMPTS, SAMPLES, TOKENS = 60, 4, 48
+EXAMPLES, SWITCHED = 240, 0.5
+PROMPTS, SAMPLES, TOKENS = 40, 4, 40
 
 
 def question(rng: random.Random, lines: Sequence[str]) -> str:
@@ -146,12 +147,7 @@ def main() -> None:
     torch.set_num_threads(1)
     disable_progress_bars()
     started = time.monotonic()
-    lines: list[str] = []
-
-    def say(text: str = "") -> None:
-        print(text, flush=True)
-        lines.append(text)
-
+    say = Printed()
     first, second = halves()
     targets = arguments.targets.split(",")
     with tempfile.TemporaryDirectory() as folder:
@@ -201,8 +197,7 @@ def main() -> None:
                 f"{mean['en']:.3f} {mean[target]:.3f} {others:.3f}")  # fmt: skip
     say(f"\nintervals: bootstrap over prompts; the paper: -26% to -100% against SFT."
         f" {time.monotonic() - started:.0f} s, one thread")  # fmt: skip
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text("\n".join(lines) + "\n", "utf-8")
+    say.save(arguments.out)
 
 
 if __name__ == "__main__":

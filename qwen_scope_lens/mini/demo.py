@@ -1,24 +1,35 @@
 """The tour that `qsl demo` gives: the main job on the embedded default, offline, in a minute.
 
-Everything it does is a few lines of the public interface; read it as an example. The strengths are
-in units of a feature's typical activation (its mean where it fires).
+Everything it does is a few lines of the public interface; read it as an example: verify, read,
+extract, rank, steer, measure benchmarks, look. What it writes is a store and a site.
 """
 
 from __future__ import annotations
 
+import tempfile
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 
 import qwen_scope_lens as qsl
+from qwen_scope_lens.dashboards.build import Sources, build_site
+from qwen_scope_lens.evaluation.coverage import redundancy
+from qwen_scope_lens.evaluation.footprint import Footprint, footprint
+from qwen_scope_lens.evaluation.overlap import overlap_matrix
+from qwen_scope_lens.features.pool import pool
+from qwen_scope_lens.features.rank import rank
+from qwen_scope_lens.features.ranking import RankedFeature
 from qwen_scope_lens.mini import heldout
+from qwen_scope_lens.steering.calibrate import calibrate_from_store
+from qwen_scope_lens.steering.generate import Sampling, generate
+from qwen_scope_lens.steering.measure import share_of_class
 
-__all__ = ["run"]
+__all__ = ["LANGUAGES", "LAYER", "STRENGTHS", "run"]
 
 MODEL, GROUP, LAYER = "mini-qwen3", "mini-qwen3/w1k-l0-16", 6
 LANGUAGES = {
@@ -31,39 +42,42 @@ LANGUAGES = {
     "es": "Spanish",
     "en": "English",
 }
-SCRIPTS = {"zh": ("一", "鿿"), "ko": ("가", "힣"), "ru": ("Ѐ", "ӿ")}  # first, last letter
+SCRIPTS = {"zh": "han", "ko": "hangul", "ru": "cyrillic"}  # token classes of a plan
 SENTENCES = (
     "The package manager installs programs and their documentation.",
     "Die Paketverwaltung installiert Programme und ihre Dokumentation.",
     "软件包管理器安装程序及其文档。",
     "def install(package):\n    return manager.install(package)",
 )
+BENCHMARKS = {
+    "arithmetic": "sums and products",
+    "knowledge": "capitals",
+    "spelling": "words letter by letter",
+    "translation": "words between 8 languages",
+    "code": "Python",
+    "request": "questions and refusals",
+}
+"""Kinds of held-out texts that stand for small benchmarks."""
+
+TEXTS_EACH = 20  # of a language; twice as many of a benchmark
 FEATURES_STEERED = 3
-STRENGTHS = {"suppressed": -1.0, "as it is": 0.0, "amplified": 2.0}
+STRENGTHS = {"suppressed": -1.0, "as it is": 0.0, "amplified": 1.5}  # of the typical activation
 PROMPTS = {"zh": "安装程序", "ko": "설치 프로그램", "ru": "Программа установки"}
 ENGLISH_PROMPT = "The package manager is a tool that"
+NEW_TOKENS = 32
 
 
-@dataclass(frozen=True)
-class Found:
-    """A feature that tells one language from the others."""
-
-    feature: int
-    rate: float  # share of the language's tokens it fires on
-    elsewhere: float  # the same for the language where it fires most of the others
-    typical: float  # mean activation where it fires
-
-
-def run(language: str = "zh") -> None:
-    """Print the tour. `language` is the one to find and steer: zh, ko or ru."""
+def run(language: str = "zh", out: Path = Path("qsl-demo")) -> None:
+    """Print the tour. `language` is to be found and steered: zh, ko or ru; `out` gets the site."""
     started = time.perf_counter()
     transformers.utils.logging.disable_progress_bar()
-    print(
-        "Qwen-Scope Lens on a toy: a Qwen3 of 8 layers that this project trained, and its SAEs.\n"
-    )
+    warnings.filterwarnings("ignore", category=UserWarning)
     group = qsl.find_group(GROUP)
-    print(f"{group.short}: layers 0-{group.layers[-1]}, d_model {group.d_model},", end=" ")
-    print(f"{group.d_sae} features, {group.k} active a token.\n")
+    print(
+        "Qwen-Scope Lens on a toy: a Qwen3 of 8 layers that this project trained, and its SAEs.\n\n"
+        f"{group.short}: layers 0-{group.layers[-1]}, d_model {group.d_model},"
+        f" {group.d_sae} features, {group.k} active a token.\n"
+    )
     with _step(f"load the model and the SAE of layer {LAYER}"):
         model = qsl.load_model(MODEL)
         sae = qsl.load_sae(f"{GROUP}/{LAYER}")
@@ -73,22 +87,42 @@ def run(language: str = "zh") -> None:
     with _step("read four texts"):
         rows = [_strongest(model, sae, text) for text in SENTENCES]
     for text, row in zip(SENTENCES, rows, strict=True):
-        print(f"    {text.splitlines()[0][:60]}")
-        print(f"        {row}")
-    name = LANGUAGES[language]
-    with _step(f"find the features of {name}: what fires on it and on no other of 8 languages"):
-        found = _find(model, sae, language)
-    for one in found:
-        ref = f"{GROUP}/{LAYER}/{one.feature}"
-        print(
-            f"    {ref:30} fires on {one.rate:4.0%} of {name} tokens, on at most"
-            f" {one.elsewhere:.0%} of any other language's"
-        )
-    with _step(f"generate with these {len(found)} features suppressed and amplified"):
-        table = _steer(model, sae, found, language)
-    _indent(table)
-    print(f"\nDone in {time.perf_counter() - started:.0f} s. The same with a real model:")
-    print("    qsl verify qwen3-8b-base/w64k-l0-50/20 --model Qwen/Qwen3-8B-Base")
+        _indent(f"{text.splitlines()[0][:60]}\n    {row}")
+    with tempfile.TemporaryDirectory() as folder:
+        documents = list(_documents())
+        with _step(f"extract the features of {len(documents)} texts into a store"):
+            store = qsl.extract(
+                documents,
+                model=model,
+                group=GROUP,
+                layers=[LAYER],
+                out=Path(folder) / "store",
+                max_tokens=96,
+                progress=False,
+            )
+        _indent(f"{store.n_tokens:,} tokens, {store.n_nonzero(LAYER):,} activations")
+        _language(model, store, language)
+        _benchmarks(store)
+        with _step("build a page for every feature"):
+            build_site(Sources(store, (LAYER,)), out)
+    _indent(f"open {out}/index.html")
+    print(
+        f"\nDone in {time.perf_counter() - started:.0f} s. The same with a real model:\n"
+        "    qsl verify qwen3-8b-base/w64k-l0-50/20 --model Qwen/Qwen3-8B-Base\n"
+        "    qsl extract texts.jsonl --model Qwen/Qwen3-8B-Base --sae qwen3-8b-base/w64k-l0-50"
+        " --layers 20 --out store/\n"
+        "    qsl rank store/ --label lang --positive zh"
+    )
+
+
+def _documents() -> Iterator[dict[str, str]]:
+    """Held-out texts of 8 languages, and of the kinds that stand for benchmarks."""
+    for language in LANGUAGES:
+        for record in list(heldout("prose", language))[:TEXTS_EACH]:
+            yield {"text": record["text"], "lang": language, "kind": "prose"}
+    for kind in BENCHMARKS:
+        for record in list(heldout(kind))[: 2 * TEXTS_EACH]:
+            yield {"text": record["text"], "lang": record["lang"], "kind": kind}
 
 
 def _strongest(model: Any, sae: qsl.ScopeSAE, text: str) -> str:
@@ -102,58 +136,75 @@ def _strongest(model: Any, sae: qsl.ScopeSAE, text: str) -> str:
     return ", ".join(f"{f} on {tokens[int(best.indices[f])]!r}" for f in features)
 
 
-def _find(model: Any, sae: qsl.ScopeSAE, language: str) -> list[Found]:
-    """Ranked by the difference of firing rates to the most similar other language."""
-    rates, typical = {}, torch.zeros(sae.cfg.d_sae)
-    for other in LANGUAGES:
-        texts = [record["text"] for record in heldout("prose", other)][:20]
-        read = qsl.capture(model, texts, [LAYER], truncate=True)
-        dense = sae.encode_sparse(read.residuals[LAYER][read.keep(LAYER)]).to_dense()
-        fired = (dense > 0).sum(dim=0)
-        rates[other] = fired / len(dense)
-        if other == language:
-            typical = dense.sum(dim=0) / fired.clamp(min=1)
-    elsewhere = torch.stack([rates[other] for other in rates if other != language]).amax(dim=0)
-    best = (rates[language] - elsewhere).topk(FEATURES_STEERED).indices.tolist()
-    return [
-        Found(f, float(rates[language][f]), float(elsewhere[f]), float(typical[f])) for f in best
-    ]
+def _language(model: Any, store: qsl.FeatureStore, language: str) -> None:
+    """Find the features of a language, and generate with them suppressed and amplified."""
+    name, kinds = LANGUAGES[language], store.labels("kind")
+    prose = [doc for doc in range(store.n_docs) if kinds[doc] == "prose"]
+    inside = [doc for doc in prose if store.labels("lang")[doc] == language]
+    outside = [doc for doc in prose if store.labels("lang")[doc] != language]
+    with _step(f"find the features of {name}, against {len(LANGUAGES) - 1} other languages"):
+        ranking = rank(store, inside, outside, layer=LAYER, pool="mean", by="mean_difference")
+    best = ranking.rows[:FEATURES_STEERED]
+    for row in best:
+        _indent(
+            f"{row.ref:30} fires in {row.rate_positive:4.0%} of {name} texts and"
+            f" {row.rate_negative:4.0%} of others; AUROC {row.auroc:.3f}, held out"
+            f" {row.held_out_auroc:.3f}"
+        )
+    _indent(f"control: with shuffled languages no feature reaches {ranking.shuffled.ceiling:.3f}")
+    with _step(f"generate with these {len(best)} features suppressed and amplified"):
+        table = _steer(model, store, best, language)
+    _indent(table)
 
 
-def _steer(model: Any, sae: qsl.ScopeSAE, found: Sequence[Found], language: str) -> str:
+def _steer(
+    model: Any, store: qsl.FeatureStore, best: Sequence[RankedFeature], language: str
+) -> str:
     """The share of the language's letters in what is generated, with a random control."""
-    features = [one.feature for one in found]
-    typical = torch.tensor([one.typical for one in found])
-    push = typical @ sae.direction(features)
-    rng = torch.Generator().manual_seed(0)
-    chance = torch.randn(push.shape, generator=rng)
-    controls = {"the features": push, "control: random": chance * push.norm() / chance.norm()}
+    typical = calibrate_from_store(store, [row.ref for row in best])
     lines = []
     for prompt in (ENGLISH_PROMPT, PROMPTS[language]):
         lines.append(f"{prompt} ...")
-        for kind, direction in controls.items():
+        for kind, control in (("the features", None), ("control: random", 0)):
             for label, strength in STRENGTHS.items():
-                if strength == 0 and kind != "the features":
+                if strength == 0 and control is not None:
                     continue
-                text = _generate(model, prompt, strength * direction)
-                share = _share(text, SCRIPTS[language])
-                shown = " ".join(text.split())[:44]
+                edits = [
+                    qsl.Edit(qsl.FeatureRef.parse(row.ref), "add", strength, unit="sigma")
+                    for row in best
+                ]
+                (found,) = generate(
+                    model,
+                    [prompt],
+                    qsl.Plan(edits).calibrated(typical),
+                    sampling=Sampling(NEW_TOKENS),
+                    control=control,
+                )
+                share = share_of_class(found.text, SCRIPTS[language])
+                shown = " ".join(found.text.split())[:44]
                 lines.append(f"    {kind:16} {label:11} {share:4.0%} {language}   {shown}")
     return "\n".join(lines)
 
 
-def _generate(model: Any, prompt: str, change: torch.Tensor) -> str:
-    """Greedy continuation with `change` added to the residual after the layer, everywhere."""
-    ids = model.tokenizer(prompt, return_tensors="pt").input_ids
-    hook = (f"blocks.{LAYER}.hook_resid_post", lambda residual, hook: residual + change)
-    with torch.no_grad(), model.hooks(fwd_hooks=[hook]):
-        out = model.generate(ids, max_new_tokens=32, do_sample=False, verbose=False)
-    return str(model.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
-
-
-def _share(text: str, script: tuple[str, str]) -> float:
-    letters = [letter for letter in text if letter.isalpha()]
-    return sum(script[0] <= letter <= script[1] for letter in letters) / max(1, len(letters))
+def _benchmarks(store: qsl.FeatureStore) -> None:
+    """How redundant small benchmarks are, and what each covers of the others."""
+    with _step(f"measure {len(BENCHMARKS)} small benchmarks by the features they touch"):
+        labels = store.labels("kind")
+        found: list[Footprint] = []
+        for kind in BENCHMARKS:
+            docs = [doc for doc in range(store.n_docs) if labels[doc] == kind]
+            items = pool(store, LAYER, how="last", docs=docs)
+            found.append(footprint(kind, items, sae=f"{GROUP}/{LAYER}"))
+        rows = [redundancy(each, draws=50) for each in found]
+        overlaps = overlap_matrix(found)
+    head = " ".join(f"{name[:7]:>8}" for name in BENCHMARKS)
+    _indent(f"{'':12} items features redundancy   share of its features that .. touches too")
+    _indent(f"{'':12} {'':27} {head}")
+    for row, shares in zip(rows, overlaps, strict=True):
+        cells = " ".join(f"{share:8.0%}" for share in shares)
+        _indent(
+            f"{row.name:12} {row.n_items:5} {row.n_features:8} {row.r_hat.value:10.2f}   {cells}"
+        )
 
 
 @contextmanager
