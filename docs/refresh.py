@@ -8,7 +8,7 @@ A page says what a block is the output of, in a comment just before it:
     ```
 
 `<!-- first: COMMAND -->` runs without a block (a store that later commands need). Commands run in
-the shell, page by page, all in one scratch folder, on the embedded minis; `heldout.jsonl` is there.
+the shell, every page in a scratch folder of its own, on the embedded minis; `heldout.jsonl` is there.
 Pages whose output is the same stay untouched. Usage: `python docs/refresh.py [PAGE.md ...]`
 """
 
@@ -68,14 +68,14 @@ def main() -> None:
     pages = [DOCS / Path(name).name for name in arguments.pages] or sorted(DOCS.glob("*.md"))
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.work or Path(temporary)
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.copy(HELDOUT, folder / "heldout.jsonl")
         for page in pages:
             text = page.read_text("utf-8")
             if STEP.search(text) is None:
                 continue
             print(page.name, flush=True)
-            new = refreshed(text, folder)
+            (folder / page.stem).mkdir(parents=True, exist_ok=True)
+            shutil.copy(HELDOUT, folder / page.stem / "heldout.jsonl")
+            new = refreshed(text, folder / page.stem)
             if new != text:
                 with whole_file(page) as partial:
                     partial.write_text(new, "utf-8")

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from qwen_scope_lens.errors import ScopeError
     from qwen_scope_lens.features.corpus import read_corpus
     from qwen_scope_lens.features.extract import extract
+    from qwen_scope_lens.features.rank import rank
     from qwen_scope_lens.features.store import FeatureStore
     from qwen_scope_lens.models.capture import Capture, capture, iter_captures
     from qwen_scope_lens.models.check import verify_model
@@ -52,6 +53,7 @@ _HOME = {
     "load_model": "models.load",
     "load_sae": "saes.load",
     "steer": "steering.hooks",
+    "rank": "features.rank",
     "read_corpus": "features.corpus",
     "uninstall": "saes.register",
     "verify": "saes.verify",
@@ -82,6 +84,7 @@ __all__ = [
     "load_directions",
     "load_model",
     "load_sae",
+    "rank",
     "read_corpus",
     "steer",
     "uninstall",
