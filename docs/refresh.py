@@ -8,7 +8,7 @@ A page says what a block is the output of, in a comment just before it:
     ```
 
 `<!-- first: COMMAND -->` runs without a block (a store that later commands need). Commands run in
-the shell, every page in a scratch folder of its own, on the embedded minis; `heldout.jsonl` is there.
+the shell, a scratch folder for each page, on the embedded minis; `heldout.jsonl` lies there.
 Pages whose output is the same stay untouched. Usage: `python docs/refresh.py [PAGE.md ...]`
 """
 
