@@ -31,7 +31,7 @@ from qwen_scope_lens.steering.measure import share_of_class
 
 __all__ = ["LANGUAGES", "LAYER", "STRENGTHS", "run"]
 
-MODEL, GROUP, LAYER = "mini-qwen3", "mini-qwen3/w1k-l0-16", 6
+MODEL, GROUP, LAYER = "mini-qwen3", "mini-qwen3/w1k-l0-16", 7
 LANGUAGES = {
     "zh": "Chinese",
     "ja": "Japanese",
@@ -61,7 +61,7 @@ BENCHMARKS = {
 
 TEXTS_EACH = 20  # of a language; twice as many of a benchmark
 FEATURES_STEERED = 3
-STRENGTHS = {"suppressed": -1.0, "as it is": 0.0, "amplified": 1.5}  # of the typical activation
+STRENGTHS = {"suppressed": -1.0, "as it is": 0.0, "amplified": 2.5}  # of the typical activation
 PROMPTS = {"zh": "安装程序", "ko": "설치 프로그램", "ru": "Программа установки"}
 ENGLISH_PROMPT = "The package manager is a tool that"
 NEW_TOKENS = 32
@@ -143,7 +143,7 @@ def _language(model: Any, store: qsl.FeatureStore, language: str) -> None:
     inside = [doc for doc in prose if store.labels("lang")[doc] == language]
     outside = [doc for doc in prose if store.labels("lang")[doc] != language]
     with _step(f"find the features of {name}, against {len(LANGUAGES) - 1} other languages"):
-        ranking = rank(store, inside, outside, layer=LAYER, pool="mean", by="mean_difference")
+        ranking = rank(store, inside, outside, layer=LAYER, pool="mean", by="effect")
     best = ranking.rows[:FEATURES_STEERED]
     for row in best:
         _indent(
