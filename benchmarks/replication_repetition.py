@@ -1,8 +1,9 @@
 """The paper's section 8 on the mini: do rare negatives cure endless repetition faster than DAPO?
 
 Candidates are found by last minus first occurrence in looping texts. Whether any causes loops is
-screened by amplifying each on training prompts, and confirmed on others. Then GRPO with DAPO's objective, reward -1 for a loop: plain,
-with one rollout a group steered by the repetition features, and with random features instead.
+screened by amplifying each on training prompts, and confirmed on others. Then GRPO with DAPO's
+objective, reward -1 for a loop: plain, with one rollout a group steered by the repetition features,
+and with random features instead.
 
     python benchmarks/replication_repetition.py [--seeds 3] [--steps 30]
 """
