@@ -21,7 +21,7 @@ from qwen_scope_lens.compare.transfer import load_related, random_sae, transfer
 from qwen_scope_lens.errors import StoreMismatch, TooLittleData, WrongModel
 from qwen_scope_lens.features.extract import extract
 from qwen_scope_lens.features.store import FeatureStore
-from qwen_scope_lens.mini import heldout
+from qwen_scope_lens.mini import heldout, model_path
 from qwen_scope_lens.models.layers import decoder_layers
 
 GROUP, LAYERS, EDITED = "mini-qwen3/w1k-l0-16", (1, 3, 5), 3
@@ -234,6 +234,22 @@ def test_transfer_orders_own_model_edited_model_and_random_sae(
         assert own[layer].recovered > floor[layer].recovered
         assert own[layer].loss == floor[layer].loss
     assert "random SAE" in found.table()
+
+
+def test_an_adapter_is_merged_into_the_base_it_names(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    tokenizer, hf = (m := qsl.load_model(model_path("mini-qwen3"))).tokenizer, m.release()
+    torch.manual_seed(0)
+    settings = peft.LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(hf, settings).eval()
+    adapted.peft_config["default"].base_model_name_or_path = str(model_path("mini-qwen3"))
+    adapted.save_pretrained(tmp_path / "adapter")
+    ids = tokenizer("Some words", return_tensors="pt")["input_ids"]
+    merged, plain = load_related(str(tmp_path / "adapter")), qsl.load_model("mini-qwen3")
+    with torch.no_grad():
+        wanted = adapted(input_ids=ids).logits
+        assert torch.allclose(merged.original_model(input_ids=ids).logits, wanted, atol=1e-3)
+        assert not torch.allclose(plain.original_model(input_ids=ids).logits, wanted, atol=1e-1)
 
 
 def test_a_random_sae_knows_the_mean_only() -> None:

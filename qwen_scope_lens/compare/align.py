@@ -59,9 +59,12 @@ def align(
 ) -> Aligned:
     """Read both layers and lay them side by side. Pieces with a first or extreme token on either
     side are left out. Documents beyond `max_pieces` pieces are not read."""
+    from tqdm import tqdm
+
     chosen, starts, total = [], [], 0
     cuts: list[tuple[Array, Array]] = []
-    for doc_a, doc_b in common_documents(a, b):
+    pairs = tqdm(common_documents(a, b), unit="doc", desc="align", disable=None)
+    for doc_a, doc_b in pairs:
         of_a, of_b, n = pieces(a.spans(doc_a), b.spans(doc_b))
         if total and total + n > max_pieces:
             break

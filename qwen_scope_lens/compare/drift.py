@@ -100,6 +100,8 @@ def drift(
     `fvu` are the layers' unexplained variances in both models, where the caller measured them
     (`fidelity.py`); a store has no residuals.
     """
+    from tqdm import tqdm
+
     common = [layer for layer in base.layers if layer in tuned.layers]
     wanted = common if layers is None else sorted(set(layers))
     for layer in wanted:
@@ -115,7 +117,8 @@ def drift(
             f"no layer is in both stores: {base.layers} and {tuned.layers}. Extract the same ones"
         )
     _require_same_texts(base, tuned)
-    parts = {layer: side_by_side(base, tuned, layer) for layer in wanted}
+    bar = tqdm(wanted, unit="layer", desc="drift", disable=None)
+    parts = {layer: side_by_side(base, tuned, layer) for layer in bar}
     rate_q = _across([part.rate_p for part in parts.values()])
     strength_q = _across([part.strength_p for part in parts.values()])
     pair_q = _across([part.pair_p for part in parts.values()])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,17 +81,23 @@ def transfer(
     """
     if not models or not saes:
         raise TooLittleData("nothing to measure: expected at least one model and one SAE")
+    from tqdm import tqdm
+
     rows: dict[str, dict[int, Fidelity]] = {}
     floor: dict[int, Fidelity] = {}
-    for model_name, given in models.items():
-        model = given() if callable(given) and not isinstance(given, torch.nn.Module) else given
-        rows[model_name] = fidelity(model, saes, texts, losses=losses, **options)
-        if not floor:
-            noise = {layer: random_sae(sae, seed + layer) for layer, sae in saes.items()}
-            floor = fidelity(model, noise, texts, losses=losses, **options)
-        del model
+    total = (len(models) + 1) * len(texts)
+    with tqdm(total=total, unit="doc", desc="transfer", disable=None) as bar:
+        for model_name, given in models.items():
+            model = given() if callable(given) and not isinstance(given, torch.nn.Module) else given
+            measure = partial(fidelity, model, losses=losses, progress=bar.update, **options)
+            rows[model_name] = measure(saes, texts)
+            if not floor:
+                noise = {layer: random_sae(sae, seed + layer) for layer, sae in saes.items()}
+                floor = measure(noise, texts)
+            del model, measure
     rows[FLOOR] = floor
-    settings = {"losses": losses, "seed": seed, "reference": next(iter(models)), **options}
+    plain = {k: v for k, v in options.items() if isinstance(v, (int, float, str, type(None)))}
+    settings = {"losses": losses, "seed": seed, "reference": next(iter(models)), **plain}
     return Transfer(name, rows, len(texts), settings)
 
 
