@@ -28,15 +28,20 @@ from qwen_scope_lens.compare.null import shuffled_directions
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true")
-    quick = parser.parse_args().quick
+    parser.add_argument("--parts", nargs="*", default=["whole", "strip", "correlations"])
+    arguments = parser.parse_args()
+    quick, parts = arguments.quick, arguments.parts
     torch.set_num_threads(1)
-    n, small, large, tokens = (4096, 64, 512, 5_000) if quick else (65536, 256, 4096, 50_000)
+    n, small, large, tokens = (4096, 64, 512, 5_000) if quick else (65536, 256, 4096, 20_000)
     print(f"{cpu_name()}, one thread, CPU seconds; torch {torch.__version__}\n", flush=True)
     rng = torch.Generator().manual_seed(0)
     order = torch.randperm(n, generator=rng)
-    whole(order, small, rng)
-    strip(order, large, rng)
-    correlations(order, tokens)
+    if "whole" in parts:
+        whole(order, small, rng)
+    if "strip" in parts:
+        strip(order, large, rng)
+    if "correlations" in parts:
+        correlations(order, tokens)
 
 
 def whole(order: torch.Tensor, d_model: int, rng: torch.Generator) -> None:
