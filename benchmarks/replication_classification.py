@@ -3,7 +3,7 @@
     python benchmarks/replication_classification.py --work build/mini
 
 Languages: each of eight against the other seven; 2,000 discovery documents of each class from the
-training split of the minis' corpus, 500 test documents of each class from held-out pages, 32 tokens
+training split of the minis' corpus, 500 test documents of each class from held-out pages, 16 tokens
 each. (Model and SAEs have seen the discovery texts in training, not the test texts.) Rude or
 polite: generated texts in six languages from half of the phrases of `mini/train/tones.py`; tested
 on new texts of the same phrases, and on texts whose phrases of tone the discovery set never has.
@@ -59,7 +59,7 @@ from qwen_scope_lens.mini.train.tones import TONES, tone_text
 
 DISCOVERY, TEST = 2000, 500
 TONE_DISCOVERY, TONE_TEST = 500, 125
-TOKENS = 32
+TOKENS = 16
 OUT = Path(__file__).parent / "results" / "replication_classification.txt"
 LINES: list[str] = []
 

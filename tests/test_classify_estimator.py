@@ -247,3 +247,15 @@ def test_pooled_indexes_like_an_array() -> None:
     assert X.column(f"{SAE}/6/20") == 2 * D_SAE + 20
     with pytest.raises(StoreMismatch):
         Pooled(X.matrix, Source("mini-qwen3", (facts(1),)), X.docs)
+
+
+def test_every_layer_at_once_is_every_layer_alone() -> None:
+    X, y = planted()
+    for rule in ("or", "logistic"):
+        every = FeatureRuleClassifier.of_every_layer(X, y, {"rule": rule, "top_k": 3})
+        assert list(every) == [2, 5, 6]
+        for layer, clf in every.items():
+            alone = FeatureRuleClassifier(rule, top_k=3, layer=layer).fit(X, y)
+            assert clf.features_ == alone.features_
+            assert np.array_equal(clf.decision_function(X), alone.decision_function(X))
+            assert clf.classes_.tolist() == alone.classes_.tolist()

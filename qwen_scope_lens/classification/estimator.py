@@ -7,7 +7,7 @@ rules `rules.py`, files `saved.py`, texts without a store `stream.py`, reasons `
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +93,30 @@ class FeatureRuleClassifier(ClassifierMixin, BaseEstimator):
                 f"y has only one class, {classes[0]!r}: a classifier needs documents of two classes"
             )
         truth = y == classes[1]
+        self.classes_ = classes
+        return self._learn(pooled, matrix, truth, rate_differences(matrix, truth, self.threshold))
+
+    @classmethod
+    def of_every_layer(
+        cls, X: Pooled, truth: np.ndarray, settings: Mapping[str, Any]
+    ) -> dict[int, FeatureRuleClassifier]:
+        """One classifier a layer, as `fit` with `layer=n` makes each, in one pass over X."""
+        found = {}
+        differences: np.ndarray | None = None
+        for facts in X.source.layers:
+            one = cls(**{**settings, "layer": facts.layer})
+            one._check_settings()
+            if differences is None:
+                differences = rate_differences(X.matrix, truth, one.threshold)
+            one.classes_ = np.array([False, True])
+            found[facts.layer] = one._learn(X, X.matrix, truth, differences)
+        return found
+
+    def _learn(
+        self, pooled: Pooled | None, matrix: Any, truth: np.ndarray, differences: np.ndarray
+    ) -> FeatureRuleClassifier:
+        """Choose features by their differences, and learn the rule."""
         offsets = pooled.offsets if pooled else np.array([0, matrix.shape[1]])
-        differences = rate_differences(matrix, truth, self.threshold)
         choice = top_features(
             differences,
             offsets,
@@ -112,7 +134,6 @@ class FeatureRuleClassifier(ClassifierMixin, BaseEstimator):
         rule = RULES[self.rule](values, truth, self.get_params(deep=False))
         needed = rule.needed()
         self.task_: dict[str, Any] = {}  # what was asked, where the command line asked it
-        self.classes_ = classes
         self.rule_ = rule.take(needed)
         columns = choice.columns[needed]
         self.differences_ = choice.differences[needed]

@@ -14,6 +14,7 @@ import numpy as np
 
 from qwen_scope_lens.classification.estimator import FeatureRuleClassifier
 from qwen_scope_lens.classification.methods import Documents
+from qwen_scope_lens.classification.rules import f1_of
 from qwen_scope_lens.classification.scores import Scores, scored
 from qwen_scope_lens.classification.select import rate_differences
 from qwen_scope_lens.errors import TooLittleData
@@ -79,20 +80,16 @@ def by_layer(
     discovery: Documents, test: Documents, settings: Mapping[str, Any] | None = None
 ) -> list[LayerRow]:
     """The rule of every single layer."""
-    found = []
-    for facts in discovery.pooled.source.layers:
-        clf = FeatureRuleClassifier(**{**(settings or {}), "layer": facts.layer})
-        clf.fit(discovery.pooled, discovery.truth)
-        own = clf.predict(discovery.pooled)
-        found.append(
-            LayerRow(
-                facts.layer,
-                clf.layer_differences_[facts.layer],
-                scored(own, discovery.truth).f1,
-                scored(clf.predict(test.pooled), test.truth),
-            )
+    fitted = FeatureRuleClassifier.of_every_layer(discovery.pooled, discovery.truth, settings or {})
+    return [
+        LayerRow(
+            layer,
+            clf.layer_differences_[layer],
+            scored(clf.predict(discovery.pooled), discovery.truth).f1,
+            scored(clf.predict(test.pooled), test.truth),
         )
-    return found
+        for layer, clf in fitted.items()
+    ]
 
 
 def best_test_layer(rows: Sequence[LayerRow]) -> LayerRow:
@@ -153,20 +150,21 @@ def efficiency(
     The layer is chosen on the reduced set; with `best_layer` on the test set, as in the paper.
     """
 
-    def f1_of(part: Documents) -> float:
+    def reached(part: Documents) -> float:
         if best_layer:
-            return best_test_layer(by_layer(part, test, settings)).test.f1
+            every = FeatureRuleClassifier.of_every_layer(part.pooled, part.truth, settings or {})
+            return max(f1_of(clf.predict(test.pooled), test.truth) for clf in every.values())
         clf = FeatureRuleClassifier(**(settings or {})).fit(part.pooled, part.truth)
-        return scored(clf.predict(test.pooled), test.truth).f1
+        return f1_of(clf.predict(test.pooled), test.truth)
 
-    full = f1_of(discovery)
+    full = reached(discovery)
     found = []
     for share in shares:
         if share >= 1:
             found.append(Efficiency(1.0, len(discovery), full, full, full, 1.0))
             continue
         parts = [subset(discovery, share, seed + draw) for draw in range(draws)]
-        values = [f1_of(part) for part in parts]
+        values = [reached(part) for part in parts]
         found.append(
             Efficiency(
                 share,
