@@ -13,7 +13,10 @@ from pathlib import Path
 
 from qwen_scope_lens.files import whole_file
 
-__all__ = ["measured", "table"]
+__all__ = ["STEPS", "measured", "table"]
+
+STEPS = ("corpus", "tokenizer", "model", "sae", "panel")
+"""The first word of every step's name, in order."""
 
 
 @contextmanager
@@ -36,7 +39,10 @@ def measured(work: Path, step: str) -> Iterator[None]:
 
 def table(work: Path) -> Iterator[str]:
     """Markdown lines: minutes of every step that `work` has a record of."""
-    found = sorted((work / "durations").glob("*.json"), key=lambda path: path.stat().st_mtime)
+    found = sorted(
+        (work / "durations").glob("*.json"),
+        key=lambda path: (STEPS.index(path.stem.split()[0]), path.stem),
+    )
     if not found:
         return
     yield "\n## How long each step took\n"
