@@ -38,8 +38,12 @@ VERBS = {
     "classify": "documents by rules over features, beside probes",
     "label": "packs of what features mean: list, show, merge, check",
     "synth": "find features that data never activates, write data that does",
+    "app": "read, compare and steer in a browser",
     "demo": "a tour on data made on the spot, offline",
 }
+
+MODULES = {"app": "web"}
+"""Verbs whose module has another name: this one is `app.py` already."""
 
 EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -63,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"qsl: no verb {verb!r}\n\n{_overview()}", file=sys.stderr)
         return EXIT_USAGE
     try:
-        module = import_module(f"qwen_scope_lens.cli.{verb}")
+        module = import_module(f"qwen_scope_lens.cli.{MODULES.get(verb, verb)}")
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     return _run(f"qsl {verb}", module.__doc__, module.add_arguments, module.run, words)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import qwen_scope_lens
 from qwen_scope_lens.address import LayerRef
@@ -14,6 +16,7 @@ from qwen_scope_lens.dashboards.neuronpedia import Release, write_neuronpedia
 from qwen_scope_lens.dashboards.site import check_target, write_site
 from qwen_scope_lens.dashboards.vocabulary import Vocabulary
 from qwen_scope_lens.errors import ScopeError, StoreMismatch, WrongTokenizer
+from qwen_scope_lens.features.extract import extract
 from qwen_scope_lens.features.facts import sae_facts, tokenizer_facts
 from qwen_scope_lens.features.labels import LabelPack
 from qwen_scope_lens.features.store import FeatureStore
@@ -21,7 +24,7 @@ from qwen_scope_lens.models.unembed import Unembedding, read_unembedding
 from qwen_scope_lens.saes.load import load_sae
 from qwen_scope_lens.saes.sae import ScopeSAE
 
-__all__ = ["Sources", "build_neuronpedia", "build_site", "document_heads"]
+__all__ = ["Sources", "build_neuronpedia", "build_site", "document_heads", "site_of_documents"]
 
 
 @dataclass(frozen=True)
@@ -130,6 +133,23 @@ def build_site(
         documents=document_heads(store),
         progress=progress,
     )
+
+
+def site_of_documents(
+    documents: Sequence[Mapping[str, Any]], model: Any, group: str, layers: Sequence[int], out: Path
+) -> Path:
+    """A site from a few documents, by way of a store that is not kept."""
+    with tempfile.TemporaryDirectory(prefix="qsl-store-") as folder:
+        store = extract(
+            documents,
+            model=model,
+            group=group,
+            layers=layers,
+            out=Path(folder) / "store",
+            max_tokens=64,
+            progress=False,
+        )
+        return build_site(Sources(store, tuple(layers)), out)
 
 
 def build_neuronpedia(

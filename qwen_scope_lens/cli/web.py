@@ -1,0 +1,66 @@
+"""`qsl app`: read, compare and steer in a browser, on this machine.
+
+    qsl app                                                     # on the toy model, no download
+    qsl app --model Qwen/Qwen3-8B-Base --sae qwen3-8b-base/w64k-l0-50 --layers 16-20
+    qsl app --site site/ --labels labels.jsonl                  # with every feature's page
+
+Read shows the features on every token, in every layer chosen; Compare those that tell two texts
+apart; Steer writes with and without a plan, side by side, and says when a plan breaks the
+language. Plans are saved as JSON for `qsl steer --plan`. Visitors share the model and nothing else.
+Nothing is asked of other machines. --host makes it visible to them: there is no password.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from itertools import islice
+from pathlib import Path
+
+from qwen_scope_lens.catalog import find_group
+from qwen_scope_lens.cli.arguments import layer_list
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", help="a folder, or a name on the hub (default: the SAEs' own)")
+    parser.add_argument("--sae", default="mini-qwen3/w1k-l0-16", help="group (%(default)s)")
+    parser.add_argument("--layers", type=layer_list, help="chosen at first (default: the middle)")
+    parser.add_argument("--labels", type=Path, help="JSON lines: address, text, score, provenance")
+    parser.add_argument("--site", type=Path, help="what `qsl dash build` wrote, to link to")
+    parser.add_argument("--sae-folder", type=Path, help="read the SAEs' files from here only")
+    parser.add_argument("--sae-cache-max", type=int, default=8, help="SAEs in memory (%(default)s)")
+    parser.add_argument("--device", help="such as cuda (default: the CPU)")
+    parser.add_argument("--host", default="127.0.0.1", help="default: this machine only")
+    parser.add_argument("--port", type=int, default=7860, help="default: %(default)s")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    group = find_group(arguments.sae)
+    layers = arguments.layers or [group.layers[len(group.layers) // 2]]
+    for layer in layers:
+        group.check_layer(layer)
+
+    from qwen_scope_lens.dashboards.app_server import make_web_app, serve
+    from qwen_scope_lens.dashboards.workbench import Workbench
+    from qwen_scope_lens.features.labels import LabelPack
+    from qwen_scope_lens.models.load import load_model
+
+    labels = LabelPack.read(arguments.labels) if arguments.labels else LabelPack()
+    print(group.notice, file=sys.stderr)
+    model = load_model(arguments.model or group.backbone.model_id, device=arguments.device)
+    bench = Workbench(model, group, labels, arguments.sae_folder, arguments.sae_cache_max)
+    bench.sae(layers[-1])  # what is missing is said now
+    with tempfile.TemporaryDirectory(prefix="qsl-app-") as folder:
+        site = arguments.site
+        if site is None and group.origin == "mini":
+            from qwen_scope_lens.dashboards.build import site_of_documents
+            from qwen_scope_lens.mini import heldout
+
+            print("Making every feature's page from a few texts ...", file=sys.stderr)
+            texts = islice(heldout(), 0, None, 20)
+            site = site_of_documents(list(texts), model, group.short, layers, Path(folder, "site"))
+        web = make_web_app(bench, layers, site, arguments.host)
+        print(f"http://{arguments.host}:{arguments.port}/  (Ctrl-C ends it)", flush=True)
+        serve(web, arguments.host, arguments.port)
+    return 0

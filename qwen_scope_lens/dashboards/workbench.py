@@ -1,0 +1,160 @@
+"""What the app works with: one model, its SAEs, and the questions asked of them; no web in it.
+
+The model is shared by all sessions and one of them runs at a time (`lock`): hooks of a plan belong
+to the model, so two runs at once would steer each other. What a session chose is never kept here.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from qwen_scope_lens.address import FeatureRef, LayerRef
+from qwen_scope_lens.catalog import Group
+from qwen_scope_lens.dashboards.effects import TokenEffects, token_effects
+from qwen_scope_lens.dashboards.vocabulary import Piece, Vocabulary
+from qwen_scope_lens.errors import BadText, TooLittleData
+from qwen_scope_lens.features.labels import LabelPack
+from qwen_scope_lens.models.capture import Capture, capture
+from qwen_scope_lens.models.check import sample_texts
+from qwen_scope_lens.models.unembed import Unembedding, read_unembedding
+from qwen_scope_lens.saes.load import load_sae
+from qwen_scope_lens.saes.sae import ScopeSAE
+from qwen_scope_lens.saes.sparse import SparseCodes
+from qwen_scope_lens.steering.calibrate import calibrate
+from qwen_scope_lens.steering.plan import Plan
+
+__all__ = ["Firing", "Reading", "Workbench"]
+
+OnLayer = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Firing:
+    """One feature on one token, or the strongest of a text."""
+
+    ref: FeatureRef
+    value: float
+    label: str
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A text through the model and some SAEs."""
+
+    token_ids: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+    codes: dict[int, SparseCodes]  # layer -> [n_tokens]
+
+    def tokens_of(self, piece: int) -> range:
+        """The tokens that make up a piece."""
+        start = sum(p.tokens for p in self.pieces[:piece])
+        return range(start, start + self.pieces[piece].tokens)
+
+
+@dataclass(eq=False)
+class Workbench:
+    """A model in memory with the SAEs of one group."""
+
+    model: Any  # a ScopeBridge
+    group: Group
+    labels: LabelPack = field(default_factory=LabelPack)
+    sae_folder: Any = None
+    most_saes: int = 8  # in memory; the one used longest ago goes
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    _saes: OrderedDict[int, ScopeSAE] = field(default_factory=OrderedDict)
+    _typical: dict[str, float] = field(default_factory=dict)
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        return Vocabulary(self.model.tokenizer)
+
+    @cached_property
+    def _end(self) -> Unembedding:
+        return read_unembedding(self.model)
+
+    @property
+    def has_chat(self) -> bool:
+        return bool(getattr(self.model.tokenizer, "chat_template", None))
+
+    def ref(self, layer: int, feature: int) -> FeatureRef:
+        return LayerRef(self.group.short, layer).feature(feature)
+
+    def sae(self, layer: int) -> ScopeSAE:
+        if layer not in self._saes:
+            self._saes[layer] = load_sae(LayerRef(self.group.short, layer), folder=self.sae_folder)
+        self._saes.move_to_end(layer)
+        while len(self._saes) > self.most_saes:
+            self._saes.popitem(last=False)
+        return self._saes[layer]
+
+    def saes_of(self, plan: Plan) -> dict[str, ScopeSAE]:
+        return {f"{self.group.short}/{layer}": self.sae(layer) for layer in plan.layers}
+
+    def read(self, text: str, layers: Sequence[int], on_layer: OnLayer | None = None) -> Reading:
+        """What fires on every token of a text, in every layer asked for."""
+        if not text.strip():
+            raise BadText("there is no text to read: type some")
+        if not layers:
+            raise BadText("no layer is chosen: choose one or more")
+        with self.lock:
+            found: Capture = capture(self.model, [text], sorted(layers))
+            codes = {}
+            for done, layer in enumerate(sorted(layers)):
+                codes[layer] = self.sae(layer).encode_sparse(found.residuals[layer])
+                if on_layer is not None:
+                    on_layer(done + 1, len(layers))
+        ids = tuple(found.token_ids.tolist())
+        return Reading(ids, tuple(self.vocabulary.pieces(ids)), codes)
+
+    def firings(
+        self, reading: Reading, layer: int, tokens: Sequence[int], top: int
+    ) -> list[Firing]:
+        """The strongest features of a layer over some tokens, each with its largest value."""
+        codes = reading.codes[layer][list(tokens)]
+        best: dict[int, float] = {}
+        active = codes.active
+        for feature, value in zip(
+            codes.indices[active].tolist(), codes.values[active].tolist(), strict=True
+        ):
+            best[feature] = max(value, best.get(feature, 0.0))
+        order = sorted(best, key=lambda feature: (-best[feature], feature))[:top]
+        refs = [self.ref(layer, feature) for feature in order]
+        return [Firing(ref, best[ref.feature], self.labels.text(ref)) for ref in refs]
+
+    def track(self, reading: Reading, ref: FeatureRef) -> list[float]:
+        """What one feature does on every piece of a text. `[n_pieces]`"""
+        codes = reading.codes[ref.layer]
+        mine = (codes.indices.numpy() == ref.feature) & codes.active.numpy()
+        values = np.where(mine, codes.values.numpy(), 0).sum(axis=-1)
+        return [float(values[list(reading.tokens_of(i))].max()) for i in range(len(reading.pieces))]
+
+    def effects(self, ref: FeatureRef, count: int = 10) -> TokenEffects:
+        """The tokens that a feature promotes and suppresses."""
+        direction = self.sae(ref.layer).direction([ref.feature])
+        return token_effects(direction, self._end, count, vocabulary=len(self.vocabulary))
+
+    def calibrated(self, plan: Plan) -> Plan:
+        """With typical activations from a bundled sample of texts, where strengths need them."""
+        missing = [
+            edit.ref
+            for edit in plan.edits
+            if edit.unit == "sigma" and edit.typical is None and str(edit.ref) not in self._typical
+        ]
+        if missing:
+            saes = {f"{self.group.short}/{ref.layer}": self.sae(ref.layer) for ref in missing}
+            with self.lock:
+                found = calibrate(self.model, missing, sample_texts(), saes, truncate=True)
+            self._typical |= dict(found)
+            if silent := [str(ref) for ref in missing if str(ref) not in self._typical]:
+                raise TooLittleData(
+                    f"{', '.join(silent)} fires on none of the sample texts, so nothing is known of"
+                    " its typical activation: give the strength as raw or norm"
+                )
+        return plan.calibrated(self._typical)

@@ -1,0 +1,172 @@
+"""The app in a real Chromium: a click steers, two visitors never mix, runs stop, plans are kept."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from browser import Browser, open_browser
+from feature_stores import GROUP
+from playwright.sync_api import expect
+
+import qwen_scope_lens as qsl
+from qwen_scope_lens.address import FeatureRef
+from qwen_scope_lens.dashboards.app_server import make_web_app
+from qwen_scope_lens.dashboards.build import site_of_documents
+from qwen_scope_lens.dashboards.workbench import Workbench
+from qwen_scope_lens.features.labels import Label, LabelPack
+from qwen_scope_lens.mini import heldout
+from qwen_scope_lens.steering.plan import Plan
+
+LAYER = 6
+LABEL = "<b>bold</b><img src=x onerror=alert(1)>"
+SLOW = 60_000
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    import uvicorn
+
+    model, group = qsl.load_model("mini-qwen3"), qsl.find_group(GROUP)
+    texts = list(heldout("prose", "en"))[:6]
+    site = site_of_documents(texts, model, GROUP, [LAYER], tmp_path_factory.mktemp("app") / "site")
+    labels = LabelPack(Label(FeatureRef(GROUP, LAYER, n), LABEL) for n in range(1024))
+    web = make_web_app(Workbench(model, group, labels), [LAYER], site)
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(web, log_level="warning", timeout_graceful_shutdown=1))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{listener.getsockname()[1]}/"
+    server.should_exit = True
+    thread.join(10)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with open_browser() as browser:
+        yield browser
+
+
+def field(page: Any, name: str) -> Any:
+    return page.locator(f"#{name} textarea, #{name} input").first
+
+
+def opened(page: Any, address: str) -> Any:
+    page.set_default_timeout(SLOW)
+    page.goto(address)
+    expect(page.locator("#about")).to_contain_text("Promotes", timeout=SLOW)
+    return page
+
+
+def choose(page: Any, feature: int) -> None:
+    field(page, "chosen").fill(f"{GROUP}/{LAYER}/{feature}")
+    field(page, "chosen").press("Enter")
+
+
+def add_edit(page: Any, feature: int, strength: str) -> None:
+    page.get_by_role("tab", name="Steer").click()
+    choose(page, feature)
+    page.wait_for_timeout(300)
+    field(page, "strength").fill(strength)
+    field(page, "strength").press("Tab")
+    page.wait_for_timeout(300)
+    page.locator("#add-edit").click()
+    expect(page.locator("#plan-table")).to_contain_text(f"{GROUP}/{LAYER}/{feature}", timeout=SLOW)
+
+
+def upload(page: Any, file: Path) -> None:
+    with page.expect_file_chooser() as chooser:
+        page.locator("#load").click()
+    chooser.value.set_files(file)
+
+
+def generated(page: Any, prompt: str = "The kernel") -> tuple[str, str]:
+    field(page, "prompt").fill(prompt)
+    field(page, "new-tokens").fill("20")
+    field(page, "new-tokens").press("Tab")
+    page.locator("#steer-go").click()
+    expect(page.locator("#status")).to_contain_text("perplexity", timeout=SLOW)
+    return field(page, "plain").input_value(), field(page, "steered").input_value()
+
+
+def strongest(text: str) -> int:
+    sae = qsl.load_sae(f"{GROUP}/{LAYER}")
+    read = qsl.capture(qsl.load_model("mini-qwen3"), [text], [LAYER])
+    return int(sae.encode_sparse(read.residuals[LAYER][1:]).to_dense().sum(0).argmax())
+
+
+def test_read_compare_and_steer(address: str, browser: Browser, tmp_path: Path) -> None:
+    browser.complaints.clear()
+    with browser.page(width=1360, height=1000) as page:
+        opened(page, address)
+        page.locator("#read-go").click()
+        table = page.locator("#read-table")
+        expect(table).to_contain_text(f"{GROUP}/{LAYER}/", timeout=SLOW)
+        expect(table).to_contain_text(LABEL)  # as text: nothing of it ran
+        page.get_by_role("tab", name="Compare").click()
+        page.locator("#compare-go").click()
+        line = page.locator("#compare-table").get_by_role("gridcell").first
+        expect(line).to_be_visible(timeout=SLOW)
+        ref = line.inner_text().strip()
+        line.click()
+        expect(field(page, "chosen")).to_have_value(ref, timeout=SLOW)
+        link = page.locator("#about a")
+        expect(link).to_have_attribute("href", f"/features/index.html#{ref}", timeout=SLOW)
+        add_edit(page, int(ref.rpartition("/")[2]), "3")
+        plain, steered = generated(page)
+        assert plain
+        assert steered != plain  # the click changed the output
+        expect(page.locator("#report textarea")).to_have_value(re.compile("fired on"), timeout=SLOW)
+        with page.expect_download() as download:
+            page.locator("#save").click()
+        saved = tmp_path / "plan.json"
+        download.value.save_as(saved)
+        plan = Plan.load(saved)
+        assert [str(edit) for edit in plan.edits] == [f"{ref}:add:+3sigma"]
+        saved.write_text(json.dumps(json.loads(saved.read_text()) | {"version": 99}))
+        upload(page, saved)
+        expect(page.get_by_text("version 99")).to_be_visible(timeout=SLOW)
+        page.locator("#clear").click()
+        expect(page.locator("#plan-table")).not_to_contain_text(ref, timeout=SLOW)
+        plan.save(saved)
+        upload(page, saved)
+        expect(page.locator("#plan-table")).to_contain_text(ref, timeout=SLOW)
+        with page.context.expect_page() as other:
+            link.click()
+        expect(other.value.locator("#address")).to_have_text(ref, timeout=SLOW)
+    assert browser.complaints == []
+    assert browser.outside == []
+
+
+def test_two_visitors_do_not_mix_and_each_stops_its_own(address: str, browser: Browser) -> None:
+    browser.complaints.clear()
+    features = [strongest("内核从磁盘读取文件"), strongest("Die Paketverwaltung installiert es")]
+    assert features[0] != features[1]
+    with browser.page() as one, browser.page() as other:
+        for page, feature in ((one, features[0]), (other, features[1])):
+            opened(page, address)
+            add_edit(page, feature, "4")
+        for page, mine, theirs in ((one, *features), (other, *reversed(features))):
+            expect(page.locator("#plan-table")).to_contain_text(f"/{LAYER}/{mine}")
+            expect(page.locator("#plan-table")).not_to_contain_text(f"/{LAYER}/{theirs}")
+        (plain, first), (same, second) = generated(one), generated(other)
+        assert plain == same
+        assert len({plain, first, second}) == 3
+        field(one, "new-tokens").fill("300")
+        field(one, "new-tokens").press("Tab")
+        one.locator("#steer-go").click()
+        expect(one.locator("#status")).to_contain_text(" of 300 tokens", timeout=SLOW)
+        other.locator("#steer-stop").click()  # somebody else's Stop
+        other.wait_for_timeout(500)
+        expect(one.locator("#status")).to_contain_text(" of 300 tokens")
+        one.locator("#steer-stop").click()
+        expect(one.locator("#status")).to_contain_text("Stopped after", timeout=SLOW)
+        assert generated(other) == (same, second)  # the model is free again, and unsteered
+    assert browser.complaints == []
+    assert browser.outside == []
