@@ -55,10 +55,18 @@ def token_effects(
             f" {out.weight.shape[-1]}: the SAE belongs to another model"
         )
     weight = out.weight[:vocabulary]
-    rows = out.normed(directions)
     title = "promoted tokens" if progress else None
-    most, least = extremes(rows, weight, count, smallest=True, half=half, progress=title)
-    mean = (rows @ _mean(weight))[:, None]
+    most, least = extremes(
+        directions,
+        weight,
+        count,
+        smallest=True,
+        half=half,
+        transform=out.normed,
+        progress=title,
+    )
+    centre = _mean(weight)
+    mean = torch.cat([out.normed(rows) @ centre for rows in directions.split(4096)])[:, None]
     return TokenEffects(
         most.indices.numpy(),
         (most.values - mean).numpy(),

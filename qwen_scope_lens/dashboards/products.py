@@ -8,6 +8,7 @@ float32, which is several times as fast and leaves the shown values exact to flo
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -46,12 +47,14 @@ def extremes(
     smallest: bool = False,
     without_self: bool = False,
     half: bool | None = None,
+    transform: Callable[[Tensor], Tensor] | None = None,
     progress: str | None = None,
 ) -> list[Extremes]:
     """The `count` largest entries of every row of `rows @ columns.T`, in descending order.
 
     With `smallest` a second result holds the smallest, in ascending order. `without_self` leaves
     out the diagonal. `half` says whether candidates come from bfloat16 (None: where it pays).
+    `transform` is applied to the rows, block by block, so that no second copy of them is made.
     """
     count = max(0, min(count, len(columns) - int(without_self)))
     if half is None:
@@ -64,6 +67,7 @@ def extremes(
     with tqdm(total=len(rows), desc=progress, disable=progress is None, leave=False) as bar:
         for start in range(0, len(rows), step):
             block = rows[start : start + step].float()
+            block = block if transform is None else transform(block)
             product = block.to(dtype) @ table.T
             own = torch.arange(start, start + len(block))[:, None]
             for end, largest in enumerate(ends):
