@@ -10,7 +10,7 @@ called whole, logits and all) and with care (the model without its head). Ours i
 tokenising, encoding, both views, checksums.
 
 CPU times of the process on one thread, one of each per round; ratios are medians over rounds. Peak
-memory is what a variant needs beyond the loaded models, measured in a fresh process.
+memory is what a variant needs beyond the loaded models and code, measured in a fresh process.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from _measure import cpu_name, peak_extra, peak_in_fresh_process
 from tiny_models import make_model, make_tokenizer
 
 import qwen_scope_lens as qsl
+from qwen_scope_lens.features.extract import extract
 from qwen_scope_lens.mini import heldout
 from qwen_scope_lens.models.layers import decoder_layers, unwrap
 
@@ -138,7 +139,7 @@ class Bench:
 
     def ours(self) -> object:
         out = Path(tempfile.mkdtemp(dir=self.folder))
-        return qsl.extract(
+        return extract(
             self.texts,
             model=self.model,
             group=self.group,
@@ -178,6 +179,7 @@ def _plain(sae: qsl.ScopeSAE) -> TopKSAE:
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--rounds", type=int, default=3)
+    arguments.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     arguments.add_argument("--peak", nargs=2, metavar=("SIZE", "VARIANT"))
     given = arguments.parse_args()
     torch.set_num_threads(1)
@@ -187,7 +189,7 @@ def main() -> None:
             print(peak_extra(bench.variants()[given.peak[1]]))
             return
         print(f"CPU: {cpu_name()}, one thread, CPU time; torch {torch.__version__}")
-        for size in SIZES:
+        for size in given.sizes:
             report(size, Bench(size, Path(folder)), given.rounds)
 
 
