@@ -93,6 +93,9 @@ def test_planted_duplicates_are_found_and_nothing_else() -> None:
     assert usual_nearness(a, 1.0) == pytest.approx(brute)
     again = footprint("c", np.concatenate([first[:4], first[:2]]))
     assert [(p.first, p.second) for p in near_duplicates(again, again)] == [("0", "4"), ("1", "5")]
+    equal = footprint("d", np.ones((50, 3)))
+    assert len(near_duplicates(equal, equal)) == 50 * 49 // 2
+    assert len(near_duplicates(equal, equal, most=7)) == 7
     found = contamination(a, b, 0.85)
     assert [p.first for p in found.contained] == ["3", "5"]
     assert found.share == 2 / 80

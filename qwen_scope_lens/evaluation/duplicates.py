@@ -17,9 +17,19 @@ from qwen_scope_lens.errors import TooLittleData
 from qwen_scope_lens.evaluation.footprint import Footprint, check_comparable
 from qwen_scope_lens.evaluation.overlap import Ceiling, Overlap, ceiling, overlap
 
-__all__ = ["Contamination", "Pair", "contamination", "near_duplicates", "nearest", "usual_nearness"]
+__all__ = [
+    "MOST_PAIRS",
+    "Contamination",
+    "Pair",
+    "contamination",
+    "near_duplicates",
+    "nearest",
+    "usual_nearness",
+]
 
 NEAR = 0.9
+MOST_PAIRS = 10_000
+"""A benchmark of equal prompts has millions of equal pairs; nobody reads more than these."""
 BLOCK = 2**22
 """Cells of the table of pairs that are held at once: 16 MB as float32."""
 
@@ -51,8 +61,10 @@ class Contamination:
         return len(self.contained) / self.n_items
 
 
-def near_duplicates(first: Footprint, second: Footprint, least: float = NEAR) -> list[Pair]:
-    """Pairs with a Jaccard similarity of at least `least`, nearest first.
+def near_duplicates(
+    first: Footprint, second: Footprint, least: float = NEAR, most: int = MOST_PAIRS
+) -> list[Pair]:
+    """Pairs with a Jaccard similarity of at least `least`, nearest first, at most `most`.
 
     A benchmark with itself: every unordered pair of different items.
     """
@@ -60,14 +72,18 @@ def near_duplicates(first: Footprint, second: Footprint, least: float = NEAR) ->
         raise TooLittleData(f"similarity {least}: expected above 0 and up to 1")
     check_comparable(first, second)
     same = first is second
-    pairs = []
+    found = np.zeros((3, 0))  # rows, columns, similarities
     for start, block in _jaccard(first, second):
         rows, columns = np.nonzero(block >= least - 1e-6)
-        for row, column in zip(rows, columns, strict=True):
-            if not same or start + row < column:
-                jaccard = min(1.0, float(block[row, column]))
-                pairs.append(Pair(first.keys[start + row], second.keys[column], jaccard))
-    return sorted(pairs, key=lambda pair: -pair.jaccard)
+        new = np.stack([start + rows, columns, block[rows, columns]])
+        if same:
+            new = new[:, new[0] < new[1]]
+        found = np.concatenate([found, new], axis=1)
+        found = found[:, np.argsort(-found[2], kind="stable")[:most]]
+    return [
+        Pair(first.keys[int(row)], second.keys[int(column)], min(1.0, float(value)))
+        for row, column, value in found.T
+    ]
 
 
 def nearest(first: Footprint, second: Footprint) -> tuple[np.ndarray, np.ndarray]:

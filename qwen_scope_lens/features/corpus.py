@@ -27,8 +27,6 @@ __all__ = ["Corpus", "Document", "Survey", "as_corpus", "read_corpus", "read_row
 KEYS = ("key", "id")
 TEXTS = ("text", "messages")
 HUB_NAME = r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?"
-LARGEST = 2**63
-"""Whole numbers from here on are labels as text: Parquet's do not reach so far."""
 
 _BEYOND_INT64 = 2**63
 
@@ -242,8 +240,7 @@ def _labels(
         if hasattr(value, "item") and not isinstance(value, (str, bytes)):  # numpy scalars
             value = value.item()
         if value is None or isinstance(value, (bool, int)):
-            fits = value is None or -LARGEST <= value < LARGEST
-            found[name] = value if fits else str(value)
+            found[name] = value
         elif isinstance(value, float):
             found[name] = None if math.isnan(value) else value
         elif isinstance(value, str):

@@ -23,7 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from qwen_scope_lens.evaluation.duplicates import near_duplicates, usual_nearness
+    from qwen_scope_lens.evaluation.duplicates import (
+        MOST_PAIRS,
+        near_duplicates,
+        usual_nearness,
+    )
     from qwen_scope_lens.evaluation.suite import open_benchmark
 
     first = open_benchmark(arguments.first).footprint(arguments.layer, arguments.position)
@@ -34,8 +38,9 @@ def run(arguments: argparse.Namespace) -> int:
     rows = [(p.first, p.second, p.jaccard) for p in pairs]
     show((first.name, second.name, "similarity"), rows, arguments.json)
     if not arguments.json:
+        which = "the nearest " if len(pairs) == MOST_PAIRS else ""
         print(
-            f"{len(pairs)} pairs with a similarity of at least {arguments.similarity}. Usual within"
-            f" {first.name}: {usual_nearness(first):.3f}"
+            f"{which}{len(pairs):,} pairs with a similarity of at least {arguments.similarity}."
+            f" Usual within {first.name}: {usual_nearness(first):.3f}"
         )
     return 0
