@@ -228,7 +228,7 @@ def redundancy_part(
     at_equal = correlate(np.array(equal_r), np.array(equal_hat))[1]
 
     def line(what: str, figure: object, note: str = "") -> None:
-        say(f"{what:42}{figure!s:24}{note}".rstrip())
+        say(f"{what:46}{figure!s:24}{note}".rstrip())
 
     say()
     line("Spearman of R and R-hat", check.spearman, "paper, 17 benchmarks: 0.85")
@@ -241,8 +241,12 @@ def redundancy_part(
     line("Spearman of R-hat and the same", f"{spearman(hats, spread):.3f}")
     line("Spearman of R and R-hat, spread held fixed", partial_rank(r, hats, spread))
     if len(apart) >= 5:
-        line(f"  of the {len(apart)} with a spread of {SPREAD} or more",
-             correlate(r[apart], hats[apart])[1])  # fmt: skip
+        some, hat, n = r[apart], hats[apart], sizes[apart]
+        few, few_hat = np.array(equal_r)[apart], np.array(equal_hat)[apart]
+        line(f"Only the {len(apart)} with a spread of {SPREAD} or more", correlate(some, hat)[1])
+        line("  number of items held fixed", partial_rank(some, hat, n))
+        line("  R and the number of items", f"{spearman(some, n):.3f}")
+        line(f"  at {size} items each", correlate(few, few_hat)[1])
     line("R from probabilities instead of 0/1", correlate(np.array(soft), hats)[1])
     line("  the same, number of items held fixed", partial_rank(np.array(soft), hats, sizes))
     line("R-hat from tokens instead of features", tokens_check.spearman)
@@ -274,12 +278,14 @@ def similarity_part(
     soft = similarity(softly, names, probable["control"].mean(1))
     size = min(len(f) for f in footprints)
     apart = ~shared
+    tells = scores.std(0) >= SPREAD
+    telling = apart & tells[:, None] & tells[None, :]
     say("\n## Overlap (min-normalised) against similarity of the panel's scores, over pairs\n")
-    say(f"{'':44}  {'Pearson':22}  {'Spearman':22}  p (shuffled)")
+    say(f"{'':68}  {'Pearson':22}  {'Spearman':22}  p (shuffled)")
 
     def compare(what: str, overlap: np.ndarray, truth: np.ndarray, keep: np.ndarray | None) -> None:
         found = correlate_pairs(overlap, truth, keep)
-        say(f"{what:44}  {found.pearson!s:22}  {found.spearman!s:22}  {found.p_value:.4f}")
+        say(f"{what:68}  {found.pearson!s:22}  {found.spearman!s:22}  {found.p_value:.4f}")
 
     overlap = overlap_matrix(footprints, smallest=True)
     equal = equal_overlap(footprints, size)
@@ -291,6 +297,8 @@ def similarity_part(
         compare(f"{title}, all {len(names) * (len(names) - 1) // 2} pairs", overlap, truth, None)
         pairs = int(np.triu(apart, 1).sum())
         compare(f"{title}, {pairs} pairs without common items", overlap, truth, apart)
+        pairs = int(np.triu(telling, 1).sum())
+        compare(f"{title}, {pairs} of them that tell models apart", overlap, truth, telling)
         compare(f"{title}, {size} items each, none common", equal, truth, apart)
         compare(f"{title}, tokens, {size} items each, none common", equal_overlap(tokens, size),
                 truth, apart)  # fmt: skip
