@@ -30,14 +30,18 @@ SLOW = 60_000
 
 
 @pytest.fixture(scope="module")
-def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def bench() -> Workbench:
+    labels = LabelPack(Label(FeatureRef(GROUP, LAYER, n), LABEL) for n in range(1024))
+    return Workbench(qsl.load_model("mini-qwen3"), qsl.find_group(GROUP), labels)
+
+
+@pytest.fixture(scope="module")
+def address(bench: Workbench, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     import uvicorn
 
-    model, group = qsl.load_model("mini-qwen3"), qsl.find_group(GROUP)
-    texts = list(heldout("prose", "en"))[:6]
-    site = site_of_documents(texts, model, GROUP, [LAYER], tmp_path_factory.mktemp("app") / "site")
-    labels = LabelPack(Label(FeatureRef(GROUP, LAYER, n), LABEL) for n in range(1024))
-    web = make_web_app(Workbench(model, group, labels), [LAYER], site)
+    texts, out = list(heldout("prose", "en"))[:6], tmp_path_factory.mktemp("app") / "site"
+    site = site_of_documents(texts, bench.model, GROUP, [LAYER], out)
+    web = make_web_app(bench, [LAYER], site)
     listener = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(web, log_level="warning", timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
@@ -95,10 +99,10 @@ def generated(page: Any, prompt: str = "The kernel") -> tuple[str, str]:
     return field(page, "plain").input_value(), field(page, "steered").input_value()
 
 
-def strongest(text: str) -> int:
-    sae = qsl.load_sae(f"{GROUP}/{LAYER}")
-    read = qsl.capture(qsl.load_model("mini-qwen3"), [text], [LAYER])
-    return int(sae.encode_sparse(read.residuals[LAYER][1:]).to_dense().sum(0).argmax())
+def strongest(bench: Workbench, text: str) -> int:
+    reading = bench.read(text, [LAYER])
+    [found] = bench.firings(reading, LAYER, range(1, len(reading.token_ids)), 1)
+    return found.ref.feature
 
 
 def test_read_compare_and_steer(address: str, browser: Browser, tmp_path: Path) -> None:
@@ -144,9 +148,12 @@ def test_read_compare_and_steer(address: str, browser: Browser, tmp_path: Path) 
     assert browser.outside == []
 
 
-def test_two_visitors_do_not_mix_and_each_stops_its_own(address: str, browser: Browser) -> None:
+def test_two_visitors_do_not_mix_and_each_stops_its_own(
+    bench: Workbench, address: str, browser: Browser
+) -> None:
     browser.complaints.clear()
-    features = [strongest("内核从磁盘读取文件"), strongest("Die Paketverwaltung installiert es")]
+    texts = ("内核从磁盘读取文件", "Die Paketverwaltung installiert es")
+    features = [strongest(bench, text) for text in texts]
     assert features[0] != features[1]
     with browser.page() as one, browser.page() as other:
         for page, feature in ((one, features[0]), (other, features[1])):

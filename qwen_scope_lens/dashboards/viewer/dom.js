@@ -63,7 +63,7 @@ QSL.share = (part, whole) => {
   if (!whole || !part) return "0%";
   const percent = (100 * part) / whole;
   if (percent >= 1) return percent.toFixed(percent >= 10 ? 0 : 1) + "%";
-  return percent.toPrecision(2).replace(/e.*$/, "") === "0" ? "0%" : percent.toFixed(percent < 0.01 ? 4 : 3) + "%";
+  return percent.toFixed(Math.min(8, 1 - Math.floor(Math.log10(percent)))) + "%"; // two digits
 };
 
 QSL.value = (value) => {
