@@ -7,10 +7,10 @@ features by contrast, the second half makes the prompts. Suppression: an English
 which the language has just broken (as in the mini's training texts), cut after a few foreign
 characters; counted is how often the model goes on in the language. Amplification: the same replies
 cut before it breaks in. The strength is chosen on the held-out `switching` documents, which are
-used for nothing else, as the strongest whose texts stay coherent (perplexity under the unsteered
-model at most twice the unsteered texts'). Controls get changes of the same size: along random
-directions, and along as many other features that fire as often. Intervals: Wilson, 95%; for the
-controls over all their draws.
+used for nothing else, as the most effective whose texts stay coherent (perplexity under the
+unsteered model at most three times the unsteered texts'). Controls get changes of the same size:
+along random directions, and along as many other features that fire as often. Intervals: Wilson,
+95%; for the controls over all their draws.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from _measure import cpu_name
 
 import qwen_scope_lens as qsl
 from qwen_scope_lens.mini import heldout
-from qwen_scope_lens.steering.calibrate import Calibration, calibrate
+from qwen_scope_lens.steering.calibrate import Calibration, Typical, calibrate
 from qwen_scope_lens.steering.coherence import perplexity, repetition, surprisals
 from qwen_scope_lens.steering.generate import Continuation, Sampling, generate
 from qwen_scope_lens.steering.measure import share_of_class
@@ -43,11 +43,12 @@ SCRIPTS = {"zh": "han", "ko": "hangul", "ru": "cyrillic"}
 LANGUAGES = ("zh", "ko", "ru", "ja", "de", "fr", "es", "en")
 LAYERS = (4, 5, 6)
 PER_LAYER = 3
-STRENGTHS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
+STRENGTHS = (0.25, 0.5, 1.0)
 PREFIX = "<|im_start|>user\nTell me more.<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
 SAMPLING = Sampling(new_tokens=24)
-DRAWS = 3
+DRAWS = 2
 AT_LEAST = 0.1  # of the characters, to count as "goes on in the language"
+GUARD = 3.0  # wide: a text that leaves the language surprises the unsteered model by that alone
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Outcome:
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("--prompts", type=int, default=60)
+    arguments.add_argument("--prompts", type=int, default=40)
     arguments.add_argument("--languages", nargs="+", default=list(SCRIPTS), choices=list(SCRIPTS))
     options = arguments.parse_args()
     warnings.simplefilter("ignore")
@@ -79,12 +80,16 @@ def main() -> None:
     print(f"CPU: {cpu_name()}; {GROUP}, layers {LAYERS}, {PER_LAYER} features each;")
     print(f"{options.prompts} prompts a language, greedy, {SAMPLING.new_tokens} new tokens; a text")
     print(f"goes on in the language when {AT_LEAST:.0%} of its characters are of its script")
+    rates, everybody = survey(model, saes)
     for language in options.languages:
-        report(model, saes, language, options.prompts)
+        found, typical = features(list(saes), rates, everybody, language)
+        report(model, saes, found, typical, language, options.prompts)
 
 
-def report(model: Any, saes: dict[str, Any], language: str, count: int) -> None:
-    found, typical = features(model, saes, language)
+def report(
+    model: Any, saes: dict[str, Any], found: list[str], typical: Calibration, language: str,
+    count: int,
+) -> None:  # fmt: skip
     print(f"\n{language}: {', '.join(ref.split('/', 2)[2] for ref in found)}")
     for job, broken, sign in (("suppress", True, -1), ("amplify", False, +1)):
         tuning, test = switching(language, broken), prompts(language, broken, count)
@@ -112,14 +117,25 @@ def report(model: Any, saes: dict[str, Any], language: str, count: int) -> None:
             print(f"    {'control: others ablated':28} {outcome(model, language, texts)}")
 
 
-def features(model: Any, saes: dict[str, Any], language: str) -> tuple[list[str], Calibration]:
-    """What fires on the language and on no other, and everybody's typical activation."""
+Rates = dict[str, dict[str, Typical]]
+
+
+def survey(model: Any, saes: dict[str, Any]) -> tuple[Rates, Calibration]:
+    """What fires how often on each language, and on all of them together."""
     every = {other: [row["text"] for row in heldout("prose", other)][:20] for other in LANGUAGES}
     rates = {
         other: calibrate(model, list(saes), texts, saes, truncate=True).facts
         for other, texts in every.items()
     }
-    found = []
+    mixed = [text for texts in every.values() for text in texts]
+    return rates, calibrate(model, list(saes), mixed, saes, truncate=True)
+
+
+def features(
+    saes: list[str], rates: Rates, everybody: Calibration, language: str
+) -> tuple[list[str], Calibration]:
+    """What fires on the language and on no other, and everybody's typical activation."""
+    found: list[str] = []
     for sae in saes:
         own = {ref: facts.rate for ref, facts in rates[language].items() if ref.startswith(sae)}
 
@@ -128,10 +144,7 @@ def features(model: Any, saes: dict[str, Any], language: str) -> tuple[list[str]
             return own[ref] - max(elsewhere, default=0.0)
 
         found += sorted(own, key=lead, reverse=True)[:PER_LAYER]
-    mixed = [text for texts in every.values() for text in texts]
-    everybody = calibrate(model, list(saes), mixed, saes, truncate=True)
-    facts = {**everybody.facts, **{ref: rates[language][ref] for ref in found}}
-    return found, Calibration(facts)
+    return found, Calibration({**everybody.facts, **{r: rates[language][r] for r in found}})
 
 
 def chance_features(found: Sequence[str], typical: Calibration, seed: int) -> list[str]:
@@ -154,13 +167,13 @@ def choose(
     model: Any, saes: dict[str, Any], found: Sequence[str], typical: Calibration, language: str,
     tuning: Sequence[str], sign: int,
 ) -> float:  # fmt: skip
-    """The strongest coherent strength, by effect; the weakest where none is coherent."""
+    """The coherent strength with the largest effect; the weakest where none is coherent."""
     plain = outcome(model, language, [run(model, saes, tuning)])
     best, effect = STRENGTHS[0], -1.0
     for strength in STRENGTHS:
         texts = run(model, saes, tuning, plan(found, typical, sign * strength))
         seen = outcome(model, language, [texts])
-        fine = seen.perplexity is not None and seen.perplexity <= 2 * (plain.perplexity or 0)
+        fine = seen.perplexity is not None and seen.perplexity <= GUARD * (plain.perplexity or 0)
         gain = sign * (seen.rate - plain.rate)
         if fine and gain > effect:
             best, effect = strength, gain
