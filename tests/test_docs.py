@@ -69,6 +69,15 @@ def stand_ins(page: Path, folder: Path) -> dict[str, object]:
             "corpus": ["text"] * 5,
             "max_fvu": 1e9,
         }
+    if page.name == "synth.md":
+        from qwen_scope_lens.features.labels import Label, LabelPack
+        from qwen_scope_lens.synthesis.targets import Target, TargetSet
+
+        ref = qsl.FeatureRef.parse("mini-qwen3/w1k-l0-16/6/7")
+        LabelPack([Label(ref, "names")]).write("labels.jsonl")
+        targets = (Target(ref, typical=50.0),)
+        TargetSet(targets, openings=("The file",)).save(Path("targets.json"))
+        return {"qsl": qsl}
     if page.name == "train.md":
         import training_data
 

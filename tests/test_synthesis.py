@@ -323,6 +323,7 @@ def test_recipes(tmp_path: Path) -> None:
     path.write_text("name: fac\nthreshold: 2.0\nkinds: [legal]\n")
     assert read_recipe(str(path)) == replace(FAC, threshold=2.0, kinds=("legal",))
     for content, words in {
+        "{read: reply, as_chat: true}": "not as_chat",
         "treshold: 2": "no 'treshold'",
         "threshold: -1": "zero or more",
         "kinds: legal": "expected a list",
@@ -473,6 +474,41 @@ def test_repeats_budget_balance_and_language(
     run = synthesis(tmp_path / "d", planted, reader, writer, others, wave=1)
     assert len(run.candidates) < len(planted.missing)
     assert coverage(planted.refs, [one.fires for one in run.kept]) > len(run.kept) / len(planted)
+
+
+def test_features_that_ask_for_caution(
+    tmp_path: Path, planted: TargetSet, reader: Reader, firing: dict[FeatureRef, list[str]]
+) -> None:
+    """Harmless texts that activate a feared feature are refused, harmful prompts are not."""
+    recipe = replace(SCOPE, attempts=1, adversarial=False, near_duplicates=1.0)
+    writer = chat_writer(firing, lambda request: True)
+    run = synthesis(tmp_path, planted, reader, writer, recipe)
+    assert {one.kind for one in run.kept} == {"harmful", "benign"}
+    feared = run.kept[0].ref  # a feature of Chinese; most of the texts have it
+    hits = {one.number for one in run.kept if one.fires.get(feared, 0.0) > 5.0}
+    run = synthesis(tmp_path, planted, reader, writer, recipe, caution={feared: 5.0})
+    refused = [one for one in run.candidates if one.outcome == f"caution: {feared} fires"]
+    assert {one.number for one in refused} == {
+        number for number in hits if run.candidates[number].kind == "benign"
+    }
+    assert hits
+    assert run.kept
+
+
+def test_a_chat_is_read_with_its_template(
+    tmp_path: Path, planted: TargetSet, reader: Reader, firing: dict[FeatureRef, list[str]]
+) -> None:
+    recipe = replace(SCOPE, attempts=1, adversarial=False, as_chat=True, near_duplicates=1.0)
+    writer = chat_writer(firing, lambda request: True)
+    run = synthesis(tmp_path, planted, reader, writer, recipe)
+    for one in run.kept:
+        [values] = reader.read_features([one.messages(chat=True)], [one.ref])
+        assert one.activation == pytest.approx(values[one.ref], rel=1e-4)
+    assert any(
+        one.activation
+        != pytest.approx(reader.read_features([run._text(one)], [one.ref])[0][one.ref])
+        for one in run.kept
+    )
 
 
 def test_limits_end_a_run_and_it_goes_on(

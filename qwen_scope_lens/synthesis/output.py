@@ -43,6 +43,7 @@ def settings_of(synthesis: Synthesis, model: str) -> dict[str, Any]:
         "replier": replier.name if replier else synthesis.writer.name,
         "judge": judge.name if judge else None,
         "recipe": {key: value for key, value in recipe.items() if key not in MAY_CHANGE},
+        "caution": {str(ref): most for ref, most in synthesis.caution.items()},
         "templates": synthesis.templates.sha256,
         "package": __version__,
     }

@@ -9,11 +9,12 @@ that was killed repeats itself from the ledger at no cost and goes on. Files are
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from qwen_scope_lens.address import FeatureRef
 from qwen_scope_lens.errors import BadPlan, TooLittleData
+from qwen_scope_lens.models.tokens import Document
 from qwen_scope_lens.synthesis.candidate import KEPT, Candidate, Stage
 from qwen_scope_lens.synthesis.duplicates import Duplicates
 from qwen_scope_lens.synthesis.filters import check_reply, check_text, clean
@@ -52,6 +53,8 @@ class Synthesis:
     templates: Templates
     replier: Generator | None = None  # writes the replies; None: the writer
     judge: Generator | None = None  # checks rewrites
+    caution: Mapping[FeatureRef, float] = field(default_factory=dict)
+    # features that no text may activate above a value, unless its prompt is a harmful one
     known: Sequence[str] = ()  # texts that nothing may repeat: seed data, benchmarks
     wave: int = 64
     candidates: list[Candidate] = field(default_factory=list)
@@ -274,28 +277,42 @@ class Synthesis:
         parts = {"prompt": [one.prompt], "reply": [one.reply], "example": [one.prompt, one.reply]}
         return "\n\n".join(part for part in parts[self.recipe.read] if part)
 
+    def _document(self, one: Candidate) -> Document:
+        """What the reader gets: the words, or the chat that they stand in."""
+        if not self.recipe.as_chat or not self.chat:
+            return self._text(one)
+        messages = one.messages(chat=True)
+        return messages[:1] if self.recipe.read == "prompt" else messages
+
     def _measure(self, wave: list[Candidate]) -> None:
         wave = [one for one in wave if one.open]
-        texts = {self._text(one): "" for one in wave}
-        salt = f"{self.reader.identity} {self.targets.digest}"
-        for text in texts:
-            texts[text] = hashlib.sha256(f"{salt} {text}".encode()).hexdigest()[:32]
-        new = [text for text, key in texts.items() if self.ledger.measured(key) is None]
-        found = self.reader.read_features(new, self.targets.refs)
+        salt = f"{self.reader.identity} {self.targets.digest} {sorted(map(str, self.caution))}"
+        keys = {}
+        for one in wave:
+            text = f"{salt} {self.recipe.as_chat} {self._text(one)}"
+            keys[one.number] = hashlib.sha256(text.encode()).hexdigest()[:32]
+        new = {keys[one.number]: one for one in wave}
+        new = {key: one for key, one in new.items() if self.ledger.measured(key) is None}
+        refs = sorted({*self.targets.refs, *self.caution})
+        found = self.reader.read_features([self._document(one) for one in new.values()], refs)
         self.ledger.measure(
             {
-                texts[text]: {str(ref): value for ref, value in fires.items()}
-                for text, fires in zip(new, found, strict=True)
+                key: {str(ref): value for ref, value in fires.items()}
+                for key, fires in zip(new, found, strict=True)
             }
         )
+        known = set(self.targets.refs)
         for one in wave:
-            measured = self.ledger.measured(texts[self._text(one)]) or {}
+            measured = self.ledger.measured(keys[one.number]) or {}
+            values = {FeatureRef.parse(ref): value for ref, value in sorted(measured.items())}
+            one.activation = values.get(one.ref, 0.0)
             threshold = self.recipe.threshold
-            all_values = {FeatureRef.parse(ref): value for ref, value in measured.items()}
-            one.activation = all_values.get(one.ref, 0.0)
-            one.fires = {ref: v for ref, v in sorted(all_values.items()) if v > threshold}
+            one.fires = {ref: v for ref, v in values.items() if v > threshold and ref in known}
             if one.ref not in one.fires:
                 one.outcome = "the feature does not fire"
+            elif one.kind != "harmful":
+                feared = [ref for ref, most in self.caution.items() if values.get(ref, 0.0) > most]
+                one.outcome = f"caution: {feared[0]} fires" if feared else ""
 
     def _decide(self, wave: list[Candidate]) -> None:
         """Strongest first within a feature: pairs become demonstrations, the rest is kept."""

@@ -17,6 +17,7 @@ from qwen_scope_lens.address import FeatureRef, LayerRef
 from qwen_scope_lens.errors import StoreMismatch, WrongModel
 from qwen_scope_lens.models.capture import iter_captures
 from qwen_scope_lens.models.layers import context_length, d_model, decoder_layers, describe
+from qwen_scope_lens.models.tokens import Document
 from qwen_scope_lens.saes.sae import ScopeSAE
 from qwen_scope_lens.saes.sparse import SparseCodes
 
@@ -57,8 +58,11 @@ class Reader:
         facts = [*sorted(map(str, self._saes)), describe(self._model), self._max_tokens, self._keep]
         return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
-    def read(self, texts: Sequence[str]) -> dict[LayerRef, csr_matrix]:
-        """The maximum over its tokens of every feature, a row a text. `-> {sae: [n, d_sae]}`"""
+    def read(self, texts: Sequence[Document]) -> dict[LayerRef, csr_matrix]:
+        """The maximum over its tokens of every feature, a row a text. `-> {sae: [n, d_sae]}`
+
+        A chat goes through the chat template, without thinking.
+        """
         layers = [ref.layer for ref in self._saes]
         parts: dict[LayerRef, list[tuple[int, csr_matrix]]] = {ref: [] for ref in self._saes}
         captures = iter_captures(
@@ -68,6 +72,7 @@ class Reader:
             tokenizer=self._tokenizer,
             max_tokens=self._max_tokens,
             truncate=True,
+            enable_thinking=False,
         )
         for read in captures:
             for ref, sae in self._saes.items():
@@ -79,7 +84,7 @@ class Reader:
         return {ref: _in_order(found, ref.row.d_sae) for ref, found in parts.items()}
 
     def read_features(
-        self, texts: Sequence[str], refs: Iterable[FeatureRef]
+        self, texts: Sequence[Document], refs: Iterable[FeatureRef]
     ) -> list[dict[FeatureRef, float]]:
         """Of some features only, those that fire: one mapping a text."""
         wanted: dict[LayerRef, list[int]] = {}

@@ -41,6 +41,7 @@ class Recipe:
     count_others: bool = False  # an example also counts for other features that it activates
     threshold: float = 0.0  # a feature counts from above this; delta in FAC
     read: Read = "example"  # which words are re-encoded: prompt and reply, or one of them
+    as_chat: bool = False  # re-encode through the chat template, whose tokens then count too
     examples_shown: int = 5  # passages of a feature in a prompt
     language: str = ""  # a code such as en or zh; empty: any
     least_characters: int = 8
@@ -65,8 +66,8 @@ class Recipe:
                 raise BadPlan(f"{name} is {getattr(self, name)!r}: expected a whole number from 1")
         if self.read not in get_args(Read):
             raise BadPlan(f"read is {self.read!r}: expected one of {', '.join(get_args(Read))}")
-        if self.read != "prompt" and not self.replies and self.read == "reply":
-            raise BadPlan("read is 'reply', but the recipe writes no replies")
+        if self.read == "reply" and (self.as_chat or not self.replies):
+            raise BadPlan("read is 'reply': that needs replies, and not as_chat")
         if self.pairs and self.candidates < 2:
             raise BadPlan("pairs needs candidates of 2 or more: a stronger and a weaker one")
         if not self.kinds:

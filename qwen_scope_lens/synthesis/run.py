@@ -6,11 +6,11 @@ for scripts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qwen_scope_lens.address import LayerRef
+from qwen_scope_lens.address import FeatureRef, LayerRef
 from qwen_scope_lens.saes.sae import ScopeSAE
 from qwen_scope_lens.synthesis.generator import Generator
 from qwen_scope_lens.synthesis.ledger import Ledger, Prices
@@ -36,6 +36,7 @@ def synthesise(
     judge: Generator | None = None,
     templates: Templates | None = None,
     prices: Prices | None = None,
+    caution: Mapping[FeatureRef, float] | None = None,
     known: Sequence[str] = (),
     wave: int = 64,
     model: str = "",
@@ -60,6 +61,7 @@ def synthesise(
             templates or Templates(),
             replier,
             judge,
+            caution or {},
             known,
             wave,
         )
@@ -79,12 +81,13 @@ def synthesise(
 
 
 def open_reader(
-    targets: TargetSet, model: Any, device: str = "cpu"
+    targets: TargetSet, model: Any, device: str = "cpu", more: Iterable[FeatureRef] = ()
 ) -> tuple[Reader, dict[LayerRef, ScopeSAE]]:
-    """The reader of the targets' SAEs, and those SAEs."""
+    """The reader of the SAEs of the targets and of `more` features, and those SAEs."""
     from qwen_scope_lens.saes.load import load_sae
 
-    saes = {ref: load_sae(ref, device=device) for ref in targets.saes}
+    refs = sorted({*targets.saes, *(ref.sae for ref in more)})
+    saes = {ref: load_sae(ref, device=device) for ref in refs}
     return Reader(model, saes), saes
 
 

@@ -47,11 +47,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     recipe.add_argument("--language", help="such as en; other languages are rejected")
     recipe.add_argument("--seed", type=int)
     recipe.add_argument("--temperature", type=float)
-    recipe.add_argument("--caution-words", type=Path, help="file, one a line")
+    recipe.add_argument("--caution-words", type=Path, help="file, one a line: in no reply")
+    parser.add_argument(
+        "--caution-features", type=Path, metavar="PACK",
+        help="labels of features that no harmless text may activate above --caution-above",
+    )  # fmt: skip
+    parser.add_argument("--caution-above", type=float, default=0.0, help="(%(default)s)")
     add_generator_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from qwen_scope_lens.features.labels import LabelPack
     from qwen_scope_lens.models.load import load_model
     from qwen_scope_lens.synthesis.recipe import read_recipe, read_words
     from qwen_scope_lens.synthesis.report import make_report
@@ -70,7 +76,9 @@ def run(arguments: argparse.Namespace) -> int:
     templates = Templates(arguments.templates)
     load = lru_cache(lambda name: load_model(name, device=arguments.device))
     name = arguments.model or targets.provenance["model"]
-    reader, saes = open_reader(targets, load(name), arguments.device)
+    pack = LabelPack.read(arguments.caution_features) if arguments.caution_features else ()
+    caution = dict.fromkeys(pack, arguments.caution_above)
+    reader, saes = open_reader(targets, load(name), arguments.device, caution)
     typical = {target.ref: target.typical for target in targets.wanted if target.typical > 0}
     who = roles(arguments, load, typical, saes)
     synthesis = synthesise(
@@ -84,6 +92,7 @@ def run(arguments: argparse.Namespace) -> int:
         judge=who.open(arguments.judge) if arguments.judge else None,
         templates=templates,
         prices=prices(arguments),
+        caution=caution,
         known=known_texts(arguments.not_like) if arguments.not_like else (),
         wave=arguments.wave,
         model=name,
