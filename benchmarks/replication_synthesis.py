@@ -209,7 +209,7 @@ def _undirected(
             )
         found = [one.text.strip() for one in ledger.ask(writer, requests) if one]
     texts = [text for text in found if text]
-    fires = _fires(reader, texts, targets)
+    fires = _fires(reader, texts, targets) + [set()] * (budget - len(texts))
     return Arm(texts, fires, fires, f", {budget - len(texts)} empty")
 
 

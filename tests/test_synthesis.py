@@ -517,11 +517,16 @@ def test_limits_end_a_run_and_it_goes_on(
     writer = chat_writer(firing, lambda request: True)
     recipe = replace(SCOPE, attempts=2, near_duplicates=1.0)
     short = synthesis(
-        tmp_path, planted, reader, writer, recipe, prices=Prices(max_tokens=60), wave=3
+        tmp_path, planted, reader, writer, recipe, prices=Prices(max_tokens=120), wave=3
     )
-    assert "limit of 60 tokens" in short.stopped
-    paid = len(writer.requests)
-    assert paid == 4
+    assert "limit of 120 tokens" in short.stopped
+    assert len(writer.requests) == 8
+    assert short.candidates
+    same = synthesis(
+        tmp_path, planted, reader, writer, recipe, prices=Prices(max_tokens=120), wave=3
+    )
+    assert same.candidates == short.candidates
+    assert len(writer.requests) == 8
     whole = synthesis(tmp_path, planted, reader, writer, recipe, wave=3)
     again = synthesis(tmp_path, planted, reader, writer, recipe, wave=3)
     fresh = synthesis(

@@ -109,9 +109,9 @@ class Synthesis:
             if self.recipe.read != "prompt":
                 self._measure(wave)
             self._decide(wave)
-            if self.ledger.limit_reached:
-                self.stopped = self.ledger.limit_reached
             asked = [one for one in wave if one.outcome != NOT_ASKED]
+            if len(asked) < len(wave):  # what the ledger has is taken also above the limit
+                self.stopped = self.ledger.limit_reached
             self.candidates += asked
             if after_wave is not None:
                 after_wave(self)

@@ -66,17 +66,26 @@ def synthesise(
             wave,
         )
         check_settings(folder, settings_of(run, model))
+        before = ledger.spent.calls
+
+        def is_new(done: Synthesis) -> bool:
+            """Whether it is past the point to which an earlier run came, or at its end: while
+            that one is only repeated from the ledger, its longer files stay."""
+            return bool(done.stopped) or ledger.spent.calls > before
+
         with tqdm(total=budget, unit="candidate", desc="synthesis", disable=not progress) as bar:
 
             def after_wave(done: Synthesis) -> None:
                 bar.update(len(done.candidates) - bar.n)
                 bar.set_postfix_str(f"{len(done.kept)} kept, cost {ledger.spent.cost:.4f}")
-                save(done, out)
+                if is_new(done):
+                    save(done, out)
 
             try:
                 run.run(budget, after_wave)
             finally:
-                save(run, out)
+                if is_new(run):
+                    save(run, out)
     return run
 
 
