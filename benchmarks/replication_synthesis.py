@@ -58,7 +58,7 @@ QUANTILE = 0.9  # of all activations in the anchor data: the threshold delta
 LEAST_DOCUMENTS = 3  # of the anchor data on which a target exceeds it
 STRENGTH = 8.0
 LEARNING_RATE, STEPS, BATCH = 3e-4, 60, 16
-POINTS = (25, 50, 100, 200, 400)
+POINTS = (10, 20, 50, 100, 200, 400)
 DOMAINS = ("prose", "code", "tone", "request", "switching", "knowledge", "spelling", "chat",
            "arithmetic", "translation")  # fmt: skip
 
@@ -87,7 +87,8 @@ def main() -> None:
     ref = LayerRef.parse(f"{GROUP}/{LAYER}")
     reader = Reader(model, {ref: qsl.load_sae(ref)}, max_tokens=TOKENS)
     print(__doc__.split("\n\n    python")[0], end="\n\n")
-    print(f"{MODEL}, {ref}, {TOKENS} tokens a text, {cpu_name()}\n")
+    print(f"{MODEL}, {ref}, {TOKENS} tokens a text, {cpu_name()}")
+    print(f"seeds: {arguments.seeds}, texts: {arguments.budget}, steps: {arguments.steps}\n")
     written: dict[str, list[np.ndarray[Any, Any]]] = {}
     kept: dict[str, list[np.ndarray[Any, Any]]] = {}
     losses: dict[str, list[tuple[float, float]]] = {}
