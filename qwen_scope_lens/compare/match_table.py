@@ -82,7 +82,8 @@ def summary(found: Matching, show: int = 10) -> str:
         f"{found.a} -> {found.b}, by {found.measure}",
         f"matched beyond chance (q <= {found.fdr:g}): {_share(matched.sum(), n)};"
         f" mutual: {_share(both.sum(), n)}; unmatched: {_share(n - matched.sum(), n)}",
-        f"best score, 10/50/90 %: {quantiles}; shuffled B: {null} (99 %: {found.level:.3f})",
+        f"best score, 10/50/90 %: {quantiles}; shuffled B: {null}; a pair counts above"
+        f" {found.level:.3f}",
         f"one to one above that level: {_share(one_to_one.sum(), n)}, mean score"
         f" {found.assigned_score[one_to_one].mean() if one_to_one.any() else 0:.3f}"
         + (f"; {found.crowded} features had more candidates than kept" if found.crowded else ""),
