@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import planted
 import pytest
 import torch
+import training_data
 from feature_stores import build_store
 from tiny_models import make_model, make_sae, make_tokenizer
 
 import qwen_scope_lens as qsl
+from qwen_scope_lens.features.labels import Label, LabelPack
+from qwen_scope_lens.synthesis.targets import Target, TargetSet
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -37,68 +42,79 @@ def layer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
-@pytest.fixture
-def files(layer_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("QWEN_SCOPE_HOME", str(layer_folder))
-    return layer_folder
+# What a page takes for granted (a checkpoint, an SAE, a corpus), made tiny in `folder`.
 
 
-def stand_ins(page: Path, folder: Path) -> dict[str, object]:
-    """What a page takes for granted (a checkpoint, an SAE, a corpus); here tiny ones."""
-    if page.name == "classify.md":
-        return {"folder": folder / "classify"}
-    if page.name == "encode.md":
-        planted.write_group(folder / "mine")
-        return {"sae": qsl.load_sae("local/mine/1"), "x": torch.randn(2, 5, planted.D_MODEL)}
-    if page.name == "rank.md":
-        documents = [[{n % 7: 1.0, 50: 2.0} if n < 20 else {n % 7: 1.0}] * 3 for n in range(60)]
-        labels = {"lang": ["zh"] * 20 + ["en"] * 40}
-        texts = [f"one {n}" for n in range(60)]
-        build_store(folder / "store", documents, labels, texts=texts)
-        return {"path": folder / "store"}
-    if page.name == "compare.md":
-        sae = qsl.load_sae("mini-qwen3/w1k-l0-16/1")
-        model = qsl.load_model("mini-qwen3")
-        return {"sae_a": sae, "sae_b": sae, "sae": sae, "model": model, "texts": ["some words"]}
-    if page.name == "models.md":
-        make_model(dtype=torch.bfloat16).save_pretrained(folder / "model")
-        make_tokenizer().save_pretrained(folder / "model")
-        return {
-            "name": str(folder / "model"),
-            "sae": make_sae(),
-            "corpus": ["text"] * 5,
-            "max_fvu": 1e9,
-        }
-    if page.name == "synth.md":
-        from qwen_scope_lens.features.labels import Label, LabelPack
-        from qwen_scope_lens.synthesis.targets import Target, TargetSet
+def _bench(folder: Path) -> dict[str, object]:
+    (folder / "items").mkdir()
+    return {"folder": folder / "items"}
 
-        ref = qsl.FeatureRef.parse("mini-qwen3/w1k-l0-16/6/7")
-        LabelPack([Label(ref, "names")]).write("labels.jsonl")
-        targets = (Target(ref, typical=50.0),)
-        TargetSet(targets, openings=("The file",)).save(Path("targets.json"))
-        return {"qsl": qsl}
-    if page.name == "train.md":
-        import training_data
 
-        training_data.table({6: (1, 2), 7: (3, 4)}).save(folder / "language_features.json")
-        model, tokenizer = training_data.mini()
-        settings = training_data.settings(folder / "runs", max_steps=1)
-        for said_on_the_page in ("output_dir", "per_device_train_batch_size"):
-            del settings[said_on_the_page]
-        return {"model": model, "tokenizer": tokenizer, "settings": settings}
-    if page.name == "bench.md":
-        (folder / "items").mkdir()
-        return {"folder": folder / "items"}
-    return {}
+def _classify(folder: Path) -> dict[str, object]:
+    return {"folder": folder / "classify"}
+
+
+def _compare(folder: Path) -> dict[str, object]:
+    sae, model = qsl.load_sae("mini-qwen3/w1k-l0-16/1"), qsl.load_model("mini-qwen3")
+    return {"sae_a": sae, "sae_b": sae, "sae": sae, "model": model, "texts": ["some words"]}
+
+
+def _encode(folder: Path) -> dict[str, object]:
+    planted.write_group(Path(os.environ["QWEN_SCOPE_HOME"]) / "mine")
+    return {"sae": qsl.load_sae("local/mine/1"), "x": torch.randn(2, 5, planted.D_MODEL)}
+
+
+def _models(folder: Path) -> dict[str, object]:
+    make_model(dtype=torch.bfloat16).save_pretrained(folder / "model")
+    make_tokenizer().save_pretrained(folder / "model")
+    name = str(folder / "model")
+    return {"name": name, "sae": make_sae(), "corpus": ["text"] * 5, "max_fvu": 1e9}
+
+
+def _rank(folder: Path) -> dict[str, object]:
+    documents = [[{n % 7: 1.0, 50: 2.0} if n < 20 else {n % 7: 1.0}] * 3 for n in range(60)]
+    labels = {"lang": ["zh"] * 20 + ["en"] * 40}
+    build_store(folder / "store", documents, labels, texts=[f"one {n}" for n in range(60)])
+    return {"path": folder / "store"}
+
+
+def _synth(folder: Path) -> dict[str, object]:
+    ref = qsl.FeatureRef.parse("mini-qwen3/w1k-l0-16/6/7")
+    LabelPack([Label(ref, "names")]).write("labels.jsonl")
+    TargetSet((Target(ref, typical=50.0),), openings=("The file",)).save(Path("targets.json"))
+    return {"qsl": qsl}
+
+
+def _train(folder: Path) -> dict[str, object]:
+    training_data.table({6: (1, 2), 7: (3, 4)}).save(folder / "language_features.json")
+    model, tokenizer = training_data.mini()
+    settings = training_data.settings(folder / "runs", max_steps=1)
+    for said_on_the_page in ("output_dir", "per_device_train_batch_size"):
+        del settings[said_on_the_page]
+    return {"model": model, "tokenizer": tokenizer, "settings": settings}
+
+
+STAND_INS: dict[str, Callable[[Path], dict[str, object]]] = {
+    "bench.md": _bench,
+    "classify.md": _classify,
+    "compare.md": _compare,
+    "encode.md": _encode,
+    "models.md": _models,
+    "rank.md": _rank,
+    "synth.md": _synth,
+    "train.md": _train,
+}
 
 
 @pytest.mark.filterwarnings("ignore:You are loading an SAE using")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_snippets_run(page: Path, files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(files)
+def test_snippets_run(
+    page: Path, layer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QWEN_SCOPE_HOME", str(layer_folder))
+    monkeypatch.chdir(tmp_path)
     snippets = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
-    namespace = stand_ins(page, files)
+    namespace = STAND_INS.get(page.name, lambda folder: {})(tmp_path)
     try:
         for snippet in snippets:
             exec(compile(snippet, str(page), "exec"), namespace)
