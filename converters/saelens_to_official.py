@@ -170,6 +170,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    from qwen_scope_lens.cli.app import run_alone
+    from qwen_scope_lens.cli.verbs import run_alone
 
     sys.exit(run_alone(__doc__, add_arguments, run))

@@ -34,8 +34,8 @@ from qwen_scope_lens.classification.report import (
     transfer_table,
 )
 from qwen_scope_lens.classification.scores import macro
-from qwen_scope_lens.cli.app import run_alone
 from qwen_scope_lens.cli.arguments import layer_list
+from qwen_scope_lens.cli.verbs import run_alone
 from qwen_scope_lens.features.corpus import read_corpus
 from qwen_scope_lens.features.extract import extract
 

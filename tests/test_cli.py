@@ -16,10 +16,10 @@ from safetensors.torch import save_file
 from tiny_models import make_model, make_tokenizer
 
 from qwen_scope_lens.cli import main
-from qwen_scope_lens.cli.app import VERBS
 from qwen_scope_lens.cli.arguments import layer_list
 from qwen_scope_lens.cli.convert import CONVERTERS
 from qwen_scope_lens.cli.show import size
+from qwen_scope_lens.cli.verbs import VERBS
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -124,7 +124,7 @@ def test_snippets_run(
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_and_verbs_exist(page: Path) -> None:
-    from qwen_scope_lens.cli.app import VERBS
+    from qwen_scope_lens.cli.verbs import VERBS
 
     text = page.read_text()
     for target in re.findall(r"\]\(([^)#]+)\)", text):
@@ -144,7 +144,7 @@ def test_the_first_screen_is_short() -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_outputs_can_be_made_again(page: Path) -> None:
     """Every command that a page gives for a block is one of ours, and a block follows."""
-    from qwen_scope_lens.cli.app import VERBS
+    from qwen_scope_lens.cli.verbs import VERBS
 
     text = page.read_text()
     for step in re.finditer(r"^<!-- *(run|first): *(.+?) *-->\n", text, re.MULTILINE):

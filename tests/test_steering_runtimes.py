@@ -12,7 +12,7 @@ import steering_reference as reference
 import torch
 from tiny_models import make_model, make_tokenizer
 
-from qwen_scope_lens.cli.app import main
+from qwen_scope_lens.cli.verbs import main
 from qwen_scope_lens.errors import BadPlan, PlanNeverFired, WrongModel
 from qwen_scope_lens.steering.engine import steer_engine
 from qwen_scope_lens.steering.export import export, layer_vectors

@@ -12,7 +12,7 @@ import yaml
 from training_data import GROUP, examples, settings, table
 
 from qwen_scope_lens.address import FeatureRef
-from qwen_scope_lens.cli.app import main
+from qwen_scope_lens.cli.verbs import main
 from qwen_scope_lens.errors import BadFile, UnknownName
 from qwen_scope_lens.steering.plan import Edit, Plan
 from qwen_scope_lens.training.runs import GRPO, SASFT, _rewards, read_run

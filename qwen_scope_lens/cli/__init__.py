@@ -1,5 +1,5 @@
 """The command line: one thin file per verb, no logic."""
 
-from qwen_scope_lens.cli.app import main
+from qwen_scope_lens.cli.verbs import main
 
 __all__ = ["main"]

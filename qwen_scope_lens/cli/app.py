@@ -1,109 +1,66 @@
-"""`qsl VERB ...`: finds the verb's module, and turns what goes wrong into one line and a code.
+"""`qsl app`: read, compare and steer in a browser, on this machine.
 
-A verb is a module with `add_arguments(parser)` and `run(arguments) -> exit code`; its docstring is
-its help. Only the verb that is asked for is imported, so `qsl --help` answers at once.
+    qsl app                                                     # on the toy model, no download
+    qsl app --model Qwen/Qwen3-8B-Base --sae qwen3-8b-base/w64k-l0-50 --layers 16-20
+    qsl app --site site/ --labels labels.jsonl                  # with every feature's page
+
+Read shows the features on every token, in every layer chosen; Compare those that tell two texts
+apart; Steer writes with and without a plan, side by side, and says when a plan breaks the
+language. Plans are saved as JSON for `qsl steer --plan`. Visitors share the model and nothing else.
+Nothing is asked of other machines. --host makes it visible to them: there is no password.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-from collections.abc import Callable, Sequence
-from importlib import import_module
+import tempfile
+from itertools import islice
+from pathlib import Path
 
-from qwen_scope_lens.errors import ScopeError
-
-__all__ = ["VERBS", "main", "run_alone"]
-
-VERBS = {
-    "list": "the groups of SAEs that have a name",
-    "show": "one group: shapes, sizes, memory, hook, notice",
-    "convert": "between the published layout and SAELens's",
-    "verify": "does this SAE belong to these activations?",
-    "extract": "a corpus through model and SAEs, into a feature store",
-    "store": "a feature store: info, check, sql, merge",
-    "rank": "which features tell one group of documents from another",
-    "stats": "every feature of a store: how often, how strongly, with which others",
-    "bench": "what benchmarks measure: redundancy, overlap, subsets",
-    "compare": "features across SAEs, layers and models: match, drift, transfer",
-    "steer": "generate with features amplified, set, capped or removed",
-    "sweep": "effect of an edit against its strength, with control and picture",
-    "calibrate": "typical activations, the unit of strengths",
-    "blame": "from a bad reply to the features behind it",
-    "export": "a plan for llama.cpp (GGUF) or as plain vectors",
-    "lm_eval": "standard benchmarks of a steered model",
-    "train": "SASFT and rare negatives on TRL, their features and metrics",
-    "dash": "every feature on a page: a static site, or Neuronpedia's format",
-    "classify": "documents by rules over features, beside probes",
-    "label": "packs of what features mean: list, show, merge, check",
-    "synth": "find features that data never activates, write data that does",
-    "app": "read, compare and steer in a browser",
-    "demo": "a tour on data made on the spot, offline",
-}
-
-MODULES = {"app": "web"}
-"""Verbs whose module has another name: this one is `app.py` already."""
-
-EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
-
-AddArguments = Callable[[argparse.ArgumentParser], None]
-Run = Callable[[argparse.Namespace], int]
+from qwen_scope_lens.catalog import find_group
+from qwen_scope_lens.cli.arguments import layer_list
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The entry point of `qsl`."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    if not words or words[0] in ("-h", "--help", "help"):
-        print(_overview())
-        return 0
-    if words[0] in ("-V", "--version"):
-        from qwen_scope_lens import __version__
-
-        print(f"qwen-scope-lens {__version__}")
-        return 0
-    verb = words.pop(0)
-    if verb not in VERBS:
-        print(f"qsl: no verb {verb!r}\n\n{_overview()}", file=sys.stderr)
-        return EXIT_USAGE
-    try:
-        module = import_module(f"qwen_scope_lens.cli.{MODULES.get(verb, verb)}")
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
-    return _run(f"qsl {verb}", module.__doc__, module.add_arguments, module.run, words)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", help="a folder, or a name on the hub (default: the SAEs' own)")
+    parser.add_argument("--sae", default="mini-qwen3/w1k-l0-16", help="group (%(default)s)")
+    parser.add_argument("--layers", type=layer_list, help="chosen at first (default: the middle)")
+    parser.add_argument("--labels", type=Path, help="JSON lines: address, text, score, provenance")
+    parser.add_argument("--site", type=Path, help="what `qsl dash build` wrote, to link to")
+    parser.add_argument("--sae-folder", type=Path, help="read the SAEs' files from here only")
+    parser.add_argument("--sae-cache-max", type=int, default=8, help="SAEs in memory (%(default)s)")
+    parser.add_argument("--device", help="such as cuda (default: the CPU)")
+    parser.add_argument("--host", default="127.0.0.1", help="default: this machine only")
+    parser.add_argument("--port", type=int, default=7860, help="default: %(default)s")
 
 
-def run_alone(doc: str | None, add_arguments: AddArguments, run: Run) -> int:
-    """The same for a module run with `python -m` or as a script."""
-    return _run(None, doc, add_arguments, run, sys.argv[1:])
+def run(arguments: argparse.Namespace) -> int:
+    group = find_group(arguments.sae)
+    layers = arguments.layers or [group.layers[len(group.layers) // 2]]
+    for layer in layers:
+        group.check_layer(layer)
 
+    from qwen_scope_lens.dashboards.app_server import make_web_app, serve
+    from qwen_scope_lens.dashboards.workbench import Workbench
+    from qwen_scope_lens.features.labels import LabelPack
+    from qwen_scope_lens.models.load import load_model
 
-def _run(
-    prog: str | None, doc: str | None, add_arguments: AddArguments, run: Run, words: Sequence[str]
-) -> int:
-    parser = argparse.ArgumentParser(
-        prog=prog, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_arguments(parser)
-    arguments = parser.parse_args(words)
-    try:
-        return run(arguments)
-    except ScopeError as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return EXIT_ERROR
-    except KeyboardInterrupt:
-        print(f"{parser.prog}: interrupted; what was finished is kept", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    except BrokenPipeError:  # `qsl list | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_ERROR
+    labels = LabelPack.read(arguments.labels) if arguments.labels else LabelPack()
+    print(group.notice, file=sys.stderr)
+    model = load_model(arguments.model or group.backbone.model_id, device=arguments.device)
+    bench = Workbench(model, group, labels, arguments.sae_folder, arguments.sae_cache_max)
+    bench.sae(layers[-1])  # what is missing is said now
+    with tempfile.TemporaryDirectory(prefix="qsl-app-") as folder:
+        site = arguments.site
+        if site is None and group.origin == "mini":
+            from qwen_scope_lens.dashboards.build import site_of_documents
+            from qwen_scope_lens.mini import heldout
 
-
-def _overview() -> str:
-    verbs = "\n".join(f"  {name:10} {what}" for name, what in VERBS.items())
-    return (
-        "usage: qsl VERB ...\n\n"
-        "Tools for Qwen-Scope, the sparse autoencoders of Qwen3 and Qwen3.5.\n\n"
-        f"{verbs}\n\n"
-        "`qsl VERB --help` explains one. Files are looked for in $QWEN_SCOPE_HOME, then on the hub."
-    )
+            print("Making every feature's page from a few texts ...", file=sys.stderr)
+            texts = islice(heldout(), 0, None, 20)
+            site = site_of_documents(list(texts), model, group.short, layers, Path(folder, "site"))
+        web = make_web_app(bench, layers, site, arguments.host)
+        print(f"http://{arguments.host}:{arguments.port}/  (Ctrl-C ends it)", flush=True)
+        serve(web, arguments.host, arguments.port)
+    return 0

@@ -1,0 +1,122 @@
+"""`qsl VERB ...`: finds the verb's module, and turns what goes wrong into one line and a code.
+
+A verb is a module with `add_arguments(parser)` and `run(arguments) -> exit code`; its docstring is
+its help. Only the verb that is asked for is imported, so `qsl --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+
+from qwen_scope_lens.errors import ScopeError
+
+__all__ = ["VERBS", "main", "run_alone"]
+
+SECTIONS = {
+    "to begin with": {
+        "demo": "a tour on a toy model, offline",
+    },
+    "SAEs": {
+        "list": "the groups of SAEs that have a name",
+        "show": "one group: shapes, sizes, memory, hook, notice",
+        "convert": "between the published layout and SAELens's",
+        "verify": "does this SAE belong to these activations?",
+    },
+    "features of a corpus": {
+        "extract": "a corpus through model and SAEs, into a feature store",
+        "store": "a feature store: info, check, sql, merge",
+        "stats": "every feature of a store: how often, how strongly, with which others",
+        "rank": "which features tell one group of documents from another",
+        "label": "packs of what features mean: list, show, merge, check",
+    },
+    "looking": {
+        "dash": "every feature on a page: a static site, or Neuronpedia's format",
+        "app": "read, compare and steer in a browser",
+        "compare": "features across SAEs, layers and models: match, drift, transfer",
+    },
+    "steering": {
+        "steer": "generate with features amplified, set, capped or removed",
+        "sweep": "effect of an edit against its strength, with control and picture",
+        "calibrate": "typical activations, the unit of strengths",
+        "blame": "from a bad reply to the features behind it",
+        "export": "a plan for llama.cpp (GGUF) or as plain vectors",
+        "lm_eval": "standard benchmarks of a steered model",
+    },
+    "applications": {
+        "bench": "what benchmarks measure: redundancy, overlap, subsets",
+        "classify": "documents by rules over features, beside probes",
+        "synth": "find features that data never activates, write data that does",
+        "train": "SASFT and rare negatives on TRL, their features and metrics",
+    },
+}
+VERBS = {verb: what for section in SECTIONS.values() for verb, what in section.items()}
+
+EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+
+AddArguments = Callable[[argparse.ArgumentParser], None]
+Run = Callable[[argparse.Namespace], int]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The entry point of `qsl`."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0
+    if words[0] in ("-V", "--version"):
+        from qwen_scope_lens import __version__
+
+        print(f"qwen-scope-lens {__version__}")
+        return 0
+    verb = words.pop(0)
+    if verb not in VERBS:
+        print(f"qsl: no verb {verb!r}\n\n{_overview()}", file=sys.stderr)
+        return EXIT_USAGE
+    try:
+        module = import_module(f"qwen_scope_lens.cli.{verb}")
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    return _run(f"qsl {verb}", module.__doc__, module.add_arguments, module.run, words)
+
+
+def run_alone(doc: str | None, add_arguments: AddArguments, run: Run) -> int:
+    """The same for a module run with `python -m` or as a script."""
+    return _run(None, doc, add_arguments, run, sys.argv[1:])
+
+
+def _run(
+    prog: str | None, doc: str | None, add_arguments: AddArguments, run: Run, words: Sequence[str]
+) -> int:
+    parser = argparse.ArgumentParser(
+        prog=prog, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_arguments(parser)
+    arguments = parser.parse_args(words)
+    try:
+        return run(arguments)
+    except ScopeError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return EXIT_ERROR
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: interrupted; what was finished is kept", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # `qsl list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_ERROR
+
+
+def _overview() -> str:
+    verbs = "\n\n".join(
+        "\n".join([f"{section}:", *(f"  {name:10} {what}" for name, what in verbs.items())])
+        for section, verbs in SECTIONS.items()
+    )
+    return (
+        "usage: qsl VERB ...\n\n"
+        "Tools for Qwen-Scope, the sparse autoencoders of Qwen3 and Qwen3.5.\n\n"
+        f"{verbs}\n\n"
+        "`qsl VERB --help` explains one. Files are looked for in $QWEN_SCOPE_HOME, then on the hub."
+    )
