@@ -319,6 +319,8 @@ def test_a_broken_template_is_named(
 def test_recipes(tmp_path: Path) -> None:
     for recipe in RECIPES.values():
         assert read_recipe(str(write_recipe(recipe, tmp_path / "recipe.yaml"))) == recipe
+    assert SCOPE.at_least(2.5).threshold == 2.5
+    assert FAC.at_least(0.5) == FAC
     path = tmp_path / "mine.yaml"
     path.write_text("name: fac\nthreshold: 2.0\nkinds: [legal]\n")
     assert read_recipe(str(path)) == replace(FAC, threshold=2.0, kinds=("legal",))

@@ -93,6 +93,10 @@ class Recipe:
         steered = {"prompt": "steered", "text": "opening"}
         return replace(self, template=steered.get(self.template, self.template))
 
+    def at_least(self, threshold: float) -> Recipe:
+        """With a threshold not below that by which targets were found to be missing."""
+        return replace(self, threshold=max(self.threshold, threshold))
+
     def to_dict(self) -> dict[str, Any]:
         return {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items()}
 

@@ -41,7 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--wave", type=int, default=64, help="candidates at a time (%(default)s)")
     recipe = parser.add_argument_group("recipe", "instead of what the recipe says")
     recipe.add_argument("--template", help="such as prompt, steered, fac, text, opening")
-    recipe.add_argument("--threshold", type=float)
+    recipe.add_argument(
+        "--threshold", type=float, help="else that of the recipe or the targets, the higher one"
+    )
     recipe.add_argument("--per-feature", type=int, help="examples to keep for a feature")
     recipe.add_argument("--attempts", type=int, help="rounds for a feature")
     recipe.add_argument("--language", help="such as en; other languages are rejected")
@@ -72,7 +74,9 @@ def run(arguments: argparse.Namespace) -> int:
     recipe = read_recipe(arguments.recipe)
     if arguments.generator.startswith("steer:"):
         recipe = recipe.for_steering()
-    recipe = recipe.change(caution=words, **{name: getattr(arguments, name) for name in changes})
+    recipe = recipe.at_least(targets.threshold).change(
+        caution=words, **{name: getattr(arguments, name) for name in changes}
+    )
     templates = Templates(arguments.templates)
     load = lru_cache(lambda name: load_model(name, device=arguments.device))
     name = arguments.model or targets.provenance["model"]
