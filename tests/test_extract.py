@@ -149,7 +149,10 @@ def test_killed_at_every_step_and_started_again(model: Any, tmp_path: Path) -> N
 
 def test_killed_at_any_moment(store: FeatureStore, model: Any, tmp_path: Path) -> None:
     out, draw = tmp_path / "store", random.Random(0)
-    codes = [forked(lambda: run(model, out), draw.uniform(0.02, 0.5)) for _ in range(6)]
+    started = time.monotonic()
+    assert forked(lambda: run(model, tmp_path / "undisturbed")) == 0
+    took = time.monotonic() - started
+    codes = [forked(lambda: run(model, out), draw.uniform(0.05, 0.7) * took) for _ in range(6)]
     assert -signal.SIGKILL in codes
     run(model, out)
     assert files_of(out) == files_of(store.path)

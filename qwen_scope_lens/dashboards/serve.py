@@ -17,6 +17,12 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
     without asking, and the browser is told to take types as they are said."""
 
     server_version, sys_version = "qsl", ""
+    extensions_map = {  # the machine's own table differs from one to the next
+        **http.server.SimpleHTTPRequestHandler.extensions_map,
+        ".css": "text/css",
+        ".html": "text/html",
+        ".js": "text/javascript",
+    }
 
     def end_headers(self) -> None:
         self.send_header("X-Content-Type-Options", "nosniff")

@@ -64,7 +64,8 @@ class Passages:
             pieces.append(text[at:left])
             if value > 0:
                 strength = f"({round(10 * value / scale)})" if scale > 0 else ""
-                pieces.append(f"<<{words}>>{strength}")
+                bare = words.lstrip() or words  # the space before a word stands outside its mark
+                pieces.append(f"{words[: len(words) - len(bare)]}<<{bare}>>{strength}")
             else:
                 pieces.append(words)
             at = right
