@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import http.server
 from pathlib import Path
+from typing import ClassVar
 
 from qwen_scope_lens.dashboards.site import is_site
 from qwen_scope_lens.errors import BadFile, CannotWrite
@@ -17,7 +18,7 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
     without asking, and the browser is told to take types as they are said."""
 
     server_version, sys_version = "qsl", ""
-    extensions_map = {  # the machine's own table differs from one to the next
+    extensions_map: ClassVar[dict[str, str]] = {  # the machine's own table differs from one to the next
         **http.server.SimpleHTTPRequestHandler.extensions_map,
         ".css": "text/css",
         ".html": "text/html",

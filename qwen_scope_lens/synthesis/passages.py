@@ -54,19 +54,25 @@ class Passages:
         spans = block.spans[start:end]
         if text is None or not len(spans) or (spans < 0).any():
             return "".join(block.tokens[start:end])
-        pieces, at = [], int(spans[0, 0])
+        pieces: list[tuple[str, str, float]] = []  # what stands between, words, value
+        at = int(spans[0, 0])
         for i, (left, right) in enumerate(spans.tolist(), start=start):
-            left = max(left, at)  # tokens that are parts of one character share its place
-            if right <= at:
-                continue
             value = 0.0 if values is None else float(values[i])
-            words = text[left:right]
-            pieces.append(text[at:left])
-            if value > 0:
-                strength = f"({round(10 * value / scale)})" if scale > 0 else ""
-                bare = words.lstrip() or words  # the space before a word stands outside its mark
-                pieces.append(f"{words[: len(words) - len(bare)]}<<{bare}>>{strength}")
-            else:
-                pieces.append(words)
-            at = right
-        return " ".join("".join(pieces).split())
+            if right <= at and pieces:  # a part of a character that is there already
+                gap, words, before = pieces[-1]
+                pieces[-1] = (gap, words, max(before, value))
+            elif right > at:
+                left = max(left, at)
+                pieces.append((text[at:left], text[left:right], value))
+                at = right
+        marked = "".join(gap + _marked(words, value, scale) for gap, words, value in pieces)
+        return " ".join(marked.split())
+
+
+def _marked(words: str, value: float, scale: float) -> str:
+    """`<<words>>` where the feature fires; the space before a word stands outside its mark."""
+    if value <= 0:
+        return words
+    strength = f"({round(10 * value / scale)})" if scale > 0 else ""
+    bare = words.lstrip() or words
+    return f"{words[: len(words) - len(bare)]}<<{bare}>>{strength}"
