@@ -19,9 +19,11 @@ import qwen_scope_lens as qsl
 from qwen_scope_lens.address import FeatureRef
 from qwen_scope_lens.dashboards.app_server import make_web_app
 from qwen_scope_lens.dashboards.build import site_of_documents
+from qwen_scope_lens.dashboards.steering_run import Outcome, run_steering
 from qwen_scope_lens.dashboards.workbench import Workbench
 from qwen_scope_lens.features.labels import Label, LabelPack
 from qwen_scope_lens.mini import heldout
+from qwen_scope_lens.steering.generate import Sampling
 from qwen_scope_lens.steering.plan import Plan
 
 LAYER = 6
@@ -75,13 +77,14 @@ def choose(page: Any, feature: int) -> None:
 
 def add_edit(page: Any, feature: int, strength: str) -> None:
     page.get_by_role("tab", name="Steer").click()
+    page.get_by_role("radio", name="Custom").check()  # else a preset follows the chosen feature
     choose(page, feature)
-    page.wait_for_timeout(300)
     field(page, "strength").fill(strength)
     field(page, "strength").press("Tab")
-    page.wait_for_timeout(300)
     page.locator("#add-edit").click()
-    expect(page.locator("#plan-table")).to_contain_text(f"{GROUP}/{LAYER}/{feature}", timeout=SLOW)
+    row = page.locator("#plan-table").get_by_role("row").last
+    expect(row).to_contain_text(f"{GROUP}/{LAYER}/{feature}", timeout=SLOW)
+    expect(row.get_by_role("gridcell").nth(2)).to_have_text(strength)
 
 
 def upload(page: Any, file: Path) -> None:
@@ -90,13 +93,27 @@ def upload(page: Any, file: Path) -> None:
     chooser.value.set_files(file)
 
 
-def generated(page: Any, prompt: str = "The kernel") -> tuple[str, str]:
+def generated(page: Any, prompt: str) -> tuple[str, str]:
+    """What a click on Generate leads to. The prompt must be another than the last one, so that
+    what is said at the end tells that this run has ended."""
+    status = page.locator("#status")
+    before = status.inner_text()
     field(page, "prompt").fill(prompt)
     field(page, "new-tokens").fill("20")
     field(page, "new-tokens").press("Tab")
     page.locator("#steer-go").click()
-    expect(page.locator("#status")).to_contain_text("perplexity", timeout=SLOW)
+    if before:
+        expect(status).not_to_have_text(before, timeout=SLOW)
+    expect(status).to_contain_text("perplexity", timeout=SLOW)
     return field(page, "plain").input_value(), field(page, "steered").input_value()
+
+
+def directly(bench: Workbench, prompt: str, feature: int, strength: str) -> tuple[str, str]:
+    """The same without a browser."""
+    plan = Plan(f"{GROUP}/{LAYER}/{feature}:add:{strength}sigma")
+    *_, end = run_steering(bench, prompt, plan, Sampling(20))
+    assert isinstance(end, Outcome)
+    return end.plain, end.steered
 
 
 def strongest(bench: Workbench, text: str) -> int:
@@ -123,7 +140,7 @@ def test_read_compare_and_steer(address: str, browser: Browser, tmp_path: Path) 
         link = page.locator("#about a")
         expect(link).to_have_attribute("href", f"/features/index.html#{ref}", timeout=SLOW)
         add_edit(page, int(ref.rpartition("/")[2]), "3")
-        plain, steered = generated(page)
+        plain, steered = generated(page, "The kernel")
         assert plain
         assert steered != plain  # the click changed the output
         expect(page.locator("#report textarea")).to_have_value(re.compile("fired on"), timeout=SLOW)
@@ -162,9 +179,10 @@ def test_two_visitors_do_not_mix_and_each_stops_its_own(
         for page, mine, theirs in ((one, *features), (other, *reversed(features))):
             expect(page.locator("#plan-table")).to_contain_text(f"/{LAYER}/{mine}")
             expect(page.locator("#plan-table")).not_to_contain_text(f"/{LAYER}/{theirs}")
-        (plain, first), (same, second) = generated(one), generated(other)
-        assert plain == same
-        assert len({plain, first, second}) == 3
+        for page, feature in ((one, features[0]), (other, features[1])):
+            plain, steered = generated(page, "The kernel")
+            assert (plain, steered) == directly(bench, "The kernel", feature, "+4")
+            assert steered != plain
         field(one, "new-tokens").fill("300")
         field(one, "new-tokens").press("Tab")
         one.locator("#steer-go").click()
@@ -174,6 +192,7 @@ def test_two_visitors_do_not_mix_and_each_stops_its_own(
         expect(one.locator("#status")).to_contain_text(" of 300 tokens")
         one.locator("#steer-stop").dispatch_event("click")
         expect(one.locator("#status")).to_contain_text("Stopped after", timeout=SLOW)
-        assert generated(other) == (same, second)  # the model is free again, and unsteered
+        # The model is free again, and nothing of the stopped plan is left in it.
+        assert generated(other, "A file") == directly(bench, "A file", features[1], "+4")
     assert browser.complaints == []
     assert browser.outside == []

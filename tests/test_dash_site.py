@@ -23,6 +23,7 @@ from qwen_scope_lens.cli import main
 from qwen_scope_lens.dashboards.neuronpedia import neuronpedia_id
 from qwen_scope_lens.dashboards.serve import make_server
 from qwen_scope_lens.dashboards.site import VIEWER
+from qwen_scope_lens.dashboards.vocabulary import Vocabulary
 from qwen_scope_lens.errors import BadFile, CannotWrite
 from qwen_scope_lens.features.store import FeatureStore
 
@@ -155,6 +156,7 @@ def test_promoted_tokens_are_those_of_the_model(site: Path, frequent: list[int])
         plain = [re.sub("(<0x[0-9A-F]{2}>)+", "\ufffd", token) for token in shown]
         decoded = [model.tokenizer.decode([token]) for token in best]
         assert plain == [re.sub("\ufffd+", "\ufffd", token) for token in decoded]
+        assert shown == [Vocabulary(model.tokenizer).text(token) for token in best]
 
 
 def test_neighbours_and_geometry(site: Path, frequent: list[int]) -> None:

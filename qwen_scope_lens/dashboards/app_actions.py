@@ -9,6 +9,7 @@ import functools
 import html
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,6 +46,9 @@ CUSTOM = "Custom"
 
 FORMS = {"plain text": None, "chat": False, "chat, thinking": True}
 """How a prompt is given to the model -> `enable_thinking`."""
+
+PAUSE = 0.3
+"""Seconds between two pictures of a text that grows."""
 
 LEFT_OUT = ("the first token", "tokens that both have", "the prefix that both have")
 """In the order of `Kept`'s fields."""
@@ -236,10 +240,13 @@ class Actions:
             self._stop(session)
             stop = self._runs[session] = threading.Event()
             now: Step | Outcome = Step(0, sampling.new_tokens)
+            plan, shown = plan_of(edits), 0.0
             for now in run_steering(
-                self._bench, prompt, plan_of(edits), sampling, enable_thinking=thinking, stop=stop
+                self._bench, prompt, plan, sampling, enable_thinking=thinking, stop=stop
             ):
-                yield _shown(now)
+                if isinstance(now, Outcome) or time.monotonic() - shown > PAUSE:
+                    yield _shown(now, first=not shown)
+                    shown = time.monotonic()
             if isinstance(now, Step):
                 yield (f"Stopped after {now.tokens or 0} tokens.", *_shown(now)[1:])
         except ScopeError as error:
@@ -266,13 +273,14 @@ def _told_to(progress: Any) -> Callable[[int, int], None]:
     return lambda done, n: progress((done, n), unit="layers")
 
 
-def _shown(now: Step | Outcome) -> tuple[Any, ...]:
-    """Status, both texts, what the plan did, and both tables of next tokens."""
+def _shown(now: Step | Outcome, first: bool = False) -> tuple[Any, ...]:
+    """Status, both texts, what the plan did, and both tables of next tokens. The last three are
+    emptied at first and then left alone until the end: drawing tables costs a browser time."""
     if isinstance(now, Step):
         said = f"{now.tokens} of {now.most} tokens"
         if now.tokens is None:
             said = "Waiting for another visitor's run to end"
-        return said, now.plain, now.steered, "", [], []
+        return said, now.plain, now.steered, *(("", [], []) if first else [gr.skip()] * 3)
     heights = " → ".join("–" if x is None else f"{x:.2f}" for x in now.perplexities)
     repeats = " → ".join("–" if x is None else f"{x:.0%}" for x in now.repetitions)
     said = "Still language" if now.coherent else "**Incoherent: weaken the plan**"
