@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import http.server
+from os import PathLike
 from pathlib import Path
-from typing import ClassVar
 
 from qwen_scope_lens.dashboards.site import is_site
 from qwen_scope_lens.errors import BadFile, CannotWrite
@@ -13,17 +13,15 @@ from qwen_scope_lens.errors import BadFile, CannotWrite
 __all__ = ["make_server"]
 
 
+TYPES = {".css": "text/css", ".html": "text/html", ".js": "text/javascript"}
+"""As the machine's own table of types differs from one to the next."""
+
+
 class _Handler(http.server.SimpleHTTPRequestHandler):
     """Files of one folder; nothing is listed, nothing outside is followed to, nothing is cached
     without asking, and the browser is told to take types as they are said."""
 
     server_version, sys_version = "qsl", ""
-    extensions_map: ClassVar[dict[str, str]] = {  # the machine's own table differs from one to the next
-        **http.server.SimpleHTTPRequestHandler.extensions_map,
-        ".css": "text/css",
-        ".html": "text/html",
-        ".js": "text/javascript",
-    }
 
     def end_headers(self) -> None:
         self.send_header("X-Content-Type-Options", "nosniff")
@@ -49,6 +47,9 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
     def _is_local(self) -> bool:
         address = self.server.server_address
         return isinstance(address, tuple) and address[0] in ("127.0.0.1", "::1")
+
+    def guess_type(self, path: str | PathLike[str]) -> str:
+        return TYPES.get(Path(path).suffix) or super().guess_type(path)
 
     def list_directory(self, path):  # type: ignore[no-untyped-def]
         self.send_error(404)
