@@ -102,13 +102,13 @@ class RareNegativeGRPOTrainer(GRPOTrainer):
         ]
 
     def _generate_single_turn(self, prompt_ids: Any, *rest: Any, **named: Any) -> Any:
-        rows = self._steered_rows(len(prompt_ids))
-        if not self.model.training or not any(rows):
+        if not self.model.training:
             return super()._generate_single_turn(prompt_ids, *rest, **named)
-        plans = [self.plan if steered else None for steered in rows]
-        with self._steered(plans) as report:
+        rows = self._steered_rows(len(prompt_ids))
+        with self._steered([self.plan if steered else None for steered in rows]) as report:
             found = super()._generate_single_turn(prompt_ids, *rest, **named)
-        self._log_rollouts(found[0], rows, report)
+        # Also by a process that steers no row of its own: the others wait for its figures.
+        self._log_rollouts(found[0], rows, report is not None and report.fired)
         return found
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
@@ -145,21 +145,18 @@ class RareNegativeGRPOTrainer(GRPOTrainer):
             return nullcontext()
         return steer(model, plans, tokenizer=self._tokenizer, must_fire=False)
 
-    def _log_rollouts(self, completions: Any, rows: Sequence[bool], report: Any) -> None:
+    def _log_rollouts(self, completions: Any, rows: Sequence[bool], fired: bool) -> None:
         """How often each kind of rollout ends in a loop, and whether the plan did anything."""
-        loops = torch.tensor(
-            [
-                [float(find_repeats(ids) is not None), float(steered)]
-                for ids, steered in zip(completions, rows, strict=True)
-            ],
-            device=self.accelerator.device,
-        )
-        loops = self.accelerator.gather(loops)
-        steered = loops[:, 1] > 0
-        metrics = self._metrics["train"]
-        metrics["rollouts/own_repeat_ratio"].append(loops[~steered, 0].mean().item())
-        metrics["rollouts/steered_repeat_ratio"].append(loops[steered, 0].mean().item())
-        metrics["rollouts/plan_fired"].append(float(report.fired))
+        table = [
+            [float(find_repeats(ids) is not None), float(steered), float(fired)]
+            for ids, steered in zip(completions, rows, strict=True)
+        ]
+        found = self.accelerator.gather(torch.tensor(table, device=self.accelerator.device))
+        steered, metrics = found[:, 1] > 0, self._metrics["train"]
+        metrics["rollouts/own_repeat_ratio"].append(found[~steered, 0].mean().item())
+        if bool(steered.any()):
+            metrics["rollouts/steered_repeat_ratio"].append(found[steered, 0].mean().item())
+            metrics["rollouts/plan_fired"].append(found[steered, 2].mean().item())
 
 
 def _in_hindsight(plan: Plan, prompt: int) -> Plan:
