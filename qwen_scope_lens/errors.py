@@ -47,7 +47,7 @@ class ScopeError(Exception):
 
 
 class UnknownName(ScopeError, ValueError):
-    """A group, release, repository or feature address that the catalog does not know."""
+    """A group, release, address or device that is not known here."""
 
 
 class LayerOutOfRange(ScopeError, ValueError):

@@ -172,3 +172,51 @@ def test_size() -> None:
         "2.148 GB",
         "215 GB",
     ]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ["extract", "c.txt", "--sae", "g", "--layers", "1", "--out", "o", "--max-tokens", "0"],
+            "1 or",
+        ),
+        (["store", "merge", "new", "old", "--shard-docs", "-1"], "1 or more"),
+        (["rank", "s", "--label", "l", "--positive", "p", "--seed", "-1"], "0 or more"),
+        (["rank", "s", "--label", "l", "--positive", "p", "--fdr", "-1"], "from 0 to 1"),
+        (["rank", "s", "--label", "l", "--positive", "p", "--held-out", "nan"], "from 0 to 1"),
+        (["stats", "s", "--layer", "-3"], "0 or more"),
+        (["sweep", "p", "--edit", "e", "--strengths", "1", "--batch", "x"], "1 or more"),
+        (["bench", "subset", "b", "--coverage", "95"], "from 0 to 1"),
+    ],
+)
+def test_numbers_out_of_range_are_usage_errors(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(words)
+    assert caught.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--device", "banana"], "device 'banana' cannot be used here"),
+        (["--device", "cuda:99"], "device 'cuda:99' cannot be used here"),
+        (["--model", "."], "no model that transformers can open"),
+    ],
+)
+def test_devices_and_folders_that_are_none_are_one_line(
+    options: list[str],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    edit = ["--edit", "mini-qwen3/w1k-l0-16/6/1:ablate"]
+    assert main(["steer", "text", *edit, *options]) == 1
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("qsl steer: ")
+    assert said in last

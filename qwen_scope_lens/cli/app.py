@@ -19,7 +19,7 @@ from itertools import islice
 from pathlib import Path
 
 from qwen_scope_lens.catalog import find_group
-from qwen_scope_lens.cli.arguments import layer_list
+from qwen_scope_lens.cli.arguments import count, from_zero, layer_list
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,10 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--labels", type=Path, help="JSON lines: address, text, score, provenance")
     parser.add_argument("--site", type=Path, help="what `qsl dash build` wrote, to link to")
     parser.add_argument("--sae-folder", type=Path, help="read the SAEs' files from here only")
-    parser.add_argument("--sae-cache-max", type=int, default=8, help="SAEs in memory (%(default)s)")
+    parser.add_argument(
+        "--sae-cache-max", type=count, default=8, help="SAEs in memory (%(default)s)"
+    )
     parser.add_argument("--device", help="such as cuda (default: the CPU)")
     parser.add_argument("--host", default="127.0.0.1", help="default: this machine only")
-    parser.add_argument("--port", type=int, default=7860, help="default: %(default)s")
+    parser.add_argument("--port", type=from_zero, default=7860, help="default: %(default)s")
 
 
 def run(arguments: argparse.Namespace) -> int:

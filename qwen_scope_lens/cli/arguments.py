@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 
-__all__ = ["layer_list", "memory", "rank"]
+__all__ = ["count", "from_zero", "layer_list", "memory", "rank", "share"]
 
 MOST_LAYERS = 10_000
 
@@ -41,3 +41,34 @@ def rank(text: str) -> tuple[int, int]:
     if found is None or int(found[1]) >= int(found[2]):
         raise argparse.ArgumentTypeError(f"{text!r} is no part such as 0/4, 1/4, 2/4 or 3/4")
     return int(found[1]), int(found[2])
+
+
+def count(text: str) -> int:
+    """A whole number from 1: of tokens, documents, features, ..."""
+    return _whole(text, 1)
+
+
+def from_zero(text: str) -> int:
+    """A whole number from 0: a layer, a seed, rows that may be none."""
+    return _whole(text, 0)
+
+
+def share(text: str) -> float:
+    """A number from 0 to 1."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = float("nan")
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no share: expected a number from 0 to 1")
+    return number
+
+
+def _whole(text: str, least: int) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        number = least - 1
+    if number < least:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of {least} or more")
+    return number

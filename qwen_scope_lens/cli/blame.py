@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwen_scope_lens.cli import plans
+from qwen_scope_lens.cli.arguments import count
 
 if TYPE_CHECKING:
     from qwen_scope_lens.steering.blame import Case
@@ -36,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chat", action="store_true", help="prompts as a user's messages")
     parser.add_argument("--thinking", action="store_true", help="with --chat: thinking mode")
     parser.add_argument("--labels", type=Path, help="a label pack, to show what features mean")
-    parser.add_argument("--top", type=int, default=10, help="default: %(default)s")
+    parser.add_argument("--top", type=count, default=10, help="default: %(default)s")
     plans.add_model(parser)
 
 

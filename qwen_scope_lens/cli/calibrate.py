@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from qwen_scope_lens.cli import plans
+from qwen_scope_lens.cli.arguments import count
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--texts", type=Path, help="a corpus to run through the model")
     source.add_argument("--store", type=Path, help="a feature store, from `qsl extract`")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE")
-    parser.add_argument("--max-tokens", type=int, help="of one document; the rest is cut off")
+    parser.add_argument("--max-tokens", type=count, help="of one document; the rest is cut off")
     plans.add_model(parser)
 
 

@@ -19,7 +19,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwen_scope_lens.cli.arguments import layer_list
+from qwen_scope_lens.cli.arguments import count, layer_list
 
 if TYPE_CHECKING:
     from qwen_scope_lens.classification.methods import Documents
@@ -113,18 +113,20 @@ def _data(parser: argparse.ArgumentParser, what: str) -> None:
     corpus.add_argument("--layers", type=layer_list, metavar="LIST", help="such as 10-20 (all)")
     corpus.add_argument("--store", metavar="FOLDER", help="where it is extracted to (DATA.store)")
     corpus.add_argument("--text", metavar="COLUMN", help="the column of the texts")
-    corpus.add_argument("--max-tokens", type=int, metavar="N", help="cut longer documents")
+    corpus.add_argument("--max-tokens", type=count, metavar="N", help="cut longer documents")
     corpus.add_argument("--split", help="of a dataset")
 
 
 def _rule(parser: argparse.ArgumentParser) -> None:
     rule = parser.add_argument_group("the rule")
     rule.add_argument("--rule", choices=RULES, default="or", help="default: %(default)s")
-    rule.add_argument("--top-k", type=int, default=2, metavar="K", help="features of a layer (2)")
+    rule.add_argument("--top-k", type=count, default=2, metavar="K", help="features of a layer (2)")
     rule.add_argument("--layer", default="auto", help="a layer, or auto: the largest difference")
-    rule.add_argument("--n-layers", type=int, default=1, metavar="M", help="layers to combine (1)")
+    rule.add_argument(
+        "--n-layers", type=count, default=1, metavar="M", help="layers to combine (1)"
+    )
     rule.add_argument("--threshold", type=float, default=0.0, help="fires above this value (0)")
-    rule.add_argument("--at-least", type=int, metavar="K", help="k-of-n: how many have to fire")
+    rule.add_argument("--at-least", type=count, metavar="K", help="k-of-n: how many have to fire")
 
 
 def _settings(arguments: argparse.Namespace) -> dict[str, Any]:

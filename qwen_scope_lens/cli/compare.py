@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwen_scope_lens.cli.arguments import layer_list
+from qwen_scope_lens.cli.arguments import count, from_zero, layer_list, share
 
 if TYPE_CHECKING:
     from qwen_scope_lens.compare.match import Matching
@@ -54,19 +54,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--layers", type=layer_list, help="of A and B: 6,7; default: the last stored"
     )
     match.add_argument("--by", choices=["decoder", "activation"], help="default: as fits")
-    match.add_argument("--candidates", type=int, default=8, help="kept a feature")
-    match.add_argument("--fdr", type=float, default=0.05)
-    match.add_argument("--show", type=int, default=10, help="pairs printed")
-    match.add_argument("--seed", type=int, default=0)
+    match.add_argument("--candidates", type=count, default=8, help="kept a feature")
+    match.add_argument("--fdr", type=share, default=0.05)
+    match.add_argument("--show", type=from_zero, default=10, help="pairs printed")
+    match.add_argument("--seed", type=from_zero, default=0)
     match.add_argument("--out", type=Path, help="a Parquet file, one row a feature of A")
 
     drift = verb("drift", DRIFT)
     drift.add_argument("base", type=Path, metavar="BASE_STORE")
     drift.add_argument("tuned", type=Path, metavar="TUNED_STORE")
     drift.add_argument("--layers", type=layer_list, help="default: all that both have")
-    drift.add_argument("--fdr", type=float, default=0.05)
+    drift.add_argument("--fdr", type=share, default=0.05)
     drift.add_argument(
-        "--fvu", type=int, default=0, metavar="TEXTS",
+        "--fvu", type=from_zero, default=0, metavar="TEXTS",
         help="run both models again on so many of the texts for unexplained variance",
     )  # fmt: skip
     drift.add_argument("--labels", type=Path, help="a label pack, for names of features")
@@ -79,8 +79,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     transfer.add_argument("--models", required=True, help="names or folders, a comma apart")
     transfer.add_argument("--texts", required=True, type=Path, help="JSONL, text, CSV or Parquet")
     transfer.add_argument("--text", help="the column that holds the text")
-    transfer.add_argument("--documents", type=int, default=200, help="read; default: %(default)s")
-    transfer.add_argument("--max-tokens", type=int, default=512, help="of a document")
+    transfer.add_argument("--documents", type=count, default=200, help="read; default: %(default)s")
+    transfer.add_argument("--max-tokens", type=count, default=512, help="of a document")
     transfer.add_argument("--folder", type=Path, help="read the SAEs' files from here only")
     transfer.add_argument("--no-losses", action="store_true", help="FVU and L0 only, faster")
     transfer.add_argument("--out", type=Path, help="a JSON file")

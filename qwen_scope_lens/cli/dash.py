@@ -15,7 +15,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qwen_scope_lens.cli.arguments import layer_list
+from qwen_scope_lens.cli.arguments import count, from_zero, layer_list
 
 if TYPE_CHECKING:
     from qwen_scope_lens.dashboards.build import Sources
@@ -28,7 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     build.add_argument("--title", help="the heading of the site")
     serve = verbs.add_parser("serve", help="show a site on this machine")
     serve.add_argument("site", type=Path, help="what `qsl dash build` wrote")
-    serve.add_argument("--port", type=int, default=8000, help="default: %(default)s; 0: any free")
+    serve.add_argument(
+        "--port", type=from_zero, default=8000, help="default: %(default)s; 0: any free"
+    )
     serve.add_argument(
         "--host", default="127.0.0.1", help="default: %(default)s, this machine only"
     )
@@ -52,7 +54,7 @@ def _add_sources(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="where the model is now (default: as the store says)")
     parser.add_argument("--sae-folder", type=Path, help="read the SAE's files from here only")
     parser.add_argument("--no-tokens", action="store_true", help="without promoted tokens")
-    parser.add_argument("--examples", type=int, default=12, help="a feature (%(default)s)")
+    parser.add_argument("--examples", type=count, default=12, help="a feature (%(default)s)")
 
 
 def run(arguments: argparse.Namespace) -> int:

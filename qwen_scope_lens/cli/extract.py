@@ -16,7 +16,7 @@ import argparse
 from dataclasses import asdict
 from pathlib import Path
 
-from qwen_scope_lens.cli.arguments import layer_list, memory, rank
+from qwen_scope_lens.cli.arguments import count, layer_list, memory, rank
 
 __all__ = ["add_arguments", "run"]
 
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     corpus.add_argument("--append", action="store_true", help="to a store with other documents")
 
     tokens = parser.add_argument_group("tokens")
-    tokens.add_argument("--max-tokens", type=int, help="cut longer ones; default: the context")
+    tokens.add_argument("--max-tokens", type=count, help="cut longer ones; default: the context")
     tokens.add_argument("--no-truncate", action="store_true", help="refuse longer ones instead")
     thinking = tokens.add_mutually_exclusive_group()
     thinking.add_argument("--thinking", action="store_true", default=None, help="for chats")
@@ -45,12 +45,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     tokens.add_argument("--generation-prompt", action="store_true", help="end chats with it")
 
     work = parser.add_argument_group("the work")
-    work.add_argument("--token-budget", type=int, help="tokens of a batch, default 4096")
-    work.add_argument("--shard-docs", type=int, help="documents of a shard, default 512")
+    work.add_argument("--token-budget", type=count, help="tokens of a batch, default 4096")
+    work.add_argument("--shard-docs", type=count, help="documents of a shard, default 512")
     work.add_argument("--sae-memory", type=memory, metavar="SIZE", help="such as 8GB; see docs")
     shared = work.add_mutually_exclusive_group()
     shared.add_argument("--rank", type=rank, default=(0, 1), metavar="I/N", help="a part of it")
-    shared.add_argument("--ray", type=int, metavar="WORKERS", help="on a Ray cluster (extra `ray`)")
+    shared.add_argument(
+        "--ray", type=count, metavar="WORKERS", help="on a Ray cluster (extra `ray`)"
+    )
     work.add_argument("--device", help="cpu, cuda, cuda:1, ...")
     work.add_argument("--folder", type=Path, help="read the SAEs from here only")
     work.add_argument("--revision", help="of the SAEs on the hub")

@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 from qwen_scope_lens.cli import plans
+from qwen_scope_lens.cli.arguments import count, from_zero
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,9 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="such as cuda; default: cpu")
     plans.add_plan(parser)
     parser.add_argument("--plain", action="store_true", help="the unsteered model as well")
-    parser.add_argument("--limit", type=int, help="requests a task")
-    parser.add_argument("--num-fewshot", type=int)
-    parser.add_argument("--batch-size", type=int, default=8, help="default: %(default)s")
+    parser.add_argument("--limit", type=count, help="requests a task")
+    parser.add_argument("--num-fewshot", type=from_zero)
+    parser.add_argument("--batch-size", type=count, default=8, help="default: %(default)s")
     parser.add_argument("--include-path", type=Path, help="a folder with tasks of your own")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the results as JSON")
 

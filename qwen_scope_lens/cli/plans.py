@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qwen_scope_lens.cli.arguments import count, from_zero
+
 if TYPE_CHECKING:
     from qwen_scope_lens.address import LayerRef
     from qwen_scope_lens.steering.calibrate import Calibration
@@ -53,10 +55,10 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
 
 
 def add_sampling(parser: argparse.ArgumentParser, new_tokens: int) -> None:
-    parser.add_argument("--new-tokens", type=int, default=new_tokens, help="default: %(default)s")
+    parser.add_argument("--new-tokens", type=count, default=new_tokens, help="default: %(default)s")
     parser.add_argument("--temperature", type=float, default=0.0, help="default: 0, greedy")
     parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=from_zero, default=0)
     parser.add_argument("--chat", action="store_true", help="each prompt as a user's message")
     parser.add_argument("--thinking", action="store_true", help="with --chat: let it think first")
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from qwen_scope_lens.cli.arguments import layer_list
+from qwen_scope_lens.cli.arguments import count, from_zero, layer_list, share
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,21 +34,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what orders the features that pass (default: %(default)s)",
     )
     parser.add_argument("--both-sides", action="store_true", help="also higher in the negatives")
-    parser.add_argument("--fdr", type=float, default=0.05, help="default: %(default)s")
+    parser.add_argument("--fdr", type=share, default=0.05, help="default: %(default)s")
     parser.add_argument(
         "--correction", default="bh", choices=["bh", "by"], help="Benjamini-Hochberg or -Yekutieli"
     )
-    parser.add_argument("--held-out", type=float, default=0.3, help="share; default: %(default)s")
+    parser.add_argument("--held-out", type=share, default=0.3, help="share; default: %(default)s")
     parser.add_argument(
-        "--top", type=int, default=50, help="rows in the file; default: %(default)s"
+        "--top", type=count, default=50, help="rows in the file; default: %(default)s"
     )
-    parser.add_argument("--show", type=int, default=20, help="rows printed; default: %(default)s")
+    parser.add_argument(
+        "--show", type=from_zero, default=20, help="rows printed; default: %(default)s"
+    )
     parser.add_argument("--all-tokens", action="store_true", help="also first and extreme ones")
     parser.add_argument(
         "--residuals", nargs="?", const="", metavar="MODEL",
         help="run the model again (the store's own, or this one) for probes on the residual",
     )  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=from_zero, default=0)
     parser.add_argument("--out", type=Path, help="a JSON file with rows, controls and provenance")
 
 

@@ -14,12 +14,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from qwen_scope_lens.cli.arguments import count, from_zero
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("store", type=Path, metavar="STORE", help="made by `qsl extract`")
-    parser.add_argument("--layer", type=int, help="default: the store's only, or its last")
+    parser.add_argument("--layer", type=from_zero, help="default: the store's only, or its last")
     parser.add_argument("--feature", type=_features, default=[], help="numbers, a comma apart")
-    parser.add_argument("--examples", type=int, default=10, help="shown of each feature")
+    parser.add_argument("--examples", type=count, default=10, help="shown of each feature")
     parser.add_argument("--all-tokens", action="store_true", help="also first and extreme ones")
     parser.add_argument("--out", type=Path, help="a Parquet file, one row a feature")
 

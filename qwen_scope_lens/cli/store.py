@@ -16,6 +16,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qwen_scope_lens.cli.arguments import count
+
 if TYPE_CHECKING:
     from qwen_scope_lens.features.store import FeatureStore
 
@@ -36,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     merge = verbs.add_parser("merge", help="one store of several")
     merge.add_argument("out", type=Path, help="the folder of the new store")
     merge.add_argument("stores", type=Path, nargs="+")
-    merge.add_argument("--shard-docs", type=int, help="documents of a shard in the new store")
+    merge.add_argument("--shard-docs", type=count, help="documents of a shard in the new store")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -17,6 +17,7 @@ import argparse
 from pathlib import Path
 
 from qwen_scope_lens.cli import plans
+from qwen_scope_lens.cli.arguments import count
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--calibration", type=Path, help="from `qsl calibrate`; for sigma")
     parser.add_argument("--measure", default="change", help="default: %(default)s")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: only print")
-    parser.add_argument("--batch", type=int, default=16, help="prompts at a time; default: 16")
+    parser.add_argument("--batch", type=count, default=16, help="prompts at a time; default: 16")
     plans.add_model(parser)
     plans.add_sampling(parser, new_tokens=48)
 

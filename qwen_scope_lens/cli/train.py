@@ -28,7 +28,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from qwen_scope_lens.cli.arguments import layer_list
+from qwen_scope_lens.cli.arguments import count, from_zero, layer_list
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,9 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     step.add_argument("--targets", required=True, help="the unwanted languages: zh or zh,ru")
     step.add_argument("--label", default="lang", help="the label that says it (%(default)s)")
     step.add_argument("--layers", type=layer_list, help="default: all of the store")
-    step.add_argument("--per-layer", type=int, default=2, help="features a layer (%(default)s)")
-    step.add_argument("--texts", type=int, default=100, help="a language (%(default)s)")
-    step.add_argument("--seed", type=int, default=0)
+    step.add_argument("--per-layer", type=count, default=2, help="features a layer (%(default)s)")
+    step.add_argument("--texts", type=count, default=100, help="a language (%(default)s)")
+    step.add_argument("--seed", type=from_zero, default=0)
     step.set_defaults(work=_languages)
 
     step = steps.add_parser("sasft", help="fine-tune with the penalty of SASFT")
@@ -57,10 +57,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     find.add_argument("--label", help="only documents whose label ...")
     find.add_argument("--positive", help="... has this value")
     find.add_argument("--layers", type=layer_list, help="default: all of the store")
-    find.add_argument("--context", type=int, default=2, help="tokens before (%(default)s)")
-    find.add_argument("--min-times", type=int, default=3, help="occurrences (%(default)s)")
-    find.add_argument("--top", type=int, default=10, help="features a layer (%(default)s)")
-    find.add_argument("--seed", type=int, default=0)
+    find.add_argument("--context", type=count, default=2, help="tokens before (%(default)s)")
+    find.add_argument("--min-times", type=count, default=3, help="occurrences (%(default)s)")
+    find.add_argument("--top", type=count, default=10, help="features a layer (%(default)s)")
+    find.add_argument("--seed", type=from_zero, default=0)
     find.set_defaults(work=_repetition)
 
     step = steps.add_parser("grpo", help="GRPO with one steered rollout in each group")

@@ -57,8 +57,12 @@ def merge(
     """
     folders = [Path(store).expanduser() for store in stores]
     target = Path(out).expanduser()
+    if shard_docs is not None and shard_docs < 1:
+        raise TooLittleData(f"shard_docs={shard_docs}: expected 1 or more documents a shard")
     if len(folders) < 2 and shard_docs is None:
-        raise TooLittleData("merging takes at least two stores, or one and shard_docs")
+        raise TooLittleData(
+            "merging takes at least two stores, or one and shard_docs (--shard-docs)"
+        )
     if target.resolve() in [folder.resolve() for folder in folders]:
         raise StoreMismatch(f"{target} is one of the stores to merge: name another folder")
     manifests = [Manifest.read(folder) for folder in folders]

@@ -23,7 +23,14 @@ from transformer_lens.model_bridge.generalized_components.base import Generalize
 from transformer_lens.model_bridge.sources import build_bridge_config_from_hf
 
 from qwen_scope_lens.catalog import bundled_model
-from qwen_scope_lens.errors import CheckpointMissing, LayerOutOfRange, WrongKeys, WrongModel
+from qwen_scope_lens.errors import (
+    CheckpointMissing,
+    LayerOutOfRange,
+    NotACheckpoint,
+    UnknownName,
+    WrongKeys,
+    WrongModel,
+)
 from qwen_scope_lens.models.adapter import register_adapters, residual_name
 from qwen_scope_lens.models.bridge import ScopeBridge
 from qwen_scope_lens.models.full import prepare_full
@@ -91,8 +98,10 @@ def load_model(
         raise WrongModel("up_to_layer has the residual hooks only: leave full_hooks out")
     name = str(bundled_model(str(name_or_model)) or name_or_model)
     source = {"revision": revision, "local_files_only": local_files_only}
+    if device is not None:
+        _require_device(device)
     try:
-        config = transformers.AutoConfig.from_pretrained(name, **source)
+        config = _config(name, source)
         places_of_config(config)
         if tokenizer is None:
             tokenizer = _tokenizer(name, source)
@@ -111,12 +120,35 @@ def load_model(
                 name, config, up_to_layer, dtype, source, **place, **hf_options
             )
     except OSError as error:
-        raise CheckpointMissing(f"{name} cannot be loaded: {error}") from error
+        reason = " ".join(str(error).split())
+        raise CheckpointMissing(
+            f"{name} cannot be loaded as a model, from a folder or from the hub: {reason}"
+        ) from error
     if device is not None:
         model = model.to(device)
     bridge = _bridge(model.eval(), tokenizer, full_hooks)
     bridge.up_to_layer = up_to_layer
     return bridge
+
+
+def _require_device(device: str | torch.device) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        raise UnknownName(
+            f"device {str(device)!r} cannot be used here: expected cpu, or cuda, cuda:1, ... on a"
+            f" machine with such a GPU and a torch built for it ({str(error).splitlines()[0]})"
+        ) from error
+
+
+def _config(name: str, source: dict[str, Any]) -> Any:
+    try:
+        return transformers.AutoConfig.from_pretrained(name, **source)
+    except ValueError as error:  # no `model_type`, or one that transformers does not know
+        raise NotACheckpoint(
+            f"{name} is no model that transformers can open: expected a hub name, or a folder with"
+            f" the config.json of a Qwen3 or Qwen3.5 model ({' '.join(str(error).split())[:200]})"
+        ) from error
 
 
 def _tokenizer(name: str, source: dict[str, Any]) -> Any:

@@ -57,7 +57,8 @@ def read_run(path: Path, keys: set[str]) -> Run:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise BadFile(f"{path} cannot be read as YAML: {error}") from error
+        reason = " ".join(str(error).split())  # PyYAML draws a picture in four lines
+        raise BadFile(f"{path} cannot be read as YAML: {reason}") from error
     if not isinstance(content, dict):
         raise BadFile(f"{path} is no mapping: expected `model: ..`, `train: ..`, `trainer: ..`")
     if unknown := sorted(map(str, set(content) - keys)):

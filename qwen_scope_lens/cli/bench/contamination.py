@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 
+from qwen_scope_lens.cli.arguments import share
 from qwen_scope_lens.cli.bench.options import (
     add_prompt_format,
     add_reading,
@@ -27,7 +28,7 @@ SHOWN = 20
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("benchmark", help="a benchmark of a suite, such as bench/gsm8k")
     parser.add_argument("training", help="a file of texts, or the folder of a feature store")
-    parser.add_argument("--similarity", type=float, default=0.9, help="default: %(default)s")
+    parser.add_argument("--similarity", type=share, default=0.9, help="default: %(default)s")
     add_reading(parser, position="any")
     add_prompt_format(parser)
 

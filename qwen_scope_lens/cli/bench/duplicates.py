@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import argparse
 
+from qwen_scope_lens.cli.arguments import share
 from qwen_scope_lens.cli.bench.options import add_reading, show
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("first", help="a benchmark of a suite, such as bench/gsm8k")
     parser.add_argument("second", nargs="?", help="another; without it, within the first")
-    parser.add_argument("--similarity", type=float, default=0.9, help="default: %(default)s")
+    parser.add_argument("--similarity", type=share, default=0.9, help="default: %(default)s")
     add_reading(parser, position="any")
 
 

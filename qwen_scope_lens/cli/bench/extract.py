@@ -17,7 +17,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from qwen_scope_lens.cli.arguments import layer_list, memory
+from qwen_scope_lens.cli.arguments import count, from_zero, layer_list, memory
 from qwen_scope_lens.cli.bench.options import add_prompt_format, prompt_format, say, say_nothing
 from qwen_scope_lens.errors import BadCorpus
 
@@ -27,19 +27,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="a folder or hub name; default: what the SAEs belong to")
     parser.add_argument("--sae", required=True, help="a group, such as qwen3-8b-base/w64k-l0-50")
     layers = parser.add_mutually_exclusive_group(required=True)
-    layers.add_argument("--layer", type=int)
+    layers.add_argument("--layer", type=from_zero)
     layers.add_argument("--layers", help="such as 0-3,7; or all, to see how conclusions move")
     parser.add_argument("--out", required=True, type=Path, help="a folder for the suite")
     add_prompt_format(parser)
     parser.add_argument(
         "--thinking", action=argparse.BooleanOptionalAction, help="with --chat: the template's mode"
     )
-    parser.add_argument("--limit", type=int, help="items of each benchmark, the first ones")
+    parser.add_argument("--limit", type=count, help="items of each benchmark, the first ones")
     parser.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help="of lm-eval")
     parser.add_argument("--task-path", type=Path, help="a folder with lm-eval tasks of your own")
-    parser.add_argument("--fewshot", type=int, help="examples before the question (lm-eval tasks)")
+    parser.add_argument(
+        "--fewshot", type=from_zero, help="examples before the question (lm-eval tasks)"
+    )
     work = parser.add_argument_group("the work")
-    work.add_argument("--token-budget", type=int, help="tokens of a batch, default 4096")
+    work.add_argument("--token-budget", type=count, help="tokens of a batch, default 4096")
     work.add_argument("--sae-memory", type=memory, metavar="SIZE", help="such as 8GB")
     work.add_argument("--device", help="cpu, cuda, cuda:1, ...")
     work.add_argument("--folder", type=Path, help="read the SAEs from here only")

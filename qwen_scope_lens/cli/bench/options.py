@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from qwen_scope_lens.cli.arguments import from_zero
+
 if TYPE_CHECKING:
     from qwen_scope_lens.evaluation.prompts import PromptFormat
 
@@ -16,7 +18,7 @@ __all__ = ["add_prompt_format", "add_reading", "prompt_format", "say", "say_noth
 
 def add_reading(parser: argparse.ArgumentParser, position: str = "last") -> None:
     """Where in the stores to read."""
-    parser.add_argument("--layer", type=int, help="default: the last one extracted")
+    parser.add_argument("--layer", type=from_zero, help="default: the last one extracted")
     parser.add_argument(
         "--position",
         default=position,

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from qwen_scope_lens.cli.arguments import from_zero
 from qwen_scope_lens.cli.bench.options import say
 
 
@@ -22,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="an HTML file")
     parser.add_argument("--scores", type=Path, help="CSV, JSONL or Parquet")
     parser.add_argument("--control", help="the benchmark to take out (equation 12)")
-    parser.add_argument("--layer", type=int, help="default: the last one extracted")
+    parser.add_argument("--layer", type=from_zero, help="default: the last one extracted")
     parser.add_argument("--position", default="last", help="default: %(default)s")
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from qwen_scope_lens.cli.arguments import layer_list
+from qwen_scope_lens.cli.arguments import from_zero, layer_list
 from qwen_scope_lens.cli.synth.generators import add_generator_arguments, prices, roles
 
 
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("store", metavar="STORE", type=Path, help="of `qsl extract`")
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--targets", type=Path, help="features that targets.json wants")
-    which.add_argument("--layer", type=int, help="with --features, or all that fire in it")
+    which.add_argument("--layer", type=from_zero, help="with --features, or all that fire in it")
     parser.add_argument("--features", type=layer_list, help="such as 17,4031 or 0-99")
     parser.add_argument("--generator", required=True, help="openai:URL#MODEL or hf:MODEL")
     parser.add_argument("--scorer", help="who takes the test; else the generator")

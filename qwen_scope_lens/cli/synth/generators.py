@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from qwen_scope_lens.address import FeatureRef
+from qwen_scope_lens.cli.arguments import count
 
 if TYPE_CHECKING:
     from qwen_scope_lens.synthesis.ledger import Prices
@@ -22,9 +23,9 @@ def add_generator_arguments(parser: argparse.ArgumentParser) -> None:
         default="OPENAI_API_KEY",
         help="the environment variable with the key, which is written nowhere (%(default)s)",
     )
-    group.add_argument("--concurrency", type=int, default=8, help="calls at a time (%(default)s)")
+    group.add_argument("--concurrency", type=count, default=8, help="calls at a time (%(default)s)")
     group.add_argument("--timeout", type=float, default=120.0, help="seconds (%(default)g)")
-    group.add_argument("--tries", type=int, default=6, help="of one call (%(default)s)")
+    group.add_argument("--tries", type=count, default=6, help="of one call (%(default)s)")
     group.add_argument(
         "--backoff", type=float, default=1.0, metavar="SECONDS",
         help="before the second try, doubled each time (%(default)g)",
@@ -38,7 +39,9 @@ def add_generator_arguments(parser: argparse.ArgumentParser) -> None:
     cost.add_argument("--price-prompt", type=float, default=0.0, help="per million tokens")
     cost.add_argument("--price-completion", type=float, default=0.0, help="per million tokens")
     cost.add_argument("--max-cost", type=float, help="start no call once this is reached")
-    cost.add_argument("--max-tokens", type=int, help="the same for tokens, of prompts and answers")
+    cost.add_argument(
+        "--max-tokens", type=count, help="the same for tokens, of prompts and answers"
+    )
 
 
 def prices(arguments: argparse.Namespace) -> Prices:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from qwen_scope_lens.cli.arguments import layer_list
+from qwen_scope_lens.cli.arguments import count, layer_list
 from qwen_scope_lens.cli.synth.generators import add_generator_arguments, prices, roles
 
 
@@ -38,14 +38,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--threshold", type=float, default=0.0, help="an activation counts above it (%(default)s)"
     )
     parser.add_argument(
-        "--weak-below", type=int, default=1, metavar="N",
+        "--weak-below", type=count, default=1, metavar="N",
         help="features on fewer seed documents than N are wanted too (%(default)s: missing ones)",
     )  # fmt: skip
     parser.add_argument(
-        "--least-documents", type=int, default=1, metavar="N",
+        "--least-documents", type=count, default=1, metavar="N",
         help="of the anchor data, on which a target has to fire (%(default)s)",
     )  # fmt: skip
-    parser.add_argument("--passages", type=int, default=5, help="kept a feature (%(default)s)")
+    parser.add_argument("--passages", type=count, default=5, help="kept a feature (%(default)s)")
     parser.add_argument("--templates", type=Path, help="folder of `qsl synth templates`")
     parser.add_argument("--out", type=Path, required=True, help="targets.json")
     add_generator_arguments(parser)

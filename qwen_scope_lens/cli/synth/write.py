@@ -17,6 +17,7 @@ import argparse
 from functools import lru_cache
 from pathlib import Path
 
+from qwen_scope_lens.cli.arguments import count, from_zero
 from qwen_scope_lens.cli.synth.generators import add_generator_arguments, prices, roles
 
 
@@ -28,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--replier", help="who writes the replies; else the generator")
     parser.add_argument("--judge", help="who checks rewrites, where the recipe wants it")
     parser.add_argument("--out", type=Path, required=True, help="data.jsonl")
-    parser.add_argument("--budget", type=int, default=1000, help="candidates (%(default)s)")
+    parser.add_argument("--budget", type=count, default=1000, help="candidates (%(default)s)")
     parser.add_argument("--recipe", default="scope", help="scope, fac, text, or a .yaml file")
     parser.add_argument("--templates", type=Path, help="folder of `qsl synth templates`")
     parser.add_argument("--model", help="who reads; else the model of the targets' stores")
@@ -38,16 +39,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of steer:MODEL, times the feature's typical activation (%(default)g)",
     )  # fmt: skip
     parser.add_argument("--not-like", type=Path, help="a corpus that nothing may repeat")
-    parser.add_argument("--wave", type=int, default=64, help="candidates at a time (%(default)s)")
+    parser.add_argument("--wave", type=count, default=64, help="candidates at a time (%(default)s)")
     recipe = parser.add_argument_group("recipe", "instead of what the recipe says")
     recipe.add_argument("--template", help="such as prompt, steered, fac, text, opening")
     recipe.add_argument(
         "--threshold", type=float, help="else that of the recipe or the targets, the higher one"
     )
-    recipe.add_argument("--per-feature", type=int, help="examples to keep for a feature")
-    recipe.add_argument("--attempts", type=int, help="rounds for a feature")
+    recipe.add_argument("--per-feature", type=count, help="examples to keep for a feature")
+    recipe.add_argument("--attempts", type=count, help="rounds for a feature")
     recipe.add_argument("--language", help="such as en; other languages are rejected")
-    recipe.add_argument("--seed", type=int)
+    recipe.add_argument("--seed", type=from_zero)
     recipe.add_argument("--temperature", type=float)
     recipe.add_argument("--caution-words", type=Path, help="file, one a line: in no reply")
     parser.add_argument(
