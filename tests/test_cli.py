@@ -220,3 +220,9 @@ def test_devices_and_folders_that_are_none_are_one_line(
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("qsl steer: ")
     assert said in last
+
+
+def test_saes_of_two_models_are_not_run_on_the_first(capsys: pytest.CaptureFixture[str]) -> None:
+    two = ["mini-qwen3/w1k-l0-16/6", "mini-qwen3.5/w1k-l0-16/3"]
+    assert main(["blame", *two, "--prompt", "a", "--reply", "b"]) == 1
+    assert "different models, mini-qwen3 and mini-qwen3.5" in capsys.readouterr().err

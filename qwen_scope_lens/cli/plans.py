@@ -92,15 +92,22 @@ def calibrated(plan: Plan, arguments: argparse.Namespace) -> Plan:
 
 
 def load(arguments: argparse.Namespace, saes: Iterable[LayerRef]) -> Any:
-    """The model that was named, else the one that the first SAE belongs to."""
+    """The model that was named, else the one that all the SAEs belong to."""
     import torch
     import transformers
 
+    from qwen_scope_lens.errors import WrongModel
     from qwen_scope_lens.models.load import load_model
     from qwen_scope_lens.saes.load import check_dtype
 
     transformers.utils.logging.disable_progress_bar()
-    name = arguments.model or next(iter(saes)).row.backbone.model_id
+    names = list(dict.fromkeys(sae.row.backbone.model_id for sae in saes))
+    if arguments.model is None and len(names) > 1:
+        raise WrongModel(
+            f"these SAEs belong to different models, {' and '.join(names)}: name SAEs of one,"
+            " or say with --model which model is to run"
+        )
+    name = arguments.model or names[0]
     dtype = getattr(torch, check_dtype(arguments.dtype)) if arguments.dtype else None
     return load_model(name, dtype=dtype, device=arguments.device)
 

@@ -122,6 +122,11 @@ def _repetition(arguments: argparse.Namespace) -> int:
     if arguments.label is not None:
         values = store.labels(arguments.label)
         docs = np.flatnonzero([str(value) == arguments.positive for value in values]).tolist()
+        if not docs:
+            there = ", ".join(sorted({str(value) for value in values})[:20])
+            raise BadCorpus(
+                f"no document has {arguments.label} = {arguments.positive}: there are {there}"
+            )
     found = find_repetition_features(
         store,
         docs=docs,

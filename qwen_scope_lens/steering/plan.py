@@ -76,8 +76,8 @@ class Edit:
         if self.typical is None:
             raise BadPlan(
                 f"{self.ref}: strength {self.strength:g} sigma needs the feature's typical"
-                " activation: make a calibration with `qsl calibrate` and pass it (--calibration FILE,"
-                " or plan.calibrated(it))"
+                " activation: make a calibration with `qsl calibrate` and pass it (--calibration,"
+                " in Python plan.calibrated(it))"
             )
         return strength * self.typical
 
