@@ -185,6 +185,7 @@ def test_size() -> None:
         (["rank", "s", "--label", "l", "--positive", "p", "--seed", "-1"], "0 or more"),
         (["rank", "s", "--label", "l", "--positive", "p", "--fdr", "-1"], "from 0 to 1"),
         (["rank", "s", "--label", "l", "--positive", "p", "--held-out", "nan"], "from 0 to 1"),
+        (["app", "--port", "99999"], "0 to 65535"),
         (["stats", "s", "--layer", "-3"], "0 or more"),
         (["sweep", "p", "--edit", "e", "--strengths", "1", "--batch", "x"], "1 or more"),
         (["bench", "subset", "b", "--coverage", "95"], "from 0 to 1"),
@@ -225,4 +226,4 @@ def test_devices_and_folders_that_are_none_are_one_line(
 def test_saes_of_two_models_are_not_run_on_the_first(capsys: pytest.CaptureFixture[str]) -> None:
     two = ["mini-qwen3/w1k-l0-16/6", "mini-qwen3.5/w1k-l0-16/3"]
     assert main(["blame", *two, "--prompt", "a", "--reply", "b"]) == 1
-    assert "different models, mini-qwen3 and mini-qwen3.5" in capsys.readouterr().err
+    assert "belong to different models" in capsys.readouterr().err

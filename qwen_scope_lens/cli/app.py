@@ -19,7 +19,7 @@ from itertools import islice
 from pathlib import Path
 
 from qwen_scope_lens.catalog import find_group
-from qwen_scope_lens.cli.arguments import count, from_zero, layer_list
+from qwen_scope_lens.cli.arguments import count, layer_list, port
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", help="such as cuda (default: the CPU)")
     parser.add_argument("--host", default="127.0.0.1", help="default: this machine only")
-    parser.add_argument("--port", type=from_zero, default=7860, help="default: %(default)s")
+    parser.add_argument("--port", type=port, default=7860, help="default: %(default)s")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import re
 
-__all__ = ["count", "from_zero", "layer_list", "memory", "rank", "share"]
+__all__ = ["count", "from_zero", "layer_list", "memory", "port", "rank", "share"]
 
 MOST_LAYERS = 10_000
+LAST_PORT = 65_535
 
 
 def layer_list(text: str) -> list[int]:
@@ -51,6 +52,14 @@ def count(text: str) -> int:
 def from_zero(text: str) -> int:
     """A whole number from 0: a layer, a seed, rows that may be none."""
     return _whole(text, 0)
+
+
+def port(text: str) -> int:
+    """A TCP port."""
+    number = _whole(text, 0)
+    if number > LAST_PORT:
+        raise argparse.ArgumentTypeError(f"{text!r}: a port is 0 to {LAST_PORT}")
+    return number
 
 
 def share(text: str) -> float:

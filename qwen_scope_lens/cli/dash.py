@@ -15,7 +15,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qwen_scope_lens.cli.arguments import count, from_zero, layer_list
+from qwen_scope_lens.cli.arguments import count, layer_list, port
 
 if TYPE_CHECKING:
     from qwen_scope_lens.dashboards.build import Sources
@@ -28,9 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     build.add_argument("--title", help="the heading of the site")
     serve = verbs.add_parser("serve", help="show a site on this machine")
     serve.add_argument("site", type=Path, help="what `qsl dash build` wrote")
-    serve.add_argument(
-        "--port", type=from_zero, default=8000, help="default: %(default)s; 0: any free"
-    )
+    serve.add_argument("--port", type=port, default=8000, help="default: %(default)s; 0: any free")
     serve.add_argument(
         "--host", default="127.0.0.1", help="default: %(default)s, this machine only"
     )

@@ -134,7 +134,8 @@ def read_recipe(name: str) -> Recipe:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise BadFile(f"{path} cannot be read as YAML ({str(error)[:120]})") from error
+        reason = " ".join(str(error).split())[:120]
+        raise BadFile(f"{path} cannot be read as YAML ({reason})") from error
     known = {field.name: field.type for field in fields(Recipe)}
     if not isinstance(content, dict):
         raise BadFile(f"{path}: expected `name: value` lines, found {str(content)[:40]!r}")
