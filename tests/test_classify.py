@@ -159,6 +159,9 @@ def test_other_saes_and_layers_are_refused(
         fitted.predict(other)
     with pytest.raises(StoreMismatch, match="layer 2 too"):
         fitted.explain(0, other)
+    none = extract(records[:4], layers=[7], out=tmp_path / "none", max_tokens=64, **options)
+    with pytest.raises(StoreMismatch, match="layer"):
+        fitted.predict(none)
     two = extract(records[:4], layers=[2], out=tmp_path / "two", max_tokens=64, **options)
     assert np.array_equal(fitted.predict([two, other]), fitted.predict(store)[:4])
     fewer = extract(records[:3], layers=[2], out=tmp_path / "three", max_tokens=64, **options)

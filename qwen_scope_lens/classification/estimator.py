@@ -179,7 +179,7 @@ class FeatureRuleClassifier(ClassifierMixin, BaseEstimator):
                 )
             have = set(X.layers) if is_store(X) else {n for store in X for n in store.layers}
             wanted = [n for n in (f.layer for f in self.source_.layers) if n in have]
-            X = pool_layers(X, wanted, keep=self.source_.keep)
+            X = pool_layers(X, wanted or None, keep=self.source_.keep)  # none: refused below
         self.source_.check_same(X.source, "the data")
         return X.matrix[:, [X.column(address) for address in self.features_]].toarray()
 
