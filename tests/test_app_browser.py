@@ -6,7 +6,9 @@ import json
 import re
 import socket
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from qwen_scope_lens.dashboards.steering_run import Outcome, run_steering
 from qwen_scope_lens.dashboards.workbench import Workbench
 from qwen_scope_lens.features.labels import Label, LabelPack
 from qwen_scope_lens.mini import heldout
+from qwen_scope_lens.models.layers import unwrap
 from qwen_scope_lens.steering.generate import Sampling
 from qwen_scope_lens.steering.plan import Plan
 
@@ -93,19 +96,15 @@ def upload(page: Any, file: Path) -> None:
     chooser.value.set_files(file)
 
 
-def generated(page: Any, prompt: str) -> tuple[str, str]:
-    """What a click on Generate leads to. The prompt must be another than the last one, so that
-    what is said at the end tells that this run has ended."""
-    status = page.locator("#status")
-    before = status.inner_text()
+def generate(page: Any, prompt: str, expected: tuple[str, str]) -> None:
+    """Click on Generate and wait for the two texts that are expected of it."""
     field(page, "prompt").fill(prompt)
     field(page, "new-tokens").fill("20")
     field(page, "new-tokens").press("Tab")
     page.locator("#steer-go").click()
-    if before:
-        expect(status).not_to_have_text(before, timeout=SLOW)
-    expect(status).to_contain_text("perplexity", timeout=SLOW)
-    return field(page, "plain").input_value(), field(page, "steered").input_value()
+    for name, text in zip(("plain", "steered"), expected, strict=True):
+        expect(field(page, name)).to_have_value(text, timeout=SLOW)
+    expect(page.locator("#status")).to_contain_text("perplexity", timeout=SLOW)
 
 
 def directly(bench: Workbench, prompt: str, feature: int, strength: str) -> tuple[str, str]:
@@ -122,7 +121,9 @@ def strongest(bench: Workbench, text: str) -> int:
     return found.ref.feature
 
 
-def test_read_compare_and_steer(address: str, browser: Browser, tmp_path: Path) -> None:
+def test_read_compare_and_steer(
+    bench: Workbench, address: str, browser: Browser, tmp_path: Path
+) -> None:
     browser.complaints.clear()
     with browser.page(width=1360, height=1000) as page:
         opened(page, address)
@@ -139,10 +140,12 @@ def test_read_compare_and_steer(address: str, browser: Browser, tmp_path: Path) 
         expect(field(page, "chosen")).to_have_value(ref, timeout=SLOW)
         link = page.locator("#about a")
         expect(link).to_have_attribute("href", f"/features/index.html#{ref}", timeout=SLOW)
-        add_edit(page, int(ref.rpartition("/")[2]), "3")
-        plain, steered = generated(page, "The kernel")
+        feature = int(ref.rpartition("/")[2])
+        add_edit(page, feature, "3")
+        plain, steered = directly(bench, "The kernel", feature, "+3")
         assert plain
-        assert steered != plain  # the click changed the output
+        assert steered != plain
+        generate(page, "The kernel", (plain, steered))  # the click changed the output
         expect(page.locator("#report textarea")).to_have_value(re.compile("fired on"), timeout=SLOW)
         with page.expect_download() as download:
             page.locator("#save").click()
@@ -165,6 +168,16 @@ def test_read_compare_and_steer(address: str, browser: Browser, tmp_path: Path) 
     assert browser.outside == []
 
 
+@contextmanager
+def slowed(model: Any) -> Iterator[None]:
+    """A tenth of a second a token, as a large model takes: time enough to press Stop."""
+    handle = unwrap(model).register_forward_pre_hook(lambda module, args: time.sleep(0.1))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 def test_two_visitors_do_not_mix_and_each_stops_its_own(
     bench: Workbench, address: str, browser: Browser
 ) -> None:
@@ -180,19 +193,20 @@ def test_two_visitors_do_not_mix_and_each_stops_its_own(
             expect(page.locator("#plan-table")).to_contain_text(f"/{LAYER}/{mine}")
             expect(page.locator("#plan-table")).not_to_contain_text(f"/{LAYER}/{theirs}")
         for page, feature in ((one, features[0]), (other, features[1])):
-            plain, steered = generated(page, "The kernel")
-            assert (plain, steered) == directly(bench, "The kernel", feature, "+4")
+            plain, steered = directly(bench, "The kernel", feature, "+4")
             assert steered != plain
+            generate(page, "The kernel", (plain, steered))
         field(one, "new-tokens").fill("300")
         field(one, "new-tokens").press("Tab")
-        one.locator("#steer-go").click()
-        expect(one.locator("#status")).to_contain_text(" of 300 tokens", timeout=SLOW)
-        other.locator("#steer-stop").dispatch_event("click")  # somebody else's Stop
-        other.wait_for_timeout(500)
-        expect(one.locator("#status")).to_contain_text(" of 300 tokens")
-        one.locator("#steer-stop").dispatch_event("click")
-        expect(one.locator("#status")).to_contain_text("Stopped after", timeout=SLOW)
+        with slowed(bench.model):
+            one.locator("#steer-go").click()
+            expect(one.locator("#status")).to_contain_text(" of 300 tokens", timeout=SLOW)
+            other.locator("#steer-stop").dispatch_event("click")  # somebody else's Stop
+            other.wait_for_timeout(500)
+            expect(one.locator("#status")).to_contain_text(" of 300 tokens")
+            one.locator("#steer-stop").dispatch_event("click")
+            expect(one.locator("#status")).to_contain_text("Stopped after", timeout=SLOW)
         # The model is free again, and nothing of the stopped plan is left in it.
-        assert generated(other, "A file") == directly(bench, "A file", features[1], "+4")
+        generate(other, "A file", directly(bench, "A file", features[1], "+4"))
     assert browser.complaints == []
     assert browser.outside == []

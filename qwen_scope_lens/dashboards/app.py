@@ -141,11 +141,13 @@ def make_app(bench: Workbench, layers: Sequence[int], site: str | None = None) -
         changes = [kind.change, unit.change, chosen.change, scores.change]
         gr.on(changes, does.preset, [kind, unit, chosen, scores], strength)
         strength.input(lambda: CUSTOM, None, kind)
-        add.click(does.add, [edits, chosen, op, strength, unit, where], edits)
-        remove.click(does.remove, edits, edits)
-        clear.click(does.clear, None, edits)
-        load.upload(does.load, load, edits)
-        edits.change(does.shown_plan, edits, [plan_table, save])
+        for event in (
+            add.click(does.add, [edits, chosen, op, strength, unit, where], edits),
+            remove.click(does.remove, edits, edits),
+            clear.click(does.clear, None, edits),
+            load.upload(does.load, load, edits),
+        ):
+            event.success(does.shown_plan, edits, [plan_table, save])
         results = [status, plain, steered, report, next_plain, next_steered]
         go_steer.click(does.steer, [prompt, form, edits, new_tokens, heat, seed], results)
         stop.click(does.stop, None, None)
