@@ -272,6 +272,9 @@ def test_what_users_get_wrong(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     out = tmp_path / "clf.json"
+    with pytest.raises(SystemExit, match="2"):
+        command("fit", store.path, "--label", "chinese", "--top-k", "0", "--out", out)
+    assert "whole number of 1 or more" in capsys.readouterr().err
     read = ["--model", MODEL, "--sae", GROUP, "--layers", "5", "--store", tmp_path / "s"]
     for said, words in (
         ("has no column 'toxic': it has chinese, lang", [corpus, "--label", "toxic", *read]),
@@ -280,7 +283,6 @@ def test_what_users_get_wrong(
         ("not true or false", [store.path, "--label", "lang"]),
         ("no label 'toxic'", [store.path, "--label", "toxic"]),
         ("layer 3 is not", [store.path, "--label", "chinese", "--layer", "3"]),
-        ("top_k=0", [store.path, "--label", "chinese", "--top-k", "0"]),
         ("expected a layer number", [store.path, "--label", "chinese", "--layer", "best"]),
         ("does not exist", [tmp_path / "none.jsonl", "--label", "chinese", *read]),
     ):
