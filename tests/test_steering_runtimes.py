@@ -250,7 +250,8 @@ def test_the_verbs_work_together(tmp_path: Path, capsys: Any, monkeypatch: Any) 
     capsys.readouterr()
     assert main(["steer", "x", "--edit", f"{feature}:add:1sigma"]) == 1
     assert main(["steer", "x"]) == 1
-    assert main(["steer", "x", "--edit", f"{feature}:ablate", "--new-tokens", "0"]) == 1
+    with pytest.raises(SystemExit, match="2"):
+        main(["steer", "x", "--edit", f"{feature}:ablate", "--new-tokens", "0"])
     assert main(["sweep", str(texts), "--edit", f"{feature}:add", "--strengths", "1:x"]) == 1
     errors = capsys.readouterr().err.splitlines()
     assert len([line for line in errors if line.startswith("qsl ")]) == 4
