@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 from browser import Browser, open_browser
 from feature_stores import GROUP
+from playwright.sync_api import Error as PlaywrightError
 from playwright.sync_api import expect
 
 import qwen_scope_lens as qsl
@@ -60,6 +62,21 @@ def address(bench: Workbench, tmp_path_factory: pytest.TempPathFactory) -> Itera
 def browser() -> Iterator[Browser]:
     with open_browser() as browser:
         yield browser
+
+
+def patient(test: Callable[..., None]) -> Callable[..., None]:
+    """On a busy machine a browser now and then loses a click. What fails three times is broken."""
+
+    @functools.wraps(test)
+    def run(**fixtures: Any) -> None:
+        for left in (2, 1, 0):
+            try:
+                return test(**fixtures)
+            except (AssertionError, PlaywrightError):
+                if not left:
+                    raise
+
+    return run
 
 
 def field(page: Any, name: str) -> Any:
@@ -121,6 +138,7 @@ def strongest(bench: Workbench, text: str) -> int:
     return found.ref.feature
 
 
+@patient
 def test_read_compare_and_steer(
     bench: Workbench, address: str, browser: Browser, tmp_path: Path
 ) -> None:
@@ -178,6 +196,7 @@ def slowed(model: Any) -> Iterator[None]:
         handle.remove()
 
 
+@patient
 def test_two_visitors_do_not_mix_and_each_stops_its_own(
     bench: Workbench, address: str, browser: Browser
 ) -> None:
