@@ -37,6 +37,7 @@ from qwen_scope_lens.steering.coherence import perplexity, repetition, surprisal
 from qwen_scope_lens.steering.generate import Continuation, Sampling, generate
 from qwen_scope_lens.steering.measure import share_of_class
 from qwen_scope_lens.steering.plan import Edit, Plan
+from qwen_scope_lens.training.metrics import share
 
 GROUP = "mini-qwen3/w1k-l0-16"
 SCRIPTS = {"zh": "han", "ko": "hangul", "ru": "cyrillic"}
@@ -191,17 +192,10 @@ def run(
 
 def outcome(model: Any, language: str, draws: Sequence[Sequence[Continuation]]) -> Outcome:
     texts = [text for draw in draws for text in draw]
-    hits = sum(share_of_class(text.text, SCRIPTS[language]) >= AT_LEAST for text in texts)
-    low, high = wilson(hits, len(texts))
+    rate = share([share_of_class(text.text, SCRIPTS[language]) >= AT_LEAST for text in texts])
     repeats = [r for text in texts if (r := repetition(text.ids)) is not None]
     height = perplexity(surprisals(model, texts))
-    return Outcome(hits / len(texts), low, high, height, sum(repeats) / max(1, len(repeats)))
-
-
-def wilson(hits: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    middle = (hits + z * z / 2) / (n + z * z)
-    half = z * (hits * (n - hits) / n + z * z / 4) ** 0.5 / (n + z * z)
-    return max(0.0, middle - half), min(1.0, middle + half)
+    return Outcome(rate.value, rate.low, rate.high, height, sum(repeats) / max(1, len(repeats)))
 
 
 def prompts(language: str, broken: bool, count: int) -> list[str]:

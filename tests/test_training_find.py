@@ -123,13 +123,21 @@ class _Planted:
     def sae(self, layer: int) -> Any:
         return SimpleNamespace(ref=f"{GROUP}/{layer}", d_sae=1024, k=16)
 
-    def by_token(self, doc: int, layer: int) -> Any:
-        self.read.append(doc)
+    def iter_blocks(self, layer: int, docs: Any = None) -> Any:
+        """Blocks of two documents, so that they have to be told apart."""
+        numbers = [int(doc) for doc in (range(self.n_docs) if docs is None else docs)]
+        for pair in (numbers[i : i + 2] for i in range(0, len(numbers), 2)):
+            self.read += pair
+            ids = [*range(100, 104), *[1, 2, 3, 4] * 4] * len(pair)
+            dense = torch.cat([self._document(doc) for doc in pair])
+            codes = qsl.SparseCodes.from_dense(dense, 16)
+            yield SimpleNamespace(doc=np.repeat(pair, 20), token_ids=np.array(ids), codes=codes)
+
+    def _document(self, doc: int) -> torch.Tensor:
         rng = torch.Generator().manual_seed(doc)
         dense = (torch.rand(20, 1024, generator=rng) > 0.99) * torch.rand(20, 1024, generator=rng)
         dense[:, 300] = torch.arange(20) * self.rise
-        ids = np.array([*range(100, 104), *[1, 2, 3, 4] * 4])
-        return SimpleNamespace(token_ids=ids, codes=qsl.SparseCodes.from_dense(dense, 16))
+        return dense
 
 
 def test_a_planted_rise_is_found_and_none_where_nothing_rises() -> None:

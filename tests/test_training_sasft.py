@@ -232,29 +232,24 @@ def test_thresholds(tmp_path: Path) -> None:
 def test_lora_and_resuming(tmp_path: Path) -> None:
     from peft import LoraConfig
 
-    model, tokenizer = mini()
-    run = SASFTTrainer(
-        model,
-        SASFTConfig(**settings(tmp_path, save_strategy="steps", save_steps=1), layers=[7]),
-        language_features=table(FEATURES),
-        train_dataset=examples(),
-        processing_class=tokenizer,
-        peft_config=LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"),
-    )
+    def adapted() -> SASFTTrainer:
+        model, tokenizer = mini()
+        return SASFTTrainer(
+            model,
+            SASFTConfig(**settings(tmp_path, save_strategy="steps", save_steps=1), layers=[7]),
+            language_features=table(FEATURES),
+            train_dataset=examples(),
+            processing_class=tokenizer,
+            peft_config=LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"),
+        )
+
+    run = adapted()
     run.train()
     trained = [name for name, p in run.model.named_parameters() if p.requires_grad]
     assert trained
     assert all("lora" in name for name in trained)
     weights = {name: p.detach().clone() for name, p in run.model.named_parameters()}
-    model, _ = mini()
-    again = SASFTTrainer(
-        model,
-        SASFTConfig(**settings(tmp_path, save_strategy="steps", save_steps=1), layers=[7]),
-        language_features=table(FEATURES),
-        train_dataset=examples(),
-        processing_class=tokenizer,
-        peft_config=LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"),
-    )
+    again = adapted()
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     for name, parameter in again.model.named_parameters():
         torch.testing.assert_close(parameter, weights[name], msg=name)

@@ -19,6 +19,7 @@ from qwen_scope_lens.errors import TooLittleData, WrongShape
 from qwen_scope_lens.features import controls
 from qwen_scope_lens.features.contrast import Contrast, Correction, RankSums, contrast, q_values
 from qwen_scope_lens.features.controls import Probe
+from qwen_scope_lens.features.facts import versions
 from qwen_scope_lens.features.groups import Groups, by_documents, by_label, split
 from qwen_scope_lens.features.ranking import RankedFeature, Ranking
 
@@ -268,14 +269,12 @@ def _residuals_of(store: FeatureStore, residuals: Mapping[int, Any], layer: int)
 
 
 def _provenance(store: FeatureStore, layers: list[int]) -> dict[str, Any]:
-    from importlib.metadata import version
-
     return {
         "saes": {str(number): asdict(store.sae(number)) for number in layers},
         "model": _plain(store.manifest.model),
         "n_docs": store.n_docs,
         "n_tokens": store.n_tokens,
-        "versions": {name: version(name) for name in ("qwen-scope-lens", "numpy", "scipy")},
+        "versions": versions("scipy"),
     }
 
 

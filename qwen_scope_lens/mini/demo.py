@@ -1,7 +1,7 @@
 """The tour that `qsl demo` gives: the main job on the embedded default, offline, in a minute.
 
 Everything it does is a few lines of the public interface; read it as an example: verify, read,
-extract, rank, steer, measure benchmarks, look. What it writes is a store and a site.
+extract, rank, steer, measure benchmarks, look. The site is all that it leaves behind.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from qwen_scope_lens.steering.calibrate import calibrate_from_store
 from qwen_scope_lens.steering.generate import Sampling, generate
 from qwen_scope_lens.steering.measure import share_of_class
 
-__all__ = ["LANGUAGES", "LAYER", "STRENGTHS", "run"]
+__all__ = ["LAYER", "STRENGTHS", "run"]
 
 MODEL, GROUP, LAYER = "mini-qwen3", "mini-qwen3/w1k-l0-16", 7
 LANGUAGES = {
@@ -49,14 +49,7 @@ SENTENCES = (
     "软件包管理器安装程序及其文档。",
     "def install(package):\n    return manager.install(package)",
 )
-BENCHMARKS = {
-    "arithmetic": "sums and products",
-    "knowledge": "capitals",
-    "spelling": "words letter by letter",
-    "translation": "words between 8 languages",
-    "code": "Python",
-    "request": "questions and refusals",
-}
+BENCHMARKS = ("arithmetic", "knowledge", "spelling", "translation", "code", "request")
 """Kinds of held-out texts that stand for small benchmarks."""
 
 TEXTS_EACH = 20  # of a language; twice as many of a benchmark
@@ -138,12 +131,12 @@ def _strongest(model: Any, sae: qsl.ScopeSAE, text: str) -> str:
 
 def _language(model: Any, store: qsl.FeatureStore, language: str) -> None:
     """Find the features of a language, and generate with them suppressed and amplified."""
-    name, kinds = LANGUAGES[language], store.labels("kind")
-    prose = [doc for doc in range(store.n_docs) if kinds[doc] == "prose"]
-    inside = [doc for doc in prose if store.labels("lang")[doc] == language]
-    outside = [doc for doc in prose if store.labels("lang")[doc] != language]
+    name, prose = LANGUAGES[language], store.labels("kind") == "prose"
+    spoken = store.labels("lang") == language
     with _step(f"find the features of {name}, against {len(LANGUAGES) - 1} other languages"):
-        ranking = rank(store, inside, outside, layer=LAYER, pool="mean", by="effect")
+        ranking = rank(
+            store, prose & spoken, prose & ~spoken, layer=LAYER, pool="mean", by="effect"
+        )
     best = ranking.rows[:FEATURES_STEERED]
     for row in best:
         _indent(
@@ -192,8 +185,7 @@ def _benchmarks(store: qsl.FeatureStore) -> None:
         labels = store.labels("kind")
         found: list[Footprint] = []
         for kind in BENCHMARKS:
-            docs = [doc for doc in range(store.n_docs) if labels[doc] == kind]
-            items = pool(store, LAYER, how="last", docs=docs)
+            items = pool(store, LAYER, how="last", docs=(labels == kind).nonzero()[0])
             found.append(footprint(kind, items, sae=f"{GROUP}/{LAYER}"))
         rows = [redundancy(each, draws=50) for each in found]
         overlaps = overlap_matrix(found)

@@ -18,6 +18,8 @@ from qwen_scope_lens.errors import BadFile, ScopeError, TooLittleData, UnknownNa
 from qwen_scope_lens.files import read_json, write_json
 
 if TYPE_CHECKING:
+    from scipy.sparse import csr_matrix
+
     from qwen_scope_lens.features.store import FeatureStore
 
 __all__ = [
@@ -136,21 +138,49 @@ def mean_activations(
 
     `-> [n_groups, d_sae]`, float64; a token on which a feature does not fire counts as 0.
     """
-    group_of = np.full(store.n_docs, -1)
-    for number, docs in enumerate(groups):
-        group_of[list(docs)] = number
-    d_sae = store.sae(layer).d_sae
-    sums = np.zeros((len(groups), d_sae))
-    tokens = np.zeros(len(groups))
-    for block in store.iter_blocks(layer, keep=True, docs=np.flatnonzero(group_of >= 0)):
-        rows = group_of[np.asarray(block.doc)]
-        tokens += np.bincount(rows, minlength=len(groups))
-        matrix = block.codes.to_scipy_csr()
-        for number in np.unique(rows):
-            sums[number] += np.asarray(matrix[rows == number].sum(axis=0)).ravel()
-    if not tokens.all():
-        raise TooLittleData("some language has no token that counts: its documents are too short")
-    return sums / tokens[:, None]
+    return _Sums.of(store, layer).means(groups)
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """What every document of a layer adds up to, so that any grouping of them is one product."""
+
+    values: csr_matrix  # [n_docs, d_sae], float64
+    tokens: np.ndarray  # [n_docs], kept ones
+
+    @classmethod
+    def of(cls, store: FeatureStore, layer: int, docs: Iterable[int] | None = None) -> _Sums:
+        from scipy.sparse import csr_matrix
+
+        values = csr_matrix((store.n_docs, store.sae(layer).d_sae))
+        tokens = np.zeros(store.n_docs)
+        for block in store.iter_blocks(layer, keep=True, docs=docs):
+            values += _indicator(np.asarray(block.doc), store.n_docs) @ block.codes.to_scipy_csr()
+            tokens += np.bincount(block.doc, minlength=store.n_docs)
+        return cls(values, tokens)
+
+    def means(self, groups: Sequence[Iterable[int]]) -> np.ndarray:
+        """`-> [n_groups, d_sae]`"""
+        group_of = np.full(len(self.tokens), -1)
+        for number, docs in enumerate(groups):
+            group_of[list(docs)] = number
+        inside = np.flatnonzero(group_of >= 0)
+        chosen = _indicator(group_of[inside], len(groups))
+        tokens = chosen @ self.tokens[inside]
+        if not tokens.all():
+            raise TooLittleData(
+                "some language has no token that counts: its documents are too short"
+            )
+        means: np.ndarray = (chosen @ self.values[inside]).toarray() / tokens[:, None]
+        return means
+
+
+def _indicator(row_of: np.ndarray, n_rows: int) -> csr_matrix:
+    """A matrix that sums columns into rows. `[n] -> [n_rows, n]`"""
+    from scipy.sparse import csr_matrix
+
+    count = len(row_of)
+    return csr_matrix((np.ones(count), (row_of, np.arange(count))), shape=(n_rows, count))
 
 
 def find_language_features(
@@ -194,9 +224,9 @@ def find_language_features(
     wanted = tuple(layers) if layers is not None else store.layers
     chosen: list[LanguageFeature] = []
     for layer in wanted:
-        found = monolinguality(mean_activations(store, layer, first))
-        again = monolinguality(mean_activations(store, layer, second))
-        chance = max(_shuffled(store, layer, first, rng) for _ in range(shuffles))
+        sums = _Sums.of(store, layer, np.concatenate([*first, *second]))
+        found, again = monolinguality(sums.means(first)), monolinguality(sums.means(second))
+        chance = max(_shuffled(sums, first, rng) for _ in range(shuffles))
         for target in targets:
             row = languages.index(target)
             for feature in np.argsort(-found[row], kind="stable")[:per_layer].tolist():
@@ -212,13 +242,10 @@ def find_language_features(
     return LanguageFeatures(str(store.manifest.model.id), features, settings)
 
 
-def _shuffled(
-    store: FeatureStore, layer: int, groups: Sequence[np.ndarray], rng: np.random.Generator
-) -> float:
+def _shuffled(sums: _Sums, groups: Sequence[np.ndarray], rng: np.random.Generator) -> float:
     docs = rng.permutation(np.concatenate(groups))
     cuts = np.cumsum([len(group) for group in groups])[:-1]
-    means = mean_activations(store, layer, [np.sort(part) for part in np.split(docs, cuts)])
-    return float(monolinguality(means).max())
+    return float(monolinguality(sums.means(np.split(docs, cuts))).max())
 
 
 def _with_pre_activations(

@@ -147,15 +147,16 @@ def _rises(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Mean rise and mean last activation of every repeating document. `[n, d_sae]` each"""
     rises, lasts = [], []
-    for doc in range(store.n_docs) if docs is None else docs.tolist():
-        block = store.by_token(doc, layer=layer)
-        pairs = occurrences(block.token_ids.tolist(), context=context, min_times=min_times)
-        if not len(pairs):
-            continue
+    for block in store.iter_blocks(layer, docs=docs):
         matrix = block.codes.to_scipy_csr()
-        last = np.asarray(matrix[pairs[:, 1]].mean(axis=0)).ravel()
-        rises.append(last - np.asarray(matrix[pairs[:, 0]].mean(axis=0)).ravel())
-        lasts.append(last)
+        starts = np.flatnonzero(np.diff(block.doc, prepend=-1))
+        for start, end in zip(starts, [*starts[1:], len(block.doc)], strict=True):
+            tokens = block.token_ids[start:end].tolist()
+            pairs = start + occurrences(tokens, context=context, min_times=min_times)
+            if len(pairs):
+                last = np.asarray(matrix[pairs[:, 1]].mean(axis=0)).ravel()
+                rises.append(last - np.asarray(matrix[pairs[:, 0]].mean(axis=0)).ravel())
+                lasts.append(last)
     width = store.sae(layer).d_sae
     return np.array(rises).reshape(-1, width), np.array(lasts).reshape(-1, width)
 

@@ -7,11 +7,9 @@ configuration as it stands. A copy and the versions are written beside the check
 from __future__ import annotations
 
 import inspect
-import json
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,8 @@ import yaml
 
 from qwen_scope_lens.catalog import bundled_model
 from qwen_scope_lens.errors import BadCorpus, BadFile, UnknownName
+from qwen_scope_lens.features.corpus import read_rows
+from qwen_scope_lens.features.facts import versions
 from qwen_scope_lens.files import whole_file
 from qwen_scope_lens.training.rewards import reply_text
 
@@ -27,7 +27,6 @@ __all__ = ["Run", "read_replies", "read_run", "run_grpo", "run_sasft"]
 COMMON = {"model", "train", "eval", "lora", "trainer"}
 SASFT = COMMON | {"language_features"}
 GRPO = COMMON | {"plan", "rewards"}
-PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "qwen-scope-lens")
 
 
 @dataclass(frozen=True)
@@ -115,25 +114,16 @@ def run_grpo(path: Path, resume: bool = True) -> Path:
 
 
 def read_replies(path: Path, text: str, prompt: str | None) -> tuple[list[str], list[str] | None]:
-    """Two columns of a JSONL file: the replies, and the prompt of each where one is named."""
+    """Two columns of a file: the replies, and the prompt of each where one is named."""
     replies, prompts = [], []
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadCorpus(f"{path} cannot be read as UTF-8 text: {error}") from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+    for where, row in read_rows(path):
         try:
-            row = json.loads(line)
             replies.append(reply_text(row[text]))
             if prompt is not None:
                 prompts.append(str(row[prompt]))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             wanted = text if prompt is None else f"{text} and {prompt}"
-            raise BadCorpus(
-                f"{path}, line {number}: expected an object with {wanted}; {error!r}"
-            ) from error
+            raise BadCorpus(f"{where}: expected an object with {wanted}; {error!r}") from error
     return replies, prompts if prompt is not None else None
 
 
@@ -243,14 +233,7 @@ def _train(run: Run, trainer: Any, resume: bool) -> Path:
 
 def _record(run: Run, output: Path) -> None:
     """The run's file and what it ran with, beside its checkpoints."""
-    versions = {name: _version(name) for name in PACKAGES}
-    content = {"run": dict(run.content), "python": platform.python_version(), "packages": versions}
+    packages = versions("trl", "peft", "accelerate")
+    content = {"run": dict(run.content), "python": platform.python_version(), "packages": packages}
     with whole_file(output / "qsl_run.yaml") as partial:
         partial.write_text(yaml.safe_dump(content, allow_unicode=True, sort_keys=False), "utf-8")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
