@@ -97,6 +97,7 @@ def make_app(bench: Workbench, layers: Sequence[int], site: str | None = None) -
                         load = gr.UploadButton(
                             "Load plan", size="sm", file_types=[".json"], elem_id="load"
                         )
+                    refused = gr.HTML(elem_id="plan-refused")
                     plan_columns = ("feature", "operation", "strength", "unit", "where")
                     plan_table = _table(gr, plan_columns, "plan-table")
                     prompt = gr.Textbox(
@@ -129,28 +130,30 @@ def make_app(bench: Workbench, layers: Sequence[int], site: str | None = None) -
                 )
                 about = gr.HTML(elem_id="about")
 
+        # Only runs of the model queue. What answers at once does not: of two events on the queue's
+        # one stream, the answer to the second is lost when the first one's end closes the stream.
         go_read.click(does.read, [text, where_read, top_read], [reading, tokens, fires])
-        tokens.select(does.on_token, [reading, top_read], fires)
         texts = [text_a, text_b, where_compare, top_compare, left_out]
         go_compare.click(does.compare, texts, [differs, scores])
-        for table in (fires, differs, plan_table):
-            table.select(does.picked, None, chosen)
-        app.load(does.about, chosen, about)
-        chosen.change(does.about, chosen, about)
-        chosen.change(does.coloured, [reading, chosen], tokens)
-        changes = [kind.change, unit.change, chosen.change, scores.change]
-        gr.on(changes, does.preset, [kind, unit, chosen, scores], strength)
-        strength.input(lambda: CUSTOM, None, kind)
-        for event in (
-            add.click(does.add, [edits, chosen, op, strength, unit, where], edits),
-            remove.click(does.remove, edits, edits),
-            clear.click(does.clear, None, edits),
-            load.upload(does.load, load, edits),
-        ):
-            event.success(does.shown_plan, edits, [plan_table, save])
         results = [status, plain, steered, report, next_plain, next_steered]
         go_steer.click(does.steer, [prompt, form, edits, new_tokens, heat, seed], results)
-        stop.click(does.stop, None, None)
+
+        at_once = {"queue": False}
+        tokens.select(does.on_token, [reading, top_read], fires, **at_once)
+        for table in (fires, differs, plan_table):
+            table.select(does.picked, None, chosen, **at_once)
+        app.load(does.about, chosen, about, **at_once)
+        chosen.change(does.about, chosen, about, **at_once)
+        chosen.change(does.coloured, [reading, chosen], tokens, **at_once)
+        changes = [kind.change, unit.change, chosen.change, scores.change]
+        gr.on(changes, does.preset, [kind, unit, chosen, scores], strength, **at_once)
+        strength.input(lambda: CUSTOM, None, kind, **at_once)
+        changed = [edits, plan_table, save, refused]
+        add.click(does.add, [edits, chosen, op, strength, unit, where], changed, **at_once)
+        remove.click(does.remove, edits, changed, **at_once)
+        clear.click(does.clear, edits, changed, **at_once)
+        load.upload(does.load, [edits, load], changed, **at_once)
+        stop.click(does.stop, None, None, **at_once)
         app.unload(does.stop)
     return app
 

@@ -67,6 +67,22 @@ def told(work: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
+def changing(work: Callable[..., Edits]) -> Callable[..., tuple[Any, ...]]:
+    """An action on the plan -> the plan, its table, its file, and in words what was refused."""
+
+    @functools.wraps(work)
+    def wrapped(self: Actions, edits: Edits, *values: Any) -> tuple[Any, ...]:
+        try:
+            changed = work(self, edits, *values)
+            rows, button = _shown_plan(changed)
+        except ScopeError as error:
+            refused = f"<p role='alert'>{html.escape(str(error))}</p>"
+            return gr.skip(), gr.skip(), gr.skip(), refused
+        return changed, rows, button, ""
+
+    return wrapped
+
+
 class Actions:
     """One for all visitors."""
 
@@ -89,10 +105,7 @@ class Actions:
         plain = [(piece.text, None) for piece in reading.pieces]
         return reading, plain, self._firings(reading, everything, top)
 
-    @told
-    def on_token(self, reading: Reading | None, top: int, event: gr.SelectData) -> Rows:
-        if reading is None:
-            raise BadText("read a text first")
+    def on_token(self, reading: Reading, top: int, event: gr.SelectData) -> Rows:
         return self._firings(reading, reading.tokens_of(int(event.index)), top)
 
     def coloured(self, reading: Reading | None, address: str) -> Any:
@@ -184,39 +197,26 @@ class Actions:
             return round(OF_SCORE[kind] * score, 4)
         return PRESETS[unit][kind]
 
-    @told
+    @changing
     def add(
         self, edits: Edits, address: str, op: str, strength: float | None, unit: str, where: str
     ) -> Edits:
         values: dict[str, Any] = {"ref": address.strip(), "op": op, "where": where or "both"}
         if find_operation(op).takes_strength:
             values |= {"strength": strength, "unit": unit}
-        changed = [*edits, Edit.from_dict(values).to_dict()]
-        plan_of(changed)  # raises where two edits contradict each other
-        return changed
+        return [*edits, Edit.from_dict(values).to_dict()]
 
+    @changing
     def remove(self, edits: Edits) -> Edits:
         return edits[:-1]
 
-    def clear(self) -> Edits:
+    @changing
+    def clear(self, edits: Edits) -> Edits:
         return []
 
-    @told
-    def load(self, path: str) -> Edits:
+    @changing
+    def load(self, edits: Edits, path: str) -> Edits:
         return [edit.to_dict() for edit in Plan.load(path).edits]
-
-    def shown_plan(self, edits: Edits) -> tuple[Rows, Any]:
-        """The table, and the file behind the Save button."""
-        rows: Rows = [
-            [edit["ref"], edit["op"], edit.get("strength", ""), edit.get("unit", ""),
-             edit.get("where", "both")]
-            for edit in edits
-        ]  # fmt: skip
-        if not edits:
-            return rows, gr.DownloadButton(value=None, interactive=False)
-        path = Path(tempfile.mkdtemp(prefix="qsl-plan-")) / "plan.json"
-        plan_of(edits).save(path)
-        return rows, gr.DownloadButton(value=str(path), interactive=True)
 
     # Steer.
 
@@ -261,6 +261,20 @@ class Actions:
     def _stop(self, session: str) -> None:
         if event := self._runs.get(session):
             event.set()
+
+
+def _shown_plan(edits: Edits) -> tuple[Rows, Any]:
+    """The table, and the file behind the Save button; a contradiction between edits is refused."""
+    rows: Rows = [
+        [edit["ref"], edit["op"], edit.get("strength", ""), edit.get("unit", ""),
+         edit.get("where", "both")]
+        for edit in edits
+    ]  # fmt: skip
+    if not edits:
+        return rows, gr.DownloadButton(value=None, interactive=False)
+    path = Path(tempfile.mkdtemp(prefix="qsl-plan-")) / "plan.json"
+    plan_of(edits).save(path)
+    return rows, gr.DownloadButton(value=str(path), interactive=True)
 
 
 def plan_of(edits: Edits) -> Plan:
