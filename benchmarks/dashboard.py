@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
+import re
 import subprocess
 import sys
 import tempfile
@@ -55,7 +55,7 @@ def make_store(folder: Path, n_tokens: int, d_sae: int, vocabulary: int) -> None
     n_docs = n_tokens // DOC_TOKENS
     share = 1 / (np.arange(d_sae) + 20.0)
     share = np.cumsum(rng.permutation(share / share.sum()))
-    corpus = CorpusFacts("synthetic", n_docs, "0" * 64, shard_docs=SHARD_DOCS)
+    corpus = CorpusFacts("synthetic", n_docs, "0" * 64, shard_docs=SHARD_DOCS, labels=("lang",))
     manifest = Manifest(
         model=ModelFacts("synthetic", None, "float32", 4096, "0" * 64),
         tokenizer=TokenizerFacts("synthetic", vocabulary, "0" * 64),
@@ -126,9 +126,12 @@ def synthetic_sae(d_sae: int, d_model: int) -> Any:
 
 @contextmanager
 def timed(name: str, found: dict[str, float]) -> Iterator[None]:
+    Path("/proc/self/clear_refs").write_text("5")  # the peak from here on (Linux)
     start = time.process_time()
     yield
     found[name] = found.get(name, 0.0) + time.process_time() - start
+    status = Path("/proc/self/status").read_text()
+    found[f"{name} peak"] = 1024.0 * int(re.search(r"VmHWM:\s+(\d+)", status)[1])  # type: ignore[index]
 
 
 def measure(store_path: Path, out: Path, d_sae: int, d_model: int, vocabulary: int) -> None:
@@ -147,7 +150,6 @@ def measure(store_path: Path, out: Path, d_sae: int, d_model: int, vocabulary: i
     heads = [(f"document {i}", [("lang", f"language {i % 12}")]) for i in range(store.n_docs)]
     with timed("pages and files", found):
         write_site(out, [pages], model="synthetic", made="", documents=heads)
-    found["peak bytes"] = 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     found["site bytes"] = float(sum(p.stat().st_size for p in out.rglob("*") if p.is_file()))
     found["site files"] = float(sum(p.is_file() for p in out.rglob("*")))
     found["index bytes"] = float(next(out.rglob("index.js")).stat().st_size)
@@ -185,7 +187,10 @@ def main() -> None:
         answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     found = json.loads(answer.splitlines()[-1])
     print(f"{d_sae:,} features, d_model {d_model:,}, vocabulary {vocabulary:,}, {tokens:,} tokens")
-    print(f"{cpu_name()}, one thread, seconds of CPU time\n")
+    print(
+        f"{cpu_name()}\none thread: seconds of CPU time, and the peak of resident memory with"
+        " all weights in it\n"
+    )
     rows = {
         "statistics, examples, co-firing": "statistics",
         "promoted and suppressed tokens": "token_effects",
@@ -194,9 +199,10 @@ def main() -> None:
         "pages and files": "pages and files",
     }
     for text, key in rows.items():
-        print(f"  {text:34} {found[key]:8.1f}")
-    print(f"  {'all':34} {found['all of gather'] + found['pages and files']:8.1f}\n")
-    print(f"peak of resident memory, weights included: {found['peak bytes'] / 1e9:.2f} GB")
+        print(f"  {text:34} {found[key]:8.1f} s {found[f'{key} peak'] / 1e9:8.2f} GB")
+    peak = max(value for name, value in found.items() if name.endswith(" peak"))
+    total = found["all of gather"] + found["pages and files"]
+    print(f"  {'all':34} {total:8.1f} s {peak / 1e9:8.2f} GB\n")
     print(
         f"site: {found['site files']:,.0f} files, {found['site bytes'] / 1e6:,.0f} MB, of which the"
         f" index {found['index bytes'] / 1e6:.1f} MB"

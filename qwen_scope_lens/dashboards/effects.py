@@ -80,9 +80,17 @@ def nearest(
     directions: Tensor, count: int = 8, half: bool | None = None, progress: bool = False
 ) -> Neighbours:
     """`directions [features, d_model]`; a zero direction is near to nothing (cosine 0)."""
-    unit = torch.nn.functional.normalize(directions.float(), dim=-1)
-    title = "nearest directions" if progress else None
-    [found] = extremes(unit, unit, count, without_self=True, half=half, progress=title)
+    norms = torch.cat([rows.float().norm(dim=-1) for rows in directions.split(4096)])
+    [found] = extremes(
+        directions,
+        directions,
+        count,
+        without_self=True,
+        half=half,
+        transform=lambda rows: torch.nn.functional.normalize(rows, dim=-1),
+        column_scale=1 / norms.clamp(min=1e-12),
+        progress="nearest directions" if progress else None,
+    )
     return Neighbours(found.indices.numpy(), found.values.clamp(-1, 1).numpy())
 
 

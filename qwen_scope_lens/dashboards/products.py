@@ -48,13 +48,15 @@ def extremes(
     without_self: bool = False,
     half: bool | None = None,
     transform: Callable[[Tensor], Tensor] | None = None,
+    column_scale: Tensor | None = None,
     progress: str | None = None,
 ) -> list[Extremes]:
     """The `count` largest entries of every row of `rows @ columns.T`, in descending order.
 
     With `smallest` a second result holds the smallest, in ascending order. `without_self` leaves
     out the diagonal. `half` says whether candidates come from bfloat16 (None: where it pays).
-    `transform` is applied to the rows, block by block, so that no second copy of them is made.
+    `transform` is applied to the rows, block by block, and column j counts `column_scale[j]` times,
+    so that no second copy in float32 is made of either.
     """
     count = max(0, min(count, len(columns) - int(without_self)))
     if half is None:
@@ -63,7 +65,7 @@ def extremes(
     found: list[list[Extremes]] = [[] for _ in ends]
     step = max(1, ELEMENTS // max(1, len(columns)))
     dtype = torch.bfloat16 if half else torch.float32
-    table = columns.to(dtype)
+    table = _table(columns, column_scale, dtype)
     with tqdm(total=len(rows), desc=progress, disable=progress is None, leave=False) as bar:
         for start in range(0, len(rows), step):
             block = rows[start : start + step].float()
@@ -77,6 +79,8 @@ def extremes(
                 values, indices = product.topk(wanted, largest=largest)
                 if half:
                     dots = _dots(block, columns, indices)
+                    if column_scale is not None:
+                        dots = dots * column_scale[indices]
                     if without_self:
                         dots.masked_fill_(indices == own, -torch.inf if largest else torch.inf)
                     values, order = dots.topk(count, largest=largest)
@@ -84,6 +88,16 @@ def extremes(
                 found[end].append(Extremes(values, indices))
             bar.update(len(block))
     return [_join(parts, count) for parts in found]
+
+
+def _table(columns: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    if scale is None:
+        return columns.to(dtype)
+    table = torch.empty(columns.shape, dtype=dtype)
+    for start in range(0, len(columns), 4096):
+        part = slice(start, start + 4096)
+        table[part] = columns[part].float() * scale[part, None]
+    return table
 
 
 def _dots(block: Tensor, columns: Tensor, indices: Tensor) -> Tensor:
