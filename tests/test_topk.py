@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
 
 from qwen_scope_lens.errors import NotFinite
-from qwen_scope_lens.saes import topk
+from qwen_scope_lens.saes import float32, topk
 from qwen_scope_lens.saes.encoder import Encoder
 from qwen_scope_lens.saes.sae import ScopeSAE, ScopeSAEConfig
 from qwen_scope_lens.saes.sparse import SparseCodes
@@ -144,6 +144,35 @@ def test_realistic_residuals_are_certified():
     encode_topk(x, encoder, 20, torch.bfloat16)
     assert encoder.settled["bfloat16"] >= 0.95 * 200
     assert not encoder.centre.plain
+
+
+@pytest.mark.parametrize("setting", ["medium", "high"])
+@pytest.mark.parametrize("n", [1, 9])
+def test_exact_where_torch_may_multiply_in_fewer_bits(monkeypatch, setting, n):
+    """Machines differ in what they make of these settings, so their road is not taken at all."""
+    x, rows, bias = problem(n=n, d=512, d_sae=4096)
+    roads = "all_dots", "_by_onednn"
+    torch.set_float32_matmul_precision(setting)
+    try:
+        assert not float32.full_float32("cpu")
+        for road in roads:
+            monkeypatch.setattr(float32, road, lambda *_: pytest.fail("not full float32"))
+        got = float32.product(x, rows)
+        check(x, rows, bias, 20)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    torch.testing.assert_close(got.double(), x.double() @ rows.double().T, rtol=1e-6, atol=1e-6)
+    assert float32.full_float32("cpu")
+
+
+@pytest.mark.parametrize("onednn", [True, False])
+@pytest.mark.parametrize("n", [0, 1, 2, 3, 64])
+def test_every_road_of_a_float32_product(monkeypatch, onednn, n):
+    monkeypatch.setattr(float32, "_onednn_wins", lambda: onednn)
+    x, rows, bias = problem(n=n, d=300, d_sae=1003)
+    got = float32.product(x, rows)
+    torch.testing.assert_close(got.double(), x.double() @ rows.double().T, rtol=1e-4, atol=1e-4)
+    check(x, rows, bias, 20)
 
 
 def test_first_pass_choice_is_measured_once():
@@ -302,19 +331,31 @@ def test_gradients_of_the_weights_when_asked():
         torch.testing.assert_close(getattr(ours, name).grad, parameter.grad)
 
 
-def test_decode_sparse_gradients():
-    ours, _ = pair()
-    codes = ours.encode_sparse(torch.randn(2, 3, 24))
-    ours.W_dec.requires_grad_(True)
+@pytest.mark.parametrize("trains", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", [(2, 3), (40,), (0,)], ids=str)
+def test_decode_sparse_gradients(trains, dtype, shape):
+    """Of a few entries and of more than there are features, with padding, frozen rows or not."""
+    ours, _ = pair(dtype)
+    codes = ours.encode_sparse(torch.randn(*shape, 24))
+    keep = torch.rand(codes.values.shape) < 0.7
+    codes = SparseCodes(codes.values * keep, codes.indices * keep, 96)
+    ours.W_dec.requires_grad_(trains)
+    weight = torch.randn(*shape, 24).to(ours.dtype)
     grads = []
     for sparse in (True, False):
         values = codes.values.clone().requires_grad_()
         ours.W_dec.grad = None
         edited = SparseCodes(values, codes.indices, 96)
-        out = ours.decode_sparse(edited) if sparse else edited.to_dense() @ ours.W_dec + ours.b_dec
-        out.square().sum().backward()
-        grads.append((values.grad, ours.W_dec.grad))
-    torch.testing.assert_close(*grads)
+        rows = ours.W_dec[codes.indices.long()]
+        plain = (values[..., None].to(ours.dtype) * rows).sum(-2) + ours.b_dec
+        out = ours.decode_sparse(edited) if sparse else plain
+        (out * weight).sum().backward()
+        # Without entries there is nothing to be differentiated; None and zeros both say so.
+        of_rows = ours.W_dec.grad if trains and codes.values.numel() else torch.zeros(1)
+        grads.append((values.grad, of_rows))
+    slack = {"float32": 1e-5, "bfloat16": 3e-2}[dtype]
+    torch.testing.assert_close(*grads, rtol=slack, atol=slack)
 
 
 def test_encode_sparse_gradient_is_that_of_the_selected():

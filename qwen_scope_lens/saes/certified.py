@@ -30,6 +30,7 @@ import torch
 
 from qwen_scope_lens.saes import kernels
 from qwen_scope_lens.saes.encoder import EXTRA, TILE, Encoder, norm_above
+from qwen_scope_lens.saes.float32 import FEW, product
 from qwen_scope_lens.saes.scores import exact_scores, pair_dots
 
 __all__ = ["BLOCK_BYTES", "approximate", "select", "tokens_per_block"]
@@ -38,6 +39,9 @@ U = 2.0**-24
 TINY = 2.0**-120
 BLOCK_BYTES = 64 * 2**20
 """The first pass of one block of positions. Everything else about a block is smaller."""
+
+_FEW_MORE = 1.25
+"""Candidates over k up to which all are re-scored at once: sorting some out would take longer."""
 
 
 @dataclass
@@ -93,14 +97,14 @@ def approximate(
             start += len(tile)
     else:
         bias = centre.bias.float()
-        step = 4 * TILE
+        whole = len(rest) <= FEW and encoder.rows.dtype == torch.float32
+        step = d_sae if whole else 4 * TILE
         for start in range(0, d_sae, step):
             tile = encoder.rows[start : start + step].float()
             out = approx[:, start : start + len(tile)]
-            torch.mm(rest, tile.T, out=out)
+            torch.add(product(rest, tile), bias[start : start + step], out=out)
             if outliers.shape[1]:
                 out.addmm_(outliers, centre.weights[start : start + step].T)
-            out.add_(bias[start : start + step])
     return approx
 
 
@@ -164,7 +168,11 @@ def _candidates(
     while width // size < 4 * k and size > 1:
         size //= 2
     best = approx.view(n, size, width // size).amax(1).float()
-    kth = best.topk(k, dim=1).values[:, -1]
+    # Any disjoint groups will do; of fewer, the k-th largest is found sooner and is hardly lower.
+    merged = 1
+    while best.shape[1] % (2 * merged) == 0 and best.shape[1] // (2 * merged) >= 8 * k:
+        merged *= 2
+    kth = best.view(n, merged, best.shape[1] // merged).amax(1).topk(k, dim=1).values[:, -1]
     line = kth - slope * kth.abs() - 2 * bound
     line = line - 2 * slope * line.abs()
     floor = -bound * (1 + 4 * slope)
@@ -200,7 +208,7 @@ def _kernel_candidates(
     some = min(encoder.d_sae, max(k, encoder.d_sae // 16))
     bound = reach.worst()
     # The error of this product, in full float32, is within the same bound.
-    sample = rest @ encoder.rows[:some].float().T + outliers @ centre.weights[:some].T
+    sample = product(rest, encoder.rows[:some].float()) + outliers @ centre.weights[:some].T
     kth = (sample + centre.bias[:some].float()).topk(k, dim=1).values[:, -1]
     line = torch.maximum(kth - 2 * reach.slope * kth.abs() - 2.01 * bound, -1.01 * bound)
     count, feature, approx = kernels.candidates(
@@ -238,7 +246,8 @@ def _decide(
         # The score itself is rounded to float32 once more.
         return value, error + 1.01 * U * value.abs(), dot
 
-    first = _best(pairs, n, k)
+    few = len(pairs.token) <= _FEW_MORE * n * k
+    first = torch.ones_like(pairs.token, dtype=torch.bool) if few else _best(pairs, n, k)
     value, error, dot = rescored(_take(pairs, first))
     lows, _ = _table(pairs.token[first], n, value - error, float("-inf"))
     line = _kth(lows, k)

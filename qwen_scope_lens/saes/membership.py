@@ -22,6 +22,7 @@ import torch
 
 from qwen_scope_lens.errors import NotFinite
 from qwen_scope_lens.saes.encoder import norm_above
+from qwen_scope_lens.saes.float32 import full_float32
 from qwen_scope_lens.saes.sae import ScopeSAE
 
 __all__ = ["Maxima", "Membership"]
@@ -107,7 +108,7 @@ class Membership:
         open_ = score + error > 0
         self.settled["negative"] += int((~open_).sum())
         # A float32 product that may be rounded further has no known bound.
-        if self._witnesses is not None and torch.get_float32_matmul_precision() == "highest":
+        if self._witnesses is not None and full_float32(x.device.type):
             outnumbered = open_ & self._outnumbered(inside, length, score + error + 4 * U32 * score)
             open_ &= ~outnumbered
             self.settled["outnumbered"] += int(outnumbered.sum())

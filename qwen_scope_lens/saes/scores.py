@@ -9,20 +9,22 @@ import warnings
 
 import torch
 
-__all__ = ["exact_scores", "exact_topk", "pair_dots"]
+__all__ = ["all_dots", "exact_scores", "exact_topk", "pair_dots"]
 
 _ELEMENTS = 2**20
 """Numbers per working buffer: 8 MiB in float64."""
 
-_FEW = 16
-"""With fewer than one pair per this many encoder rows, the rows are copied out first: a pattern
-over all rows would cost more than the dots."""
+_FEW = 4
+"""With fewer than one pair per this many encoder rows, rows that positions share are rare: to sort
+the pairs by row costs more than it saves."""
 
 
 def pair_dots(
     rows: torch.Tensor, x: torch.Tensor, token: torch.Tensor, feature: torch.Tensor
 ) -> torch.Tensor:
-    """float32 dots `x[token] . rows[feature]`. `[d_sae, d]`, float32 `[n, d]`, `[p]` -> `[p]`
+    """float32 dots `x[token] . rows[feature]`, tokens ascending.
+
+    `[d_sae, d]`, float32 `[n, d]`, `[p]` -> `[p]`
 
     Every dot is summed in an order that depends on d alone, so a pair's value does not depend on
     the company it is computed in.
@@ -31,12 +33,15 @@ def pair_dots(
         return x.new_zeros(0)
     if x.is_cuda:
         return _gathered_dots(rows, x, token, feature)
+    full = rows.dtype == torch.float32
+    if full and _FEW * len(token) < len(rows):
+        return _dots(x, rows, _starts(token, len(x)), feature)
     # By feature, so that each encoder row is read once while the positions stay in cache.
     order = (feature * len(x) + token).argsort()
     token, feature = token[order], feature[order]
     out = x.new_empty(len(token))
-    if rows.dtype == torch.float32 and _FEW * len(token) > len(rows):
-        out[order] = _sampled(rows, x, token, feature)
+    if full:
+        out[order] = _dots(rows, x, _starts(feature, len(rows)), token)
         return out
     wanted, local = feature.unique_consecutive(return_inverse=True)
     dots = []
@@ -44,23 +49,40 @@ def pair_dots(
     for start in range(0, len(wanted), step):
         inside = (local >= start) & (local < start + step)
         tile = rows[wanted[start : start + step]].float()
-        dots.append(_sampled(tile, x, token[inside], local[inside] - start))
+        starts = _starts(local[inside] - start, len(tile))
+        dots.append(_dots(tile, x, starts, token[inside]))
     out[order] = torch.cat(dots)
     return out
 
 
-def _sampled(
-    rows: torch.Tensor, x: torch.Tensor, token: torch.Tensor, row: torch.Tensor
+def all_dots(rows: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """`x @ rows.T` for a few positions, in one pass over the rows. All float32 on a CPU.
+
+    `[d_sae, d]`, `[n, d] -> [n, d_sae]`
+    """
+    d_sae, n = len(rows), len(x)
+    starts = torch.arange(0, d_sae * n + 1, n, dtype=torch.int32)
+    return _dots(rows, x, starts, torch.arange(n, dtype=torch.int32).repeat(d_sae)).view(d_sae, n).T
+
+
+def _starts(row: torch.Tensor, rows: int) -> torch.Tensor:
+    """Where each of the rows begins among pairs that are sorted by row. `[rows + 1]`"""
+    starts = torch.zeros(rows + 1, dtype=torch.long)
+    starts[1:] = torch.bincount(row, minlength=rows).cumsum(0)
+    return starts
+
+
+def _dots(
+    left: torch.Tensor, right: torch.Tensor, starts: torch.Tensor, column: torch.Tensor
 ) -> torch.Tensor:
-    """Sampled dense-dense product; pairs sorted by row, then token."""
-    starts = torch.zeros(len(rows) + 1, dtype=torch.long)
-    starts[1:] = torch.bincount(row, minlength=len(rows)).cumsum(0)
+    """A sampled dense-dense product: the dots of row i of `left` with the rows
+    `column[starts[i] : starts[i + 1]]` of `right`, one after the other."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # torch: CSR support is in beta
-        pattern = torch.sparse_csr_tensor(
-            starts, token, x.new_zeros(len(token)), (len(rows), len(x)), check_invariants=False
-        )
-        return torch.sparse.sampled_addmm(pattern, rows, x.T, beta=0.0).values()
+        values = left.new_zeros(len(column))
+        shape = (len(left), len(right))
+        pattern = torch.sparse_csr_tensor(starts, column, values, shape, check_invariants=False)
+        return torch.sparse.sampled_addmm(pattern, left, right.T, beta=0.0).values()
 
 
 def _gathered_dots(

@@ -1,0 +1,75 @@
+"""Products of float32 matrices: truly float32, and by the quickest road of this machine.
+
+What bounds errors needs both. torch may be told to multiply float32 in fewer bits
+(`torch.set_float32_matmul_precision`), and the BLAS it was built with is not the fastest
+everywhere: MKL leaves half of an AMD core unused, where oneDNN, which torch brings along, does not.
+"""
+
+from __future__ import annotations
+
+import time
+from functools import cache
+
+import torch
+
+from qwen_scope_lens.saes.scores import all_dots
+
+__all__ = ["FEW", "full_float32", "product"]
+
+FEW = 2
+"""Up to so many positions the weights' way from memory is what takes time, and `all_dots` reads
+them once, at two thirds of the cost of a matrix product for one position."""
+
+_CLEARLY = 1.1
+"""How much quicker oneDNN has to be."""
+
+_TILE = 1024
+"""Rows in float64 at a time."""
+
+
+def product(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """`x @ rows.T` with the error of float32, in some order of summation.
+
+    float32 `[n, d]`, `[m, d] -> [n, m]`
+    """
+    if not full_float32(x.device.type):
+        tiles = [(x.double() @ tile.double().T).float() for tile in rows.split(_TILE)]
+        return torch.cat(tiles, 1)
+    if x.is_cuda or not len(x):
+        return x @ rows.T
+    if len(x) <= FEW:
+        return all_dots(rows, x)
+    return _by_onednn(x, rows) if _onednn_wins() else x @ rows.T
+
+
+def full_float32(device: str) -> bool:
+    """Whether products of float32 matrices on this device are float32 all through."""
+    backend = torch.backends.cuda if device == "cuda" else torch.backends.mkldnn
+    precision = getattr(getattr(backend, "matmul", None), "fp32_precision", None)
+    if precision is None:  # torch 2.8
+        return torch.get_float32_matmul_precision() == "highest"
+    return precision in ("none", "ieee")
+
+
+def _by_onednn(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    # What torch's compiler emits for a linear layer. The public road wants the weights converted.
+    out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, rows, None, "none", [], "")
+    return out
+
+
+@cache
+def _onednn_wins() -> bool:
+    """Measured once per process: 20 ms."""
+    known = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    if not known:
+        return False
+    roads = (torch.Tensor.matmul, lambda x, columns: _by_onednn(x, columns.T))
+    took = [float("inf")] * 2
+    with torch.no_grad():
+        x, rows = torch.ones(64, 1024), torch.ones(2048, 1024)
+        for _ in range(5):
+            for i, road in enumerate(roads):
+                start = time.thread_time()
+                road(x, rows.T)
+                took[i] = min(took[i], time.thread_time() - start)
+    return took[0] > _CLEARLY * took[1]
