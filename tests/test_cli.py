@@ -201,6 +201,39 @@ def test_numbers_out_of_range_are_usage_errors(
 
 
 @pytest.mark.parametrize(
+    "words",
+    [
+        ["rank", "s", "--label", "l", "--positive", "p", "--out"],
+        ["stats", "s", "--layer", "3", "--out"],
+        ["compare", "match", "a", "b", "--out"],
+        ["classify", "predict", "c", "d", "--out"],
+        ["train", "languages", "s", "--targets", "zh", "--out"],
+        ["calibrate", "--texts", "t", "--out"],
+        ["export", "--edit", "e", "--out"],
+        ["bench", "report", "b", "--out"],
+        ["synth", "run", "t", "--generator", "g", "--budget", "1", "--out"],
+        ["label", "merge", "a", "--out"],
+    ],
+    ids=lambda words: " ".join(words[:2]),
+)
+def test_what_cannot_be_a_file_is_refused_before_the_work(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    for out, said in ((tmp_path, "is a folder"), (tmp_path / "file" / "x", "is a file")):
+        with pytest.raises(SystemExit) as caught:
+            main([*words, str(out)])
+        assert caught.value.code == 2
+        assert said in capsys.readouterr().err
+
+
+def test_thinking_wants_a_chat(capsys: pytest.CaptureFixture[str]) -> None:
+    edit = ["--edit", "mini-qwen3/w1k-l0-16/6/1:ablate"]
+    assert main(["steer", "text", *edit, "--thinking"]) == 1
+    assert "--chat" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("options", "said"),
     [
         (["--device", "banana"], "device 'banana' cannot be used here"),

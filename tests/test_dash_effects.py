@@ -71,7 +71,7 @@ def test_a_model_without_head_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("half", [False, True])
 def test_extremes_equal_brute_force(half: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qwen_scope_lens.dashboards.products.ELEMENTS", 3000)
+    monkeypatch.setattr("qwen_scope_lens.dashboards.products.SIDE", 13)
     rng = torch.Generator().manual_seed(0)
     rows, columns = torch.randn(50, 24, generator=rng), torch.randn(400, 24, generator=rng)
     exact = rows.double() @ columns.double().T
@@ -83,7 +83,8 @@ def test_extremes_equal_brute_force(half: bool, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("half", [False, True])
-def test_nearest_leaves_itself_out(half: bool) -> None:
+def test_nearest_leaves_itself_out(half: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qwen_scope_lens.dashboards.products.SIDE", 7)
     rng = torch.Generator().manual_seed(1)
     directions = torch.randn(30, 16, generator=rng)
     directions[7] = 3 * directions[4]  # the same direction, another length

@@ -313,12 +313,30 @@ def run_words(folder: Path, out: Path, server: Server, *more: str) -> list[str]:
             "--price-prompt", "1", "--price-completion", "2", *more]  # fmt: skip
 
 
+def words_for_targets(folder: Path) -> list[str]:
+    return ["synth", "targets", str(folder / "seed"), "--reference", str(folder / "anchor"),
+            "--contrast", "lang=zh", "--out", str(folder / "targets.json")]  # fmt: skip
+
+
+def test_a_run_without_any_answer_fails(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words_for_targets(folder)) == 0
+    with Server(lambda call: answer("")) as server:
+        pass  # closed again: nobody listens there
+    out = tmp_path / "data.jsonl"
+    assert main(run_words(folder, out, server, "--budget", "2", "--language", "zh")) == 1
+    assert "none of 2 candidates was answered" in capsys.readouterr().err
+    with Server(lambda call: answer("很好")) as server:  # a failed call is asked again
+        again = run_words(folder, out, server, "--budget", "2", "--language", "zh")
+        assert main(again) == 0
+
+
 def test_the_whole_way_on_the_command_line(
     folder: Path, tmp_path: Path, chinese: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     targets = folder / "targets.json"
-    words = ["synth", "targets", str(folder / "seed"), "--reference", str(folder / "anchor")]
-    assert main([*words, "--contrast", "lang=zh", "--out", str(targets)]) == 0
+    assert main(words_for_targets(folder)) == 0
     assert "missing:" in capsys.readouterr().out
     found = TargetSet.load(targets)
     assert found.missing

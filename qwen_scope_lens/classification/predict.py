@@ -52,11 +52,13 @@ def predict_data(
         rows = _FromStore(classifier, FeatureStore.open(path), labels)
     else:
         rows = _FromCorpus(classifier, read_corpus(data, text=text, labels=[], split=split), labels)
-    if out is None:
-        for row in rows(0):
-            print(json.dumps(row, ensure_ascii=False))
-        return 0
-    return _write(rows, out, classifier, data)
+    if out is not None:
+        return _write(rows, out, classifier, data)
+    made = 0
+    for row in rows(0):
+        print(json.dumps(row, ensure_ascii=False))
+        made += 1
+    return made
 
 
 class _FromCorpus:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import re
+from pathlib import Path
 
-__all__ = ["count", "from_zero", "layer_list", "memory", "port", "rank", "share"]
+__all__ = ["count", "from_zero", "layer_list", "memory", "output", "port", "rank", "share"]
 
 MOST_LAYERS = 10_000
 LAST_PORT = 65_535
@@ -71,6 +72,19 @@ def share(text: str) -> float:
     if not 0 <= number <= 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no share: expected a number from 0 to 1")
     return number
+
+
+def output(text: str) -> Path:
+    """A file to be written: what cannot be one is refused before the work, not after it."""
+    path = Path(text).expanduser()
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is a folder: expected the name of a file")
+    for parent in path.parents:
+        if parent.exists():
+            if not parent.is_dir():
+                raise argparse.ArgumentTypeError(f"{text!r}: {str(parent)!r} is a file")
+            break
+    return path
 
 
 def _whole(text: str, least: int) -> int:

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from qwen_scope_lens.cli import plans
-from qwen_scope_lens.cli.arguments import count
+from qwen_scope_lens.cli.arguments import count, output
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--texts", type=Path, help="a corpus to run through the model")
     source.add_argument("--store", type=Path, help="a feature store, from `qsl extract`")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--out", type=output, required=True, metavar="FILE")
     parser.add_argument("--max-tokens", type=count, help="of one document; the rest is cut off")
     plans.add_model(parser)
 

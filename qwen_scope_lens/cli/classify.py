@@ -16,10 +16,11 @@ at once, and an interrupted one goes on. Rules are written as JSON, never as a p
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwen_scope_lens.cli.arguments import count, layer_list
+from qwen_scope_lens.cli.arguments import count, layer_list, output
 
 if TYPE_CHECKING:
     from qwen_scope_lens.classification.methods import Documents
@@ -57,11 +58,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     fit = _verb(verbs, "fit", FIT)
     _data(fit, "discovery documents: a store or a corpus")
     _rule(fit)
-    fit.add_argument("--out", type=Path, required=True, help="the classifier, a JSON file")
+    fit.add_argument("--out", type=output, required=True, help="the classifier, a JSON file")
     predict = _verb(verbs, "predict", PREDICT)
     predict.add_argument("classifier", type=Path, help="what `fit` wrote")
     predict.add_argument("data", metavar="DATA", help="a store or a corpus")
-    predict.add_argument("--out", type=Path, help="JSON Lines (default: stdout)")
+    predict.add_argument("--out", type=output, help="JSON Lines (default: stdout)")
     predict.add_argument("--labels", type=Path, help="a label pack: says what the features mean")
     predict.add_argument("--text", metavar="COLUMN", help="the column of the texts")
     predict.add_argument("--split", help="of a dataset")
@@ -79,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         )
         if name == "report":
             verb.add_argument("--at", default="precision=0.9", help="default: %(default)s")
-            verb.add_argument("--page", type=Path, help="also write an HTML page")
+            verb.add_argument("--page", type=output, help="also write an HTML page")
             verb.add_argument("--labels", type=Path, help="a label pack: what the features mean")
             verb.add_argument("--no-residuals", action="store_true", help="no model, no probes")
 
@@ -212,7 +213,7 @@ def _predict(arguments: argparse.Namespace) -> None:
 
     classifier = FeatureRuleClassifier.load(arguments.classifier)
     labels = LabelPack.read(arguments.labels) if arguments.labels else None
-    predict_data(
+    made = predict_data(
         classifier,
         arguments.data,
         arguments.out,
@@ -220,6 +221,7 @@ def _predict(arguments: argparse.Namespace) -> None:
         text=arguments.text,
         split=arguments.split,
     )
+    print(f"{made:,} documents predicted", file=sys.stderr)
 
 
 def _report(arguments: argparse.Namespace) -> None:

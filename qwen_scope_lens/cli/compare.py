@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwen_scope_lens.cli.arguments import count, from_zero, layer_list, share
+from qwen_scope_lens.cli.arguments import count, from_zero, layer_list, output, share
 
 if TYPE_CHECKING:
     from qwen_scope_lens.compare.match import Matching
@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     match.add_argument("--fdr", type=share, default=0.05)
     match.add_argument("--show", type=from_zero, default=10, help="pairs printed")
     match.add_argument("--seed", type=from_zero, default=0)
-    match.add_argument("--out", type=Path, help="a Parquet file, one row a feature of A")
+    match.add_argument("--out", type=output, help="a Parquet file, one row a feature of A")
 
     drift = verb("drift", DRIFT)
     drift.add_argument("base", type=Path, metavar="BASE_STORE")
@@ -71,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     drift.add_argument("--labels", type=Path, help="a label pack, for names of features")
     drift.add_argument("--link", help="to a site of `qsl dash build`, or a pattern with {ref}")
-    drift.add_argument("--out", type=Path, help="an HTML report")
+    drift.add_argument("--out", type=output, help="an HTML report")
 
     transfer = verb("transfer", TRANSFER)
     transfer.add_argument("--sae", required=True, help="a group, such as qwen3-8b-base/w64k-l0-50")
@@ -83,7 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     transfer.add_argument("--max-tokens", type=count, default=512, help="of a document")
     transfer.add_argument("--folder", type=Path, help="read the SAEs' files from here only")
     transfer.add_argument("--no-losses", action="store_true", help="FVU and L0 only, faster")
-    transfer.add_argument("--out", type=Path, help="a JSON file")
+    transfer.add_argument("--out", type=output, help="a JSON file")
 
 
 def run(arguments: argparse.Namespace) -> int:

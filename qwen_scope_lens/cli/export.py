@@ -12,14 +12,14 @@ can be exported. llama.cpp adds its vector at every token, the first included: e
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from qwen_scope_lens.cli import plans
+from qwen_scope_lens.cli.arguments import output
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     plans.add_plan(parser)
-    parser.add_argument("--out", type=Path, required=True, help="ends with .gguf or .safetensors")
+    parser.add_argument("--out", type=output, required=True, help="ends with .gguf or .safetensors")
 
 
 def run(arguments: argparse.Namespace) -> int:

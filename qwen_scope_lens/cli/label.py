@@ -17,6 +17,8 @@ import json
 from collections import Counter
 from pathlib import Path
 
+from qwen_scope_lens.cli.arguments import output
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     words = parser.add_subparsers(dest="word", required=True, metavar="WORD")
@@ -35,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prefer", choices=("first", "last", "score"), default="first",
         help="where two label one feature (%(default)s)",
     )  # fmt: skip
-    merge.add_argument("--out", type=Path, required=True)
+    merge.add_argument("--out", type=output, required=True)
     merge.set_defaults(run_word=_merge)
     check = words.add_parser("check", help="read it all; with --store compare with its features")
     check.add_argument("pack", type=Path)

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from qwen_scope_lens.cli import plans
-from qwen_scope_lens.cli.arguments import count, from_zero
+from qwen_scope_lens.cli.arguments import count, from_zero, output
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-fewshot", type=from_zero)
     parser.add_argument("--batch-size", type=count, default=8, help="default: %(default)s")
     parser.add_argument("--include-path", type=Path, help="a folder with tasks of your own")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the results as JSON")
+    parser.add_argument("--out", type=output, metavar="FILE", help="write the results as JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:

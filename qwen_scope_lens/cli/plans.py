@@ -97,17 +97,22 @@ def load(arguments: argparse.Namespace, saes: Iterable[LayerRef]) -> Any:
     import transformers
 
     from qwen_scope_lens.errors import WrongModel
+    from qwen_scope_lens.features.facts import other_model
     from qwen_scope_lens.models.load import load_model
     from qwen_scope_lens.saes.load import check_dtype
 
     transformers.utils.logging.disable_progress_bar()
-    names = list(dict.fromkeys(sae.row.backbone.model_id for sae in saes))
+    groups = dict.fromkeys(sae.row for sae in saes)
+    names = list(dict.fromkeys(group.backbone.model_id for group in groups))
     if arguments.model is None and len(names) > 1:
         raise WrongModel(
             f"these SAEs belong to different models, {' and '.join(names)}: name SAEs of one,"
             " or say with --model which model is to run"
         )
     name = arguments.model or names[0]
+    for group in groups:
+        if note := other_model(name, group):
+            print(f"Note: {note}\n", file=sys.stderr)
     dtype = getattr(torch, check_dtype(arguments.dtype)) if arguments.dtype else None
     return load_model(name, dtype=dtype, device=arguments.device)
 
@@ -121,6 +126,9 @@ def notices(saes: Iterable[LayerRef]) -> None:
 def sampling_of(arguments: argparse.Namespace) -> Sampling:
     from qwen_scope_lens.errors import BadPlan
     from qwen_scope_lens.steering.generate import Sampling
+
+    if arguments.thinking and not arguments.chat:
+        raise BadPlan("--thinking is for chats: give --chat too")
 
     try:
         return Sampling(

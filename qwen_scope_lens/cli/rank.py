@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from qwen_scope_lens.cli.arguments import count, from_zero, layer_list, share
+from qwen_scope_lens.cli.arguments import count, from_zero, layer_list, output, share
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="run the model again (the store's own, or this one) for probes on the residual",
     )  # fmt: skip
     parser.add_argument("--seed", type=from_zero, default=0)
-    parser.add_argument("--out", type=Path, help="a JSON file with rows, controls and provenance")
+    parser.add_argument("--out", type=output, help="a JSON file with rows, controls and provenance")
 
 
 def run(arguments: argparse.Namespace) -> int:

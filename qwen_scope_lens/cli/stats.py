@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from qwen_scope_lens.cli.arguments import count, from_zero
+from qwen_scope_lens.cli.arguments import count, from_zero, output
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--feature", type=_features, default=[], help="numbers, a comma apart")
     parser.add_argument("--examples", type=count, default=10, help="shown of each feature")
     parser.add_argument("--all-tokens", action="store_true", help="also first and extreme ones")
-    parser.add_argument("--out", type=Path, help="a Parquet file, one row a feature")
+    parser.add_argument("--out", type=output, help="a Parquet file, one row a feature")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -16,10 +16,10 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
-from pathlib import Path
 from typing import Any
 
 from qwen_scope_lens.cli import plans
+from qwen_scope_lens.cli.arguments import output
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     plans.add_plan(parser)
     plans.add_sampling(parser, new_tokens=100)
     parser.add_argument("--compare", action="store_true", help="with the unsteered text beside it")
-    parser.add_argument("--save-plan", type=Path, metavar="FILE", help="write the edits as JSON")
+    parser.add_argument("--save-plan", type=output, metavar="FILE", help="write the edits as JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:

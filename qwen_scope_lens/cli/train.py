@@ -28,7 +28,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from qwen_scope_lens.cli.arguments import count, from_zero, layer_list
+from qwen_scope_lens.cli.arguments import count, from_zero, layer_list, output
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     step = steps.add_parser("languages", help="language features and their means, from a store")
     step.add_argument("store", type=Path)
-    step.add_argument("--out", type=Path, required=True, help="a JSON file")
+    step.add_argument("--out", type=output, required=True, help="a JSON file")
     step.add_argument("--targets", required=True, help="the unwanted languages: zh or zh,ru")
     step.add_argument("--label", default="lang", help="the label that says it (%(default)s)")
     step.add_argument("--layers", type=layer_list, help="default: all of the store")
@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = step.add_subparsers(dest="what", required=True, metavar="find")
     find = what.add_parser("find", help="what rises from first to last occurrence, from a store")
     find.add_argument("store", type=Path)
-    find.add_argument("--out", type=Path, required=True, help="a JSON file")
+    find.add_argument("--out", type=output, required=True, help="a JSON file")
     find.add_argument("--label", help="only documents whose label ...")
     find.add_argument("--positive", help="... has this value")
     find.add_argument("--layers", type=layer_list, help="default: all of the store")

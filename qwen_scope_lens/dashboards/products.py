@@ -19,8 +19,8 @@ from qwen_scope_lens.saes.scores import pair_dots
 
 __all__ = ["Extremes", "extremes"]
 
-ELEMENTS = 2**26
-"""Numbers of the product held at a time: 128 MiB in bfloat16."""
+SIDE = 4096
+"""Rows and columns of the product held at a time: 32 MiB in bfloat16."""
 
 HALF_FROM = 2**36
 """Multiplications from which the candidates come from bfloat16."""
@@ -62,42 +62,61 @@ def extremes(
     if half is None:
         half = rows.numel() * len(columns) > HALF_FROM
     ends = (True, False) if smallest else (True,)
+    wanted = min(len(columns), CANDIDATES * count + SPARE) if half else count
     found: list[list[Extremes]] = [[] for _ in ends]
-    step = max(1, ELEMENTS // max(1, len(columns)))
-    dtype = torch.bfloat16 if half else torch.float32
-    table = _table(columns, column_scale, dtype)
     with tqdm(total=len(rows), desc=progress, disable=progress is None, leave=False) as bar:
-        for start in range(0, len(rows), step):
-            block = rows[start : start + step].float()
+        for start in range(0, len(rows), SIDE):
+            block = rows[start : start + SIDE].float()
             block = block if transform is None else transform(block)
-            product = block.to(dtype) @ table.T
-            own = torch.arange(start, start + len(block))[:, None]
-            for end, largest in enumerate(ends):
-                if without_self:
-                    product.scatter_(1, own, -torch.inf if largest else torch.inf)
-                wanted = min(len(columns), CANDIDATES * count + SPARE) if half else count
-                values, indices = product.topk(wanted, largest=largest)
+            own = torch.arange(start, start + len(block))[:, None] if without_self else None
+            best = _candidates(block, columns, column_scale, ends, wanted, half, own)
+            for end, (largest, values, indices) in enumerate(zip(ends, *best, strict=True)):
                 if half:
-                    dots = _dots(block, columns, indices)
+                    values = _dots(block, columns, indices)
                     if column_scale is not None:
-                        dots = dots * column_scale[indices]
-                    if without_self:
-                        dots.masked_fill_(indices == own, -torch.inf if largest else torch.inf)
-                    values, order = dots.topk(count, largest=largest)
-                    indices = indices.gather(1, order)
-                found[end].append(Extremes(values, indices))
+                        values *= column_scale[indices]
+                    if own is not None:
+                        values.masked_fill_(indices == own, -torch.inf if largest else torch.inf)
+                values, order = values.topk(count, largest=largest)
+                found[end].append(Extremes(values, indices.gather(1, order)))
             bar.update(len(block))
     return [_join(parts, count) for parts in found]
 
 
-def _table(columns: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    if scale is None:
-        return columns.to(dtype)
-    table = torch.empty(columns.shape, dtype=dtype)
-    for start in range(0, len(columns), 4096):
-        part = slice(start, start + 4096)
-        table[part] = columns[part].float() * scale[part, None]
-    return table
+def _candidates(
+    block: Tensor,
+    columns: Tensor,
+    scale: Tensor | None,
+    ends: tuple[bool, ...],
+    wanted: int,
+    half: bool,
+    own: Tensor | None,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """At each end the `wanted` outermost entries of a block of rows: values and indices of each.
+
+    `own` is each row's own column, which is left out.
+    """
+    dtype = torch.bfloat16 if half else torch.float32
+    block = block.to(dtype)
+    parts: list[list[tuple[Tensor, Tensor]]] = [[] for _ in ends]
+    for first in range(0, len(columns), SIDE):
+        tile = columns[first : first + SIDE]
+        if scale is not None:
+            tile = tile.float() * scale[first : first + SIDE, None]
+        product = block @ tile.to(dtype).T
+        for part, largest in zip(parts, ends, strict=True):
+            if own is not None:
+                here = ((own >= first) & (own < first + len(tile))).nonzero()[:, 0]
+                product[here, own[here, 0] - first] = -torch.inf if largest else torch.inf
+            values, indices = product.topk(min(wanted, len(tile)), largest=largest)
+            part.append((values, indices + first))
+    best: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for part, largest in zip(parts, ends, strict=True):
+        values, indices = (torch.cat(x, 1) for x in zip(*part, strict=True))
+        values, order = values.topk(wanted, largest=largest)
+        best[0].append(values)
+        best[1].append(indices.gather(1, order))
+    return best
 
 
 def _dots(block: Tensor, columns: Tensor, indices: Tensor) -> Tensor:

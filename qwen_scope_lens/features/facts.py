@@ -39,6 +39,7 @@ __all__ = [
     "check_model",
     "model_facts",
     "model_note",
+    "other_model",
     "sae_facts",
     "tokenizer_facts",
     "versions",
@@ -88,14 +89,16 @@ def _check_sizes(name: str, config: Any, group: Group, cut: bool) -> None:
         )
 
 
+def other_model(name: str, group: Group) -> str | None:
+    """A remark where the SAEs were trained on a model of another name."""
+    if name.rstrip("/").split("/")[-1].lower() == group.backbone.key:
+        return None
+    return f"the SAEs {group.short} were trained on {group.backbone.model_id}, this is {name}"
+
+
 def model_note(facts: ModelFacts, group: Group) -> str | None:
     """A remark where the names say that the SAEs were trained on another model."""
-    mine, theirs = facts.id.rstrip("/").split("/")[-1].lower(), group.backbone.key
-    said = []
-    if mine != theirs:
-        said.append(
-            f"the SAEs {group.short} were trained on {group.backbone.model_id}, this is {facts.id}"
-        )
+    said = [note] if (note := other_model(facts.id, group)) else []
     if facts.quantised:
         said.append("the model's weights are quantised, the SAEs were trained on unquantised ones")
     return "; ".join(said) or None

@@ -14,13 +14,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from qwen_scope_lens.cli.arguments import from_zero
+from qwen_scope_lens.cli.arguments import from_zero, output
 from qwen_scope_lens.cli.bench.options import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("suite", help="the folder that `qsl bench extract` filled")
-    parser.add_argument("--out", type=Path, required=True, help="an HTML file")
+    parser.add_argument("--out", type=output, required=True, help="an HTML file")
     parser.add_argument("--scores", type=Path, help="CSV, JSONL or Parquet")
     parser.add_argument("--control", help="the benchmark to take out (equation 12)")
     parser.add_argument("--layer", type=from_zero, help="default: the last one extracted")

@@ -12,8 +12,8 @@ benchmark's own prompt format and model, unless --column or --template says othe
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
+from qwen_scope_lens.cli.arguments import output
 from qwen_scope_lens.cli.bench.options import (
     add_prompt_format,
     add_reading,
@@ -26,7 +26,7 @@ from qwen_scope_lens.cli.bench.options import (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("benchmark", help="a benchmark of a suite, such as bench/gsm8k")
     parser.add_argument("items", help="a file of items, or the folder of an extracted benchmark")
-    parser.add_argument("--out", type=Path, help="write the keys of the items that add something")
+    parser.add_argument("--out", type=output, help="write the keys of the items that add something")
     add_reading(parser)
     add_prompt_format(parser)
 

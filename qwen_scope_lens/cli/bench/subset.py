@@ -10,16 +10,15 @@ equal size cover. With --out the chosen items' keys are written, one a line, bes
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from qwen_scope_lens.cli.arguments import share
+from qwen_scope_lens.cli.arguments import output, share
 from qwen_scope_lens.cli.bench.options import add_reading, show
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("benchmark", help="a benchmark of a suite, such as bench/gsm8k")
     parser.add_argument("--coverage", type=share, default=0.95, help="default: %(default)s")
-    parser.add_argument("--out", type=Path, help="write the keys of the chosen items here")
+    parser.add_argument("--out", type=output, help="write the keys of the chosen items here")
     add_reading(parser)
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from qwen_scope_lens.cli.arguments import from_zero, layer_list
+from qwen_scope_lens.cli.arguments import from_zero, layer_list, output
 from qwen_scope_lens.cli.synth.generators import add_generator_arguments, prices, roles
 
 
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--generator", required=True, help="openai:URL#MODEL or hf:MODEL")
     parser.add_argument("--scorer", help="who takes the test; else the generator")
     parser.add_argument("--templates", type=Path, help="folder of `qsl synth templates`")
-    parser.add_argument("--out", type=Path, required=True, help="labels.jsonl")
+    parser.add_argument("--out", type=output, required=True, help="labels.jsonl")
     add_generator_arguments(parser)
 
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from qwen_scope_lens.cli.arguments import output
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", metavar="DATA", type=Path, help="of `qsl synth run`")
     parser.add_argument("--targets", type=Path, required=True, help="that the run was made with")
-    parser.add_argument("--html", type=Path, help="write a page with the curve, too")
+    parser.add_argument("--html", type=output, help="write a page with the curve, too")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from qwen_scope_lens.cli.arguments import count, layer_list
+from qwen_scope_lens.cli.arguments import count, layer_list, output
 from qwen_scope_lens.cli.synth.generators import add_generator_arguments, prices, roles
 
 
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--passages", type=count, default=5, help="kept a feature (%(default)s)")
     parser.add_argument("--templates", type=Path, help="folder of `qsl synth templates`")
-    parser.add_argument("--out", type=Path, required=True, help="targets.json")
+    parser.add_argument("--out", type=output, required=True, help="targets.json")
     add_generator_arguments(parser)
 
 

@@ -17,7 +17,7 @@ import argparse
 from functools import lru_cache
 from pathlib import Path
 
-from qwen_scope_lens.cli.arguments import count, from_zero
+from qwen_scope_lens.cli.arguments import count, from_zero, output
 from qwen_scope_lens.cli.synth.generators import add_generator_arguments, prices, roles
 
 
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--replier", help="who writes the replies; else the generator")
     parser.add_argument("--judge", help="who checks rewrites, where the recipe wants it")
-    parser.add_argument("--out", type=Path, required=True, help="data.jsonl")
+    parser.add_argument("--out", type=output, required=True, help="data.jsonl")
     parser.add_argument("--budget", type=count, default=1000, help="candidates (%(default)s)")
     parser.add_argument("--recipe", default="scope", help="scope, fac, text, or a .yaml file")
     parser.add_argument("--templates", type=Path, help="folder of `qsl synth templates`")
@@ -60,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from qwen_scope_lens.errors import GeneratorFailed
     from qwen_scope_lens.features.labels import LabelPack
     from qwen_scope_lens.models.load import load_model
     from qwen_scope_lens.synthesis.recipe import read_recipe, read_words
@@ -103,6 +104,12 @@ def run(arguments: argparse.Namespace) -> int:
         model=name,
         progress=True,
     )
+    unanswered = [one for one in synthesis.candidates if one.outcome.startswith("no answer")]
+    if unanswered and len(unanswered) == len(synthesis.candidates):
+        raise GeneratorFailed(
+            f"none of {len(unanswered)} candidates was answered ({unanswered[0].outcome}): see that"
+            " the generator runs, then run the same command again"
+        )
     print(f"stopped: {synthesis.stopped}\n{synthesis.ledger.spent}\n")
     if synthesis.candidates:
         print(make_report(arguments.out, targets))
