@@ -165,6 +165,25 @@ def test_add_reads_decoder_rows_only(world: Any, monkeypatch: pytest.MonkeyPatch
         LayerEdits.build([edits[1]], torch.zeros(1, D_MODEL), {})
 
 
+def test_a_code_that_is_surely_zero_costs_no_encode(
+    world: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the change is that of a full encode, at every token."""
+    sae, x = qsl.load_sae("local/tiny/1"), residuals(world[1], 64, 5)
+    encoded = []
+    encode = sae.encode_sparse
+    monkeypatch.setattr(sae, "encode_sparse", lambda x: encoded.append(len(x)) or encode(x))
+    edit = Edit(ref(1, 4), "set", 3.0)  # type: ignore[arg-type]
+    made = LayerEdits.build([edit], world[1]["W_dec"][:, 4:5].T, {"local/tiny/1": sae})
+    c = made.coefficients(x, torch.ones(64, 1, dtype=torch.bool))[:, 0]
+    codes = encode(x)
+    active = ((codes.indices == 4) & codes.active).any(1)
+    positive = x.double() @ world[1]["W_enc"].T[:, 4].double() + world[1]["b_enc"][4] > 0
+    assert encoded == [int(positive.sum())]
+    assert 0 < int(active.sum()) <= int(positive.sum()) < 64
+    torch.testing.assert_close(c, 3 - sae.encode(x)[:, 4])
+
+
 # --- models --------------------------------------------------------------------------------------
 
 PLANS = {

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from qwen_scope_lens.errors import BadPlan
+from qwen_scope_lens.saes.membership import Membership
 from qwen_scope_lens.saes.sae import ScopeSAE
 from qwen_scope_lens.saes.sparse import SparseCodes
 from qwen_scope_lens.steering.plan import Edit
@@ -27,9 +28,16 @@ __all__ = ["LayerEdits", "activations_of"]
 class _Reader:
     """An SAE, and which edits of the layer read its codes."""
 
-    sae: ScopeSAE
+    members: Membership  # of the features that the edits name
     at: tuple[int, ...]  # numbers of edits
-    features: tuple[int, ...]
+
+    def activations(self, x: Tensor) -> Tensor:
+        """`[n, d_model] -> [n, m]`; differentiable where x is."""
+        sae, features = self.members.sae, self.members.features
+        inside = x.to(sae.W_dec.device)
+        if torch.is_grad_enabled() and x.requires_grad:
+            return activations_of(sae.encode_sparse(inside), features.tolist()).to(x.device)
+        return self.members.values(inside).to(x.device)
 
 
 @dataclass
@@ -52,7 +60,7 @@ class LayerEdits:
             if edit.operation.reads == "code":
                 by_sae.setdefault(str(edit.ref.sae), []).append(i)
         readers = tuple(
-            _Reader(saes[name], tuple(at), tuple(edits[i].ref.feature for i in at))
+            _Reader(Membership(saes[name], [edits[i].ref.feature for i in at]), tuple(at))
             for name, at in by_sae.items()
         )
         directions = directions.detach().to(torch.float32)
@@ -134,14 +142,9 @@ def activations_of(codes: SparseCodes, features: Sequence[int]) -> Tensor:
 
 def _activations_where(reader: _Reader, x: Tensor, wanted: Tensor) -> Tensor:
     """Activations at the wanted tokens only; 0 elsewhere, where nobody looks."""
-    device = reader.sae.W_dec.device
-    if bool(wanted.all()):
-        found = activations_of(reader.sae.encode_sparse(x.to(device)), reader.features)
-        return found.to(x.device)
-    found = x.new_zeros((*x.shape[:-1], len(reader.features)), dtype=torch.float32)
+    found = x.new_zeros((*x.shape[:-1], len(reader.at)), dtype=torch.float32)
     if bool(wanted.any()):
-        codes = reader.sae.encode_sparse(x[wanted].to(device))
-        found[wanted] = activations_of(codes, reader.features).to(x.device)
+        found[wanted] = reader.activations(x[wanted])
     return found
 
 
