@@ -183,11 +183,14 @@ def minis() -> None:
             share = encoder.settled["bfloat16"] / max(1, encoder.settled.total())
             rounded = sae.to(torch.bfloat16).encode_sparse(x)
             full = qsl.load_sae(f"{group.short}/{layer}").encode_sparse(x)
+            everything = torch.arange(group.d_sae)
             same = (full.to_dense() > 0) & (rounded.to_dense() > 0)
             print(
                 f"{group.short}/{layer}: {len(x)} tokens, {share:.1%} settled by the bfloat16 pass"
                 f" with {encoder.crowding:.1f} k candidates; bfloat16 weights keep"
-                f" {same.sum() / full.active.sum():.1%} of the selected features"
+                f" {same.sum() / full.active.sum():.1%} of the selected features;"
+                f" {(sae.pre_activations(x, everything) > 0).float().mean():.1%} of all scores are"
+                " positive"
             )
 
 

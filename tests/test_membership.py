@@ -47,7 +47,13 @@ def slow_maxima(
 
 @pytest.mark.parametrize("subtract", [False, True])
 @pytest.mark.parametrize("whole", [False, True])
-def test_equals_a_full_encode(subtract: bool, whole: bool) -> None:
+@pytest.mark.parametrize("autocast", [False, True])
+def test_equals_a_full_encode(subtract: bool, whole: bool, autocast: bool) -> None:
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        _equals_a_full_encode(subtract, whole)
+
+
+def _equals_a_full_encode(subtract: bool, whole: bool) -> None:
     sae = random_sae(1, subtract, whole)
     features = [0, 3, 17, 95, 40]
     member = Membership(sae, features, n_witnesses=48)

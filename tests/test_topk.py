@@ -166,6 +166,14 @@ def test_exact_where_torch_may_multiply_in_fewer_bits(monkeypatch, setting, n):
 
 
 @pytest.mark.parametrize("onednn", [True, False])
+def test_autocast_changes_nothing(monkeypatch, onednn):
+    monkeypatch.setattr(float32, "_onednn_wins", lambda: onednn)
+    x, rows, bias = problem(n=9, d=512, d_sae=4096)
+    with torch.autocast("cpu", torch.bfloat16):
+        check(x, rows, bias, 20)
+
+
+@pytest.mark.parametrize("onednn", [True, False])
 @pytest.mark.parametrize("n", [0, 1, 2, 3, 64])
 def test_every_road_of_a_float32_product(monkeypatch, onednn, n):
     monkeypatch.setattr(float32, "_onednn_wins", lambda: onednn)

@@ -122,7 +122,8 @@ class Membership:
         """Where at least k witnesses surely score more than `most [n, m]`."""
         assert self._witnesses is not None
         rows, bias, norms = self._witnesses
-        score = inside.float() @ rows.T + bias
+        with torch.autocast(inside.device.type, enabled=False):
+            score = inside.float() @ rows.T + bias
         reach = 1.1 * (self.sae.cfg.d_in + 8) * U32
         least = score - (reach * length.float())[:, None] * norms - reach * bias.abs()
         kth = least.topk(self.sae.cfg.k, dim=1).values[:, -1]
