@@ -16,6 +16,7 @@ from tiny_models import make_model, make_tokenizer
 
 import qwen_scope_lens as qsl
 from qwen_scope_lens.errors import (
+    BadCorpus,
     BadFile,
     BadPlan,
     BadText,
@@ -327,9 +328,10 @@ def test_blame_refuses_what_it_cannot_answer(model: Any, tmp_path: Path) -> None
              "reply": "d", "bad": False}]  # fmt: skip
     path.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
     assert [case.bad for case in read_cases(path)] == [True, False]
-    for text in ("{", '{"prompt": "a"}', "[1]", '{"prompt": "a", "reply": ""}'):
+    odd = '{"prompt": "a", "reply": "b", "bad": "no"}'
+    for text in ("{", '{"prompt": "a"}', "[1]", '{"prompt": "a", "reply": ""}', odd):
         path.write_text(text)
-        with pytest.raises(BadText, match=r"cases\.jsonl"):
+        with pytest.raises((BadCorpus, BadText), match=r"cases\.jsonl, line 1"):
             read_cases(path)
 
 

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 import qwen_scope_lens as qsl
 from qwen_scope_lens.address import FeatureRef, LayerRef
 from qwen_scope_lens.errors import (
+    BadCorpus,
     BadFile,
     BadPlan,
     StoreMismatch,
@@ -597,7 +598,7 @@ def test_output_and_report(
         make_report(out, other)
     for content, words in (("{", "no JSON"), ('{"a": 1}', "lacks"), ("", "nothing to report")):
         (tmp_path / "bad.jsonl").write_text(content)
-        with pytest.raises((BadFile, TooLittleData), match=words):
+        with pytest.raises((BadCorpus, BadFile, TooLittleData), match=words):
             make_report(tmp_path / "bad.jsonl", planted)
     facts = settings_of(run, "mini-qwen3")
     check_settings(tmp_path / "data.run", facts)

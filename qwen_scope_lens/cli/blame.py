@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--prompt", help="what was asked")
     parser.add_argument("--reply", help="what was answered")
-    parser.add_argument("--cases", type=Path, help="a JSON Lines file of them instead")
+    parser.add_argument("--cases", type=Path, help="a file of them instead (JSONL or Parquet)")
     parser.add_argument(
         "--class", dest="classes", action="append", default=[], metavar="CLASS",
         help="only tokens of this class are bad: han, digit, ... (see `qsl steer --help`)",

@@ -7,7 +7,6 @@ other tokens. A rank is a suspicion; `sweep` and `steer` show whether it is righ
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from qwen_scope_lens.address import FeatureRef, LayerRef
 from qwen_scope_lens.errors import BadText, TooLittleData
+from qwen_scope_lens.features.corpus import read_rows
 from qwen_scope_lens.models.capture import iter_captures
 from qwen_scope_lens.models.tokens import Document, encode, find_tokenizer
 from qwen_scope_lens.saes.load import load_sae
@@ -56,22 +56,20 @@ class Suspect:
 
 
 def read_cases(path: Path) -> list[Case]:
-    """From JSON lines with `prompt` or `messages`, `reply`, and `bad` (true if left out)."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        rows = [(n, json.loads(line)) for n, line in enumerate(lines, 1) if line.strip()]
-    except (OSError, ValueError) as error:
-        raise BadText(f"cannot read {path} as JSON lines: {error}") from error
+    """From rows with `prompt` or `messages`, `reply`, and `bad` (true if left out)."""
     cases = []
-    for n, row in rows:
+    for where, row in read_rows(path):
         row = row if isinstance(row, dict) else {}
         prompt, reply = row.get("messages", row.get("prompt")), row.get("reply")
         if not prompt or not isinstance(reply, str) or not reply:
             raise BadText(
-                f"{path}, line {n}: expected prompt (or messages) and reply, found"
+                f"{where}: expected prompt (or messages) and reply, found"
                 f" {', '.join(row) or 'neither'}"
             )
-        cases.append(Case(prompt, reply, bool(row.get("bad", True))))
+        bad = row.get("bad", True)
+        if not isinstance(bad, bool):
+            raise BadText(f"{where}: bad is {bad!r}: expected true or false")
+        cases.append(Case(prompt, reply, bad))
     return cases
 
 

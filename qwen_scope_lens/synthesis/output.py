@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_scope_lens.errors import BadFile, StoreMismatch
+from qwen_scope_lens.features import corpus
 from qwen_scope_lens.files import read_json, whole_file, write_json
 from qwen_scope_lens.synthesis.pipeline import Synthesis
 
@@ -78,24 +79,14 @@ def save(synthesis: Synthesis, out: Path) -> None:
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Rows of one of these files; an error names the line."""
     rows = []
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadFile(f"{path} cannot be read ({error}): `{MADE_BY}` writes such a file") from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            missing = {"messages", "target", "activation", "fires", "outcome"} - set(row)
-        except (ValueError, TypeError, RecursionError) as error:
-            raise BadFile(f"{path}, line {number} is no JSON object ({error})") from error
-        if missing:
+    for where, row in corpus.read_rows(path):
+        found = set(row) if isinstance(row, dict) else set()
+        if missing := {"messages", "target", "activation", "fires", "outcome"} - found:
             raise BadFile(
-                f"{path}, line {number} lacks {', '.join(sorted(missing))}: expected rows as"
-                f" `{MADE_BY}` writes them"
+                f"{where} lacks {', '.join(sorted(missing))}: expected rows as `{MADE_BY}` writes"
+                " them"
             )
-        rows.append(row)
+        rows.append(dict(row))
     return rows
 
 
