@@ -220,9 +220,14 @@ def test_what_cannot_be_a_file_is_refused_before_the_work(
     words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").touch()
-    for out, said in ((tmp_path, "is a folder"), (tmp_path / "file" / "x", "is a file")):
+    for out, said in (
+        (f"{tmp_path}", "is a folder"),
+        (f"{tmp_path}/new/", "is a folder"),
+        (f"{tmp_path}/file/x", "is a file"),
+        ("~nosuchuser/x", "cannot be written"),
+    ):
         with pytest.raises(SystemExit) as caught:
-            main([*words, str(out)])
+            main([*words, out])
         assert caught.value.code == 2
         assert said in capsys.readouterr().err
 

@@ -184,6 +184,28 @@ def test_a_code_that_is_surely_zero_costs_no_encode(
     torch.testing.assert_close(c, 3 - sae.encode(x)[:, 4])
 
 
+def test_codes_by_certificate_follow_witnesses_weights_and_hooks(world: Any) -> None:
+    sae, x = qsl.load_sae("local/tiny/1"), residuals(world[1], 700, 5)
+    edit = Edit(ref(1, 4), "set", 3.0)  # type: ignore[arg-type]
+    made = LayerEdits.build([edit], world[1]["W_dec"][:, 4:5].T, {"local/tiny/1": sae})
+    everywhere = torch.ones(700, 1, dtype=torch.bool)
+
+    def check() -> int:
+        c, codes = made.coefficients(x, everywhere)[:, 0], sae.encode(x)[:, 4]
+        torch.testing.assert_close(c, 3 - codes)
+        return int((codes > 0).sum())
+
+    first = check()
+    assert check() == first
+    [reader] = made.readers
+    assert reader.members.settled["outnumbered"] > 0
+    with torch.no_grad():
+        sae.b_enc[4] += 5
+    second = check()
+    sae.hook_sae_acts_pre.add_hook(lambda pre, hook: pre + 7 * (torch.arange(pre.shape[-1]) == 4))
+    assert first < second < check()
+
+
 # --- models --------------------------------------------------------------------------------------
 
 PLANS = {

@@ -326,7 +326,7 @@ def test_a_run_without_any_answer_fails(
         pass  # closed again: nobody listens there
     out = tmp_path / "data.jsonl"
     assert main(run_words(folder, out, server, "--budget", "2", "--language", "zh")) == 1
-    assert "none of 2 candidates was answered" in capsys.readouterr().err
+    assert "none of 2 candidates got all its answers" in capsys.readouterr().err
     with Server(lambda call: answer("很好")) as server:  # a failed call is asked again
         again = run_words(folder, out, server, "--budget", "2", "--language", "zh")
         assert main(again) == 0

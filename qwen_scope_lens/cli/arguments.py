@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from pathlib import Path
 
@@ -76,14 +77,15 @@ def share(text: str) -> float:
 
 def output(text: str) -> Path:
     """A file to be written: what cannot be one is refused before the work, not after it."""
-    path = Path(text).expanduser()
-    if path.is_dir():
-        raise argparse.ArgumentTypeError(f"{text!r} is a folder: expected the name of a file")
-    for parent in path.parents:
-        if parent.exists():
-            if not parent.is_dir():
-                raise argparse.ArgumentTypeError(f"{text!r}: {str(parent)!r} is a file")
-            break
+    try:
+        path = Path(text).expanduser()
+        if path.is_dir() or text.endswith(os.sep):
+            raise argparse.ArgumentTypeError(f"{text!r} is a folder: expected the name of a file")
+        there = next(parent for parent in path.absolute().parents if parent.exists())
+        if not there.is_dir():
+            raise argparse.ArgumentTypeError(f"{text!r}: {str(there)!r} is a file")
+    except (OSError, RuntimeError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be written: {error}") from error
     return path
 
 

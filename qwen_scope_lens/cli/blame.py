@@ -50,6 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
     Where(classes=tuple(arguments.classes))  # refuses unknown ones before anything is loaded
     saes = [LayerRef.parse(text) for text in arguments.saes]
     cases = _cases(arguments)
+    enable_thinking = plans.thinking(arguments, [case.prompt for case in cases])
     labels = LabelPack.read(arguments.labels) if arguments.labels else LabelPack()
     found = blame(
         plans.load(arguments, saes),
@@ -57,7 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
         cases,
         classes=arguments.classes,
         top=arguments.top,
-        enable_thinking=arguments.thinking,
+        enable_thinking=enable_thinking,
     )
     print(
         f"{'feature':34} {'on bad':>8} {'elsewhere':>9} {'rate bad':>8} {'rate other':>10}   token"

@@ -37,6 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     plan = plans.plan_of(arguments)
     plans.notices(ref.sae for ref in plan.refs)
+    plans.remarks(arguments.model, dict.fromkeys(ref.sae.row for ref in plan.refs))
     results = {}
     for name, one in {"unsteered": None, "steered": plan}.items():
         if one is None and not arguments.plain:

@@ -13,6 +13,7 @@ from qwen_scope_lens.cli.arguments import count, from_zero
 
 if TYPE_CHECKING:
     from qwen_scope_lens.address import LayerRef
+    from qwen_scope_lens.catalog import Group
     from qwen_scope_lens.steering.calibrate import Calibration
     from qwen_scope_lens.steering.generate import Sampling
     from qwen_scope_lens.steering.plan import Plan
@@ -29,6 +30,7 @@ __all__ = [
     "plan_of",
     "read_prompts",
     "sampling_of",
+    "thinking",
 ]
 
 
@@ -97,7 +99,6 @@ def load(arguments: argparse.Namespace, saes: Iterable[LayerRef]) -> Any:
     import transformers
 
     from qwen_scope_lens.errors import WrongModel
-    from qwen_scope_lens.features.facts import other_model
     from qwen_scope_lens.models.load import load_model
     from qwen_scope_lens.saes.load import check_dtype
 
@@ -110,11 +111,18 @@ def load(arguments: argparse.Namespace, saes: Iterable[LayerRef]) -> Any:
             " or say with --model which model is to run"
         )
     name = arguments.model or names[0]
-    for group in groups:
-        if note := other_model(name, group):
-            print(f"Note: {note}\n", file=sys.stderr)
+    remarks(name, groups)
     dtype = getattr(torch, check_dtype(arguments.dtype)) if arguments.dtype else None
     return load_model(name, dtype=dtype, device=arguments.device)
+
+
+def remarks(model: str, groups: Iterable[Group]) -> None:
+    """Where the SAEs were trained on another model than the one that runs."""
+    from qwen_scope_lens.features.facts import other_model
+
+    for group in groups:
+        if note := other_model(model, group):
+            print(f"Note: {note}\n", file=sys.stderr)
 
 
 def notices(saes: Iterable[LayerRef]) -> None:
@@ -126,9 +134,6 @@ def notices(saes: Iterable[LayerRef]) -> None:
 def sampling_of(arguments: argparse.Namespace) -> Sampling:
     from qwen_scope_lens.errors import BadPlan
     from qwen_scope_lens.steering.generate import Sampling
-
-    if arguments.thinking and not arguments.chat:
-        raise BadPlan("--thinking is for chats: give --chat too")
 
     try:
         return Sampling(
@@ -147,6 +152,15 @@ def read_prompts(arguments: argparse.Namespace, path: Path) -> list[Any]:
     if not found:
         raise BadCorpus(f"{path} has no prompt")
     return found
+
+
+def thinking(arguments: argparse.Namespace, prompts: Iterable[Any]) -> bool:
+    """Whether chats are to think; the wish is refused where no prompt is a chat."""
+    from qwen_scope_lens.errors import BadPlan
+
+    if arguments.thinking and all(isinstance(prompt, str) for prompt in prompts):
+        raise BadPlan("--thinking is for chats, and no prompt is one: give --chat too")
+    return bool(arguments.thinking)
 
 
 def as_prompt(arguments: argparse.Namespace, content: Any) -> Any:

@@ -39,19 +39,21 @@ def run(arguments: argparse.Namespace) -> int:
         plan.save(arguments.save_plan)
     sampling = plans.sampling_of(arguments)
     text = sys.stdin.read() if arguments.text == "-" else arguments.text
+    prompt = plans.as_prompt(arguments, text)
+    enable_thinking = plans.thinking(arguments, [prompt])
     model = plans.load(arguments, saes)
 
     from qwen_scope_lens.steering.side import stream
 
     report = stream(
         model,
-        plans.as_prompt(arguments, text),
+        prompt,
         plan,
         sampling,
         _write,
         compare=arguments.compare,
         width=shutil.get_terminal_size((100, 24)).columns,
-        enable_thinking=arguments.thinking,
+        enable_thinking=enable_thinking,
     )
     print(f"\n{report}", file=sys.stderr)
     return 0

@@ -46,6 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
     plan = plans.calibrated(plan, arguments)
     measure = Measure.parse(arguments.measure)
     prompts = plans.read_prompts(arguments, arguments.prompts)
+    enable_thinking = plans.thinking(arguments, prompts)
     sampling = plans.sampling_of(arguments)
     plans.notices(ref.sae for ref in plan.refs)
     model = plans.load(arguments, [ref.sae for ref in plan.refs])
@@ -71,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
             sampling=sampling,
             batch=arguments.batch,
             seed=arguments.seed,
-            enable_thinking=arguments.thinking,
+            enable_thinking=enable_thinking,
             keep=out / "sweep.json" if out else None,
             progress=progress,
         )

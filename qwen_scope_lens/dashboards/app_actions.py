@@ -105,7 +105,9 @@ class Actions:
         plain = [(piece.text, None) for piece in reading.pieces]
         return reading, plain, self._firings(reading, everything, top)
 
-    def on_token(self, reading: Reading, top: int, event: gr.SelectData) -> Rows:
+    def on_token(self, reading: Reading | None, top: int, event: gr.SelectData) -> Any:
+        if reading is None:  # the server was started again
+            return gr.skip()
         return self._firings(reading, reading.tokens_of(int(event.index)), top)
 
     def coloured(self, reading: Reading | None, address: str) -> Any:
@@ -272,8 +274,9 @@ def _shown_plan(edits: Edits) -> tuple[Rows, Any]:
     ]  # fmt: skip
     if not edits:
         return rows, gr.DownloadButton(value=None, interactive=False)
+    plan = plan_of(edits)
     path = Path(tempfile.mkdtemp(prefix="qsl-plan-")) / "plan.json"
-    plan_of(edits).save(path)
+    plan.save(path)
     return rows, gr.DownloadButton(value=str(path), interactive=True)
 
 

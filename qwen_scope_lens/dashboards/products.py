@@ -62,21 +62,25 @@ def extremes(
     if half is None:
         half = rows.numel() * len(columns) > HALF_FROM
     ends = (True, False) if smallest else (True,)
+    if not count:
+        nothing = torch.empty(len(rows), 0)
+        return [Extremes(nothing, nothing.long())] * len(ends)
     wanted = min(len(columns), CANDIDATES * count + SPARE) if half else count
     found: list[list[Extremes]] = [[] for _ in ends]
     with tqdm(total=len(rows), desc=progress, disable=progress is None, leave=False) as bar:
         for start in range(0, len(rows), SIDE):
             block = rows[start : start + SIDE].float()
             block = block if transform is None else transform(block)
-            own = torch.arange(start, start + len(block))[:, None] if without_self else None
+            own = start if without_self else None
             best = _candidates(block, columns, column_scale, ends, wanted, half, own)
             for end, (largest, values, indices) in enumerate(zip(ends, *best, strict=True)):
                 if half:
                     values = _dots(block, columns, indices)
                     if column_scale is not None:
                         values *= column_scale[indices]
-                    if own is not None:
-                        values.masked_fill_(indices == own, -torch.inf if largest else torch.inf)
+                    if without_self:
+                        itself = indices == torch.arange(start, start + len(block))[:, None]
+                        values.masked_fill_(itself, -torch.inf if largest else torch.inf)
                 values, order = values.topk(count, largest=largest)
                 found[end].append(Extremes(values, indices.gather(1, order)))
             bar.update(len(block))
@@ -90,11 +94,11 @@ def _candidates(
     ends: tuple[bool, ...],
     wanted: int,
     half: bool,
-    own: Tensor | None,
+    own: int | None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """At each end the `wanted` outermost entries of a block of rows: values and indices of each.
 
-    `own` is each row's own column, which is left out.
+    `own` is the first row's own column: the diagonal from there on is left out.
     """
     dtype = torch.bfloat16 if half else torch.float32
     block = block.to(dtype)
@@ -105,9 +109,8 @@ def _candidates(
             tile = tile.float() * scale[first : first + SIDE, None]
         product = block @ tile.to(dtype).T
         for part, largest in zip(parts, ends, strict=True):
-            if own is not None:
-                here = ((own >= first) & (own < first + len(tile))).nonzero()[:, 0]
-                product[here, own[here, 0] - first] = -torch.inf if largest else torch.inf
+            if own == first:  # rows and columns are cut alike
+                product.fill_diagonal_(-torch.inf if largest else torch.inf)
             values, indices = product.topk(min(wanted, len(tile)), largest=largest)
             part.append((values, indices + first))
     best: tuple[list[Tensor], list[Tensor]] = ([], [])

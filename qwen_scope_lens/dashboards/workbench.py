@@ -68,6 +68,7 @@ class Workbench:
     sae_folder: Any = None
     most_saes: int = 8  # in memory; the one used longest ago goes
     lock: threading.Lock = field(default_factory=threading.Lock)
+    _loading: threading.Lock = field(default_factory=threading.Lock)
     _saes: OrderedDict[int, ScopeSAE] = field(default_factory=OrderedDict)
     _typical: dict[str, float] = field(default_factory=dict)
 
@@ -87,12 +88,14 @@ class Workbench:
         return LayerRef(self.group.short, layer).feature(feature)
 
     def sae(self, layer: int) -> ScopeSAE:
-        if layer not in self._saes:
-            self._saes[layer] = load_sae(LayerRef(self.group.short, layer), folder=self.sae_folder)
-        self._saes.move_to_end(layer)
-        while len(self._saes) > self.most_saes:
-            self._saes.popitem(last=False)
-        return self._saes[layer]
+        with self._loading:
+            if layer not in self._saes:
+                ref = LayerRef(self.group.short, layer)
+                self._saes[layer] = load_sae(ref, folder=self.sae_folder)
+            self._saes.move_to_end(layer)
+            while len(self._saes) > self.most_saes:
+                self._saes.popitem(last=False)
+            return self._saes[layer]
 
     def saes_of(self, plan: Plan) -> dict[str, ScopeSAE]:
         return {f"{self.group.short}/{layer}": self.sae(layer) for layer in plan.layers}

@@ -91,7 +91,9 @@ def _check_sizes(name: str, config: Any, group: Group, cut: bool) -> None:
 
 def other_model(name: str, group: Group) -> str | None:
     """A remark where the SAEs were trained on a model of another name."""
-    if name.rstrip("/").split("/")[-1].lower() == group.backbone.key:
+    parts = name.rstrip("/").split("/")
+    cached = [part.split("--")[-1] for part in parts if part.startswith("models--")]  # of the hub
+    if (cached or parts)[-1].lower() == group.backbone.key:
         return None
     return f"the SAEs {group.short} were trained on {group.backbone.model_id}, this is {name}"
 

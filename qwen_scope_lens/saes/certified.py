@@ -30,7 +30,7 @@ import torch
 
 from qwen_scope_lens.saes import kernels
 from qwen_scope_lens.saes.encoder import EXTRA, TILE, Encoder, norm_above
-from qwen_scope_lens.saes.float32 import FEW, product
+from qwen_scope_lens.saes.float32 import BY_DOTS, product
 from qwen_scope_lens.saes.scores import all_dots, exact_scores, pair_dots
 
 __all__ = ["BLOCK_BYTES", "approximate", "select", "tokens_per_block"]
@@ -43,7 +43,7 @@ BLOCK_BYTES = 64 * 2**20
 _SPARE = 32
 """Features beyond k that may be contested where all dots are at hand."""
 
-_FEW_MORE = 1.25
+_HARDLY_MORE = 1.25
 """Candidates over k up to which all are re-scored at once: sorting some out would take longer."""
 
 
@@ -67,7 +67,7 @@ def select(
     """float32 `[n, d_in]` -> indices int64 `[n, k]`, -1 where fewer are positive, in no promised
     order; which positions are settled `[n]`; and, where the re-scoring happened to compute them,
     the float32 dots of `x` with the selected rows `[n, k]`."""
-    if 0 < len(x) <= FEW and precision == encoder.rows.dtype == torch.float32 and not x.is_cuda:
+    if 0 < len(x) <= BY_DOTS and precision == encoder.rows.dtype == torch.float32 and not x.is_cuda:
         indices, settled, dots = _select_few(encoder, x, k)
         if bool(settled.all()):
             return indices, settled, dots
@@ -137,14 +137,14 @@ def approximate(
             start += len(tile)
     else:
         bias = centre.bias.float()
-        whole = len(rest) <= FEW and encoder.rows.dtype == torch.float32
+        whole = len(rest) <= BY_DOTS and encoder.rows.dtype == torch.float32
         step = d_sae if whole else 4 * TILE
         for start in range(0, d_sae, step):
             tile = encoder.rows[start : start + step].float()
             out = approx[:, start : start + len(tile)]
             torch.add(product(rest, tile), bias[start : start + step], out=out)
             if outliers.shape[1]:
-                out.addmm_(outliers, centre.weights[start : start + step].T)
+                out.add_(product(outliers, centre.weights[start : start + step]))
     return approx
 
 
@@ -248,7 +248,7 @@ def _kernel_candidates(
     some = min(encoder.d_sae, max(k, encoder.d_sae // 16))
     bound = reach.worst()
     # The error of this product, in full float32, is within the same bound.
-    sample = product(rest, encoder.rows[:some].float()) + outliers @ centre.weights[:some].T
+    sample = product(rest, encoder.rows[:some].float()) + product(outliers, centre.weights[:some])
     kth = (sample + centre.bias[:some].float()).topk(k, dim=1).values[:, -1]
     line = torch.maximum(kth - 2 * reach.slope * kth.abs() - 2.01 * bound, -1.01 * bound)
     count, feature, approx = kernels.candidates(
@@ -286,7 +286,7 @@ def _decide(
         # The score itself is rounded to float32 once more.
         return value, error + 1.01 * U * value.abs(), dot
 
-    few = len(pairs.token) <= _FEW_MORE * n * k
+    few = len(pairs.token) <= _HARDLY_MORE * n * k
     first = torch.ones_like(pairs.token, dtype=torch.bool) if few else _best(pairs, n, k)
     value, error, dot = rescored(_take(pairs, first))
     lows, _ = _table(pairs.token[first], n, value - error, float("-inf"))

@@ -7,6 +7,7 @@ everywhere: MKL leaves half of an AMD core unused, where oneDNN, which torch bri
 
 from __future__ import annotations
 
+import os
 import time
 from functools import cache
 
@@ -14,14 +15,17 @@ import torch
 
 from qwen_scope_lens.saes.scores import all_dots
 
-__all__ = ["FEW", "full_float32", "product"]
+__all__ = ["BY_DOTS", "full_float32", "product"]
 
-FEW = 2
+BY_DOTS = 2
 """Up to so many positions the weights' way from memory is what takes time, and `all_dots` reads
 them once, at two thirds of the cost of a matrix product for one position."""
 
 _CLEARLY = 1.1
 """How much quicker oneDNN has to be."""
+
+_VARIABLES = ("ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE")
+"""By which oneDNN may be told the same behind torch's back."""
 
 _TILE = 1024
 """Rows in float64 at a time."""
@@ -36,19 +40,25 @@ def product(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         tiles = [(x.double() @ tile.double().T).float() for tile in rows.split(_TILE)]
         return torch.cat(tiles, 1)
     if x.is_cuda or not len(x):
-        return x @ rows.T
-    if len(x) <= FEW:
+        return _by_blas(x, rows)
+    if len(x) <= BY_DOTS:
         return all_dots(rows, x)
-    return _by_onednn(x, rows) if _onednn_wins() else x @ rows.T
+    return _by_onednn(x, rows) if _onednn_wins() else _by_blas(x, rows)
 
 
 def full_float32(device: str) -> bool:
     """Whether products of float32 matrices on this device are float32 all through."""
+    if device == "cpu" and any(os.environ.get(name, "STRICT") != "STRICT" for name in _VARIABLES):
+        return False
     backend = torch.backends.cuda if device == "cuda" else torch.backends.mkldnn
     precision = getattr(getattr(backend, "matmul", None), "fp32_precision", None)
     if precision is None:  # torch 2.8
         return torch.get_float32_matmul_precision() == "highest"
     return precision in ("none", "ieee")
+
+
+def _by_blas(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    return x @ rows.T
 
 
 def _by_onednn(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -63,13 +73,12 @@ def _onednn_wins() -> bool:
     known = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     if not known:
         return False
-    roads = (torch.Tensor.matmul, lambda x, columns: _by_onednn(x, columns.T))
-    took = [float("inf")] * 2
+    took = dict.fromkeys((_by_blas, _by_onednn), float("inf"))
     with torch.no_grad():
         x, rows = torch.ones(64, 1024), torch.ones(2048, 1024)
         for _ in range(5):
-            for i, road in enumerate(roads):
+            for road in took:
                 start = time.thread_time()
-                road(x, rows.T)
-                took[i] = min(took[i], time.thread_time() - start)
-    return took[0] > _CLEARLY * took[1]
+                road(x, rows)
+                took[road] = min(took[road], time.thread_time() - start)
+    return took[_by_blas] > _CLEARLY * took[_by_onednn]

@@ -21,16 +21,21 @@ from dataclasses import dataclass
 import torch
 
 from qwen_scope_lens.errors import NotFinite
+from qwen_scope_lens.saes.derived import Derived
 from qwen_scope_lens.saes.encoder import norm_above
 from qwen_scope_lens.saes.float32 import full_float32
-from qwen_scope_lens.saes.sae import ScopeSAE
+from qwen_scope_lens.saes.sae import ScopeSAE, require_finite
+from qwen_scope_lens.saes.sparse import SparseCodes
 
-__all__ = ["Maxima", "Membership"]
+__all__ = ["Maxima", "Membership", "activations_of"]
 
 U32, U64 = 2.0**-24, 2.0**-53
 _NO_ROW = 2**62
 WARM_UP = 256
 """Positions that are encoded in full before the first witnesses are chosen."""
+
+_BLOCK = 512
+"""Positions whose witnesses are scored at a time."""
 
 
 @dataclass(frozen=True)
@@ -47,14 +52,12 @@ class Membership:
     def __init__(self, sae: ScopeSAE, features: Sequence[int], n_witnesses: int | None = None):
         self.sae = sae
         self.features = torch.as_tensor(list(features), dtype=torch.long, device=sae.W_enc.device)
-        rows = sae.encoder_row(self.features).detach()
-        self._rows, self._bias = rows.double(), sae.b_enc.detach()[self.features].double()
-        self._norms = norm_above(rows).double()
         self.n_witnesses = n_witnesses or max(4 * sae.cfg.k, sae.cfg.d_sae // 16)
-        self._often = torch.zeros(sae.cfg.d_sae, dtype=torch.long, device=rows.device)
+        self._often = torch.zeros(sae.cfg.d_sae, dtype=torch.long, device=sae.W_enc.device)
         self._encoded = 0
         self._next_choice = WARM_UP
-        self._witnesses: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+        self._witnesses: torch.Tensor | None = None  # numbers of features
+        self._derived = Derived()
         self.settled: Counter[str] = Counter()
 
     @torch.no_grad()
@@ -94,40 +97,51 @@ class Membership:
 
     def _candidates(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The most that each value may be, and which pairs may be active. `[n, m]` both."""
-        if not self.sae._plain_topk:
+        if not self.sae._plain_topk or self.sae._encode_watched:
             shape = (len(x), len(self.features))
             return x.new_full(shape, float("inf")).double(), x.new_ones(shape, dtype=torch.bool)
         inside = self.sae.process_sae_in(x)
-        score = inside.double() @ self._rows.T + self._bias
+        rows, bias, norms = self._weights("features", self.features)
+        score = inside.double() @ rows.double().T + bias.double()
         if not bool(score.isfinite().all()):
-            raise NotFinite("x has NaN or infinity: expected finite residuals")
+            require_finite(x, x.shape[:-1])
+            raise NotFinite("scores exceed float64: expected residuals of a trained model")
         length = norm_above(inside).double()
         d_in = self.sae.cfg.d_in
-        size = length[:, None] * self._norms
-        error = 4 * d_in * U64 * (size + self._bias.abs())
+        size = length[:, None] * norms.double()
+        error = 4 * d_in * U64 * (size + bias.double().abs())
         open_ = score + error > 0
         self.settled["negative"] += int((~open_).sum())
         # A float32 product that may be rounded further has no known bound.
         if self._witnesses is not None and full_float32(x.device.type):
-            outnumbered = open_ & self._outnumbered(inside, length, score + error + 4 * U32 * score)
+            kth = torch.cat([self._kth_at_least(block) for block in inside.split(_BLOCK)])
+            outnumbered = open_ & (kth[:, None] > score + error + 4 * U32 * score)
             open_ &= ~outnumbered
             self.settled["outnumbered"] += int(outnumbered.sum())
         # The value that a full encode stores is a float32 dot.
-        upper = score + 1.1 * (d_in + 8) * U32 * (size + self._bias.abs())
+        upper = score + 1.1 * (d_in + 8) * U32 * (size + bias.double().abs())
         return upper, open_
 
-    def _outnumbered(
-        self, inside: torch.Tensor, length: torch.Tensor, most: torch.Tensor
-    ) -> torch.Tensor:
-        """Where at least k witnesses surely score more than `most [n, m]`."""
+    def _kth_at_least(self, inside: torch.Tensor) -> torch.Tensor:
+        """What at least k witnesses surely score. `[n, d_in] -> float64 [n]`"""
         assert self._witnesses is not None
-        rows, bias, norms = self._witnesses
+        rows, bias, norms = self._weights("witnesses", self._witnesses)
         with torch.autocast(inside.device.type, enabled=False):
             score = inside.float() @ rows.T + bias
         reach = 1.1 * (self.sae.cfg.d_in + 8) * U32
-        least = score - (reach * length.float())[:, None] * norms - reach * bias.abs()
-        kth = least.topk(self.sae.cfg.k, dim=1).values[:, -1]
-        return kth[:, None].double() > most
+        least = score - (reach * norm_above(inside))[:, None] * norms - reach * bias.abs()
+        return least.topk(self.sae.cfg.k, dim=1).values[:, -1].double()
+
+    def _weights(
+        self, name: str, index: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Encoder rows, biases and bounds of the rows' lengths, float32, as they are now."""
+
+        def read() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            rows = self.sae.encoder_row(index).detach().float()
+            return rows, self.sae.b_enc.detach()[index].float(), norm_above(rows)
+
+        return self._derived.get(name, (self.sae.W_enc, self.sae.b_enc), read)
 
     def _encode(self, x: torch.Tensor) -> torch.Tensor:
         """Values of the features by a full encode. `[n, d_in] -> [n, m]`"""
@@ -139,18 +153,12 @@ class Membership:
         if self._encoded >= self._next_choice:
             self._next_choice = 4 * self._encoded
             self._choose_witnesses()
-        out = x.new_zeros((len(x), len(self.features)), dtype=torch.float32)
-        for column, feature in enumerate(self.features.tolist()):
-            hit = (codes.indices == feature) & codes.active
-            out[:, column] = (codes.values * hit).sum(1)
-        return out
+        return activations_of(codes, self.features)
 
     def _choose_witnesses(self) -> None:
         """The features that fired most often so far."""
-        count = min(self.n_witnesses, self.sae.cfg.d_sae)
-        index = self._often.topk(count).indices
-        rows = self.sae.encoder_row(index).detach().float()
-        self._witnesses = rows, self.sae.b_enc.detach()[index].float(), norm_above(rows)
+        self._witnesses = self._often.topk(min(self.n_witnesses, self.sae.cfg.d_sae)).indices
+        self._derived.clear()
 
     def _first(
         self, upper: torch.Tensor, open_: torch.Tensor, document: torch.Tensor, take: int
@@ -190,3 +198,11 @@ class Membership:
             level = found == new[owner]
             first = first.scatter_reduce(0, owner[level], rows[level], "amin")
             best[:, column], where[:, column] = new, first
+
+
+def activations_of(codes: SparseCodes, features: torch.Tensor) -> torch.Tensor:
+    """The activations of chosen features, 0 outside the top k. `[..] codes, [m] -> [.., m]`"""
+    out = codes.values.new_zeros((*codes.shape, len(features)))
+    for column, feature in enumerate(features.tolist()):
+        out[..., column] = (codes.values * (codes.indices == feature)).sum(-1)  # padding is 0
+    return out

@@ -23,7 +23,7 @@ from qwen_scope_lens.saes.encoder import Encoder
 from qwen_scope_lens.saes.sparse import SparseCodes
 from qwen_scope_lens.saes.topk import encode_topk, gather_decode
 
-__all__ = ["ARCHITECTURE", "ScopeSAE", "ScopeSAEConfig"]
+__all__ = ["ARCHITECTURE", "ScopeSAE", "ScopeSAEConfig", "require_finite"]
 
 ARCHITECTURE = "qwen_scope_topk"
 """The name under which `install()` registers ScopeSAE with SAELens. `to_dict`
@@ -107,7 +107,7 @@ class ScopeSAE(TopKSAE):
             # Cast and shifted block by block, so that no second copy of x is ever made.
             shape, flat = x.shape[:-1], x.reshape(-1, self.cfg.d_in)
             size = max(1, _INPUT_BYTES // (4 * self.cfg.d_in))
-        _require_finite(flat, shape)
+        require_finite(flat, shape)
         encoder = self._encoder()
         parts = []
         for start in range(0, max(1, len(flat)), size):
@@ -242,6 +242,11 @@ class ScopeSAE(TopKSAE):
             and self.dtype in (torch.float32, torch.bfloat16, torch.float16)
         )
 
+    @property
+    def _encode_watched(self) -> bool:
+        """Whether somebody sees or changes what an encode goes through."""
+        return _hooked(self.hook_sae_input) or _hooked(self.hook_sae_acts_pre)
+
     def _trains(self, *names: str) -> bool:
         return torch.is_grad_enabled() and any(getattr(self, n).requires_grad for n in names)
 
@@ -318,7 +323,7 @@ def _hooked(hook: torch.nn.Module) -> bool:
     )
 
 
-def _require_finite(flat: torch.Tensor, shape: torch.Size) -> None:
+def require_finite(flat: torch.Tensor, shape: torch.Size) -> None:
     """Refuse NaN and infinity in `[n, d_in]`, naming positions of `shape`."""
     # Block by block: the mask of a block is small, that of x may be a quarter of it.
     blocks = [block.isfinite().all(dim=-1) for block in flat.split(1024)]

@@ -14,7 +14,7 @@ __all__ = ["all_dots", "exact_scores", "exact_topk", "pair_dots"]
 _ELEMENTS = 2**20
 """Numbers per working buffer: 8 MiB in float64."""
 
-_FEW = 2
+_RARE = 2
 """With fewer than one pair per this many encoder rows, rows that positions share are rare: to sort
 the pairs by row costs more than it saves."""
 
@@ -37,7 +37,7 @@ def pair_dots(
     if x.is_cuda:
         return _gathered_dots(rows, x, token, feature)
     full = rows.dtype == torch.float32
-    if full and (_FEW * len(token) < len(rows) or rows.nbytes <= _CACHED):
+    if full and (_RARE * len(token) < len(rows) or rows.nbytes <= _CACHED):
         return _dots(x, rows, _starts(token, len(x)), feature)
     # By feature, so that each encoder row is read once while the positions stay in cache.
     order = (feature * len(x) + token).argsort()

@@ -176,7 +176,7 @@ def gather_decode(values: torch.Tensor, indices: torch.Tensor, rows: torch.Tenso
     """
     if not values.numel():
         return rows.new_zeros((len(values), rows.shape[1])) + values.sum().to(rows.dtype)
-    if torch.is_grad_enabled() and rows.requires_grad:
+    if rows.dtype == torch.float64 or (torch.is_grad_enabled() and rows.requires_grad):
         return _sum_of_rows(values, indices, rows)
     if kernels.available(rows.device):
         return kernels.decode(values, indices, rows)

@@ -16,12 +16,11 @@ import torch
 from torch import Tensor
 
 from qwen_scope_lens.errors import BadPlan
-from qwen_scope_lens.saes.membership import Membership
+from qwen_scope_lens.saes.membership import Membership, activations_of
 from qwen_scope_lens.saes.sae import ScopeSAE
-from qwen_scope_lens.saes.sparse import SparseCodes
 from qwen_scope_lens.steering.plan import Edit
 
-__all__ = ["LayerEdits", "activations_of"]
+__all__ = ["LayerEdits"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class _Reader:
         sae, features = self.members.sae, self.members.features
         inside = x.to(sae.W_dec.device)
         if torch.is_grad_enabled() and x.requires_grad:
-            return activations_of(sae.encode_sparse(inside), features.tolist()).to(x.device)
+            return activations_of(sae.encode_sparse(inside), features).to(x.device)
         return self.members.values(inside).to(x.device)
 
 
@@ -60,7 +59,7 @@ class LayerEdits:
             if edit.operation.reads == "code":
                 by_sae.setdefault(str(edit.ref.sae), []).append(i)
         readers = tuple(
-            _Reader(Membership(saes[name], [edits[i].ref.feature for i in at]), tuple(at))
+            _Reader(_members(saes[name], [edits[i].ref.feature for i in at]), tuple(at))
             for name, at in by_sae.items()
         )
         directions = directions.detach().to(torch.float32)
@@ -133,11 +132,8 @@ class LayerEdits:
         return self._placed[device]
 
 
-def activations_of(codes: SparseCodes, features: Sequence[int]) -> Tensor:
-    """The activation of chosen features, 0 outside the top k. `[..] codes, m -> [.., m]`"""
-    wanted = torch.tensor(list(features), dtype=torch.int32, device=codes.device)
-    hit = codes.indices.unsqueeze(-2) == wanted.unsqueeze(-1)  # padding has value 0
-    return (codes.values.unsqueeze(-2) * hit).sum(-1)
+def _members(sae: ScopeSAE, features: list[int]) -> Membership:
+    return Membership(sae, features, n_witnesses=4 * sae.cfg.k)  # a layer keeps these rows
 
 
 def _activations_where(reader: _Reader, x: Tensor, wanted: Tensor) -> Tensor:

@@ -104,13 +104,13 @@ def run(arguments: argparse.Namespace) -> int:
         model=name,
         progress=True,
     )
+    print(f"stopped: {synthesis.stopped}\n{synthesis.ledger.spent}\n")
     unanswered = [one for one in synthesis.candidates if one.outcome.startswith("no answer")]
     if unanswered and len(unanswered) == len(synthesis.candidates):
         raise GeneratorFailed(
-            f"none of {len(unanswered)} candidates was answered ({unanswered[0].outcome}): see that"
-            " the generator runs, then run the same command again"
+            f"none of {len(unanswered)} candidates got all its answers ({unanswered[0].outcome}):"
+            " see that generator, replier and judge run, then run the same command again"
         )
-    print(f"stopped: {synthesis.stopped}\n{synthesis.ledger.spent}\n")
     if synthesis.candidates:
         print(make_report(arguments.out, targets))
     print(f"\nrows: {arguments.out}")
