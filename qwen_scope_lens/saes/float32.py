@@ -39,7 +39,7 @@ def product(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     if not full_float32(x.device.type):
         tiles = [(x.double() @ tile.double().T).float() for tile in rows.split(_TILE)]
         return torch.cat(tiles, 1)
-    if x.is_cuda or not len(x):
+    if x.is_cuda or not x.numel() or not rows.numel():
         return _by_blas(x, rows)
     if len(x) <= BY_DOTS:
         return all_dots(rows, x)
