@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from qwen_scope_lens.features.examples import rank_within
+from qwen_scope_lens.saes.float32 import product
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
@@ -54,7 +55,7 @@ def nearest_by_cosine(
     for start in range(0, len(a), tile):
         rows = _unit(a[start : start + tile])
         for other in range(0, len(b), tile):
-            scores = rows @ _unit(b[other : other + tile]).T
+            scores = product(rows, _unit(b[other : other + tile]))
             _merge(of_a[start : start + tile], score_a[start : start + tile], scores, other)
             _merge(of_b[other : other + tile], score_b[other : other + tile], scores.T, start)
             if progress is not None:

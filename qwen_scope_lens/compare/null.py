@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from qwen_scope_lens.saes.float32 import product
+
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
 
@@ -35,18 +37,17 @@ def shuffled_directions(directions: torch.Tensor, seed: int) -> torch.Tensor:
         square += x.T @ x
     mean = total / n
     _, axes = torch.linalg.eigh(square / n - torch.outer(mean, mean))
-    rotated = torch.cat(
-        [
-            (unit(rows.float(), dim=-1) - mean.float()) @ axes.float()
-            for rows in directions.detach().split(CHUNK)
-        ]
-    )
+    axes, mean = axes.float(), mean.float()
+    rotated = torch.empty(n, d)
+    for start in range(0, n, CHUNK):
+        rows = directions[start : start + CHUNK].detach().float()
+        rotated[start : start + CHUNK] = product(unit(rows, dim=-1) - mean, axes.T)
     rng = np.random.default_rng(seed)
     for axis in range(d):
         rotated[:, axis] = rotated[torch.from_numpy(rng.permutation(n)), axis]
     for start in range(0, n, CHUNK):
         rows = rotated[start : start + CHUNK]
-        rotated[start : start + CHUNK] = rows @ axes.float().T + mean.float()
+        rotated[start : start + CHUNK] = product(rows, axes) + mean
     return rotated
 
 
