@@ -32,10 +32,15 @@ _TILE = 1024
 
 
 def product(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """`x @ rows.T` with the error of float32, in some order of summation.
+    """`x @ rows.T` with the error of float32, in some order of summation; also under autocast.
 
     float32 `[n, d]`, `[m, d] -> [n, m]`
     """
+    with torch.autocast(x.device.type, enabled=False):
+        return _product(x, rows)
+
+
+def _product(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     if not full_float32(x.device.type):
         tiles = [(x.double() @ tile.double().T).float() for tile in rows.split(_TILE)]
         return torch.cat(tiles, 1)

@@ -23,7 +23,7 @@ import torch
 from qwen_scope_lens.errors import NotFinite
 from qwen_scope_lens.saes.derived import Derived
 from qwen_scope_lens.saes.encoder import norm_above
-from qwen_scope_lens.saes.float32 import full_float32
+from qwen_scope_lens.saes.float32 import product
 from qwen_scope_lens.saes.sae import ScopeSAE, require_finite
 from qwen_scope_lens.saes.sparse import SparseCodes
 
@@ -101,33 +101,31 @@ class Membership:
             shape = (len(x), len(self.features))
             return x.new_full(shape, float("inf")).double(), x.new_ones(shape, dtype=torch.bool)
         inside = self.sae.process_sae_in(x)
-        rows, bias, norms = self._weights("features", self.features)
-        score = inside.double() @ rows.double().T + bias.double()
+        rows, bias, norms = (part.double() for part in self._weights("features", self.features))
+        score = inside.double() @ rows.T + bias
         if not bool(score.isfinite().all()):
             require_finite(x, x.shape[:-1])
             raise NotFinite("scores exceed float64: expected residuals of a trained model")
         length = norm_above(inside).double()
         d_in = self.sae.cfg.d_in
-        size = length[:, None] * norms.double()
-        error = 4 * d_in * U64 * (size + bias.double().abs())
+        size = length[:, None] * norms
+        error = 4 * d_in * U64 * (size + bias.abs())
         open_ = score + error > 0
         self.settled["negative"] += int((~open_).sum())
-        # A float32 product that may be rounded further has no known bound.
-        if self._witnesses is not None and full_float32(x.device.type):
+        if self._witnesses is not None:
             kth = torch.cat([self._kth_at_least(block) for block in inside.split(_BLOCK)])
             outnumbered = open_ & (kth[:, None] > score + error + 4 * U32 * score)
             open_ &= ~outnumbered
             self.settled["outnumbered"] += int(outnumbered.sum())
         # The value that a full encode stores is a float32 dot.
-        upper = score + 1.1 * (d_in + 8) * U32 * (size + bias.double().abs())
+        upper = score + 1.1 * (d_in + 8) * U32 * (size + bias.abs())
         return upper, open_
 
     def _kth_at_least(self, inside: torch.Tensor) -> torch.Tensor:
         """What at least k witnesses surely score. `[n, d_in] -> float64 [n]`"""
         assert self._witnesses is not None
         rows, bias, norms = self._weights("witnesses", self._witnesses)
-        with torch.autocast(inside.device.type, enabled=False):
-            score = inside.float() @ rows.T + bias
+        score = product(inside.float(), rows) + bias
         reach = 1.1 * (self.sae.cfg.d_in + 8) * U32
         least = score - (reach * norm_above(inside))[:, None] * norms - reach * bias.abs()
         return least.topk(self.sae.cfg.k, dim=1).values[:, -1].double()

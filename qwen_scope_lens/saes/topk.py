@@ -45,8 +45,7 @@ def encode_topk(
     """
     if k > encoder.d_sae:
         raise ValueError(f"k={k} of {encoder.d_sae} features; expected k <= d_sae")
-    with torch.autocast(x.device.type, enabled=False):  # no bound would hold in it
-        return _TopK.apply(x, encoder, k, precision)
+    return _TopK.apply(x, encoder, k, precision)
 
 
 class _TopK(torch.autograd.Function):
