@@ -22,6 +22,7 @@ __all__ = [
     "MissingExtra",
     "NotACheckpoint",
     "NotFinite",
+    "PlanBypassed",
     "PlanNeverFired",
     "ScopeError",
     "StoreDamaged",
@@ -151,6 +152,10 @@ class GeneratorFailed(ScopeError, RuntimeError):
 
 class MissingExtra(ScopeError, ImportError):
     """An optional package is not installed."""
+
+
+class PlanBypassed(ScopeError, RuntimeError):
+    """A plan was active and the model ran where its hooks were not called."""
 
 
 class PlanNeverFired(ScopeError, RuntimeError):

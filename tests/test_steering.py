@@ -16,9 +16,10 @@ import qwen_scope_lens as qsl
 from qwen_scope_lens.errors import BadPlan, PlanNeverFired, WrongModel
 from qwen_scope_lens.models.layers import decoder_layers
 from qwen_scope_lens.steering.apply import LayerEdits
-from qwen_scope_lens.steering.hooks import directions_of, layer_edits, steer
+from qwen_scope_lens.steering.hooks import steer
 from qwen_scope_lens.steering.operations import OPERATIONS
 from qwen_scope_lens.steering.plan import Edit, Plan
+from qwen_scope_lens.steering.readers import directions_of, layer_edits
 from qwen_scope_lens.steering.select import roles_of, token_classes
 from qwen_scope_lens.steering.where import Where
 

@@ -59,6 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
         classes=arguments.classes,
         top=arguments.top,
         enable_thinking=enable_thinking,
+        allow_other_model=True,  # `plans.load` has looked
     )
     print(
         f"{'feature':34} {'on bad':>8} {'elsewhere':>9} {'rate bad':>8} {'rate other':>10}   token"

@@ -48,6 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
             max_tokens=arguments.max_tokens,
             truncate=True,
             enable_thinking=False,
+            allow_other_model=True,  # `plans.load` has looked
         )
     found.save(arguments.out)
     missing = [ref for ref in arguments.refs if ref.count("/") == 3 and ref not in found]

@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="a folder, or a name on the hub")
     parser.add_argument("--device", help="such as cuda; default: cpu")
     plans.add_plan(parser)
+    plans.add_allowance(parser)
     parser.add_argument("--plain", action="store_true", help="the unsteered model as well")
     parser.add_argument("--limit", type=count, help="requests a task")
     parser.add_argument("--num-fewshot", type=from_zero)
@@ -37,7 +38,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     plan = plans.plan_of(arguments)
     plans.notices(ref.sae for ref in plan.refs)
-    plans.remarks(arguments.model, dict.fromkeys(ref.sae.row for ref in plan.refs))
+    groups = dict.fromkeys(ref.sae.row for ref in plan.refs)
+    plans.remarks(arguments.model, groups, arguments.allow_other_model)
     results = {}
     for name, one in {"unsteered": None, "steered": plan}.items():
         if one is None and not arguments.plain:
@@ -51,6 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
             batch_size=arguments.batch_size,
             include_path=arguments.include_path,
             device=arguments.device,
+            allow_other_model=arguments.allow_other_model,
         )
         results[name] = found["results"]
         for task, numbers in found["results"].items():

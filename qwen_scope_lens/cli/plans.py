@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from qwen_scope_lens.steering.plan import Plan
 
 __all__ = [
+    "add_allowance",
     "add_model",
     "add_plan",
     "add_sampling",
@@ -40,6 +42,15 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dtype", help="bfloat16, float16 or float32; default: the checkpoint's")
     parser.add_argument("--device", help="such as cuda; default: cpu")
+    add_allowance(parser)
+
+
+def add_allowance(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--allow-other-model",
+        action="store_true",
+        help="also with a model that is known to be another than the SAEs were trained on",
+    )
 
 
 def add_plan(parser: argparse.ArgumentParser) -> None:
@@ -99,6 +110,7 @@ def load(arguments: argparse.Namespace, saes: Iterable[LayerRef]) -> Any:
     import transformers
 
     from qwen_scope_lens.errors import WrongModel
+    from qwen_scope_lens.models.backbone import another_model, check_name
     from qwen_scope_lens.models.load import load_model
     from qwen_scope_lens.saes.load import check_dtype
 
@@ -111,16 +123,26 @@ def load(arguments: argparse.Namespace, saes: Iterable[LayerRef]) -> Any:
             " or say with --model which model is to run"
         )
     name = arguments.model or names[0]
-    remarks(name, groups)
+    remarks(name, groups, arguments.allow_other_model)
     dtype = getattr(torch, check_dtype(arguments.dtype)) if arguments.dtype else None
-    return load_model(name, dtype=dtype, device=arguments.device)
+    model = load_model(name, dtype=dtype, device=arguments.device)
+    for group in groups:
+        if not arguments.allow_other_model and (known := another_model(model, group)):
+            check_name(name, group, known)
+    return model
 
 
-def remarks(model: str, groups: Iterable[Group]) -> None:
-    """Where the SAEs were trained on another model than the one that runs."""
+def remarks(model: str, groups: Iterable[Group], allow_other_model: bool) -> None:
+    """Where the SAEs were trained on another model than the one that is named: refused where the
+    name says so, else noted."""
     from qwen_scope_lens.features.facts import other_model
+    from qwen_scope_lens.models.backbone import check_name
 
     for group in groups:
+        if not allow_other_model:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the note says it
+                check_name(model, group)
         if note := other_model(model, group):
             print(f"Note: {note}\n", file=sys.stderr)
 

@@ -54,6 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
         compare=arguments.compare,
         width=shutil.get_terminal_size((100, 24)).columns,
         enable_thinking=enable_thinking,
+        allow_other_model=True,  # `plans.load` has looked
     )
     print(f"\n{report}", file=sys.stderr)
     return 0

@@ -75,6 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
             enable_thinking=enable_thinking,
             keep=out / "sweep.json" if out else None,
             progress=progress,
+            allow_other_model=True,  # `plans.load` has looked
         )
     print(found)
     if out:

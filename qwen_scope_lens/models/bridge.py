@@ -16,6 +16,7 @@ from transformer_lens.model_bridge.generalized_components.base import Generalize
 
 from qwen_scope_lens.errors import BadText, WrongModel, WrongTokenizer
 from qwen_scope_lens.models.attach import AttachesSAEs
+from qwen_scope_lens.models.eager import eagerly
 from qwen_scope_lens.models.layers import describe
 from qwen_scope_lens.models.tokens import check_tokenizer
 
@@ -31,6 +32,7 @@ class ScopeBridge(AttachesSAEs):
 
     up_to_layer: int | None = None  # the last layer loaded, where not all were
 
+    @torch.compiler.disable
     def forward(
         self,
         input: Any,
@@ -42,7 +44,7 @@ class ScopeBridge(AttachesSAEs):
         """Run the model; `stop_at_layer=n` runs layers 0..n-1 and returns the residual `[b, p, d]`.
 
         A list of texts is padded with its mask. Without `past_key_values` or `use_cache` no cache
-        is built.
+        is built. What was compiled, the bridge or the model inside, runs eagerly: hooks act.
         """
         if "_released" in self.__dict__:
             raise WrongModel("this bridge gave its model back: build another with load_model()")
@@ -60,7 +62,7 @@ class ScopeBridge(AttachesSAEs):
             asks = ("use_cache", "use_past_kv_cache", "past_key_values")
             if not any(name in kwargs for name in asks):
                 kwargs["use_cache"] = False
-        with self._stopping(stop):
+        with eagerly(), self._stopping(stop):
             return super().forward(input, return_type, *args, **kwargs)
 
     def generate(
@@ -97,6 +99,11 @@ class ScopeBridge(AttachesSAEs):
         return super().generate_stream(
             input, max_new_tokens, max_tokens_per_yield, stop_at_eos, eos_token_id, **kwargs
         )
+
+    def hf_generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The HF model's own `generate`, as upstream's; nothing in it is compiled, so hooks act."""
+        with eagerly():
+            return super().hf_generate(*args, **kwargs)
 
     def end_tokens(self) -> list[int]:
         """The ids at which this model ends: a chat model has several."""

@@ -8,6 +8,7 @@ wanted layer. What is done with the residuals is not decided here: nothing is po
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from qwen_scope_lens.errors import BadText, WrongModel
+from qwen_scope_lens.models.eager import eagerly
 from qwen_scope_lens.models.layers import (
     check_layer,
     context_length,
@@ -233,8 +235,11 @@ def _forward(model: Any, batch: Sequence[Encoded], layers: tuple[int, ...]) -> d
     if not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
         raise BadText(f"token ids outside 0..{vocabulary - 1}, the vocabulary of {describe(model)}")
     found: dict[int, Tensor] = {}
+    mine = threading.get_ident()
 
     def read(layer: int, module: Any, args: Any, output: Any) -> None:
+        if threading.get_ident() != mine:
+            return  # another thread's run of the same model
         found[layer] = output[0] if isinstance(output, tuple) else output
         if layer == layers[-1]:
             raise _EnoughLayers
@@ -242,12 +247,18 @@ def _forward(model: Any, batch: Sequence[Encoded], layers: tuple[int, ...]) -> d
     modules = decoder_layers(model)
     handles = [modules[layer].register_forward_hook(partial(read, layer)) for layer in layers]
     try:
-        inner(input_ids=ids.to(device), attention_mask=mask.long().to(device), use_cache=False)
+        with eagerly():
+            inner(input_ids=ids.to(device), attention_mask=mask.long().to(device), use_cache=False)
     except _EnoughLayers:
         pass
     finally:
         for handle in handles:
             handle.remove()
+    if missed := [layer for layer in layers if layer not in found]:
+        raise WrongModel(
+            f"{describe(model)} ran and its layers {missed} were not seen: they run from a graph"
+            " that knows no hooks. Pass the model as it was before it was compiled"
+        )
     if bool(mask.all()):
         return {layer: x.flatten(0, 1) for layer, x in found.items()}
     return {layer: x[mask.to(x.device)] for layer, x in found.items()}

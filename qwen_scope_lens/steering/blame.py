@@ -18,10 +18,11 @@ from torch import Tensor
 from qwen_scope_lens.address import FeatureRef, LayerRef
 from qwen_scope_lens.errors import BadText, TooLittleData
 from qwen_scope_lens.features.corpus import read_rows
+from qwen_scope_lens.models.backbone import check_backbone
 from qwen_scope_lens.models.capture import iter_captures
 from qwen_scope_lens.models.tokens import Document, encode, find_tokenizer
 from qwen_scope_lens.saes.load import load_sae
-from qwen_scope_lens.steering.hooks import SAEs, by_address
+from qwen_scope_lens.steering.readers import SAEs, by_address
 from qwen_scope_lens.steering.select import token_classes
 
 __all__ = ["Case", "Suspect", "blame", "read_cases"]
@@ -83,6 +84,7 @@ def blame(
     loaded: SAEs = None,
     tokenizer: Any = None,
     enable_thinking: bool | None = None,
+    allow_other_model: bool = False,
 ) -> list[Suspect]:
     """The strongest suspects of all the SAEs' layers.
 
@@ -90,6 +92,8 @@ def blame(
     `han` where Chinese breaks into English. Without them whole replies are.
     """
     refs = [LayerRef.parse(one) for one in saes]
+    for row in dict.fromkeys(ref.row for ref in refs):
+        check_backbone(model, row, allow_other_model=allow_other_model)
     known = by_address(loaded)
     for ref in refs:
         if str(ref) not in known:

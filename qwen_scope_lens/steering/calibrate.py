@@ -19,11 +19,12 @@ from qwen_scope_lens.address import FeatureRef, LayerRef
 from qwen_scope_lens.errors import BadFile, BadPlan, ScopeError, StoreMismatch, TooLittleData
 from qwen_scope_lens.features.facts import model_facts, versions
 from qwen_scope_lens.files import read_json, write_json
+from qwen_scope_lens.models.backbone import check_backbone
 from qwen_scope_lens.models.capture import iter_captures
 from qwen_scope_lens.models.tokens import Document
 from qwen_scope_lens.saes.load import load_sae
 from qwen_scope_lens.saes.sparse import SparseCodes
-from qwen_scope_lens.steering.hooks import SAEs, by_address
+from qwen_scope_lens.steering.readers import SAEs, by_address
 
 if TYPE_CHECKING:
     from qwen_scope_lens.features.store import FeatureStore
@@ -81,6 +82,8 @@ def calibrate(
     refs: Iterable[FeatureRef | LayerRef | str],
     texts: Iterable[Document],
     saes: SAEs = None,
+    *,
+    allow_other_model: bool = False,
     **options: Any,
 ) -> Calibration:
     """Run texts through a model. `refs` are features, or SAEs for all their features that fire.
@@ -88,6 +91,8 @@ def calibrate(
     `options` are those of `iter_captures`.
     """
     wanted = split_refs(refs)
+    for row in dict.fromkeys(sae.row for sae in wanted):
+        check_backbone(model, row, allow_other_model=allow_other_model)
     known = by_address(saes)
     layers: dict[int, list[LayerRef]] = {}
     for sae in wanted:

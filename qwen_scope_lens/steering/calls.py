@@ -2,25 +2,28 @@
 
 A forward pass shows a few columns of a longer table: with a cache one column, without one all of
 them again. `Watch` follows the passes of a model, so that every column has the same name however
-it is computed. It edits nothing; what is selected by these names is `select.py`.
+it is computed. What it knows of a text goes with its cache, what it knows of a pass with the thread
+that runs it. It edits nothing; how it is placed on a model is `passes.py`, what is selected by
+these names `select.py`.
 """
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from qwen_scope_lens.errors import WrongModel
-from qwen_scope_lens.models.layers import describe, part, places_of, unwrap
+from qwen_scope_lens.errors import PlanBypassed, WrongModel
+from qwen_scope_lens.models.layers import describe
 
-__all__ = ["Call", "Watch", "watching"]
+__all__ = ["Call", "OfOneModel", "Pass", "Watch"]
 
 
 @dataclass(frozen=True)
@@ -45,74 +48,170 @@ class Call:
         return self.past + self.columns > self.prompt
 
 
-class Watch:
-    """The state of the passes of one model, kept by hooks for the time of a context."""
+@dataclass
+class Pass:
+    """A call while it runs."""
 
-    def __init__(self, model: Any) -> None:
+    call: Call
+    derived: dict[Any, Any] = field(default_factory=dict)  # masks, made once a pass
+    fired: set[int] = field(default_factory=set)  # the watched layers that have run
+
+
+@dataclass(frozen=True)
+class _Text:
+    """What is known of the text that a cache holds."""
+
+    prompt: int
+    ids: Tensor | None
+
+
+class _Thread(threading.local):
+    """What one thread is doing with the model."""
+
+    def __init__(self) -> None:
+        self.now: Pass | None = None
+        self.outer_waits = False
+        self.passes = 0
+        self.at_call = 0  # passes before the compiled wrapper was called
+        self.inside = 0  # depth of `generate`
+        self.prompt: int | None = None  # columns of the prompt of that `generate`
+        self.mask: Tensor | None = None  # its pads, as they were given
+        self.seen = 0  # columns that its passes have worked on
+
+
+class OfOneModel:
+    """Something that acts for one model: it refuses to be copied or pickled along with it."""
+
+    name: str
+
+    def __deepcopy__(self, memo: Any) -> NoReturn:
+        raise WrongModel(
+            f"a plan is active on {self.name}: a copy would stay steered after the block, and its"
+            " generate() would run the original. Copy or pickle the model before or after the block"
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        self.__deepcopy__(None)
+
+
+class Watch(OfOneModel):
+    """The state of the passes of one model; `layers` are those that every pass has to reach."""
+
+    def __init__(self, model: Any, root: nn.Module, layers: Sequence[int] = ()) -> None:
         self.name = describe(model)
-        self.call: Call | None = None
-        self.cache: dict[Any, Any] = {}  # of what was derived from `call`
-        self._inside = 0  # depth of `generate`
-        self._prompt: int | None = None
-        self._ids: Tensor | None = None
-        self._outer_waits = False
+        self._root = root  # the text model, which runs the layers
+        self._layers = frozenset(layers)
+        self._texts: WeakKeyDictionary[Any, _Text] = WeakKeyDictionary()
+        self._recomputed = WeakTensorKeyDictionary()
+        self._lock = threading.Lock()
+        self.thread = _Thread()
 
     def before(
         self, module: Any, args: Any, kwargs: dict[str, Any], names: Sequence[str], outer: bool
     ) -> None:
         """A pass begins, at the whole model or at the text model inside it."""
+        if getattr(module, "_is_replica", False):
+            raise WrongModel(
+                f"{self.name} runs as one of DataParallel's replicas, which share out the rows of a"
+                " batch: a plan cannot tell whose they are. Run it on one device, or with device_map"
+            )
         kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
         ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
-        if not outer and self._outer_waits:  # the same pass, a floor below
-            self._outer_waits = False
-            if self.call is not None:
+        mine = self.thread
+        if not outer and mine.outer_waits:  # the same pass, a floor below
+            mine.outer_waits = False
+            if mine.now is not None:
                 return
-        self.call = None
-        self._outer_waits = outer
+        mine.now = None
+        mine.outer_waits = outer
         table = ids if ids is not None else embeds
         if table is None:
             return  # the model itself will complain
-        self.call = self._made(table, ids, kwargs)
-        self.cache = {}
+        mine.now = Pass(self._made(table, ids, kwargs))
+        mine.passes += 1
+        mine.seen = max(mine.seen, mine.now.call.past + mine.now.call.columns)
+
+    def after(self, module: Any, args: Any, output: Any) -> None:
+        """A pass has ended at the top, so all its layers have run: was the plan called in each?"""
+        now = self.thread.now
+        if now is None:
+            return
+        depth = int(self._root.config.num_hidden_layers)  # type: ignore[union-attr, arg-type]
+        if missed := sorted(n for n in self._layers - now.fired if n < depth):
+            raise PlanBypassed(
+                f"a pass of {self.name} over {now.call.columns} columns ended and the plan was not"
+                f" called at layer {', '.join(map(str, missed))}: the layers ran from a graph that"
+                " knows no hooks. Change the compiler's stance outside of the block only, pass"
+                " disable_compile=True to generate(), or steer the model before it is compiled"
+            )
+        self._remember(getattr(output, "past_key_values", None), now.call)
+
+    def at_layer(self, layer: int, module: Any, kwargs: dict[str, Any]) -> Pass | None:
+        """The pass to which this run of a layer belongs.
+
+        Gradient checkpointing runs layers again during the backward pass, maybe in a thread of
+        autograd's: they are known by the position embeddings, which every pass computes anew.
+        """
+        now = self.thread.now
+        positions = kwargs.get("position_embeddings")
+        if getattr(module, "gradient_checkpointing", False) and isinstance(positions, tuple):
+            with self._lock:
+                found = self._recomputed.get(positions[0])
+                if found is None and now is not None:
+                    self._recomputed[positions[0]] = now
+            now = now if found is None else found
+        if now is not None:
+            now.fired.add(layer)
+        return now
 
     def _made(self, table: Tensor, ids: Tensor | None, kwargs: dict[str, Any]) -> Call:
+        mine = self.thread
         rows, columns = table.shape[:2]
         cache = kwargs.get("past_key_values")
         past = 0 if cache is None else int(cache.get_seq_length())
         total = past + columns
-        if not self._inside and past == 0:
-            self._prompt = total
-        elif self._prompt is None:
-            # The first pass of `generate`, or a cache from before the context.
-            self._prompt = total if self._inside else past
-        history = self._history(ids, past)
-        return Call(
+        text = self._text_of(cache) if past else None
+        if mine.inside:
+            mine.prompt = total if mine.prompt is None else mine.prompt
+            prompt = mine.prompt
+        elif past == 0:
+            prompt = total
+        else:  # of a cache from before the context nothing is known: its text counts as prompt
+            prompt = past if text is None else text.prompt
+        call = Call(
             rows,
             columns,
             past,
-            self._prompt,
-            history,
-            self._real(kwargs.get("attention_mask"), rows, columns, total),
-            bool(self._inside),
+            prompt,
+            _history(text, ids, past),
+            self._real(kwargs.get("attention_mask"), rows, total),
+            bool(mine.inside),
         )
+        self._remember(cache, call)
+        return call
 
-    def _history(self, ids: Tensor | None, past: int) -> Tensor | None:
-        if ids is None:
-            self._ids = None
-        elif past == 0:
-            self._ids = ids
-        elif self._ids is not None and self._ids.shape[1] >= past and len(self._ids) == len(ids):
-            self._ids = torch.cat([self._ids[:, :past].to(ids.device), ids], dim=1)
-        else:
-            self._ids = None
-        return self._ids
+    def _text_of(self, cache: Any) -> _Text | None:
+        with self._lock:
+            return self._texts.get(cache)
 
-    def _real(self, mask: Any, rows: int, columns: int, total: int) -> Tensor | None:
+    def _remember(self, cache: Any, call: Call) -> None:
+        if hasattr(cache, "get_seq_length"):
+            with self._lock:
+                self._texts[cache] = _Text(call.prompt, call.ids)
+
+    def _real(self, mask: Any, rows: int, total: int) -> Tensor | None:
         if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] >= total:
             return mask[:, :total].bool()
-        if isinstance(mask, Tensor) and mask.ndim == 2 and rows == 1 and bool(mask.all()):
+        if mask is None or (isinstance(mask, Tensor) and mask.ndim == 2 and rows == 1
+                            and bool(mask.all())):  # fmt: skip
             return None
-        if mask is None or rows == 1:
+        if self.thread.inside:
+            given = _stretched(self.thread.mask, rows, total)
+            if given is None:
+                given = _visible(mask, total)
+            if given is not None:
+                return given
+        if rows == 1:
             return None
         raise WrongModel(
             f"{self.name} was run on {rows} rows with an attention mask that does not tell pads"
@@ -120,72 +219,59 @@ class Watch:
         )
 
     @contextmanager
-    def generation(self, prompt: int | None) -> Iterator[None]:
+    def generation(self, prompt: int | None, mask: Any) -> Iterator[None]:
         """A call of `generate`; `prompt` columns where they are known before the first pass."""
-        if self._inside == 0:
-            self._prompt = prompt
-        self._inside += 1
+        mine = self.thread
+        if mine.inside == 0:
+            mine.prompt, mine.seen = prompt, 0
+            mine.mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        mine.inside += 1
         try:
             yield
         finally:
-            self._inside -= 1
-            if self._inside == 0:
-                self._prompt = None
+            mine.inside -= 1
+            if mine.inside == 0:
+                mine.prompt = mine.mask = None
+
+    def check_generated(self, made: int) -> None:
+        """`generate` is about to return `made` new columns: were the passes seen that they took?
+
+        The last new column is written and never run.
+        """
+        mine = self.thread
+        ran = mine.seen - (mine.prompt or 0)
+        if mine.inside == 1 and made > ran + 1:
+            raise PlanBypassed(
+                f"{self.name} generated {made} tokens, and the plan saw {max(0, ran)} of the"
+                f" {made - 1} runs after the prompt: the rest came from a graph that knows no"
+                " hooks. Pass disable_compile=True to generate(), and change the compiler's stance"
+                " outside of the block only"
+            )
 
 
-@contextmanager
-def watching(model: Any) -> Iterator[Watch]:
-    """Follow the passes of a model or bridge until the block ends."""
-    inner = unwrap(model)
-    root_path = places_of(model).root.rstrip(".")
-    root = part(model, root_path) if root_path else inner
-    watch = Watch(model)
-    undo: list[Callable[[], None]] = []
-    try:
-        for module in dict.fromkeys((inner, root)):
-            names = tuple(inspect.signature(module.forward).parameters)
-            outer = module is inner and inner is not root
-            hook = functools.partial(watch.before, names=names, outer=outer)
-            handle = module.register_forward_pre_hook(hook, with_kwargs=True)
-            undo.append(handle.remove)
-        for holder in dict.fromkeys((model, inner)):
-            for name in ("generate", "generate_stream"):
-                if callable(getattr(holder, name, None)):
-                    undo.append(_wrap(holder, name, watch))
-        yield watch
-    finally:
-        for step in reversed(undo):
-            step()
+def _history(text: _Text | None, ids: Tensor | None, past: int) -> Tensor | None:
+    """The tokens of all columns, `[rows, past + columns]`, as far as they are known."""
+    if ids is None or past == 0:
+        return ids
+    before = None if text is None else text.ids
+    if before is None or before.shape[1] < past or len(before) != len(ids):
+        return None
+    return torch.cat([before[:, :past].to(ids.device), ids], dim=1)
 
 
-def _wrap(holder: Any, name: str, watch: Watch) -> Callable[[], None]:
-    """Put a method on the object that says when it runs; returns what takes it away again."""
-    before = vars(holder).get(name)
-    original = getattr(holder, name)
-
-    @functools.wraps(original)
-    def generate(*args: Any, **kwargs: Any) -> Any:
-        with watch.generation(_prompt_columns(args, kwargs)):
-            return original(*args, **kwargs)
-
-    @functools.wraps(original)
-    def generate_stream(*args: Any, **kwargs: Any) -> Any:
-        with watch.generation(_prompt_columns(args, kwargs)):
-            yield from original(*args, **kwargs)
-
-    vars(holder)[name] = generate if name == "generate" else generate_stream
-
-    def undo() -> None:
-        if before is None:
-            vars(holder).pop(name, None)
-        else:
-            vars(holder)[name] = before
-
-    return undo
+def _stretched(mask: Tensor | None, rows: int, total: int) -> Tensor | None:
+    """The prompt's flags for the rows that `generate` made of its own; what follows is real."""
+    if mask is None or rows % len(mask):
+        return None
+    flags = mask.bool().repeat_interleave(rows // len(mask), dim=0)[:, :total]
+    return torch.nn.functional.pad(flags, (0, total - flags.shape[1]), value=True)
 
 
-def _prompt_columns(args: Any, kwargs: dict[str, Any]) -> int | None:
-    for value in (*args[:1], *(kwargs.get(k) for k in ("input_ids", "inputs", "input"))):
-        if isinstance(value, Tensor) and value.ndim == 2:
-            return int(value.shape[1])
-    return None
+def _visible(mask: Any, total: int) -> Tensor | None:
+    """What the last column may look at, of a mask `[rows, 1, columns, total or more]`."""
+    if isinstance(mask, dict):
+        mask = mask.get("full_attention")
+    if not isinstance(mask, Tensor) or mask.ndim != 4 or mask.shape[-1] < total:
+        return None
+    last = mask[:, 0, -1, :total]
+    return last if last.dtype == torch.bool else last == 0

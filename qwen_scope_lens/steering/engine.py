@@ -15,9 +15,10 @@ import torch
 
 from qwen_scope_lens.errors import BadPlan, WrongModel
 from qwen_scope_lens.extras import require
+from qwen_scope_lens.models.backbone import check_name
 from qwen_scope_lens.steering.calls import Call
-from qwen_scope_lens.steering.hooks import SAEs, directions_of
 from qwen_scope_lens.steering.plan import Edit, Plan
+from qwen_scope_lens.steering.readers import SAEs, directions_of
 from qwen_scope_lens.steering.select import Selector
 from qwen_scope_lens.steering.where import Where
 
@@ -26,7 +27,12 @@ __all__ = ["engine_spec", "steer_engine"]
 
 @contextmanager
 def steer_engine(
-    model: Any, plan: Plan, prompt_ids: Sequence[int], saes: SAEs = None
+    model: Any,
+    plan: Plan,
+    prompt_ids: Sequence[int],
+    saes: SAEs = None,
+    *,
+    allow_other_model: bool = False,
 ) -> Iterator[None]:
     """`with steer_engine(model, plan, ids): ...` for a model of interp-engine and one prompt."""
     engine = require("interp_engine", "interp")
@@ -38,6 +44,9 @@ def steer_engine(
                 f"{edit.ref} is a feature of {edit.ref.sae.row.backbone.model_id};"
                 f" {model.hf_model_id} has d_model {width} and layers 0..{depth - 1}"
             )
+    if not allow_other_model:
+        for row in dict.fromkeys(edit.ref.sae.row for edit in plan.edits):
+            check_name(str(model.hf_model_id), row)
     left_out, generated = _places(model, plan.edits[0].where, list(prompt_ids))
     with engine.steer(
         model,

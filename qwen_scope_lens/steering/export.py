@@ -17,8 +17,8 @@ from torch import Tensor
 from qwen_scope_lens.errors import BadPlan
 from qwen_scope_lens.extras import require
 from qwen_scope_lens.files import whole_file
-from qwen_scope_lens.steering.hooks import SAEs, directions_of
 from qwen_scope_lens.steering.plan import Edit, Plan
+from qwen_scope_lens.steering.readers import SAEs, directions_of
 from qwen_scope_lens.steering.where import Where
 
 __all__ = ["FORMATS", "export", "layer_vectors", "to_gguf", "to_safetensors"]

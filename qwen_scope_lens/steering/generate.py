@@ -23,12 +23,14 @@ from qwen_scope_lens.models.layers import (
     unwrap,
 )
 from qwen_scope_lens.models.tokens import Document, encode, find_tokenizer
-from qwen_scope_lens.steering.hooks import SAEs, steer, with_readers
-from qwen_scope_lens.steering.plan import Plan
+from qwen_scope_lens.steering.hooks import steer
+from qwen_scope_lens.steering.plan import Plan, check_seed, shown
+from qwen_scope_lens.steering.readers import SAEs, with_readers
 from qwen_scope_lens.steering.report import Report
 
 __all__ = ["Continuation", "Sampling", "continue_batch", "encode_prompts", "generate"]
 
+MOST_TEMPERATURE = 1e6
 OnStep = Callable[[list[list[int]]], None]
 
 
@@ -42,10 +44,17 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.new_tokens < 1 or self.temperature < 0 or not 0 < self.top_p <= 1:
-            raise ValueError(
-                "expected new_tokens of 1 or more, temperature of 0 or more, top_p in (0, 1];"
-                f" found {self}"
+        check_seed(self.seed)
+        if (
+            not isinstance(self.new_tokens, int)
+            or not 1 <= self.new_tokens < 2**31
+            or not 0 <= self.temperature <= MOST_TEMPERATURE
+            or not 0 < self.top_p <= 1
+        ):
+            raise BadPlan(
+                "expected new_tokens of 1 or more, temperature of 0 or more (to 1e6), top_p in"
+                f" (0, 1]; found new_tokens={shown(self.new_tokens)},"
+                f" temperature={shown(self.temperature)}, top_p={shown(self.top_p)}"
             )
 
 
@@ -71,10 +80,12 @@ def generate(
     must_fire: bool = True,
     enable_thinking: bool | None = None,
     on_step: OnStep | None = None,
+    allow_other_model: bool = False,
 ) -> list[Continuation]:
     """Continue every prompt (texts, chats or token ids), in the order given.
 
-    A list of plans has one for each prompt. `control` is that of `steer`. `on_step` gets, after
+    A list of plans has one for each prompt. `control` and `allow_other_model` are those of
+    `steer`. `on_step` gets, after
     every step, the new token of each row of the batch that runs.
     """
     sampling = sampling or Sampling()
@@ -100,7 +111,13 @@ def generate(
                 continue
             one = plans[0] if plans[0] and all(p == plans[0] for p in plans) else plans
             with steer(
-                model, one, saes, tokenizer=tokenizer, control=control, must_fire=False
+                model,
+                one,
+                saes,
+                tokenizer=tokenizer,
+                control=control,
+                must_fire=False,
+                allow_other_model=allow_other_model,
             ) as report:
                 found += continue_batch(model, rows, tokenizer, sampling, on_step)
             reports.append(report)

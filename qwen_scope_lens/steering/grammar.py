@@ -6,7 +6,7 @@ from decimal import Decimal, InvalidOperation
 
 from qwen_scope_lens.errors import BadPlan
 from qwen_scope_lens.steering.operations import find_operation
-from qwen_scope_lens.steering.plan import Edit
+from qwen_scope_lens.steering.plan import Edit, shown
 
 __all__ = ["parse_open_edit", "parse_strengths"]
 
@@ -21,9 +21,9 @@ def parse_strengths(text: str) -> list[float]:
             numbers = [Decimal(number.strip()) for number in part.split(":")]
         except InvalidOperation:
             numbers = []
-        if len(numbers) not in (1, 2, 3) or not all(number.is_finite() for number in numbers):
+        if len(numbers) not in (1, 2, 3) or not all(map(_usable, numbers)):
             raise BadPlan(
-                f"strengths {text!r}: expected FROM:TO:STEP such as -8:8:1, or a list -4,4"
+                f"strengths {shown(text)}: expected FROM:TO:STEP such as -8:8:1, or a list -4,4"
             )
         if len(numbers) == 1:
             found.append(float(numbers[0]))
@@ -39,13 +39,18 @@ def parse_strengths(text: str) -> list[float]:
     return list(dict.fromkeys(found))
 
 
+def _usable(number: Decimal) -> bool:
+    """Whether a float holds it; a step of less than 1e-300 would be none."""
+    return number.is_finite() and (not number or abs(number.adjusted()) <= 300)
+
+
 def parse_open_edit(text: str, unit: str = "raw") -> Edit:
     """`REF:add` or `REF:add@generation`: an edit for a sweep, which brings the strengths."""
     head, at, place = text.partition("@")
     parts = head.split(":")
     if len(parts) != 2 or not find_operation(parts[1]).takes_strength:
         raise BadPlan(
-            f"{text!r} is no edit for a sweep: expected REF:operation without a strength, for"
+            f"{shown(text)} is no edit for a sweep: expected REF:operation without a strength, for"
             " example qwen3-8b-base/w64k-l0-50/20/6159:add"
         )
     return Edit.parse(f"{head}:1{'' if unit == 'raw' else unit}{at}{place}")

@@ -37,7 +37,14 @@ def steered_lm() -> Any:
     class SteeredLM(base):  # type: ignore[misc, valid-type]
         """HFLM with a plan active from the start until `close()`."""
 
-        def __init__(self, pretrained: Any, plan: Plan | str | Path | None, **options: Any) -> None:
+        def __init__(
+            self,
+            pretrained: Any,
+            plan: Plan | str | Path | None,
+            *,
+            allow_other_model: bool = False,
+            **options: Any,
+        ) -> None:
             if isinstance(pretrained, str):
                 pretrained = str(bundled_model(pretrained) or pretrained)
             super().__init__(pretrained=pretrained, **options)
@@ -46,7 +53,13 @@ def steered_lm() -> Any:
             self._steering = ExitStack()
             if self.plan is not None:
                 self.report = self._steering.enter_context(
-                    steer(self.model, self.plan, tokenizer=self.tokenizer, must_fire=False)
+                    steer(
+                        self.model,
+                        self.plan,
+                        tokenizer=self.tokenizer,
+                        must_fire=False,
+                        allow_other_model=allow_other_model,
+                    )
                 )
 
         def close(self) -> None:
@@ -67,6 +80,7 @@ def evaluate(
     batch_size: int = 8,
     device: str | None = None,
     include_path: Path | None = None,
+    allow_other_model: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
     """lm-eval's `simple_evaluate` under a plan; `include_path` has tasks of one's own."""
@@ -77,6 +91,7 @@ def evaluate(
         tokenizer=tokenizer,
         batch_size=batch_size,
         device=device or "cpu",
+        allow_other_model=allow_other_model,
     )
     found: dict[str, Any] = harness.simple_evaluate(
         model=lm,

@@ -2,13 +2,16 @@
 
 One hook a layer, on the decoder layer's output (on a bridge, at `blocks.L.hook_resid_post`, before
 whoever else listens there). The model is left as it was found, also after an exception. The hooks
-belong to the model: while a plan is active, every thread that runs the model is steered.
+belong to the model: while a plan is active, every thread that runs the model is steered, each
+in its own passes. What was compiled runs eagerly meanwhile; a pass that ends without the hooks
+having been called raises `PlanBypassed`.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import threading
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,33 +19,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qwen_scope_lens.address import LayerRef
 from qwen_scope_lens.errors import BadPlan, PlanNeverFired, WrongModel
+from qwen_scope_lens.models.backbone import check_backbone
+from qwen_scope_lens.models.eager import eagerly
 from qwen_scope_lens.models.layers import d_model, decoder_layers, describe, unwrap
 from qwen_scope_lens.models.tokens import find_tokenizer
-from qwen_scope_lens.saes.load import load_directions, load_sae
-from qwen_scope_lens.saes.sae import ScopeSAE
 from qwen_scope_lens.steering.apply import LayerEdits
-from qwen_scope_lens.steering.calls import Call, Watch, watching
-from qwen_scope_lens.steering.plan import Edit, Plan
+from qwen_scope_lens.steering.calls import Call, OfOneModel, Pass, Watch
+from qwen_scope_lens.steering.passes import watching
+from qwen_scope_lens.steering.plan import Edit, Plan, check_seed
+from qwen_scope_lens.steering.readers import SAEs, layer_edits
 from qwen_scope_lens.steering.report import Report
 from qwen_scope_lens.steering.select import Selector
 
-__all__ = [
-    "SAEs",
-    "by_address",
-    "directions_of",
-    "is_steered",
-    "layer_edits",
-    "steer",
-    "with_readers",
-]
-
-SAEs = Iterable[ScopeSAE] | Mapping[Any, ScopeSAE] | ScopeSAE | None
-"""SAEs that are loaded already, by their address or by what `cfg.metadata` says; others are read
-from disk when a plan needs them."""
+__all__ = ["is_steered", "steer"]
 
 _ACTIVE = "_qsl_steered"
+_marking = threading.Lock()
 
 
 @contextmanager
@@ -54,6 +47,7 @@ def steer(
     tokenizer: Any = None,
     must_fire: bool = True,
     control: int | None = None,
+    allow_other_model: bool = False,
 ) -> Iterator[Report]:
     """Edit the residual while the model runs: `with steer(model, plan): model.generate(...)`.
 
@@ -63,64 +57,32 @@ def steer(
     class or chat role and the model's is not found. A plan of which no edit acted raises
     `PlanNeverFired` at the end unless `must_fire=False`. With `control` (a seed) every change has
     its size but goes along a random direction: what it does is what any push of that size does.
+
+    A model that is not the one on which the SAEs were trained is refused where that is known, and
+    warned of where its name says nothing, unless `allow_other_model`.
     """
     plans = _per_row(plan)
     tagged = [(row, edit) for row, one in enumerate(plans) if one for edit in one.edits]
-    _check_model(model, [edit for _, edit in tagged])
+    if control is not None:
+        check_seed(control)
+    _check_model(model, [edit for _, edit in tagged], allow_other_model)
     selector = Selector(lambda: find_tokenizer(model, tokenizer))
     for _, edit in tagged:
         selector.check(edit.where)
     report = Report([edit for _, edit in tagged])
     layers = _layers(tagged, saes, control)
-    inner = unwrap(model)
-    if is_steered(model):
-        raise BadPlan(
-            f"a plan is active on {describe(model)} already: put the edits into one Plan, so that"
-            " what acts first is not left to chance"
-        )
     with ExitStack() as stack:
-        vars(inner)[_ACTIVE] = True
-        stack.callback(vars(inner).pop, _ACTIVE)
-        watch = stack.enter_context(watching(model))
+        stack.enter_context(_alone(model))
+        stack.enter_context(eagerly())
+        watch = stack.enter_context(watching(model, [layer.number for layer in layers]))
         for layer in layers:
-            hook = functools.partial(_hook, layer, watch, selector, report, len(plans))
-            handle = _place(model, layer.number).register_forward_hook(hook, prepend=True)
+            hook = _Hook(layer, watch, selector, report, len(plans))
+            place = _place(model, layer.number)
+            handle = place.register_forward_hook(hook, prepend=True, with_kwargs=True)
             stack.callback(handle.remove)
         yield report
     if must_fire and not report.fired:
         raise PlanNeverFired(_silence(report))
-
-
-def layer_edits(edits: Sequence[Edit], saes: SAEs = None) -> LayerEdits:
-    """The arithmetic of the edits of one layer, with what it needs read from disk."""
-    known = with_readers(edits, saes)
-    return LayerEdits.build(edits, directions_of(edits, known), known)
-
-
-def with_readers(edits: Iterable[Edit], saes: SAEs = None) -> dict[str, ScopeSAE]:
-    """The SAEs given and those that edits read codes of, loaded; by address."""
-    known = by_address(saes)
-    for edit in edits:
-        name = str(edit.ref.sae)
-        if edit.operation.reads == "code" and name not in known:
-            known[name] = load_sae(name)
-    return known
-
-
-def directions_of(edits: Sequence[Edit], saes: SAEs = None) -> Tensor:
-    """The decoder row of every edit's feature, float32 `[m, d_model]`; only these are read."""
-    known = by_address(saes)
-    by_sae: dict[LayerRef, list[int]] = {}
-    for i, edit in enumerate(edits):
-        by_sae.setdefault(edit.ref.sae, []).append(i)
-    rows: dict[int, Tensor] = {}
-    for ref, at in by_sae.items():
-        features = [edits[i].ref.feature for i in at]
-        sae = known.get(str(ref))
-        found = load_directions(ref, features) if sae is None else sae.direction(features)
-        for i, row in zip(at, found.detach().float().cpu(), strict=True):
-            rows[i] = row
-    return torch.stack([rows[i] for i in range(len(edits))])
 
 
 @dataclass(frozen=True)
@@ -132,9 +94,35 @@ class _Layer:
     lengths: Tensor
 
 
+class _Mark(OfOneModel):
+    """Stands on a model while a plan is active on it."""
+
+    def __init__(self, model: Any) -> None:
+        self.name, self.model = describe(model), weakref.ref(unwrap(model))
+
+
 def is_steered(model: Any) -> bool:
     """Whether a plan is active on the model now."""
-    return bool(vars(unwrap(model)).get(_ACTIVE))
+    inner = unwrap(model)
+    mark = vars(inner).get(_ACTIVE)
+    return isinstance(mark, _Mark) and mark.model() is inner
+
+
+@contextmanager
+def _alone(model: Any) -> Iterator[None]:
+    """One plan at a time on one model."""
+    inner = unwrap(model)
+    with _marking:
+        if is_steered(model):
+            raise BadPlan(
+                f"a plan is active on {describe(model)} already: put the edits into one Plan, so"
+                " that what acts first is not left to chance"
+            )
+        vars(inner)[_ACTIVE] = _Mark(model)
+    try:
+        yield
+    finally:
+        vars(inner).pop(_ACTIVE, None)
 
 
 def _layers(tagged: Sequence[tuple[int, Edit]], saes: SAEs, control: int | None) -> list[_Layer]:
@@ -154,67 +142,59 @@ def _layers(tagged: Sequence[tuple[int, Edit]], saes: SAEs, control: int | None)
     return layers
 
 
-def _hook(
-    layer: _Layer,
-    watch: Watch,
-    selector: Selector,
-    report: Report,
-    n_plans: int,
-    module: Any,
-    args: Any,
-    output: Any,
-) -> Any:
+class _Hook(OfOneModel):
     """The forward hook of a layer: `[rows, columns, d_model]` in, the same out."""
-    x = output[0] if isinstance(output, tuple) else output
-    call = watch.call
-    if call is None or x.shape[:2] != (call.rows, call.columns):
-        raise WrongModel(
-            "a layer ran outside a pass of the model that the plan was given for: call the model"
-            " itself, not its layers"
+
+    def __init__(
+        self, layer: _Layer, watch: Watch, selector: Selector, report: Report, n_plans: int
+    ) -> None:
+        self.name = watch.name
+        self._layer, self._watch, self._selector = layer, watch, selector
+        self._report, self._n_plans = report, n_plans
+
+    def __call__(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        layer, report = self._layer, self._report
+        x = output[0] if isinstance(output, tuple) else output
+        now = self._watch.at_layer(layer.number, module, kwargs)
+        if now is None or x.shape[:2] != (now.call.rows, now.call.columns):
+            raise WrongModel(
+                "a layer ran outside a pass of the model that the plan was given for: call the"
+                " model itself, not its layers"
+            )
+        active = [self._selector.active(edit.where, now.call) for edit in layer.edits.edits]
+        report.count_pass()
+        if not any(active):
+            return None
+        selected = self._selected(now, active, x.device)
+        neutral = all(edit.changes_nothing for edit in layer.edits.edits)
+        new, c = (
+            (x, selected.new_zeros(selected.shape, dtype=torch.float32))
+            if neutral
+            else layer.edits.change(x, selected)
         )
-    active = [selector.active(edit.where, call) for edit in layer.edits.edits]
-    report.passes += 1
-    if not any(active):
-        return None
-    selected = _selected(layer, call, watch, selector, active, n_plans, x.device)
-    neutral = all(edit.changes_nothing for edit in layer.edits.edits)
-    new, c = (
-        (x, selected.new_zeros(selected.shape, dtype=torch.float32))
-        if neutral
-        else layer.edits.change(x, selected)
-    )
-    precise = torch.promote_types(x.dtype, torch.float32)
-    norms = torch.linalg.vector_norm(x.detach(), dim=-1, dtype=precise)
-    report.add(layer.numbers, c, selected, layer.lengths.to(x.device), norms)
-    if neutral:
-        return None
-    return (new, *output[1:]) if isinstance(output, tuple) else new
+        precise = torch.promote_types(x.dtype, torch.float32)
+        norms = torch.linalg.vector_norm(x.detach(), dim=-1, dtype=precise)
+        report.add(layer.numbers, c, selected, layer.lengths.to(x.device), norms)
+        if neutral:
+            return None
+        return (new, *output[1:]) if isinstance(output, tuple) else new
 
-
-def _selected(
-    layer: _Layer,
-    call: Call,
-    watch: Watch,
-    selector: Selector,
-    active: Sequence[bool],
-    n_plans: int,
-    device: torch.device,
-) -> Tensor:
-    """bool `[rows, columns, m]`: where each edit acts. Equal selections are made once a pass."""
-    shape = (call.rows, call.columns)
-    columns = []
-    for edit, row, on in zip(layer.edits.edits, layer.rows, active, strict=True):
-        key = (edit.where, row if n_plans > 1 else None, on, device)
-        if key not in watch.cache:
-            mask = selector.mask(edit.where, call, device) if on else None
-            found = torch.full(shape, on, device=device)
-            if mask is not None:
-                found = found & mask
-            if n_plans > 1:
-                found = found & _own_rows(row, n_plans, call, device)
-            watch.cache[key] = found
-        columns.append(watch.cache[key])
-    return torch.stack(columns, dim=-1)
+    def _selected(self, now: Pass, active: Sequence[bool], device: torch.device) -> Tensor:
+        """bool `[rows, columns, m]`: where each edit acts. Equal selections are made once a pass."""
+        call, layer = now.call, self._layer
+        columns = []
+        for edit, row, on in zip(layer.edits.edits, layer.rows, active, strict=True):
+            key = (edit.where, row if self._n_plans > 1 else None, on, device)
+            if key not in now.derived:
+                mask = self._selector.mask(edit.where, call, device) if on else None
+                found = torch.full((call.rows, call.columns), on, device=device)
+                if mask is not None:
+                    found = found & mask
+                if self._n_plans > 1:
+                    found = found & _own_rows(row, self._n_plans, call, device)
+                now.derived[key] = found
+            columns.append(now.derived[key])
+        return torch.stack(columns, dim=-1)
 
 
 def _own_rows(plan: int, n_plans: int, call: Call, device: torch.device) -> Tensor:
@@ -248,8 +228,9 @@ def _per_row(plan: Any) -> list[Plan | None]:
     return plans
 
 
-def _check_model(model: Any, edits: Iterable[Edit]) -> None:
+def _check_model(model: Any, edits: Iterable[Edit], allow_other_model: bool) -> None:
     width, depth = d_model(model), len(decoder_layers(model))
+    edits = list(edits)
     for edit in edits:
         row = edit.ref.sae.row
         if row.d_model != width or edit.ref.layer >= depth:
@@ -258,15 +239,8 @@ def _check_model(model: Any, edits: Iterable[Edit]) -> None:
                 f" {edit.ref.layer}); {describe(model)} has d_model {width} and layers"
                 f" 0..{depth - 1}"
             )
-
-
-def by_address(saes: SAEs) -> dict[str, ScopeSAE]:
-    if saes is None:
-        return {}
-    if isinstance(saes, Mapping):
-        return {str(LayerRef.parse(name)): sae for name, sae in saes.items()}
-    listed = [saes] if isinstance(saes, ScopeSAE) else list(saes)
-    return {str(LayerRef.parse(sae.cfg.metadata.qwen_scope_ref)): sae for sae in listed}
+    for row in dict.fromkeys(edit.ref.sae.row for edit in edits):
+        check_backbone(model, row, allow_other_model=allow_other_model)
 
 
 def _silence(report: Report) -> str:

@@ -35,9 +35,10 @@ class Measure:
             )
         if kind == "regex" and value:
             try:
+                value.encode()  # half a surrogate pair is found in no text
                 pattern = re.compile(value)
-            except re.error as error:
-                raise BadPlan(f"{value!r} is no regular expression: {error}") from error
+            except (re.error, ValueError, OverflowError, RecursionError) as error:
+                raise BadPlan(f"{shown(value)} is no regular expression: {error}") from error
             return cls(
                 text,
                 f"share of texts in which {value!r} is found",

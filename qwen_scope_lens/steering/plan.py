@@ -19,7 +19,7 @@ from qwen_scope_lens.files import read_json, write_json
 from qwen_scope_lens.steering.operations import Operation, find_operation
 from qwen_scope_lens.steering.where import Where
 
-__all__ = ["Edit", "Plan"]
+__all__ = ["Edit", "Plan", "check_seed", "shown"]
 
 FORMAT, VERSION = "qsl-plan", 1
 MADE_BY = "qsl steer --save-plan"
@@ -48,7 +48,7 @@ class Edit:
         row = find_operation(self.op)
         if row.takes_strength != (self.strength is not None):
             wants = "needs a strength" if row.takes_strength else "takes no strength"
-            raise BadPlan(f"{self.ref}: {row.name} {wants}; found {self.strength!r}")
+            raise BadPlan(f"{self.ref}: {row.name} {wants}; found {shown(self.strength)}")
         if self.strength is not None:
             object.__setattr__(self, "strength", _number(self.strength, self.ref))
             if row.least is not None and self.strength < row.least:
@@ -61,7 +61,7 @@ class Edit:
                 f"{self.ref}: unit {self.unit!r} for {row.name}: expected {' or '.join(row.units)}"
             )
         if self.typical is not None and not _number(self.typical, self.ref) > 0:
-            raise BadPlan(f"{self.ref}: typical activation {self.typical!r} is not above 0")
+            raise BadPlan(f"{self.ref}: typical activation {shown(self.typical)} is not above 0")
 
     @property
     def operation(self) -> Operation:
@@ -93,7 +93,7 @@ class Edit:
         ref, *rest = head.split(":")
         if not rest or len(rest) > 2 or (at and not place):
             raise BadPlan(
-                f"{text!r} is no edit: expected REF:operation[:strength][@where], for example"
+                f"{shown(text)} is no edit: expected REF:operation[:strength][@where], for example"
                 " qwen3-8b-base/w64k-l0-50/20/6159:add:+2sigma@generation"
             )
         strength, unit = parse_strength(rest[1]) if len(rest) == 2 else (None, "raw")
@@ -122,7 +122,7 @@ class Edit:
         known = {"ref", "op", "strength", "unit", "where", "typical"}
         if not isinstance(row, Mapping) or "ref" not in row or not set(row) <= known:
             raise BadPlan(
-                f"{row!r} is no edit: expected ref and some of {', '.join(sorted(known))}"
+                f"{shown(row)} is no edit: expected ref and some of {', '.join(sorted(known))}"
             )
         return cls(**row)
 
@@ -171,7 +171,8 @@ class Plan:
         for edit in self.edits:
             if not edit.operation.takes_strength:
                 raise BadPlan(f"{edit}: {edit.op} has no strength that could be multiplied")
-        return self._each(lambda edit: replace(edit, strength=(edit.strength or 0.0) * factor))
+        by = _number(factor, self.edits[0].ref)
+        return self._each(lambda edit: replace(edit, strength=(edit.strength or 0.0) * by))
 
     def at(self, strength: float) -> Plan:
         """Every edit at this strength, in its own unit."""
@@ -228,11 +229,36 @@ def parse_strength(text: str) -> tuple[float, str]:
     """`4`, `+2.0sigma`, `-0.1norm` -> the number and its unit."""
     found = re.fullmatch(r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*([a-z]*)\s*", text)
     if found is None or found[2] not in ("", "raw", "sigma", "norm"):
-        raise BadPlan(f"strength {text!r}: expected a number such as 4, +2.0sigma or -0.1norm")
+        raise BadPlan(
+            f"strength {shown(text)}: expected a number such as 4, +2.0sigma or -0.1norm"
+        )
     return float(found[1]), found[2] or "raw"
 
 
+def check_seed(seed: object) -> int:
+    """The seed as given; raises `BadPlan` for one that torch's generators do not take."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
+        raise BadPlan(f"seed {shown(seed)}: expected a whole number from 0 to 2^64 - 1")
+    return seed
+
+
+def shown(value: object) -> str:
+    """A value for a message; of a number with thousands of digits only how long it is."""
+    if isinstance(value, int) and value.bit_length() > 128:
+        return f"a number of {value.bit_length()} bits"
+    try:
+        text = repr(value)
+    except ValueError:  # a number of more than 4,300 digits in it
+        return f"a {type(value).__name__} with a number of thousands of digits"
+    return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
+
+
 def _number(value: Any, ref: FeatureRef) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise BadPlan(f"{ref}: {value!r} is no finite number")
-    return float(value)
+    try:
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            number = float(value)
+            if math.isfinite(number):
+                return number
+    except OverflowError:
+        pass
+    raise BadPlan(f"{ref}: {shown(value)} is not a finite number that a float can hold")

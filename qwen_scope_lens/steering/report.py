@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -36,7 +37,12 @@ class Report:
     def __init__(self, edits: Sequence[Edit]) -> None:
         self._edits = tuple(edits)
         self._sums: dict[int, Tensor] = {}
-        self.passes = 0  # forward passes that reached an edited layer
+        self.passes = 0  # forward passes that reached an edited layer, one count a layer
+        self._lock = threading.Lock()
+
+    def count_pass(self) -> None:
+        with self._lock:
+            self.passes += 1
 
     def add(self, numbers: Sequence[int], c: Tensor, selected: Tensor, lengths: Tensor,
             norms: Tensor) -> None:  # fmt: skip
@@ -48,9 +54,10 @@ class Report:
                 [selected.flatten(0, -2).sum(0), (c != 0).flatten(0, -2).sum(0)]
             ).double()
             sums = torch.cat([counts, steps.sum(0)[None].double(), shares.sum(0)[None].double()])
-            for j, number in enumerate(numbers):
-                before = self._sums.get(number)
-                self._sums[number] = sums[:, j] if before is None else before + sums[:, j]
+            with self._lock:
+                for j, number in enumerate(numbers):
+                    before = self._sums.get(number)
+                    self._sums[number] = sums[:, j] if before is None else before + sums[:, j]
 
     @property
     def edits(self) -> tuple[EditReport, ...]:

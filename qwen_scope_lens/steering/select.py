@@ -179,10 +179,13 @@ class Selector:
 
     def _known(self) -> Any:
         if self._tokenizer is None:
-            self._tokenizer = self._tokenizer_of()
-            self._special = set(self._tokenizer.all_special_ids)
-            added = getattr(self._tokenizer, "added_tokens_decoder", {})
-            self._special |= {i for i, token in added.items() if token.special}
+            tokenizer = self._tokenizer_of()
+            added = getattr(tokenizer, "added_tokens_decoder", {})
+            self._special = {
+                *tokenizer.all_special_ids,
+                *(i for i, token in added.items() if token.special),
+            }
+            self._tokenizer = tokenizer  # last: another thread may look already
         return self._tokenizer
 
 

@@ -9,8 +9,9 @@ import torch
 
 from qwen_scope_lens.models.tokens import Document, find_tokenizer
 from qwen_scope_lens.steering.generate import Sampling, continue_batch, encode_prompts
-from qwen_scope_lens.steering.hooks import SAEs, steer
+from qwen_scope_lens.steering.hooks import steer
 from qwen_scope_lens.steering.plan import Plan
+from qwen_scope_lens.steering.readers import SAEs
 from qwen_scope_lens.steering.report import Report
 from qwen_scope_lens.steering.show import SideBySide, printable
 
@@ -29,6 +30,7 @@ def stream(
     saes: SAEs = None,
     tokenizer: Any = None,
     enable_thinking: bool | None = None,
+    allow_other_model: bool = False,
 ) -> Report:
     """Write the steered text as it is made; with `compare`, the unsteered one beside it."""
     tokenizer = find_tokenizer(model, tokenizer)
@@ -49,7 +51,12 @@ def stream(
             write(printable(texts[0][shown:]))
             shown = len(texts[0])
 
-    with steer(model, plans, saes, tokenizer=tokenizer) as report, torch.random.fork_rng():
+    with (
+        steer(
+            model, plans, saes, tokenizer=tokenizer, allow_other_model=allow_other_model
+        ) as report,
+        torch.random.fork_rng(),
+    ):
         torch.manual_seed(sampling.seed)
         found = continue_batch(model, [ids] * len(plans), tokenizer, sampling, on_step)
         if columns is not None:

@@ -21,9 +21,9 @@ from qwen_scope_lens.files import read_json, write_json
 from qwen_scope_lens.models.tokens import Document
 from qwen_scope_lens.steering.coherence import perplexity, repetition, surprisals
 from qwen_scope_lens.steering.generate import Continuation, Sampling, generate
-from qwen_scope_lens.steering.hooks import SAEs, with_readers
 from qwen_scope_lens.steering.measure import Measure
-from qwen_scope_lens.steering.plan import Plan
+from qwen_scope_lens.steering.plan import Plan, check_seed
+from qwen_scope_lens.steering.readers import SAEs, with_readers
 
 __all__ = ["CONTROL", "PLAN", "Dose", "Guard", "Sweep", "sweep"]
 
@@ -138,12 +138,14 @@ def sweep(
     enable_thinking: bool | None = None,
     keep: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
+    allow_other_model: bool = False,
 ) -> Sweep:
     """Every strength (for all edits of the plan, each in its own unit) and its control.
 
     `keep` is a file that is rewritten after every dose; a sweep of the same settings goes on from
     it, another one raises. Strength 0 is always run, once: unsteered.
     """
+    check_seed(seed)
     measure = Measure.parse(measure) if isinstance(measure, str) else measure
     sampling, guard = sampling or Sampling(), guard or Guard()
     wanted = sorted({float(strength) for strength in strengths} - {0.0})
@@ -170,6 +172,7 @@ def sweep(
         "sampling": sampling,
         "batch": batch,
         "enable_thinking": enable_thinking,
+        "allow_other_model": allow_other_model,
     }
     plain = generate(model, prompts, None, **options)
     jobs = [(PLAN, 0.0)] + [(arm, strength) for strength in wanted for arm in (PLAN, CONTROL)]

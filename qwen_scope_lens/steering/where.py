@@ -18,6 +18,7 @@ __all__ = ["TOKEN_CLASSES", "Positions", "Where"]
 
 Phase = Literal["both", "prompt", "generation"]
 PHASES = ("both", "prompt", "generation")
+MOST = 2**31
 
 TOKEN_CLASSES: dict[str, str] = {
     "special": "tokens such as <|im_end|>",
@@ -68,6 +69,12 @@ class Where:
             object.__setattr__(self, "positions", spans)
         for name in ("classes", "token_ids", "roles"):
             object.__setattr__(self, name, tuple(_listed(getattr(self, name))))
+        for token in self.token_ids:
+            if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < MOST:
+                raise BadPlan("a token id is a whole number from 0 to 2^31 - 1: found another")
+        for role in self.roles:
+            if not isinstance(role, str) or not role.isprintable():
+                raise BadPlan(f"role {role!r}: expected a name such as user or assistant")
         for name in self.classes:
             if name not in TOKEN_CLASSES:
                 raise BadPlan(f"no token class {name!r}: there are {', '.join(TOKEN_CLASSES)}")
@@ -120,7 +127,7 @@ def _parse(text: str) -> Where:
             key, found = "classes", values
         elif key == "role" and values:
             key, found = "roles", values
-        elif key == "token" and values and all(v.isdecimal() for v in values):
+        elif key == "token" and values and all(v.isdecimal() and len(v) < 11 for v in values):
             key, found = "token_ids", tuple(map(int, values))
         else:
             raise BadPlan(
@@ -135,7 +142,7 @@ def _parse(text: str) -> Where:
 
 def _parse_span(text: str) -> Span:
     """`3` or `3-8` (both ends meant) or `3-` (to the end); each number may be negative."""
-    found = re.fullmatch(r"(-?\d+)(?:(-)(-?\d+)?)?", text)
+    found = re.fullmatch(r"(-?\d{1,10})(?:(-)(-?\d{1,10})?)?", text)
     if found is None:
         raise BadPlan(f"position {text!r}: expected 3, 3-8, 3- or -1")
     start = int(found[1])
@@ -160,14 +167,25 @@ def _span(value: Any) -> Span:
     if isinstance(value, int) and not isinstance(value, bool):
         value = (value, value + 1)
     match value:
-        case (int(start), None):
+        case (int(start), None) if -MOST < start < MOST:
             return (start, None)
-        case (int(start), int(stop)) if start < stop and (start >= 0 or stop <= 0):
+        case (int(start), int(stop)) if (
+            -MOST < start < stop < MOST and (start >= 0 or stop <= 0)
+        ):
             return (start, stop)
+    said = repr(value) if _prints(value) else "a number of thousands of digits"
     raise BadPlan(
-        f"position {value!r}: expected whole numbers or forward ranges with step 1, wholly from the"
+        f"position {said}: expected whole numbers or forward ranges with step 1, wholly from the"
         " start (0, 3) or wholly from the end of the prompt (-3, 0)"
     )
+
+
+def _prints(value: Any) -> bool:
+    """Whether Python would write it out: not so for whole numbers of more than 4,300 digits."""
+    try:
+        return len(repr(value)) < 200
+    except ValueError:
+        return False
 
 
 def _listed(value: Any) -> Any:

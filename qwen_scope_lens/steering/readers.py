@@ -1,0 +1,119 @@
+"""Which SAE serves which edit: those that were given, checked, and others read from disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qwen_scope_lens.address import LayerRef
+from qwen_scope_lens.errors import BadPlan
+from qwen_scope_lens.saes.load import load_directions, load_sae
+from qwen_scope_lens.saes.sae import ScopeSAE
+from qwen_scope_lens.steering.apply import LayerEdits
+from qwen_scope_lens.steering.plan import Edit
+
+__all__ = ["SAEs", "by_address", "directions_of", "layer_edits", "with_readers"]
+
+SAEs = Iterable[ScopeSAE] | Mapping[Any, ScopeSAE] | ScopeSAE | None
+"""SAEs that are loaded already, by their address or by what `cfg.metadata` says; others are read
+from disk when a plan needs them."""
+
+
+def layer_edits(edits: Sequence[Edit], saes: SAEs = None) -> LayerEdits:
+    """The arithmetic of the edits of one layer, with what it needs read from disk."""
+    known = with_readers(edits, saes)
+    return LayerEdits.build(edits, directions_of(edits, known), known)
+
+
+def with_readers(edits: Iterable[Edit], saes: SAEs = None) -> dict[str, ScopeSAE]:
+    """The SAEs given and those that edits read codes of, loaded; by address."""
+    known = by_address(saes)
+    for edit in edits:
+        name = str(edit.ref.sae)
+        if edit.operation.reads == "code" and name not in known:
+            known[name] = load_sae(name)
+    return known
+
+
+def directions_of(edits: Sequence[Edit], saes: SAEs = None) -> Tensor:
+    """The decoder row of every edit's feature, float32 `[m, d_model]`; only these are read."""
+    known = by_address(saes)
+    by_sae: dict[LayerRef, list[int]] = {}
+    for i, edit in enumerate(edits):
+        by_sae.setdefault(edit.ref.sae, []).append(i)
+    rows: dict[int, Tensor] = {}
+    for ref, at in by_sae.items():
+        features = [edits[i].ref.feature for i in at]
+        sae = known.get(str(ref))
+        found = load_directions(ref, features) if sae is None else sae.direction(features)
+        for i, row in zip(at, found.detach().float().cpu(), strict=True):
+            rows[i] = row
+    return torch.stack([rows[i] for i in range(len(edits))])
+
+
+def by_address(saes: SAEs) -> dict[str, ScopeSAE]:
+    """Each SAE under the address that it belongs to.
+
+    Raises `BadPlan` for one that is given for another address than its metadata say, or whose
+    sizes are another group's.
+    """
+    if saes is None:
+        return {}
+    if isinstance(saes, Mapping):
+        pairs = [(LayerRef.parse(name), sae) for name, sae in saes.items()]
+        for ref, sae in pairs:
+            _check_kind(sae)
+            _check_claims(ref, sae)
+    else:
+        pairs = []
+        for sae in [saes] if isinstance(saes, ScopeSAE) else list(saes):
+            _check_kind(sae)
+            if sae.cfg.metadata.qwen_scope_ref is None:
+                raise BadPlan(
+                    "an SAE was given whose metadata do not say which one it is: give it with its"
+                    " address, saes={'GROUP/LAYER': sae}"
+                )
+            pairs.append((LayerRef.parse(sae.cfg.metadata.qwen_scope_ref), sae))
+    found: dict[str, ScopeSAE] = {}
+    for ref, sae in pairs:
+        _check_sizes(ref, sae)
+        if found.setdefault(str(ref), sae) is not sae:
+            raise BadPlan(f"two SAEs were given for {ref}: which of them is meant? Leave one out")
+    return found
+
+
+def _check_kind(sae: Any) -> None:
+    if not isinstance(sae, ScopeSAE):
+        raise BadPlan(
+            f"expected SAEs as load_sae() gives them, found {type(sae).__name__}: load the SAE with"
+            " load_sae(), or convert it with `qsl convert`"
+        )
+
+
+def _check_claims(ref: LayerRef, sae: ScopeSAE) -> None:
+    """What the metadata say, against the address for which the SAE was given."""
+    said = sae.cfg.metadata
+    claims = {
+        "its address": (said.qwen_scope_ref, str(ref)),
+        "its hook": (said.hook_name, ref.row.hook_name(ref.layer)),
+        "its model": (said.model_name, ref.row.backbone.model_id),
+    }
+    for what, (found, expected) in claims.items():
+        if found is not None and found != expected:
+            raise BadPlan(
+                f"the SAE given for {ref} is another one: {what} is {found}, expected {expected}."
+                " Give each SAE for its own address, or leave saes out: they are loaded then"
+            )
+
+
+def _check_sizes(ref: LayerRef, sae: ScopeSAE) -> None:
+    found = (sae.cfg.d_in, sae.cfg.d_sae, sae.cfg.k)
+    expected = (ref.row.d_model, ref.row.d_sae, ref.row.k)
+    if found != expected:
+        raise BadPlan(
+            f"the SAE given for {ref} has d_in, d_sae and k of {found}, that address {expected}:"
+            " load it with load_sae()"
+        )
