@@ -19,6 +19,7 @@ from torch import Tensor
 
 from qwen_scope_lens.errors import TooLittleData, WrongModel
 from qwen_scope_lens.models.capture import EXTREME_NORM_RATIO
+from qwen_scope_lens.models.eager import eagerly
 from qwen_scope_lens.models.layers import (
     context_length,
     d_model,
@@ -179,7 +180,8 @@ def _hooks(model: Any, changes: Mapping[int, Callable[[Tensor], Tensor | None]])
     modules = decoder_layers(model)
     handles = [modules[n].register_forward_hook(hook(change)) for n, change in changes.items()]
     try:
-        yield
+        with eagerly():
+            yield
     finally:
         for handle in handles:
             handle.remove()

@@ -17,9 +17,9 @@ from qwen_scope_lens.models.layers import decoder_layers, describe, places_of
 
 __all__ = ["another_model", "check_backbone", "check_name", "is_relative"]
 
-_VARIANTS = frozenset(
-    "base instruct chat it thinking hf unsloth dynamic bnb awq gptq int4 int8 fp8 fp16 bf16 nvfp4"
-    " mxfp4 4bit 8bit".split()
+_VARIANTS = re.compile(
+    r"base|instruct|chat|it|thinking|hf|unsloth|dynamic|bnb|awq|gptq|int4|int8|fp8|fp16|bf16|nvfp4"
+    r"|mxfp4|4bit|8bit|\d{4}"
 )
 """Words of a name that say how a model was tuned or stored, not which one it is."""
 
@@ -80,7 +80,7 @@ def _stem(name: str) -> str:
     parts = name.replace("\\", "/").rstrip("/").split("/")
     cached = [part.split("--")[-1] for part in parts if part.startswith("models--")]  # of the hub
     words = (cached or parts)[-1].lower().replace("_", "-").split("-")
-    while len(words) > 1 and (words[-1] in _VARIANTS or re.fullmatch(r"\d{4}", words[-1])):
+    while len(words) > 1 and _VARIANTS.fullmatch(words[-1]):
         words.pop()
     return "-".join(words)
 

@@ -113,7 +113,7 @@ class Watch(OfOneModel):
         if getattr(module, "_is_replica", False):
             raise WrongModel(
                 f"{self.name} runs as one of DataParallel's replicas, which share out the rows of a"
-                " batch: a plan cannot tell whose they are. Run it on one device, or with device_map"
+                " batch: a plan cannot tell whose they are. Use one device, or device_map"
             )
         kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
         ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")

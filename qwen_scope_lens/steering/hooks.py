@@ -180,7 +180,7 @@ class _Hook(OfOneModel):
         return (new, *output[1:]) if isinstance(output, tuple) else new
 
     def _selected(self, now: Pass, active: Sequence[bool], device: torch.device) -> Tensor:
-        """bool `[rows, columns, m]`: where each edit acts. Equal selections are made once a pass."""
+        """bool `[rows, columns, m]`: where each edit acts. Equal ones are made once a pass."""
         call, layer = now.call, self._layer
         columns = []
         for edit, row, on in zip(layer.edits.edits, layer.rows, active, strict=True):

@@ -229,9 +229,7 @@ def parse_strength(text: str) -> tuple[float, str]:
     """`4`, `+2.0sigma`, `-0.1norm` -> the number and its unit."""
     found = re.fullmatch(r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*([a-z]*)\s*", text)
     if found is None or found[2] not in ("", "raw", "sigma", "norm"):
-        raise BadPlan(
-            f"strength {shown(text)}: expected a number such as 4, +2.0sigma or -0.1norm"
-        )
+        raise BadPlan(f"strength {shown(text)}: expected a number such as 4, +2.0sigma or -0.1norm")
     return float(found[1]), found[2] or "raw"
 
 

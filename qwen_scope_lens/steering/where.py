@@ -169,9 +169,7 @@ def _span(value: Any) -> Span:
     match value:
         case (int(start), None) if -MOST < start < MOST:
             return (start, None)
-        case (int(start), int(stop)) if (
-            -MOST < start < stop < MOST and (start >= 0 or stop <= 0)
-        ):
+        case (int(start), int(stop)) if -MOST < start < stop < MOST and (start >= 0 or stop <= 0):
             return (start, stop)
     said = repr(value) if _prints(value) else "a number of thousands of digits"
     raise BadPlan(

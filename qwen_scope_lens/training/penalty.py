@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from qwen_scope_lens.errors import WrongModel
+from qwen_scope_lens.models.eager import eagerly
 from qwen_scope_lens.models.layers import check_layer, decoder_layers
 from qwen_scope_lens.saes.sae import ScopeSAE
 
@@ -91,7 +92,8 @@ def record_residuals(model: Any, layers: Sequence[int]) -> Iterator[dict[int, Te
         modules[check_layer(model, layer)].register_forward_hook(hook(layer)) for layer in layers
     ]
     try:
-        yield found
+        with eagerly():
+            yield found
     finally:
         for handle in handles:
             handle.remove()
