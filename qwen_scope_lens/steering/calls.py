@@ -136,7 +136,7 @@ class Watch(OfOneModel):
         now = self.thread.now
         if now is None:
             return
-        depth = int(self._root.config.num_hidden_layers)  # type: ignore[union-attr, arg-type]
+        depth = int(self._root.config.num_hidden_layers)
         if missed := sorted(n for n in self._layers - now.fired if n < depth):
             raise PlanBypassed(
                 f"a pass of {self.name} over {now.call.columns} columns ended and the plan was not"

@@ -24,9 +24,10 @@ from qwen_scope_lens.models.layers import (
 )
 from qwen_scope_lens.models.tokens import Document, encode, find_tokenizer
 from qwen_scope_lens.steering.hooks import steer
-from qwen_scope_lens.steering.plan import Plan, check_seed, shown
+from qwen_scope_lens.steering.plan import Plan, check_seed
 from qwen_scope_lens.steering.readers import SAEs, with_readers
 from qwen_scope_lens.steering.report import Report
+from qwen_scope_lens.steering.where import shown
 
 __all__ = ["Continuation", "Sampling", "continue_batch", "encode_prompts", "generate"]
 

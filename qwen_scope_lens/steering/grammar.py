@@ -6,7 +6,8 @@ from decimal import Decimal, InvalidOperation
 
 from qwen_scope_lens.errors import BadPlan
 from qwen_scope_lens.steering.operations import find_operation
-from qwen_scope_lens.steering.plan import Edit, shown
+from qwen_scope_lens.steering.plan import Edit
+from qwen_scope_lens.steering.where import shown
 
 __all__ = ["parse_open_edit", "parse_strengths"]
 

@@ -62,9 +62,13 @@ def steered_lm() -> Any:
                     )
                 )
 
-        def close(self) -> None:
-            """Take the plan off the model; raise if it never acted."""
+        def release(self) -> None:
+            """Take the plan off the model."""
             self._steering.close()
+
+        def close(self) -> None:
+            """The same; raise if the plan never acted."""
+            self.release()
             if self.report is not None and not self.report.fired:
                 raise PlanNeverFired(f"the plan never fired in this evaluation\n{self.report}")
 
@@ -93,12 +97,16 @@ def evaluate(
         device=device or "cpu",
         allow_other_model=allow_other_model,
     )
-    found: dict[str, Any] = harness.simple_evaluate(
-        model=lm,
-        tasks=list(tasks),
-        task_manager=_tasks(tasks, include_path),
-        **options,
-    )
+    try:
+        found: dict[str, Any] = harness.simple_evaluate(
+            model=lm,
+            tasks=list(tasks),
+            task_manager=_tasks(tasks, include_path),
+            **options,
+        )
+    except BaseException:
+        lm.release()
+        raise
     lm.close()
     return found
 

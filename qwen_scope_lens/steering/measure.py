@@ -8,9 +8,8 @@ from dataclasses import dataclass
 
 from qwen_scope_lens.errors import BadPlan
 from qwen_scope_lens.steering.generate import Continuation
-from qwen_scope_lens.steering.plan import shown
 from qwen_scope_lens.steering.select import token_classes
-from qwen_scope_lens.steering.where import TOKEN_CLASSES
+from qwen_scope_lens.steering.where import TOKEN_CLASSES, shown
 
 __all__ = ["Measure", "share_of_class"]
 

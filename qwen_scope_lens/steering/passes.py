@@ -83,7 +83,7 @@ class _Wrapped(OfOneModel):
     """A method on the object that says when it runs. It belongs to one model and one block."""
 
     def __init__(self, watch: Watch, original: Callable[..., Any]) -> None:
-        functools.update_wrapper(self, original)
+        functools.update_wrapper(self, original)  # type: ignore[arg-type]
         self.name, self._watch, self._original = watch.name, watch, original
         self.over = False
 

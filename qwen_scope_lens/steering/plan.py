@@ -17,9 +17,9 @@ from qwen_scope_lens.address import FeatureRef
 from qwen_scope_lens.errors import BadFile, BadPlan, ScopeError
 from qwen_scope_lens.files import read_json, write_json
 from qwen_scope_lens.steering.operations import Operation, find_operation
-from qwen_scope_lens.steering.where import Where
+from qwen_scope_lens.steering.where import Where, shown
 
-__all__ = ["Edit", "Plan", "check_seed", "shown"]
+__all__ = ["Edit", "Plan", "check_seed"]
 
 FORMAT, VERSION = "qsl-plan", 1
 MADE_BY = "qsl steer --save-plan"
@@ -238,17 +238,6 @@ def check_seed(seed: object) -> int:
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
         raise BadPlan(f"seed {shown(seed)}: expected a whole number from 0 to 2^64 - 1")
     return seed
-
-
-def shown(value: object) -> str:
-    """A value for a message; of a number with thousands of digits only how long it is."""
-    if isinstance(value, int) and value.bit_length() > 128:
-        return f"a number of {value.bit_length()} bits"
-    try:
-        text = repr(value)
-    except ValueError:  # a number of more than 4,300 digits in it
-        return f"a {type(value).__name__} with a number of thousands of digits"
-    return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
 
 
 def _number(value: Any, ref: FeatureRef) -> float:

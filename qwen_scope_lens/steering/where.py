@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeAlias
 
 from qwen_scope_lens.errors import BadPlan
 
-__all__ = ["TOKEN_CLASSES", "Positions", "Where"]
+__all__ = ["TOKEN_CLASSES", "Positions", "Where", "shown"]
 
 Phase = Literal["both", "prompt", "generation"]
 PHASES = ("both", "prompt", "generation")
@@ -74,7 +74,7 @@ class Where:
                 raise BadPlan("a token id is a whole number from 0 to 2^31 - 1: found another")
         for role in self.roles:
             if not isinstance(role, str) or not role.isprintable():
-                raise BadPlan(f"role {role!r}: expected a name such as user or assistant")
+                raise BadPlan(f"role {shown(role)}: expected a name such as user or assistant")
         for name in self.classes:
             if name not in TOKEN_CLASSES:
                 raise BadPlan(f"no token class {name!r}: there are {', '.join(TOKEN_CLASSES)}")
@@ -85,7 +85,7 @@ class Where:
         if isinstance(value, Where):
             return value
         if not isinstance(value, str):
-            raise BadPlan(f"where={value!r}: expected a Where or a text such as 'prompt'")
+            raise BadPlan(f"where={shown(value)}: expected a Where or a text such as 'prompt'")
         return _parse(value)
 
     @classmethod
@@ -131,8 +131,8 @@ def _parse(text: str) -> Where:
             key, found = "token_ids", tuple(map(int, values))
         else:
             raise BadPlan(
-                f"{term!r} in {text!r} says no place: expected prompt, generation, both, first,"
-                " pos=3-8+-1, class=han, role=user or token=42, joined by commas"
+                f"{shown(term)} in {shown(text)} says no place: expected prompt, generation, both,"
+                " first, pos=3-8+-1, class=han, role=user or token=42, joined by commas"
             )
         if key in given:
             raise BadPlan(f"{text!r} says {key} twice: join values with +, as in pos=1+3")
@@ -144,7 +144,7 @@ def _parse_span(text: str) -> Span:
     """`3` or `3-8` (both ends meant) or `3-` (to the end); each number may be negative."""
     found = re.fullmatch(r"(-?\d{1,10})(?:(-)(-?\d{1,10})?)?", text)
     if found is None:
-        raise BadPlan(f"position {text!r}: expected 3, 3-8, 3- or -1")
+        raise BadPlan(f"position {shown(text)}: expected 3, 3-8, 3- or -1")
     start = int(found[1])
     if not found[2]:
         return (start, start + 1)
@@ -171,19 +171,21 @@ def _span(value: Any) -> Span:
             return (start, None)
         case (int(start), int(stop)) if -MOST < start < stop < MOST and (start >= 0 or stop <= 0):
             return (start, stop)
-    said = repr(value) if _prints(value) else "a number of thousands of digits"
     raise BadPlan(
-        f"position {said}: expected whole numbers or forward ranges with step 1, wholly from the"
-        " start (0, 3) or wholly from the end of the prompt (-3, 0)"
+        f"position {shown(value)}: expected whole numbers or forward ranges with step 1, wholly"
+        " from the start (0, 3) or wholly from the end of the prompt (-3, 0)"
     )
 
 
-def _prints(value: Any) -> bool:
-    """Whether Python would write it out: not so for whole numbers of more than 4,300 digits."""
+def shown(value: object) -> str:
+    """A value for a message; of a number with thousands of digits only how long it is."""
+    if isinstance(value, int) and value.bit_length() > 128:
+        return f"a number of {value.bit_length()} bits"
     try:
-        return len(repr(value)) < 200
-    except ValueError:
-        return False
+        text = repr(value)
+    except ValueError:  # a number of more than 4,300 digits in it
+        return f"a {type(value).__name__} with a number of thousands of digits"
+    return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
 
 
 def _listed(value: Any) -> Any:
