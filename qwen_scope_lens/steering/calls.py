@@ -149,8 +149,9 @@ class Watch(OfOneModel):
     def at_layer(self, layer: int, module: Any, kwargs: dict[str, Any]) -> Pass | None:
         """The pass to which this run of a layer belongs.
 
-        Gradient checkpointing runs layers again during the backward pass, maybe in a thread of
-        autograd's: they are known by the position embeddings, which every pass computes anew.
+        Gradient checkpointing may run layers and their hooks again during the backward pass, in a
+        thread of autograd's: they are known by the position embeddings, of which every pass has
+        its own.
         """
         now = self.thread.now
         positions = kwargs.get("position_embeddings")
