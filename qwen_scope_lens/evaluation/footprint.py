@@ -16,6 +16,7 @@ import numpy as np
 from scipy.sparse import csr_matrix, spmatrix
 
 from qwen_scope_lens.errors import StoreMismatch, TooLittleData
+from qwen_scope_lens.features.pool import canonical
 
 __all__ = ["Footprint", "check_comparable", "footprint"]
 
@@ -78,9 +79,7 @@ def footprint(
     position: str = "last",
 ) -> Footprint:
     """A footprint from activations or booleans `[n_items, d_sae]`: whatever is above zero."""
-    fires = csr_matrix(items) > 0
-    matrix = csr_matrix(fires, dtype=np.float32)
-    matrix.sort_indices()
+    matrix = canonical(csr_matrix(canonical(items) > 0, dtype=np.float32))
     n_items = matrix.shape[0]
     if n_items == 0:
         raise TooLittleData(f"benchmark {name!r} has no items: there is nothing to measure")

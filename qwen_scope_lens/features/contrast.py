@@ -18,6 +18,7 @@ import numpy as np
 
 from qwen_scope_lens.errors import TooLittleData
 from qwen_scope_lens.features.exact_tail import scores_of, upper_tail
+from qwen_scope_lens.features.pool import canonical
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
@@ -106,9 +107,7 @@ class RankSums:
     """The ranks of every column, made once and summed for as many labellings as wanted."""
 
     def __init__(self, pooled: csr_matrix) -> None:
-        self.pooled = pooled.astype(np.float64).tocsc()
-        self.pooled.sum_duplicates()
-        self.pooled.eliminate_zeros()
+        self.pooled = canonical(pooled).astype(np.float64).tocsc()
         if self.pooled.nnz and self.pooled.data.min() < 0:
             raise ValueError("activations are never negative")
         n, self._size = pooled.shape[0], pooled.shape[1]
