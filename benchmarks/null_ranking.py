@@ -94,12 +94,12 @@ def measure(shape: Shape) -> None:
                 q = false_discovery_control(p, axis=0, method=method)
                 counts += (q <= 0.05).sum(0).tolist()
     low, high = shape.rates
-    print(f"\n{shape.n_positive} against {shape.n_negative:,}, {int(tested.sum()):,} tested features"
-          f" of {shape.features:,}, rates {low:g} to {high:g}, {shape.values};"
+    print(f"\n{shape.n_positive} against {shape.n_negative:,}, {int(tested.sum()):,} tested"
+          f" features of {shape.features:,}, rates {low:g} to {high:g}, {shape.values};"
           f" {shape.labellings} labellings")  # fmt: skip
     for kind in kinds:
         cells = "  ".join(
-            f"{method.upper()}: any in {np.mean([c > 0 for c in counts]):6.1%}, at most {max(counts)}"
+            f"{method.upper()}: any in {np.mean(np.array(counts) > 0):6.1%}, at most {max(counts)}"
             for method, counts in passed[kind].items()
         )
         allowed = int(tested.sum()) * shape.labellings * np.array(LIMITS)

@@ -18,7 +18,10 @@ from scipy.sparse import csr_matrix, spmatrix
 from qwen_scope_lens.errors import StoreMismatch, TooLittleData
 from qwen_scope_lens.features.pool import canonical
 
-__all__ = ["Footprint", "check_comparable", "footprint"]
+__all__ = ["SATURATED", "Footprint", "check_comparable", "footprint", "saturated"]
+
+SATURATED = 0.5
+"""Share of the dictionary from which a footprint says little about its benchmark."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +55,12 @@ class Footprint:
     def size(self) -> int:
         """|F(D)|"""
         return len(self.features)
+
+    @property
+    def share(self) -> float:
+        """Of the dictionary: what a footprint covers by chance of one that has nothing in common
+        with it, if all features were as likely."""
+        return self.size / self.d_sae
 
     @cached_property
     def compact(self) -> csr_matrix:
@@ -92,6 +101,18 @@ def footprint(
     if len(keys) != n_items:
         raise ValueError(f"{name}: {n_items} items but {len(keys)} keys")
     return Footprint(name, matrix, keys, sae, position)
+
+
+def saturated(footprints: Sequence[Footprint]) -> list[str]:
+    """A warning for every footprint that uses most of its dictionary."""
+    return [
+        f"{f.name}: saturated, its {len(f):,} items use {f.size:,} of the dictionary's {f.d_sae:,}"
+        f" features. By chance alone it would cover {f.share:.2f} of any other footprint, so"
+        " overlaps with it and its R-hat say little: take a wider SAE, fewer items, or another"
+        " position"
+        for f in footprints
+        if f.share > SATURATED
+    ]
 
 
 def check_comparable(*footprints: Footprint) -> None:

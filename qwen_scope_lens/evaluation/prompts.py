@@ -13,10 +13,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+
 from qwen_scope_lens.errors import BadCorpus
 from qwen_scope_lens.features.corpus import Document, read_rows
 
-__all__ = ["COLUMNS", "PromptFormat", "read_prompts", "rendered"]
+__all__ = ["COLUMNS", "PromptFormat", "read_prompts", "rendered", "sampled"]
 
 COLUMNS = ("prompt", "question", "text", "input", "problem")
 """Tried in this order when neither a column nor a template is given."""
@@ -51,6 +53,18 @@ def read_prompts(path: str | os.PathLike[str], how: PromptFormat) -> Iterator[Do
             yield Document(str(named), text, None, {})
     if not count:
         raise BadCorpus(f"{path} has no items")
+
+
+def sampled(n: int, limit: int | None, seed: int = 0) -> list[int]:
+    """At most `limit` of 0..n-1, drawn by lot without replacement, ascending.
+
+    A simple random sample, also over the subtasks of a group: equations 4 and 7 are about random
+    subsets, and the first items of a file are none (the first of MMLU are all of one subject).
+    """
+    if limit is None or limit >= n:
+        return list(range(n))
+    numbers = np.random.default_rng(seed).choice(n, limit, replace=False)
+    return [int(number) for number in np.sort(numbers)]
 
 
 def rendered(row: Mapping[str, Any], how: PromptFormat, where: str) -> str:
