@@ -78,6 +78,8 @@ def test_what_a_suite_refuses(suite: Suite, model: object, tmp_path: Path) -> No
     one = suite["sums"]
     with pytest.raises(UnknownName, match="expected last"):
         one.footprint(3, "middle")
+    with pytest.raises(UnknownName, match="expected last"):
+        one.footprint(3, "-" + "9" * 5000)
     with pytest.raises(BadCorpus, match="has no -40"):
         one.footprint(3, "-40")
     with pytest.raises(ScopeError, match="layer 5"):
@@ -241,6 +243,7 @@ def test_prompts_from_rows(tmp_path: Path) -> None:
         (PromptFormat(template="{choices[7]}"), "IndexError"),
         (PromptFormat(template="{n.__class__}"), "is no column"),
         (PromptFormat(template="{"), "does not fit"),
+        (PromptFormat(template="{n:>999999999999}"), "at most 9999"),
         (PromptFormat(column="answer"), "no column 'answer'"),
         (PromptFormat(column="choices"), "expected a text"),
     ):
@@ -253,6 +256,9 @@ def test_prompts_from_rows(tmp_path: Path) -> None:
     with pytest.raises(BadCorpus, match="no items"):
         list(read_prompts(path, PromptFormat()))
     path.write_text(json.dumps(row) + "\n", "ascii")
+    halves = tmp_path / "halves.jsonl"
+    halves.write_text('{"prompt": "a", "id": "\\ud800"}\n{"prompt": "b", "id": 7}\n', "ascii")
+    assert [d.key for d in read_prompts(halves, PromptFormat())] == ["\ufffd", "7"]
     [chat] = read_prompts(path, PromptFormat(chat=True))
     assert chat.messages == ({"role": "user", "content": "2 {+} 2?"},)
 
@@ -382,6 +388,7 @@ def test_the_command_line(suite: Suite, tmp_path: Path, capsys: pytest.CaptureFi
             "two benchmarks",
         ),
         ([*extract, "--layers", "x", "--out", "x"], "no list of layers"),
+        ([*extract, "--layers", "9" * 5000, "--out", "x"], "no list of layers"),
         (
             ["bench", "extract", "none.jsonl", *with_mini, "--layer", "0", "--out", "x"],
             "not exist",

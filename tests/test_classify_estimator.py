@@ -234,6 +234,8 @@ def test_bad_input() -> None:
         {"rule": "and"},
         {"top_k": 0},
         {"threshold": -1.0},
+        {"threshold": float("inf")},
+        {"threshold": 1e300},
         {"layer": "best"},
         {"at_least": 0},
     ):

@@ -124,6 +124,15 @@ def test_tables_of_scores(tmp_path: Path) -> None:
     assert found.table.tolist() == [[0.5], [1.0]]
 
 
+@pytest.mark.parametrize("line", ["null", "[]", "3", '"model"', '{"model": "\\ud800", "b": 1}'])
+def test_lines_that_are_no_rows_are_refused(tmp_path: Path, line: str) -> None:
+    """pyarrow's reader ends the whole process on some of them."""
+    path = tmp_path / "t.jsonl"
+    path.write_text(f'{{"model": "m", "b": 1}}\n{line}\n')
+    with pytest.raises(BadFile, match=r"line 2 is no JSON object|cannot be read"):
+        read_scores(path)
+
+
 def test_ids_are_names_not_numbers(tmp_path: Path) -> None:
     """007 of a file of prompts is 007 of its scores; a number of Parquet is no fraction."""
     path = tmp_path / "long.csv"
@@ -156,12 +165,14 @@ def test_ids_are_names_not_numbers(tmp_path: Path) -> None:
         ("model,b\nm,nan\nn,1\n", "lacks a number in 1 of 2"),
         ("model,b\nm,-inf\nn,1\n", "lacks a number in 1 of 2"),
         (f"model,b\nm,{'9' * 5000}\nn,1\n", "lacks a number in 1 of 2"),
+        ("model,b\nm,1e308\nn,1\n", "1e.308, which is no score"),
+        (b"model,b\xff\nm,1\n", "cannot be read"),
         (f"model,b\nm,{'x' * 5000}\nn,1\n", r"no number.*\.\.\.$"),
     ],
 )
-def test_bad_tables_say_what_is_wrong(tmp_path: Path, content: str, message: str) -> None:
+def test_bad_tables_say_what_is_wrong(tmp_path: Path, content: str | bytes, message: str) -> None:
     path = tmp_path / "t.csv"
-    path.write_text(content, "utf-8")
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
     with pytest.raises((BadFile, TooLittleData), match=message):
         read_scores(path)
     with pytest.raises(BadFile, match="ends in"):

@@ -24,6 +24,8 @@ from qwen_scope_lens.features.pool import canonical
 
 __all__ = ["FeatureRuleClassifier"]
 
+MOST = float(np.finfo(np.float32).max)
+
 
 class FeatureRuleClassifier(ClassifierMixin, BaseEstimator):
     """Two classes told apart by which features fire; the second of `classes_` is the positive one.
@@ -279,8 +281,10 @@ class FeatureRuleClassifier(ClassifierMixin, BaseEstimator):
                 continue
             if not isinstance(value, (int, np.integer)) or value < 1:
                 raise BadPlan(f"{name}={value!r}: expected a whole number from 1")
-        if not self.threshold >= 0:
-            raise BadPlan(f"threshold={self.threshold!r}: expected 0 or more, values of features")
+        if not 0 <= self.threshold <= MOST:
+            raise BadPlan(
+                f"threshold={self.threshold!r}: expected 0 or more, a value that a feature can have"
+            )
 
 
 def _are_stores(X: Any) -> bool:

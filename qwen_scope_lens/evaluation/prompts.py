@@ -8,6 +8,7 @@ row's columns, with or without the chat template. Tasks of lm-eval are rendered 
 from __future__ import annotations
 
 import os
+import re
 import string
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -46,11 +47,11 @@ def read_prompts(path: str | os.PathLike[str], how: PromptFormat) -> Iterator[Do
     count = 0
     for count, (where, row) in enumerate(read_rows(path, split=how.split), start=1):
         text = rendered(row, how, where)
-        named = next((row[k] for k in KEYS if row.get(k) is not None), count - 1)
+        named = _utf8(str(next((row[k] for k in KEYS if row.get(k) is not None), count - 1)))
         if how.chat:
-            yield Document(str(named), None, ({"role": "user", "content": text},), {})
+            yield Document(named, None, ({"role": "user", "content": text},), {})
         else:
-            yield Document(str(named), text, None, {})
+            yield Document(named, text, None, {})
     if not count:
         raise BadCorpus(f"{path} has no items")
 
@@ -96,6 +97,11 @@ def rendered(row: Mapping[str, Any], how: PromptFormat, where: str) -> str:
         text = row[column]
     if not text.strip():
         raise BadCorpus(f"{where}: the prompt is empty")
+    return _utf8(text)
+
+
+def _utf8(text: str) -> str:
+    """Half characters, which no file can hold, replaced."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
@@ -106,3 +112,8 @@ class _Strict(string.Formatter):
         if "." in field_name or not field_name or field_name.isdecimal():
             raise ValueError(f"{{{field_name}}} is no column: write {{name}} or {{name[0]}}")
         return super().get_field(field_name, args, kwargs)
+
+    def format_field(self, value: Any, format_spec: str) -> Any:
+        if re.search(r"\d{5}", format_spec):
+            raise ValueError(f"a width or precision of {format_spec[:20]}: at most 9999")
+        return super().format_field(value, format_spec)

@@ -20,6 +20,8 @@ from qwen_scope_lens.errors import BadFile, StoreMismatch, TooLittleData, Unknow
 
 __all__ = ["Scores", "read_scores"]
 
+MOST = 1e100
+"""Beyond it a correlation overflows."""
 LONG = ("model", "benchmark", "item", "correct")
 
 
@@ -161,13 +163,24 @@ def _read(place: Path) -> Any:
     if not place.is_file():
         raise BadFile(f"{place} does not exist")
     try:
+        if place.suffix.lower() in (".jsonl", ".ndjson"):
+            _only_objects(place)
         table = readers[place.suffix.lower()](place)
+        names = table.column_names
     except (pa.ArrowException, OSError, UnicodeError) as error:
         raise BadFile(f"{place} cannot be read as a table: {error}") from error
-    twice = sorted({c for c in table.column_names if table.column_names.count(c) > 1})
+    twice = sorted({c for c in names if names.count(c) > 1})
     if twice:
         raise BadFile(f"{place} has more than one column {', '.join(twice)}: which one counts?")
     return table
+
+
+def _only_objects(place: Path) -> None:
+    """Raise unless every line begins as an object does: on others pyarrow's reader may crash."""
+    with place.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip() and not line.lstrip().startswith(b"{"):
+                raise BadFile(f"{place}, line {number} is no JSON object with columns")
 
 
 def _names(place: Path, name: str, column: Any) -> list[str]:
@@ -188,6 +201,8 @@ def _numbers(place: Path, name: str, column: Any) -> np.ndarray:
     if not np.isfinite(values).all():
         missing = int((~np.isfinite(values)).sum())
         raise BadFile(f"{place}: column {name} lacks a number in {missing} of {len(values)} rows")
+    if len(values) and np.abs(values).max() > MOST:
+        raise BadFile(f"{place}: column {name} has {np.abs(values).max():g}, which is no score")
     return values
 
 

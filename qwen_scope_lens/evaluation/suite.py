@@ -208,8 +208,8 @@ def read_footprint(
 
 
 def _steps_back(position: str) -> int:
-    if not re.fullmatch(r"-[1-9]\d*", position):
-        raise UnknownName(f"position {position!r}: expected last, -2, -3, ... or any")
+    if not re.fullmatch(r"-[1-9][0-9]{0,11}", position):
+        raise UnknownName(f"position {position[:40]!r}: expected last, -2, -3, ... or any")
     return -int(position)
 
 

@@ -71,6 +71,8 @@ def run(arguments: argparse.Namespace) -> int:
             layers = layer_list(layers)
         except argparse.ArgumentTypeError as error:
             raise BadCorpus(str(error)) from error
+        except ValueError as error:  # thousands of digits
+            raise BadCorpus(f"--layers {layers[:40]}: no list of layers such as 0-3,7") from error
     suite = extract_suite(
         prompts,
         model=arguments.model or find_group(arguments.sae).backbone.model_id,
