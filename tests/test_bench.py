@@ -92,6 +92,8 @@ def test_what_a_suite_refuses(suite: Suite, model: object, tmp_path: Path) -> No
         open_benchmark(tmp_path / "x")
     with pytest.raises(BadCorpus, match="cannot name"):
         extract_suite({"a/b": items(["x"])}, model, GROUP, [6], tmp_path)
+    with pytest.raises(BadCorpus, match="cannot name"):
+        extract_suite({"a\udc80": items(["x"])}, model, GROUP, [6], tmp_path)
     with pytest.raises(BadCorpus, match="no items"):
         extract_suite({"a": []}, model, GROUP, [6], tmp_path)
     with pytest.raises(ScopeError, match="limit is"):
@@ -256,6 +258,8 @@ def test_prompts_from_rows(tmp_path: Path) -> None:
     with pytest.raises(BadCorpus, match="no items"):
         list(read_prompts(path, PromptFormat()))
     path.write_text(json.dumps(row) + "\n", "ascii")
+    with pytest.raises(BadCorpus, match="half a character"):
+        list(read_prompts(path, PromptFormat(template="\udc80{n}")))
     halves = tmp_path / "halves.jsonl"
     halves.write_text('{"prompt": "a", "id": "\\ud800"}\n{"prompt": "b", "id": 7}\n', "ascii")
     assert [d.key for d in read_prompts(halves, PromptFormat())] == ["\ufffd", "7"]

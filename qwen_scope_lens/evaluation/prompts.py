@@ -44,6 +44,8 @@ def read_prompts(path: str | os.PathLike[str], how: PromptFormat) -> Iterator[Do
     """The prompts of a file, a folder of `datasets`, or a dataset on the hub."""
     if how.column and how.template:
         raise BadCorpus("pass a column or a template, not both")
+    if any(_utf8(part) != part for part in (how.column or "", how.template or "")):
+        raise BadCorpus("the column or the template has half a character, which no text can hold")
     count = 0
     for count, (where, row) in enumerate(read_rows(path, split=how.split), start=1):
         text = rendered(row, how, where)

@@ -115,7 +115,8 @@ def _prompts(arguments: argparse.Namespace) -> tuple[dict[str, list[Any]], dict[
         everything = list(read_prompts(source, how))
         chosen = sampled(len(everything), arguments.limit, arguments.seed)
         prompts[name] = [everything[i] for i in chosen]
-        facts[name] = {"source": source, **how.facts(), **draw}
+        said = source.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+        facts[name] = {"source": said, **how.facts(), **draw}
         facts[name] |= {"drawn_from": len(everything)} if draw else {}
     if arguments.tasks:
         from qwen_scope_lens.evaluation.lm_tasks import task_prompts
