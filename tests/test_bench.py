@@ -15,7 +15,7 @@ from qwen_scope_lens.cli import main
 from qwen_scope_lens.errors import BadCorpus, BadFile, ScopeError, StoreMismatch, UnknownName
 from qwen_scope_lens.evaluation.analysis import analyse, performance
 from qwen_scope_lens.evaluation.candidates import footprint_like
-from qwen_scope_lens.evaluation.prompts import PromptFormat, read_prompts, rendered
+from qwen_scope_lens.evaluation.prompts import PromptFormat, read_prompts, rendered, sampled
 from qwen_scope_lens.evaluation.report import save_report
 from qwen_scope_lens.evaluation.scores import Scores
 from qwen_scope_lens.evaluation.suite import Suite, extract_suite, open_benchmark, open_suite
@@ -78,6 +78,8 @@ def test_what_a_suite_refuses(suite: Suite, model: object, tmp_path: Path) -> No
     one = suite["sums"]
     with pytest.raises(UnknownName, match="expected last"):
         one.footprint(3, "middle")
+    with pytest.raises(UnknownName, match="expected last"):
+        one.footprint(3, "-" + "9" * 5000)
     with pytest.raises(BadCorpus, match="has no -40"):
         one.footprint(3, "-40")
     with pytest.raises(ScopeError, match="layer 5"):
@@ -90,6 +92,8 @@ def test_what_a_suite_refuses(suite: Suite, model: object, tmp_path: Path) -> No
         open_benchmark(tmp_path / "x")
     with pytest.raises(BadCorpus, match="cannot name"):
         extract_suite({"a/b": items(["x"])}, model, GROUP, [6], tmp_path)
+    with pytest.raises(BadCorpus, match="cannot name"):
+        extract_suite({"a\udc80": items(["x"])}, model, GROUP, [6], tmp_path)
     with pytest.raises(BadCorpus, match="no items"):
         extract_suite({"a": []}, model, GROUP, [6], tmp_path)
     with pytest.raises(ScopeError, match="limit is"):
@@ -174,6 +178,64 @@ def test_analysis_and_report(suite: Suite, tmp_path: Path) -> None:
     assert float(rows["r.agreement.csv"][0]["r"]) <= 1
 
 
+def test_scores_belong_to_the_items_that_were_read(suite: Suite) -> None:
+    """By id where there are ids: more results are left out, fewer refused; else by their number."""
+    rng = np.random.default_rng(1)
+    names = suite.names
+    sizes = {name: suite[name].store.n_docs for name in names}
+    models = ("a", "b", "c", "d")
+    results = {n: (rng.random((4, m + 5)) < 0.5).astype(float) for n, m in sizes.items()}
+    for matrix in results.values():  # items that nobody read: they would turn the ranking round
+        matrix[:, -5:] = [[1.0], [0.0], [0.0], [0.0]]
+        matrix[:, :2] = [[0, 0], [0, 1], [1, 0], [1, 1]]
+    ids = {n: tuple(map(str, range(m + 5))) for n, m in sizes.items()}
+    table = np.stack([results[n].mean(1) for n in names], axis=1)
+    scores = Scores(models, names, table, results, ids)
+    said: list[str] = []
+    found = analyse(suite, 6, scores=scores, draws=5, say=said.append)
+    assert [a.n_items for a in found.agreement] == [sizes[n] for n in names]
+    assert any("5 of 25 scored items were not extracted" in line for line in said)
+    assert found.provenance["scored items left out"] == dict.fromkeys(names, 5)
+    matched = scores.matched({names[0]: suite[names[0]].footprint(6).keys})
+    assert matched.table[:, 0].tolist() == results[names[0]][:, :-5].mean(1).tolist()
+    assert matched.table[:, 1].tolist() == table[:, 1].tolist()
+    first = names[0]
+    for wrong, message in (
+        # without ids only the number can be compared
+        (Scores(models, names, table, results), r"has 50 items, the scores 55"),
+        (Scores(models, names, table, results | {first: results[first][:, :30]},
+                ids | {first: ids[first][:30]}), r"50 items, the scores 30, and 20 items"),
+        (Scores(models, names, table, results, ids | {first: tuple(f"q{i}" for i in range(55))}),
+         r"50 items of the footprint have no result, the first of them '0'.*'q0'"),
+    ):  # fmt: skip
+        with pytest.raises(StoreMismatch, match=message):
+            analyse(suite, 6, scores=wrong, draws=5)
+    several = Scores(("m", "n"), ("x",), np.zeros((2, 1)), {"x": np.eye(2)}, {"x": ("3", "4")})
+    assert several.matched({"x": ["4/0", "4/1"]}).results["x"].tolist() == [[0.0], [1.0]]
+
+
+def test_a_limit_draws_by_lot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Seeded, from the whole file, with the items' own ids; the draw is kept with the benchmark."""
+    source = tmp_path / "many.jsonl"
+    source.write_text("\n".join(json.dumps({"prompt": f"{i} + 1 ="}) for i in range(80)), "utf-8")
+    keys = []
+    for seed in (0, 0, 1):
+        out = tmp_path / f"s{len(keys)}"
+        words = ["bench", "extract", str(source), "--model", "mini-qwen3", "--sae", GROUP,
+                 "--layer", "0", "--out", str(out), "--limit", "9"]  # fmt: skip
+        assert main([*words, "--seed", str(seed), "--quiet"]) == 0
+        one = open_benchmark(out / "many")
+        assert (one.facts["limit"], one.facts["seed"], one.facts["drawn_from"]) == (9, seed, 80)
+        documents = one.store.documents(["key", "text"]).to_pylist()
+        assert all(row["text"] == f"{row['key']} + 1 =" for row in documents)
+        keys.append([int(row["key"]) for row in documents])
+    assert keys[0] == keys[1] == sorted(keys[0])
+    assert keys[2] != keys[0]
+    assert max(keys[0] + keys[2]) > 40
+    assert len(set(keys[0])) == 9
+    assert sampled(5, 9, 0) == sampled(5, None, 3) == [0, 1, 2, 3, 4]
+
+
 def test_prompts_from_rows(tmp_path: Path) -> None:
     row = {"question": "2 {+} 2?", "choices": ["3", "4"], "n": 5, "half": "\ud83d"}
     template = PromptFormat(template="{{Q}} {question}\nA. {choices[0]} ({n:03d}) {half}")
@@ -183,6 +245,7 @@ def test_prompts_from_rows(tmp_path: Path) -> None:
         (PromptFormat(template="{choices[7]}"), "IndexError"),
         (PromptFormat(template="{n.__class__}"), "is no column"),
         (PromptFormat(template="{"), "does not fit"),
+        (PromptFormat(template="{n:>999999999999}"), "at most 9999"),
         (PromptFormat(column="answer"), "no column 'answer'"),
         (PromptFormat(column="choices"), "expected a text"),
     ):
@@ -195,6 +258,11 @@ def test_prompts_from_rows(tmp_path: Path) -> None:
     with pytest.raises(BadCorpus, match="no items"):
         list(read_prompts(path, PromptFormat()))
     path.write_text(json.dumps(row) + "\n", "ascii")
+    with pytest.raises(BadCorpus, match="half a character"):
+        list(read_prompts(path, PromptFormat(template="\udc80{n}")))
+    halves = tmp_path / "halves.jsonl"
+    halves.write_text('{"prompt": "a", "id": "\\ud800"}\n{"prompt": "b", "id": 7}\n', "ascii")
+    assert [d.key for d in read_prompts(halves, PromptFormat())] == ["\ufffd", "7"]
     [chat] = read_prompts(path, PromptFormat(chat=True))
     assert chat.messages == ({"role": "user", "content": "2 {+} 2?"},)
 
@@ -245,6 +313,51 @@ def test_lm_eval_renders_its_own_prompts(
         task_prompts(["lands"], tmp_path / "none")
 
 
+GROUP_OF_TASKS = """
+group: places
+task: [north, south]
+aggregate_metric_list: [{metric: acc}]
+"""
+
+
+def test_a_group_of_lm_eval_is_one_benchmark(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Items keep their subtask and their number, and a limit draws from all subtasks."""
+    pytest.importorskip("lm_eval")
+    from qwen_scope_lens.evaluation.lm_tasks import task_prompts
+
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    lands = list(CAPITALS.items())
+    parts = {"north": lands[:20], "south": lands[20:32]}
+    for name, rows in parts.items():
+        data = tmp_path / f"{name}.jsonl"
+        lines = [json.dumps({"land": land, "city": city}) for land, city in rows]
+        data.write_text("\n".join(lines), "utf-8")
+        task = TASK.format(data=data, kind="generate_until", target='"{{city}}"', more="")
+        (tmp_path / f"{name}.yaml").write_text(task.replace("task: lands", f"task: {name}"))
+    (tmp_path / "places.yaml").write_text(GROUP_OF_TASKS)
+    [(name, documents)] = task_prompts(["places"], tmp_path).items()
+    assert name == "places"
+    expected = {
+        f"{part}/{i}": f"The capital of {land} is"
+        for part, rows in parts.items()
+        for i, (land, _) in enumerate(rows)
+    }
+    assert {d.key: d.text for d in documents} == expected
+    drawn = task_prompts(["places"], tmp_path, limit=12, seed=3)["places"]
+    assert len(drawn) == 12
+    assert all(d.text == expected[d.key] for d in drawn)  # numbers of the task, not of the draw
+    assert {d.key.split("/")[0] for d in drawn} == set(parts)
+    again = task_prompts(["places"], tmp_path, limit=12, seed=3)["places"]
+    assert [d.key for d in again] == [d.key for d in drawn]
+    apart = task_prompts(["places"], tmp_path, apart=True)
+    assert {n: [d.key for d in docs] for n, docs in apart.items()} == {
+        part: [str(i) for i in range(len(rows))] for part, rows in parts.items()
+    }
+    assert list(task_prompts(["north"], tmp_path, limit=5)) == ["north"]
+
+
 def test_the_command_line(suite: Suite, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = str(suite.folder)
     assert main(["bench", "redundancy", folder, "--layer", "3", "--json"]) == 0
@@ -279,6 +392,7 @@ def test_the_command_line(suite: Suite, tmp_path: Path, capsys: pytest.CaptureFi
             "two benchmarks",
         ),
         ([*extract, "--layers", "x", "--out", "x"], "no list of layers"),
+        ([*extract, "--layers", "9" * 5000, "--out", "x"], "no list of layers"),
         (
             ["bench", "extract", "none.jsonl", *with_mini, "--layer", "0", "--out", "x"],
             "not exist",

@@ -263,6 +263,25 @@ def test_predicting_goes_on_where_it_stopped(
     assert predict_module.predict_data(fitted, str(corpus), broken) == len(lines_of(broken))
 
 
+def test_labels_that_are_objects_are_written(
+    store: FeatureStore, corpus: Path, tmp_path: Path
+) -> None:
+    """Of a store and of texts alike: names in an array of objects, as pandas gives them."""
+    known = np.array([value is not None for value in store.labels("chinese")])
+    names = np.where(store.labels("chinese")[known].astype(bool), "zh", "other").astype(object)
+    X = pool_layers(store, docs=np.flatnonzero(known))
+    clf = FeatureRuleClassifier().fit(X, names)
+    again = FeatureRuleClassifier.load(clf.save(tmp_path / "clf.json"))
+    assert again.predict(X).dtype == clf.predict(X).dtype == object
+    for data in (store.path, corpus):
+        out = tmp_path / "out.jsonl"
+        predict_module.predict_data(again, str(data), out)
+        found = [json.loads(line)["predicted"] for line in lines_of(out)]
+        assert set(found) <= {"zh", "other"}
+        assert [found[i] for i in np.flatnonzero(known)] == clf.predict(X).tolist()
+        out.unlink()
+
+
 def lines_of(path: Path) -> list[str]:
     return path.read_text("utf-8").splitlines()
 

@@ -24,6 +24,8 @@ from sklearn.utils.estimator_checks import check_estimator
 from qwen_scope_lens.classification.estimator import FeatureRuleClassifier
 from qwen_scope_lens.classification.pooled import LayerFacts, Pooled, Source, stack_layers
 from qwen_scope_lens.classification.rules import RULES, f1_of
+from qwen_scope_lens.classification.select import rate_differences
+from qwen_scope_lens.compare.match import match_activations
 from qwen_scope_lens.errors import (
     BadFile,
     BadPlan,
@@ -31,6 +33,9 @@ from qwen_scope_lens.errors import (
     StoreMismatch,
     TooLittleData,
 )
+from qwen_scope_lens.evaluation.footprint import footprint
+from qwen_scope_lens.features.contrast import contrast
+from qwen_scope_lens.synthesis.coverage import documents_firing
 
 SAE = "mini-qwen3/w1k-l0-16"
 D_SAE = 1024
@@ -229,6 +234,8 @@ def test_bad_input() -> None:
         {"rule": "and"},
         {"top_k": 0},
         {"threshold": -1.0},
+        {"threshold": float("inf")},
+        {"threshold": 1e300},
         {"layer": "best"},
         {"at_least": 0},
     ):
@@ -259,3 +266,112 @@ def test_every_layer_at_once_is_every_layer_alone() -> None:
             assert clf.features_ == alone.features_
             assert np.array_equal(clf.decision_function(X), alone.decision_function(X))
             assert clf.classes_.tolist() == alone.classes_.tolist()
+
+
+def untidy(dense: np.ndarray, seed: int = 0) -> csr_matrix:
+    """The same values with cells in two parts, rows out of order, stored zeros and 64-bit indices:
+    all of it allowed by SciPy, where the value of a cell is the sum of its parts."""
+    rng = np.random.default_rng(seed)
+    rows, columns = np.nonzero(np.ones_like(dense))
+    values = dense[rows, columns]
+    rows, columns = np.tile(rows, 2), np.tile(columns, 2)
+    values = np.concatenate([values + 1, -np.ones_like(values)])  # of a zero: 1 and -1
+    order = rng.permutation(len(rows))
+    order = order[np.argsort(rows[order], kind="stable")]
+    starts = np.concatenate([[0], np.bincount(rows, minlength=len(dense)).cumsum()])
+    found = csr_matrix(dense.shape, dtype=dense.dtype)
+    found.data, found.indices, found.indptr = (
+        values[order], columns[order].astype(np.int64), starts.astype(np.int64),
+    )  # fmt: skip
+    np.testing.assert_array_equal(found.toarray(), dense)
+    return found
+
+
+def same_arrays(X: csr_matrix, before: list[np.ndarray]) -> bool:
+    now = (X.data, X.indices, X.indptr)
+    return all(np.array_equal(a, b) for a, b in zip(before, now, strict=True))
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("threshold", [0.0, 1.5])
+def test_a_matrix_with_cells_in_parts_is_its_sum(rule: str, threshold: float) -> None:
+    """Firing rates, rules and decisions as on the dense array; the caller's matrix stays."""
+    rng = np.random.default_rng(1)
+    dense = (rng.integers(0, 4, (60, 7)) * (rng.random((60, 7)) < 0.4)).astype(np.float32)
+    y = rng.random(60) < 0.3 + 0.5 * (dense[:, 3] > 0)
+    X = untidy(dense)
+    before = [part.copy() for part in (X.data, X.indices, X.indptr)]
+    one, other = (
+        FeatureRuleClassifier(rule, top_k=3, threshold=threshold).fit(x, y) for x in (dense, X)
+    )
+    assert other.features_ == one.features_
+    assert np.array_equal(other.differences_, one.differences_)
+    np.testing.assert_allclose(other.decision_function(X), one.decision_function(dense), 1e-12)
+    assert same_arrays(X, before)
+    source = Source("mini-qwen3", (LayerFacts(f"{SAE}/2", 7, 4, "a"),))
+    named = [
+        FeatureRuleClassifier(rule, top_k=3, threshold=threshold).fit(stack_layers([x], source), y)
+        for x in (csr_matrix(dense), X)
+    ]
+    assert np.array_equal(named[0].differences_, named[1].differences_)
+    assert same_arrays(X, before)
+
+
+def test_cells_in_parts_everywhere_else() -> None:
+    """Rankings, footprints, coverage and matches count cells, not what is stored of them."""
+    rng = np.random.default_rng(2)
+    dense = rng.integers(0, 3, (80, 12)).astype(np.float32)
+    X, plain, positive = untidy(dense), csr_matrix(dense), rng.random(80) < 0.4
+    before = X.data.copy()
+    for name, values in vars(contrast(plain, positive)).items():
+        np.testing.assert_array_equal(getattr(contrast(X, positive), name), values, err_msg=name)
+    assert (footprint("b", X).items != footprint("b", plain).items).nnz == 0
+    assert footprint("b", X).counts.tolist() == (dense > 0).sum(0).tolist()
+    assert documents_firing(X, 1.0).tolist() == (dense > 1).sum(0).tolist()
+    assert rate_differences(X, positive, 1.0).tolist() == (
+        rate_differences(plain, positive, 1.0).tolist()
+    )
+    one, other = match_activations(X, plain), match_activations(plain, plain)
+    np.testing.assert_array_equal(one.score, other.score)
+    assert np.array_equal(X.data, before)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        np.array(["a", "bcd"], dtype=object),
+        np.array(["a", "bcd"]),
+        np.array([3, 7], dtype=np.int8),
+        np.array([False, True]),
+        np.array([0.0, 1.0], dtype=np.float32),
+    ],
+    ids=lambda names: str(names.dtype),
+)
+def test_labels_of_every_type_survive_the_file(names: np.ndarray, tmp_path: Path) -> None:
+    X, y = planted(80)
+    clf = FeatureRuleClassifier().fit(X.matrix, names[y.astype(int)])
+    path = clf.save(tmp_path / "clf.json")
+    back = FeatureRuleClassifier.load(path)
+    assert back.classes_.dtype == clf.classes_.dtype == names.dtype
+    assert back.predict(X.matrix).tolist() == clf.predict(X.matrix).tolist()
+    content = json.loads(path.read_text())
+    del content["classes_dtype"]  # a file of before
+    path.write_text(json.dumps(content))
+    assert FeatureRuleClassifier.load(path).classes_.tolist() == names.tolist()
+    for wrong in ("M8[s]", "V9", "nonsense"):
+        path.write_text(json.dumps(content | {"classes_dtype": wrong}))
+        with pytest.raises(BadFile, match="damaged"):
+            FeatureRuleClassifier.load(path)
+
+
+def test_at_least_says_what_to_change() -> None:
+    """One feature tells the classes apart, the others fire alike: a larger top_k is no way out."""
+    y = np.arange(20) < 10
+    X = np.ones((20, 4))
+    X[:, 1] = y
+    with pytest.raises(TooLittleData, match=r"only 1 is usable.*Set at_least to 1, take another"):
+        FeatureRuleClassifier("k-of-n", top_k=2, at_least=2).fit(X, y)
+    X[:, 2] = y
+    with pytest.raises(TooLittleData, match=r"at_least=3 of 2 features: take more.*top_k, now 2"):
+        FeatureRuleClassifier("k-of-n", top_k=2, at_least=3).fit(X, y)
+    assert FeatureRuleClassifier("k-of-n", top_k=2, at_least=2).fit(X, y).predict(X).sum() == 10

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import combinations
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -11,7 +13,7 @@ from scipy.sparse import csr_matrix
 from sklearn.metrics import roc_auc_score
 
 from qwen_scope_lens.errors import TooLittleData, UnknownName
-from qwen_scope_lens.features.contrast import RankSums, contrast, q_values
+from qwen_scope_lens.features.contrast import LIKELY, RankSums, contrast, q_values
 from qwen_scope_lens.features.groups import by_documents, split
 
 
@@ -37,7 +39,10 @@ def test_every_column_is_as_computed_alone(n: int, fill: float, levels: int, see
         assert found.documents[f] == (x[:, f] > 0).sum()
         if len(set(x[:, f])) > 1:
             p = stats.mannwhitneyu(a, b, method="asymptotic", use_continuity=True).pvalue
-            assert found.p_value[f] == pytest.approx(p, abs=1e-12)
+            if p >= LIKELY:
+                assert found.p_value[f] == pytest.approx(p, abs=1e-12)
+            else:
+                assert 0 < found.p_value[f] <= 1
         else:
             assert found.p_value[f] == 1
             assert found.effect[f] == 0
@@ -63,6 +68,83 @@ def test_many_labellings_at_once_are_as_one_after_the_other() -> None:
         one, q = RankSums(x).test(labels[:, run])
         np.testing.assert_allclose(auroc[:, run], one)
         np.testing.assert_allclose(p[:, run], q)
+
+
+@pytest.mark.parametrize("kind", ["different values", "two levels", "fires or not"])
+@pytest.mark.parametrize(("n", "n_positive", "fires"), [(12, 3, 5), (11, 4, 11), (13, 2, 6)])
+def test_a_small_p_is_that_of_all_labellings(
+    kind: str, n: int, n_positive: int, fires: int
+) -> None:
+    """Against every possible choice of the positive documents."""
+    rng = np.random.default_rng(n)
+    x = np.zeros(n)
+    x[rng.choice(n, fires, replace=False)] = {
+        "different values": rng.permutation(fires) + 1.0,
+        "two levels": rng.integers(1, 3, fires),
+        "fires or not": np.ones(fires),
+    }[kind]
+    every = list(combinations(range(n), n_positive))
+    labels = np.zeros((n, len(every)), dtype=bool)
+    for run, chosen in enumerate(every):
+        labels[list(chosen), run] = True
+    p = RankSums(csr_matrix(x[:, None])).test(labels)[1][0]
+    sums = stats.rankdata(x) @ labels
+    tails = [[(sums >= s - 1e-9).mean(), (sums <= s + 1e-9).mean()] for s in sums]
+    exact = np.minimum(1, 2 * np.min(tails, axis=1))
+    small = p < LIKELY
+    assert (p[small] >= 0.9 * exact[small]).all()
+    if kind == "fires or not":
+        np.testing.assert_allclose(p[small], exact[small])
+    for limit in (0.1, 0.05, 0.02):
+        assert (p <= limit).mean() <= limit
+
+
+def test_one_number_for_all_that_fire_is_fishers_test() -> None:
+    rng = np.random.default_rng(0)
+    x = csr_matrix((rng.random((400, 60)) < np.linspace(0.01, 0.99, 60)).astype(float))
+    positive = rng.permutation(400) < 30
+    found = contrast(x, positive)
+    for f in range(60):
+        table = stats.hypergeom(400, found.documents[f], 30)
+        inside = round(found.rate_positive[f] * 30)
+        exact = min(1.0, 2 * min(table.sf(inside - 1), table.cdf(inside)))
+        if found.p_value[f] < LIKELY:
+            assert found.p_value[f] == pytest.approx(exact, rel=1e-6)
+
+
+def test_without_ties_the_tail_is_not_below_scipys_exact_one() -> None:
+    rng = np.random.default_rng(2)
+    positive = np.arange(60) < 12
+    x = rng.random((60, 40)) + positive[:, None] * np.linspace(0, 1.2, 40)
+    p = contrast(csr_matrix(x), positive).p_value
+    exact = np.array([
+        stats.mannwhitneyu(x[positive, f], x[~positive, f], method="exact").pvalue
+        for f in range(40)
+    ])  # fmt: skip
+    assert (p >= 0.97 * exact)[exact < 0.05].all()
+    assert (p <= 3 * exact)[exact > 1e-4].all()  # and not far above where it matters
+
+
+@pytest.mark.parametrize("levels", [False, True])
+def test_where_nothing_is_nothing_passes(levels: bool) -> None:
+    """48 documents against 2,000: 100 labellings that mean nothing, rare and common features. The
+    normal approximation alone passes some in nearly all of them."""
+    rng = np.random.default_rng(0)
+    n, passed = 2048, 0
+    for _ in range(4):
+        rates = np.exp(rng.uniform(np.log(0.001), np.log(0.8), 1500))
+        fires = np.concatenate([
+            f * n + rng.choice(n, rng.binomial(n, r), replace=False) for f, r in enumerate(rates)
+        ])  # fmt: skip
+        values = rng.gamma(2.0, size=len(fires)) + 0.01
+        if levels:
+            values = np.where(rng.random(len(fires)) < 0.97, 1.0, 2.0)
+        sums = RankSums(csr_matrix((values, (fires % n, fires // n)), shape=(n, 1500)))
+        tested = sums.documents >= 3
+        labels = np.stack([rng.permutation(n) < 48 for _ in range(25)], axis=1)
+        p = sums.test(labels)[1]
+        passed += sum((q_values(p[:, run], tested) <= 0.05).any() for run in range(25))
+    assert passed <= 5
 
 
 def test_q_values_are_the_step_up_procedure_over_the_tested() -> None:

@@ -8,6 +8,8 @@ from itertools import combinations
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -122,6 +124,30 @@ def test_tables_of_scores(tmp_path: Path) -> None:
     assert found.table.tolist() == [[0.5], [1.0]]
 
 
+@pytest.mark.parametrize("line", ["null", "[]", "3", '"model"', '{"model": "\\ud800", "b": 1}'])
+def test_lines_that_are_no_rows_are_refused(tmp_path: Path, line: str) -> None:
+    """pyarrow's reader ends the whole process on some of them."""
+    path = tmp_path / "t.jsonl"
+    path.write_text(f'{{"model": "m", "b": 1}}\n{line}\n')
+    with pytest.raises(BadFile, match=r"line 2 is no JSON object|cannot be read"):
+        read_scores(path)
+
+
+def test_ids_are_names_not_numbers(tmp_path: Path) -> None:
+    """007 of a file of prompts is 007 of its scores; a number of Parquet is no fraction."""
+    path = tmp_path / "long.csv"
+    rows = [f"{m},b,{i},{int(i == '007')}" for m in ("01", "1") for i in ("007", "7", "1e3")]
+    path.write_text("model,benchmark,item,correct\n" + "\n".join(rows), "utf-8")
+    found = read_scores(path)
+    assert found.models == ("01", "1")
+    assert found.items == {"b": ("007", "1e3", "7")}
+    assert found.only(["b"]).items == found.items
+    table = pa.table({"model": ["m", "n"] * 2, "benchmark": ["b"] * 4,
+                      "item": [3.0, 3.0, 4.0, 4.0], "correct": [1, 0, 1, 1]})  # fmt: skip
+    pq.write_table(table, tmp_path / "t.parquet")
+    assert read_scores(tmp_path / "t.parquet").items == {"b": ("3", "4")}
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -132,11 +158,21 @@ def test_tables_of_scores(tmp_path: Path) -> None:
         ("model,b\nm,good\n", "no number"),
         ("model,b\nm,1\nm,2\n", "more than one row for m"),
         ("model,benchmark,item,correct\nm,b,1,1\nn,b,2,0\n", "2 results; 2 models on 2 items"),
+        ("model,benchmark,item,correct\nm,b,1,1\nm,b,1,0\n", "no item may come twice"),
+        ("model,benchmark,item,correct\nm,b,,1\n", "column item lacks a name in 1 of 1"),
+        ("model,b\n,1\n", "column model lacks a name in 1 of 1"),
+        ("model,b,b\nm,1,2\n", "more than one column b"),
+        ("model,b\nm,nan\nn,1\n", "lacks a number in 1 of 2"),
+        ("model,b\nm,-inf\nn,1\n", "lacks a number in 1 of 2"),
+        (f"model,b\nm,{'9' * 5000}\nn,1\n", "lacks a number in 1 of 2"),
+        ("model,b\nm,1e308\nn,1\n", "1e.308, which is no score"),
+        (b"model,b\xff\nm,1\n", "cannot be read"),
+        (f"model,b\nm,{'x' * 5000}\nn,1\n", r"no number.*\.\.\.$"),
     ],
 )
-def test_bad_tables_say_what_is_wrong(tmp_path: Path, content: str, message: str) -> None:
+def test_bad_tables_say_what_is_wrong(tmp_path: Path, content: str | bytes, message: str) -> None:
     path = tmp_path / "t.csv"
-    path.write_text(content, "utf-8")
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
     with pytest.raises((BadFile, TooLittleData), match=message):
         read_scores(path)
     with pytest.raises(BadFile, match="ends in"):

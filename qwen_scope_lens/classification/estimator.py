@@ -20,8 +20,11 @@ from qwen_scope_lens.classification.pooled import Pooled, is_store, pool_layers
 from qwen_scope_lens.classification.rules import RULES
 from qwen_scope_lens.classification.select import rate_differences, top_features
 from qwen_scope_lens.errors import BadPlan, StoreMismatch, TooLittleData
+from qwen_scope_lens.features.pool import canonical
 
 __all__ = ["FeatureRuleClassifier"]
+
+MOST = float(np.finfo(np.float32).max)
 
 
 class FeatureRuleClassifier(ClassifierMixin, BaseEstimator):
@@ -127,10 +130,7 @@ class FeatureRuleClassifier(ClassifierMixin, BaseEstimator):
         )
         values = matrix[:, choice.columns].toarray()
         if self.rule == "k-of-n" and self.at_least and self.at_least > len(choice.columns):
-            raise TooLittleData(
-                f"at_least={self.at_least} of {len(choice.columns)} features: take more features"
-                " (top_k), or ask for fewer to fire"
-            )
+            raise TooLittleData(self._too_few(len(choice.columns)))
         rule = RULES[self.rule](values, truth, self.get_params(deep=False))
         needed = rule.needed()
         self.task_: dict[str, Any] = {}  # what was asked, where the command line asked it
@@ -168,7 +168,7 @@ class FeatureRuleClassifier(ClassifierMixin, BaseEstimator):
                     " its columns are: fit it on a store to use it on stores"
                 )
             X = validate_data(self, X, accept_sparse="csr", reset=False)
-            columns = X[:, list(self.features_)]
+            columns = X[:, list(self.features_)]  # toarray() sums what a cell holds several times
             return columns.toarray() if hasattr(columns, "toarray") else np.asarray(columns)
         if not isinstance(X, Pooled):
             if not is_store(X) and not _are_stores(X):
@@ -224,8 +224,6 @@ class FeatureRuleClassifier(ClassifierMixin, BaseEstimator):
 
     def _training_data(self, X: Any, y: Any) -> tuple[Pooled | None, Any, np.ndarray]:
         """The documents with a label: named layers if there are any, the matrix, and y."""
-        from scipy.sparse import csr_matrix
-
         if is_store(X) or _are_stores(X):
             if isinstance(y, str):
                 y = (X if is_store(X) else X[0]).labels(y)
@@ -238,7 +236,7 @@ class FeatureRuleClassifier(ClassifierMixin, BaseEstimator):
             check_consistent_length(X, y)
             return X, X.matrix, y
         X, y = validate_data(self, X, y, accept_sparse="csr")
-        return None, csr_matrix(X), y
+        return None, canonical(X), y
 
     def _layers_allowed(self, pooled: Pooled | None) -> list[int]:
         """Positions of the layers that the rule may come from."""
@@ -257,6 +255,23 @@ class FeatureRuleClassifier(ClassifierMixin, BaseEstimator):
             raise BadPlan(f'layer={self.layer!r}: expected "auto", a layer number or several')
         return [int(number) for number in layers]
 
+    def _too_few(self, usable: int) -> str:
+        """Why `at_least` cannot be reached, and which setting changes that."""
+        wanted, layers = self.top_k * self.n_layers, f"{self.n_layers} layer"
+        layers += "s" if self.n_layers > 1 else ""
+        if usable >= wanted:
+            return (
+                f"at_least={self.at_least} of {usable} features: take more features (top_k, now"
+                f" {self.top_k} of each of {layers}), or set at_least to {usable} or less"
+            )
+        return (
+            f"at_least={self.at_least}, but of the {wanted} features asked for (top_k={self.top_k},"
+            f" {layers}) only {usable} {'is' if usable == 1 else 'are'} usable: no other fires on a"
+            " larger share of the positive documents than of the others, so a larger top_k finds"
+            f" none either. Set at_least to {usable}, take another layer or more of them (layer,"
+            " n_layers), lower the threshold, or add documents"
+        )
+
     def _check_settings(self) -> None:
         if self.rule not in RULES:
             raise BadPlan(f"rule={self.rule!r}: expected one of {', '.join(RULES)}")
@@ -266,8 +281,10 @@ class FeatureRuleClassifier(ClassifierMixin, BaseEstimator):
                 continue
             if not isinstance(value, (int, np.integer)) or value < 1:
                 raise BadPlan(f"{name}={value!r}: expected a whole number from 1")
-        if not self.threshold >= 0:
-            raise BadPlan(f"threshold={self.threshold!r}: expected 0 or more, values of features")
+        if not 0 <= self.threshold <= MOST:
+            raise BadPlan(
+                f"threshold={self.threshold!r}: expected 0 or more, a value that a feature can have"
+            )
 
 
 def _are_stores(X: Any) -> bool:

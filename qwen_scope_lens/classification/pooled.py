@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from qwen_scope_lens.errors import LayerOutOfRange, StoreMismatch
+from qwen_scope_lens.features.pool import canonical, pool
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
@@ -124,6 +125,7 @@ class Pooled:
     docs: np.ndarray
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "matrix", canonical(self.matrix))
         width = sum(facts.d_sae for facts in self.source.layers)
         if self.matrix.shape != (len(self.docs), width):
             raise StoreMismatch(
@@ -214,8 +216,6 @@ def pool_layers(
 
     `keep` leaves out first and extreme-norm tokens; `docs` restricts to some documents.
     """
-    from qwen_scope_lens.features.pool import pool
-
     some: list[Any] = [stores] if is_store(stores) else list(cast(Sequence[Any], stores))
     places: dict[int, Any] = {}
     for store in some:

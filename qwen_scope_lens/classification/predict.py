@@ -104,7 +104,7 @@ class _FromStore:
                     if one.feature not in seen:
                         seen.add(one.feature)
                         evidence.append(one.to_json())
-            predicted = self.classifier.classes_[int(scores[doc] > 0)].item()
+            [predicted] = self.classifier.classes_[[int(scores[doc] > 0)]].tolist()
             row = {"predicted": predicted, "score": round(float(scores[doc]), 6)}
             yield {"key": keys[doc], **row, "evidence": evidence}
 

@@ -42,6 +42,7 @@ def save_classifier(classifier: FeatureRuleClassifier, path: Path) -> Path:
             "task": dict(classifier.task_),
             "settings": _plain(classifier.get_params(deep=False)),
             "classes": _plain(classifier.classes_),
+            "classes_dtype": classifier.classes_.dtype.str,
             "features": list(classifier.features_),
             "differences": _plain(classifier.differences_),
             "rule": classifier.rule_.to_json(),
@@ -65,7 +66,7 @@ def load_classifier(path: Path) -> FeatureRuleClassifier:
     content = read_json(path, FORMAT, VERSION, MADE_BY)
     try:
         classifier = FeatureRuleClassifier(**content["settings"])
-        classifier.classes_ = np.array(content["classes"])
+        classifier.classes_ = _classes(content["classes"], content.get("classes_dtype"))
         classifier.rule_ = Rule.from_json(content["rule"])
         classifier.differences_ = np.array(content["differences"], dtype=np.float64)
         classifier.features_ = tuple(content["features"])
@@ -110,6 +111,14 @@ def _check(classifier: FeatureRuleClassifier) -> None:
                 raise ValueError(f"{address} is of none of its SAEs {sorted(known)}")
 
 
+def _classes(values: list[Any], dtype: str | None) -> np.ndarray:
+    """The classes in the dtype that they had; `dtype` is None in files of older versions."""
+    kind = None if dtype is None else np.dtype(dtype)
+    if kind is not None and kind.kind not in "biufUSO":
+        raise ValueError(f"classes of type {dtype}: expected numbers or texts")
+    return np.array(values, dtype=kind)
+
+
 def _plain(value: Any) -> Any:
     """numpy -> Python, all the way down."""
     if isinstance(value, dict):
@@ -117,5 +126,5 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     if isinstance(value, np.ndarray):
-        return value.tolist()
+        return _plain(value.tolist())  # an array of objects may hold numpy's own
     return value.item() if isinstance(value, np.generic) else value

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from qwen_scope_lens.features.pool import canonical
+
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
 
@@ -34,7 +36,7 @@ def rate_differences(
 ) -> np.ndarray:
     """Δ (equation 14): the share of positive documents on which a feature fires anywhere, less
     that of the others. `[n_docs, n_features] -> [n_features]`"""
-    fires = maxima.copy()
+    fires = canonical(maxima).copy()
     fires.data = (fires.data > threshold).astype(np.float64)
     yes, no = positive.astype(np.float64), (~positive).astype(np.float64)
     # Over one denominator, in whole numbers: features with equal differences tie exactly.

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from qwen_scope_lens.classification.methods import Documents
     from qwen_scope_lens.features.store import FeatureStore
 
+MOST_DIGITS = 40
 RULES = ("or", "k-of-n", "thresholds", "logistic", "tree")
 
 FIT = """Learn a rule and write it as JSON.
@@ -134,8 +135,8 @@ def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
     from qwen_scope_lens.errors import BadPlan
 
     layer = arguments.layer
-    if layer != "auto" and not layer.isdecimal():
-        raise BadPlan(f"--layer {layer}: expected a layer number or auto")
+    if layer != "auto" and not (layer.isdecimal() and len(layer) < MOST_DIGITS):
+        raise BadPlan(f"--layer {layer[:MOST_DIGITS]}: expected a layer number or auto")
     return {
         "rule": arguments.rule,
         "top_k": arguments.top_k,

@@ -4,10 +4,11 @@
     qsl rank store/ --label lang --positive zh,ja --negative en,fr --layers 12,20 --pool mean
     qsl rank store/ --label toxic --positive 1 --by rate_difference --residuals
 
-Every feature is tested on a part of the documents (Mann-Whitney U, false-discovery rate over all
-features of all layers); the winners are scored again on the documents held out. Beside them: the
-same search on shuffled labels, random features, features alike in rate and strength, and probes
-(difference of means, logistic regression) on features or, with --residuals, on the residual too.
+Every feature is tested on a part of the documents (Mann-Whitney U, with an exact tail for features
+that fire rarely; false-discovery rate over all features of all layers); the winners are scored
+again on the documents held out. Beside them: the same search on shuffled labels, random features,
+features alike in rate and strength, and probes (difference of means, logistic regression) on
+features or, with --residuals, on the residual too.
 Without --negative the other documents that have the label are the negatives. --fdr 1 shows the
 best features whether they pass or not.
 """
@@ -31,7 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--by",
         default="auroc",
         choices=["auroc", "effect", "mean_difference", "rate_difference"],
-        help="what orders the features that pass (default: %(default)s)",
+        help="what orders the features that pass (default: %(default)s); the paper's is"
+        " mean_difference, in its classifiers rate_difference",
     )
     parser.add_argument("--both-sides", action="store_true", help="also higher in the negatives")
     parser.add_argument("--fdr", type=share, default=0.05, help="default: %(default)s")

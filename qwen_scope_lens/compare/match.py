@@ -19,6 +19,7 @@ from qwen_scope_lens.compare.assign import assign, crowded
 from qwen_scope_lens.compare.nearest import Nearest, nearest_by_correlation, nearest_by_cosine
 from qwen_scope_lens.compare.null import shuffled_directions, shuffled_rows
 from qwen_scope_lens.errors import TooLittleData, WrongShape
+from qwen_scope_lens.features.pool import canonical
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
@@ -123,6 +124,7 @@ def match_activations(
         raise TooLittleData(
             f"{a.shape[0]} common pieces of text: some thousands are needed for correlations"
         )
+    a, b = canonical(a), canonical(b)
     found = nearest_by_correlation(a, b, candidates, least=least)
     fires = np.diff(a.tocsc().indptr) >= least
     null = np.concatenate(

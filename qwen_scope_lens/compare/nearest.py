@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from qwen_scope_lens.features.examples import rank_within
+from qwen_scope_lens.features.pool import canonical
 from qwen_scope_lens.saes.float32 import product
 
 if TYPE_CHECKING:
@@ -140,8 +141,7 @@ def _merge_pairs(
 
 def _standard(x: csr_matrix) -> tuple[Any, Array, Array]:
     """The matrix in float64 by columns, their means, and the lengths of the centred columns."""
-    columns = x.astype(np.float64).tocsc()
-    columns.eliminate_zeros()
+    columns = canonical(x).astype(np.float64).tocsc()
     n = columns.shape[0]
     mean = np.asarray(columns.mean(0)).ravel()
     squares = columns.copy()

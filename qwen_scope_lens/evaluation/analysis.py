@@ -30,7 +30,7 @@ from qwen_scope_lens.evaluation.coverage import (
     redundancy,
     redundancy_at,
 )
-from qwen_scope_lens.evaluation.footprint import Footprint
+from qwen_scope_lens.evaluation.footprint import Footprint, saturated
 from qwen_scope_lens.evaluation.intervals import DRAWS, Interval
 from qwen_scope_lens.evaluation.overlap import (
     Ceiling,
@@ -101,6 +101,7 @@ class Analysis:
     agreement: list[Agreement]  # empty without single results
     rank_check: RankCheck | None
     performance: Performance | None  # needs scores of three benchmarks
+    warnings: tuple[str, ...] = ()  # benchmarks whose footprints use most of the dictionary
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -125,6 +126,9 @@ def analyse(
     chosen = suite.layers[-1] if layer is None else layer
     say(f"footprints at layer {chosen}, position {position}")
     footprints = suite.footprints(chosen, position)
+    warnings = saturated(footprints)
+    for line in warnings:
+        say(line)
     if control is not None and scores is None:
         raise TooLittleData(f"control benchmark {control!r} without scores: pass --scores")
     say("redundancy and coverage curves")
@@ -135,10 +139,19 @@ def analyse(
     pairs = overlaps(footprints, draws, seed) if len(footprints) > 1 else []
     ceilings = [ceiling(f, seed=seed) for f in footprints]
     truths: list[Agreement] = []
+    left_out: dict[str, int] = {}
     compared = None
     if scores is not None:
         say("scores of the panel")
+        scores.only([f.name for f in footprints])
+        had = {name: result.shape[1] for name, result in scores.results.items()}
+        scores = scores.matched({f.name: f.keys for f in footprints})
         mine = scores.only([f.name for f in footprints])
+        for name, result in mine.results.items():
+            if result.shape[1] < had[name]:
+                left_out[name] = had[name] - result.shape[1]
+                say(f"{name}: {left_out[name]:,} of {had[name]:,} scored items were not extracted,"
+                    " and are left out of its scores")  # fmt: skip
         truths = [agreement(f.name, mine.results[f.name], seed=seed) for f in footprints
                   if f.name in mine.results]  # fmt: skip
         others = [f for f in footprints if f.name != control]
@@ -146,7 +159,10 @@ def analyse(
     return Analysis(
         layer=chosen,
         position=position,
-        provenance=_provenance(suite, chosen, position, draws, seed),
+        provenance={
+            **_provenance(suite, chosen, position, draws, seed),
+            **({"scored items left out": left_out} if left_out else {}),
+        },
         redundancy=rows,
         at_size=at_size,
         r_hat_at=[redundancy_at(f, at_size) for f in footprints],
@@ -157,6 +173,7 @@ def analyse(
         agreement=truths,
         rank_check=rank_check(rows, truths) if len(truths) >= 3 else None,
         performance=compared,
+        warnings=tuple(warnings),
     )
 
 

@@ -16,8 +16,12 @@ import numpy as np
 from scipy.sparse import csr_matrix, spmatrix
 
 from qwen_scope_lens.errors import StoreMismatch, TooLittleData
+from qwen_scope_lens.features.pool import canonical
 
-__all__ = ["Footprint", "check_comparable", "footprint"]
+__all__ = ["SATURATED", "Footprint", "check_comparable", "footprint", "saturated"]
+
+SATURATED = 0.5
+"""Share of the dictionary from which a footprint says little about its benchmark."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +56,12 @@ class Footprint:
         """|F(D)|"""
         return len(self.features)
 
+    @property
+    def share(self) -> float:
+        """Of the dictionary: what a footprint covers by chance of one that has nothing in common
+        with it, if all features were as likely."""
+        return self.size / self.d_sae
+
     @cached_property
     def compact(self) -> csr_matrix:
         """`items` with the columns of `features` alone. `[n_items, |F|]`"""
@@ -78,9 +88,7 @@ def footprint(
     position: str = "last",
 ) -> Footprint:
     """A footprint from activations or booleans `[n_items, d_sae]`: whatever is above zero."""
-    fires = csr_matrix(items) > 0
-    matrix = csr_matrix(fires, dtype=np.float32)
-    matrix.sort_indices()
+    matrix = canonical(csr_matrix(canonical(items) > 0, dtype=np.float32))
     n_items = matrix.shape[0]
     if n_items == 0:
         raise TooLittleData(f"benchmark {name!r} has no items: there is nothing to measure")
@@ -93,6 +101,18 @@ def footprint(
     if len(keys) != n_items:
         raise ValueError(f"{name}: {n_items} items but {len(keys)} keys")
     return Footprint(name, matrix, keys, sae, position)
+
+
+def saturated(footprints: Sequence[Footprint]) -> list[str]:
+    """A warning for every footprint that uses most of its dictionary."""
+    return [
+        f"{f.name}: saturated, its {len(f):,} items use {f.size:,} of the dictionary's {f.d_sae:,}"
+        f" features. By chance alone it would cover {f.share:.2f} of any other footprint, so"
+        " overlaps with it and its R-hat say little: take a wider SAE, fewer items, or another"
+        " position"
+        for f in footprints
+        if f.share > SATURATED
+    ]
 
 
 def check_comparable(*footprints: Footprint) -> None:

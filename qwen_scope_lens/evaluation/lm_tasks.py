@@ -1,7 +1,8 @@
 """Prompts of lm-eval tasks, rendered by lm-eval itself. Needs the extra `lm-eval`.
 
 What lm-eval would send to a model is what is read here: its templates, few-shot examples and chat
-rendering. The answer choices of a question share one prompt and count as one item.
+rendering. The answer choices of a question share one prompt and count as one item. A group, such as
+MMLU with its 57 subjects, is one benchmark; its items are called SUBTASK/NUMBER.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_scope_lens.errors import BadCorpus, UnknownName
+from qwen_scope_lens.evaluation.prompts import sampled
 from qwen_scope_lens.extras import require
 from qwen_scope_lens.features.corpus import Document
 
@@ -26,11 +28,15 @@ def task_prompts(
     fewshot: int | None = None,
     limit: int | None = None,
     chat_template: Callable[..., str] | None = None,
+    seed: int = 0,
+    apart: bool = False,
 ) -> dict[str, list[Document]]:
-    """Task -> its prompts. A group stands for its tasks.
+    """Name -> its prompts. A group is one benchmark; with `apart`, each of its tasks is one.
 
     `include_path` is a folder with task files of your own; `fewshot` replaces the task's own number
-    of examples; `chat_template(messages, add_generation_prompt=...)` renders a chat.
+    of examples; `limit` draws that many of a benchmark's documents by lot, from all subtasks alike;
+    `chat_template(messages, add_generation_prompt=...)` renders a chat. A tag of lm-eval is not a
+    group: it has no score of its own, and stands for its tasks.
     """
     manager = _manager(names, include_path)
     unknown = [name for name in names if name not in manager.all_tasks]
@@ -40,11 +46,26 @@ def task_prompts(
     found: dict[str, list[Document]] = {}
     for name in names:
         try:
-            tasks = manager.load(name)["tasks"]
+            loaded = manager.load(name)
         except Exception as error:  # lm-eval downloads the data set, which may fail in many ways
             raise BadCorpus(f"lm-eval cannot load task {name}: {error}") from error
-        for task_name, task in tasks.items():
-            found[task_name] = _prompts(task_name, task, fewshot, limit, chat_template)
+        tasks = loaded["tasks"]
+        merged = name in loaded.get("groups", ()) and not apart
+        if merged:
+            parts = {name: tasks}
+        else:
+            parts = {task_name: {task_name: task} for task_name, task in tasks.items()}
+        for benchmark, members in parts.items():
+            sizes = [len(task.eval_docs) for task in members.values()]
+            chosen = sampled(sum(sizes), limit, seed)
+            found[benchmark] = documents = []
+            start = 0
+            for (task_name, task), size in zip(members.items(), sizes, strict=True):
+                mine = [i - start for i in chosen if start <= i < start + size]
+                start += size
+                if mine:
+                    prefix = f"{task_name}/" if merged else ""
+                    documents += _prompts(task_name, task, fewshot, mine, chat_template, prefix)
     return found
 
 
@@ -65,15 +86,17 @@ def _prompts(
     name: str,
     task: Any,
     fewshot: int | None,
-    limit: int | None,
+    numbers: Sequence[int],
     chat_template: Callable[..., str] | None,
+    prefix: str,
 ) -> list[Document]:
+    """The prompts of a task's documents with these numbers, ascending."""
     if fewshot is not None:
         task.set_config(key="num_fewshot", value=fewshot)
     task.set_fewshot_seed(seed=FEWSHOT_SEED)
     try:
         task.build_all_requests(
-            limit=limit,
+            samples=list(numbers),
             rank=0,
             world_size=1,
             apply_chat_template=chat_template is not None,
@@ -85,10 +108,11 @@ def _prompts(
     for request in task.instances:
         texts.setdefault(request.doc_id, {})[str(request.args[0])] = None
     documents = []
-    for number, prompts in texts.items():
+    for at, prompts in texts.items():
+        number = numbers[at]  # lm-eval counts the documents that it was asked for
         for choice, text in enumerate(prompts):  # several where the choices have their own prompts
             if not text.strip():
                 raise BadCorpus(f"task {name}, document {number}: lm-eval renders an empty prompt")
-            key = str(number) if len(prompts) == 1 else f"{number}/{choice}"
+            key = f"{prefix}{number}" if len(prompts) == 1 else f"{prefix}{number}/{choice}"
             documents.append(Document(key, text, None, {}))
     return documents

@@ -41,6 +41,7 @@ class Overlap:
     overlap_min: Interval  # equation 11
     at_size: int  # items of each in the next figure
     equal: float  # expected equation 10 between that many random items of each
+    chance: float  # equation 10 if the second's features were drawn by lot from the dictionary
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,7 @@ def _overlap(
         ),
         at_size=size,
         equal=1.0 if first is second else _equal(first, second, size),
+        chance=second.share,
     )
 
 

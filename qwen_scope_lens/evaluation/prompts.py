@@ -8,15 +8,18 @@ row's columns, with or without the chat template. Tasks of lm-eval are rendered 
 from __future__ import annotations
 
 import os
+import re
 import string
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+
 from qwen_scope_lens.errors import BadCorpus
 from qwen_scope_lens.features.corpus import Document, read_rows
 
-__all__ = ["COLUMNS", "PromptFormat", "read_prompts", "rendered"]
+__all__ = ["COLUMNS", "PromptFormat", "read_prompts", "rendered", "sampled"]
 
 COLUMNS = ("prompt", "question", "text", "input", "problem")
 """Tried in this order when neither a column nor a template is given."""
@@ -41,16 +44,30 @@ def read_prompts(path: str | os.PathLike[str], how: PromptFormat) -> Iterator[Do
     """The prompts of a file, a folder of `datasets`, or a dataset on the hub."""
     if how.column and how.template:
         raise BadCorpus("pass a column or a template, not both")
+    if any(_utf8(part) != part for part in (how.column or "", how.template or "")):
+        raise BadCorpus("the column or the template has half a character, which no text can hold")
     count = 0
     for count, (where, row) in enumerate(read_rows(path, split=how.split), start=1):
         text = rendered(row, how, where)
-        named = next((row[k] for k in KEYS if row.get(k) is not None), count - 1)
+        named = _utf8(str(next((row[k] for k in KEYS if row.get(k) is not None), count - 1)))
         if how.chat:
-            yield Document(str(named), None, ({"role": "user", "content": text},), {})
+            yield Document(named, None, ({"role": "user", "content": text},), {})
         else:
-            yield Document(str(named), text, None, {})
+            yield Document(named, text, None, {})
     if not count:
         raise BadCorpus(f"{path} has no items")
+
+
+def sampled(n: int, limit: int | None, seed: int = 0) -> list[int]:
+    """At most `limit` of 0..n-1, drawn by lot without replacement, ascending.
+
+    A simple random sample, also over the subtasks of a group: equations 4 and 7 are about random
+    subsets, and the first items of a file are none (the first of MMLU are all of one subject).
+    """
+    if limit is None or limit >= n:
+        return list(range(n))
+    numbers = np.random.default_rng(seed).choice(n, limit, replace=False)
+    return [int(number) for number in np.sort(numbers)]
 
 
 def rendered(row: Mapping[str, Any], how: PromptFormat, where: str) -> str:
@@ -82,6 +99,11 @@ def rendered(row: Mapping[str, Any], how: PromptFormat, where: str) -> str:
         text = row[column]
     if not text.strip():
         raise BadCorpus(f"{where}: the prompt is empty")
+    return _utf8(text)
+
+
+def _utf8(text: str) -> str:
+    """Half characters, which no file can hold, replaced."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
@@ -92,3 +114,8 @@ class _Strict(string.Formatter):
         if "." in field_name or not field_name or field_name.isdecimal():
             raise ValueError(f"{{{field_name}}} is no column: write {{name}} or {{name[0]}}")
         return super().get_field(field_name, args, kwargs)
+
+    def format_field(self, value: Any, format_spec: str) -> Any:
+        if re.search(r"\d{5}", format_spec):
+            raise ValueError(f"a width or precision of {format_spec[:20]}: at most 9999")
+        return super().format_field(value, format_spec)

@@ -38,6 +38,8 @@ def save_report(found: Analysis, path: Path) -> list[Path]:
         f" position {found.position!r}. An item's footprint is the set of features that are active"
         " there, a benchmark's the union over its items. No model was evaluated for this."
     )
+    for line in found.warnings:
+        page.text(line)
     _redundancy(page, found)
     _curves(page, found)
     if found.overlaps:
@@ -117,8 +119,9 @@ def _overlaps(page: Page, found: Analysis) -> None:
     )
     ranked = sorted(found.overlaps, key=lambda row: -row.equal)
     page.table(
-        ("of", "by", "features shared", "overlap", "min-normalised", "at equal size"),
-        [(r.first, r.second, r.shared, str(r.overlap), str(r.overlap_min), r.equal)
+        ("of", "by", "features shared", "overlap", "min-normalised", "at equal size",
+         "by chance"),
+        [(r.first, r.second, r.shared, str(r.overlap), str(r.overlap_min), r.equal, r.chance)
          for r in ranked[:SHOWN_PAIRS]],
     )  # fmt: skip
     if len(ranked) > SHOWN_PAIRS:

@@ -8,17 +8,20 @@ from it also the ground truth of redundancy. CSV, JSON Lines or Parquet.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from qwen_scope_lens.errors import BadFile, TooLittleData, UnknownName
+from qwen_scope_lens.errors import BadFile, StoreMismatch, TooLittleData, UnknownName
 
 __all__ = ["Scores", "read_scores"]
 
+MOST = 1e100
+"""Beyond it a correlation overflows."""
 LONG = ("model", "benchmark", "item", "correct")
 
 
@@ -30,6 +33,7 @@ class Scores:
     benchmarks: tuple[str, ...]
     table: np.ndarray  # [models, benchmarks]
     results: dict[str, np.ndarray]  # benchmark -> [models, items]; empty for a wide table
+    items: dict[str, tuple[str, ...]] = field(default_factory=dict)  # their ids, where known
 
     def only(self, names: Sequence[str]) -> Scores:
         """The same for these benchmarks, in this order."""
@@ -40,7 +44,58 @@ class Scores:
             )
         columns = [self.benchmarks.index(name) for name in names]
         results = {name: self.results[name] for name in names if name in self.results}
-        return Scores(self.models, tuple(names), self.table[:, columns], results)
+        items = {name: self.items[name] for name in names if name in self.items}
+        return Scores(self.models, tuple(names), self.table[:, columns], results, items)
+
+    def matched(self, keys: Mapping[str, Sequence[str]]) -> Scores:
+        """The same with the results of these items alone: `{benchmark: ids of what was read}`.
+
+        Scores are then means over these items. Benchmarks that are not named stay as they are, and
+        so do those of which only the scores are known.
+        """
+        table, results, items = self.table.copy(), dict(self.results), dict(self.items)
+        for name, wanted in keys.items():
+            if name not in results:
+                continue
+            columns = _columns_of(name, wanted, results[name].shape[1], items.get(name))
+            results[name] = results[name][:, columns]
+            if name in items:
+                items[name] = tuple(items[name][i] for i in columns)
+            table[:, self.benchmarks.index(name)] = results[name].mean(1)
+        return Scores(self.models, self.benchmarks, table, results, items)
+
+
+def _columns_of(
+    name: str, wanted: Sequence[str], n_results: int, ids: Sequence[str] | None
+) -> list[int]:
+    """Which results belong to the items of a footprint; raises where one has none."""
+    if ids is None:
+        if n_results != len(wanted):
+            raise StoreMismatch(
+                f"{name}: the footprint has {len(wanted)} items, the scores {n_results}, and"
+                " without ids nothing says which belong together: score the items that were"
+                " extracted, extract those that were scored, or give the scores item ids"
+            )
+        return list(range(n_results))
+    place = {item: column for column, item in enumerate(ids)}
+    columns: dict[int, None] = {}
+    missing = []
+    for key in wanted:
+        # A question whose choices have prompts of their own is several items, and one result.
+        item = key if key in place else key.rpartition("/")[0]
+        if item in place:
+            columns[place[item]] = None
+        else:
+            missing.append(key)
+    if missing:
+        raise StoreMismatch(
+            f"{name}: the footprint has {len(wanted)} items, the scores {n_results}, and"
+            f" {len(missing)} items of the footprint have no result, the first of them"
+            f" {missing[0]!r} (the scores have {', '.join(map(repr, list(ids)[:3]))}, ..). Score"
+            " the items that were extracted, extract those that were scored (such as with --limit"
+            " and --seed), or give both the same ids"
+        )
+    return sorted(columns)
 
 
 def read_scores(path: str | os.PathLike[str]) -> Scores:
@@ -59,7 +114,7 @@ def read_scores(path: str | os.PathLike[str]) -> Scores:
 
 
 def _wide(place: Path, table: Any) -> Scores:
-    models = [str(m) for m in table["model"].to_pylist()]
+    models = _names(place, "model", table["model"])
     _no_repeats(place, models)
     names = [name for name in table.column_names if name != "model"]
     columns = [_numbers(place, name, table[name]) for name in names]
@@ -68,10 +123,10 @@ def _wide(place: Path, table: Any) -> Scores:
 
 def _long(place: Path, table: Any) -> Scores:
     correct = _numbers(place, "correct", table["correct"])
-    cells = [np.array([str(v) for v in table[c].to_pylist()]) for c in LONG[:3]]
+    cells = [np.array(_names(place, c, table[c])) for c in LONG[:3]]
     models, model = np.unique(cells[0], return_inverse=True)
     names = list(dict.fromkeys(cells[1].tolist()))
-    results = {}
+    results, ids = {}, {}
     for name in names:
         rows = cells[1] == name
         items, item = np.unique(cells[2][rows], return_inverse=True)
@@ -84,8 +139,9 @@ def _long(place: Path, table: Any) -> Scores:
                 " item, and no item may come twice"
             )
         results[name] = matrix
+        ids[name] = tuple(map(str, items))
     table_of_means = np.stack([results[name].mean(1) for name in names], axis=1)
-    return Scores(tuple(map(str, models)), tuple(names), table_of_means, results)
+    return Scores(tuple(map(str, models)), tuple(names), table_of_means, results, ids)
 
 
 def _read(place: Path) -> Any:
@@ -94,8 +150,10 @@ def _read(place: Path) -> Any:
     import pyarrow.json
     import pyarrow.parquet
 
+    # Ids are names, not numbers: 007 is not 7.
+    as_text = pa.csv.ConvertOptions(column_types=dict.fromkeys(LONG[:3], pa.string()))
     readers = {
-        ".csv": pa.csv.read_csv,
+        ".csv": partial(pa.csv.read_csv, convert_options=as_text),
         ".jsonl": pa.json.read_json,
         ".ndjson": pa.json.read_json,
         ".parquet": pa.parquet.read_table,
@@ -105,19 +163,46 @@ def _read(place: Path) -> Any:
     if not place.is_file():
         raise BadFile(f"{place} does not exist")
     try:
-        return readers[place.suffix.lower()](place)
-    except (pa.ArrowException, OSError) as error:
+        if place.suffix.lower() in (".jsonl", ".ndjson"):
+            _only_objects(place)
+        table = readers[place.suffix.lower()](place)
+        names = table.column_names
+    except (pa.ArrowException, OSError, UnicodeError) as error:
         raise BadFile(f"{place} cannot be read as a table: {error}") from error
+    twice = sorted({c for c in names if names.count(c) > 1})
+    if twice:
+        raise BadFile(f"{place} has more than one column {', '.join(twice)}: which one counts?")
+    return table
+
+
+def _only_objects(place: Path) -> None:
+    """Raise unless every line begins as an object does: on others pyarrow's reader may crash."""
+    with place.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip() and not line.lstrip().startswith(b"{"):
+                raise BadFile(f"{place}, line {number} is no JSON object with columns")
+
+
+def _names(place: Path, name: str, column: Any) -> list[str]:
+    """Names of models, benchmarks or items; 3 and 3.0 are the same."""
+    values = column.to_pylist()
+    missing = sum(value is None or value == "" for value in values)
+    if missing:
+        raise BadFile(f"{place}: column {name} lacks a name in {missing} of {len(values)} rows")
+    return [str(int(v)) if isinstance(v, float) and v.is_integer() else str(v) for v in values]
 
 
 def _numbers(place: Path, name: str, column: Any) -> np.ndarray:
     try:
         values = np.array([float("nan") if v is None else float(v) for v in column.to_pylist()])
-    except (TypeError, ValueError) as error:
-        raise BadFile(f"{place}: column {name} has something that is no number: {error}") from error
+    except (TypeError, ValueError, OverflowError) as error:
+        what = str(error) if len(str(error)) < 200 else f"{str(error)[:200]}..."
+        raise BadFile(f"{place}: column {name} has something that is no number: {what}") from error
     if not np.isfinite(values).all():
         missing = int((~np.isfinite(values)).sum())
         raise BadFile(f"{place}: column {name} lacks a number in {missing} of {len(values)} rows")
+    if len(values) and np.abs(values).max() > MOST:
+        raise BadFile(f"{place}: column {name} has {np.abs(values).max():g}, which is no score")
     return values
 
 

@@ -208,8 +208,8 @@ def read_footprint(
 
 
 def _steps_back(position: str) -> int:
-    if not re.fullmatch(r"-[1-9]\d*", position):
-        raise UnknownName(f"position {position!r}: expected last, -2, -3, ... or any")
+    if not re.fullmatch(r"-[1-9][0-9]{0,11}", position):
+        raise UnknownName(f"position {position[:40]!r}: expected last, -2, -3, ... or any")
     return -int(position)
 
 
@@ -227,7 +227,9 @@ def _facts_file(folder: Path, name: str) -> Path:
 
 
 def _check_name(name: str) -> None:
-    if not name or name.startswith(".") or set(name) & set("/\\\0") or len(name.encode()) > 150:
+    size = len(name.encode("utf-8", "surrogatepass"))
+    halves = any("\ud800" <= letter <= "\udfff" for letter in name)
+    if not name or name.startswith(".") or set(name) & set("/\\\0") or halves or size > 150:
         raise BadCorpus(
             f"{name!r} cannot name a benchmark, as its folder gets this name: write NAME=FILE"
         )

@@ -31,7 +31,7 @@ def write_tables(found: Analysis, path: Path) -> list[Path]:
         "at_size": found.at_size,
         **{name: plain(getattr(found, name)) for name in (
             "redundancy", "r_hat_at", "curves", "ceilings", "overlaps", "layers", "agreement",
-            "rank_check", "performance",
+            "rank_check", "performance", "warnings",
         )},
     }  # fmt: skip
     files = [Path(f"{stem}.json")]

@@ -1,10 +1,11 @@
 """Two groups of documents, every feature at once: differences, effect sizes, AUROC and a test.
 
-Works on a pooled matrix (`pool.py`), one row a document, one column a feature, and never makes it
-dense: the zeros of a column are one block of ties. The test is Mann and Whitney's U, two-sided,
-normal approximation with correction for ties and continuity; q-values are Benjamini and Hochberg's
-(or Yekutieli's, valid under any dependence). Which documents are compared is `groups.py`, what
-makes a finding believable `controls.py`.
+Works on a pooled matrix (`pool.py`), one row per document, one column per feature, and never makes
+it dense: the zeros of a column are one block of ties. The test is Mann and Whitney's U, two-sided.
+What a normal approximation calls unlikely is computed again with the exact distribution of how many
+firing documents are positive (`exact_tail.py`). q-values are Benjamini and Hochberg's, or
+Yekutieli's, which need no assumption about how features depend on each other. Which documents are
+compared is `groups.py`, what makes a finding believable `controls.py`.
 """
 
 from __future__ import annotations
@@ -16,12 +17,16 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from qwen_scope_lens.errors import TooLittleData
+from qwen_scope_lens.features.exact_tail import scores_of, upper_tail
+from qwen_scope_lens.features.pool import canonical
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
 
 __all__ = ["Contrast", "Correction", "RankSums", "contrast", "q_values"]
 
+LIKELY = 0.1
+"""A p-value of the normal approximation from which it stays as it is."""
 Correction = Literal["bh", "by"]
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 Ints = np.ndarray[Any, np.dtype[np.int64]]
@@ -102,9 +107,7 @@ class RankSums:
     """The ranks of every column, made once and summed for as many labellings as wanted."""
 
     def __init__(self, pooled: csr_matrix) -> None:
-        self.pooled = pooled.astype(np.float64).tocsc()
-        self.pooled.sum_duplicates()
-        self.pooled.eliminate_zeros()
+        self.pooled = canonical(pooled).astype(np.float64).tocsc()
         if self.pooled.nnz and self.pooled.data.min() < 0:
             raise ValueError("activations are never negative")
         n, self._size = pooled.shape[0], pooled.shape[1]
@@ -128,25 +131,45 @@ class RankSums:
             column[starts], weights=sizes.astype(np.float64) ** 3 - sizes, minlength=self._size
         )
         self._ties = ties + zeros.astype(np.float64) ** 3 - zeros
+        self._scores = scores_of(self._above_zero.data[order], self.pooled.indptr)
 
     def test(self, labels: Bools) -> tuple[Floats, Floats]:
-        """AUROC and p-value of every column: `[n] -> [d_sae]`, `[n, m] -> [d_sae, m]`."""
-        chosen = np.asarray(labels, dtype=np.float64)
+        """AUROC and p-value of every column: `[n] -> [d_sae]`, `[n, m] -> [d_sae, m]`.
+
+        Two-sided: twice the smaller tail. From LIKELY on p is that of the normal approximation with
+        correction for ties and continuity, which is quicker and good there.
+        """
+        from scipy.special import ndtr
+
+        chosen = np.asarray(labels, dtype=np.float64).reshape(len(labels), -1)
         n = len(chosen)
         n_positive = chosen.sum(0)
         n_negative = n - n_positive
-        flat = chosen.ndim == 1
-        shape = slice(None) if flat else (slice(None), None)
-        ranks = self._above_zero.T @ chosen + np.multiply.outer(self._zero_rank, n_positive)
+        sums = self._above_zero.T @ chosen
+        ranks = sums + np.multiply.outer(self._zero_rank, n_positive)
         u = ranks - n_positive * (n_positive + 1) / 2
         pairs = n_positive * n_negative
-        variance = pairs / 12 * ((n + 1) - self._ties[shape] / (n * (n - 1)))
+        variance = pairs / 12 * ((n + 1) - self._ties[:, None] / (n * (n - 1)))
         with np.errstate(divide="ignore", invalid="ignore"):
             z = (np.abs(u - pairs / 2) - 0.5) / np.sqrt(np.maximum(variance, 0))
-        from scipy.special import ndtr
-
         p = np.where(variance > 1e-9 * pairs, np.minimum(1.0, 2 * ndtr(-np.maximum(z, 0))), 1.0)
-        return u / pairs, p
+        features, runs = np.nonzero(p < LIKELY)
+        p[features, runs] = self._tails(
+            sums[features, runs], (u > pairs / 2)[features, runs], features, n,
+            n_positive[runs].astype(np.int64),
+        )  # fmt: skip
+        shape = (self._size, *np.shape(labels)[1:])
+        return (u / pairs).reshape(shape), p.reshape(shape)
+
+    def _tails(self, sums: Floats, high: Bools, features: Ints, n: int, n_positive: Ints) -> Floats:
+        """Twice the tail that a sum over the positive documents lies in."""
+        scores = self._scores.take(features)
+        whole = scores.mean * scores.documents
+        # A low sum over the positives is a high one over the negatives.
+        far = np.where(high, sums, whole - sums)
+        return np.minimum(
+            1.0, 2 * upper_tail(far, scores, n, np.where(high, n_positive, n - n_positive))
+        )
 
     @cached_property
     def documents(self) -> Ints:

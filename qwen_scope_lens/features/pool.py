@@ -1,12 +1,13 @@
 """From tokens to documents: one row of features per document.
 
-Reads a store, block by block; what a row is then used for is not decided here.
+Reads a store, block by block; what a row is then used for is not decided here. Whatever takes such
+rows as a matrix from a user takes them through `canonical`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from scipy.sparse import csr_matrix
 from qwen_scope_lens.errors import UnknownName
 from qwen_scope_lens.features.store import Block, FeatureStore
 
-__all__ = ["How", "pool"]
+__all__ = ["How", "canonical", "pool"]
 
 How = Literal["max", "mean", "any", "last"]
 
@@ -49,6 +50,22 @@ def pool(
     matrix = csr_matrix((values, (rows, columns)), shape=(store.n_docs, facts.d_sae))
     matrix.sort_indices()
     return matrix if order is None else matrix[order]
+
+
+def canonical(matrix: Any) -> csr_matrix:
+    """Rows as CSR with one stored value per cell, ascending, none of them zero.
+
+    SciPy lets a sparse matrix hold a cell several times (its value is their sum), hold zeros, and
+    hold a row in any order; what counts stored values would count wrongly. The caller's matrix
+    stays as it is.
+    """
+    found = csr_matrix(matrix)  # of a CSR matrix: the same arrays
+    if found.has_canonical_format and found.data.all():
+        return found
+    found = found.copy()
+    found.sum_duplicates()
+    found.eliminate_zeros()
+    return found
 
 
 _NOTHING = (np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32))

@@ -28,7 +28,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Measure", "RankedFeature", "Ranking", "rank"]
 
-TEST = "Mann-Whitney U, two-sided, normal approximation, corrected for ties and continuity"
+TEST = (
+    "Mann-Whitney U, two-sided; below p = 0.1 with the exact distribution of how many firing"
+    " documents are positive, above it the normal approximation"
+)
 
 Measure = Literal["auroc", "effect", "mean_difference", "rate_difference"]
 How = Literal["max", "mean", "any", "last"]
@@ -76,7 +79,8 @@ def rank(
         by: the measure that orders the winners; ties by AUROC, effect, then address.
         both_sides: also features that are higher in the negatives.
         fdr, correction: q-values of the test must not exceed `fdr`; "bh" is Benjamini-Hochberg,
-            "by" Benjamini-Yekutieli, valid however the features depend on each other.
+            "by" Benjamini-Yekutieli: stricter, without an assumption about how features depend on
+            each other.
         min_documents: features that fire on fewer discovery documents are not tested.
         held_out: the share of documents on which the winners are scored again.
         shuffles: how often the whole ranking is repeated on shuffled labels.

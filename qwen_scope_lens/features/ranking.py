@@ -26,8 +26,8 @@ class RankedFeature:
     ref: str
     auroc: float
     effect: float  # Cohen's d; infinite where both groups are constant and differ
-    mean_difference: float
-    rate_difference: float  # of the shares of documents on which it fires: the paper's measure
+    mean_difference: float  # what the paper ranks by (its section 3)
+    rate_difference: float  # of the shares of documents on which it fires (equation 14, toxicity)
     mean_positive: float
     mean_negative: float
     rate_positive: float

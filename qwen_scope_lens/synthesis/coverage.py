@@ -14,6 +14,7 @@ import numpy as np
 from scipy.sparse import csr_matrix
 
 from qwen_scope_lens.errors import TooLittleData
+from qwen_scope_lens.features.pool import canonical
 
 __all__ = ["coverage", "curve", "documents_firing", "fac"]
 
@@ -25,6 +26,7 @@ def documents_firing(maxima: csr_matrix, threshold: float = 0.0) -> Array:
 
     The coverage bit of a feature (equation 18) is whether this is above zero.
     """
+    maxima = canonical(maxima)
     above = maxima.data > threshold
     return np.bincount(maxima.indices[above], minlength=maxima.shape[1]).astype(np.int64)
 

@@ -4,11 +4,14 @@ r"""Run the prompts of benchmarks through a model, and keep the features of ever
         --sae qwen3-8b-base/w64k-l0-50 --layer 20 --out bench/
     qsl bench extract mmlu=cais/mmlu:all --split test --template 'Q: {question}\nA:' ...
     qsl bench extract --tasks gsm8k arc_easy --fewshot 5 ...        # rendered by lm-eval itself
+    qsl bench extract --tasks mmlu --limit 1000 --seed 1 ...        # a group: one benchmark
 
 A benchmark is a file (JSONL, CSV, Parquet, text: an item a row), a folder of `datasets`, the name
 of a data set on the hub, or with --tasks a task of lm-eval. It is called as its file unless
-NAME=FILE says otherwise. Each gets one store in --out; what is finished is not run again, and later
-calls may add more benchmarks. Prompts longer than the model's context are refused.
+NAME=FILE says otherwise. A group of lm-eval is one benchmark, its items are called SUBTASK/NUMBER
+(--subtasks keeps its tasks apart). --limit draws items by lot, seeded, from all subtasks alike.
+Each benchmark gets one store in --out; what is finished is not run again, and later calls may add
+more benchmarks. Prompts longer than the model's context are refused.
 """
 
 from __future__ import annotations
@@ -34,8 +37,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--thinking", action=argparse.BooleanOptionalAction, help="with --chat: the template's mode"
     )
-    parser.add_argument("--limit", type=count, help="items of each benchmark, the first ones")
+    parser.add_argument("--limit", type=count, help="items of each benchmark, drawn by lot")
+    parser.add_argument(
+        "--seed", type=from_zero, default=0, help="of the draw, kept with it; default: %(default)s"
+    )
     parser.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help="of lm-eval")
+    parser.add_argument(
+        "--subtasks", action="store_true", help="a benchmark for every task of a group, not one"
+    )
     parser.add_argument("--task-path", type=Path, help="a folder with lm-eval tasks of your own")
     parser.add_argument(
         "--fewshot", type=from_zero, help="examples before the question (lm-eval tasks)"
@@ -62,6 +71,8 @@ def run(arguments: argparse.Namespace) -> int:
             layers = layer_list(layers)
         except argparse.ArgumentTypeError as error:
             raise BadCorpus(str(error)) from error
+        except ValueError as error:  # thousands of digits
+            raise BadCorpus(f"--layers {layers[:40]}: no list of layers such as 0-3,7") from error
     suite = extract_suite(
         prompts,
         model=arguments.model or find_group(arguments.sae).backbone.model_id,
@@ -87,11 +98,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _prompts(arguments: argparse.Namespace) -> tuple[dict[str, list[Any]], dict[str, Any]]:
     """The prompts of every benchmark, and how they were made."""
-    from itertools import islice
-
-    from qwen_scope_lens.evaluation.prompts import read_prompts
+    from qwen_scope_lens.evaluation.prompts import read_prompts, sampled
 
     how = prompt_format(arguments)
+    draw = {} if arguments.limit is None else {"limit": arguments.limit, "seed": arguments.seed}
     prompts: dict[str, list[Any]] = {}
     facts: dict[str, Any] = {}
     for word in arguments.benchmarks:
@@ -102,8 +112,12 @@ def _prompts(arguments: argparse.Namespace) -> tuple[dict[str, list[Any]], dict[
                 word,
             )
         _new(name, prompts)
-        prompts[name] = list(islice(read_prompts(source, how), arguments.limit))
-        facts[name] = {"source": source, **how.facts()}
+        everything = list(read_prompts(source, how))
+        chosen = sampled(len(everything), arguments.limit, arguments.seed)
+        prompts[name] = [everything[i] for i in chosen]
+        said = source.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+        facts[name] = {"source": said, **how.facts(), **draw}
+        facts[name] |= {"drawn_from": len(everything)} if draw else {}
     if arguments.tasks:
         from qwen_scope_lens.evaluation.lm_tasks import task_prompts
 
@@ -113,11 +127,14 @@ def _prompts(arguments: argparse.Namespace) -> tuple[dict[str, list[Any]], dict[
             arguments.fewshot,
             arguments.limit,
             _chat_template(arguments) if arguments.chat else None,
+            arguments.seed,
+            arguments.subtasks,
         )
         for name, documents in found.items():
             _new(name, prompts)
             prompts[name] = documents
             facts[name] = {"task": name, "fewshot": arguments.fewshot, "chat": arguments.chat}
+            facts[name] |= draw
     if not prompts:
         raise BadCorpus("no benchmark was named: pass files, data sets, or --tasks")
     return prompts, facts

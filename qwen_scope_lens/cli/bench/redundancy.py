@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 
-from qwen_scope_lens.cli.bench.options import add_reading, show
+from qwen_scope_lens.cli.bench.options import add_reading, say, show
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,9 +21,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from qwen_scope_lens.evaluation.coverage import redundancy, redundancy_at
+    from qwen_scope_lens.evaluation.footprint import saturated
     from qwen_scope_lens.evaluation.suite import open_suite
 
     footprints = open_suite(arguments.suite).footprints(arguments.layer, arguments.position)
+    for line in saturated(footprints):
+        say(line)
     size = min(len(f) for f in footprints)
     found = [(redundancy(f), redundancy_at(f, size)) for f in footprints]
     found.sort(key=lambda pair: -pair[0].r_hat.value)
