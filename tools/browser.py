@@ -2,8 +2,8 @@
 
     python -m tools.browser
 
-`make test` runs this before the tests. It tries, in this order: the path in the variable CHROMIUM, a
-browser on the PATH, the one that Playwright has downloaded, Playwright's own download, and the
+`make test` runs this before the tests. It tries, in this order: the path in the variable CHROMIUM,
+a browser on the PATH, the one that Playwright has downloaded, Playwright's own download, and the
 system's package manager where this user may install packages. It prints one line about what it
 found or did. It exits with 0 also where none can be had: the tests then say so, and fail in CI.
 """
@@ -44,7 +44,9 @@ def get_browser(run: Callable[[Sequence[str]], bool] | None = None) -> tuple[str
     if given := os.environ.get("CHROMIUM"):
         return None, f"CHROMIUM names {given}, which is not a file: unset it, or give a path"
     run = run or _run
-    if run([sys.executable, "-m", "playwright", "install", "chromium"]) and (path := find_browser()):
+    if run([sys.executable, "-m", "playwright", "install", "chromium"]) and (
+        path := find_browser()
+    ):
         return path, f"browser tests use {path}, which Playwright downloaded now"
     if _may_install() and run(["apt-get", "update", "-q"]):
         install = ["apt-get", "install", "-qy", "--no-install-recommends", "chromium"]
