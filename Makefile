@@ -1,17 +1,20 @@
-# `make demo` and `make test` set up everything they need in .venv.
+# `make demo` and `make test` set up everything they need in .venv: the demo only what the package
+# needs, the tests also the optional packages, the tools of development and a browser.
 # A plain torch from PyPI brings gigabytes of CUDA libraries on Linux; for a CPU-only machine put
 # PyTorch's CPU package index in PIP_EXTRA_INDEX_URL first.
 
 PYTHON ?= python3
 BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .PHONY: demo test lint bench docs mini clean
 .DELETE_ON_ERROR:
 
-demo: .venv/ready
+demo: .venv/installed
 	$(BIN)/qsl demo
 
 test: .venv/ready
+	$(BIN)/python -m tools.browser
 	$(BIN)/python -m pytest
 
 lint: .venv/ready
@@ -37,10 +40,16 @@ mini: .venv/ready
 	  $(BIN)/python -m qwen_scope_lens.mini.train.$$step --work build/mini; done
 	$(BIN)/python benchmarks/mini.py --work build/mini --card
 
-.venv/ready: pyproject.toml constraints.txt
+# setuptools and torch come first: the package is built without an environment of its own, and torch
+# keeps the build that is there.
+.venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt setuptools torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[dev]"
+	$(PIP) setuptools torch
+	$(PIP) --no-build-isolation --editable .
+	touch $@
+
+.venv/ready: .venv/installed
+	$(PIP) --no-build-isolation --editable ".[dev]"
 	touch $@
 
 clean:

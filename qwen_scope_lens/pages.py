@@ -17,7 +17,7 @@ from typing import Any
 from qwen_scope_lens.errors import BadText
 from qwen_scope_lens.files import whole_file
 
-__all__ = ["Link", "Page", "chart", "save_chart"]
+__all__ = ["Link", "Page", "chart", "save_chart", "table_html"]
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --quiet: #777; --mark: #4a7ebb33; }
@@ -68,23 +68,7 @@ class Page:
 
     def table(self, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Page:
         """Numbers stand to the right; floats are shown to three places, None as a dash."""
-        body = [[(_shown(cell), isinstance(cell, (int, float))) for cell in row] for row in rows]
-        right = [bool(body) and all(row[i][1] or row[i][0] == "–" for row in body)
-                 for i in range(len(columns))]  # fmt: skip
-        kinds = [' class="number"' if number else ' dir="auto"' for number in right]
-        head = "".join(
-            f"<th{kind}>{html.escape(name)}</th>" for kind, name in zip(kinds, columns, strict=True)
-        )
-        lines = (
-            "".join(f"<td{kind}>{cell}</td>"
-                    for kind, (cell, _) in zip(kinds, row, strict=True))
-            for row in body
-        )  # fmt: skip
-        inside = "\n".join(f"<tr>{line}</tr>" for line in lines)
-        return self._add(
-            f'<div class="wide"><table><thead><tr>{head}</tr></thead>'
-            f"<tbody>\n{inside}\n</tbody></table></div>"
-        )
+        return self._add(table_html(columns, rows))
 
     def figure(self, svg: str, caption: str = "") -> Page:
         """A picture made by `chart`."""
@@ -110,6 +94,28 @@ class Page:
     def _add(self, part: str) -> Page:
         self._parts.append(part)
         return self
+
+
+def table_html(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A table as HTML, every text escaped."""
+    body = [[(_shown(cell), isinstance(cell, (int, float))) for cell in row] for row in rows]
+    right = [
+        bool(body) and all(row[i][1] or row[i][0] == "–" for row in body)
+        for i in range(len(columns))
+    ]
+    kinds = [' class="number"' if number else ' dir="auto"' for number in right]
+    head = "".join(
+        f"<th{kind}>{html.escape(name)}</th>" for kind, name in zip(kinds, columns, strict=True)
+    )
+    lines = (
+        "".join(f"<td{kind}>{cell}</td>" for kind, (cell, _) in zip(kinds, row, strict=True))
+        for row in body
+    )
+    inside = "\n".join(f"<tr>{line}</tr>" for line in lines)
+    return (
+        f'<div class="wide"><table><thead><tr>{head}</tr></thead>'
+        f"<tbody>\n{inside}\n</tbody></table></div>"
+    )
 
 
 def chart(draw: Callable[[Any], None], width: float = 7.0, height: float = 3.6) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 # Before huggingface_hub is imported anywhere: it reads these once.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -12,6 +12,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import planted
 import pytest
+from browser import NO_BROWSER
 
 if TYPE_CHECKING:
     from qwen_scope_lens.features.store import FeatureStore
@@ -37,3 +38,15 @@ def small_store(tmp_path_factory: pytest.TempPathFactory) -> FeatureStore:
     from dash_site import build_small_store
 
     return build_small_store(tmp_path_factory.mktemp("dash") / "store")
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Skipped browser tests are said once more, where nobody can overlook them."""
+    skipped = [
+        report
+        for report in terminalreporter.stats.get("skipped", [])
+        if isinstance(report.longrepr, tuple) and NO_BROWSER in report.longrepr[2]
+    ]
+    if skipped:
+        terminalreporter.section("BROWSER TESTS DID NOT RUN", red=True, bold=True)
+        terminalreporter.write_line(f"{len(skipped)} tests: {skipped[0].longrepr[2]}", red=True)
