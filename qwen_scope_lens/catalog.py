@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from qwen_scope_lens.errors import LayerOutOfRange, UnknownName, WrongSettings
+from qwen_scope_lens.files import read_text
 
 __all__ = [
     "BACKBONES",
@@ -293,7 +294,7 @@ def _local_group(folder: str) -> Group | None:
         return None
     path = home / folder / "config.json"
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings = json.loads(read_text(path))
     except (OSError, ValueError, RecursionError):
         return None
     if not isinstance(settings, dict) or settings.get("model_type") != "topk_sae":

@@ -7,6 +7,8 @@ import os
 import re
 from pathlib import Path
 
+from qwen_scope_lens.files import refuse_target
+
 __all__ = ["count", "from_zero", "layer_list", "memory", "output", "port", "rank", "share"]
 
 MOST_LAYERS = 10_000
@@ -84,7 +86,8 @@ def output(text: str) -> Path:
         there = next(parent for parent in path.absolute().parents if parent.exists())
         if not there.is_dir():
             raise argparse.ArgumentTypeError(f"{text!r}: {str(there)!r} is a file")
-    except (OSError, RuntimeError) as error:
+        refuse_target(path)
+    except (OSError, RuntimeError, ValueError) as error:
         raise argparse.ArgumentTypeError(f"{text!r} cannot be written: {error}") from error
     return path
 

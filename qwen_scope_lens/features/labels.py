@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from qwen_scope_lens.address import FeatureRef, LayerRef
 from qwen_scope_lens.errors import BadFile, BadText, ScopeError, UnknownName
-from qwen_scope_lens.files import whole_file
+from qwen_scope_lens.files import read_text, whole_file
 
 if TYPE_CHECKING:
     from qwen_scope_lens.features.store import FeatureStore
@@ -165,7 +165,7 @@ class LabelPack(Mapping[FeatureRef, Label]):
         """From a file of JSON lines; an error names the line."""
         path = Path(path)
         try:
-            lines = path.read_text(encoding="utf-8-sig").split("\n")
+            lines = read_text(path, "utf-8-sig").split("\n")
         except FileNotFoundError as error:
             raise BadFile(
                 f"{path} does not exist: expected JSON lines with address and text,"
