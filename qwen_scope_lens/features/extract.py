@@ -26,6 +26,7 @@ from qwen_scope_lens.errors import (
 )
 from qwen_scope_lens.features import facts
 from qwen_scope_lens.features.corpus import Corpus, Survey, as_corpus, survey
+from qwen_scope_lens.features.fingerprint import is_sample, sampled_fingerprint
 from qwen_scope_lens.features.job import Job
 from qwen_scope_lens.features.manifest import CorpusFacts, Manifest, SAEFacts, Settings
 from qwen_scope_lens.features.store import FeatureStore
@@ -216,6 +217,13 @@ def prepare(
         corpora=(),
         versions=facts.versions(),
     )
+    if Manifest.exists(folder) and is_sample(Manifest.read(folder).model.fingerprint):
+        older = sampled_fingerprint(model, wanted[-1])
+        mine = replace(mine, model=replace(mine.model, fingerprint=older))
+        say(
+            f"NOTE: {folder} was begun by an older version, which looked at a sample of the model's"
+            " weights only: a model that differs in a few of them would not be noticed"
+        )
     if note := facts.model_note(mine.model, checked.group):
         say(f"NOTE: {note}")
     with exclusive(folder / ".manifest", wait=True):

@@ -37,10 +37,11 @@ def check(path: str | os.PathLike[str], checksums: bool = True) -> list[str]:
         place = shard_folder(folder, shard)
         if not place.is_dir():
             problems.append(f"{place} is missing: `qsl extract` was stopped, or runs")
-        elif (problem := damage(place, checksums)) is not None:
-            problems.append(problem)
-        elif checksums and (problem := _contradiction(folder, shard, manifest)) is not None:
-            problems.append(problem)
+            continue
+        problem = damage(place, checksums)
+        if problem is None and checksums:
+            problem = _contradiction(folder, shard, manifest)
+        problems += [] if problem is None else [problem]
     if end < manifest.n_shards:
         problems.append(f"{manifest.n_shards - end:,} more shards are missing")
     return problems

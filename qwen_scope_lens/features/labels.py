@@ -50,6 +50,7 @@ class Label:
         # Half of a surrogate pair cannot be written to any file.
         clean = self.text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         object.__setattr__(self, "text", " ".join(clean.split()))
+        object.__setattr__(self, "provenance", _writable(self.provenance, self.ref))
         if self.score is None:
             return
         number = isinstance(self.score, (int, float)) and not isinstance(self.score, bool)
@@ -200,6 +201,20 @@ class LabelPack(Mapping[FeatureRef, Label]):
         with whole_file(Path(path)) as partial:
             partial.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
         return Path(path)
+
+
+def _writable(provenance: Mapping[str, Any], ref: FeatureRef) -> dict[str, Any]:
+    """Provenance as JSON has it: what no other program could read back raises."""
+    try:
+        text = json.dumps(dict(provenance), ensure_ascii=False, allow_nan=False)
+        clean = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        found: dict[str, Any] = json.loads(clean)
+        return found
+    except (TypeError, ValueError, RecursionError) as error:
+        raise BadText(
+            f"the provenance of {ref} cannot be written as JSON ({error}): expected texts, finite"
+            " numbers, lists and objects"
+        ) from error
 
 
 def _beats(new: Label, old: Label) -> bool:

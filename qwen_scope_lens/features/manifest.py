@@ -45,7 +45,7 @@ class ModelFacts:
     revision: str | None
     dtype: str
     d_model: int
-    fingerprint: str  # of the weights that take part, see `facts.py`
+    fingerprint: str  # of the weights that take part, see `fingerprint.py`
     quantised: bool = False
 
 
@@ -141,6 +141,8 @@ class Manifest:
             left, right = getattr(self, what), getattr(other, what)
             if left == right:
                 continue
+            if what == "model" and ":" in left.fingerprint + right.fingerprint:
+                _require_same_kind(left, right, mine, theirs)
             if what == "saes":
                 left, right = _different_saes(left, right)
             raise StoreMismatch(
@@ -251,6 +253,17 @@ def _different_saes(
     raise AssertionError("the same SAEs")
 
 
+def _require_same_kind(left: ModelFacts, right: ModelFacts, mine: str, theirs: str) -> None:
+    """Fingerprints over all weights have a word before them, those of older versions none."""
+    for facts, name in ((left, mine), (right, theirs)):
+        if ":" not in facts.fingerprint:
+            raise StoreMismatch(
+                f"{name} was made by an older version, whose fingerprint of the model is a sample"
+                " of its weights: it cannot be compared with one of all weights. Extract its"
+                " documents again"
+            )
+
+
 def _difference(left: Any, right: Any) -> str:
     if isinstance(left, str) or isinstance(right, str):
         return f"{_named(left)} against {_named(right)}"
@@ -273,6 +286,7 @@ def _named(facts: SAEFacts | str) -> str:
 
 def _short(value: Any) -> str:
     text = str(value)
+    text = text.removeprefix("all-weights:")
     return text[:12] + ".." if len(text) == 64 else text
 
 

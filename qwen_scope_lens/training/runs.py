@@ -139,14 +139,18 @@ def _arguments(run: Run, kind: type) -> Any:
 
 
 def _model(run: Run) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
+
+    from qwen_scope_lens.models.checkpoint import open_config, open_tokenizer
 
     name = str(run.need("model"))
     beside = run.path.parent / name
     source = bundled_model(name) or (beside if beside.is_dir() else name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        return AutoModelForCausalLM.from_pretrained(source, dtype="auto"), tokenizer
+        open_config(str(source))  # refuses a model that brings its own code
+        tokenizer = open_tokenizer(str(source))
+        model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", trust_remote_code=False)
+        return model, tokenizer
     except OSError as error:
         first_line = str(error).partition("\n")[0]
         raise BadFile(f"{run.path}: model {name} cannot be loaded: {first_line}") from error
