@@ -26,8 +26,10 @@ from qwen_scope_lens.errors import BadFile, CannotWrite, ScopeError
 __all__ = [
     "exclusive",
     "file_sha256",
+    "json_text",
     "open_own",
     "open_regular",
+    "parse_json",
     "read_json",
     "read_text",
     "refuse_link",
@@ -184,23 +186,40 @@ def file_sha256(path: Path) -> str:
 
 def write_json(path: Path, format: str, version: int, content: Mapping[str, Any]) -> None:
     """A JSON file that names its own format and version, so that no other is taken for it."""
-    head = {"format": format, "version": version}
-    text = json.dumps({**head, **content}, ensure_ascii=False, indent=1, allow_nan=False)
-    try:
-        data = text.encode("utf-8")
-    except UnicodeEncodeError:  # half of a surrogate pair, such as in the name of a file
-        data = json.dumps({**head, **content}, indent=1, allow_nan=False).encode("ascii")
+    text = json_text(format, version, content)
     with whole_file(path) as partial:
-        partial.write_bytes(data + b"\n")
+        partial.write_text(text, encoding="utf-8")
+
+
+def json_text(format: str, version: int, content: Mapping[str, Any]) -> str:
+    """What such a file has in it."""
+    whole = {"format": format, "version": version, **content}
+    text = json.dumps(whole, ensure_ascii=False, indent=1, allow_nan=False)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:  # half of a surrogate pair, such as in the name of a file
+        text = json.dumps(whole, indent=1, allow_nan=False)
+    return text + "\n"
 
 
 def read_json(path: Path, format: str, version: int, made_by: str) -> dict[str, Any]:
     """What `write_json` wrote, else an error. `made_by` is the command that makes such a file."""
     try:
-        content = json.loads(read_text(path))
+        text = read_text(path)
     except FileNotFoundError as error:
         raise BadFile(f"{path} does not exist: `{made_by}` makes such a file") from error
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
+        raise BadFile(f"{path} cannot be read as JSON ({error}): expected {format}") from error
+    return parse_json(text, path, format, version, made_by)
+
+
+def parse_json(
+    text: str, path: Path | str, format: str, version: int, made_by: str
+) -> dict[str, Any]:
+    """The same for a text that was read already; `path` is what messages call it."""
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise BadFile(f"{path} cannot be read as JSON ({error}): expected {format}") from error
     found = content.get("format") if isinstance(content, dict) else None
     if found != format:
