@@ -72,7 +72,7 @@ class FeatureRef:
         if isinstance(text, FeatureRef):
             return text
         sae, slash, feature = str(text).rpartition("/")
-        if not slash or not feature.isdecimal() or "/" not in sae:
+        if not slash or not feature.isdecimal() or len(feature) > 18 or "/" not in sae:
             raise UnknownName(
                 f"{text!r} is no feature address: expected GROUP/LAYER/FEATURE,"
                 f" {EXAMPLE_LAYER}/6159"

@@ -132,8 +132,8 @@ class Group:
 
     def layer_of(self, sae_id: str) -> int:
         """The layer that an id or a file name means; raises for anything else."""
-        file_name = re.escape(self.file_pattern).replace(re.escape("{n}"), r"(\d+)")
-        for pattern in (r"(?:layer)?(\d+)", file_name):
+        file_name = re.escape(self.file_pattern).replace(re.escape("{n}"), r"(\d{1,9})")
+        for pattern in (r"(?:layer)?(\d{1,9})", file_name):
             if found := re.fullmatch(pattern, sae_id):
                 return self.check_layer(int(found[1]))
         raise UnknownName(

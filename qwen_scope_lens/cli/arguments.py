@@ -13,6 +13,8 @@ __all__ = ["count", "from_zero", "layer_list", "memory", "output", "port", "rank
 
 MOST_LAYERS = 10_000
 LAST_PORT = 65_535
+MOST = 2**63 - 1
+"""The largest whole number that all libraries behind the verbs take, such as for a seed."""
 
 
 def layer_list(text: str) -> list[int]:
@@ -21,7 +23,9 @@ def layer_list(text: str) -> list[int]:
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise argparse.ArgumentTypeError(f"{text!r} is no list of layers such as 0-3,7")
+            raise argparse.ArgumentTypeError(f"{text!r:.60} is no list of layers such as 0-3,7")
+        if max(len(first), len(last)) > len(str(MOST_LAYERS)):
+            raise argparse.ArgumentTypeError(f"{part!r:.60}: no model has so many layers")
         low, high = int(first), int(last) if dash else int(first)
         if high > MOST_LAYERS:
             raise argparse.ArgumentTypeError(f"{part!r}: no model has so many layers")
@@ -34,8 +38,8 @@ def layer_list(text: str) -> list[int]:
 def memory(text: str) -> int:
     """`8GB` -> 8_000_000_000; also MB, and a plain number of bytes."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)B?", text.strip(), re.IGNORECASE)
-    if found is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 8GB or 500MB")
+    if found is None or len(found[1]) > 30:
+        raise argparse.ArgumentTypeError(f"{text!r:.60} is no size such as 8GB or 500MB")
     powers = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
     return int(float(found[1]) * 1000 ** powers[found[2].upper()])
 
@@ -43,8 +47,8 @@ def memory(text: str) -> int:
 def rank(text: str) -> tuple[int, int]:
     """`0/4` -> (0, 4)"""
     found = re.fullmatch(r"(\d+)/(\d+)", text.strip())
-    if found is None or int(found[1]) >= int(found[2]):
-        raise argparse.ArgumentTypeError(f"{text!r} is no part such as 0/4, 1/4, 2/4 or 3/4")
+    if found is None or len(text) > 30 or int(found[1]) >= int(found[2]):
+        raise argparse.ArgumentTypeError(f"{text!r:.60} is no part such as 0/4, 1/4, 2/4 or 3/4")
     return int(found[1]), int(found[2])
 
 
@@ -97,6 +101,8 @@ def _whole(text: str, least: int) -> int:
         number = int(text)
     except ValueError:
         number = least - 1
-    if number < least:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of {least} or more")
+    if not least <= number <= MOST:
+        raise argparse.ArgumentTypeError(
+            f"{text!r:.60}: expected a whole number of {least} or more, and below 2^63"
+        )
     return number

@@ -134,8 +134,8 @@ def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
     from qwen_scope_lens.errors import BadPlan
 
     layer = arguments.layer
-    if layer != "auto" and not layer.isdecimal():
-        raise BadPlan(f"--layer {layer}: expected a layer number or auto")
+    if layer != "auto" and not (layer.isdecimal() and len(layer) < 10):
+        raise BadPlan(f"--layer {layer:.60}: expected a layer number or auto")
     return {
         "rule": arguments.rule,
         "top_k": arguments.top_k,

@@ -18,6 +18,7 @@ from collections import Counter
 from pathlib import Path
 
 from qwen_scope_lens.cli.arguments import output
+from qwen_scope_lens.cli.terminal import plain
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,7 +58,7 @@ def _list(arguments: argparse.Namespace) -> int:
         arguments.match, arguments.least_score
     ).items():  # fmt: skip
         score = "     " if label.score is None else f"{label.score:.3f}"
-        print(f"{ref!s:36} {score}  {label.text}")
+        print(plain(f"{ref!s:36} {score}  {label.text}"))
     return 0
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwen_scope_lens.cli.arguments import count
+from qwen_scope_lens.cli.terminal import plain
 
 if TYPE_CHECKING:
     from qwen_scope_lens.features.store import FeatureStore
@@ -48,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _info(arguments: argparse.Namespace) -> int:
     from qwen_scope_lens.features.store import FeatureStore
 
-    print(describe(FeatureStore.open(arguments.store)))
+    print(plain(describe(FeatureStore.open(arguments.store))))
     return 0
 
 
@@ -80,7 +81,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
     problems = check(arguments.store, checksums=not arguments.sizes_only)
     for problem in problems:
-        print(f"PROBLEM  {problem}")
+        print(plain(f"PROBLEM  {problem}"))
     if not problems:
         print(f"{arguments.store}: whole")
     return 1 if problems else 0
@@ -97,7 +98,7 @@ def _sql(arguments: argparse.Namespace) -> int:
         for row in rows:
             print(json.dumps(row, ensure_ascii=False, default=str))
         return 0
-    print("\t".join(answer.column_names))
+    print("\t".join(map(_cell, answer.column_names)))
     for row in rows:
         print("\t".join(_cell(value) for value in row.values()))
     return 0
@@ -106,14 +107,14 @@ def _sql(arguments: argparse.Namespace) -> int:
 def _cell(value: object) -> str:
     if value is None:
         return ""
-    return str(value).replace("\\", "\\\\").replace("\t", "\\t").replace("\n", "\\n")
+    return plain(str(value).replace("\\", "\\\\").replace("\t", "\\t").replace("\n", "\\n"))
 
 
 def _merge(arguments: argparse.Namespace) -> int:
     from qwen_scope_lens.features.merge import merge
 
     store = merge(arguments.stores, arguments.out, arguments.shard_docs)
-    print(describe(store))
+    print(plain(describe(store)))
     if not store.is_complete:
         print("not complete: run the missing ranks, then merge again", file=sys.stderr)
     return 0
