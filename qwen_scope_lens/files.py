@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -46,8 +47,9 @@ _FULL = (
     "os error 122",
     "PytorchStreamWriter failed writing",
     "file write failed",
+    "embedded null",
 )
-"""How libraries that raise no OSError say that a disk is full."""
+"""How libraries that raise no OSError say that a disk is full, or that a name is impossible."""
 
 
 @contextlib.contextmanager
@@ -161,7 +163,7 @@ def open_own(path: Path, mode: str) -> IO[Any]:
         return os.fdopen(handle, mode, encoding=None if "b" in mode else "utf-8")
 
 
-def open_regular(path: Path) -> IO[bytes]:
+def open_regular(path: Path) -> io.BufferedReader:
     """A file for reading, links followed; a FIFO, a socket or a device raises, nothing waits."""
     mode = path.stat().st_mode
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 from pathlib import Path
 
 from qwen_scope_lens.files import refuse_target
 
-__all__ = ["count", "from_zero", "layer_list", "memory", "output", "port", "rank", "share"]
+__all__ = [
+    "count",
+    "finite",
+    "from_zero",
+    "layer_list",
+    "memory",
+    "output",
+    "port",
+    "positive",
+    "rank",
+    "share",
+]
 
 MOST_LAYERS = 10_000
 LAST_PORT = 65_535
@@ -70,6 +82,25 @@ def port(text: str) -> int:
     return number
 
 
+def finite(text: str) -> float:
+    """A number that is neither infinite nor NaN."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"{text!r:.60}: expected a finite number")
+    return number
+
+
+def positive(text: str) -> float:
+    """A finite number above 0."""
+    number = finite(text)
+    if number <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r:.60}: expected a number above 0")
+    return number
+
+
 def share(text: str) -> float:
     """A number from 0 to 1."""
     try:
@@ -77,7 +108,7 @@ def share(text: str) -> float:
     except ValueError:
         number = float("nan")
     if not 0 <= number <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no share: expected a number from 0 to 1")
+        raise argparse.ArgumentTypeError(f"{text!r:.60} is no share: expected a number from 0 to 1")
     return number
 
 

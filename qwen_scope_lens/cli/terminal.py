@@ -60,7 +60,7 @@ def shown_safely() -> Iterator[None]:
     if not out.isatty():
         yield
         return
-    sys.stdout = _Plain(out)  # type: ignore[assignment]
+    sys.stdout = _Plain(out)
     try:
         yield
     finally:

@@ -67,6 +67,9 @@ Run = Callable[[argparse.Namespace], int]
 def main(argv: Sequence[str] | None = None) -> int:
     """The entry point of `qsl`."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if any("\0" in word for word in words):
+        print("qsl: an argument has a NUL character in it", file=sys.stderr)
+        return EXIT_USAGE
     if not words or words[0] in ("-h", "--help", "help"):
         print(_overview())
         return 0
@@ -114,7 +117,7 @@ def _run(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_ERROR
     except OSError as error:  # stdout on a full disk, a file that may not be read, ...
-        print(plain(f"{parser.prog}: the system refused: {error}"), file=sys.stderr)
+        print(plain(f"{parser.prog}: the system refused: {str(error)[:500]}"), file=sys.stderr)
         if error.errno == errno.ENOSPC:  # else Python tries once more, at its end
             with contextlib.suppress(OSError, ValueError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

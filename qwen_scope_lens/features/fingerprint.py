@@ -100,8 +100,8 @@ def _plain(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
             yield from _plain(getattr(tensor, name))
         return
     yield tensor.data
-    scales = getattr(tensor, "quant_state", None)  # bitsandbytes
-    if hasattr(scales, "as_dict"):
+    scales: Any = getattr(tensor, "quant_state", None)  # bitsandbytes
+    if scales is not None:
         found = scales.as_dict(packed=True)
         yield from (found[name] for name in sorted(found) if isinstance(found[name], torch.Tensor))
 

@@ -13,8 +13,8 @@ a line, that a person can write in an editor:
 from __future__ import annotations
 
 import json
-import math
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +31,8 @@ __all__ = ["Label", "LabelPack", "Prefer"]
 
 Prefer = Literal["first", "last", "score"]
 """Which label `LabelPack.merge` keeps where two packs name the same feature."""
+
+LARGEST = sys.float_info.max
 
 _FIELDS = {"address", "text", "score", "provenance"}
 
@@ -54,8 +56,10 @@ class Label:
         if self.score is None:
             return
         number = isinstance(self.score, (int, float)) and not isinstance(self.score, bool)
-        if not number or not math.isfinite(self.score):
-            raise BadText(f"the score of {self.ref} is {self.score!r}: expected a finite number")
+        if not number or not abs(self.score) < LARGEST:  # NaN, too
+            raise BadText(
+                f"the score of {self.ref} is {self.score!r:.60}: expected a finite number"
+            )
         object.__setattr__(self, "score", float(self.score))
 
     def to_row(self) -> dict[str, Any]:

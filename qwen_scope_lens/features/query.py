@@ -29,6 +29,8 @@ def run_query(store: FeatureStore, query: str) -> pa.Table:
 
     if not store.shards:
         raise StoreDamaged(f"{store.path} has no finished document yet: let `qsl extract` run")
+    if any("\ud800" <= letter <= "\udfff" for letter in query):
+        raise BadQuery("the query has half of a surrogate pair in it: expected whole characters")
     hint = f"(the views are {VIEWS})"
     if mixed := _mixed_labels(store):
         hint = (
