@@ -21,7 +21,7 @@ from qwen_scope_lens.models.layers import decoder_layers, describe, part, places
 __all__ = ["fingerprint", "is_sample", "sampled_fingerprint"]
 
 ALL = "all-weights:"
-"""Before a hash over all weights. Versions up to 0.1 hashed a sample and wrote no such word."""
+"""Before a hash over all weights. Older stores have a hash of a sample, without such a word."""
 
 _BLOCK = 1 << 24  # numbers of a weight that are copied to the CPU at a time
 _SAMPLE = 64

@@ -166,8 +166,9 @@ class Shard:
         """The footer of `tokens.parquet`, and the row at which each of its row groups ends."""
         path = self.path("tokens.parquet")
         try:
-            meta = pq.read_metadata(path)
-        except (OSError, pa.ArrowException) as error:
+            with open_regular(path) as file:
+                meta = pq.read_metadata(file)
+        except (OSError, ValueError, pa.ArrowException) as error:
             raise StoreDamaged(f"{path} cannot be read: {error}. {REPAIR}") from error
         return meta, np.cumsum([meta.row_group(i).num_rows for i in range(meta.num_row_groups)])
 
@@ -199,8 +200,9 @@ class Shard:
         """The footer, and the least and the greatest feature of every row group."""
         path = self.features_path(layer)
         try:
-            meta = pq.read_metadata(path)
-        except (OSError, pa.ArrowException) as error:
+            with open_regular(path) as file:
+                meta = pq.read_metadata(file)
+        except (OSError, ValueError, pa.ArrowException) as error:
             raise StoreDamaged(f"{path} cannot be read: {error}. {REPAIR}") from error
         at = meta.schema.names.index("feature")
         ranges = [meta.row_group(i).column(at).statistics for i in range(meta.num_row_groups)]
