@@ -14,12 +14,14 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qwen_scope_lens.cli.arguments import count
 from qwen_scope_lens.cli.terminal import plain
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from qwen_scope_lens.features.store import FeatureStore
 
 __all__ = ["add_arguments", "describe", "run"]
@@ -93,15 +95,25 @@ def _sql(arguments: argparse.Namespace) -> int:
     from qwen_scope_lens.features.store import FeatureStore
 
     answer = FeatureStore.open(arguments.store).sql(arguments.query)
-    rows = answer.to_pylist()
+    rows = list(zip(*map(_values, answer.columns), strict=True))
     if arguments.json:
         for row in rows:
-            print(json.dumps(row, ensure_ascii=False, default=str))
+            content = dict(zip(answer.column_names, row, strict=True))
+            print(json.dumps(content, ensure_ascii=False, default=str))
         return 0
     print("\t".join(map(_cell, answer.column_names)))
     for row in rows:
-        print("\t".join(_cell(value) for value in row.values()))
+        print("\t".join(_cell(value) for value in row))
     return 0
+
+
+def _values(column: pa.ChunkedArray) -> list[Any]:
+    """As Python has them; dates outside the years 1 to 9999, which it has not, as texts."""
+    try:
+        values: list[Any] = column.to_pylist()
+    except (OverflowError, ValueError):
+        values = column.cast("string").to_pylist()
+    return values
 
 
 def _cell(value: object) -> str:

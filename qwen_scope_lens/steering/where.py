@@ -135,9 +135,9 @@ def _parse(text: str) -> Where:
 
 def _parse_span(text: str) -> Span:
     """`3` or `3-8` (both ends meant) or `3-` (to the end); each number may be negative."""
-    found = re.fullmatch(r"(-?\d{1,9})(?:(-)(-?\d{1,9})?)?", text)
+    found = re.fullmatch(r"(-?\d+)(?:(-)(-?\d+)?)?", text)
     if found is None:
-        raise BadPlan(f"position {text!r:.60}: expected 3, 3-8, 3- or -1")
+        raise BadPlan(f"position {text!r}: expected 3, 3-8, 3- or -1")
     start = int(found[1])
     if not found[2]:
         return (start, start + 1)
