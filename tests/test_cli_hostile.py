@@ -161,9 +161,8 @@ def test_what_a_terminal_is_shown(files: Path, capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().out == f"name\n{written}\n"
     assert main([*query, "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"name": ESCAPE}  # exact
-    far = "select '290000-01-01'::timestamp far, 2 two"
-    assert main(["store", "sql", str(files / "store"), far]) == 0
-    assert capsys.readouterr().out.startswith("far\ttwo\n290000-01-01")
+    far = "select '290000-01-01'::timestamp far"
+    assert "::varchar" in refused(capsys, ["store", "sql", str(files / "store"), far])
     refused(capsys, ["store", "sql", str(files / "store"), "select '\ud800'"])
     refused(capsys, ["show", ESCAPE])
     refused(capsys, ["store", "sql", str(files / "store"), f"select '{ESCAPE}' from nosuch"])

@@ -95,25 +95,28 @@ def _sql(arguments: argparse.Namespace) -> int:
     from qwen_scope_lens.features.store import FeatureStore
 
     answer = FeatureStore.open(arguments.store).sql(arguments.query)
-    rows = list(zip(*map(_values, answer.columns), strict=True))
+    rows = _rows(answer)
     if arguments.json:
         for row in rows:
-            content = dict(zip(answer.column_names, row, strict=True))
-            print(json.dumps(content, ensure_ascii=False, default=str))
+            print(json.dumps(row, ensure_ascii=False, default=str))
         return 0
     print("\t".join(map(_cell, answer.column_names)))
     for row in rows:
-        print("\t".join(_cell(value) for value in row))
+        print("\t".join(_cell(value) for value in row.values()))
     return 0
 
 
-def _values(column: pa.ChunkedArray) -> list[Any]:
-    """As Python has them; dates outside the years 1 to 9999, which it has not, as texts."""
+def _rows(answer: pa.Table) -> list[dict[str, Any]]:
+    from qwen_scope_lens.errors import BadQuery
+
     try:
-        values: list[Any] = column.to_pylist()
-    except (OverflowError, ValueError):
-        values = column.cast("string").to_pylist()
-    return values
+        rows: list[dict[str, Any]] = answer.to_pylist()
+    except (OverflowError, ValueError) as error:
+        raise BadQuery(
+            f"a value of the answer cannot be shown ({error}): dates end with the year 9999 here."
+            " Write it as text in the query, such as column::varchar"
+        ) from error
+    return rows
 
 
 def _cell(value: object) -> str:
