@@ -19,7 +19,7 @@ from qwen_scope_lens.catalog import bundled_model
 from qwen_scope_lens.errors import BadCorpus, BadFile, UnknownName
 from qwen_scope_lens.features.corpus import read_rows
 from qwen_scope_lens.features.facts import versions
-from qwen_scope_lens.files import whole_file
+from qwen_scope_lens.files import read_text, whole_file
 from qwen_scope_lens.training.rewards import reply_text
 
 __all__ = ["Run", "read_replies", "read_run", "run_grpo", "run_sasft"]
@@ -54,7 +54,7 @@ class Run:
 def read_run(path: Path, keys: set[str]) -> Run:
     """A YAML mapping with known keys only, so that a misspelt one is not ignored."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.safe_load(read_text(path))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())  # PyYAML draws a picture in four lines
         raise BadFile(f"{path} cannot be read as YAML: {reason}") from error
