@@ -33,9 +33,11 @@ class LayerRef:
             return text
         group, slash, layer = str(text).rpartition("/")
         if not slash or not isinstance(text, str):
-            raise UnknownName(f"{text!r} is no SAE address: expected GROUP/LAYER, {EXAMPLE_LAYER}")
+            raise UnknownName(
+                f"{text!r:.80} is no SAE address: expected GROUP/LAYER, {EXAMPLE_LAYER}"
+            )
         if is_known(text):
-            raise UnknownName(f"{text!r} names a whole group: add a layer, such as {text}/0")
+            raise UnknownName(f"{text!r:.80} names a whole group: add a layer, such as {text}/0")
         row = find_group(group)
         return cls(row.short, row.layer_of(layer))
 
@@ -74,7 +76,7 @@ class FeatureRef:
         sae, slash, feature = str(text).rpartition("/")
         if not slash or not feature.isdecimal() or len(feature) > 18 or "/" not in sae:
             raise UnknownName(
-                f"{text!r} is no feature address: expected GROUP/LAYER/FEATURE,"
+                f"{text!r:.80} is no feature address: expected GROUP/LAYER/FEATURE,"
                 f" {EXAMPLE_LAYER}/6159"
             )
         layer = LayerRef.parse(sae)

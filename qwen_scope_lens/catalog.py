@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from qwen_scope_lens.errors import LayerOutOfRange, UnknownName, WrongSettings
+from qwen_scope_lens.files import read_text
 
 __all__ = [
     "BACKBONES",
@@ -136,7 +137,7 @@ class Group:
             if found := re.fullmatch(pattern, sae_id):
                 return self.check_layer(int(found[1]))
         raise UnknownName(
-            f"{sae_id!r} names no layer of {self.short}: expected one of"
+            f"{sae_id!r:.80} names no layer of {self.short}: expected one of"
             f" {', '.join(self.sae_ids(self.layers[0]))}"
         )
 
@@ -254,7 +255,7 @@ def find_group(name: str) -> Group:
         near = difflib.get_close_matches(name.lower(), _BY_NAME, n=3, cutoff=0.4)
         shorts = dict.fromkeys(_BY_NAME[match].short for match in near)
         hint = f"nearest: {', '.join(shorts)}; " if shorts else ""
-        raise UnknownName(f"no group is named {name!r}; {hint}`qsl list` shows all")
+        raise UnknownName(f"no group is named {name!r:.80}; {hint}`qsl list` shows all")
     return row
 
 
@@ -293,7 +294,7 @@ def _local_group(folder: str) -> Group | None:
         return None
     path = home / folder / "config.json"
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings = json.loads(read_text(path))
     except (OSError, ValueError, RecursionError):
         return None
     if not isinstance(settings, dict) or settings.get("model_type") != "topk_sae":

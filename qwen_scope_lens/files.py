@@ -1,7 +1,11 @@
-"""Writing whole or not at all: folders, files, one writer at a time, hashes, JSON with a name.
+"""Writing whole or not at all, and reading what is a file: locks, hashes, JSON with a name.
 
 A name appears only when everything under it is written; what a killed run left behind is hidden,
 harmless and removed by the next. Every failure of the disk becomes `CannotWrite`.
+
+A folder may come from somebody else. So nothing is written through a link that stands under one of
+our own names, a lock is never emptied, and only regular files are read: opening a FIFO would wait
+for ever.
 """
 
 from __future__ import annotations
@@ -9,31 +13,71 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import io
 import json
+import os
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from qwen_scope_lens.errors import BadFile, CannotWrite, ScopeError
 
-__all__ = ["exclusive", "file_sha256", "read_json", "whole_file", "whole_folder", "write_json"]
+__all__ = [
+    "exclusive",
+    "file_sha256",
+    "json_text",
+    "open_own",
+    "open_regular",
+    "parse_json",
+    "read_json",
+    "read_text",
+    "refuse_link",
+    "refuse_target",
+    "whole_file",
+    "whole_folder",
+    "write_json",
+]
+
+_FULL = (
+    "No space left",
+    "os error 28",
+    "Disk quota",
+    "os error 122",
+    "PytorchStreamWriter failed writing",
+    "file write failed",
+    "embedded null",
+)
+"""How libraries that raise no OSError say that a disk is full, or that a name is impossible."""
 
 
 @contextlib.contextmanager
-def exclusive(folder: Path, wait: bool = False) -> Iterator[None]:
+def exclusive(
+    folder: Path, wait: bool = False, part: int | None = None, name: str = ".lock"
+) -> Iterator[None]:
     """One writer for a folder. The lock goes with the process, so a killed one leaves none.
 
-    Where another has it: wait for it, or raise.
+    Where another has it: wait for it, or raise. `part` locks one part of the folder only, by its
+    number.
     """
-    lock = folder / ".lock"
+    lock = folder / name
     with _named_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        handle = lock.open("w")
+        handle = open_own(lock, "r+b")
     with handle:
+        how = fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            if part is None:
+                fcntl.flock(handle, how)
+            else:
+                fcntl.lockf(handle, how, 1, part)
         except OSError as error:
+            if part is not None:
+                raise CannotWrite(
+                    f"another process is writing part {part} of {folder}: wait for it, or give each"
+                    " process its own rank (--rank i/n with one n)"
+                ) from error
             raise CannotWrite(
                 f"another process is writing into {folder}: wait for it, or choose another folder"
             ) from error
@@ -47,7 +91,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise CannotWrite(f"{folder} is a link or a file: a folder of that name is to be written")
     with _named_errors(folder):
-        shutil.rmtree(partial, ignore_errors=True)
+        _remove(partial)
         partial.mkdir(parents=True)
         try:
             yield partial
@@ -61,47 +105,132 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A path to write to; it takes the name `path` (replacing what was there) at the end."""
+    """A path to write to; it takes the name `path` (replacing what was there) at the end.
+
+    The path lies in a new folder that only this user can enter, so that whatever writes to it by
+    name meets no link of somebody else's.
+    """
     partial = _partial(path)
+    refuse_target(path)
     with _named_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        _remove(partial)
+        partial.mkdir(0o700)
         try:
-            yield partial
-            partial.replace(path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+            yield partial / path.name
+            (partial / path.name).replace(path)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def refuse_target(path: Path) -> None:
+    """Raise where a file cannot take this name: it is a link, a folder, a device or a FIFO."""
+    with _named_errors(path):
+        try:
+            mode = path.lstat().st_mode
+        except FileNotFoundError:
+            return
+    if not stat.S_ISREG(mode):
+        raise CannotWrite(
+            f"{path} is {_kind(mode)}: expected the name of a file, or one that is still free"
+        )
+
+
+def refuse_link(path: Path) -> None:
+    """Raise where one of our own folders inside an output folder is a link to elsewhere."""
+    if path.is_symlink():
+        raise CannotWrite(
+            f"{path} is a link to {os.readlink(path)}: nothing is written through it. Make a link"
+            f" of {path.parent} as a whole, or remove this one"
+        )
+
+
+def open_own(path: Path, mode: str) -> IO[Any]:
+    """A file that we keep and change in place, made if it is not there: `r+b` or `a`.
+
+    Nothing is emptied, and neither a link is followed nor anything else than a file opened.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+    if mode == "a":
+        flags |= os.O_APPEND
+    refuse_target(path)
+    with _named_errors(path):
+        handle = os.open(path, flags, 0o666)
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            os.close(handle)
+            refuse_target(path)
+            raise CannotWrite(f"{path} was exchanged while it was opened: run it again")
+        return os.fdopen(handle, mode, encoding=None if "b" in mode else "utf-8")
+
+
+def open_regular(path: Path) -> io.BufferedReader:
+    """A file for reading, links followed; a FIFO, a socket or a device raises, nothing waits."""
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise BadFile(f"{path} is {_kind(mode)}: expected a file")
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    if stat.S_ISREG(os.fstat(handle).st_mode):
+        return os.fdopen(handle, "rb")
+    os.close(handle)
+    raise IsADirectoryError(f"{path} is {_kind(mode)}: expected a file")
+
+
+def read_text(path: Path, encoding: str = "utf-8") -> str:
+    """All of a text file."""
+    with open_regular(path) as file:
+        return file.read().decode(encoding).replace("\r\n", "\n")
 
 
 def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_json(path: Path, format: str, version: int, content: Mapping[str, Any]) -> None:
     """A JSON file that names its own format and version, so that no other is taken for it."""
-    head = {"format": format, "version": version}
-    text = json.dumps({**head, **content}, ensure_ascii=False, indent=1, allow_nan=False)
+    text = json_text(format, version, content)
     with whole_file(path) as partial:
-        partial.write_text(text + "\n", encoding="utf-8")
+        partial.write_text(text, encoding="utf-8")
+
+
+def json_text(format: str, version: int, content: Mapping[str, Any]) -> str:
+    """What such a file has in it."""
+    whole = {"format": format, "version": version, **content}
+    text = json.dumps(whole, ensure_ascii=False, indent=1, allow_nan=False)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:  # half of a surrogate pair, such as in the name of a file
+        text = json.dumps(whole, indent=1, allow_nan=False)
+    return text + "\n"
 
 
 def read_json(path: Path, format: str, version: int, made_by: str) -> dict[str, Any]:
     """What `write_json` wrote, else an error. `made_by` is the command that makes such a file."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        text = read_text(path)
     except FileNotFoundError as error:
         raise BadFile(f"{path} does not exist: `{made_by}` makes such a file") from error
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
+        raise BadFile(f"{path} cannot be read as JSON ({error}): expected {format}") from error
+    return parse_json(text, path, format, version, made_by)
+
+
+def parse_json(
+    text: str, path: Path | str, format: str, version: int, made_by: str
+) -> dict[str, Any]:
+    """The same for a text that was read already; `path` is what messages call it."""
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise BadFile(f"{path} cannot be read as JSON ({error}): expected {format}") from error
     found = content.get("format") if isinstance(content, dict) else None
     if found != format:
         raise BadFile(
-            f"{path} is no {format} file (its format says {found!r}): `{made_by}` makes one"
+            f"{path} is no {format} file (its format says {found!r:.60}): `{made_by}` makes one"
         )
     if content.get("version") != version:
         raise BadFile(
-            f"{path} is {format} version {content.get('version')!r}, this package reads version"
+            f"{path} is {format} version {content.get('version')!r:.60}, this package reads version"
             f" {version}: make it again with `{made_by}`, or use the package that wrote it"
         )
     return {key: value for key, value in content.items() if key not in ("format", "version")}
@@ -111,14 +240,41 @@ def _partial(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial")
 
 
+def _remove(partial: Path) -> None:
+    """What a killed run left under our own hidden name, or somebody else put there."""
+    if partial.is_dir() and not partial.is_symlink():
+        shutil.rmtree(partial, ignore_errors=True)
+    else:
+        partial.unlink(missing_ok=True)
+
+
+_KINDS = {
+    stat.S_IFLNK: "a link",
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFREG: "a file",
+}
+
+
+def _kind(mode: int) -> str:
+    return _KINDS.get(stat.S_IFMT(mode), "something else")
+
+
 @contextlib.contextmanager
 def _named_errors(target: Path) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
-        if isinstance(error, ScopeError):
+    except ScopeError:
+        raise
+    except Exception as error:
+        if not isinstance(error, OSError) and not any(sign in str(error) for sign in _FULL):
             raise
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise CannotWrite(
-            f"cannot write {target}: {error.strerror}. Nothing half is left under that name, and"
-            " what was finished before stays: make room or choose another place, and run it again"
+            f"cannot write {target}: {reason or type(error).__name__}. Nothing half is left under"
+            " that name, and what was finished before stays: make room or choose another place,"
+            " and run it again"
         ) from error

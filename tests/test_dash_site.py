@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import http.client
 import json
+import os
 import re
 import shutil
 import threading
@@ -214,12 +215,14 @@ def test_what_does_not_belong_together_is_refused(
 @pytest.fixture
 def server(site: Path) -> Iterator[int]:
     (site / "link.txt").symlink_to("/etc/hostname")
+    os.mkfifo(site / "fifo.txt")
     with make_server(site, port=0) as running:
         thread = threading.Thread(target=running.serve_forever, daemon=True)
         thread.start()
         yield running.server_address[1]
         running.shutdown()
     (site / "link.txt").unlink()
+    (site / "fifo.txt").unlink()
 
 
 def ask(port: int, path: str, host: str | None = None) -> http.client.HTTPResponse:
@@ -234,7 +237,14 @@ def test_the_server_gives_the_site_and_nothing_else(server: int, site: Path) -> 
     assert answer.getheader("X-Content-Type-Options") == "nosniff"
     assert answer.read() == (site / "index.html").read_bytes()
     assert ask(server, "/data/site.js").getheader("Content-Type", "").startswith("text/javascript")
-    for path in ("/data/", "/link.txt", "/../../etc/passwd", "/%2e%2e/%2e%2e/etc/passwd", "/none"):
+    for path in (
+        "/data/",
+        "/link.txt",
+        "/fifo.txt",
+        "/../../etc/passwd",
+        "/%2e%2e/%2e%2e/etc/passwd",
+        "/none",
+    ):
         assert ask(server, path).status == 404, path
     assert ask(server, "/", host="attacker.example").status == 403
     assert ask(server, "/", host=f"localhost:{server}").status == 200

@@ -21,10 +21,11 @@ from qwen_scope_lens.classification.estimator import FeatureRuleClassifier
 from qwen_scope_lens.classification.explain import explain
 from qwen_scope_lens.classification.read import open_reader
 from qwen_scope_lens.classification.stream import WINDOW, Stream
-from qwen_scope_lens.errors import CannotWrite, StoreMismatch
+from qwen_scope_lens.errors import CannotWrite, ScopeError, StoreMismatch
 from qwen_scope_lens.features.corpus import Corpus, Document, read_corpus
 from qwen_scope_lens.features.manifest import Manifest
 from qwen_scope_lens.features.store import FeatureStore
+from qwen_scope_lens.files import open_own, whole_file
 
 if TYPE_CHECKING:
     from qwen_scope_lens.features.labels import LabelPack
@@ -122,7 +123,7 @@ def _write(rows: Any, out: Path, classifier: FeatureRuleClassifier, data: str) -
         out.parent.mkdir(parents=True, exist_ok=True)
         done = _finished(partial, head)
         with ExitStack() as stack:
-            file = stack.enter_context(partial.open("a", encoding="utf-8"))
+            file = stack.enter_context(open_own(partial, "a"))
             if done < 0:
                 file.write(head + "\n")
                 done = 0
@@ -132,21 +133,26 @@ def _write(rows: Any, out: Path, classifier: FeatureRuleClassifier, data: str) -
             for row in tqdm(rows(done), initial=done, unit="doc", disable=None, file=sys.stderr):
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
                 made += 1
-        lines = partial.open(encoding="utf-8")
         finished = out.with_name(f".{out.name}.finished")
-        with lines, finished.open("w", encoding="utf-8") as target:
+        with partial.open(encoding="utf-8") as lines, whole_file(finished) as place:
             next(lines)
-            target.writelines(lines)
+            with place.open("w", encoding="utf-8") as target:
+                target.writelines(lines)
         finished.replace(out)
         partial.unlink()
     except OSError as error:
-        raise CannotWrite(f"cannot write {out}: {error.strerror}") from error
+        if isinstance(error, ScopeError):
+            raise
+        raise CannotWrite(
+            f"cannot write {out}: {error.strerror or error}. What is finished is kept: make room,"
+            " and run the same command again"
+        ) from error
     return made
 
 
 def _finished(partial: Path, head: str) -> int:
     """How many documents a partial file of the same job holds; -1 where there is none."""
-    if not partial.is_file():
+    if not partial.is_file() or partial.is_symlink():
         return -1
     content = partial.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
@@ -157,5 +163,6 @@ def _finished(partial: Path, head: str) -> int:
     # Documents are read in windows: a window that was cut is read again as a whole, so that the
     # batches, and with them the last bits of the scores, are those of a run without a break.
     done = (len(lines) - 1) // WINDOW * WINDOW
-    partial.write_bytes(b"".join(line + b"\n" for line in lines[: done + 1]))
+    with open_own(partial, "r+b") as file:
+        file.truncate(sum(len(line) + 1 for line in lines[: done + 1]))
     return done

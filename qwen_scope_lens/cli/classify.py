@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwen_scope_lens.cli.arguments import count, layer_list, output
+from qwen_scope_lens.cli.arguments import count, finite, layer_list, output
 
 if TYPE_CHECKING:
     from qwen_scope_lens.classification.methods import Documents
@@ -127,7 +127,7 @@ def _rule(parser: argparse.ArgumentParser) -> None:
     rule.add_argument(
         "--n-layers", type=count, default=1, metavar="M", help="layers to combine (1)"
     )
-    rule.add_argument("--threshold", type=float, default=0.0, help="fires above this value (0)")
+    rule.add_argument("--threshold", type=finite, default=0.0, help="fires above this value (0)")
     rule.add_argument("--at-least", type=count, metavar="K", help="k-of-n: how many have to fire")
 
 

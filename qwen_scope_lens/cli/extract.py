@@ -62,6 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from qwen_scope_lens.catalog import find_group
     from qwen_scope_lens.cli.store import describe
+    from qwen_scope_lens.cli.terminal import plain
     from qwen_scope_lens.features.corpus import read_corpus
     from qwen_scope_lens.features.manifest import Settings
 
@@ -102,5 +103,5 @@ def run(arguments: argparse.Namespace) -> int:
         from qwen_scope_lens.features.extract import extract
 
         store = extract(corpus, rank=arguments.rank, **asdict(settings), **job)
-    print(describe(store))
+    print(plain(describe(store)))
     return 0

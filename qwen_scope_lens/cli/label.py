@@ -17,7 +17,8 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from qwen_scope_lens.cli.arguments import output
+from qwen_scope_lens.cli.arguments import finite, output
+from qwen_scope_lens.cli.terminal import plain
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     listing = words.add_parser("list", help="a line a label")
     listing.add_argument("pack", type=Path)
     listing.add_argument("--match", default="", metavar="REGEX", help="of the text")
-    listing.add_argument("--least-score", type=float)
+    listing.add_argument("--least-score", type=finite)
     listing.set_defaults(run_word=_list)
     show = words.add_parser("show", help="one label with its provenance")
     show.add_argument("pack", type=Path)
@@ -57,7 +58,7 @@ def _list(arguments: argparse.Namespace) -> int:
         arguments.match, arguments.least_score
     ).items():  # fmt: skip
         score = "     " if label.score is None else f"{label.score:.3f}"
-        print(f"{ref!s:36} {score}  {label.text}")
+        print(plain(f"{ref!s:36} {score}  {label.text}"))
     return 0
 
 
@@ -67,7 +68,7 @@ def _show(arguments: argparse.Namespace) -> int:
 
     pack = LabelPack.read(arguments.pack)
     if arguments.address not in pack:
-        raise UnknownName(f"{arguments.address} has no label in {arguments.pack}: {pack!r}")
+        raise UnknownName(f"{arguments.address:.80} has no label in {arguments.pack}: {pack!r}")
     print(json.dumps(pack[arguments.address].to_row(), ensure_ascii=False, indent=1))
     return 0
 

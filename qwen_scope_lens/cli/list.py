@@ -13,6 +13,7 @@ import sys
 
 from qwen_scope_lens.catalog import GROUPS, Group, local_groups
 from qwen_scope_lens.cli.show import layers_in_words, size
+from qwen_scope_lens.cli.terminal import plain
 from qwen_scope_lens.errors import WrongSettings
 
 HEADINGS: tuple[str, ...] = (
@@ -35,17 +36,16 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         groups = (*GROUPS, *local_groups())
     except WrongSettings as error:
-        print(f"qsl list: your own SAEs are left out: {error}", file=sys.stderr)
+        print(plain(f"qsl list: your own SAEs are left out: {error}"), file=sys.stderr)
         groups = GROUPS
     if arguments.json:
         print(json.dumps([{"short": g.short, **dataclasses.asdict(g)} for g in groups], indent=2))
         return 0
-    rows = [HEADINGS, *map(_row, groups)]
+    rows = [HEADINGS, *(tuple(map(plain, _row(group))) for group in groups)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
-        print(
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        )
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        print("  ".join(cells).rstrip())
     files = sum(len(group.layers) for group in groups if group.origin == "official")
     print(f"\n{files} official files. `qsl show GROUP` tells sizes, memory and the notice.")
     return 0

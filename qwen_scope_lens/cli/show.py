@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from qwen_scope_lens.catalog import Group, find_group
+from qwen_scope_lens.cli.terminal import plain
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -12,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    print(describe(find_group(arguments.group)))
+    print(plain(describe(find_group(arguments.group))))
     return 0
 
 

@@ -47,6 +47,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _features(text: str) -> list[int]:
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() for part in parts):
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of features such as 6159,42")
+    if not all(part.isdecimal() and len(part) < 10 for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r:.60} is no list of features such as 6159,42")
     return [int(part) for part in parts]

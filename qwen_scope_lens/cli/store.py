@@ -14,11 +14,14 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qwen_scope_lens.cli.arguments import count
+from qwen_scope_lens.cli.terminal import plain
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from qwen_scope_lens.features.store import FeatureStore
 
 __all__ = ["add_arguments", "describe", "run"]
@@ -48,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _info(arguments: argparse.Namespace) -> int:
     from qwen_scope_lens.features.store import FeatureStore
 
-    print(describe(FeatureStore.open(arguments.store)))
+    print(plain(describe(FeatureStore.open(arguments.store))))
     return 0
 
 
@@ -80,7 +83,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
     problems = check(arguments.store, checksums=not arguments.sizes_only)
     for problem in problems:
-        print(f"PROBLEM  {problem}")
+        print(plain(f"PROBLEM  {problem}"))
     if not problems:
         print(f"{arguments.store}: whole")
     return 1 if problems else 0
@@ -92,28 +95,41 @@ def _sql(arguments: argparse.Namespace) -> int:
     from qwen_scope_lens.features.store import FeatureStore
 
     answer = FeatureStore.open(arguments.store).sql(arguments.query)
-    rows = answer.to_pylist()
+    rows = _rows(answer)
     if arguments.json:
         for row in rows:
             print(json.dumps(row, ensure_ascii=False, default=str))
         return 0
-    print("\t".join(answer.column_names))
+    print("\t".join(map(_cell, answer.column_names)))
     for row in rows:
         print("\t".join(_cell(value) for value in row.values()))
     return 0
 
 
+def _rows(answer: pa.Table) -> list[dict[str, Any]]:
+    from qwen_scope_lens.errors import BadQuery
+
+    try:
+        rows: list[dict[str, Any]] = answer.to_pylist()
+    except (OverflowError, ValueError) as error:
+        raise BadQuery(
+            f"a value of the answer cannot be shown ({error}): dates end with the year 9999 here."
+            " Write it as text in the query, such as column::varchar"
+        ) from error
+    return rows
+
+
 def _cell(value: object) -> str:
     if value is None:
         return ""
-    return str(value).replace("\\", "\\\\").replace("\t", "\\t").replace("\n", "\\n")
+    return plain(str(value).replace("\\", "\\\\").replace("\t", "\\t").replace("\n", "\\n"))
 
 
 def _merge(arguments: argparse.Namespace) -> int:
     from qwen_scope_lens.features.merge import merge
 
     store = merge(arguments.stores, arguments.out, arguments.shard_docs)
-    print(describe(store))
+    print(plain(describe(store)))
     if not store.is_complete:
         print("not complete: run the missing ranks, then merge again", file=sys.stderr)
     return 0

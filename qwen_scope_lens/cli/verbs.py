@@ -7,11 +7,14 @@ its help. Only the verb that is asked for is imported, so `qsl --help` answers a
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 
+from qwen_scope_lens.cli.terminal import plain, shown_safely
 from qwen_scope_lens.errors import ScopeError
 
 __all__ = ["VERBS", "main", "run_alone"]
@@ -64,6 +67,9 @@ Run = Callable[[argparse.Namespace], int]
 def main(argv: Sequence[str] | None = None) -> int:
     """The entry point of `qsl`."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if any("\0" in word for word in words):
+        print("qsl: an argument has a NUL character in it", file=sys.stderr)
+        return EXIT_USAGE
     if not words or words[0] in ("-h", "--help", "help"):
         print(_overview())
         return 0
@@ -74,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     verb = words.pop(0)
     if verb not in VERBS:
-        print(f"qsl: no verb {verb!r}\n\n{_overview()}", file=sys.stderr)
+        print(f"qsl: no verb {verb!r:.60}\n\n{_overview()}", file=sys.stderr)
         return EXIT_USAGE
     try:
         module = import_module(f"qwen_scope_lens.cli.{verb}")
@@ -97,15 +103,27 @@ def _run(
     add_arguments(parser)
     arguments = parser.parse_args(words)
     try:
-        return run(arguments)
+        with shown_safely():
+            code = run(arguments)
+            sys.stdout.flush()
+            return code
     except ScopeError as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
+        print(plain(f"{parser.prog}: {error}"), file=sys.stderr)
         return EXIT_ERROR
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted; what was finished is kept", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:  # `qsl list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_ERROR
+    except OSError as error:  # stdout on a full disk, a file that may not be read, ...
+        print(plain(f"{parser.prog}: the system refused: {str(error)[:500]}"), file=sys.stderr)
+        if error.errno == errno.ENOSPC:  # else Python tries once more, at its end
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_ERROR
+    except MemoryError as error:
+        print(f"{parser.prog}: out of memory {plain(error)}", file=sys.stderr)
         return EXIT_ERROR
 
 

@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwen_scope_lens.address import LayerRef
+from qwen_scope_lens.cli.arguments import positive
 from qwen_scope_lens.errors import BadText
+from qwen_scope_lens.files import read_text
 from qwen_scope_lens.saes.verify import MAX_FVU
 
 if TYPE_CHECKING:
@@ -34,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--texts", type=Path, help="with --model: a text a line, instead of ours")
     parser.add_argument("--folder", type=Path, help="read the SAE's file from here only")
     parser.add_argument("--revision", help="commit, tag or branch on the hub")
-    parser.add_argument("--max-fvu", type=float, default=MAX_FVU, help="default: %(default)s")
+    parser.add_argument("--max-fvu", type=positive, default=MAX_FVU, help="default: %(default)s")
     parser.add_argument(
         "--subtract-b-dec", action="store_true", help="encode x - b_dec (some third-party SAEs)"
     )
@@ -61,8 +63,8 @@ def _with_model(sae: ScopeSAE, arguments: argparse.Namespace) -> ModelCheck:
     texts = None
     if arguments.texts:
         try:
-            lines = arguments.texts.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
+            lines = read_text(arguments.texts).splitlines()
+        except (OSError, ValueError) as error:
             raise BadText(f"cannot read {arguments.texts} as UTF-8 text: {error}") from error
         texts = [line for line in lines if line.strip()]
     layer = LayerRef.parse(arguments.sae).layer

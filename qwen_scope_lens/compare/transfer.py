@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from qwen_scope_lens.compare.fidelity import Fidelity, fidelity
-from qwen_scope_lens.errors import TooLittleData, UnknownName
+from qwen_scope_lens.errors import NotACheckpoint, TooLittleData, UnknownName
 from qwen_scope_lens.extras import require
-from qwen_scope_lens.files import write_json
+from qwen_scope_lens.files import read_text, write_json
 from qwen_scope_lens.models.tokens import Document
 from qwen_scope_lens.saes.sae import ScopeSAE
 
@@ -125,6 +125,7 @@ def random_sae(sae: ScopeSAE, seed: int = 0) -> ScopeSAE:
 
 def load_related(name: str, **options: Any) -> Any:
     """A model by name or folder; a folder with an adapter is merged into the base it names."""
+    from qwen_scope_lens.models.checkpoint import check_folder, in_short
     from qwen_scope_lens.models.load import load_model
 
     folder = Path(name)
@@ -135,8 +136,21 @@ def load_related(name: str, **options: Any) -> Any:
     peft = require("peft", "train")
     import json
 
-    base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+    check_folder(name)
+    try:
+        content = json.loads(read_text(folder / "adapter_config.json"))
+        base = str(content["base_model_name_or_path"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise NotACheckpoint(
+            f"{folder / 'adapter_config.json'} names no base model ({error!r:.100}): expected what"
+            " PEFT's save_pretrained writes"
+        ) from error
     bridge = load_model(base, **options)
     tokenizer = bridge.tokenizer
-    adapted = peft.PeftModel.from_pretrained(bridge.release(), folder)
+    try:
+        adapted = peft.PeftModel.from_pretrained(bridge.release(), folder)
+    except Exception as error:  # a file that is cut off, settings that no version of PEFT knows
+        raise NotACheckpoint(
+            f"the adapter in {name} is damaged or does not fit {base} ({in_short(error)})"
+        ) from error
     return load_model(adapted.merge_and_unload().eval(), tokenizer=tokenizer)

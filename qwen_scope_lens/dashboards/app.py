@@ -25,6 +25,27 @@ footer { display: none !important; }
   border-radius: 5px; background: var(--background-fill-secondary); white-space: pre; }
 """
 
+SAVE = """(text) => {
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(new Blob([text], {type: "application/json"}));
+  link.download = "plan.json";
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 10000);
+}"""
+LOAD = """() => new Promise((done) => {
+  const input = document.createElement("input");
+  input.type = "file";
+  input.accept = ".json";
+  input.oncancel = () => done("");
+  input.onchange = () => {
+    const file = input.files[0];
+    if (!file) done("");
+    else if (file.size > 500000) done("too long for a plan");
+    else file.text().then(done, () => done("cannot be read"));
+  };
+  input.click();
+})"""
+
 PLACES = ("both", "generation", "prompt")
 UNITS = [
     ("sigma: times its typical activation", "sigma"),
@@ -91,12 +112,9 @@ def make_app(bench: Workbench, layers: Sequence[int], site: str | None = None) -
                         add = gr.Button("Add edit", size="sm", elem_id="add-edit")
                         remove = gr.Button("Remove the last", size="sm")
                         clear = gr.Button("Clear", size="sm", elem_id="clear")
-                        save = gr.DownloadButton(
-                            "Save plan", size="sm", interactive=False, elem_id="save"
-                        )
-                        load = gr.UploadButton(
-                            "Load plan", size="sm", file_types=[".json"], elem_id="load"
-                        )
+                        save = gr.Button("Save plan", size="sm", interactive=False, elem_id="save")
+                        load = gr.Button("Load plan", size="sm", elem_id="load")
+                    plan_text, given = gr.Textbox(visible=False), gr.Textbox(visible=False)
                     refused = gr.HTML(elem_id="plan-refused")
                     plan_columns = ("feature", "operation", "strength", "unit", "where")
                     plan_table = _table(gr, plan_columns, "plan-table")
@@ -148,11 +166,13 @@ def make_app(bench: Workbench, layers: Sequence[int], site: str | None = None) -
         changes = [kind.change, unit.change, chosen.change, scores.change]
         gr.on(changes, does.preset, [kind, unit, chosen, scores], strength, **at_once)
         strength.input(lambda: CUSTOM, None, kind, **at_once)
-        changed = [edits, plan_table, save, refused]
+        changed = [edits, plan_table, plan_text, save, refused]
         add.click(does.add, [edits, chosen, op, strength, unit, where], changed, **at_once)
         remove.click(does.remove, edits, changed, **at_once)
         clear.click(does.clear, edits, changed, **at_once)
-        load.upload(does.load, [edits, load], changed, **at_once)
+        # The browser reads and writes the files: the server never has one.
+        save.click(None, plan_text, None, js=SAVE)
+        load.click(None, None, given, js=LOAD).then(does.load, [edits, given], changed, **at_once)
         stop.click(does.stop, None, None, **at_once)
         app.unload(does.stop)
     return app

@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import functools
 import html
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen_scope_lens.address import FeatureRef
@@ -20,9 +18,10 @@ from qwen_scope_lens.dashboards.steering_run import Outcome, Step, run_steering
 from qwen_scope_lens.dashboards.workbench import Reading, Workbench
 from qwen_scope_lens.errors import BadPlan, BadText, ScopeError
 from qwen_scope_lens.extras import require
+from qwen_scope_lens.files import json_text, parse_json
 from qwen_scope_lens.steering.generate import Sampling
 from qwen_scope_lens.steering.operations import find_operation
-from qwen_scope_lens.steering.plan import Edit, Plan
+from qwen_scope_lens.steering.plan import FORMAT, MADE_BY, VERSION, Edit, Plan
 
 if TYPE_CHECKING:
     import gradio as gr
@@ -68,17 +67,18 @@ def told(work: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def changing(work: Callable[..., Edits]) -> Callable[..., tuple[Any, ...]]:
-    """An action on the plan -> the plan, its table, its file, and in words what was refused."""
+    """An action on the plan -> the plan, its table, its text as a file has it, the Save button,
+    and in words what was refused."""
 
     @functools.wraps(work)
     def wrapped(self: Actions, edits: Edits, *values: Any) -> tuple[Any, ...]:
         try:
             changed = work(self, edits, *values)
-            rows, button = _shown_plan(changed)
+            rows, text = _shown_plan(changed)
         except ScopeError as error:
             refused = f"<p role='alert'>{html.escape(str(error))}</p>"
-            return gr.skip(), gr.skip(), gr.skip(), refused
-        return changed, rows, button, ""
+            return gr.skip(), gr.skip(), gr.skip(), gr.skip(), refused
+        return changed, rows, text, gr.Button(interactive=bool(text)), ""
 
     return wrapped
 
@@ -217,8 +217,15 @@ class Actions:
         return []
 
     @changing
-    def load(self, edits: Edits, path: str) -> Edits:
-        return [edit.to_dict() for edit in Plan.load(path).edits]
+    def load(self, edits: Edits, text: str) -> Edits:
+        """`text` is the content of a file, which the page itself has read."""
+        if not text:  # no file was chosen
+            return edits
+        try:
+            plan = Plan.from_dict(parse_json(text, "this file", FORMAT, VERSION, MADE_BY))
+        except TypeError as error:
+            raise BadPlan(f"this file is not a plan: {error}") from error
+        return [edit.to_dict() for edit in plan.edits]
 
     # Steer.
 
@@ -265,19 +272,14 @@ class Actions:
             event.set()
 
 
-def _shown_plan(edits: Edits) -> tuple[Rows, Any]:
-    """The table, and the file behind the Save button; a contradiction between edits is refused."""
+def _shown_plan(edits: Edits) -> tuple[Rows, str]:
+    """The table, and what the Save button saves; a contradiction between edits is refused."""
     rows: Rows = [
         [edit["ref"], edit["op"], edit.get("strength", ""), edit.get("unit", ""),
          edit.get("where", "both")]
         for edit in edits
     ]  # fmt: skip
-    if not edits:
-        return rows, gr.DownloadButton(value=None, interactive=False)
-    plan = plan_of(edits)
-    path = Path(tempfile.mkdtemp(prefix="qsl-plan-")) / "plan.json"
-    plan.save(path)
-    return rows, gr.DownloadButton(value=str(path), interactive=True)
+    return rows, json_text(FORMAT, VERSION, plan_of(edits).to_dict()) if edits else ""
 
 
 def plan_of(edits: Edits) -> Plan:

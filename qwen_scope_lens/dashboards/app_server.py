@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from qwen_scope_lens.dashboards.gate import Gate
 from qwen_scope_lens.dashboards.site import is_site
 from qwen_scope_lens.dashboards.workbench import Workbench
 from qwen_scope_lens.errors import BadFile, CannotWrite
@@ -51,6 +52,7 @@ def make_web_app(
             answer.headers["Content-Security-Policy"] = POLICY
         return answer
 
+    web.add_middleware(Gate, under=(SITE_PATH,) if site is not None else ())  # the outermost
     if site is not None:
         web.mount(SITE_PATH, StaticFiles(directory=site, html=True))
     app = make_app(bench, layers, f"{SITE_PATH}/index.html" if site is not None else None)

@@ -20,6 +20,7 @@ from qwen_scope_lens.features.extract import extract
 from qwen_scope_lens.features.facts import sae_facts, tokenizer_facts
 from qwen_scope_lens.features.labels import LabelPack
 from qwen_scope_lens.features.store import FeatureStore
+from qwen_scope_lens.models.checkpoint import open_tokenizer
 from qwen_scope_lens.models.unembed import Unembedding, read_unembedding
 from qwen_scope_lens.saes.load import load_sae
 from qwen_scope_lens.saes.sae import ScopeSAE
@@ -63,11 +64,9 @@ class Sources:
             )
 
     def _tokenizer(self) -> object:
-        from transformers import AutoTokenizer
-
         name = str(bundled_model(self.model_name) or self.model_name)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(name)
+            tokenizer = open_tokenizer(name)
         except (OSError, ValueError) as error:
             raise WrongTokenizer(
                 f"no tokenizer for {name}: --model names the folder or repository of the model"

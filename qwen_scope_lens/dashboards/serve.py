@@ -37,6 +37,9 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
         if wanted != root and root not in wanted.parents:  # a link that leads out
             self.send_error(404)
             return None
+        if wanted.exists() and not wanted.is_file() and not wanted.is_dir():  # a FIFO would wait
+            self.send_error(404)
+            return None
         host = self.headers.get("Host", "").rpartition(":")[0] or self.headers.get("Host", "")
         if self._is_local and host not in ("localhost", "127.0.0.1", "[::1]"):
             self.send_error(403)  # another site's name that was made to point here

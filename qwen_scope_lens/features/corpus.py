@@ -115,6 +115,11 @@ def _opened(path: str | os.PathLike[str], split: str | None) -> tuple[Any, Reade
         return place, READERS[suffix]
     if place.is_dir():
         return place, Datasets(split, on_hub=False)
+    if place.exists():
+        raise BadCorpus(
+            f"{path} is neither a file nor a folder: a corpus is read several times, which a pipe"
+            " or a device does not allow. Write it to a file first"
+        )
     if place.suffix.lower() in READERS or not re.fullmatch(HUB_NAME, str(path)):
         raise BadCorpus(f"{path} does not exist")
     return path, Datasets(split, on_hub=True)
@@ -163,6 +168,14 @@ def survey(corpus: Iterable[Document], name: str) -> Survey:
             f"{name}: {count - len(keys):,} documents have the key of another one. Keys name"
             " documents: pass key=... (--key) with a column of unique values"
         )
+    for label in labels:
+        for other in (*RESERVED, *labels):
+            if label != other and label.casefold() == other.casefold():
+                raise BadCorpus(
+                    f"{name}: the label {label!r} and the column {other!r} differ only in case,"
+                    " which SQL does not tell apart: rename one, or choose labels without it"
+                    " (labels=[...], --label-columns)"
+                )
     known = {label: kind or "str" for label, kind in labels.items()}
     return Survey(count, characters, digest.hexdigest(), known, has_chats)
 
@@ -230,6 +243,10 @@ def _labels(
     for name in row if wanted is None else wanted:
         if wanted is None and (name in used or name in RESERVED):
             continue
+        if not isinstance(name, str) or not name or _whole(name) != name:
+            if wanted is None:
+                continue  # a column without a name, or with one that no file can hold
+            raise BadCorpus(f"{name!r} cannot be the name of a label: rename the column")
         if name not in row:
             raise BadCorpus(f"{where} has no column {name!r}: it has {', '.join(map(str, row))}")
         if name in RESERVED:

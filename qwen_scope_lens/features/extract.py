@@ -26,10 +26,11 @@ from qwen_scope_lens.errors import (
 )
 from qwen_scope_lens.features import facts
 from qwen_scope_lens.features.corpus import Corpus, Survey, as_corpus, survey
+from qwen_scope_lens.features.fingerprint import is_sample, sampled_fingerprint
 from qwen_scope_lens.features.job import Job
 from qwen_scope_lens.features.manifest import CorpusFacts, Manifest, SAEFacts, Settings
 from qwen_scope_lens.features.store import FeatureStore
-from qwen_scope_lens.files import exclusive
+from qwen_scope_lens.files import exclusive, refuse_link
 from qwen_scope_lens.models.capture import EXTREME_NORM_RATIO
 from qwen_scope_lens.models.load import load_model
 from qwen_scope_lens.models.tokens import find_tokenizer
@@ -103,6 +104,8 @@ def extract(
     say = _say if progress else _silent
     job = prepare(checked, model, tokenizer, device, say, **model_options)
     lock = job.out if n == 1 else job.out / ".ranks" / f"{i}-of-{n}"
+    if lock != job.out:
+        refuse_link(lock)
     with exclusive(lock):
         if missing := job.missing(i, n):
             job.run(missing, job.encoder(sae_memory), progress)
@@ -166,6 +169,8 @@ def check(
         size=corpus.size,
     )
     folder = Path(out).expanduser()
+    for name in (".manifest", ".ranks", "shards"):
+        refuse_link(folder / name)
     if Manifest.exists(folder):
         likely = replace(Manifest.read(folder), saes=saes, settings=settings)
         mine = _current(_joined(folder, likely, mine, found.labels, append), mine)
@@ -212,6 +217,13 @@ def prepare(
         corpora=(),
         versions=facts.versions(),
     )
+    if Manifest.exists(folder) and is_sample(Manifest.read(folder).model.fingerprint):
+        older = sampled_fingerprint(model, wanted[-1])
+        mine = replace(mine, model=replace(mine.model, fingerprint=older))
+        say(
+            f"NOTE: {folder} was begun by an older version, which looked at a sample of the model's"
+            " weights only: a model that differs in a few of them would not be noticed"
+        )
     if note := facts.model_note(mine.model, checked.group):
         say(f"NOTE: {note}")
     with exclusive(folder / ".manifest", wait=True):

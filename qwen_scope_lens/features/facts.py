@@ -14,20 +14,17 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from qwen_scope_lens.address import LayerRef
 from qwen_scope_lens.catalog import MINI_HOME, Group, bundled_model
 from qwen_scope_lens.errors import WrongModel
+from qwen_scope_lens.features.fingerprint import fingerprint
 from qwen_scope_lens.features.manifest import ModelFacts, SAEFacts, TokenizerFacts
 from qwen_scope_lens.files import file_sha256
+from qwen_scope_lens.models.checkpoint import open_config
 from qwen_scope_lens.models.layers import (
     d_model,
-    decoder_layers,
     describe,
     is_quantised,
-    part,
-    places_of,
     text_config,
     unwrap,
 )
@@ -54,16 +51,13 @@ PACKAGES = (
     "numpy",
     "pyarrow",
 )
-_SAMPLE = 64
 _BLOB = re.compile(r"[0-9a-f]{64}")
 
 
 def check_config(model: str, group: Group) -> None:
     """Raise for a checkpoint of another width or depth, before any weight is read."""
-    import transformers
-
     try:
-        config = transformers.AutoConfig.from_pretrained(str(bundled_model(model) or model))
+        config = open_config(str(bundled_model(model) or model))
     except (OSError, ValueError):
         return  # `load_model` says what is wrong
     _check_sizes(model, text_config(config), group, cut=False)
@@ -116,26 +110,9 @@ def model_facts(model: Any, layers: Iterable[int]) -> ModelFacts:
         revision=getattr(config, "_commit_hash", None),
         dtype=str(next(unwrap(model).parameters()).dtype).removeprefix("torch."),
         d_model=d_model(model),
-        fingerprint=_fingerprint(model, max(layers)),
+        fingerprint=fingerprint(model, max(layers)),
         quantised=is_quantised(model),
     )
-
-
-@torch.no_grad()
-def _fingerprint(model: Any, last: int) -> str:
-    """A hash of a sample of every weight that takes part: the embedding and layers 0..last."""
-    digest = hashlib.sha256()
-    modules = [part(model, places_of(model).embed), *list(decoder_layers(model))[: last + 1]]
-    for module in modules:
-        for weight in module.parameters():
-            digest.update(f"{tuple(weight.shape)} {weight.dtype}".encode())
-            if weight.is_meta or not weight.numel():  # offloaded elsewhere
-                continue
-            flat = weight.detach().reshape(-1)
-            at = torch.linspace(0, flat.numel() - 1, _SAMPLE, dtype=torch.float64).long()
-            sample = flat[at.to(flat.device)].cpu().contiguous()
-            digest.update(sample.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def tokenizer_facts(tokenizer: Any) -> TokenizerFacts:

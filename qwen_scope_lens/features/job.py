@@ -6,8 +6,6 @@ who makes it. What is checked before a job exists is `extract.py`; encoding is `
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import os
 import sys
 import time
@@ -20,11 +18,12 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from qwen_scope_lens.address import LayerRef
-from qwen_scope_lens.errors import CannotWrite, TooLittleData
+from qwen_scope_lens.errors import TooLittleData
 from qwen_scope_lens.features.corpus import Corpus, Document
 from qwen_scope_lens.features.encoding import Encoder, Piece, coded_documents
 from qwen_scope_lens.features.manifest import CorpusFacts, Manifest
 from qwen_scope_lens.features.shards import damage, shard_folder, write_shard
+from qwen_scope_lens.files import exclusive
 from qwen_scope_lens.models.capture import iter_captures
 from qwen_scope_lens.models.layers import input_device
 
@@ -79,7 +78,7 @@ class Job:
                 encoder.settle(pieces)
                 for each in waiting:
                     coded = coded_documents(each.pieces, each.documents, each.first, self.tokenizer)
-                    with _alone(self.out, each.shard):
+                    with exclusive(self.out, part=each.shard, name=".shards.lock"):
                         write_shard(self.out, each.shard, self.manifest, coded)
                     truncated += sum(document.truncated for document in coded)
                 waiting.clear()
@@ -172,17 +171,3 @@ class _Read:
     first: int  # the stream's number of its first document
     documents: list[Document]
     pieces: list[Piece]
-
-
-@contextlib.contextmanager
-def _alone(out: Path, shard: int) -> Iterator[None]:
-    """One writer for a shard: a lock on one byte of a file, which goes with the process."""
-    with (out / ".shards.lock").open("w") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, shard)
-        except OSError as error:
-            raise CannotWrite(
-                f"another process is writing shard {shard} of {out}: give each process its own"
-                " rank (--rank i/n with one n)"
-            ) from error
-        yield

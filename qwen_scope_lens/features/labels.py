@@ -13,8 +13,8 @@ a line, that a person can write in an editor:
 from __future__ import annotations
 
 import json
-import math
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from qwen_scope_lens.address import FeatureRef, LayerRef
 from qwen_scope_lens.errors import BadFile, BadText, ScopeError, UnknownName
-from qwen_scope_lens.files import whole_file
+from qwen_scope_lens.files import read_text, whole_file
 
 if TYPE_CHECKING:
     from qwen_scope_lens.features.store import FeatureStore
@@ -31,6 +31,8 @@ __all__ = ["Label", "LabelPack", "Prefer"]
 
 Prefer = Literal["first", "last", "score"]
 """Which label `LabelPack.merge` keeps where two packs name the same feature."""
+
+LARGEST = sys.float_info.max
 
 _FIELDS = {"address", "text", "score", "provenance"}
 
@@ -50,11 +52,14 @@ class Label:
         # Half of a surrogate pair cannot be written to any file.
         clean = self.text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         object.__setattr__(self, "text", " ".join(clean.split()))
+        object.__setattr__(self, "provenance", _writable(self.provenance, self.ref))
         if self.score is None:
             return
         number = isinstance(self.score, (int, float)) and not isinstance(self.score, bool)
-        if not number or not math.isfinite(self.score):
-            raise BadText(f"the score of {self.ref} is {self.score!r}: expected a finite number")
+        if not number or not abs(self.score) < LARGEST:  # NaN, too
+            raise BadText(
+                f"the score of {self.ref} is {self.score!r:.60}: expected a finite number"
+            )
         object.__setattr__(self, "score", float(self.score))
 
     def to_row(self) -> dict[str, Any]:
@@ -165,7 +170,7 @@ class LabelPack(Mapping[FeatureRef, Label]):
         """From a file of JSON lines; an error names the line."""
         path = Path(path)
         try:
-            lines = path.read_text(encoding="utf-8-sig").split("\n")
+            lines = read_text(path, "utf-8-sig").split("\n")
         except FileNotFoundError as error:
             raise BadFile(
                 f"{path} does not exist: expected JSON lines with address and text,"
@@ -200,6 +205,20 @@ class LabelPack(Mapping[FeatureRef, Label]):
         with whole_file(Path(path)) as partial:
             partial.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
         return Path(path)
+
+
+def _writable(provenance: Mapping[str, Any], ref: FeatureRef) -> dict[str, Any]:
+    """Provenance as JSON has it: what no other program could read back raises."""
+    try:
+        text = json.dumps(dict(provenance), ensure_ascii=False, allow_nan=False)
+        clean = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        found: dict[str, Any] = json.loads(clean)
+        return found
+    except (TypeError, ValueError, RecursionError) as error:
+        raise BadText(
+            f"the provenance of {ref} cannot be written as JSON ({error}): expected texts, finite"
+            " numbers, lists and objects"
+        ) from error
 
 
 def _beats(new: Label, old: Label) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from qwen_scope_lens.errors import BadFile, StoreDamaged, StoreMismatch
 from qwen_scope_lens.files import read_json, write_json
@@ -31,6 +31,11 @@ NAME = "manifest.json"
 
 LABEL_TYPES = ("bool", "int", "float", "str")
 
+MOST_FEATURES = 1 << 24
+"""The indices of codes have three bytes."""
+MOST_DOCS = 1 << 31
+"""The column `doc` of the files has four."""
+
 
 @dataclass(frozen=True)
 class ModelFacts:
@@ -40,7 +45,7 @@ class ModelFacts:
     revision: str | None
     dtype: str
     d_model: int
-    fingerprint: str  # of the weights that take part, see `facts.py`
+    fingerprint: str  # of the weights that take part, see `fingerprint.py`
     quantised: bool = False
 
 
@@ -136,6 +141,8 @@ class Manifest:
             left, right = getattr(self, what), getattr(other, what)
             if left == right:
                 continue
+            if what == "model" and ":" in left.fingerprint + right.fingerprint:
+                _require_same_kind(left, right, mine, theirs)
             if what == "saes":
                 left, right = _different_saes(left, right)
             raise StoreMismatch(
@@ -169,24 +176,62 @@ class Manifest:
         path = folder / NAME
         content = read_json(path, FORMAT, VERSION, "qsl extract")
         try:
-            return cls(
-                model=ModelFacts(**content["model"]),
-                tokenizer=TokenizerFacts(**content["tokenizer"]),
-                saes={int(n): SAEFacts(**facts) for n, facts in content["saes"].items()},
-                settings=Settings(**content["settings"]),
+            found = cls(
+                model=_typed(ModelFacts, content["model"]),
+                tokenizer=_typed(TokenizerFacts, content["tokenizer"]),
+                saes={int(n): _typed(SAEFacts, facts) for n, facts in content["saes"].items()},
+                settings=_typed(Settings, content["settings"]),
                 labels=dict(content["labels"]),
                 corpora=tuple(
-                    CorpusFacts(**{**facts, "labels": tuple(facts.get("labels", ()))})
+                    _typed(CorpusFacts, {**facts, "labels": tuple(facts.get("labels", ()))})
                     for facts in content["corpora"]
                 ),
                 versions=dict(content["versions"]),
             )
+            _check_numbers(found)
+            return found
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise BadFile(f"{path} lacks or mistypes a fact ({error}): it was edited") from error
 
     @staticmethod
     def exists(folder: Path) -> bool:
         return (folder / NAME).is_file()
+
+
+def _typed(kind: type[Any], content: Any) -> Any:
+    """A dataclass of facts, each of its own type."""
+    found = kind(**content)
+    for name, hint in get_type_hints(kind).items():
+        value = getattr(found, name)
+        if hint == tuple[str, ...]:
+            good = isinstance(value, tuple) and all(isinstance(each, str) for each in value)
+        else:
+            good = isinstance(value, hint | int if hint is float else hint)
+            good &= isinstance(value, bool) <= (hint in (bool, bool | None))
+        if not good:
+            raise TypeError(f"{name} is {value!r:.60}")
+    return found
+
+
+def _check_numbers(manifest: Manifest) -> None:
+    """Raise ValueError for sizes that no store can have."""
+    docs = shards = 0
+    for corpus in manifest.corpora:
+        if min(corpus.n_docs, corpus.shard_docs, corpus.token_budget) < 1:
+            raise ValueError(f"the corpus {corpus.name!r:.60} has a size below 1")
+        if (corpus.first_doc, corpus.first_shard) != (docs, shards):
+            raise ValueError(f"the corpus {corpus.name!r:.60} does not follow the one before")
+        if unknown := set(corpus.labels) - set(manifest.labels):
+            raise ValueError(f"label {min(unknown)!r:.60} has no type")
+        docs, shards = docs + corpus.n_docs, shards + corpus.n_shards
+    for layer, sae in manifest.saes.items():
+        if layer < 0 or not 1 <= sae.k <= sae.d_sae <= MOST_FEATURES:
+            raise ValueError(f"layer {layer} with k {sae.k} of {sae.d_sae} features")
+    for name, kind in manifest.labels.items():
+        if kind not in LABEL_TYPES:
+            raise ValueError(f"label {name!r:.60} is of type {kind!r:.60}")
+    if not manifest.saes or docs > MOST_DOCS or manifest.model.d_model < 1:
+        raise ValueError(f"{len(manifest.saes)} SAEs, {docs} documents")
 
 
 def join_label_types(one: str, other: str) -> str:
@@ -206,6 +251,17 @@ def _different_saes(
                 right.get(layer, f"no SAE of layer {layer}"),
             )
     raise AssertionError("the same SAEs")
+
+
+def _require_same_kind(left: ModelFacts, right: ModelFacts, mine: str, theirs: str) -> None:
+    """Fingerprints over all weights have a word before them, those of older versions none."""
+    for facts, name in ((left, mine), (right, theirs)):
+        if ":" not in facts.fingerprint:
+            raise StoreMismatch(
+                f"{name} was made by an older version, whose fingerprint of the model is a sample"
+                " of its weights: it cannot be compared with one of all weights. Extract its"
+                " documents again"
+            )
 
 
 def _difference(left: Any, right: Any) -> str:
@@ -230,6 +286,7 @@ def _named(facts: SAEFacts | str) -> str:
 
 def _short(value: Any) -> str:
     text = str(value)
+    text = text.removeprefix("all-weights:")
     return text[:12] + ".." if len(text) == 64 else text
 
 

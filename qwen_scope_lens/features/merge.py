@@ -1,4 +1,4 @@
-"""Stores put together, and stores examined.
+"""Stores put together.
 
 Two cases of merging: parts of one job (`--rank` on machines that share no disk) are joined by
 copying their shards; stores of different corpora follow each other, and their documents are
@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from qwen_scope_lens.errors import StoreDamaged, StoreMismatch, TooLittleData
+from qwen_scope_lens.features.inspect import check
 from qwen_scope_lens.features.manifest import Manifest
 from qwen_scope_lens.features.shard import Shard
 from qwen_scope_lens.features.shards import (
@@ -26,23 +27,9 @@ from qwen_scope_lens.features.shards import (
     write_shard,
 )
 from qwen_scope_lens.features.store import FeatureStore
-from qwen_scope_lens.files import exclusive, whole_folder
+from qwen_scope_lens.files import exclusive, refuse_link, whole_folder
 
 __all__ = ["check", "merge"]
-
-
-def check(path: str | os.PathLike[str], checksums: bool = True) -> list[str]:
-    """Everything that is wrong with a store, one line each; empty when it is whole."""
-    folder = Path(path).expanduser()
-    manifest = Manifest.read(folder)
-    problems = []
-    for shard in range(manifest.n_shards):
-        place = shard_folder(folder, shard)
-        if not place.is_dir():
-            problems.append(f"{place} is missing: `qsl extract` was stopped, or runs")
-        elif (problem := damage(place, checksums)) is not None:
-            problems.append(problem)
-    return problems
 
 
 def merge(
@@ -98,6 +85,7 @@ def _join(folders: Sequence[Path], manifest: Manifest, target: Path) -> None:
         whole = [source for source in sources if source.is_dir() and damage(source) is None]
         if not whole:
             continue  # `check` names it, and the rank that was to make it can still be run
+        refuse_link(place.parent)
         with whole_folder(place) as partial:
             shutil.copytree(whole[0], partial, dirs_exist_ok=True)
 

@@ -13,9 +13,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from qwen_scope_lens.errors import StoreDamaged
 from qwen_scope_lens.saes.sparse import SparseCodes
 
-__all__ = ["OVERFLOW", "Packed", "pack", "stored_values"]
+__all__ = ["OVERFLOW", "REPAIR", "Packed", "pack", "stored_values"]
+
+REPAIR = "`qsl store check` finds all damage, the same `qsl extract` again makes it anew"
 
 OVERFLOW = np.dtype([("at", "<i8"), ("value", "<f4")])
 """An entry that float16 cannot hold: its place in the flattened `[n, k]`, and its value."""
@@ -55,7 +58,10 @@ class Packed:
         at = []
         for row in np.unique(np.nonzero(np.isinf(values))[0]):  # rare
             [column] = np.nonzero(np.isinf(values[row]))
-            place = np.searchsorted(self.overflow["at"], rows[row] * self.k + column)
+            wanted = rows[row] * self.k + column
+            if not np.isin(wanted, self.overflow["at"]).all():
+                raise StoreDamaged(f"an activation beyond float16 has no value. {REPAIR}")
+            place = np.searchsorted(self.overflow["at"], wanted)
             at += list(zip(row * self.k + column, self.overflow["value"][place], strict=True))
         overflow = np.array([(int(a), float(v)) for a, v in at], dtype=OVERFLOW)
         high = None if self.high is None else self.high[rows]
@@ -77,17 +83,27 @@ class Packed:
         )
 
     def indices(self) -> np.ndarray:
-        """int32 `[n, k]`"""
+        """int32 `[n, k]`, below d_sae: a file that says otherwise raises, as compiled code that
+        trusts such a number would write over memory."""
         indices = self.low.astype(np.int32)
         if self.high is not None:
             indices |= self.high.astype(np.int32) << 16
+        if indices.size and (most := int(indices.max())) >= self.d_sae:
+            raise StoreDamaged(
+                f"feature {most} stands in a file of codes whose SAE has 0..{self.d_sae - 1}."
+                f" {REPAIR}"
+            )
         return indices
 
     def numbers(self) -> np.ndarray:
-        """float32 `[n, k]`, exactly as stored."""
+        """float32 `[n, k]`, exactly as stored: finite, 0 or more."""
         values = self.values.astype(np.float32)
         if len(self.overflow):
             values.reshape(-1)[self.overflow["at"]] = self.overflow["value"]
+        if not ((values >= 0) & (values < np.inf)).all():
+            raise StoreDamaged(
+                f"an activation in a file of codes is negative or not finite. {REPAIR}"
+            )
         return values
 
     def unpack(self) -> SparseCodes:

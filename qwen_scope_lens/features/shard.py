@@ -15,7 +15,7 @@ from qwen_scope_lens.errors import BadFile, StoreDamaged
 from qwen_scope_lens.features.manifest import Manifest
 from qwen_scope_lens.features.packed import OVERFLOW, Packed
 from qwen_scope_lens.features.shards import REPAIR, SHARD_FORMAT, layer_folder, shard_folder
-from qwen_scope_lens.files import read_json
+from qwen_scope_lens.files import open_regular, read_json
 
 __all__ = ["Shard", "spans_of"]
 
@@ -31,6 +31,12 @@ class Shard:
             self.n_tokens = int(facts["n_tokens"])
             self.n_nonzero = {int(layer): int(n) for layer, n in facts["n_nonzero"].items()}
             self.files: dict[str, dict[str, Any]] = facts["files"]
+            if set(self.n_nonzero) != set(manifest.layers):
+                raise ValueError(f"n_nonzero names the layers {sorted(self.n_nonzero)}")
+            if min(self.n_docs, self.n_tokens, *self.n_nonzero.values()) < 0:
+                raise ValueError("a count is negative")
+            if not all(type(each["size"]) is int for each in self.files.values()):
+                raise ValueError("the size of a file is not a whole number")
         except (BadFile, KeyError, TypeError, ValueError, AttributeError) as error:
             raise StoreDamaged(f"{self.folder}: {error}. {REPAIR}") from error
         if (self.first_doc, self.first_doc + self.n_docs) != manifest.corpus_of(number).span(
@@ -48,7 +54,15 @@ class Shard:
 
     @cached_property
     def offsets(self) -> np.ndarray:
-        return self._array("offsets.npy", mapped=False)
+        """int64 `[n_docs + 1]`: where the tokens of each document begin."""
+        found = self._array("offsets.npy", mapped=False)
+        good = found.shape == (self.n_docs + 1,) and found.dtype == np.int64
+        if not good or found[0] or found[-1] != self.n_tokens or (np.diff(found) < 0).any():
+            raise StoreDamaged(
+                f"{self.path('offsets.npy')} does not lead from 0 to {self.n_tokens} tokens in"
+                f" {self.n_docs} steps. {REPAIR}"
+            )
+        return found
 
     def packed(self, layer: int) -> Packed:
         """The layer's codes of all tokens, as views of the files."""
@@ -68,10 +82,28 @@ class Shard:
                 overflow=np.zeros(0, OVERFLOW) if overflow is None else np.array(overflow),
                 d_sae=self._manifest.saes[layer].d_sae,
             )
-            if not packed.low.shape == packed.values.shape == (self.n_tokens, packed.k):
-                raise StoreDamaged(f"{self.folder}/{name}: arrays do not fit together. {REPAIR}")
+            if problem := self._misfit(packed, self._manifest.saes[layer].k):
+                raise StoreDamaged(f"{self.folder}/{name}: {problem}. {REPAIR}")
             self._packed[layer] = packed
         return self._packed[layer]
+
+    def _misfit(self, packed: Packed, k: int) -> str | None:
+        """What is wrong with the arrays of one layer, as far as it shows without reading them."""
+        arrays = [(packed.low, "<u2"), (packed.values, "<f2")]
+        arrays += [] if packed.high is None else [(packed.high, "|u1")]
+        if any(array.shape != (self.n_tokens, k) for array, _ in arrays):
+            shapes = ", ".join(str(array.shape) for array, _ in arrays)
+            return f"the arrays do not fit together: {shapes}, expected {(self.n_tokens, k)}"
+        if any(array.dtype != np.dtype(kind) for array, kind in arrays):
+            return "an array has another type than was written"
+        if (packed.high is None) != (packed.d_sae <= 1 << 16):
+            return f"indices_high.npy does not fit an SAE of {packed.d_sae} features"
+        at = packed.overflow["at"] if packed.overflow.dtype == OVERFLOW else None
+        if at is None or at.ndim != 1:
+            return "overflow.npy has another type than was written"
+        if len(at) and (at[0] < 0 or at[-1] >= packed.low.size or (np.diff(at) <= 0).any()):
+            return "overflow.npy names places that are not there"
+        return None
 
     @cached_property
     def tokens(self) -> pa.Table:
@@ -103,9 +135,18 @@ class Shard:
 
     def table(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
         try:
-            return pq.read_table(self.path(name), columns=columns)
-        except (OSError, pa.ArrowException) as error:
+            with open_regular(self.path(name)) as file:
+                table = pq.read_table(file, columns=columns)
+        except (OSError, ValueError, pa.ArrowException) as error:
             raise StoreDamaged(f"{self.path(name)} cannot be read: {error}. {REPAIR}") from error
+        if missing := [column for column in columns or () if column not in table.column_names]:
+            raise StoreDamaged(f"{self.path(name)} has no column {missing[0]}. {REPAIR}")
+        rows = {"documents.parquet": self.n_docs, "tokens.parquet": self.n_tokens}
+        if len(table) != rows.get(name, len(table)):
+            raise StoreDamaged(
+                f"{self.path(name)} has {len(table)} rows, {rows[name]} were written. {REPAIR}"
+            )
+        return table
 
     def some_tokens(self, start: int, end: int) -> pa.Table:
         """Rows start..end of `tokens.parquet`, strings included, without reading all others."""
@@ -125,8 +166,9 @@ class Shard:
         """The footer of `tokens.parquet`, and the row at which each of its row groups ends."""
         path = self.path("tokens.parquet")
         try:
-            meta = pq.read_metadata(path)
-        except (OSError, pa.ArrowException) as error:
+            with open_regular(path) as file:
+                meta = pq.read_metadata(file)
+        except (OSError, ValueError, pa.ArrowException) as error:
             raise StoreDamaged(f"{path} cannot be read: {error}. {REPAIR}") from error
         return meta, np.cumsum([meta.row_group(i).num_rows for i in range(meta.num_row_groups)])
 
@@ -158,8 +200,9 @@ class Shard:
         """The footer, and the least and the greatest feature of every row group."""
         path = self.features_path(layer)
         try:
-            meta = pq.read_metadata(path)
-        except (OSError, pa.ArrowException) as error:
+            with open_regular(path) as file:
+                meta = pq.read_metadata(file)
+        except (OSError, ValueError, pa.ArrowException) as error:
             raise StoreDamaged(f"{path} cannot be read: {error}. {REPAIR}") from error
         at = meta.schema.names.index("feature")
         ranges = [meta.row_group(i).column(at).statistics for i in range(meta.num_row_groups)]
@@ -168,8 +211,9 @@ class Shard:
 
     def _array(self, name: str, mapped: bool = True) -> np.ndarray:
         try:
-            return np.load(self.path(name), mmap_mode="r" if mapped else None)
-        except (OSError, ValueError) as error:
+            with open_regular(self.path(name)):  # a FIFO would be waited for
+                return np.load(self.path(name), mmap_mode="r" if mapped else None)
+        except (OSError, ValueError, EOFError, SyntaxError, OverflowError, MemoryError) as error:
             raise StoreDamaged(f"{self.path(name)} cannot be read: {error}. {REPAIR}") from error
 
 

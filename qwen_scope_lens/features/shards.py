@@ -24,8 +24,14 @@ import pyarrow.parquet as pq
 
 from qwen_scope_lens.errors import BadFile
 from qwen_scope_lens.features.manifest import Manifest
-from qwen_scope_lens.features.packed import Packed
-from qwen_scope_lens.files import file_sha256, read_json, whole_folder, write_json
+from qwen_scope_lens.features.packed import REPAIR, Packed
+from qwen_scope_lens.files import (
+    file_sha256,
+    read_json,
+    refuse_link,
+    whole_folder,
+    write_json,
+)
 
 __all__ = [
     "REPAIR",
@@ -40,7 +46,6 @@ __all__ = [
 
 NAME = "shard.json"
 SHARD_FORMAT = ("qwen-scope-shard", 1)
-REPAIR = "`qsl store check` finds all damage, the same `qsl extract` again makes it anew"
 
 RESERVED = ("doc", "key", "text", "n_tokens", "truncated")
 """Columns of `documents` that are no labels."""
@@ -82,6 +87,7 @@ def write_shard(
     doc = np.repeat(np.arange(first, end, dtype=np.int32), lengths)
     position = (np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths)).astype(np.int32)
     nonzero = {}
+    refuse_link(store / "shards")
     with whole_folder(shard_folder(store, shard)) as folder:
         _write_documents(folder, first, documents, labels)
         _write_tokens(folder, doc, position, documents, manifest.layers)

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,16 @@ from qwen_scope_lens.errors import (
     CheckpointMissing,
     LayerOutOfRange,
     NotACheckpoint,
+    ScopeError,
+    TruncatedCheckpoint,
     UnknownName,
     WrongKeys,
     WrongModel,
 )
+from qwen_scope_lens.files import read_text
 from qwen_scope_lens.models.adapter import register_adapters, residual_name
 from qwen_scope_lens.models.bridge import ScopeBridge
+from qwen_scope_lens.models.checkpoint import TRUST, in_short, open_config, open_tokenizer
 from qwen_scope_lens.models.full import prepare_full
 from qwen_scope_lens.models.layers import (
     PLACES,
@@ -97,14 +101,15 @@ def load_model(
     if full_hooks and up_to_layer is not None:
         raise WrongModel("up_to_layer has the residual hooks only: leave full_hooks out")
     name = str(bundled_model(str(name_or_model)) or name_or_model)
-    source = {"revision": revision, "local_files_only": local_files_only}
+    source: dict[str, Any] = {"revision": revision, "local_files_only": local_files_only}
+    trusted = {TRUST: bool(hf_options.pop(TRUST, False))}
     if device is not None:
         _require_device(device)
     try:
-        config = _config(name, source)
+        config = open_config(name, **source, **trusted)
         places_of_config(config)
         if tokenizer is None:
-            tokenizer = _tokenizer(name, source)
+            tokenizer = _tokenizer(name, source | trusted)
         place = {"device_map": device_map} if device_map is not None else {}
         if up_to_layer is None:
             model = _load(
@@ -113,6 +118,7 @@ def load_model(
                 dtype=dtype or "auto",
                 **place,
                 **source,
+                **trusted,
                 **hf_options,
             )
         else:
@@ -120,6 +126,8 @@ def load_model(
                 name, config, up_to_layer, dtype, source, **place, **hf_options
             )
     except OSError as error:
+        if isinstance(error, ScopeError):
+            raise
         reason = " ".join(str(error).split())
         raise CheckpointMissing(
             f"{name} cannot be loaded as a model, from a folder or from the hub: {reason}"
@@ -141,26 +149,24 @@ def _require_device(device: str | torch.device) -> None:
         ) from error
 
 
-def _config(name: str, source: dict[str, Any]) -> Any:
-    try:
-        return transformers.AutoConfig.from_pretrained(name, **source)
-    except ValueError as error:  # no `model_type`, or one that transformers does not know
-        raise NotACheckpoint(
-            f"{name} is no model that transformers can open: expected a hub name, or a folder with"
-            f" the config.json of a Qwen3 or Qwen3.5 model ({' '.join(str(error).split())[:200]})"
-        ) from error
-
-
 def _tokenizer(name: str, source: dict[str, Any]) -> Any:
     folder = Path(name)
     if folder.is_dir() and not any(folder.glob("tokenizer*")):
         return None  # transformers would invent an empty one
-    return transformers.AutoTokenizer.from_pretrained(name, **source)
+    return open_tokenizer(name, **source)
 
 
 def _load(loader: Any, name: str | None, **options: Any) -> Any:
     """`from_pretrained`, refusing a checkpoint that leaves weights at random values."""
-    model, info = loader.from_pretrained(name, output_loading_info=True, **options)
+    try:
+        model, info = loader.from_pretrained(name, output_loading_info=True, **options)
+    except (torch.OutOfMemoryError, ImportError, OSError, ScopeError):
+        raise
+    except Exception as error:  # a file that is cut off, sizes that contradict config.json, ...
+        raise NotACheckpoint(
+            f"the weights of {name or options['config']._name_or_path} are damaged or do not fit"
+            f" its config.json ({in_short(error)}): fetch the model again"
+        ) from error
     if missing := sorted(info["missing_keys"]):
         raise WrongKeys(
             f"{len(missing)} weights are not in the checkpoint and would be random, the first is"
@@ -190,7 +196,7 @@ def _load_first_layers(
         text.layer_types = text.layer_types[: last + 1]
     text.num_hidden_layers = last + 1
     [row] = [row for row in PLACES if row.family == family and row.kind == "text"]
-    with ExitStack() as files:
+    with ExitStack() as files, _damage_named(name):
         weights: dict[str, Any] = {}
         for file, keys in files_of(name, source).items():
             wanted = None if keys is None else [key for key in keys if _is_wanted(key, last)]
@@ -218,6 +224,18 @@ def _load_first_layers(
     return model
 
 
+@contextmanager
+def _damage_named(name: str) -> Iterator[None]:
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        raise TruncatedCheckpoint(
+            f"a file of weights of {name} is cut off or damaged ({in_short(error)}): fetch it again"
+        ) from error
+
+
 def _is_wanted(key: str, last: int) -> bool:
     found = _TEXT_WEIGHT.match(key)
     return found is not None and int(found["layer"] or 0) <= last
@@ -229,12 +247,20 @@ def files_of(name: str, source: dict[str, Any]) -> dict[str, list[str] | None]:
         index = Path(fetch_file(name, "model.safetensors.index.json", source))
     except OSError:
         return {"model.safetensors": None}
-    files: dict[str, list[str] | None] = {}
-    for key, file in json.loads(index.read_text())["weight_map"].items():
-        found = files.setdefault(file, [])
-        assert found is not None
-        found.append(key)
-    return files
+    found: dict[str, list[str] | None] = {}
+    try:
+        for key, file in json.loads(read_text(index))["weight_map"].items():
+            if Path(file).name != file:
+                raise ValueError(f"{file!r:.60} is not the name of a file")
+            keys = found.setdefault(file, [])
+            assert keys is not None
+            keys.append(key)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise NotACheckpoint(
+            f"{index} is damaged ({error!r:.200}): expected a weight_map of tensors to files."
+            " Fetch it again"
+        ) from error
+    return found
 
 
 def fetch_file(name: str, file: str, source: dict[str, Any]) -> str:

@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 import torch
 
 from qwen_scope_lens.errors import BadText, WrongTokenizer
+from qwen_scope_lens.models.checkpoint import in_short, open_tokenizer
 from qwen_scope_lens.models.layers import describe, places_of, text_config, unwrap
 
 __all__ = ["Document", "Encoded", "check_tokenizer", "encode", "find_tokenizer", "is_ids"]
@@ -50,11 +51,9 @@ def find_tokenizer(model: Any, tokenizer: Any = None) -> Any:
         tokenizer = vars(model).get("_tokenizer")  # a TransformerBridge
     name = getattr(getattr(unwrap(model), "config", None), "_name_or_path", "")
     if tokenizer is None and name:
-        from transformers import AutoTokenizer
-
         try:
-            tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=True)
-        except (OSError, ValueError):
+            tokenizer = open_tokenizer(name, local_files_only=True)
+        except (OSError, WrongTokenizer):
             tokenizer = None
     if tokenizer is None:
         raise WrongTokenizer(f"no tokenizer is known for {describe(model)}: pass `tokenizer=`")
@@ -137,6 +136,8 @@ def encode(
                 " (mappings with role and content) or token ids"
             )
     spans: dict[int, tuple[tuple[int, int], ...]] = {}
+    for i, text in texts.items():
+        _check_surrogates(text, f"document {first_number + i}")
     if texts:
         fast = bool(getattr(tokenizer, "is_fast", False))
         found = tokenizer(
@@ -184,11 +185,28 @@ def _render(
         raise BadText(f"{where} is empty: a chat without messages")
     if not getattr(tokenizer, "chat_template", None):
         raise WrongTokenizer(f"{where} is a chat, but this tokenizer has no chat template")
-    return str(
-        tokenizer.apply_chat_template(
-            list(messages),
-            tokenize=False,
-            add_generation_prompt=add_prompt,
-            enable_thinking=enable_thinking,
+    try:
+        return str(
+            tokenizer.apply_chat_template(
+                list(messages),
+                tokenize=False,
+                add_generation_prompt=add_prompt,
+                enable_thinking=enable_thinking,
+            )
         )
-    )
+    except Exception as error:  # a template is a program: it raises what it likes
+        roles = ", ".join(f"{message.get('role')!r:.20}" for message in messages[:8])
+        raise BadText(
+            f"{where} is a chat with the roles {roles}, which the chat template of the tokenizer"
+            f" does not take ({in_short(error)}): change the messages, or give the text itself"
+        ) from error
+
+
+def _check_surrogates(text: str, where: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise BadText(
+            f"{where} has half of a surrogate pair at character {error.start}, which no tokenizer"
+            " takes: remove it, or decode the text from its bytes again"
+        ) from error

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from qwen_scope_lens.catalog import bundled_model
-from qwen_scope_lens.errors import CheckpointMissing, WrongKeys, WrongModel
+from qwen_scope_lens.errors import CheckpointMissing, ScopeError, WrongKeys, WrongModel
+from qwen_scope_lens.models.checkpoint import open_config
 from qwen_scope_lens.models.layers import (
     describe,
     part,
@@ -58,13 +59,12 @@ def read_unembedding(
     """From a model or bridge in memory, or from a checkpoint by name or folder."""
     if isinstance(model, nn.Module):
         return _of_model(model)
-    import transformers
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     name = str(bundled_model(str(model)) or model)
     source = {"revision": revision, "local_files_only": local_files_only}
     try:
-        config = transformers.AutoConfig.from_pretrained(name, **source)
+        config = open_config(name, **source)
         places = places_of_config(config)
         found: dict[str, Tensor] = {}
         for file, keys in files_of(name, source).items():
@@ -73,7 +73,9 @@ def read_unembedding(
             with safe_open(fetch_file(name, file, source), framework="pt", device="cpu") as opened:
                 named = {_kind(key): key for key in list(opened.keys())}
                 found |= {kind: opened.get_tensor(key) for kind, key in named.items() if kind}
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, ScopeError):
+            raise
         raise CheckpointMissing(f"{name} cannot be read: {error}") from error
     text = text_config(config)
     tied = bool(getattr(config, "tie_word_embeddings", False) or text.tie_word_embeddings)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from qwen_scope_lens.errors import BadFile, CannotWrite
-from qwen_scope_lens.files import exclusive
+from qwen_scope_lens.files import exclusive, open_own
 from qwen_scope_lens.synthesis.generator import Completion, Generator, Request, digest
 
 __all__ = ["Ledger", "Prices", "Spent"]
@@ -95,7 +95,7 @@ class Ledger:
         with exclusive(folder):
             _cut_torn_end(path)
             try:
-                file = path.open("a", encoding="utf-8")
+                file = open_own(path, "a")
             except OSError as error:
                 raise CannotWrite(f"cannot write {path}: {error.strerror}") from error
             with file:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from qwen_scope_lens.errors import BadFile, BadPlan, UnknownName
-from qwen_scope_lens.files import whole_file
+from qwen_scope_lens.files import read_text, whole_file
 from qwen_scope_lens.synthesis.generator import Sampling
 from qwen_scope_lens.synthesis.language import check_language
 
@@ -132,7 +132,7 @@ def read_recipe(name: str) -> Recipe:
     import yaml
 
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.safe_load(read_text(path))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())[:120]
         raise BadFile(f"{path} cannot be read as YAML ({reason})") from error
@@ -151,7 +151,7 @@ def read_recipe(name: str) -> Recipe:
 def read_words(path: Path) -> tuple[str, ...]:
     """A file with a word or phrase a line; lines that begin with # say something about it."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = read_text(path, "utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise BadFile(f"{path} cannot be read as UTF-8 text ({error})") from error
     words = tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))

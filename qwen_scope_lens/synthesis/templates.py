@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qwen_scope_lens.errors import BadFile, UnknownName
-from qwen_scope_lens.files import whole_file
+from qwen_scope_lens.files import read_text, whole_file
 from qwen_scope_lens.synthesis.generator import Messages
 
 __all__ = ["HOME", "NAMES", "Template", "Templates"]
@@ -113,7 +113,7 @@ class Templates:
         own = self._folder / f"{name}.txt" if self._folder else None
         path = own if own is not None and own.exists() else HOME / f"{name}.txt"
         try:
-            return path, path.read_text(encoding="utf-8-sig")
+            return path, read_text(path, "utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise BadFile(f"{path} cannot be read as UTF-8 text ({error})") from error
 

@@ -19,7 +19,7 @@ from qwen_scope_lens.catalog import bundled_model
 from qwen_scope_lens.errors import BadCorpus, BadFile, UnknownName
 from qwen_scope_lens.features.corpus import read_rows
 from qwen_scope_lens.features.facts import versions
-from qwen_scope_lens.files import whole_file
+from qwen_scope_lens.files import read_text, whole_file
 from qwen_scope_lens.training.rewards import reply_text
 
 __all__ = ["Run", "read_replies", "read_run", "run_grpo", "run_sasft"]
@@ -54,7 +54,7 @@ class Run:
 def read_run(path: Path, keys: set[str]) -> Run:
     """A YAML mapping with known keys only, so that a misspelt one is not ignored."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.safe_load(read_text(path))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())  # PyYAML draws a picture in four lines
         raise BadFile(f"{path} cannot be read as YAML: {reason}") from error
@@ -139,14 +139,18 @@ def _arguments(run: Run, kind: type) -> Any:
 
 
 def _model(run: Run) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
+
+    from qwen_scope_lens.models.checkpoint import open_config, open_tokenizer
 
     name = str(run.need("model"))
     beside = run.path.parent / name
     source = bundled_model(name) or (beside if beside.is_dir() else name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        return AutoModelForCausalLM.from_pretrained(source, dtype="auto"), tokenizer
+        open_config(str(source))  # refuses a model that brings its own code
+        tokenizer = open_tokenizer(str(source))
+        model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", trust_remote_code=False)
+        return model, tokenizer
     except OSError as error:
         first_line = str(error).partition("\n")[0]
         raise BadFile(f"{run.path}: model {name} cannot be loaded: {first_line}") from error

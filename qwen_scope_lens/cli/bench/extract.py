@@ -149,14 +149,13 @@ def _chat_template(arguments: argparse.Namespace) -> Any:
     """lm-eval renders messages with the model's own template."""
     from functools import partial
 
-    from transformers import AutoTokenizer
-
     from qwen_scope_lens.catalog import bundled_model, find_group
+    from qwen_scope_lens.models.checkpoint import open_tokenizer
 
     if arguments.thinking is None:
         raise BadCorpus("--chat: say --thinking or --no-thinking, the template differs with it")
     name = arguments.model or find_group(arguments.sae).backbone.model_id
-    tokenizer = AutoTokenizer.from_pretrained(bundled_model(name) or name)
+    tokenizer = open_tokenizer(str(bundled_model(name) or name))
     return partial(
         tokenizer.apply_chat_template, tokenize=False, enable_thinking=arguments.thinking
     )
