@@ -6,6 +6,7 @@ Which pairs, and what the scores decide, is `certified.py`.
 from __future__ import annotations
 
 import warnings
+from functools import cache
 
 import torch
 
@@ -64,13 +65,14 @@ def all_dots(rows: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     `[d_sae, d]`, `[n, d] -> [n, d_sae]`
     """
     d_sae, n = len(rows), len(x)
-    starts = torch.arange(0, d_sae * n + 1, n, dtype=torch.int32)
-    return _dots(rows, x, starts, torch.arange(n, dtype=torch.int32).repeat(d_sae)).view(d_sae, n).T
+    starts = torch.arange(0, d_sae * n + 1, n, dtype=torch.int32, device=x.device)
+    column = torch.arange(n, dtype=torch.int32, device=x.device).repeat(d_sae)
+    return _dots(rows, x, starts, column).view(d_sae, n).T
 
 
 def _starts(row: torch.Tensor, rows: int) -> torch.Tensor:
     """Where each of the rows begins among pairs that are sorted by row. `[rows + 1]`"""
-    starts = torch.zeros(rows + 1, dtype=torch.long)
+    starts = torch.zeros(rows + 1, dtype=torch.long, device=row.device)
     starts[1:] = torch.bincount(row, minlength=rows).cumsum(0)
     return starts
 
@@ -80,12 +82,21 @@ def _dots(
 ) -> torch.Tensor:
     """A sampled dense-dense product: the dots of row i of `left` with the rows
     `column[starts[i] : starts[i + 1]]` of `right`, one after the other."""
+    _say_beta_once()
+    values = left.new_zeros(len(column))
+    shape = (len(left), len(right))
+    pattern = torch.sparse_csr_tensor(starts, column, values, shape, check_invariants=False)
+    return torch.sparse.sampled_addmm(pattern, left, right.T, beta=0.0).values()
+
+
+@cache
+def _say_beta_once() -> None:
+    """torch warns once per process that CSR is in beta. Python's filters of warnings belong to all
+    threads, so they are touched here, not in every product."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # torch: CSR support is in beta
-        values = left.new_zeros(len(column))
-        shape = (len(left), len(right))
-        pattern = torch.sparse_csr_tensor(starts, column, values, shape, check_invariants=False)
-        return torch.sparse.sampled_addmm(pattern, left, right.T, beta=0.0).values()
+        warnings.simplefilter("ignore", UserWarning)
+        one = torch.zeros(1, dtype=torch.long, device="cpu")
+        torch.sparse_csr_tensor(torch.arange(2, device="cpu"), one, one.float(), (1, 1))
 
 
 def _gathered_dots(
