@@ -10,14 +10,25 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import os
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from qwen_scope_lens.errors import BadFile, CannotWrite, ScopeError
 
-__all__ = ["exclusive", "file_sha256", "read_json", "whole_file", "whole_folder", "write_json"]
+__all__ = [
+    "exclusive",
+    "file_sha256",
+    "open_regular",
+    "read_json",
+    "read_text",
+    "whole_file",
+    "whole_folder",
+    "write_json",
+]
 
 
 @contextlib.contextmanager
@@ -73,8 +84,26 @@ def whole_file(path: Path) -> Iterator[Path]:
             raise
 
 
+def open_regular(path: Path) -> IO[bytes]:
+    """A file for reading, links followed; a FIFO, a socket or a device raises, nothing waits."""
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise BadFile(f"{path} is {_kind(mode)}: expected a file")
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    if stat.S_ISREG(os.fstat(handle).st_mode):
+        return os.fdopen(handle, "rb")
+    os.close(handle)
+    raise IsADirectoryError(f"{path} is {_kind(mode)}: expected a file")
+
+
+def read_text(path: Path, encoding: str = "utf-8") -> str:
+    """All of a text file."""
+    with open_regular(path) as file:
+        return file.read().decode(encoding).replace("\r\n", "\n")
+
+
 def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -109,6 +138,21 @@ def read_json(path: Path, format: str, version: int, made_by: str) -> dict[str, 
 
 def _partial(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial")
+
+
+_KINDS = {
+    stat.S_IFLNK: "a link",
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFREG: "a file",
+}
+
+
+def _kind(mode: int) -> str:
+    return _KINDS.get(stat.S_IFMT(mode), "something else")
 
 
 @contextlib.contextmanager

@@ -13,7 +13,8 @@ CONVERTERS = ROOT.parent / "converters"
 # From the ground up. Rooms on one line may not import each other.
 FLOORS = (
     ("errors",),
-    ("files", "catalog", "extras"),
+    ("files", "extras"),
+    ("catalog",),
     ("address", "pages"),
     ("saes",),
     ("models", "converters"),

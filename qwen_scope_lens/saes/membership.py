@@ -106,6 +106,7 @@ class Membership:
         score = inside.double() @ rows.T + bias
         if not bool(score.isfinite().all()):
             require_finite(x, x.shape[:-1])
+            self.sae._encoder()  # which names weights that are not finite
             raise NotFinite("scores exceed float64: expected residuals of a trained model")
         length = norm_above(inside).double()
         d_in = self.sae.cfg.d_in

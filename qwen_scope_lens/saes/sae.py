@@ -8,7 +8,7 @@ is `topk.py`; opening files is `checkpoint.py`, loading by name is `load.py`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from sae_lens.saes.sae import SAEConfig, SAEMetadata, _disable_hooks
 from sae_lens.saes.topk_sae import TopK, TopKSAE, TopKSAEConfig
 from sae_lens.util import filter_valid_dataclass_fields
 
-from qwen_scope_lens.errors import LayerOutOfRange, WrongShape
+from qwen_scope_lens.errors import LayerOutOfRange, NotFinite, WrongShape
 from qwen_scope_lens.saes.derived import Derived
 from qwen_scope_lens.saes.encoder import Encoder
 from qwen_scope_lens.saes.gather import gather_decode
@@ -325,7 +325,27 @@ class ScopeSAE(TopKSAE):
     def _new_encoder(self) -> Encoder:
         rows = self.W_enc.detach().T.contiguous()
         with torch.autocast(rows.device.type, enabled=False):
-            return Encoder(rows, self.b_enc.detach(), self._half_copy)
+            encoder = Encoder(rows, self.b_enc.detach(), self._half_copy)
+        for name, sums in (("W_enc", encoder.snapshot.norms), ("b_enc", self.b_enc)):
+            doubtful = (~sums.isfinite()).nonzero().squeeze(1)  # a finite row's length may overflow
+            weights = rows[doubtful] if name == "W_enc" else sums.detach()[doubtful][:, None]
+            bad = doubtful[~weights.isfinite().all(1)].tolist()
+            if bad:
+                listed = ", ".join(map(str, bad[:5])) + (", .." if len(bad) > 5 else "")
+                raise NotFinite(
+                    f"{name} has NaN or infinity in {len(bad)} of {self.cfg.d_sae} features:"
+                    f" {listed}; expected finite weights. The file is damaged or the training"
+                    " diverged: fetch it again, or go back to an earlier checkpoint"
+                )
+        return encoder
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> ScopeSAE:
+        """What `.to()` does, but in inference mode, too, the weights stay tensors whose changes
+        torch counts."""
+        inside = any(parameter.is_inference() for parameter in self.parameters())
+        with torch.inference_mode(inside):
+            super()._apply(fn, recurse)
+        return self
 
     def _decoder_rows(self) -> torch.Tensor:
         if self.W_dec.is_contiguous():

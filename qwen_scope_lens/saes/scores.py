@@ -85,7 +85,9 @@ def _dots(
     _say_beta_once()
     values = left.new_zeros(len(column))
     shape = (len(left), len(right))
-    pattern = torch.sparse_csr_tensor(starts, column, values, shape, check_invariants=False)
+    pattern = torch.sparse_csr_tensor(
+        starts, column, values, shape, check_invariants=False, device=left.device
+    )
     return torch.sparse.sampled_addmm(pattern, left, right.T, beta=0.0).values()
 
 
@@ -96,7 +98,9 @@ def _say_beta_once() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         one = torch.zeros(1, dtype=torch.long, device="cpu")
-        torch.sparse_csr_tensor(torch.arange(2, device="cpu"), one, one.float(), (1, 1))
+        torch.sparse_csr_tensor(
+            torch.arange(2, device="cpu"), one, one.float(), (1, 1), device="cpu"
+        )
 
 
 def _gathered_dots(
