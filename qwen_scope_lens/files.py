@@ -103,7 +103,7 @@ def read_text(path: Path, encoding: str = "utf-8") -> str:
 
 
 def file_sha256(path: Path) -> str:
-    with open_regular(path) as file:
+    with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

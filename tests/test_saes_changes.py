@@ -55,7 +55,7 @@ def test_a_recentring_in_the_middle_of_an_encode(
     far = means(64, 3)
     encoder = Encoder(blind(torch.randn(2048, 64), far), torch.randn(2048), half_copy)
     x, others = 0.3 * torch.randn(40, 64) + far[0], iter(far[1:].repeat(20, 1))
-    want = exact_topk(x, encoder.rows, encoder.snapshot.bias, 8)[1].sort(1).values
+    want = exact_topk(x, encoder.rows, encoder.bias, 8)[1].sort(1).values
     assert encoder.recentre(x)
     real, moved = certified.approximate, []
 

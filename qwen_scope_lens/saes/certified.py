@@ -10,7 +10,7 @@ cut into blocks. For a block of positions:
 3. *Re-scoring.* The k best candidates in float32 raise the line; only candidates whose `a + E`
    still reaches it are re-scored too.
 4. *Decision.* Re-scored values have a float32 bound of their own. The few that it leaves
-   contested around the k-th place are decided in float64.
+   contested around the k-th place are decided by exact sums.
 
 A position with too many candidates is not settled here; the caller takes a tighter first pass for
 it, and `exact_topk` in the end.
@@ -185,7 +185,11 @@ class _Reach:
             self.per_error = torch.zeros_like(self.length)
             self.per_norm = self.length * (gather + 3 * U)
             self.out_scale = self.bias_scale = 2.0**-19
-        self.slack = TINY * d_in * (1 + encoder.norms_max)
+        # What underflow can hide, and float64 where outliers, centre and bias are added in it.
+        small, centre = 2.0**-50, encoder.centre
+        self.slack = self.out_length * (small * centre.weights_max)
+        self.slack += TINY * d_in * (1 + encoder.norms_max) + small * centre.bias_max
+        self.slack += small * (d_in + 2) * float(centre.point.norm()) * encoder.norms_max
 
     def worst(self) -> torch.Tensor:
         """For every position, over all features. `[n]`"""
@@ -205,7 +209,7 @@ class _Reach:
         bound = self.per_error[t] * encoder.half_errors[i] + self.per_norm[t] * encoder.norms[i]
         bound += self.out_length[t] * (self.out_scale * centre.weights_max)
         bound += self.bias_scale * centre.bias_max
-        return bound * 1.0001 + self.slack + self.slope * pairs.approx.abs()
+        return bound * 1.0001 + self.slack[t] + self.slope * pairs.approx.abs()
 
 
 def _candidates(
@@ -291,7 +295,7 @@ def _decide(
         dot = pair_dots(encoder.rows, rest, part.token, part.feature)
         value = _completed(encoder, dot, outliers, part)
         error = (1.02 * (encoder.d_in + 4) * U) * reach.length[part.token]
-        error = (error * encoder.norms[part.feature]).double() + reach.slack
+        error = (error * encoder.norms[part.feature]).double() + reach.slack[part.token]
         # The score itself is rounded to float32 once more.
         return value, error + 1.01 * U * value.abs(), dot
 

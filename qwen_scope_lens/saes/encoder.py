@@ -193,6 +193,10 @@ class Encoder:
         return self.snapshot.rows
 
     @property
+    def bias(self) -> torch.Tensor:
+        return self.snapshot.bias
+
+    @property
     def d_sae(self) -> int:
         return self.snapshot.d_sae
 

@@ -71,7 +71,7 @@ class Stored:
         storage = file[start : start + size] if size else torch.UntypedStorage(0)
         first = (self.offset - start) // self.dtype.itemsize
         tensor = torch.empty(0, dtype=self.dtype, device="cpu")
-        tensor.set_(storage, first, self.shape, self.stride)  # type: ignore[call-overload]
+        tensor.set_(storage, first, self.shape, self.stride)
         return tensor.clone() if start % self.dtype.itemsize else tensor
 
 
@@ -154,7 +154,7 @@ def _read(path: Path, file: Any, archive: zipfile.ZipFile) -> Stored | dict[str,
     raise Unknown(type(found).__name__)
 
 
-class _Reader(pickle._Unpickler):  # type: ignore[name-defined, misc]
+class _Reader(pickle._Unpickler):
     """In Python, because the one in C reserves whatever memory a file asks for."""
 
     def __init__(

@@ -10,6 +10,8 @@ from functools import cache
 
 import torch
 
+from qwen_scope_lens.saes.exact_sums import rounded_sums
+
 __all__ = ["all_dots", "exact_scores", "exact_topk", "pair_dots"]
 
 _ELEMENTS = 2**20
@@ -120,21 +122,22 @@ def exact_scores(
 ) -> torch.Tensor:
     """Exact dots plus bias, rounded once to float32 and held in float64. `[p]`
 
-    A product of two float32 numbers is exact in float64, and so, up to 2^-53, is their sum.
+    Whatever cancels: `exact_sums.py` says how.
     """
     out = torch.empty(len(token), dtype=torch.float64, device=x.device)
     step = max(1, _ELEMENTS // 16 // x.shape[1])  # stays in cache
     for start in range(0, len(token), step):
         t, f = token[start : start + step], feature[start : start + step]
-        score = (x[t].double() * rows[f].double()).sum(-1) + bias[f].double()
-        out[start : start + step] = score.float()
+        terms = torch.cat([x[t].double() * rows[f].double(), bias[f].double()[:, None]], 1)
+        out[start : start + step] = rounded_sums(terms)
     return out
 
 
 def exact_topk(
     x: torch.Tensor, rows: torch.Tensor, bias: torch.Tensor, k: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The definition, slowly: all scores in float64, rounded to float32, stable sort.
+    """The definition, slowly: all scores in float64, rounded to float32, stable sort. Where the
+    sum in float64 does not tell how a score rounds, and it matters, `exact_scores` does.
 
     `[n, d_in]`, `[d_sae, d_in]`, `[d_sae]` -> float32 values and int64 indices `[n, k]`, 0 and -1
     where fewer are positive. The reference of the tests, and the last resort for positions that
@@ -147,11 +150,20 @@ def exact_topk(
         best = block.new_zeros((len(block), 0), dtype=torch.float32)
         where = torch.zeros((len(block), 0), dtype=torch.long, device=x.device)
         for start in range(0, len(rows), step):
-            tile = rows[start : start + step].double()
-            scores = block.double() @ tile.T + bias[start : start + step].double()
+            tile, add = rows[start : start + step].double(), bias[start : start + step].double()
+            scores = block.double() @ tile.T + add
+            size = block.double().norm(dim=1)[:, None] * tile.norm(dim=1) + add.abs()
+            error = size * (1.02 * (rows.shape[1] + 2) * 2.0**-53)
+            low, high = (scores - error).float(), (scores + error).float()
+            line = torch.cat([best, low], 1).sort(dim=1, descending=True).values[:, k - 1 : k]
+            line = line if line.shape[1] else torch.full_like(scores[:, :1], float("-inf"))
+            token, feature = ((low != high) & (high >= line) & (high > 0)).nonzero(as_tuple=True)
+            scores = scores.float()
+            exact = exact_scores(rows, bias, block, token, start + feature)
+            scores[token, feature] = exact.float()
             ids = torch.arange(start, start + len(tile), device=x.device)
             # Earlier features stand first, so a stable sort leaves ties to the lower one.
-            best = torch.cat([best, scores.float()], 1)
+            best = torch.cat([best, scores], 1)
             where = torch.cat([where, ids.expand(len(block), -1)], 1)
             best, order = best.sort(dim=1, descending=True, stable=True)
             best, where = best[:, :k], where.gather(1, order)[:, :k]
