@@ -101,7 +101,7 @@ def _select_few(encoder: Snapshot, x: torch.Tensor, k: int) -> Selection:
     """`select` from all dots: what the steps above save would here cost less than the steps.
 
     Of the best k and `_SPARE` more each has the bound of a float32 dot. Those sure to be selected
-    are, and the contested are decided in float64. Positions with more contested are not settled.
+    are, and the contested by exact sums. Positions with more contested are not settled.
     """
     m = min(k + _SPARE, encoder.d_sae)
     dots = all_dots(encoder.rows, x)
