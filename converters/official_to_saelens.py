@@ -91,12 +91,13 @@ def _is_done(target: Path, config: dict[str, Any], revision: str | None) -> bool
     }
     if revision is not None:
         wanted["revision"] = revision
-        found["revision"] = (found.get("metadata") or {}).get("revision")
+        metadata = found.get("metadata")
+        found["revision"] = metadata.get("revision") if isinstance(metadata, dict) else None
     least = 2 * config["d_in"] * config["d_sae"] * str_to_dtype(config["dtype"]).itemsize
     for name, value in wanted.items():
         if found.get(name) != value or size < least:
             raise CannotWrite(
-                f"{target} exists and holds something else ({name}: {found.get(name)!r}, wanted"
+                f"{target} exists and holds something else ({name}: {found.get(name)!r:.60}, wanted"
                 f" {value!r}; {size:,} bytes of weights): choose another --out, or --overwrite"
             )
     return True

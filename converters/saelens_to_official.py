@@ -20,10 +20,9 @@ from typing import Any
 
 import torch
 from sae_lens import SAE
-from sae_lens.constants import SAE_CFG_FILENAME
+from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 from sae_lens.saes.topk_sae import TopKSAE
 from sae_lens.util import extract_layer_from_tlens_hook_name
-from safetensors import SafetensorError
 
 from qwen_scope_lens.errors import CannotWrite, NotACheckpoint, NotFinite, UnsupportedSAE
 from qwen_scope_lens.files import whole_file
@@ -92,9 +91,11 @@ def convert(
 
 def _load(folder: Path) -> SAE[Any]:
     read_config(folder / SAE_CFG_FILENAME)
+    if not (folder / SAE_WEIGHTS_FILENAME).is_file():  # a FIFO would be waited for
+        raise NotACheckpoint(f"{folder} has no file {SAE_WEIGHTS_FILENAME}")
     try:
         return SAE.load_from_disk(folder)
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+    except Exception as error:  # a damaged cfg.json fails in as many ways as it has fields
         raise NotACheckpoint(f"{folder} is no SAE as save_model writes it: {error}") from error
 
 

@@ -290,7 +290,7 @@ def home_folder() -> Path | None:
 
 def _local_group(folder: str) -> Group | None:
     home = home_folder()
-    if home is None or not folder or Path(folder).name != folder:
+    if home is None or not folder or Path(folder).name != folder or not folder.isprintable():
         return None
     path = home / folder / "config.json"
     try:
@@ -301,12 +301,13 @@ def _local_group(folder: str) -> Group | None:
         return None
     sizes = {name: settings.get(name) for name in ("num_layers", "d_model", "d_sae", "k")}
     wrong = [
-        f"{name} = {value!r}"
+        f"{name} = {value!r:.60}"
         for name, value in sizes.items()
         if type(value) is not int or not 1 <= value <= 2**31
     ]
-    if not isinstance(settings.get("base_model"), str):
-        wrong.append(f"base_model = {settings.get('base_model')!r}")
+    model = settings.get("base_model")
+    if not isinstance(model, str) or not model.isprintable():  # it goes to terminals
+        wrong.append(f"base_model = {model!r:.60}")
     if not wrong and (settings["k"] > settings["d_sae"] or settings["num_layers"] > 10_000):
         wrong.append(f"k = {settings['k']} of {settings['d_sae']}, {settings['num_layers']} layers")
     if wrong:

@@ -24,18 +24,17 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 @pytest.fixture(scope="module")
 def layer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The layer that the pages name, in its true shape: mostly one stored number, repeated."""
+    """The layer that the pages name, in its true shape: a gigabyte and a half of ones and zeros."""
     home = tmp_path_factory.mktemp("home")
     group = qsl.find_group("qwen3-8b-base/w64k-l0-50")
     folder = home / group.repo_name
     folder.mkdir()
-    one = torch.ones(1)
     torch.save(
         {
-            "W_enc": one.expand(group.d_sae, group.d_model),
+            "W_enc": torch.ones(group.d_sae, group.d_model),
             "W_dec": torch.zeros(group.d_model, group.d_sae, dtype=torch.float16),
-            "b_enc": one.expand(group.d_sae),
-            "b_dec": one.expand(group.d_model),
+            "b_enc": torch.ones(group.d_sae),
+            "b_dec": torch.ones(group.d_model),
         },
         folder / "layer20.sae.pt",
     )

@@ -63,11 +63,13 @@ for mean in (0, 5):
 """
 
 DECODE = """
+from qwen_scope_lens.saes.gather import gather_decode
+kernels.available = lambda device: True
 for dtype in (torch.float32, torch.bfloat16):
     rows = torch.randn(300, 700).to(dtype)
     values, indices = torch.rand(9, 7), torch.randint(0, 300, (9, 7), dtype=torch.int32)
     weight, grads = torch.randn(9, 700), []
-    for decode in (kernels.decode, lambda v, i, w: (v[..., None] * w[i.long()].float()).sum(1)):
+    for decode in (gather_decode, lambda v, i, w: (v[..., None] * w[i.long()].float()).sum(1)):
         leaf = values.clone().requires_grad_()
         out = decode(leaf, indices, rows)
         (out.float() * weight).sum().backward()

@@ -10,7 +10,7 @@ cut into blocks. For a block of positions:
 3. *Re-scoring.* The k best candidates in float32 raise the line; only candidates whose `a + E`
    still reaches it are re-scored too.
 4. *Decision.* Re-scored values have a float32 bound of their own. The few that it leaves
-   contested around the k-th place are decided in float64.
+   contested around the k-th place are decided by exact sums.
 
 A position with too many candidates is not settled here; the caller takes a tighter first pass for
 it, and `exact_topk` in the end.
@@ -29,11 +29,11 @@ from dataclasses import dataclass
 import torch
 
 from qwen_scope_lens.saes import kernels
-from qwen_scope_lens.saes.encoder import EXTRA, TILE, Encoder, norm_above
+from qwen_scope_lens.saes.encoder import EXTRA, TILE, Snapshot, norm_above
 from qwen_scope_lens.saes.float32 import BY_DOTS, product
 from qwen_scope_lens.saes.scores import all_dots, exact_scores, pair_dots
 
-__all__ = ["BLOCK_BYTES", "approximate", "select", "tokens_per_block"]
+__all__ = ["BLOCK_BYTES", "Selection", "approximate", "select", "tokens_per_block"]
 
 U = 2.0**-24
 TINY = 2.0**-120
@@ -56,21 +56,31 @@ class Pairs:
     approx: torch.Tensor
 
 
+@dataclass(frozen=True)
+class Selection:
+    """What a first pass and its re-scoring found for n positions."""
+
+    indices: torch.Tensor
+    """int64 `[n, k]`, -1 where fewer are positive, in no promised order."""
+    settled: torch.Tensor
+    """bool `[n]`: whether that is certain."""
+    dots: torch.Tensor | None
+    """The float32 dots of x with the selected rows `[n, k]`, where they happened to be computed."""
+    crowding: float
+    """Candidates over k: how tight the bound was."""
+
+
 def tokens_per_block(d_sae: int, precision: torch.dtype) -> int:
     """How many positions one first pass takes, within BLOCK_BYTES."""
     return max(1, min(2048, BLOCK_BYTES // (d_sae * precision.itemsize)))
 
 
-def select(
-    encoder: Encoder, x: torch.Tensor, k: int, precision: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """float32 `[n, d_in]` -> indices int64 `[n, k]`, -1 where fewer are positive, in no promised
-    order; which positions are settled `[n]`; and, where the re-scoring happened to compute them,
-    the float32 dots of `x` with the selected rows `[n, k]`."""
+def select(encoder: Snapshot, x: torch.Tensor, k: int, precision: torch.dtype) -> Selection:
+    """The k best of each position where the first pass can tell. float32 `[n, d_in]`"""
     if 0 < len(x) <= BY_DOTS and precision == encoder.rows.dtype == torch.float32 and not x.is_cuda:
-        indices, settled, dots = _select_few(encoder, x, k)
-        if bool(settled.all()):
-            return indices, settled, dots
+        few = _select_few(encoder, x, k)
+        if bool(few.settled.all()):
+            return few
     rest, outliers = encoder.centre.parts(x)
     cap = max(8 * k, encoder.d_sae // 32)
     # The kernels accumulate and store in float32: no output is rounded to bfloat16.
@@ -82,18 +92,16 @@ def select(
         approx = approximate(encoder, rest, outliers, precision)
         pairs, settled = _candidates(approx, reach.worst(), slope, k, encoder.d_sae, cap)
         del approx
-    encoder.crowding = len(pairs.token) / max(1, len(x) * k) if bool(settled.all()) else 1e9
+    crowding = len(pairs.token) / max(1, len(x) * k) if bool(settled.all()) else 1e9
     indices, dots = _decide(encoder, x, rest, outliers, pairs, reach, k)
-    return indices, settled, dots if encoder.centre.plain else None
+    return Selection(indices, settled, dots if encoder.centre.plain else None, crowding)
 
 
-def _select_few(
-    encoder: Encoder, x: torch.Tensor, k: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _select_few(encoder: Snapshot, x: torch.Tensor, k: int) -> Selection:
     """`select` from all dots: what the steps above save would here cost less than the steps.
 
     Of the best k and `_SPARE` more each has the bound of a float32 dot. Those sure to be selected
-    are, and the contested are decided in float64. Positions with more contested are not settled.
+    are, and the contested by exact sums. Positions with more contested are not settled.
     """
     m = min(k + _SPARE, encoder.d_sae)
     dots = all_dots(encoder.rows, x)
@@ -117,11 +125,12 @@ def _select_few(
     score, column = score.sort(dim=1, descending=True, stable=True)
     chosen = feature.gather(1, column[:, :k])
     selected = dots.gather(1, chosen)
-    return chosen.masked_fill(score[:, :k] == float("-inf"), -1), settled, selected
+    chosen = chosen.masked_fill(score[:, :k] == float("-inf"), -1)
+    return Selection(chosen, settled, selected, m / k)
 
 
 def approximate(
-    encoder: Encoder, rest: torch.Tensor, outliers: torch.Tensor, precision: torch.dtype
+    encoder: Snapshot, rest: torch.Tensor, outliers: torch.Tensor, precision: torch.dtype
 ) -> torch.Tensor:
     """The first pass: `a [n, d_pad]`, with -inf after d_sae."""
     d_sae, centre = encoder.d_sae, encoder.centre
@@ -153,7 +162,7 @@ class _Reach:
 
     def __init__(
         self,
-        encoder: Encoder,
+        encoder: Snapshot,
         rest: torch.Tensor,
         outliers: torch.Tensor,
         precision: torch.dtype,
@@ -176,7 +185,11 @@ class _Reach:
             self.per_error = torch.zeros_like(self.length)
             self.per_norm = self.length * (gather + 3 * U)
             self.out_scale = self.bias_scale = 2.0**-19
-        self.slack = TINY * d_in * (1 + encoder.norms_max)
+        # What underflow can hide, and float64 where outliers, centre and bias are added in it.
+        small, centre = 2.0**-50, encoder.centre
+        self.slack = self.out_length * (small * centre.weights_max)
+        self.slack += TINY * d_in * (1 + encoder.norms_max) + small * centre.bias_max
+        self.slack += small * (d_in + 2) * float(centre.point.norm()) * encoder.norms_max
 
     def worst(self) -> torch.Tensor:
         """For every position, over all features. `[n]`"""
@@ -196,7 +209,7 @@ class _Reach:
         bound = self.per_error[t] * encoder.half_errors[i] + self.per_norm[t] * encoder.norms[i]
         bound += self.out_length[t] * (self.out_scale * centre.weights_max)
         bound += self.bias_scale * centre.bias_max
-        return bound * 1.0001 + self.slack + self.slope * pairs.approx.abs()
+        return bound * 1.0001 + self.slack[t] + self.slope * pairs.approx.abs()
 
 
 def _candidates(
@@ -234,7 +247,7 @@ def _candidates(
 
 
 def _kernel_candidates(
-    encoder: Encoder,
+    encoder: Snapshot,
     rest: torch.Tensor,
     outliers: torch.Tensor,
     precision: torch.dtype,
@@ -267,7 +280,7 @@ def _kernel_candidates(
 
 
 def _decide(
-    encoder: Encoder,
+    encoder: Snapshot,
     x: torch.Tensor,
     rest: torch.Tensor,
     outliers: torch.Tensor,
@@ -282,7 +295,7 @@ def _decide(
         dot = pair_dots(encoder.rows, rest, part.token, part.feature)
         value = _completed(encoder, dot, outliers, part)
         error = (1.02 * (encoder.d_in + 4) * U) * reach.length[part.token]
-        error = (error * encoder.norms[part.feature]).double() + reach.slack
+        error = (error * encoder.norms[part.feature]).double() + reach.slack[part.token]
         # The score itself is rounded to float32 once more.
         return value, error + 1.01 * U * value.abs(), dot
 
@@ -331,7 +344,7 @@ def _decide(
 
 
 def _completed(
-    encoder: Encoder, dot: torch.Tensor, outliers: torch.Tensor, pairs: Pairs
+    encoder: Snapshot, dot: torch.Tensor, outliers: torch.Tensor, pairs: Pairs
 ) -> torch.Tensor:
     """Scores from the dots of the rest: bias and outliers are added in float64. `[p]`"""
     centre = encoder.centre

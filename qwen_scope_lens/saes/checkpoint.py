@@ -29,6 +29,7 @@ from qwen_scope_lens.errors import (
     WrongShape,
 )
 from qwen_scope_lens.saes.locate import LayerFile, read_config
+from qwen_scope_lens.saes.pt_archive import Stored, Unknown, refuse_expanded, stored_tensors
 
 __all__ = [
     "LAYOUTS",
@@ -86,6 +87,7 @@ class SAETensors:
     b_enc: torch.Tensor  # [d_sae]
     b_dec: torch.Tensor  # [d_model]
 
+    @torch.inference_mode(False)  # tensors made inside it would hide their changes
     def state_dict(self, dtype: torch.dtype, device: str) -> dict[str, torch.Tensor]:
         """Views of the file where dtype and device allow, copies otherwise."""
         state = {
@@ -114,6 +116,7 @@ def open_layer(file: LayerFile) -> SAETensors:
     )
 
 
+@torch.inference_mode(False)
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """All tensors of a `.pt` or safetensors file, memory-mapped."""
     if path.is_dir():
@@ -121,7 +124,10 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     if not path.is_file():
         raise CheckpointMissing(f"no such file: {path}")
     _refuse_pointer_file(path)
-    return _read_safetensors(path) if path.suffix == ".safetensors" else _read_pt(path)
+    found = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pt(path)
+    for name, tensor in found.items():
+        _refuse_expanded(path, name, tensor)
+    return found
 
 
 def read_activations(path: Path) -> torch.Tensor:
@@ -130,14 +136,22 @@ def read_activations(path: Path) -> torch.Tensor:
         raise CheckpointMissing(f"no such file: {path}")
     if path.suffix.lower() == ".npy":
         try:
-            return torch.from_numpy(np.load(path, allow_pickle=False))
-        except (ValueError, TypeError, EOFError) as error:
+            # Mapped, so that an array is no larger than its file, whatever its header says.
+            return torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False))
+        except Exception as error:  # numpy parses a damaged header as Python
             raise NotACheckpoint(f"{path} is no plain array: {_first_line(error)}") from error
     loaded = _read_safetensors(path) if path.suffix == ".safetensors" else _load_pt(path)
     tensors = list(loaded.values()) if isinstance(loaded, dict) else [loaded]
     if len(tensors) != 1 or not isinstance(tensors[0], torch.Tensor):
         raise WrongKeys(f"{path} holds {_kinds(loaded)}: expected one tensor of activations")
+    _refuse_expanded(path, "the tensor", tensors[0])
     return tensors[0]
+
+
+def _refuse_expanded(path: Path, name: str, tensor: torch.Tensor) -> None:
+    if tensor.layout == torch.strided:
+        numbers = tensor.untyped_storage().nbytes() // tensor.dtype.itemsize
+        refuse_expanded(path, name, tensor, numbers)
 
 
 def _refuse_pointer_file(path: Path) -> None:
@@ -160,10 +174,10 @@ def _read_pt(path: Path) -> dict[str, torch.Tensor]:
 
 def _load_pt(path: Path) -> object:
     try:
-        whole = zipfile.is_zipfile(path)
+        is_zip = zipfile.is_zipfile(path)
     except (OSError, ValueError, zipfile.BadZipFile):
-        whole = False
-    if not whole:
+        is_zip = False
+    if not is_zip:
         with path.open("rb") as file:
             head = file.read(4)
         if head == b"PK\x03\x04":
@@ -176,6 +190,14 @@ def _load_pt(path: Path) -> object:
             f"{path} is not a torch zip checkpoint (it begins with {head!r}): expected a file"
             " written by torch.save since PyTorch 1.6"
         )
+    try:
+        found = stored_tensors(path)
+        whole = torch.UntypedStorage.from_file(str(path), False, path.stat().st_size)
+        if isinstance(found, Stored):
+            return found.view(whole)
+        return {name: stored.view(whole) for name, stored in found.items()}
+    except Unknown:
+        pass  # torch says what it is
     try:
         loaded: object = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         return loaded
@@ -272,7 +294,7 @@ def _check_settings(file: LayerFile, layout: Layout) -> None:
     for name, value in wanted.items():
         if name in found and found[name] != value:
             raise WrongSettings(
-                f"{path} says {name} = {found[name]!r}, but {file.ref} has {value!r}:"
+                f"{path} says {name} = {found[name]!r:.60}, but {file.ref} has {value!r}:"
                 " the files belong to something else, name that"
             )
     folder = file.path.parent.parent if layout is SAELENS else file.path.parent
@@ -285,7 +307,7 @@ def _check_base_model(name: object, path: Path, group: Group) -> None:
     key = str(name).rstrip("/").split("/")[-1].lower()
     if key != group.backbone.key and any(key == backbone.key for backbone in BACKBONES):
         raise WrongSettings(
-            f"{path} says base_model = {name!r}, but {group.short} is of"
+            f"{path} says base_model = {name!r:.60}, but {group.short} is of"
             f" {group.backbone.model_id}: the files belong to another model, name that"
         )
 

@@ -7,12 +7,13 @@ residuals, and, on request, a bfloat16 copy of the rows. How they certify a sele
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
-__all__ = ["EXTRA", "Centre", "Encoder", "norm_above", "split"]
+__all__ = ["EXTRA", "Centre", "Encoder", "Snapshot", "norm_above", "split"]
 
 EXTRA = 32
 """Columns after d_in in a bfloat16 tile: the bias in three parts, outlier columns in three."""
@@ -90,14 +91,72 @@ class Centre:
         return out
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """All that one block of positions is encoded with: weights, their bounds and one centre.
+
+    Nothing in it is ever written to again, so whoever took it may go on with it while another
+    thread finds a better centre.
+    """
+
+    rows: torch.Tensor
+    """`[d_sae, d_in]`, as stored."""
+    bias: torch.Tensor
+    """`[d_sae]`, as stored."""
+    norms: torch.Tensor
+    """Upper bounds of the rows' lengths, float32 `[d_sae]`."""
+    half_errors: torch.Tensor
+    """The same of what rounding the rows to bfloat16 loses."""
+    norms_max: float
+    half_errors_max: float
+    centre: Centre
+    half: torch.Tensor | None
+    """The rows in bfloat16 with the centre's extra columns, where a copy is kept."""
+
+    @property
+    def d_sae(self) -> int:
+        return self.rows.shape[0]
+
+    @property
+    def d_in(self) -> int:
+        return self.rows.shape[1]
+
+    def half_buffer(self) -> torch.Tensor:
+        """Where `half_tile` may put what it converts."""
+        rows = 0 if self.half is not None else min(TILE, self.d_sae)
+        return self.rows.new_empty((rows, self.d_in + EXTRA), dtype=torch.bfloat16)
+
+    def half_tile(self, start: int, buffer: torch.Tensor) -> torch.Tensor:
+        """Rows from `start` in bfloat16 with their extra columns. `[<= 4 TILE, d_in + EXTRA]`"""
+        if self.half is not None:
+            return self.half[start : start + 4 * TILE]
+        stop = min(start + TILE, self.d_sae)
+        tile = buffer[: stop - start]
+        tile[:, : self.d_in].copy_(self.rows[start:stop])
+        tile[:, self.d_in :].copy_(self.centre.extra[start:stop])
+        return tile
+
+    def centred(self, point: torch.Tensor, columns: list[int]) -> Snapshot:
+        """Another one with this centre and these outlier columns. A kept copy is copied."""
+        centre = _centre_at(self.rows, self.bias, point, columns)
+        half = self.half
+        if half is not None:
+            half = half.clone()
+            half[:, self.d_in :] = centre.extra
+        return replace(self, centre=centre, half=half)
+
+
 class Encoder:
-    """`rows [d_sae, d_in]` and `bias [d_sae]` as stored, and what is derived from them."""
+    """`rows [d_sae, d_in]` and `bias [d_sae]` as stored, and what is derived from them.
+
+    Threads may encode with one: a block takes `snapshot` once, and a recentring puts another in
+    its place.
+    """
 
     def __init__(self, rows: torch.Tensor, bias: torch.Tensor, keep_half: bool = False) -> None:
-        self.rows, self.bias = rows, bias
-        self.d_sae, self.d_in = rows.shape
         self.settled: Counter[str] = Counter()
-        """How many positions each precision settled, for whoever wants to look."""
+        """How many positions each precision settled, for whoever wants to look. Threads that count
+        at the same time may lose some."""
         self.crowding = 0.0
         """Candidates over k in the last first pass: how tight its bound was."""
         norms, errors = [], []
@@ -105,70 +164,89 @@ class Encoder:
             norms.append(norm_above(tile))
             errors.append(norm_above(tile.float() - tile.to(torch.bfloat16).float()))
         empty = rows.new_zeros(0, dtype=torch.float32)
-        self.norms = torch.cat([empty, *norms])
-        self.half_errors = torch.cat([empty, *errors])
+        lengths, half_errors = torch.cat([empty, *norms]), torch.cat([empty, *errors])
         if rows.dtype == torch.bfloat16:
-            self.half_errors.zero_()
-        self.norms_max = float(self.norms.max())
-        self.half_errors_max = float(self.half_errors.max())
+            half_errors.zero_()
+        centre = _centre_at(rows, bias, torch.zeros_like(rows[0], dtype=torch.float32), [])
+        half = None
+        if keep_half:
+            d_in = rows.shape[1]
+            half = rows.new_empty((len(rows), d_in + EXTRA), dtype=torch.bfloat16)
+            half[:, :d_in] = rows
+            half[:, d_in:] = centre.extra
+        self.snapshot = Snapshot(
+            rows=rows,
+            bias=bias,
+            norms=lengths,
+            half_errors=half_errors,
+            norms_max=float(lengths.max()),
+            half_errors_max=float(half_errors.max()),
+            centre=centre,
+            half=half,
+        )
+        self._turn = threading.Lock()
         self._blocks_until_recentre = 0
         self._recentred = 0
-        self._half: torch.Tensor | None = None
-        self.centre = self._centre_at(torch.zeros_like(rows[0], dtype=torch.float32), [])
-        if keep_half:
-            self._half = rows.new_empty((self.d_sae, self.d_in + EXTRA), dtype=torch.bfloat16)
-            self._half[:, : self.d_in] = rows
-            self._half[:, self.d_in :] = self.centre.extra
+
+    @property
+    def rows(self) -> torch.Tensor:
+        return self.snapshot.rows
+
+    @property
+    def bias(self) -> torch.Tensor:
+        return self.snapshot.bias
+
+    @property
+    def d_sae(self) -> int:
+        return self.snapshot.d_sae
+
+    @property
+    def centre(self) -> Centre:
+        """The one that the next block will be encoded with."""
+        return self.snapshot.centre
 
     @property
     def keeps_half(self) -> bool:
         """Whether the bfloat16 copy is there, so that a bfloat16 pass converts nothing."""
-        return self._half is not None
-
-    def half_buffer(self) -> torch.Tensor:
-        """Where `half_tile` may put what it converts."""
-        rows = 0 if self.keeps_half else min(TILE, self.d_sae)
-        return self.rows.new_empty((rows, self.d_in + EXTRA), dtype=torch.bfloat16)
-
-    def half_tile(self, start: int, buffer: torch.Tensor) -> torch.Tensor:
-        """Rows from `start` in bfloat16 with their extra columns. `[<= 4 TILE, d_in + EXTRA]`"""
-        if self._half is not None:
-            return self._half[start : start + 4 * TILE]
-        stop = min(start + TILE, self.d_sae)
-        tile = buffer[: stop - start]
-        tile[:, : self.d_in].copy_(self.rows[start:stop])
-        tile[:, self.d_in :].copy_(self.centre.extra[start:stop])
-        return tile
+        return self.snapshot.half is not None
 
     def recentre(self, x: torch.Tensor) -> bool:
         """Take the centre and the outlier columns from these residuals, float32 `[n, d_in]`.
 
         True if that may help. Weights already in bfloat16 need no centre: nothing is rounded. It
-        costs a pass over the weights, so it happens ever more rarely.
+        costs a pass over the weights, so it happens ever more rarely, and in one thread at a time:
+        the others go on as they are.
         """
-        self._blocks_until_recentre -= 1
-        if self._blocks_until_recentre > 0 or len(x) < 32 or self.rows.dtype == torch.bfloat16:
+        if not self._turn.acquire(blocking=False):
             return False
-        self._recentred += 1
-        self._blocks_until_recentre = 4**self._recentred
-        sample = x[:: max(1, len(x) // 512)]
-        point = sample.median(dim=0).values
-        apart = (sample - point).square()
-        share = (apart / apart.sum(-1, keepdim=True).clamp_min(1e-30)).mean(0)
-        best = share.topk(min(OUTLIERS, self.d_in))
-        columns = best.indices[best.values > 16 / self.d_in].sort().values.tolist()
-        self.centre = self._centre_at(point, columns)
-        if self._half is not None:
-            self._half[:, self.d_in :] = self.centre.extra
-        return True
+        try:
+            self._blocks_until_recentre -= 1
+            half = self.rows.dtype == torch.bfloat16
+            if self._blocks_until_recentre > 0 or len(x) < 32 or half:
+                return False
+            self._recentred += 1
+            self._blocks_until_recentre = 4**self._recentred
+            sample = x[:: max(1, len(x) // 512)]
+            point = sample.median(dim=0).values
+            apart = (sample - point).square()
+            share = (apart / apart.sum(-1, keepdim=True).clamp_min(1e-30)).mean(0)
+            best = share.topk(min(OUTLIERS, x.shape[1]))
+            columns = best.indices[best.values > 16 / x.shape[1]].sort().values.tolist()
+            self.snapshot = self.snapshot.centred(point, columns)
+            return True
+        finally:
+            self._turn.release()
 
-    def _centre_at(self, point: torch.Tensor, columns: list[int]) -> Centre:
-        point = point.clone()
-        point[columns] = 0
-        bias = self.bias.double()
-        if bool(point.any()):
-            exact = point.double()
-            shift = [tile.double() @ exact for tile in self.rows.split(TILE)]
-            bias = bias + torch.cat(shift)
-        where = torch.tensor(columns, dtype=torch.long, device=self.rows.device)
-        return Centre(point, where, bias, self.rows[:, where].float())
+
+def _centre_at(
+    rows: torch.Tensor, bias: torch.Tensor, point: torch.Tensor, columns: list[int]
+) -> Centre:
+    point = point.clone()
+    point[columns] = 0
+    shifted = bias.double()
+    if bool(point.any()):
+        exact = point.double()
+        shift = [tile.double() @ exact for tile in rows.split(TILE)]
+        shifted = shifted + torch.cat(shift)
+    where = torch.tensor(columns, dtype=torch.long, device=rows.device)
+    return Centre(point, where, shifted, rows[:, where].float())

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 
-from qwen_scope_lens.errors import WrongShape
+from qwen_scope_lens.errors import WrongKeys, WrongShape
+from qwen_scope_lens.saes.pt_archive import Unknown, stored_tensors
 
 __all__ = ["Extent", "extents"]
 
@@ -87,21 +88,18 @@ def _of_safetensors(path: Path, names: set[str]) -> dict[str, Extent]:
 
 
 def _of_pt(path: Path, names: set[str]) -> dict[str, Extent]:
-    """`torch.load` under a fake mode reads no tensor data and notes each storage's place."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    with FakeTensorMode():
-        tensors = torch.load(path, weights_only=True)
+    try:
+        tensors = stored_tensors(path)
+    except Unknown as error:
+        raise WrongKeys(f"{path} holds {error}: expected a dict of tensors by name") from error
     found = {}
     for name in names:
-        tensor = tensors[name]
-        if not tensor.is_contiguous():
+        tensor = tensors[name] if isinstance(tensors, dict) else tensors
+        if not tensor.is_contiguous:
             raise WrongShape(
                 f"{path}: {name} is stored as a strided view; save it once more with .contiguous()"
             )
-        start = tensor.untyped_storage()._checkpoint_offset
-        offset = start + tensor.storage_offset() * tensor.dtype.itemsize
-        found[name] = Extent(offset, tuple(tensor.shape), tensor.dtype)
+        found[name] = Extent(tensor.offset, tensor.shape, tensor.dtype)
     return found
 
 

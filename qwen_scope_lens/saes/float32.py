@@ -80,7 +80,7 @@ def _onednn_wins() -> bool:
         return False
     took = dict.fromkeys((_by_blas, _by_onednn), float("inf"))
     with torch.no_grad():
-        x, rows = torch.ones(64, 1024), torch.ones(2048, 1024)
+        x, rows = (torch.ones(m, 1024, dtype=torch.float32, device="cpu") for m in (64, 2048))
         for _ in range(5):
             for road in took:
                 start = time.thread_time()

@@ -9,11 +9,10 @@ on first use; `TRITON_INTERPRET=1`, set before that, runs the kernels on a CPU.
 from __future__ import annotations
 
 import importlib.util
-from typing import Any
 
 import torch
 
-__all__ = ["available", "candidates", "decode"]
+__all__ = ["available", "candidates", "decode", "dots"]
 
 # mypy: disable-error-code="no-untyped-def"
 # (Kernel arguments are pointers and numbers; Triton reads annotations as its own.)
@@ -164,33 +163,22 @@ def candidates(
 
 
 def decode(values: torch.Tensor, indices: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """`gather_decode` with frozen rows: `[n, k]`, `[n, k]`, `[d_sae, d_in]` -> `[n, d_in]`."""
-    return _Decode.apply(values, indices, rows)
+    """Sums of rows: `[n, k]`, `[n, k]`, `[d_sae, d_in]` -> `[n, d_in]` in the dtype of the rows."""
+    n, k = values.shape
+    d_in = rows.shape[1]
+    out = rows.new_empty((n, d_in))
+    if n:
+        grid = (n, -(-d_in // 512))
+        _decode_kernel[grid](values.contiguous(), indices.contiguous(), rows, out, k, d_in, 512)
+    return out
 
 
-class _Decode(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, values: torch.Tensor, indices: torch.Tensor, rows: torch.Tensor
-    ) -> torch.Tensor:
-        n, k = values.shape
-        d_in = rows.shape[1]
-        out = rows.new_empty((n, d_in))
-        if n:
-            grid = (n, -(-d_in // 512))
-            _decode_kernel[grid](values.contiguous(), indices.contiguous(), rows, out, k, d_in, 512)
-        ctx.save_for_backward(indices, rows)
-        ctx.dtype = values.dtype
-        return out
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
-        indices, rows = ctx.saved_tensors
-        n, k = indices.shape
-        out = torch.empty((n, k), dtype=torch.float32, device=grad.device)
-        if n:
-            _decode_backward_kernel[(n, k)](
-                grad.contiguous(), indices.contiguous(), rows, out, k, rows.shape[1], 512
-            )
-        return out.to(ctx.dtype), None, None
+def dots(grad: torch.Tensor, indices: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Dots with chosen rows: `[n, d_in]`, `[n, k]`, `[d_sae, d_in]` -> float32 `[n, k]`."""
+    n, k = indices.shape
+    out = torch.empty((n, k), dtype=torch.float32, device=grad.device)
+    if n:
+        _decode_backward_kernel[(n, k)](
+            grad.contiguous(), indices.contiguous(), rows, out, k, rows.shape[1], 512
+        )
+    return out

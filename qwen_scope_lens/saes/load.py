@@ -156,6 +156,7 @@ def build_config(
     }
 
 
+@torch.inference_mode(False)  # tensors made inside it would hide their changes
 def assemble(config: dict[str, Any], tensors: SAETensors) -> ScopeSAE:
     """A ScopeSAE around tensors that are already there: no weight is initialised or copied."""
     fields = {

@@ -17,6 +17,7 @@ from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 from qwen_scope_lens.address import LayerRef
 from qwen_scope_lens.catalog import HOME_VARIABLE, MINI_HOME, Group, home_folder
 from qwen_scope_lens.errors import CheckpointMissing, HubUnreachable, WrongSettings
+from qwen_scope_lens.files import read_text
 
 __all__ = ["CONFIG_NAME", "HubOptions", "LayerFile", "locate", "read_config"]
 
@@ -102,7 +103,7 @@ def _local_revision(path: Path, wanted: str | None) -> str | None:
 def read_config(path: Path) -> dict[str, Any]:
     """A JSON object from disk."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(read_text(path))
     except FileNotFoundError as error:
         raise CheckpointMissing(f"no such file: {path}") from error
     except (OSError, ValueError, RecursionError) as error:

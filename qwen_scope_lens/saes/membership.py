@@ -21,11 +21,12 @@ from dataclasses import dataclass
 import torch
 
 from qwen_scope_lens.errors import NotFinite
-from qwen_scope_lens.saes.derived import Derived
+from qwen_scope_lens.saes.derived import Derived, fingerprint
 from qwen_scope_lens.saes.encoder import norm_above
 from qwen_scope_lens.saes.float32 import product
-from qwen_scope_lens.saes.sae import ScopeSAE, require_finite
+from qwen_scope_lens.saes.sae import ScopeSAE
 from qwen_scope_lens.saes.sparse import SparseCodes
+from qwen_scope_lens.saes.topk import require_finite
 
 __all__ = ["Maxima", "Membership", "activations_of"]
 
@@ -105,6 +106,7 @@ class Membership:
         score = inside.double() @ rows.T + bias
         if not bool(score.isfinite().all()):
             require_finite(x, x.shape[:-1])
+            self.sae._encoder()  # which names weights that are not finite
             raise NotFinite("scores exceed float64: expected residuals of a trained model")
         length = norm_above(inside).double()
         d_in = self.sae.cfg.d_in
@@ -139,7 +141,10 @@ class Membership:
             rows = self.sae.encoder_row(index).detach().float()
             return rows, self.sae.b_enc.detach()[index].float(), norm_above(rows)
 
-        return self._derived.get(name, (self.sae.W_enc, self.sae.b_enc), read)
+        weights, bias = self.sae.W_enc, self.sae.b_enc
+        column = torch.arange(len(index), device=index.device) % len(weights)
+        now = (self.sae._derived.generation, fingerprint(weights.detach()[column, index]))
+        return self._derived.get(name, (weights, bias), read, also=now)
 
     def _encode(self, x: torch.Tensor) -> torch.Tensor:
         """Values of the features by a full encode. `[n, d_in] -> [n, m]`"""

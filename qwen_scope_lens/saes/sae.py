@@ -8,7 +8,7 @@ is `topk.py`; opening files is `checkpoint.py`, loading by name is `load.py`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,13 +17,15 @@ from sae_lens.saes.sae import SAEConfig, SAEMetadata, _disable_hooks
 from sae_lens.saes.topk_sae import TopK, TopKSAE, TopKSAEConfig
 from sae_lens.util import filter_valid_dataclass_fields
 
-from qwen_scope_lens.errors import LayerOutOfRange, NotFinite
+from qwen_scope_lens.errors import LayerOutOfRange, NotFinite, WrongShape
 from qwen_scope_lens.saes.derived import Derived
 from qwen_scope_lens.saes.encoder import Encoder
+from qwen_scope_lens.saes.gather import gather_decode
 from qwen_scope_lens.saes.sparse import SparseCodes
-from qwen_scope_lens.saes.topk import encode_topk, gather_decode
+from qwen_scope_lens.saes.topk import encode_topk, require_finite
+from qwen_scope_lens.saes.transforms import hidden, shown, transformed, untracked
 
-__all__ = ["ARCHITECTURE", "ScopeSAE", "ScopeSAEConfig", "require_finite"]
+__all__ = ["ARCHITECTURE", "ScopeSAE", "ScopeSAEConfig"]
 
 ARCHITECTURE = "qwen_scope_topk"
 """The name under which `install()` registers ScopeSAE with SAELens. `to_dict`
@@ -35,6 +37,9 @@ _GATHER_WORTH = 8
 
 _INPUT_BYTES = 16 * 2**20
 """How much of x is cast to float32 at a time."""
+
+
+_MADE_FROM = {"encoder": ("W_enc", "b_enc"), "decoder rows": ("W_dec",)}
 
 
 @dataclass
@@ -80,10 +85,18 @@ class ScopeSAE(TopKSAE):
 
     def __init__(self, cfg: TopKSAEConfig, use_error_term: bool = False) -> None:
         super().__init__(cfg, use_error_term)
-        self.requires_grad_(False)
         self._derived = Derived()
         self._half_copy = False
+        self.requires_grad_(False)
 
+    def requires_grad_(self, requires_grad: bool = True) -> ScopeSAE:
+        """As torch has it. What is derived from the weights is made again afterwards: a fused
+        optimizer changes them without a trace."""
+        self._derived.clear()
+        super().requires_grad_(requires_grad)
+        return self
+
+    @torch.compiler.disable
     def encode_sparse(self, x: torch.Tensor) -> SparseCodes:
         """The k largest of `ReLU(pre)`: `[.., d_in] -> SparseCodes [.., k]` in float32.
 
@@ -91,23 +104,26 @@ class ScopeSAE(TopKSAE):
         SAELens casts it) with the stored weights, rounded once to float32; ties go to the lower
         feature. The values are differentiable in `x` through the selected entries; the encoder
         counts as frozen. Of SAELens's hooks only `hook_sae_input` fires, unless
-        `hook_sae_acts_pre` is hooked: then the dense pre-activations are made for it.
+        `hook_sae_acts_pre` is hooked: then the dense pre-activations are made for it. Threads may
+        share an SAE. `torch.compile` breaks its graph here.
         """
-        if _hooked(self.hook_sae_acts_pre) or not self._plain_topk:
-            sae_in = self.process_sae_in(x)
+        weights_hidden = hidden(self.W_enc, self.b_enc, self.b_dec)
+        if _hooked(self.hook_sae_acts_pre) or not self._plain_topk or weights_hidden:
+            sae_in = self._sae_in(x)
             pre = self.hook_sae_acts_pre(sae_in @ self.W_enc + self.b_enc)
             if self.cfg.rescale_acts_by_decoder_norm:
                 pre = pre * self.W_dec.norm(dim=-1)
             return SparseCodes.from_dense(pre, self._k)
-        wants_grad = torch.is_grad_enabled() and x.requires_grad
-        if wants_grad or _hooked(self.hook_sae_input) or not self._rowwise_input:
-            sae_in = self.process_sae_in(x)
+        if not untracked(x) or _hooked(self.hook_sae_input) or not self._rowwise_input:
+            sae_in = self._sae_in(x)
             shape, flat, size = sae_in.shape[:-1], sae_in.reshape(-1, self.cfg.d_in), 2**62
         else:
             # Cast and shifted block by block, so that no second copy of x is ever made.
+            self._check_width(x)
             shape, flat = x.shape[:-1], x.reshape(-1, self.cfg.d_in)
             size = max(1, _INPUT_BYTES // (4 * self.cfg.d_in))
-        require_finite(flat, shape)
+        if not transformed():  # then `encode_topk` looks
+            require_finite(flat, shape)
         encoder = self._encoder()
         parts = []
         for start in range(0, max(1, len(flat)), size):
@@ -130,6 +146,7 @@ class ScopeSAE(TopKSAE):
         self._encoder()
         return self
 
+    @torch.compiler.disable
     def decode_sparse(self, codes: SparseCodes) -> torch.Tensor:
         """Reconstruct: `SparseCodes [.., k] -> [.., d_in]`, reading only the rows of `codes`.
 
@@ -154,7 +171,7 @@ class ScopeSAE(TopKSAE):
         `[.., d_in]`, `[m] -> [.., m]` (an int gives `[..]`); differentiable in `x`.
         """
         index = self._checked(features)
-        sae_in = self.process_sae_in(x)
+        sae_in = self._sae_in(x)
         pre = sae_in @ self.W_enc.T[index.reshape(-1)].T + self.b_enc[index.reshape(-1)]
         if self.cfg.rescale_acts_by_decoder_norm:
             pre = pre * self.W_dec[index.reshape(-1)].norm(dim=-1)
@@ -172,12 +189,15 @@ class ScopeSAE(TopKSAE):
         """SAELens's decode of a dense `[.., d_sae]`; few non-zeros are gathered, not multiplied.
 
         Where `feature_acts` or the decoder wants a gradient this is SAELens's dense product,
-        whose gradient is dense too; `decode_sparse` is the fast differentiable one.
+        whose gradient is dense too; `decode_sparse` is the fast differentiable one. What has
+        another dtype or width than the SAE is SAELens's to judge, too.
         """
-        wants_grad = torch.is_grad_enabled() and feature_acts.requires_grad
         if (
-            wants_grad
+            torch.compiler.is_compiling()
+            or not untracked(feature_acts)
             or feature_acts.is_sparse
+            or feature_acts.dtype != self.dtype
+            or feature_acts.shape[-1:] != (self.cfg.d_sae,)
             or self.cfg.rescale_acts_by_decoder_norm
             or self._trains("W_dec", "b_dec")
         ):
@@ -192,7 +212,7 @@ class ScopeSAE(TopKSAE):
             self._decoder_rows(),
             counts.cumsum(0) - counts,
             mode="sum",
-            per_sample_weights=flat[position, feature].to(self.dtype),
+            per_sample_weights=flat[position, feature],
         )
         return self._finish(out.reshape(*feature_acts.shape[:-1], self.cfg.d_in))
 
@@ -248,7 +268,23 @@ class ScopeSAE(TopKSAE):
         return _hooked(self.hook_sae_input) or _hooked(self.hook_sae_acts_pre)
 
     def _trains(self, *names: str) -> bool:
-        return torch.is_grad_enabled() and any(getattr(self, n).requires_grad for n in names)
+        """Whether somebody wants gradients of these, by autograd or by functorch."""
+        for kept, sources in _MADE_FROM.items():
+            if any(getattr(self, name).requires_grad for name in sources):
+                self._derived.drop(kept)
+        wanted = [getattr(self, name) for name in names]
+        return (torch.is_grad_enabled() and any(w.requires_grad for w in wanted)) or hidden(*wanted)
+
+    def _sae_in(self, x: torch.Tensor) -> torch.Tensor:
+        if self.cfg.reshape_activations == "none":
+            self._check_width(x)
+        return self.process_sae_in(x)
+
+    def _check_width(self, x: torch.Tensor) -> None:
+        if x.ndim == 0 or x.shape[-1] != self.cfg.d_in:
+            raise WrongShape(
+                f"x has shape {tuple(x.shape)}: this SAE reads residuals [.., {self.cfg.d_in}]"
+            )
 
     def _finish(self, decoded: torch.Tensor) -> torch.Tensor:
         """What SAELens does after the product with W_dec."""
@@ -281,10 +317,35 @@ class ScopeSAE(TopKSAE):
         return self._derived.get(
             "encoder",
             (self.W_enc, self.b_enc),
-            lambda: Encoder(
-                self.W_enc.detach().T.contiguous(), self.b_enc.detach(), self._half_copy
-            ),
+            self._new_encoder,
+            every_feature=True,
         )
+
+    @torch.no_grad()
+    def _new_encoder(self) -> Encoder:
+        rows = self.W_enc.detach().T.contiguous()
+        with torch.autocast(rows.device.type, enabled=False):
+            encoder = Encoder(rows, self.b_enc.detach(), self._half_copy)
+        for name, sums in (("W_enc", encoder.snapshot.norms), ("b_enc", self.b_enc)):
+            doubtful = (~sums.isfinite()).nonzero().squeeze(1)  # a finite row's length may overflow
+            weights = rows[doubtful] if name == "W_enc" else sums.detach()[doubtful][:, None]
+            bad = doubtful[~weights.isfinite().all(1)].tolist()
+            if bad:
+                listed = ", ".join(map(str, bad[:5])) + (", .." if len(bad) > 5 else "")
+                raise NotFinite(
+                    f"{name} has NaN or infinity in {len(bad)} of {self.cfg.d_sae} features:"
+                    f" {listed}; expected finite weights. The file is damaged or the training"
+                    " diverged: fetch it again, or go back to an earlier checkpoint"
+                )
+        return encoder
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> ScopeSAE:
+        """What `.to()` does, but in inference mode, too, the weights stay tensors whose changes
+        torch counts."""
+        inside = any(parameter.is_inference() for parameter in self.parameters())
+        with torch.inference_mode(inside):
+            super()._apply(fn, recurse)
+        return self
 
     def _decoder_rows(self) -> torch.Tensor:
         if self.W_dec.is_contiguous():
@@ -294,18 +355,18 @@ class ScopeSAE(TopKSAE):
         return self._derived.get("decoder rows", (self.W_dec,), self.W_dec.detach().contiguous)
 
     def _checked(self, features: int | Sequence[int] | torch.Tensor) -> torch.Tensor:
-        index = torch.as_tensor(features, device=self.W_dec.device)
+        given = torch.as_tensor(features, device=self.W_dec.device)
+        index = shown(given)
         if index.numel() and (index.is_floating_point() or index.dtype == torch.bool):
             raise LayerOutOfRange(
                 f"features are whole numbers, found {index.dtype}: turn a mask into numbers with"
                 " mask.nonzero()"
             )
-        index = index.long()
         if index.numel() and not (int(index.min()) >= 0 and int(index.max()) < self.cfg.d_sae):
             raise LayerOutOfRange(
-                f"feature {features} is out of range: this SAE has 0..{self.cfg.d_sae - 1}"
+                f"feature {index.tolist()} is out of range: this SAE has 0..{self.cfg.d_sae - 1}"
             )
-        return index
+        return given.long()
 
     def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
         """Safetensors stores contiguous tensors only; mapped weights are transposed views."""
@@ -320,20 +381,4 @@ def _hooked(hook: torch.nn.Module) -> bool:
         or hook._forward_pre_hooks
         or hook._backward_hooks
         or hook._backward_pre_hooks
-    )
-
-
-def require_finite(flat: torch.Tensor, shape: torch.Size) -> None:
-    """Refuse NaN and infinity in `[n, d_in]`, naming positions of `shape`."""
-    # Block by block: the mask of a block is small, that of x may be a quarter of it.
-    blocks = [block.isfinite().all(dim=-1) for block in flat.split(1024)]
-    good = torch.cat([flat.new_zeros(0, dtype=torch.bool), *blocks])
-    if bool(good.all()):
-        return
-    places = (~good).reshape(shape).nonzero().tolist()
-    shown = ", ".join(str(tuple(place)) for place in places[:5])
-    raise NotFinite(
-        f"x has NaN or infinity at {len(places)} of {len(good)} positions: {shown}"
-        f"{', ..' if len(places) > 5 else ''}; expected finite residuals. Mask these positions, "
-        "or run the model in bfloat16 or float32 if it overflowed in float16"
     )

@@ -6,8 +6,11 @@ Which pairs, and what the scores decide, is `certified.py`.
 from __future__ import annotations
 
 import warnings
+from functools import cache
 
 import torch
+
+from qwen_scope_lens.saes.exact_sums import rounded_sums
 
 __all__ = ["all_dots", "exact_scores", "exact_topk", "pair_dots"]
 
@@ -64,13 +67,14 @@ def all_dots(rows: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     `[d_sae, d]`, `[n, d] -> [n, d_sae]`
     """
     d_sae, n = len(rows), len(x)
-    starts = torch.arange(0, d_sae * n + 1, n, dtype=torch.int32)
-    return _dots(rows, x, starts, torch.arange(n, dtype=torch.int32).repeat(d_sae)).view(d_sae, n).T
+    starts = torch.arange(0, d_sae * n + 1, n, dtype=torch.int32, device=x.device)
+    column = torch.arange(n, dtype=torch.int32, device=x.device).repeat(d_sae)
+    return _dots(rows, x, starts, column).view(d_sae, n).T
 
 
 def _starts(row: torch.Tensor, rows: int) -> torch.Tensor:
     """Where each of the rows begins among pairs that are sorted by row. `[rows + 1]`"""
-    starts = torch.zeros(rows + 1, dtype=torch.long)
+    starts = torch.zeros(rows + 1, dtype=torch.long, device=row.device)
     starts[1:] = torch.bincount(row, minlength=rows).cumsum(0)
     return starts
 
@@ -80,12 +84,25 @@ def _dots(
 ) -> torch.Tensor:
     """A sampled dense-dense product: the dots of row i of `left` with the rows
     `column[starts[i] : starts[i + 1]]` of `right`, one after the other."""
+    _say_beta_once()
+    values = left.new_zeros(len(column))
+    shape = (len(left), len(right))
+    pattern = torch.sparse_csr_tensor(
+        starts, column, values, shape, check_invariants=False, device=left.device
+    )
+    return torch.sparse.sampled_addmm(pattern, left, right.T, beta=0.0).values()
+
+
+@cache
+def _say_beta_once() -> None:
+    """torch warns once per process that CSR is in beta. Python's filters of warnings belong to all
+    threads, so they are touched here, not in every product."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # torch: CSR support is in beta
-        values = left.new_zeros(len(column))
-        shape = (len(left), len(right))
-        pattern = torch.sparse_csr_tensor(starts, column, values, shape, check_invariants=False)
-        return torch.sparse.sampled_addmm(pattern, left, right.T, beta=0.0).values()
+        warnings.simplefilter("ignore", UserWarning)
+        one = torch.zeros(1, dtype=torch.long, device="cpu")
+        torch.sparse_csr_tensor(
+            torch.arange(2, device="cpu"), one, one.float(), (1, 1), device="cpu"
+        )
 
 
 def _gathered_dots(
@@ -105,21 +122,22 @@ def exact_scores(
 ) -> torch.Tensor:
     """Exact dots plus bias, rounded once to float32 and held in float64. `[p]`
 
-    A product of two float32 numbers is exact in float64, and so, up to 2^-53, is their sum.
+    Whatever cancels: `exact_sums.py` says how.
     """
     out = torch.empty(len(token), dtype=torch.float64, device=x.device)
     step = max(1, _ELEMENTS // 16 // x.shape[1])  # stays in cache
     for start in range(0, len(token), step):
         t, f = token[start : start + step], feature[start : start + step]
-        score = (x[t].double() * rows[f].double()).sum(-1) + bias[f].double()
-        out[start : start + step] = score.float()
+        terms = torch.cat([x[t].double() * rows[f].double(), bias[f].double()[:, None]], 1)
+        out[start : start + step] = rounded_sums(terms)
     return out
 
 
 def exact_topk(
     x: torch.Tensor, rows: torch.Tensor, bias: torch.Tensor, k: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The definition, slowly: all scores in float64, rounded to float32, stable sort.
+    """The definition, slowly: all scores in float64, rounded to float32, stable sort. Where the
+    sum in float64 does not tell how a score rounds, and it matters, `exact_scores` does.
 
     `[n, d_in]`, `[d_sae, d_in]`, `[d_sae]` -> float32 values and int64 indices `[n, k]`, 0 and -1
     where fewer are positive. The reference of the tests, and the last resort for positions that
@@ -132,11 +150,20 @@ def exact_topk(
         best = block.new_zeros((len(block), 0), dtype=torch.float32)
         where = torch.zeros((len(block), 0), dtype=torch.long, device=x.device)
         for start in range(0, len(rows), step):
-            tile = rows[start : start + step].double()
-            scores = block.double() @ tile.T + bias[start : start + step].double()
+            tile, add = rows[start : start + step].double(), bias[start : start + step].double()
+            scores = block.double() @ tile.T + add
+            size = block.double().norm(dim=1)[:, None] * tile.norm(dim=1) + add.abs()
+            error = size * (1.02 * (rows.shape[1] + 2) * 2.0**-53)
+            low, high = (scores - error).float(), (scores + error).float()
+            line = torch.cat([best, low], 1).sort(dim=1, descending=True).values[:, k - 1 : k]
+            line = line if line.shape[1] else torch.full_like(scores[:, :1], float("-inf"))
+            token, feature = ((low != high) & (high >= line) & (high > 0)).nonzero(as_tuple=True)
+            scores = scores.float()
+            exact = exact_scores(rows, bias, block, token, start + feature)
+            scores[token, feature] = exact.float()
             ids = torch.arange(start, start + len(tile), device=x.device)
             # Earlier features stand first, so a stable sort leaves ties to the lower one.
-            best = torch.cat([best, scores.float()], 1)
+            best = torch.cat([best, scores], 1)
             where = torch.cat([where, ids.expand(len(block), -1)], 1)
             best, order = best.sort(dim=1, descending=True, stable=True)
             best, where = best[:, :k], where.gather(1, order)[:, :k]

@@ -7,11 +7,12 @@ else keeps its own copy of these operations. No SAE and no arithmetic of encodin
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils._pytree import register_pytree_node
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
@@ -207,6 +208,22 @@ class SparseCodes:
             torch.nn.functional.pad(self.indices, pad),
             self.d_sae,
         )
+
+
+def _flattened(codes: SparseCodes) -> tuple[list[Any], int]:
+    return [codes.values, codes.indices], codes.d_sae
+
+
+def _unflattened(parts: Iterable[Any], d_sae: int) -> SparseCodes:
+    codes = object.__new__(SparseCodes)  # torch also puts other things than tensors here
+    for name, value in zip(("values", "indices"), parts, strict=True):
+        object.__setattr__(codes, name, value)
+    object.__setattr__(codes, "d_sae", d_sae)
+    return codes
+
+
+# So that functions which `torch.func.vmap`, `grad` and the like transform may take and return them.
+register_pytree_node(SparseCodes, _flattened, _unflattened)
 
 
 def _width(part: Any) -> int:

@@ -1,4 +1,4 @@
-"""Exact top-k encode and gather decode, on whatever device the tensors are.
+"""Exact top-k encode, on whatever device the tensors are.
 
 `encode_topk` is the one place that chooses how: which precision makes the first pass, and what
 happens to the positions it does not settle. No SAELens object comes in here.
@@ -11,15 +11,15 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
 from qwen_scope_lens.errors import NotFinite
-from qwen_scope_lens.saes import kernels
 from qwen_scope_lens.saes.certified import U, approximate, select, tokens_per_block
-from qwen_scope_lens.saes.encoder import Encoder
+from qwen_scope_lens.saes.encoder import Encoder, Snapshot
+from qwen_scope_lens.saes.gather import dots, gather_decode
 from qwen_scope_lens.saes.scores import exact_scores, exact_topk, pair_dots
+from qwen_scope_lens.saes.transforms import untracked
 
-__all__ = ["encode_topk", "exact_topk", "first_pass", "gather_decode"]
+__all__ = ["encode_topk", "exact_topk", "first_pass", "require_finite"]
 
 _COUNTS = (1, 2, 4, 12, 24, 48, 96)
 """Positions for which the two first passes are compared; the choice changes at one of them."""
@@ -45,14 +45,17 @@ def encode_topk(
     """
     if k > encoder.d_sae:
         raise ValueError(f"k={k} of {encoder.d_sae} features; expected k <= d_sae")
-    return _TopK.apply(x, encoder, k, precision)
+    if untracked(x):
+        return _encode(x, encoder, k, precision)
+    found: tuple[torch.Tensor, torch.Tensor] = _TopK.apply(x, encoder, k, precision)
+    return found
 
 
-class _TopK(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, encoder: Encoder, k: int, precision: torch.dtype | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+def _encode(
+    x: torch.Tensor, encoder: Encoder, k: int, precision: torch.dtype | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    # What multiplies in fewer bits, or gives back another dtype than it got, has no place here.
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         exact = x.float()
         precision = precision or first_pass(len(x), x.device.type, encoder.keeps_half)
         parts = [
@@ -60,17 +63,47 @@ class _TopK(torch.autograd.Function):
             for block in exact.split(tokens_per_block(encoder.d_sae, precision))
         ]
         values, indices = (torch.cat(part) for part in zip(*parts, strict=True))
-        ctx.mark_non_differentiable(indices)
-        ctx.save_for_backward(values, indices)
-        ctx.rows, ctx.dtype = encoder.rows, x.dtype
-        return values, indices
+    return values, indices
+
+
+class _TopK(torch.autograd.Function):
+    """The values are dots with the selected rows plus their biases, wherever they are positive."""
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    def forward(
+        x: torch.Tensor, encoder: Encoder, k: int, precision: torch.dtype | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        require_finite(x, x.shape[:-1])  # under vmap this is where the numbers can be seen
+        return _encode(x, encoder, k, precision)
+
+    @staticmethod
+    def setup_context(
+        ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]
+    ) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(*output)
+        ctx.save_for_forward(*output)
+        ctx.rows, ctx.dtype = inputs[1].rows, inputs[0].dtype
+
+    @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
         values, indices = ctx.saved_tensors
         into = gather_decode(grads[0] * (values > 0), indices, ctx.rows)
         return into.to(ctx.dtype), None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: torch.Tensor | None) -> tuple[torch.Tensor, None]:
+        values, indices = ctx.saved_tensors
+        assert tangents[0] is not None
+        return dots(tangents[0].float(), indices, ctx.rows) * (values > 0), None
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], x: torch.Tensor, *rest: Any
+    ) -> tuple[tuple[torch.Tensor, ...], tuple[int, int]]:
+        assert in_dims[0] is not None  # nothing else is a tensor
+        found = _TopK.apply(x.movedim(in_dims[0], 0).flatten(0, 1), *rest)
+        return tuple(part.unflatten(0, (info.batch_size, -1)) for part in found), (0, 0)
 
 
 def first_pass(tokens: int, device: str, keeps_half: bool = False) -> torch.dtype:
@@ -86,10 +119,12 @@ def _half_from(device: str, keeps_half: bool) -> int:
     if device != "cpu":
         return _ON_GPU
     with torch.no_grad():
-        encoder = Encoder(torch.ones(8192, 1024), torch.zeros(8192), keeps_half)
+        kind = {"dtype": torch.float32, "device": device}
+        rows, bias = torch.ones(8192, 1024, **kind), torch.zeros(8192, **kind)
+        encoder = Encoder(rows, bias, keeps_half).snapshot
         found = _NEVER
         for count in reversed(_COUNTS):
-            x = torch.ones(count, 1024)
+            x = torch.ones(count, 1024, **kind)
             took = dict.fromkeys((torch.float32, torch.bfloat16), float("inf"))
             for _ in range(5):
                 for dtype in took:
@@ -106,11 +141,14 @@ def _encode_block(
     x: torch.Tensor, encoder: Encoder, k: int, precision: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`encode_topk` of few enough positions, float32 `[n, d_in]`."""
-    chosen, settled, dots = select(encoder, x, k, precision)
-    poorly = precision == torch.bfloat16 and encoder.crowding > _CROWDED
-    if poorly and encoder.recentre(x):
-        chosen, settled, dots = select(encoder, x, k, precision)
-    values, indices = _valued(x, encoder, chosen, dots)
+    now = encoder.snapshot
+    found = select(now, x, k, precision)
+    poorly = precision == torch.bfloat16 and found.crowding > _CROWDED
+    if poorly and (encoder.recentre(x) or encoder.snapshot is not now):
+        now = encoder.snapshot
+        found = select(now, x, k, precision)
+    encoder.crowding, settled = found.crowding, found.settled
+    values, indices = _valued(x, now, found.indices, found.dots)
     encoder.settled[str(precision).removeprefix("torch.")] += int(settled.sum())
     rest = (~settled).nonzero().squeeze(1)
     if not len(rest):
@@ -125,15 +163,15 @@ def _encode_block(
     else:
         # Pads and other repeated rows are settled once.
         rows, back = x[rest].unique(dim=0, return_inverse=True)
-        found = exact_topk(rows, encoder.rows, encoder.bias, k)[1]
-        exact_values, exact_indices = _valued(rows, encoder, found, None)
+        best = exact_topk(rows, now.rows, now.bias, k)[1]
+        exact_values, exact_indices = _valued(rows, now, best, None)
         values[rest], indices[rest] = exact_values[back], exact_indices[back]
         encoder.settled["float64"] += len(rest)
     return values, indices
 
 
 def _valued(
-    x: torch.Tensor, encoder: Encoder, chosen: torch.Tensor, dots: torch.Tensor | None
+    x: torch.Tensor, encoder: Snapshot, chosen: torch.Tensor, dots: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Selected features -> values within float32 rounding and indices, in SparseCodes's order.
 
@@ -168,41 +206,17 @@ def _valued(
     return values, indices.gather(1, order)
 
 
-def gather_decode(values: torch.Tensor, indices: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Sum of `values * rows[indices]` over k. `[n, k]`, `[n, k]`, `[d_sae, d_in]` -> `[n, d_in]`
-
-    Reads n * k rows and nothing else; differentiable in `values` and, where it asks, in `rows`.
-    """
-    if not values.numel():
-        return rows.new_zeros((len(values), rows.shape[1])) + values.sum().to(rows.dtype)
-    if rows.dtype == torch.float64 or (torch.is_grad_enabled() and rows.requires_grad):
-        return _sum_of_rows(values, indices, rows)
-    if kernels.available(rows.device):
-        return kernels.decode(values, indices, rows)
-    return _GatherDecode.apply(values, indices, rows)
-
-
-def _sum_of_rows(values: torch.Tensor, indices: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    return F.embedding_bag(indices, rows, mode="sum", per_sample_weights=values.to(rows.dtype))
-
-
-class _GatherDecode(torch.autograd.Function):
-    """Of frozen rows. torch's own gradient of the values takes twice as long as `pair_dots`."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, values: torch.Tensor, indices: torch.Tensor, rows: torch.Tensor
-    ) -> torch.Tensor:
-        ctx.save_for_backward(indices, rows)
-        ctx.dtype = values.dtype
-        return _sum_of_rows(values, indices, rows)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
-        indices, rows = ctx.saved_tensors
-        n, k = indices.shape
-        token = torch.arange(n, device=rows.device).repeat_interleave(k)
-        grad = grads[0].float().contiguous()
-        dots = pair_dots(rows, grad, token, indices.reshape(-1).long())
-        return dots.reshape(n, k).to(ctx.dtype), None, None
+def require_finite(flat: torch.Tensor, shape: torch.Size) -> None:
+    """Refuse NaN and infinity in `[n, d_in]`, naming positions of `shape`."""
+    # Block by block: the mask of a block is small, that of x may be a quarter of it.
+    blocks = [block.isfinite().all(dim=-1) for block in flat.split(1024)]
+    good = torch.cat([flat.new_zeros(0, dtype=torch.bool), *blocks])
+    if bool(good.all()):
+        return
+    places = (~good).reshape(shape).nonzero().tolist()
+    shown = ", ".join(str(tuple(place)) for place in places[:5])
+    raise NotFinite(
+        f"x has NaN or infinity at {len(places)} of {len(good)} positions: {shown}"
+        f"{', ..' if len(places) > 5 else ''}; expected finite residuals. Mask these positions, "
+        "or run the model in bfloat16 or float32 if it overflowed in float16"
+    )
