@@ -315,7 +315,8 @@ def run_words(folder: Path, out: Path, server: Server, *more: str) -> list[str]:
 
 def words_for_targets(folder: Path) -> list[str]:
     return ["synth", "targets", str(folder / "seed"), "--reference", str(folder / "anchor"),
-            "--contrast", "lang=zh", "--out", str(folder / "targets.json")]  # fmt: skip
+            "--contrast", "lang=zh", "--kind", "harmful",
+            "--out", str(folder / "targets.json")]  # fmt: skip
 
 
 def test_a_run_without_any_answer_fails(
@@ -378,7 +379,17 @@ def test_killed_it_continues_and_pays_for_nothing_twice(
     """kill -9 in the middle; then the result is that of a run that was never killed."""
     if not (folder / "targets.json").exists():
         words = ["synth", "targets", str(folder / "seed"), "--reference", str(folder / "anchor")]
-        main([*words, "--contrast", "lang=zh", "--out", str(folder / "targets.json")])
+        main(
+            [
+                *words,
+                "--contrast",
+                "lang=zh",
+                "--kind",
+                "harmful",
+                "--out",
+                str(folder / "targets.json"),
+            ]
+        )
     running: list[subprocess.Popen[bytes]] = []
 
     def behave(call: Call) -> Any:
@@ -449,7 +460,7 @@ def test_templates_on_the_command_line(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["synth", "templates", "--out", str(tmp_path / "mine")]) == 0
-    assert "21 files" in capsys.readouterr().out
+    assert "22 files" in capsys.readouterr().out
     for wrong, words in {
         ("--generator", "gpt"): "is no generator",
         ("--generator", "openai:http://localhost:1/v1"): "does not say which model",
