@@ -336,6 +336,14 @@ def test_recipes(tmp_path: Path) -> None:
         "{read: reply, as_chat: true}": "not as_chat",
         "treshold: 2": "no 'treshold'",
         "threshold: -1": "zero or more",
+        "threshold: .inf": "finite number",
+        "temperature: .nan": "finite number",
+        "top_p: 0": "top_p",
+        "seed: 1.5": "from 0",
+        "seed: " + "9" * 5000: "YAML",
+        "[" * 5000: "YAML",
+        "variants: -1": "from 0",
+        "kind_from: dice": "feature, turns",
         "kinds: legal": "expected a list",
         "candidates: 0": "from 1",
         "read: everything": "prompt, reply, either",
@@ -350,6 +358,9 @@ def test_recipes(tmp_path: Path) -> None:
             read_recipe(str(path))
     with pytest.raises(UnknownName):
         read_recipe("scpoe")
+    assert SCOPE.change(seed=2**70).seed == 2**70
+    with pytest.raises(BadPlan, match="finite"):
+        Push(float("nan"), {})
 
 
 # The pipeline.

@@ -124,6 +124,9 @@ def test_relevance_decides_and_weak_ones_follow(seed: FeatureStore, anchor: Feat
     assert [t.ref.feature for t in found.wanted] == [missing, covered]
     assert found.wanted[0].description == "a description"
     assert found.seed_fac is None
+    for name in ("threshold", "least_relevance"):
+        with pytest.raises(BadPlan, match="finite"):
+            find_targets(seed, anchor, **{name: float("nan")})  # type: ignore[arg-type]
     with pytest.raises(TooLittleData, match="which features matter"):
         find_targets(seed)
     with pytest.raises(TooLittleData, match="none is relevant enough"):
@@ -271,6 +274,7 @@ def test_scores() -> None:
     assert parse_numbers("1, 3 and 4.", 4) == {0, 2, 3}
     assert parse_numbers("None", 4) == set()
     assert parse_numbers("<think>2</think> 1", 4) == {0}
+    assert parse_numbers("1, " + "9" * 5000, 4) is None
     assert parse_numbers("7", 4) is parse_numbers("maybe", 4) is parse_numbers("0", 4) is None
     active = (True, True, False, False, False, False)
     assert balanced_accuracy({0, 1}, active) == 1
@@ -466,6 +470,9 @@ def test_templates_on_the_command_line(
         ("--generator", "openai:http://localhost:1/v1"): "does not say which model",
         ("--generator", "openai:http://localhost:1/v1#m", "--recipe", "x.yaml"): "cannot be read",
         ("--generator", "openai:http://localhost:1/v1#m", "--language", "xx"): "not in the table",
+        ("--generator", "openai:http://localhost:1/v1#m", "--temperature", "nan"): "finite",
+        ("--generator", "openai:http://localhost:1/v1#m", "--timeout", "nan"): "timeout",
+        ("--generator", "openai:http://localhost:1/v1#m", "--max-cost", "nan"): "finite",
         ("--generator", "openai:http://localhost:1/v1#m"): "no connection",
     }.items():
         out = tmp_path / "data.jsonl"

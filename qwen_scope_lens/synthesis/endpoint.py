@@ -247,7 +247,9 @@ class _Masked:
         return self._book.start(number)
 
     def finish(self, number: int, completion: Completion) -> None:
-        texts = {name: self._mask(v) for name, v in vars(completion).items() if type(v) is str}
+        texts: dict[str, Any] = {
+            name: self._mask(v) for name, v in vars(completion).items() if type(v) is str
+        }
         self._book.finish(number, replace(completion, **texts))
 
     def trouble(self, number: int, what: str, maybe_charged: bool) -> None:

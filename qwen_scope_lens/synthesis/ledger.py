@@ -214,7 +214,9 @@ class _Book:
 
     def finish(self, number: int, completion: Completion) -> None:
         key = self._keys[number]
-        texts = {k: whole_characters(v) for k, v in vars(completion).items() if type(v) is str}
+        texts: dict[str, Any] = {
+            k: whole_characters(v) for k, v in vars(completion).items() if type(v) is str
+        }
         completion = replace(completion, **texts)  # of any generator
         if completion.error:  # asked again by the next run
             self.failed[key] = completion
