@@ -265,7 +265,7 @@ def _wrong(line: bytes) -> str:
         return f"not JSON: {error!s:.80}"
     if not isinstance(row, dict) or not isinstance(row.get("key"), str):
         return "expected an object with a key"
-    if row.get("event") not in _FIELDS:
+    if not isinstance(row.get("event"), str) or row["event"] not in _FIELDS:
         return f"unknown event {row.get('event')!r:.40}"
     for name, kind in _FIELDS[row["event"]].items():
         value = row.get(name)
