@@ -48,8 +48,8 @@ def completion_of(content: bytes, request: Request, mask: Mask) -> Completion:
     text = mask(found) if isinstance(found, str) else ""
     usage = answer.get("usage")
     counted: Mapping[str, Any] = usage if isinstance(usage, dict) else {}
-    said = (counted.get(name) for name in ("prompt_tokens", "completion_tokens"))
-    tokens = [count for count in said if type(count) is int and 0 <= count <= MOST_TOKENS]
+    pair = (counted.get(name) for name in ("prompt_tokens", "completion_tokens"))
+    tokens = [count for count in pair if type(count) is int and 0 <= count <= MOST_TOKENS]
     known = len(tokens) == 2
     prompt, written = tokens if known else (_estimate(request.text), _estimate(text))
     finish = choice.get("finish_reason")
