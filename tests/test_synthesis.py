@@ -524,7 +524,7 @@ def test_a_chat_is_read_with_its_template(
     writer = chat_writer(firing, lambda request: True)
     run = synthesis(tmp_path, planted, reader, writer, recipe)
     for one in run.kept:
-        [values] = reader.read_features([one.messages(chat=True)], [one.ref])
+        [values] = reader.read_features([one.messages(chat=True)[:1]], [one.ref])
         assert one.activation == pytest.approx(values[one.ref], rel=1e-4)
     assert any(
         one.activation
