@@ -145,13 +145,13 @@ def refuse_link(path: Path) -> None:
         )
 
 
-def open_own(path: Path, mode: str) -> IO[Any]:
-    """A file that we keep and change in place, made if it is not there: `r+b` or `a`.
+def open_own(path: Path, mode: str, buffering: int = -1) -> IO[Any]:
+    """A file that we keep and change in place, made if it is not there: `r+b`, `a` or `ab`.
 
     Nothing is emptied, and neither a link is followed nor anything else than a file opened.
     """
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-    if mode == "a":
+    if mode.startswith("a"):
         flags |= os.O_APPEND
     refuse_target(path)
     with _named_errors(path):
@@ -160,7 +160,7 @@ def open_own(path: Path, mode: str) -> IO[Any]:
             os.close(handle)
             refuse_target(path)
             raise CannotWrite(f"{path} was exchanged while it was opened: run it again")
-        return os.fdopen(handle, mode, encoding=None if "b" in mode else "utf-8")
+        return os.fdopen(handle, mode, buffering, encoding=None if "b" in mode else "utf-8")
 
 
 def open_regular(path: Path) -> io.BufferedReader:

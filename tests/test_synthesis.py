@@ -78,8 +78,15 @@ def planted(reader: Reader, texts: list[str]) -> TargetSet:
     features = np.flatnonzero(only)[:6].tolist()
     assert len(features) == 6
     targets = [
-        Target(SAE.feature(f), 1.0, 0, int((maxima[12:, f] > 0).sum()), description=f"feature {f}")
-        for f in features
+        Target(
+            SAE.feature(f),
+            1.0,
+            0,
+            int((maxima[12:, f] > 0).sum()),
+            description=f"feature {f}",
+            kind=("harmful", "benign")[i % 2],
+        )
+        for i, f in enumerate(features)
     ]
     common = np.flatnonzero((maxima[:12] > 0).all(axis=0))[:2].tolist()
     targets += [Target(SAE.feature(f), 0.5, 12, 12) for f in common]
@@ -281,7 +288,7 @@ def test_near_duplicates_have_the_true_similarity(one: str, other: str) -> None:
 
 
 def test_templates_can_be_edited(tmp_path: Path) -> None:
-    assert len(Templates.copy(tmp_path)) == len(list(tmp_path.iterdir())) == 18
+    assert len(Templates.copy(tmp_path)) == len(list(tmp_path.iterdir())) == 19
     own = Templates(tmp_path)
     assert own.sha256 == Templates().sha256
     (tmp_path / "fac.txt").write_text("[user]\nWrite $description for $$5.\n")
@@ -329,9 +336,17 @@ def test_recipes(tmp_path: Path) -> None:
         "{read: reply, as_chat: true}": "not as_chat",
         "treshold: 2": "no 'treshold'",
         "threshold: -1": "zero or more",
+        "threshold: .inf": "finite number",
+        "temperature: .nan": "finite number",
+        "top_p: 0": "top_p",
+        "seed: 1.5": "from 0",
+        "seed: " + "9" * 5000: "YAML",
+        "[" * 5000: "YAML",
+        "variants: -1": "from 0",
+        "kind_from: dice": "feature, turns",
         "kinds: legal": "expected a list",
         "candidates: 0": "from 1",
-        "read: everything": "example, prompt, reply",
+        "read: everything": "prompt, reply, either",
         "language: klingon": "not in the table",
         "pairs: true": "stronger and a weaker",
         "- a": "name: value",
@@ -343,6 +358,9 @@ def test_recipes(tmp_path: Path) -> None:
             read_recipe(str(path))
     with pytest.raises(UnknownName):
         read_recipe("scpoe")
+    assert SCOPE.change(seed=2**70).seed == 2**70
+    with pytest.raises(BadPlan, match="finite"):
+        Push(float("nan"), {})
 
 
 # The pipeline.
@@ -374,7 +392,7 @@ def test_the_scope_recipe(
     recipe = replace(SCOPE, attempts=2, read="prompt", near_duplicates=1.0)
     run = synthesis(tmp_path, planted, reader, writer, recipe, wave=4)
     by_target = {ref: [one for one in run.candidates if one.ref == ref] for ref in firing}
-    assert [one.outcome for one in by_target[hopeless]] == ["the feature does not fire"] * 2
+    assert [one.outcome for one in by_target[hopeless]] == ["the feature does not fire"] * 4
     for one in run.kept:
         assert one.activation > 0
         assert reader.read_features([one.prompt], [one.ref])[0][one.ref] == pytest.approx(
@@ -390,7 +408,8 @@ def test_the_scope_recipe(
     }
     assert run.stopped.startswith("every target feature")
     # No reply was paid for where the prompt had failed already.
-    assert run.ledger.spent.calls_by_purpose["reply"] == len(run.kept)
+    fired = [one for one in run.candidates if one.ref in one.fires]
+    assert run.ledger.spent.calls_by_purpose["reply"] == len(fired) < len(run.candidates)
     assert [one.number for one in run.candidates] == list(range(len(run.candidates)))
 
 
@@ -399,7 +418,7 @@ def test_replies_that_do_not_fit_are_refused(
 ) -> None:
     replier = Scripted(lambda request: "Of course, here is how.", "replier")
     writer = chat_writer(firing, lambda request: True)
-    recipe = replace(SCOPE, attempts=1, adversarial=False, read="example")
+    recipe = replace(SCOPE, attempts=1, variants=0, read="either")
     run = synthesis(tmp_path, planted, reader, writer, recipe, replier=replier)
     outcomes = {one.kind: one.outcome for one in run.candidates}
     assert outcomes == {"harmful": "a harmful prompt was answered", "benign": "kept"}
@@ -460,7 +479,7 @@ def test_repeats_budget_balance_and_language(
 ) -> None:
     everywhere = {ref: [texts[0]] for ref, texts in firing.items()}
     writer = chat_writer(everywhere, lambda request: True)
-    recipe = replace(SCOPE, per_feature=2, attempts=3, replies=False, adversarial=False)
+    recipe = replace(SCOPE, per_feature=2, attempts=3, replies=False, variants=0)
     known = [texts[0] for texts in list(firing.values())[:1]]
     run = synthesis(tmp_path, planted, reader, writer, recipe, known=known)
     assert any(one.outcome.startswith("repeats known text 0") for one in run.candidates)
@@ -483,7 +502,7 @@ def test_features_that_ask_for_caution(
     tmp_path: Path, planted: TargetSet, reader: Reader, firing: dict[FeatureRef, list[str]]
 ) -> None:
     """Harmless texts that activate a feared feature are refused, harmful prompts are not."""
-    recipe = replace(SCOPE, attempts=1, adversarial=False, near_duplicates=1.0)
+    recipe = replace(SCOPE, attempts=1, variants=0, near_duplicates=1.0)
     writer = chat_writer(firing, lambda request: True)
     run = synthesis(tmp_path, planted, reader, writer, recipe)
     assert {one.kind for one in run.kept} == {"harmful", "benign"}
@@ -501,11 +520,11 @@ def test_features_that_ask_for_caution(
 def test_a_chat_is_read_with_its_template(
     tmp_path: Path, planted: TargetSet, reader: Reader, firing: dict[FeatureRef, list[str]]
 ) -> None:
-    recipe = replace(SCOPE, attempts=1, adversarial=False, as_chat=True, near_duplicates=1.0)
+    recipe = replace(SCOPE, attempts=1, variants=0, as_chat=True, near_duplicates=1.0)
     writer = chat_writer(firing, lambda request: True)
     run = synthesis(tmp_path, planted, reader, writer, recipe)
     for one in run.kept:
-        [values] = reader.read_features([one.messages(chat=True)], [one.ref])
+        [values] = reader.read_features([one.messages(chat=True)[:1]], [one.ref])
         assert one.activation == pytest.approx(values[one.ref], rel=1e-4)
     assert any(
         one.activation

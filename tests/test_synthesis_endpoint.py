@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
+import base64
+import errno
+import gzip
 import json
+import logging
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+import traceback
 from collections import Counter
+from collections.abc import Callable
 from email.utils import formatdate
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from endpoint_server import Call, Server, answer
 
 from qwen_scope_lens.address import FeatureRef
-from qwen_scope_lens.errors import BadFile, CannotWrite, GeneratorFailed
+from qwen_scope_lens.errors import BadFile, BadPlan, CannotWrite, GeneratorFailed
+from qwen_scope_lens.synthesis import transport
+from qwen_scope_lens.synthesis.answers import retry_after
 from qwen_scope_lens.synthesis.endpoint import Endpoint
 from qwen_scope_lens.synthesis.generator import Request, Sampling, digest
 from qwen_scope_lens.synthesis.ledger import Ledger, Prices
+from qwen_scope_lens.synthesis.masking import EXCERPT, MASKED, Mask
 
 KEY = "sk-secret-0123456789"
 
@@ -266,6 +276,258 @@ def test_the_key_is_sent_and_written_nowhere(
     assert KEY not in seen + written
 
 
+def writings(key: str) -> dict[str, str]:
+    """A key as servers, proxies and pages write it."""
+    return {
+        "plain": key,
+        "upper": key.upper(),
+        "lower": key.lower(),
+        "header": key.title(),
+        "json": "".join(f"\\u{ord(c):04x}" for c in key),
+        "json in json": "".join(f"\\\\u{ord(c):04X}" for c in key),
+        "one letter escaped": key[:5] + f"\\u{ord(key[5]):04x}" + key[6:],
+        "address": "".join(f"%{ord(c):02x}" for c in key),
+        "address twice": "".join(f"%25{ord(c):02X}" for c in key),
+        "slash": quote(key, safe=""),
+        "slash in json": key.replace("/", "\\/"),
+        "html": "".join(f"&#{ord(c)};" for c in key),
+        "html hex": "".join(f"&#x{ord(c):X};" for c in key),
+        "hex": key.encode().hex(),
+        **{
+            f"base64 behind {before!r}": base64.b64encode(f"{before}{key}:x".encode()).decode()
+            for before in ("", "a", "me:", "Bearer ")
+        },
+        "base64 for addresses": base64.urlsafe_b64encode(f"?>{key}".encode()).decode(),
+        "base64 in an address": quote(base64.b64encode(f"ab{key}".encode()).decode(), safe=""),
+    }
+
+
+HARD_KEY = "sk-Se/cr+et.0~1?2345==6789>>>???"
+
+
+@pytest.mark.parametrize("key", [KEY, HARD_KEY])
+def test_a_key_is_masked_in_every_writing(key: str) -> None:
+    mask = Mask(key)
+    for name, written in writings(key).items():
+        masked = mask(f"before {written} after")
+        assert written not in masked, name
+        # Only the edges of base64, which other letters share, may be left of it.
+        left = masked.replace("before ", "").replace(" after", "").replace(MASKED, "")
+        assert len(left) <= (12 if "base64" in name else 0), (name, masked)
+        assert MASKED in masked, name
+    text = "An ordinary text, with sk- and 0123456789 and %73%6b and \\u0073."
+    assert mask(text) == text
+    assert Mask("EMPTY")("the list is EMPTY, or empty") == f"the list is {MASKED}, or empty"
+    assert Mask("")(text) == text
+    cut = Mask(key).excerpt("x" * (EXCERPT - 10) + key)  # masked before it is cut
+    assert cut.endswith(MASKED)
+    started = time.monotonic()
+    for hostile in (
+        "\\" * 200_000,
+        "%25" * 100_000,
+        "&amp;" * 50_000,
+        "A" * 200_000,
+        key[0] * 99_999,
+    ):
+        mask(hostile)
+    assert time.monotonic() - started < 20  # not a matter of minutes
+
+
+ECHOES: dict[str, Callable[[str, Call], Any]] = {
+    "finish": lambda said, call: {
+        "choices": [{"message": {"content": "x"}, "finish_reason": said}]
+    },
+    "content": lambda said, call: answer(said),
+    "error in the answer": lambda said, call: {"error": {"message": said}},
+    "body of an error": lambda said, call: (400, {}, json.dumps({"error": said}).encode()),
+    "refusal": lambda said, call: (401, {}, ("x" * 190 + said).encode()),
+    "redirect": lambda said, call: (302, {"Location": f"/v1/{said}/more"}, said.encode()),
+    "wait": lambda said, call: (503, {"Retry-After": said}, said.encode()),
+}
+
+
+@pytest.mark.parametrize("where", ECHOES)
+def test_nothing_that_a_server_repeats_holds_the_key(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    where: str,
+) -> None:
+    """Not the ledger, not what is returned, raised or logged."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    caplog.set_level(logging.DEBUG)
+    some = {name: w for name, w in writings(KEY).items() if "\\" not in w or where != "redirect"}
+    said = list(some.values())
+    with Server(lambda call: ECHOES[where](said[call.number % len(said)], call)) as server:
+        for i in range(len(said)):
+            with Ledger.open(tmp_path) as ledger:
+                client = endpoint(server, tries=1, concurrency=1)
+                try:
+                    seen = repr(ledger.ask(client, requests(i + 1)[i:]))
+                except GeneratorFailed as error:
+                    seen = "".join(traceback.format_exception(error))
+                seen += repr((vars(client), ledger.spent))
+            assert not [name for name, w in some.items() if w in seen], seen
+    kept = (tmp_path / "ledger.jsonl").read_text() + caplog.text
+    assert not [name for name, w in some.items() if w in kept]
+    assert MASKED in kept + seen
+
+
+def test_a_redirect_is_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    with Server(echo) as other, Ledger.open(tmp_path) as ledger:
+        for status in (301, 302, 303, 307, 308):
+            moved = (status, {"Location": f"{other.url}/chat/completions"}, b"")
+            with (
+                Server(lambda call, moved=moved: moved) as server,  # type: ignore[misc]
+                pytest.raises(GeneratorFailed, match="give the final address"),
+            ):
+                ledger.ask(endpoint(server), requests(1))
+        assert not other.calls
+
+
+def test_an_answer_is_measured_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small answer that becomes a large one is given up where it passes the limit."""
+    import tracemalloc
+
+    monkeypatch.setattr(transport, "MOST_BYTES", 2**20)
+    bomb = gzip.compress(b" " * 48 * 2**20, 9)
+    assert len(bomb) < 2**16  # it comes in one piece
+    packed = {
+        "gzip": bomb,
+        "x-gzip": gzip.compress(b"") * 9 + bomb,
+        "gzip, gzip": gzip.compress(bomb),
+        "br": bomb,
+    }
+    coding = ""
+    with (
+        Server(lambda call: (200, {"Content-Encoding": coding}, packed[coding])) as server,
+        Ledger.open(tmp_path) as ledger,
+    ):
+        tracemalloc.start()
+        for coding in packed:
+            [found] = ledger.ask(endpoint(server, timeout=20.0), requests(1, seed=hash(coding)))
+            assert found is not None
+            assert found.error == (
+                "an answer of more than 1,048,576 bytes"
+                if coding.endswith("gzip") and "," not in coding
+                else "an answer packed in a way that was not asked for"
+            )
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert len(server.calls) == 4  # not tried again
+    assert peak < 12 * 2**20
+    body = json.dumps(answer("packed")).encode()
+    half = len(body) // 2
+    parts = gzip.compress(body[:half]) + gzip.compress(body[half:])  # two members, one content
+    whole = {0: parts, 1: parts[:-9], 2: gzip.compress(body)}
+    with (
+        Server(lambda call: (200, {"Content-Encoding": "gzip"}, whole[call.number])) as server,
+        Ledger.open(tmp_path / "2") as ledger,
+    ):
+        found = ledger.ask(endpoint(server, concurrency=1, timeout=20.0), requests(2))
+        assert [one.text for one in found if one] == ["packed"] * 2
+        assert ledger.spent.troubles == {"an answer that cannot be unpacked": 1}
+
+
+def drip_head(call: Call) -> None:
+    """A header that never ends, byte by byte, each in time."""
+    call.handler.wfile.write(b"HTTP/1.1 200 OK\r\nX-Slow: ")
+    for _ in range(200):
+        call.handler.wfile.write(b"a")
+        call.handler.wfile.flush()
+        time.sleep(0.05)
+
+
+def continue_for_ever(call: Call) -> None:
+    for _ in range(200):
+        call.handler.wfile.write(b"HTTP/1.1 102 Processing\r\n\r\n")
+        call.handler.wfile.flush()
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("slow", [drip_head, continue_for_ever, drip])
+def test_the_deadline_covers_headers(tmp_path: Path, slow: Callable[[Call], None]) -> None:
+    with Server(slow) as server, Ledger.open(tmp_path) as ledger:
+        started = time.monotonic()
+        [found] = ledger.ask(endpoint(server, timeout=0.4, tries=1), requests(1))
+        assert time.monotonic() - started < 4  # of ten seconds that it would go on
+        assert found is not None
+        assert found.error == "no answer in time"
+        assert ledger.spent.maybe_charged == 1
+
+
+@pytest.mark.parametrize(
+    "said", ["nan", "-1", "1e999", "9" * 5000, "inf", "-inf", "Mon, 01 Jan 99999 00:00:00 GMT",
+             "Mon, 01 Jan 0001 00:00:00 -0000", "Mon, 99 Foo 2020", "soon", "\u0661"]
+)  # fmt: skip
+def test_an_absurd_wait_is_no_wait(said: str) -> None:
+    seconds = retry_after({"retry-after": said})
+    assert seconds is None or seconds >= 0
+    client = Endpoint("http://localhost:1/v1", "m", max_backoff=0.001, backoff=0.001)
+    started = time.monotonic()
+    client._pause(seconds, 10**6, everyone=True)
+    client._pace()
+    assert time.monotonic() - started < 5
+
+
+DEEP = "[" * 900 + "]" * 900
+PARTS = f'[{{"text": {DEEP}}}, {{"text": "y"}}]'
+ABSURD = {
+    "digits": '{"choices": [{"message": {"content": "x"}}], "usage": {"prompt_tokens": '
+    + "9" * 5000 + ', "completion_tokens": 1}}',
+    "deep": "[" * 100_000,
+    "deep finish": f'{{"choices": [{{"message": {{"content": "x"}}, "finish_reason": {DEEP}}}]}}',
+    "deep part": f'{{"choices": [{{"message": {{"content": {PARTS}}}}}]}}',
+    "deep error": f'{{"error": {{"message": {DEEP}}}}}',
+    "half a finish": '{"choices": [{"message": {"content": "x"}, "finish_reason": "\\udead"}]}',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("body", ABSURD.values(), ids=ABSURD)
+def test_absurd_answers_are_named_or_read(tmp_path: Path, body: str) -> None:
+    with Server(lambda call: (200, {}, body.encode())) as server, Ledger.open(tmp_path) as ledger:
+        [found] = ledger.ask(endpoint(server, tries=1), requests(1))
+        assert found is not None
+        assert found.text in ("x", "y") or "answer" in found.error
+
+
+@pytest.mark.parametrize("count", [10**30, 10**400, -5, True, 1.5, "7", None, [1]])
+def test_absurd_counts_are_not_believed(tmp_path: Path, count: Any) -> None:
+    usage = {"prompt_tokens": count, "completion_tokens": 5}
+    limits = Prices(prompt=1.0, max_cost=5.0, max_tokens=1000)
+    with (
+        Server(lambda call: answer("to it", usage=usage)) as server,
+        Ledger.open(tmp_path, limits) as ledger,
+    ):
+        ledger.ask(endpoint(server, tokens_per_minute=1e6), requests(1))
+        assert ledger.spent.estimated == 1
+        assert 0 < ledger.spent.tokens < 20
+        assert not ledger.limit_reached
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{"timeout": float("nan")}, {"timeout": 0}, {"tries": 0}, {"backoff": float("inf")},
+     {"requests_per_minute": float("nan")}, {"tokens_per_minute": -1}, {"concurrency": 0},
+     {"body": {"temperature": float("nan")}}],
+)  # fmt: skip
+def test_settings_that_mean_nothing_are_refused(setting: dict[str, Any]) -> None:
+    with pytest.raises(BadPlan, match=next(iter(setting)) if "body" not in setting else "JSON"):
+        Endpoint("http://localhost:1/v1", "m", **setting)
+    with pytest.raises(BadPlan, match="finite"):
+        Prices(max_cost=float("nan"))
+
+
+def test_prompts_and_seeds_of_every_kind(tmp_path: Path) -> None:
+    odd = [Request((("user", "half \ud83d"),), "prompt", seed=2**70)]
+    with Server(lambda call: answer("got " + call.prompt)) as server, Ledger.open(tmp_path) as one:
+        [found] = one.ask(endpoint(server), odd)
+        assert found is not None
+        assert found.text == "got half ?"
+        assert server.calls[0].body["seed"] == 2**70
+
+
 def test_a_key_with_spaces_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "sk one\nsk two")
     with (
@@ -349,9 +611,51 @@ def test_a_torn_end_is_cut_and_damage_is_named(tmp_path: Path) -> None:
             assert ledger.measured("text") == {"a": 1.5}
             ledger.ask(endpoint(server), requests(3))
         assert len(server.calls) == 3
-        path.write_bytes(b"garbage\n" + whole)
-        with pytest.raises(BadFile, match="line 1 is damaged"), Ledger.open(tmp_path):
-            pass
+        whole = path.read_bytes()
+        path.write_bytes(whole.removesuffix(b"\n"))  # only the end of the last line is missing
+        with Ledger.open(tmp_path) as ledger:
+            assert ledger.spent.calls == 3
+        assert path.read_bytes() == whole
+        lines = whole.splitlines(keepends=True)
+        of_answer = next(i for i, line in enumerate(lines) if b'"answer"' in line)
+        row = json.loads(lines[of_answer])
+        for broken in (
+            b"garbage",
+            b"",
+            b"[]",
+            b"\xff\xfe",
+            b"[" * 100_000,
+            b'{"event": "answer", "key": ' + b"9" * 5000 + b"}",
+            json.dumps({**row, "event": "odd"}).encode(),
+            *(json.dumps({**row, name: [1]}).encode() for name in row if name != "generator"),
+            *(json.dumps({k: v for k, v in row.items() if k != name}).encode()
+              for name in ("key", "event", "purpose", "cost", "text")),
+            json.dumps({**row, "cost": float("nan")}).encode(),
+        ):  # fmt: skip
+            bad = [*lines[:of_answer], broken + b"\n", *lines[of_answer + 1 :]]
+            path.write_bytes(b"".join(bad))
+            expected = f"line {of_answer + 1} is damaged"
+            with pytest.raises(BadFile, match=expected), Ledger.open(tmp_path):
+                pass
+            assert path.read_bytes() == b"".join(bad)  # nothing that was paid for is lost
+
+
+def test_a_full_disk_leaves_whole_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(number: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with Ledger.open(tmp_path) as ledger:
+        ledger.measure({"a": 1})
+        before = (tmp_path / "ledger.jsonl").read_bytes()
+        with monkeypatch.context() as patch:
+            patch.setattr("qwen_scope_lens.synthesis.ledger.os.fsync", full)
+            with pytest.raises(CannotWrite, match="No space left"):
+                ledger.measure({"b": "x" * 100_000})
+        assert (tmp_path / "ledger.jsonl").read_bytes() == before
+        assert ledger.measured("b") is None
+        ledger.measure({"c": 3})
+    with Ledger.open(tmp_path) as ledger:
+        assert [ledger.measured(key) for key in "abc"] == [1, None, 3]
 
 
 ASK = """

@@ -124,6 +124,9 @@ def test_relevance_decides_and_weak_ones_follow(seed: FeatureStore, anchor: Feat
     assert [t.ref.feature for t in found.wanted] == [missing, covered]
     assert found.wanted[0].description == "a description"
     assert found.seed_fac is None
+    for name in ("threshold", "least_relevance"):
+        with pytest.raises(BadPlan, match="finite"):
+            find_targets(seed, anchor, **{name: float("nan")})  # type: ignore[arg-type]
     with pytest.raises(TooLittleData, match="which features matter"):
         find_targets(seed)
     with pytest.raises(TooLittleData, match="none is relevant enough"):
@@ -271,6 +274,7 @@ def test_scores() -> None:
     assert parse_numbers("1, 3 and 4.", 4) == {0, 2, 3}
     assert parse_numbers("None", 4) == set()
     assert parse_numbers("<think>2</think> 1", 4) == {0}
+    assert parse_numbers("1, " + "9" * 5000, 4) is None
     assert parse_numbers("7", 4) is parse_numbers("maybe", 4) is parse_numbers("0", 4) is None
     active = (True, True, False, False, False, False)
     assert balanced_accuracy({0, 1}, active) == 1
@@ -315,7 +319,8 @@ def run_words(folder: Path, out: Path, server: Server, *more: str) -> list[str]:
 
 def words_for_targets(folder: Path) -> list[str]:
     return ["synth", "targets", str(folder / "seed"), "--reference", str(folder / "anchor"),
-            "--contrast", "lang=zh", "--out", str(folder / "targets.json")]  # fmt: skip
+            "--contrast", "lang=zh", "--kind", "harmful",
+            "--out", str(folder / "targets.json")]  # fmt: skip
 
 
 def test_a_run_without_any_answer_fails(
@@ -378,7 +383,17 @@ def test_killed_it_continues_and_pays_for_nothing_twice(
     """kill -9 in the middle; then the result is that of a run that was never killed."""
     if not (folder / "targets.json").exists():
         words = ["synth", "targets", str(folder / "seed"), "--reference", str(folder / "anchor")]
-        main([*words, "--contrast", "lang=zh", "--out", str(folder / "targets.json")])
+        main(
+            [
+                *words,
+                "--contrast",
+                "lang=zh",
+                "--kind",
+                "harmful",
+                "--out",
+                str(folder / "targets.json"),
+            ]
+        )
     running: list[subprocess.Popen[bytes]] = []
 
     def behave(call: Call) -> Any:
@@ -449,12 +464,15 @@ def test_templates_on_the_command_line(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["synth", "templates", "--out", str(tmp_path / "mine")]) == 0
-    assert "21 files" in capsys.readouterr().out
+    assert "22 files" in capsys.readouterr().out
     for wrong, words in {
         ("--generator", "gpt"): "is no generator",
         ("--generator", "openai:http://localhost:1/v1"): "does not say which model",
         ("--generator", "openai:http://localhost:1/v1#m", "--recipe", "x.yaml"): "cannot be read",
         ("--generator", "openai:http://localhost:1/v1#m", "--language", "xx"): "not in the table",
+        ("--generator", "openai:http://localhost:1/v1#m", "--temperature", "nan"): "finite",
+        ("--generator", "openai:http://localhost:1/v1#m", "--timeout", "nan"): "timeout",
+        ("--generator", "openai:http://localhost:1/v1#m", "--max-cost", "nan"): "finite",
         ("--generator", "openai:http://localhost:1/v1#m"): "no connection",
     }.items():
         out = tmp_path / "data.jsonl"

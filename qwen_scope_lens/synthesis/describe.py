@@ -159,7 +159,10 @@ def _describe(
 def parse_numbers(text: str, most: int) -> set[int] | None:
     """The numbers 1..most in an answer as a set from 0; None where it is no answer."""
     text = clean(text).casefold()
-    numbers = {int(n) for n in re.findall(r"\d+", text)}
+    found = re.findall(r"\d+", text)
+    if any(len(number) > 9 for number in found):  # and Python refuses those of 5,000 digits
+        return None
+    numbers = {int(number) for number in found}
     if not numbers:
         return set() if re.search(r"\bnone\b", text) else None
     return None if max(numbers) > most or min(numbers) < 1 else {n - 1 for n in numbers}

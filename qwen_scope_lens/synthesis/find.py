@@ -6,13 +6,14 @@ the task's domain: it says how strongly features fire, and lends the passages th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import numpy as np
 
 from qwen_scope_lens.address import FeatureRef, LayerRef
-from qwen_scope_lens.errors import StoreMismatch, TooLittleData
+from qwen_scope_lens.errors import BadPlan, StoreMismatch, TooLittleData
 from qwen_scope_lens.features.labels import LabelPack
 from qwen_scope_lens.features.pool import pool
 from qwen_scope_lens.features.store import FeatureStore
@@ -59,6 +60,9 @@ def find_targets(
             "nothing says which features matter: give labels, a judge or a contrast, or a"
             " --reference store, whose features are then the targets"
         )
+    for name, number in (("threshold", threshold), ("least_relevance", least_relevance)):
+        if not (math.isfinite(number) and number >= 0):
+            raise BadPlan(f"{name} is {number!r}: expected a finite number, zero or more")
     chosen = _layers(seed, reference, layers)
     labels = labels or LabelPack()
     targets: list[Target] = []

@@ -10,19 +10,21 @@ headers of requests never come here.
 from __future__ import annotations
 
 import json
+import math
 import os
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, BinaryIO
 
-from qwen_scope_lens.errors import BadFile, CannotWrite
+from qwen_scope_lens.errors import BadFile, BadPlan, CannotWrite
 from qwen_scope_lens.files import exclusive, open_own
 from qwen_scope_lens.synthesis.generator import Completion, Generator, Request, digest
+from qwen_scope_lens.synthesis.masking import whole_characters
 
 __all__ = ["Ledger", "Prices", "Spent"]
 
@@ -35,6 +37,11 @@ class Prices:
     completion: float = 0.0
     max_cost: float | None = None
     max_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value is not None and not (math.isfinite(value) and value >= 0):
+                raise BadPlan(f"{name} is {value!r}: expected a finite number, zero or more")
 
     def cost(self, completion: Completion) -> float:
         prompt = self.prompt * completion.prompt_tokens
@@ -78,7 +85,7 @@ class Spent:
 class Ledger:
     """An append-only file in a folder of its own, held by one process at a time."""
 
-    def __init__(self, path: Path, prices: Prices, file: IO[str]) -> None:
+    def __init__(self, path: Path, prices: Prices, file: BinaryIO) -> None:
         self.path, self.prices, self.spent = path, prices, Spent()
         self._file, self._lock = file, threading.Lock()
         self._answers: dict[str, Completion] = {}
@@ -93,9 +100,9 @@ class Ledger:
     def open(cls, folder: Path, prices: Prices | None = None) -> Iterator[Ledger]:
         path = folder / "ledger.jsonl"
         with exclusive(folder):
-            _cut_torn_end(path)
             try:
-                file = open_own(path, "a")
+                _mend_end(path)
+                file = open_own(path, "ab", buffering=0)  # what fails is not written later
             except OSError as error:
                 raise CannotWrite(f"cannot write {path}: {error.strerror}") from error
             with file:
@@ -124,10 +131,10 @@ class Ledger:
     def measure(self, rows: Mapping[str, Any]) -> None:
         """Keep measurements: computing time is paid too."""
         with self._lock:
-            for key, value in rows.items():
-                self._measured[key] = value
-                self._write({"event": "measure", "key": key, "value": value})
-            self._sync()
+            self._write(
+                [{"event": "measure", "key": key, "value": value} for key, value in rows.items()]
+            )
+            self._measured.update(rows)
 
     @property
     def limit_reached(self) -> str:
@@ -141,18 +148,21 @@ class Ledger:
 
     def _record(self, row: dict[str, Any]) -> None:
         with self._lock:
-            self._write(row)
-            self._sync()
+            self._write([row])
             self._take(row, set())
 
-    def _write(self, row: dict[str, Any]) -> None:
-        self._file.write(json.dumps(row, ensure_ascii=True) + "\n")
-
-    def _sync(self) -> None:
+    def _write(self, rows: Sequence[dict[str, Any]]) -> None:
+        """All of them on disk, or none and an error."""
+        content = "".join(json.dumps(row, ensure_ascii=True) + "\n" for row in rows).encode()
+        end = os.fstat(self._file.fileno()).st_size
         try:
-            self._file.flush()
+            left = memoryview(content)
+            while left:
+                left = left[self._file.write(left) :]
             os.fsync(self._file.fileno())
         except OSError as error:
+            with suppress(OSError):  # the next line must not follow half of this one
+                os.ftruncate(self._file.fileno(), end)
             raise CannotWrite(
                 f"cannot write {self.path}: {error.strerror}. No further call is made, since its"
                 " answer could not be kept: make room and run the same command again"
@@ -204,6 +214,10 @@ class _Book:
 
     def finish(self, number: int, completion: Completion) -> None:
         key = self._keys[number]
+        texts: dict[str, Any] = {
+            k: whole_characters(v) for k, v in vars(completion).items() if type(v) is str
+        }
+        completion = replace(completion, **texts)  # of any generator
         if completion.error:  # asked again by the next run
             self.failed[key] = completion
             return
@@ -221,27 +235,57 @@ class _Book:
         self._ledger._record(row | {"maybe_charged": maybe_charged})
 
 
+_NUMBER = (int, float)
+_FIELDS: Mapping[str, Mapping[str, type | tuple[type, ...]]] = {
+    "start": {},
+    "answer": {"purpose": str, "cost": _NUMBER, "text": str, "finish": str, "prompt_tokens": int,
+               "completion_tokens": int, "estimated": bool, "seconds": _NUMBER, "error": str},
+    "trouble": {"what": str, "maybe_charged": bool},
+    "measure": {"value": object},
+}  # fmt: skip
+"""What a line of each event has to have besides its key."""
+
+
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            try:
-                row = json.loads(line)
-                if row["event"] == "answer":
-                    row["cost"] + row["prompt_tokens"] + row["completion_tokens"]
-                assert isinstance(row["key"], str)
-            except (ValueError, KeyError, TypeError, AssertionError) as error:
+            if wrong := _wrong(line):
                 raise BadFile(
-                    f"{path}, line {number} is damaged ({error!r:.80}). It holds answers that were"
-                    " paid for: repair or delete that line, then run the same command again"
-                ) from error
-            yield row
+                    f"{path}, line {number} is damaged ({wrong}). It holds an answer that was paid"
+                    " for: repair or delete that line, then run the same command again"
+                )
+            yield json.loads(line)
 
 
-def _cut_torn_end(path: Path) -> None:
-    """Remove a last line that a killed process did not finish."""
+def _wrong(line: bytes) -> str:
+    """What is wrong with a line, or nothing."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return f"not JSON: {error!s:.80}"
+    if not isinstance(row, dict) or not isinstance(row.get("key"), str):
+        return "expected an object with a key"
+    if not isinstance(row.get("event"), str) or row["event"] not in _FIELDS:
+        return f"unknown event {row.get('event')!r:.40}"
+    for name, kind in _FIELDS[row["event"]].items():
+        value = row.get(name)
+        if name not in row or not isinstance(value, kind):
+            return f"{name} is {value!r:.40}"
+        if isinstance(value, float) and not math.isfinite(value):
+            return f"{name} is {value!r}"
+    return ""
+
+
+def _mend_end(path: Path) -> None:
+    """A last line that a killed process did not finish: cut, or where only the end of the line is
+    missing, ended."""
     if not path.exists():
         return
-    with path.open("rb+") as file:
+    with open_own(path, "r+b") as file:
         content = file.read()
         if content and not content.endswith(b"\n"):
-            file.truncate(content.rfind(b"\n") + 1)
+            end = content.rfind(b"\n") + 1
+            if _wrong(content[end:]):
+                file.truncate(end)
+            else:
+                file.write(b"\n")

@@ -7,6 +7,7 @@ steering plan does is `steering`; nothing is edited here.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 
 from qwen_scope_lens.address import FeatureRef
-from qwen_scope_lens.errors import WrongTokenizer
+from qwen_scope_lens.errors import BadPlan, WrongTokenizer
 from qwen_scope_lens.models.layers import context_length, input_device, places_of, unwrap
 from qwen_scope_lens.models.tokens import find_tokenizer
 from qwen_scope_lens.steering.hooks import steer
@@ -35,6 +36,10 @@ class Push:
 
     strength: float
     typical: Mapping[FeatureRef, float]
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.strength):
+            raise BadPlan(f"strength is {self.strength!r}: expected a finite number")
 
     def plan(self, ref: FeatureRef) -> Plan:
         return Plan([Edit(ref, "add", self.strength * self.typical.get(ref, 1.0))])

@@ -1,44 +1,37 @@
 """The pipeline: missing features in, kept examples out, with a reason for everything else.
 
-In waves: prompts are written, some rewritten, replies given, texts filtered, read again by the
-model and kept if the feature fires. Section 6 of the Qwen-Scope report and FAC Synthesis are two
-recipes (`recipe.py`) of this one way. A wave is a pure function of the answers so far, so a run
-that was killed repeats itself from the ledger at no cost and goes on. Files are `output.py`.
+In waves: prompts are written, rewritten adversarially, filtered, read again by the model, replied
+to, and kept if the feature fires in the prompt (or where the recipe says). Section 6 of the
+Qwen-Scope report and FAC Synthesis are two recipes (`recipe.py`) of this one way; who is next is
+`rounds.py`. A wave is a pure function of the answers so far, so a run that was killed repeats
+itself from the ledger at no cost and goes on. Files are `output.py`.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
 
 from qwen_scope_lens.address import FeatureRef
 from qwen_scope_lens.errors import BadPlan, TooLittleData
 from qwen_scope_lens.models.tokens import Document
-from qwen_scope_lens.synthesis.candidate import KEPT, Candidate, Stage
+from qwen_scope_lens.synthesis.candidate import KEPT, VANILLA, Candidate, Stage
 from qwen_scope_lens.synthesis.duplicates import Duplicates
 from qwen_scope_lens.synthesis.filters import check_reply, check_text, clean
 from qwen_scope_lens.synthesis.generator import Generator, Messages, Request
 from qwen_scope_lens.synthesis.ledger import Ledger
 from qwen_scope_lens.synthesis.reader import Reader
-from qwen_scope_lens.synthesis.recipe import Recipe
-from qwen_scope_lens.synthesis.targets import Target, TargetSet
-from qwen_scope_lens.synthesis.templates import Template, Templates
+from qwen_scope_lens.synthesis.recipe import Read, Recipe
+from qwen_scope_lens.synthesis.rounds import Progress, Rounds, strongest_first
+from qwen_scope_lens.synthesis.targets import TargetSet
+from qwen_scope_lens.synthesis.templates import Templates
 
-__all__ = ["Synthesis"]
+__all__ = ["Counts", "Synthesis"]
 
-VANILLA = "vanilla"
-
-
-@dataclass
-class Progress:
-    """What has been done for one feature."""
-
-    target: Target
-    place: int  # among the wanted ones
-    attempts: int = 0
-    kept: int = 0
-    pair: tuple[str, str] | None = None  # x+ and x-
+Counts = Literal["written", "kept"]
 
 
 @dataclass
@@ -61,19 +54,21 @@ class Synthesis:
     stopped: str = ""  # why it ended
 
     def __post_init__(self) -> None:
-        self._progress = {
-            target.ref: Progress(target, i) for i, target in enumerate(self.targets.wanted)
-        }
-        if not self._progress:
+        if not self.targets.wanted:
             raise TooLittleData(
                 "the seed data activates every target feature: nothing is missing. Raise"
                 " --weak-below to strengthen weakly covered ones, or widen the targets"
             )
+        for ref, most in self.caution.items():
+            if not math.isfinite(most):
+                raise BadPlan(f"{ref} asks for caution above {most!r}: expected a finite number")
         if self.recipe.check_rewrites and self.judge is None:
             raise BadPlan("check_rewrites needs a judge: give one, or turn it off")
+        self._rounds = Rounds(self.targets, self.recipe, self.templates)
+        stages: tuple[Stage, ...] = ("pair", "again") if self.recipe.pairs else ("one",)
         for kind in self.recipe.kinds:  # a template that is not there is named before any call
-            for stage in ("pair", "again") if self.recipe.pairs else ("one",):
-                self._template(kind, stage)
+            for stage in stages:
+                self._rounds.template(kind, stage)
             if self.recipe.replies:
                 self.templates[f"reply_{kind}"]
         self._seen = Duplicates(self.recipe.near_duplicates)
@@ -83,32 +78,53 @@ class Synthesis:
     @property
     def chat(self) -> bool:
         """Whether examples are prompts with replies, and not texts."""
-        return not self._template(self.recipe.kinds[0], "one").raw
+        return not self._rounds.template(self.recipe.kinds[0], "one").raw
 
     @property
     def kept(self) -> list[Candidate]:
         return [one for one in self.candidates if one.outcome == KEPT]
 
-    def run(self, budget: int, after_wave: Callable[[Synthesis], None] | None = None) -> Synthesis:
-        """Write at most `budget` candidates; `after_wave` sees each finished wave."""
+    @property
+    def _progress(self) -> Mapping[FeatureRef, Progress]:
+        return self._rounds.progress
+
+    def run(
+        self,
+        budget: int,
+        after_wave: Callable[[Synthesis], None] | None = None,
+        counts: Counts = "written",
+    ) -> Synthesis:
+        """Write at most `budget` candidates, or with `counts="kept"` until so many are kept.
+
+        `after_wave` sees each finished wave. Each rewrite is a candidate of its own.
+        """
+        if counts not in get_args(Counts):
+            raise BadPlan(f"the budget counts {counts!r}: expected {' or '.join(get_args(Counts))}")
         while not self.stopped:
-            wave = self._plan(budget - len(self.candidates))
+            used = len(self.candidates) if counts == "written" else len(self.kept)
+            left = budget - used
+            wave = self._rounds.plan(
+                len(self.candidates), min(self.wave, left), left if counts == "written" else None
+            )
             if not wave:
-                open_ones = any(self._wants(one) for one in self._progress.values())
+                what = "candidates" if counts == "written" else "kept examples"
                 self.stopped = (
-                    f"the budget of {budget} candidates is used" if open_ones
+                    f"the budget of {budget} {what} is used" if self._rounds.open
                     else "every target feature has its examples or used up its attempts"
                 )  # fmt: skip
                 break
-            self._write(wave)
-            self._rewrite([one for one in wave if one.style != VANILLA])
-            self._filter_prompts(wave)
+            self._write([one for one in wave if one.style == VANILLA])
+            self._filter_prompts([one for one in wave if one.style == VANILLA])
+            rewrites = [one for one in wave if one.style != VANILLA]
+            self._rewrite(rewrites)
+            self._filter_prompts(rewrites)
             if self.recipe.read == "prompt":
-                self._measure(wave)
+                self._verify(wave)
             self._reply(wave)
             if self.recipe.read != "prompt":
-                self._measure(wave)
-            self._decide(wave)
+                self._verify(wave)
+            self._fear(wave)
+            self._decide(wave, left if counts == "kept" else len(wave))
             asked = [one for one in wave if one.outcome != NOT_ASKED]
             if len(asked) < len(wave):  # what the ledger has is taken also above the limit
                 self.stopped = self.ledger.limit_reached
@@ -117,59 +133,18 @@ class Synthesis:
                 after_wave(self)
         return self
 
-    # Who is next.
-
-    def _wants(self, one: Progress) -> bool:
-        recipe = self.recipe
-        return one.kept < recipe.per_feature and one.attempts < recipe.attempts
-
-    def _plan(self, left: int) -> list[Candidate]:
-        """The next wave: features with the fewest attempts first, then in the order wanted."""
-        waiting = [one for one in self._progress.values() if self._wants(one)]
-        waiting.sort(key=lambda one: (one.attempts, one.place))
-        wave: list[Candidate] = []
-        size = min(self.wave, left)
-        for one in waiting:
-            if len(wave) + self.recipe.candidates > size and (
-                wave or left < self.recipe.candidates
-            ):
-                break
-            start = len(self.candidates) + len(wave)
-            wave += [self._candidate(one, start + i, i) for i in range(self.recipe.candidates)]
-            one.attempts += 1
-        return wave
-
-    def _candidate(self, one: Progress, number: int, sample: int) -> Candidate:
-        turn = one.place + one.attempts
-        kind, rewritten = self.recipe.types[turn % len(self.recipe.types)]
-        styles = list(self.templates.styles)
-        style = styles[turn // len(self.recipe.types) % len(styles)] if rewritten else VANILLA
-        stage: Stage = "one" if not self.recipe.pairs else "again" if one.pair else "pair"
-        seed = _seed(self.recipe.seed, one.target.ref, one.attempts, sample)
-        template = self._template(kind, stage).name
-        return Candidate(
-            number, one.target.ref, kind, style, stage, one.attempts, sample, seed, template
-        )
-
-    def _template(self, kind: str, stage: Stage) -> Template:
-        base = self.recipe.template
-        if stage == "again":
-            return self.templates[f"{base}_pair"]
-        special = f"{base}_{kind}"
-        return self.templates[special if special in self.templates else base]
-
     # Writing.
 
     def _write(self, wave: list[Candidate]) -> None:
         requests = []
         for one in wave:
             template = self.templates[one.template]
-            messages = template.fill(**self._values(one))
+            messages = template.fill(**self._words(one))
             requests.append(self._request(messages, "prompt", one, raw=template.raw, steered=True))
         for one, text in zip(wave, self._ask(self.writer, requests, wave), strict=True):
             one.prompt = text
 
-    def _values(self, one: Candidate) -> dict[str, str]:
+    def _words(self, one: Candidate) -> dict[str, str]:
         progress = self._progress[one.ref]
         target, openings = progress.target, self.targets.openings
         shown = target.examples[: self.recipe.examples_shown]
@@ -187,28 +162,36 @@ class Synthesis:
         }  # fmt: skip
 
     def _rewrite(self, wave: list[Candidate]) -> None:
-        wave = [one for one in wave if one.open]
-        before = [one.prompt for one in wave]
+        """Each from its vanilla prompt, whether or not that one fires: both are verified alone."""
+        bases = [one.base for one in wave if one.base is not None]
+        for one, base in zip(wave, bases, strict=True):
+            if base.unusable:
+                unanswered = base.outcome.startswith(("not asked", "no answer"))
+                one.outcome = base.outcome if unanswered else "its vanilla prompt is not usable"
+        some = [(one, base) for one, base in zip(wave, bases, strict=True) if one.open]
         requests = [
             self._request(
                 self.templates["adversarial"].fill(
-                    prompt=one.prompt, style=self.templates.styles[one.style]
+                    prompt=base.prompt, style=self.templates.styles[one.style]
                 ),
                 "rewrite",
                 one,
             )
-            for one in wave
+            for one, base in some
         ]
-        for one, text in zip(wave, self._ask(self.writer, requests, wave), strict=True):
+        open_ones = [one for one, _ in some]
+        for one, text in zip(open_ones, self._ask(self.writer, requests, open_ones), strict=True):
             one.prompt = text
         if not self.recipe.check_rewrites or self.judge is None:
             return
-        still = [(one, old) for one, old in zip(wave, before, strict=True) if one.open]
+        still = [(one, base) for one, base in some if one.open]
         requests = [
             self._request(
-                self.templates["judge_rewrite"].fill(prompt=old, rewrite=one.prompt), "judge", one
+                self.templates["judge_rewrite"].fill(prompt=base.prompt, rewrite=one.prompt),
+                "judge",
+                one,
             )
-            for one, old in still
+            for one, base in still
         ]
         judged = [one for one, _ in still]
         for one, text in zip(judged, self._ask(self.judge, requests, judged), strict=True):
@@ -220,6 +203,9 @@ class Synthesis:
             if one.open:
                 caution = one.kind != "harmful"
                 one.outcome = check_text(one.prompt, self.recipe, caution)
+                one.unusable = bool(one.outcome)
+            else:
+                one.unusable = True
 
     def _reply(self, wave: list[Candidate]) -> None:
         """Replies, where the recipe wants them; demonstrations go without if prompts are read."""
@@ -272,64 +258,78 @@ class Synthesis:
 
     # Reading and deciding.
 
-    def _text(self, one: Candidate) -> str:
-        """The words that have to activate the feature."""
-        parts = {"prompt": [one.prompt], "reply": [one.reply], "example": [one.prompt, one.reply]}
-        return "\n\n".join(part for part in parts[self.recipe.read] if part)
+    def _text(self, one: Candidate, read: Read | None = None) -> str:
+        """The words in which the feature has to fire."""
+        parts = {"prompt": [one.prompt], "reply": [one.reply], "either": [one.prompt, one.reply]}
+        return "\n\n".join(part for part in parts[read or self.recipe.read] if part)
 
-    def _document(self, one: Candidate) -> Document:
+    def _document(self, one: Candidate, read: Read) -> Document:
         """What the reader gets: the words, or the chat that they stand in."""
         if not self.recipe.as_chat or not self.chat:
-            return self._text(one)
+            return self._text(one, read)
         messages = one.messages(chat=True)
-        return messages[:1] if self.recipe.read == "prompt" else messages
+        return messages[:1] if read == "prompt" else messages
 
-    def _measure(self, wave: list[Candidate]) -> None:
-        wave = [one for one in wave if one.open]
+    def _values(self, wave: list[Candidate], read: Read) -> list[dict[FeatureRef, float]]:
+        """The activations of the target features and of the feared ones, one mapping each."""
         salt = f"{self.reader.identity} {self.targets.digest} {sorted(map(str, self.caution))}"
-        keys = {}
-        for one in wave:
-            text = f"{salt} {self.recipe.as_chat} {self._text(one)}"
-            keys[one.number] = hashlib.sha256(text.encode()).hexdigest()[:32]
-        new = {keys[one.number]: one for one in wave}
+        keys = [
+            hashlib.sha256(
+                f"{salt} {self.recipe.as_chat} {self._text(one, read)}".encode()
+            ).hexdigest()[:32]
+            for one in wave
+        ]
+        new = dict(zip(keys, wave, strict=True))
         new = {key: one for key, one in new.items() if self.ledger.measured(key) is None}
         refs = sorted({*self.targets.refs, *self.caution})
-        found = self.reader.read_features([self._document(one) for one in new.values()], refs)
+        found = self.reader.read_features([self._document(one, read) for one in new.values()], refs)
         self.ledger.measure(
             {
                 key: {str(ref): value for ref, value in fires.items()}
                 for key, fires in zip(new, found, strict=True)
             }
         )
-        known = set(self.targets.refs)
-        for one in wave:
-            measured = self.ledger.measured(keys[one.number]) or {}
-            values = {FeatureRef.parse(ref): value for ref, value in sorted(measured.items())}
+        measured: list[dict[str, Any]] = [self.ledger.measured(key) or {} for key in keys]
+        return [{FeatureRef.parse(ref): v for ref, v in sorted(row.items())} for row in measured]
+
+    def _verify(self, wave: list[Candidate]) -> None:
+        wave = [one for one in wave if one.open]
+        known, threshold = set(self.targets.refs), self.recipe.threshold
+        for one, values in zip(wave, self._values(wave, self.recipe.read), strict=True):
             one.activation = values.get(one.ref, 0.0)
-            threshold = self.recipe.threshold
             one.fires = {ref: v for ref, v in values.items() if v > threshold and ref in known}
             if one.ref not in one.fires:
                 one.outcome = "the feature does not fire"
-            elif one.kind != "harmful":
-                feared = [ref for ref, most in self.caution.items() if values.get(ref, 0.0) > most]
-                one.outcome = f"caution: {feared[0]} fires" if feared else ""
 
-    def _decide(self, wave: list[Candidate]) -> None:
-        """Strongest first within a feature: pairs become demonstrations, the rest is kept."""
+    def _fear(self, wave: list[Candidate]) -> None:
+        """Harmless examples that activate a feared feature, in the prompt or in the reply."""
+        if not self.caution:
+            return
+        wave = [one for one in wave if one.open and one.kind != "harmful"]
+        for one, values in zip(wave, self._values(wave, "either"), strict=True):
+            feared = [ref for ref, most in self.caution.items() if values.get(ref, 0.0) > most]
+            one.outcome = f"caution: {feared[0]} fires" if feared else ""
+
+    def _decide(self, wave: list[Candidate], most: int) -> None:
+        """Strongest first within a feature: pairs become demonstrations, of the rest at most `most`
+        are kept."""
         self._find_pairs([one for one in wave if one.stage == "pair"])
-        order = sorted((one for one in wave if one.open), key=lambda one: -(one.activation or 0))
-        for one in sorted(order, key=lambda one: self._progress[one.ref].place):
-            progress = self._progress[one.ref]
+        for one in strongest_first([one for one in wave if one.open], self._rounds):
+            progress, rewrite = self._progress[one.ref], one.style != VANILLA
             text = "\n\n".join(filter(None, (one.prompt, one.reply)))
             if twin := self._seen.find(text):
                 one.outcome = f"repeats {twin[0]} (similarity {twin[1]:.2f})"
-            elif progress.kept >= self.recipe.per_feature:
+            elif not self._rounds.wanted(progress, rewrite):
                 one.outcome = "more than needed for its feature"
+            elif most < 1:
+                one.outcome = "more than the budget"
             else:
-                one.outcome = KEPT
+                one.outcome, most = KEPT, most - 1
                 for ref in one.fires if self.recipe.count_others else (one.ref,):
                     if ref in self._progress:
-                        self._progress[ref].kept += 1
+                        self._progress[ref].kept[rewrite] += 1
+                if not rewrite and progress.base is None:
+                    progress.base = one
                 self._seen.add(f"candidate {one.number}", text)
 
     def _find_pairs(self, wave: list[Candidate]) -> None:
@@ -353,8 +353,3 @@ NOT_ASKED = "not asked: the spending limit is reached"
 
 def unmarked(passage: str) -> str:
     return passage.replace("<<", "").replace(">>", "")
-
-
-def _seed(seed: int, ref: FeatureRef, attempt: int, sample: int) -> int:
-    digest = hashlib.sha256(f"{seed} {ref} {attempt} {sample}".encode()).digest()
-    return int.from_bytes(digest[:4]) >> 1

@@ -1,7 +1,8 @@
 """Recipe: every choice of a synthesis run, and the two that papers describe.
 
-`SCOPE` is section 6 of the Qwen-Scope report (vanilla and adversarial prompts, labelled replies, a
-feature counts from above zero), `FAC` is FAC Synthesis (a stronger and a weaker example of each
+`SCOPE` is section 6 of the Qwen-Scope report (a vanilla prompt and its adversarial rewrites for
+each feature, replies by the feature's risk category, verified in the prompt, a feature counts from
+above zero), `FAC` is FAC Synthesis (a stronger and a weaker example of each
 feature as demonstrations, a threshold delta), `TEXT` is the first of them for a base model that
 continues texts. What the papers leave open has a default here and a line in the file that
 `qsl synth templates` writes. What is done with a recipe is `pipeline.py`.
@@ -9,6 +10,7 @@ continues texts. What the papers leave open has a default here and a line in the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -19,9 +21,11 @@ from qwen_scope_lens.files import read_text, whole_file
 from qwen_scope_lens.synthesis.generator import Sampling
 from qwen_scope_lens.synthesis.language import check_language
 
-__all__ = ["FAC", "RECIPES", "SCOPE", "TEXT", "Recipe", "read_recipe", "read_words", "write_recipe"]
+__all__ = ["FAC", "RECIPES", "SCOPE", "TEXT", "KindFrom", "Read", "Recipe", "read_recipe",
+           "read_words", "write_recipe"]  # fmt: skip
 
-Read = Literal["example", "prompt", "reply"]
+Read = Literal["prompt", "reply", "either"]
+KindFrom = Literal["feature", "turns"]
 
 
 @dataclass(frozen=True)
@@ -30,17 +34,18 @@ class Recipe:
 
     name: str
     template: str = "prompt"  # `{template}_{kind}.txt`, or `{template}.txt` for every kind
-    kinds: tuple[str, ...] = ("harmful", "benign")  # each in turn; `reply_{kind}.txt` answers it
-    adversarial: bool = True  # every other prompt is rewritten in one of the styles
+    kinds: tuple[str, ...] = ("harmful", "benign")  # z; `reply_{kind}.txt` answers it
+    kind_from: KindFrom = "feature"  # z is what the feature expresses, or each kind in turn
+    variants: int = 1  # adversarial rewrites of a vanilla prompt, in styles that take turns
     check_rewrites: bool = False  # ask the judge whether a rewrite still means the same
     replies: bool = True
     pairs: bool = False  # first find x+ and x-, then write with both as demonstrations
     candidates: int = 1  # at a time for one feature
     attempts: int = 4  # rounds for one feature before it is given up
-    per_feature: int = 1  # examples to keep for one feature
+    per_feature: int = 1  # vanilla examples to keep for one feature, and as many of each rewrite
     count_others: bool = False  # an example also counts for other features that it activates
     threshold: float = 0.0  # a feature counts from above this; delta in FAC
-    read: Read = "example"  # which words are re-encoded: prompt and reply, or one of them
+    read: Read = "prompt"  # where the feature has to fire: in the prompt, as the report says
     as_chat: bool = False  # re-encode through the chat template, whose tokens then count too
     examples_shown: int = 5  # passages of a feature in a prompt
     language: str = ""  # a code such as en or zh; empty: any
@@ -64,25 +69,29 @@ class Recipe:
         for name in counts:
             if type(getattr(self, name)) is not int or getattr(self, name) < 1:
                 raise BadPlan(f"{name} is {getattr(self, name)!r}: expected a whole number from 1")
-        if self.read not in get_args(Read):
-            raise BadPlan(f"read is {self.read!r}: expected one of {', '.join(get_args(Read))}")
+        for name in ("variants", "examples_shown", "least_characters", "most_characters", "seed"):
+            if type(getattr(self, name)) is not int or getattr(self, name) < 0:
+                raise BadPlan(f"{name} is {getattr(self, name)!r}: expected a whole number from 0")
+        for name, choices in (("read", get_args(Read)), ("kind_from", get_args(KindFrom))):
+            if getattr(self, name) not in choices:
+                raise BadPlan(
+                    f"{name} is {getattr(self, name)!r}: expected one of {', '.join(choices)}"
+                )
         if self.read == "reply" and (self.as_chat or not self.replies):
             raise BadPlan("read is 'reply': that needs replies, and not as_chat")
         if self.pairs and self.candidates < 2:
             raise BadPlan("pairs needs candidates of 2 or more: a stronger and a weaker one")
         if not self.kinds:
             raise BadPlan("kinds is empty: expected at least one")
-        if not self.threshold >= 0:
-            raise BadPlan(f"threshold is {self.threshold!r}: expected zero or more")
+        for name in ("threshold", "temperature"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise BadPlan(f"{name} is {value!r}: expected a finite number, zero or more")
+        if not 0 < self.top_p <= 1:
+            raise BadPlan(f"top_p is {self.top_p!r}: expected above 0, at most 1")
         if not 0 < self.near_duplicates <= 1:
             raise BadPlan(f"near_duplicates is {self.near_duplicates!r}: expected 0 to 1")
         check_language(self.language)
-
-    @property
-    def types(self) -> tuple[tuple[str, bool], ...]:
-        """(kind, rewritten adversarially), in the order in which they take turns."""
-        ways = (False, True) if self.adversarial else (False,)
-        return tuple((kind, way) for way in ways for kind in self.kinds)
 
     def sampling(self, reply: bool = False) -> Sampling:
         tokens = self.reply_tokens if reply else self.prompt_tokens
@@ -110,15 +119,13 @@ FAC = Recipe(
     "fac",
     template="fac",
     kinds=("task",),
-    adversarial=False,
+    variants=0,
     pairs=True,
     candidates=2,
     threshold=1.0,
     read="prompt",
 )
-TEXT = Recipe(
-    "text", template="text", kinds=("text",), adversarial=False, replies=False, read="prompt"
-)
+TEXT = Recipe("text", template="text", kinds=("text",), variants=0, replies=False, read="prompt")
 RECIPES: Mapping[str, Recipe] = {recipe.name: recipe for recipe in (SCOPE, FAC, TEXT)}
 
 
@@ -133,7 +140,7 @@ def read_recipe(name: str) -> Recipe:
 
     try:
         content = yaml.safe_load(read_text(path))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())[:120]
         raise BadFile(f"{path} cannot be read as YAML ({reason})") from error
     known = {field.name: field.type for field in fields(Recipe)}
@@ -144,7 +151,7 @@ def read_recipe(name: str) -> Recipe:
     base = RECIPES.get(str(content.get("name")), SCOPE)
     try:
         return replace(base, **content)
-    except (BadPlan, UnknownName, TypeError) as error:
+    except (BadPlan, UnknownName, TypeError, OverflowError) as error:
         raise BadFile(f"{path}: {error}") from error
 
 

@@ -17,10 +17,16 @@ from qwen_scope_lens.address import FeatureRef
 from qwen_scope_lens.errors import StoreMismatch, TooLittleData
 from qwen_scope_lens.pages import Page, chart
 from qwen_scope_lens.synthesis.coverage import curve
-from qwen_scope_lens.synthesis.output import read_rows, run_folder
+from qwen_scope_lens.synthesis.output import read_rows, read_settings, run_folder
 from qwen_scope_lens.synthesis.targets import TargetSet
 
 __all__ = ["Report", "make_report"]
+
+VERIFIED = {
+    "prompt": "the feature has to fire in the prompt",
+    "reply": "the feature has to fire in the reply",
+    "either": "the feature has to fire in the prompt or in the reply",
+}
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,8 @@ class Report:
     curve: np.ndarray[Any, Any]  # seed data and kept examples together
     synthetic_only: float  # what the kept examples cover by themselves
     uncovered: tuple[FeatureRef, ...]
+    verified: str  # which words had to activate the feature: prompt, reply, either
+    budget: str  # of the last run, and what it counts; empty: not known
 
     def __str__(self) -> str:
         seed, end = self.targets.seed_coverage, float(self.curve[-1])
@@ -45,6 +53,8 @@ class Report:
             f" {int((self.per_feature > 0).sum())} of {len(self.per_feature)} wanted features",
             f"coverage of {len(self.targets)} target features: {seed:.2%} by the seed data,"
             f" {end:.2%} with the kept examples ({self.synthetic_only:.2%} by those alone)",
+            f"verified: {VERIFIED.get(self.verified, self.verified)}"
+            + (f"; budget: {self.budget}" if self.budget else ""),
             "",
             *_table(("outcome", "candidates"), self.outcomes.most_common()),
         ]
@@ -74,7 +84,7 @@ class Report:
             "Feature-driven synthesis" + (f": {self.targets.task}" * bool(self.targets.task))
         )
         page.text(str(self.targets).replace("\n", ". ") + ".")
-        page.text("\n".join(str(self).split("\n")[:2]))
+        page.text("\n".join(str(self).split("\n")[:3]))
 
         def draw(axes: Any) -> None:
             axes.plot(np.arange(len(self.curve)), 100 * self.curve)
@@ -122,7 +132,17 @@ def make_report(data: Path, targets: TargetSet) -> Report:
         curve=whole,
         synthetic_only=float(curve(targets.refs, fired)[-1]),
         uncovered=tuple(ref for ref in targets.refs if ref not in covered),
+        verified=", ".join(sorted({str(row["verified"]) for row in rows})),
+        budget=_budget(data),
     )
+
+
+def _budget(data: Path) -> str:
+    amount = (read_settings(data) or {}).get("amount")
+    if not isinstance(amount, dict):
+        return ""
+    what = {"written": "candidates written", "kept": "examples kept"}
+    return f"{amount.get('budget')} {what.get(str(amount.get('budget_counts')), '')}"
 
 
 def _fires(row: dict[str, Any]) -> set[FeatureRef]:

@@ -14,8 +14,14 @@ from qwen_scope_lens.address import FeatureRef, LayerRef
 from qwen_scope_lens.saes.sae import ScopeSAE
 from qwen_scope_lens.synthesis.generator import Generator
 from qwen_scope_lens.synthesis.ledger import Ledger, Prices
-from qwen_scope_lens.synthesis.output import check_settings, run_folder, save, settings_of
-from qwen_scope_lens.synthesis.pipeline import Synthesis
+from qwen_scope_lens.synthesis.output import (
+    amount_of,
+    check_settings,
+    run_folder,
+    save,
+    settings_of,
+)
+from qwen_scope_lens.synthesis.pipeline import Counts, Synthesis
 from qwen_scope_lens.synthesis.reader import Reader
 from qwen_scope_lens.synthesis.recipe import SCOPE, Recipe
 from qwen_scope_lens.synthesis.targets import TargetSet
@@ -31,6 +37,7 @@ def synthesise(
     writer: Generator,
     reader: Reader,
     budget: int,
+    counts: Counts = "written",
     recipe: Recipe = SCOPE,
     replier: Generator | None = None,
     judge: Generator | None = None,
@@ -45,8 +52,9 @@ def synthesise(
     """Write examples for the features that `targets` wants, into `out` and the folder beside it.
 
     Called again after a stop, a crash or `kill -9` it continues: what was answered and measured
-    before costs nothing. `budget` is the number of candidates, kept or not; `model` only names the
-    reader's model in the settings.
+    before costs nothing. `budget` is the number of candidates, kept or not, or with
+    `counts="kept"` that of kept examples; both can be raised, and one exchanged for the other, when
+    a run is continued. `model` only names the reader's model in the settings.
     """
     from tqdm import tqdm
 
@@ -65,7 +73,7 @@ def synthesise(
             known,
             wave,
         )
-        check_settings(folder, settings_of(run, model))
+        check_settings(folder, settings_of(run, model), amount_of(recipe, budget, counts))
         before = ledger.spent.calls
 
         def is_new(done: Synthesis) -> bool:
@@ -73,16 +81,17 @@ def synthesise(
             that one is only repeated from the ledger, its longer files stay."""
             return bool(done.stopped) or ledger.spent.calls > before
 
-        with tqdm(total=budget, unit="candidate", desc="synthesis", disable=not progress) as bar:
+        unit = "candidate" if counts == "written" else "kept example"
+        with tqdm(total=budget, unit=unit, desc="synthesis", disable=not progress) as bar:
 
             def after_wave(done: Synthesis) -> None:
-                bar.update(len(done.candidates) - bar.n)
+                bar.update(len(done.candidates if counts == "written" else done.kept) - bar.n)
                 bar.set_postfix_str(f"{len(done.kept)} kept, cost {ledger.spent.cost:.4f}")
                 if is_new(done):
                     save(done, out)
 
             try:
-                run.run(budget, after_wave)
+                run.run(budget, after_wave, counts)
             finally:
                 if is_new(run):
                     save(run, out)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -33,6 +34,7 @@ class Target:
     reference_documents: int | None = None  # of the anchor data; None: there is none
     typical: float = 0.0  # mean activation where it fires in the anchor data; 0: unknown
     description: str = ""
+    kind: str = ""  # z, the risk category that it expresses: harmful, benign; empty: unknown
     examples: tuple[str, ...] = ()  # passages of the anchor data, the feature's tokens in << >>
 
 
@@ -141,7 +143,11 @@ class TargetSet:
         ]
         described = sum(bool(target.description) for target in self.targets)
         shown = sum(bool(target.examples) for target in self.targets)
-        return "\n".join([*lines, f"with a description: {described}, with passages: {shown}"])
+        lines.append(f"with a description: {described}, with passages: {shown}")
+        kinds = Counter(target.kind or "of no known kind" for target in self.wanted)
+        if set(kinds) - {"of no known kind"}:
+            lines.append("wanted: " + ", ".join(f"{n} {kind}" for kind, n in kinds.most_common()))
+        return "\n".join(lines)
 
 
 def by_ref(targets: Iterable[Target]) -> dict[FeatureRef, Target]:

@@ -38,6 +38,7 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "reply_benign": ("prompt", "task"),
     "reply_task": ("prompt", "task"),
     "judge_relevance": ("description", "examples", "task"),
+    "judge_kind": ("description", "examples", "task"),
     "judge_rewrite": ("prompt", "rewrite"),
     "describe": ("examples",),
     "detect": ("description", "examples"),

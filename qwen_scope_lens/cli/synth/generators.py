@@ -78,7 +78,7 @@ def roles(
 def _mapping(text: str) -> dict[str, Any]:
     try:
         content = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise argparse.ArgumentTypeError(f"{text!r} is no JSON: {error}") from error
     if not isinstance(content, dict):
         raise argparse.ArgumentTypeError(f"{text!r}: expected an object, such as {{'top_k': 20}}")

@@ -11,6 +11,9 @@ What matters is said by a judge model (asked about each feature with a label or 
 anchor data), by the labels alone, by a contrast of labelled anchor documents, or by nothing: then
 every feature of the anchor data is a target (FAC synthesis). A target that fires on no document of
 the seed data is missing.
+
+Where harmful and benign examples are to be written, each feature needs the kind that it expresses:
+the judge says it, or --harmful REGEX of the labels, or --kind for all.
 """
 
 from __future__ import annotations
@@ -32,6 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--match", metavar="REGEX", help="labels that match are relevant")
     how.add_argument("--judge", metavar="GENERATOR", help="openai:URL#MODEL or hf:MODEL")
     how.add_argument("--contrast", metavar="LABEL=VALUE", help="of the anchor documents")
+    parser.add_argument(
+        "--harmful", metavar="REGEX",
+        help="labels that match express harm, other labels do not; else the judge says which",
+    )  # fmt: skip
+    parser.add_argument("--kind", default="", help="of features of which nothing says it: harmful")
     parser.add_argument("--least-score", type=float, help="of labels: their detection test")
     parser.add_argument("--least-relevance", type=float, default=0.5, help="tau (%(default)s)")
     parser.add_argument(
@@ -52,12 +60,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from qwen_scope_lens.errors import BadPlan
     from qwen_scope_lens.features.labels import LabelPack
     from qwen_scope_lens.features.store import FeatureStore
     from qwen_scope_lens.models.load import load_model
     from qwen_scope_lens.synthesis.find import find_targets
+    from qwen_scope_lens.synthesis.kinds import kinds_by_judge, kinds_by_labels, with_kinds
+    from qwen_scope_lens.synthesis.ledger import Ledger
     from qwen_scope_lens.synthesis.relevance import choose_relevance
+    from qwen_scope_lens.synthesis.templates import Templates
 
+    ledger = arguments.out.with_name(f"{arguments.out.stem}.run")
     seed = FeatureStore.open(arguments.seed)
     reference = FeatureStore.open(arguments.reference) if arguments.reference else None
     labels = LabelPack.read(arguments.labels) if arguments.labels else None
@@ -71,7 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
         task=arguments.task,
         least_score=arguments.least_score,
         templates=arguments.templates,
-        ledger=arguments.out.with_name(f"{arguments.out.stem}.run"),
+        ledger=ledger,
         prices=prices(arguments),
         layers=arguments.layers or seed.layers,
         passages=arguments.passages,
@@ -89,6 +102,17 @@ def run(arguments: argparse.Namespace) -> int:
         task=arguments.task,
         passages=arguments.passages,
     )
+    kinds = {}
+    if arguments.harmful is not None:
+        if labels is None:
+            raise BadPlan("--harmful looks into labels: give --labels")
+        kinds = kinds_by_labels(labels, arguments.harmful)
+    targets = with_kinds(targets, kinds)
+    if judge is not None:
+        with Ledger.open(ledger, prices(arguments)) as book:
+            templates = Templates(arguments.templates)
+            targets = with_kinds(targets, kinds_by_judge(targets, judge, book, templates))
+    targets = with_kinds(targets, rest=arguments.kind)
     targets.save(arguments.out)
     print(targets)
     return 0

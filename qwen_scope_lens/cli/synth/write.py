@@ -29,7 +29,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--replier", help="who writes the replies; else the generator")
     parser.add_argument("--judge", help="who checks rewrites, where the recipe wants it")
     parser.add_argument("--out", type=output, required=True, help="data.jsonl")
-    parser.add_argument("--budget", type=count, default=1000, help="candidates (%(default)s)")
+    parser.add_argument("--budget", type=count, default=1000, help="texts (%(default)s)")
+    parser.add_argument(
+        "--budget-counts", choices=("written", "kept"), default="written",
+        help="which texts the budget counts: all candidates, or kept examples (%(default)s)",
+    )  # fmt: skip
     parser.add_argument("--recipe", default="scope", help="scope, fac, text, or a .yaml file")
     parser.add_argument("--templates", type=Path, help="folder of `qsl synth templates`")
     parser.add_argument("--model", help="who reads; else the model of the targets' stores")
@@ -45,7 +49,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     recipe.add_argument(
         "--threshold", type=float, help="else that of the recipe or the targets, the higher one"
     )
-    recipe.add_argument("--per-feature", type=count, help="examples to keep for a feature")
+    recipe.add_argument(
+        "--verify", choices=("prompt", "reply", "either"),
+        help="where the feature has to fire: the report verifies the prompt",
+    )  # fmt: skip
+    recipe.add_argument(
+        "--kind-from", choices=("feature", "turns"),
+        help="harmful or benign: what the feature expresses, or each in turn",
+    )  # fmt: skip
+    recipe.add_argument("--variants", type=from_zero, help="rewrites of each vanilla prompt")
+    recipe.add_argument("--per-feature", type=count, help="vanilla examples to keep for a feature")
     recipe.add_argument("--attempts", type=count, help="rounds for a feature")
     recipe.add_argument("--language", help="such as en; other languages are rejected")
     recipe.add_argument("--seed", type=from_zero)
@@ -71,13 +84,13 @@ def run(arguments: argparse.Namespace) -> int:
 
     targets = TargetSet.load(arguments.targets)
     words = read_words(arguments.caution_words) if arguments.caution_words else None
-    changes = ("template", "threshold", "per_feature", "attempts", "language", "seed",
-               "temperature")  # fmt: skip
+    changes = ("template", "threshold", "kind_from", "variants", "per_feature", "attempts",
+               "language", "seed", "temperature")  # fmt: skip
     recipe = read_recipe(arguments.recipe)
     if arguments.generator.startswith("steer:"):
         recipe = recipe.for_steering()
     recipe = recipe.at_least(targets.threshold).change(
-        caution=words, **{name: getattr(arguments, name) for name in changes}
+        caution=words, read=arguments.verify, **{name: getattr(arguments, name) for name in changes}
     )
     templates = Templates(arguments.templates)
     load = lru_cache(lambda name: load_model(name, device=arguments.device))
@@ -93,6 +106,7 @@ def run(arguments: argparse.Namespace) -> int:
         writer=who.open(arguments.generator),
         reader=reader,
         budget=arguments.budget,
+        counts=arguments.budget_counts,
         recipe=recipe,
         replier=who.open(arguments.replier) if arguments.replier else None,
         judge=who.open(arguments.judge) if arguments.judge else None,

@@ -1,0 +1,106 @@
+"""Mask: text that came from a server, without the key, however the server wrote it.
+
+A server that repeats a request repeats its key: as it is, in upper or lower case (as headers are
+normalised), with the escapes of JSON, of addresses or of HTML, in base64 or in hexadecimal digits.
+Nothing that a server said is written, printed or logged before it went through a `Mask`.
+"""
+
+from __future__ import annotations
+
+import base64
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+__all__ = ["MASKED", "Mask", "bare", "whole_characters"]
+
+MASKED = "[key]"
+
+SHORT = 8
+"""A shorter key is a placeholder such as EMPTY or none, and a word of its own: only that very word
+is masked, since other writings of it would be found in ordinary texts."""
+
+EXCERPT = 200
+"""How many characters of what a server said are repeated in a message."""
+
+LOGGERS = ("httpx", "httpcore.connection", "httpcore.http11", "httpcore.http2", "httpcore.proxy",
+           "httpcore.socks")  # fmt: skip
+
+
+class Mask:
+    """`mask(text)` is the text without the key, and without halves of characters."""
+
+    def __init__(self, key: str) -> None:
+        self._pattern = re.compile(_writings(key)) if key else None
+
+    def __call__(self, text: str) -> str:
+        text = whole_characters(text)
+        return self._pattern.sub(MASKED, text) if self._pattern else text
+
+    def excerpt(self, said: object) -> str:
+        """What a server said, for one line of a message: masked first and cut then, so that no
+        part of a key is left at the cut."""
+        text = said.decode("utf-8", "replace") if isinstance(said, bytes) else str(said)
+        printable = "".join(c if c.isprintable() else " " for c in self(text))
+        return printable[:EXCERPT]
+
+    @contextmanager
+    def logs(self) -> Iterator[None]:
+        """Mask what the HTTP library logs, which repeats reasons and headers of servers."""
+
+        def masked(record: logging.LogRecord) -> bool:
+            record.msg, record.args = self(record.getMessage()), None
+            return True
+
+        loggers = [logging.getLogger(name) for name in LOGGERS]
+        for logger in loggers:
+            logger.addFilter(masked)
+        try:
+            yield
+        finally:
+            for logger in loggers:
+                logger.removeFilter(masked)
+
+
+def whole_characters(text: str) -> str:
+    """Without halves of characters (lone surrogates), which no file can hold."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def bare(url: str) -> str:
+    """An address without the places where a password may stand."""
+    return url.rpartition("@")[2].partition("?")[0].partition("#")[0]
+
+
+def _writings(key: str) -> str:
+    """A regular expression for every writing of a key. Repetitions in it are bounded, so that no
+    text makes the search slow."""
+    if len(key) < SHORT:
+        return re.escape(key)
+    plain = "".join(_character(c, {c.lower(), c.upper()}) for c in key)
+    encoded = [plain, f"(?i:{key.encode().hex()})"]
+    for before in range(3):  # base64 has three writings, by where in its text the key begins
+        code = base64.b64encode(b"\0" * before + key.encode()).decode()
+        first = -(-before * 8 // 6)  # characters that also depend on what stands before or behind
+        last = (before + len(key)) * 8 // 6
+        same = "".join(_character(c, {c, *_URL_SAFE.get(c, "")}) for c in code[first:last])
+        encoded.append(f"[A-Za-z0-9+/_-]{{0,2}}{same}[A-Za-z0-9+/_=-]{{0,3}}")
+    return "|".join(encoded)
+
+
+_URL_SAFE = {"+": "-", "/": "_"}
+
+
+def _character(character: str, same: set[str]) -> str:
+    """One character of a key, as it is or escaped. `same`: the characters that stand for it."""
+    ways = []
+    for one in sorted(same):
+        code = f"(?i:{ord(one):02x})"
+        ways += [
+            re.escape(one) if one.isalnum() else rf"\\{{0,8}}{re.escape(one)}",
+            rf"\\{{1,8}}(?:u00|x|U000000){code}",
+            rf"%(?:25){{0,4}}{code}",
+            rf"&(?:amp;){{0,4}}#(?:0{{0,6}}{ord(one)}|[xX]0{{0,6}}{code});",
+        ]
+    return f"(?:{'|'.join(ways)})"

@@ -1,0 +1,134 @@
+"""Transport: one HTTP request and its whole answer, within one deadline and one size.
+
+The deadline covers the name lookup, the connection, the headers and the body, however slowly they
+drip in; the size is that of the unpacked answer, which is unpacked piece by piece. A redirect is an
+answer like others: it is never followed, so the key goes to no other address. What an answer means
+is decided by `answers.py`, whether to try again by `endpoint.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+__all__ = ["MOST_BYTES", "Answer", "Transport", "Trouble"]
+
+MOST_BYTES = 16 * 2**20
+"""The largest answer that is read, in bytes after unpacking."""
+
+CONNECTING = 10.0
+"""Seconds in which a connection has to stand, where the deadline is longer."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came back, unpacked."""
+
+    status: int
+    headers: Mapping[str, str]  # names in lower case
+    content: bytes
+
+
+class Trouble(Exception):
+    """A try that gave no usable answer. `what` may quote the server, masked already."""
+
+    def __init__(
+        self,
+        what: str,
+        maybe_charged: bool,
+        *,
+        wait: float | None = None,  # seconds that the server asks to wait
+        final: bool = False,  # this request will not succeed
+        fatal: bool = False,  # no request will
+        unreachable: bool = False,
+        advice: str = "",
+    ) -> None:
+        super().__init__(what)
+        self.what, self.maybe_charged, self.wait = what, maybe_charged, wait
+        self.final, self.fatal, self.unreachable, self.advice = final, fatal, unreachable, advice
+
+
+class Transport:
+    """Connections of one run. An event loop in a thread of its own does the waiting, since only
+    what waits there can be stopped at any point; `post` may be called from any thread."""
+
+    def __init__(self, connections: int, timeout: float) -> None:
+        self._timeout = timeout
+        self._limits = httpx.Limits(max_connections=connections)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+
+    def __enter__(self) -> Transport:
+        # The deadline ends everything else; this one tells a server that is not there.
+        timeout = httpx.Timeout(None, connect=min(CONNECTING, 0.9 * self._timeout))
+        self._client = httpx.AsyncClient(
+            limits=self._limits, timeout=timeout, follow_redirects=False
+        )
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        asyncio.run_coroutine_threadsafe(self._client.aclose(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def post(self, url: str, content: bytes, headers: Mapping[str, str]) -> Answer:
+        """Raises `Trouble`."""
+        sending = self._post(url, content, {**headers, "Accept-Encoding": "gzip"})
+        return asyncio.run_coroutine_threadsafe(sending, self._loop).result()
+
+    async def _post(self, url: str, content: bytes, headers: dict[str, str]) -> Answer:
+        try:
+            async with (
+                asyncio.timeout(self._timeout),
+                self._client.stream("POST", url, content=content, headers=headers) as response,
+            ):
+                found = await _read(response)
+        except TimeoutError:
+            raise Trouble("no answer in time", True) from None
+        except httpx.TimeoutException as error:
+            unreachable = isinstance(error, (httpx.ConnectTimeout, httpx.PoolTimeout))
+            raise Trouble("no answer in time", not unreachable, unreachable=unreachable) from None
+        except httpx.ConnectError:
+            raise Trouble("no connection", False, unreachable=True) from None
+        except httpx.HTTPError as error:
+            raise Trouble(f"connection cut ({type(error).__name__})", True) from None
+        named = {name.lower(): value for name, value in response.headers.items()}
+        return Answer(response.status_code, named, found)
+
+
+async def _read(response: httpx.Response) -> bytes:
+    """The content, unpacked here and not by the library, which unpacks a piece whole, however
+    large it becomes."""
+    coding = response.headers.get("content-encoding", "").strip().lower()
+    if coding not in ("", "identity", "gzip", "x-gzip"):
+        raise Trouble("an answer packed in a way that was not asked for", True, final=True)
+    unpacker: Any = zlib.decompressobj(31) if coding.endswith("gzip") else None
+    content, came = bytearray(), 0
+    async for piece in response.aiter_raw():
+        came += len(piece)
+        while piece:
+            if unpacker is None:
+                content += piece
+                break
+            try:
+                content += unpacker.decompress(piece, MOST_BYTES + 1 - len(content))
+            except zlib.error:
+                raise Trouble("an answer that cannot be unpacked", True) from None
+            if len(content) > MOST_BYTES:
+                break
+            piece = unpacker.unconsumed_tail
+            if unpacker.eof and (piece := unpacker.unused_data):
+                unpacker = zlib.decompressobj(31)
+        if max(came, len(content)) > MOST_BYTES:
+            raise Trouble(f"an answer of more than {MOST_BYTES:,} bytes", True, final=True)
+    if unpacker is not None and came and not unpacker.eof:
+        raise Trouble("an answer that cannot be unpacked", True)
+    return bytes(content)
