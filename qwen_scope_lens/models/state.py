@@ -91,4 +91,3 @@ def _plain(path: str) -> str:
 
 def _first(names: list[str]) -> str:
     return f" (the first is {names[0]})" if names else ""
-
