@@ -5,7 +5,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench docs mini clean
+.PHONY: demo test upstream lint bench docs mini clean
 .DELETE_ON_ERROR:
 
 demo: .venv/ready
@@ -13,6 +13,10 @@ demo: .venv/ready
 
 test: .venv/ready
 	$(BIN)/python -m pytest
+
+# Upstream's own tests on our bridge, fetched by version into build/upstream: minutes, see docs/models.md.
+upstream: .venv/ready
+	$(BIN)/python tools/upstream_suites.py
 
 lint: .venv/ready
 	$(BIN)/ruff check .

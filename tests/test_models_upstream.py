@@ -263,3 +263,24 @@ def test_the_thin_adapter_has_no_scales_of_norms() -> None:
     _, cache = make_bridge().run_with_cache(IDS)
     with pytest.raises(UnknownHook, match=r"full_hooks=True"):
         cache.apply_ln_to_stack(cache[HOOK][None], 1)
+
+
+@no_grad
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_another_default_dtype_changes_nothing(default: torch.dtype, bridge: ScopeBridge) -> None:
+    sae = make_sae()
+    truth = bridge.run_with_saes(IDS, saes=[sae], use_error_term=True)
+    torch.set_default_dtype(default)
+    try:
+        full = bridge._is_full
+        model = make_model(dtype=torch.float32)
+        again = load_model(model, tokenizer=make_tokenizer(), full_hooks=full)
+        assert again.cfg.dtype == torch.float32
+        found = again.run_with_saes(IDS, saes=[sae], use_error_term=True)
+        assert torch.equal(again(["Hello", "Hi there"])[1], bridge(["Hello", "Hi there"])[1])
+        loaded = qsl.load_sae("mini-qwen3/w1k-l0-16/6")
+        assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, truth)

@@ -34,7 +34,10 @@ class CachedByName(dict[str, Tensor]):
 
     def get(self, name: str, default: Any = None) -> Any:
         """The tensor by any name of its hook point, else the default."""
-        return self[name] if name in self else default
+        try:
+            return self[name]
+        except KeyError:
+            return default
 
     def _listed(self, name: object) -> str:
         name = str(name)
