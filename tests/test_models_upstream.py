@@ -134,6 +134,19 @@ def test_the_unfiltered_cache_has_the_name_that_saelens_gives(bridge: ScopeBridg
     assert filtered[name] is filtered[ACTS]
 
 
+@no_grad
+def test_hooks_that_stay_write_into_the_cache_that_was_returned(bridge: ScopeBridge) -> None:
+    for as_object in (True, False):
+        _, cache = bridge.run_with_cache(
+            IDS, names_filter=HOOK, reset_hooks_end=False, return_cache_object=as_object
+        )
+        bridge(IDS[:, :3])
+        assert cache[HOOK].shape[1] == 3
+        bridge.reset_hooks()
+    _, cache = bridge.run_with_cache(IDS, names_filter="blocks.1.hook_out")
+    assert cache["resid_post", 1] is cache["blocks.1.hook_out"]
+
+
 def test_gradients_are_found_by_both_names() -> None:
     _, cache = make_bridge().run_with_cache(IDS, return_type="loss", incl_bwd=True)
     assert cache["blocks.1.hook_out_grad"] is cache[f"{HOOK}_grad"]

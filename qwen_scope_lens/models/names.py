@@ -122,10 +122,11 @@ class NamedHooks(SAETransformerBridge):
             )
         listed = {id(point): name for name, point in reversed(points)}
         names = {n: listed[id(p)] for n, p in self.hook_dict.items() if id(p) in listed}
-        named = CachedByName(cache, names)
-        if not return_cache_object:
-            return output, named
-        return output, ScopeCache(named, self, has_batch_dim=not remove_batch_dim)
+        if return_cache_object:
+            return output, ScopeCache(cache, names, self, has_batch_dim=not remove_batch_dim)
+        # Hooks that stay attached go on writing into this very dictionary.
+        stays = kwargs.get("reset_hooks_end") is False
+        return output, cache if stays else CachedByName(cache, names)
 
     def run_with_hooks(
         self,
