@@ -98,9 +98,11 @@ def run_tests(suite: Suite, root: Path) -> dict[str, list[str]]:
     command += ["--continue-on-collection-errors", *modules]
     log = BUILD / f"{suite.package}.log"
     with log.open("w", encoding="utf-8") as out:
-        subprocess.run(command, cwd=root, env=environment, stdout=out, stderr=subprocess.STDOUT)
-    if not results.is_file():
-        raise CannotFetch(f"pytest ended without results: see {log}")
+        done = subprocess.run(
+            command, cwd=root, env=environment, stdout=out, stderr=subprocess.STDOUT
+        )
+    if done.returncode not in (0, 1, 2) or not results.is_file():
+        raise CannotFetch(f"pytest ended early, with {done.returncode}: see {log}")
     found: dict[str, list[str]] = json.loads(results.read_text(encoding="utf-8"))
     return found | {name: ["failed", "this version ships no such module"] for name in gone}
 
