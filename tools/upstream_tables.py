@@ -68,6 +68,7 @@ TRANSFORMER_LENS = Suite(
     },
     known={
         "test_run_with_hooks_stop_at_layer_default": "a hook behind the stop raises UnknownHook",
+        "test_incl_bwd_rejects_stop_at_layer": "the hook behind the stop raises UnknownHook first",
         "test_prepend_bos_true_adds_bos": "Qwen has no BOS: nothing is ever put before a text",
         "test_prepend_bos_difference_is_one_token": "Qwen has no BOS: nothing is put first",
         "test_generate_stream_prepend_bos_true": "Qwen has no BOS: nothing is put before a text",

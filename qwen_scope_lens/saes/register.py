@@ -8,7 +8,7 @@ have. Every other release is left alone. The places it writes to are listed once
 from __future__ import annotations
 
 import math
-from collections.abc import KeysView, Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -217,7 +217,7 @@ class _LayerIds(dict[str, str]):
         super().__init__(self.layers if listed else {})
         self._more = {i: group.file_name(n) for n in group.layers for i in group.sae_ids(n)}
 
-    def keys(self) -> KeysView[str]:
+    def keys(self) -> Any:
         """The ids to be named in a message, also for a name that lists none."""
         return self.layers.keys()
 
