@@ -7,7 +7,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint bench docs mini clean
+.PHONY: demo test upstream lint bench docs mini clean
 .DELETE_ON_ERROR:
 
 demo: .venv/installed
@@ -16,6 +16,10 @@ demo: .venv/installed
 test: .venv/ready
 	$(BIN)/python -m tools.browser
 	$(BIN)/python -m pytest
+
+# Upstream's own tests on our bridge, fetched by version into build/upstream: minutes, see docs/models.md.
+upstream: .venv/ready
+	$(BIN)/python tools/upstream_suites.py
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -39,6 +39,7 @@ __all__ = [
     "WrongModel",
     "WrongSettings",
     "WrongShape",
+    "WrongState",
     "WrongTokenizer",
 ]
 
@@ -113,6 +114,10 @@ class VerificationFailed(ScopeError):
 
 class WrongModel(ScopeError, ValueError):
     """A model of another family or width, or a way of using one that would give wrong values."""
+
+
+class WrongState(ScopeError, RuntimeError):
+    """A state dict that lacks tensors of the model, or has some that the model does not know."""
 
 
 class WrongTokenizer(ScopeError, ValueError):

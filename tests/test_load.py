@@ -107,7 +107,7 @@ def test_metadata_says_what_is_known(sae: qsl.ScopeSAE) -> None:
     assert metadata.hook_name == "blocks.1.hook_resid_post"
     assert metadata.hf_hook_name == "model.layers.1"
     assert metadata.prepend_bos is False
-    assert metadata.context_size is None
+    assert metadata.context_size == 1024  # as SAELens's own loader: its stores need a number
     assert metadata.qwen_scope_ref == "local/mine/1"
     assert sae.cfg.apply_b_dec_to_input is False
 

@@ -7,6 +7,7 @@ import inspect
 from sae_lens.analysis.hooked_sae_transformer import _SAEWrapper
 from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
 from tiny_models import make_model, make_sae, make_tokenizer
+from transformer_lens.ActivationCache import ActivationCache
 from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
@@ -58,6 +59,25 @@ def test_transformer_lens_bridge() -> None:
         "stop_at_eos",
         "eos_token_id",
     ]
+
+
+def test_transformer_lens_caches_and_state_dicts() -> None:
+    order = list(inspect.signature(ActivationCache.apply_ln_to_stack).parameters)
+    assert order[1:] == [
+        "residual_stack",
+        "layer",
+        "mlp_input",
+        "pos_slice",
+        "batch_slice",
+        "has_batch_dim",
+        "recompute_ln",
+    ]
+    inner = ActivationCache._stack_neuron_results_apply_ln_projected
+    expected = ["layer", "pos_slice", "neuron_slice", "project_2d"]
+    assert list(inspect.signature(inner).parameters)[1:] == expected
+    bridge = load_model(make_model(), full_hooks=True)
+    assert "blocks.0.attn.q.weight" in bridge._tl_key_to_actual_keys()
+    assert bridge.ln_final.config.rmsnorm_uses_offset is False
 
 
 def test_transformer_lens_components() -> None:

@@ -258,10 +258,50 @@ def test_an_inner_install_gives_back_the_outer_pins() -> None:
 
 
 def test_each_layer_is_listed_once() -> None:
+    """Under the release; the other names list none, and find every layer by every id."""
     with qsl.install():
+        directory = get_pretrained_saes_directory()
+        assert list(directory[RELEASE].saes_map) == [f"layer{n}" for n in range(28)]
+        assert list(directory["qwen-scope-mini-qwen3-w1k-l16"].saes_map) != []
         for name in (REPO, SHORT):
-            ids = get_pretrained_saes_directory()[name].saes_map
-            assert list(ids) == [f"layer{n}" for n in range(28)]
+            ids = directory[name].saes_map
+            assert list(ids) == list(ids.items()) == []
             assert "layer20.sae.pt" in ids
-            assert ids["20"] == "layer20.sae.pt"
+            assert ids["20"] == ids["layer20"] == "layer20.sae.pt"
             assert "layer28" not in ids
+            with pytest.raises(ValueError, match=r"layer28 not found.*'layer0', 'layer1'"):
+                SAE.from_pretrained(name, "layer28")
+
+
+def test_a_broad_pattern_of_the_evals_selects_each_layer_once() -> None:
+    from sae_lens.evals import get_saes_from_regex
+
+    qwen = r"(?i).*(qwen-?scope|qwen.?3|SAE-Res).*"
+    before = get_saes_from_regex(qwen, r"layer20")
+    with qsl.install():
+        chosen = get_saes_from_regex(qwen, r"layer20")
+        everything = get_saes_from_regex(r".*", r".*")
+    ours = {g.release for g in qsl.GROUPS if 20 in g.layers}
+    assert {row[0] for row in chosen} == {row[0] for row in before} | ours
+    assert len(chosen) == len({row[:2] for row in chosen})
+    releases = [row[:2] for row in everything if row[0] in {g.release for g in qsl.GROUPS}]
+    assert len(releases) == len(set(releases)) == sum(len(g.layers) for g in qsl.GROUPS)
+    assert not {row[0] for row in everything} & {g.short for g in qsl.GROUPS}
+
+
+def test_every_entry_says_of_every_layer_whether_neuronpedia_has_it() -> None:
+    """SAELens's own test of the directory makes a table of these maps: none may be empty."""
+    with qsl.install():
+        for name, entry in get_pretrained_saes_directory().items():
+            assert entry.neuronpedia_id, name
+        entry = get_pretrained_saes_directory()[SHORT]
+        assert set(entry.neuronpedia_id.values()) == {None}
+        assert set(entry.expected_l0.values()) == {50.0}
+
+
+def test_metadata_is_that_of_saelens_own_loader_but_for_the_bos() -> None:
+    theirs = upstream.get_qwen_scope_config_from_hf(REPO, "layer20.sae.pt", "cpu")
+    ours = ScopeLoader().config(REPO, "layer20.sae.pt")["metadata"]
+    shared = {"context_size", "model_name", "hook_name", "hf_hook_name", "dataset_path"}
+    assert {n: ours[n] for n in shared} == {n: theirs[n] for n in shared}
+    assert (theirs["prepend_bos"], ours["prepend_bos"]) == (True, False)

@@ -1,7 +1,8 @@
-"""SAEs on a bridge: attached beside hook points, for one run or until they are reset.
+"""SAEs on a bridge: attached at hook points, for one run or until they are reset.
 
-The hook point itself stays where it is, so nothing has to be put back afterwards. Names and plain
-hooks are in `names.py`.
+As in SAELens, the wrapper stands in the module tree where the hook point was. Unlike there, it
+holds that point and runs it, so that hooks at it keep firing, now and after a reset. Names and
+plain hooks are in `names.py`.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from sae_lens import logger
 from sae_lens.analysis.hooked_sae_transformer import _SAEWrapper
 from sae_lens.saes.sae import SAE
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformer_lens.hook_points import HookPoint
 
@@ -34,35 +36,59 @@ class AttachedSAE(_SAEWrapper):
         super().__init__(sae, use_error_term=use_error_term)
         self.special = special  # token ids that bypass the SAE, or None
         self.handles: list[RemovableHandle] = []
+        self.__dict__["point"] = None  # what stood here: not a submodule, its name stays its own
+
+    def __getattr__(self, name: str) -> Any:
+        """What a hook point has (`add_hook`, `ctx`, ...) is that of the point which stood here."""
+        point = self.__dict__.get("point")
+        if point is None or name in self.__dict__.get("_modules", {}):
+            return super().__getattr__(name)
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(point, name)
 
     def forward(self, original_output: Tensor) -> Tensor:
-        """The residual `[..., d_in]` -> its reconstruction `[..., d_in]`."""
+        """The residual `[..., d_in]` -> its reconstruction `[..., d_in]`, after the hooks here."""
         weight = self.sae.W_dec
         replaced = super().forward(original_output.to(weight.device, weight.dtype))
-        return replaced.to(original_output.device, original_output.dtype)
+        replaced = replaced.to(original_output.device, original_output.dtype)
+        point = self.__dict__["point"]
+        return replaced if point is None else point(replaced)
 
-    def attach(self, at: HookPoint, embed: torch.nn.Module, input_at: HookPoint | None) -> None:
-        """Run at a hook point, before the hooks there: they see what flows on.
+    def attach(
+        self, holder: nn.Module, key: str, embed: nn.Module, input_at: HookPoint | None
+    ) -> None:
+        """Stand where `holder` has its hook point `key`: hooks at the point see what flows on.
 
         `input_at` is where a transcoder reads; None when it reads where it writes.
         """
-        self.handles.append(at.register_forward_hook(self._replace, prepend=True))
+        self.__dict__["point"] = holder._modules[key]
+        self.__dict__["place"] = (holder, key)
+        holder._modules[key] = self
         if input_at is not None:
             self.handles.append(input_at.register_forward_hook(self._keep_input))
         if self.special is not None:
             self.handles.append(embed.register_forward_pre_hook(self._find_special))
 
     def detach(self) -> None:
+        """Put back what stood here, also from under an SAE that was attached later."""
         while self.handles:
             self.handles.pop().remove()
+        holder, key = self.__dict__["place"]
+        standing = holder._modules[key]
+        if standing is self:
+            holder._modules[key] = self.__dict__["point"]
+            return
+        while isinstance(standing, AttachedSAE):
+            if standing.__dict__["point"] is self:
+                standing.__dict__["point"] = self.__dict__["point"]
+                return
+            standing = standing.__dict__["point"]
 
     def inner_hooks(self) -> dict[str, HookPoint]:
         """`hook_sae_input`, `hook_sae_acts_post`, ... of this SAE."""
         return {name: hook for name, hook in self.named_modules() if isinstance(hook, HookPoint)}
-
-    def _replace(self, module: Any, args: Any, output: Tensor) -> Tensor:
-        replaced: Tensor = self(output)
-        return replaced
 
     def _keep_input(self, module: Any, args: Any, output: Tensor) -> None:
         weight = self.sae.W_dec
@@ -114,13 +140,18 @@ class AttachesSAEs(NamedHooks):
         wrapper = AttachedSAE(sae, error_term, special)
         for inner, hook in wrapper.inner_hooks().items():
             hook.name = f"{self._resolve_hook_name(out)}.{inner}"
-        wrapper.attach(hooks[out], self.embed, hooks[name] if out != name else None)
+        holder, _, key = self._resolve_hook_name(out).rpartition(".")
+        wrapper.attach(
+            self.get_submodule(holder), key, self.embed, hooks[name] if out != name else None
+        )
         self._acts_to_saes[name] = wrapper
 
     def _reset_sae(self, act_name: str, prev_wrapper: Any = None) -> None:
         """Detach, and put a previous one back."""
         wrapper = self._acts_to_saes.pop(act_name, None)
-        if wrapper is not None:
+        if wrapper is None:
+            logger.warning(f"No SAE is attached to {act_name}. There's nothing to reset.")
+        else:
             wrapper.detach()
         if prev_wrapper is not None:
             special = prev_wrapper.special

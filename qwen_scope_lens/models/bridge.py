@@ -7,17 +7,21 @@ bridge is `load.py`, which modules are wrapped is `adapter.py`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _IncompatibleKeys
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
 from qwen_scope_lens.errors import BadText, WrongModel, WrongTokenizer
+from qwen_scope_lens.models.adapter import ResidualAdapter
 from qwen_scope_lens.models.attach import AttachesSAEs
 from qwen_scope_lens.models.eager import eagerly
 from qwen_scope_lens.models.layers import describe
+from qwen_scope_lens.models.state import check_nested, load_whole, whole_state
 from qwen_scope_lens.models.tokens import check_tokenizer
 
 __all__ = ["ScopeBridge"]
@@ -58,6 +62,8 @@ class ScopeBridge(AttachesSAEs):
             input, kwargs["attention_mask"] = self._tokens_and_mask(
                 input, kwargs.pop("padding_side", None)
             )
+        elif _is_text(input):
+            input = self._run_tokens(input, kwargs.pop("padding_side", None))
         if not getattr(self, "_capture_hf_cache", False) and return_type != "logits_and_cache":
             asks = ("use_cache", "use_past_kv_cache", "past_key_values")
             if not any(name in kwargs for name in asks):
@@ -81,6 +87,8 @@ class ScopeBridge(AttachesSAEs):
             input, kwargs["attention_mask"] = self._tokens_and_mask(input, "left")
             if kwargs.get("return_type", "input") == "input":
                 kwargs["return_type"] = "str"
+        elif _is_text(input):
+            self._run_tokens(input)  # upstream would cut a text that is too long
         return super().generate(input, max_new_tokens, stop_at_eos, eos_token_id, **kwargs)
 
     def generate_stream(
@@ -96,6 +104,8 @@ class ScopeBridge(AttachesSAEs):
         self._check_generates()
         if stop_at_eos and eos_token_id is None:
             eos_token_id = self.end_tokens() or None
+        if _is_text(input):
+            self._run_tokens(input)
         return super().generate_stream(
             input, max_new_tokens, max_tokens_per_yield, stop_at_eos, eos_token_id, **kwargs
         )
@@ -136,35 +146,82 @@ class ScopeBridge(AttachesSAEs):
         prepend_bos: bool | None = None,
         padding_side: str | None = None,
         move_to_device: bool = True,
-        truncate: bool = False,
+        truncate: bool | None = None,
     ) -> Tensor:
         """Token ids `[batch, pos]`. `prepend_bos` has no effect: Qwen has no BOS.
 
-        Upstream would put `<|endoftext|>` first, on a bridge and not on the HF model.
+        Upstream would put `<|endoftext|>` first, on a bridge and not on the HF model. As upstream,
+        a text longer than the context is cut to its beginning (with a warning, unless
+        `truncate=True` asks for it), and comes whole with `truncate=False`. A run never cuts one.
         """
         texts = [input] if isinstance(input, str) else input
         if self._tokenizer is None:
             raise WrongTokenizer("this bridge has no tokenizer: pass one to load_model()")
         if not texts or not all(texts):
             raise BadText("an empty text has no tokens: there is nothing to run")
-        tokens = super().to_tokens(texts, False, padding_side, move_to_device, truncate)
         limit = self.cfg.n_ctx
-        if tokens.shape[-1] > limit:
+        if truncate is None:
+            longest = max(self._token_counts(texts))
+            if longest > limit:
+                warnings.warn(
+                    f"the text has {longest} tokens, the context {limit}: to_tokens() keeps the"
+                    " beginning; pass truncate=False for all of them, True to be silent",
+                    stacklevel=2,
+                )
+        cut = truncate is not False
+        return super().to_tokens(texts, False, padding_side, move_to_device, cut)
+
+    def _token_counts(self, texts: list[str]) -> list[int]:
+        return [len(ids) for ids in self._tokenizer(texts, add_special_tokens=False)["input_ids"]]
+
+    def _run_tokens(self, texts: str | list[str], side: str | None = None) -> Tensor:
+        """The tokens of texts that are to be run; refuses one longer than the context."""
+        tokens = self.to_tokens(texts, padding_side=side, truncate=False)
+        if tokens.shape[-1] > self.cfg.n_ctx:
             raise BadText(
-                f"the text has {tokens.shape[-1]} tokens, the context {limit}: pass truncate=True"
-                " to to_tokens() to keep the beginning"
+                f"the text has {tokens.shape[-1]} tokens, the context {self.cfg.n_ctx}: run"
+                " to_tokens(text, truncate=True) to keep the beginning"
             )
         return tokens
 
     def _tokens_and_mask(self, texts: list[str], side: str | None) -> tuple[Tensor, Tensor]:
         side = side or getattr(self._tokenizer, "padding_side", "right")
-        tokens = self.to_tokens(texts, padding_side=side)
-        counts = [len(ids) for ids in self._tokenizer(texts, add_special_tokens=False)["input_ids"]]
-        lengths = torch.tensor(counts, device=tokens.device)[:, None]
+        tokens = self._run_tokens(texts, side)
+        lengths = torch.tensor(self._token_counts(texts), device=tokens.device)[:, None]
         positions = torch.arange(tokens.shape[-1], device=tokens.device)
         if side == "left":
             return tokens, (positions >= tokens.shape[-1] - lengths).long()
         return tokens, (positions < lengths).long()
+
+    def state_dict(
+        self,
+        destination: dict[str, Any] | None = None,
+        prefix: str = "",
+        keep_vars: bool = False,
+    ) -> dict[str, Any]:
+        """Every tensor of the model: by HF's names, or with `full_hooks` by TransformerLens's.
+
+        Refused where it would be without some: for offloaded weights, and inside another module.
+        """
+        if destination is not None or prefix:
+            check_nested(self, super().state_dict(destination={}, prefix="m.", keep_vars=True))
+            nested: dict[str, Any] = super().state_dict(destination, prefix, keep_vars)
+            return nested
+        state = whole_state(self, upstream_names=self._is_full)
+        return state if keep_vars else {name: t.detach() for name, t in state.items()}
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Load what `state_dict` gave, or an HF model's own; `strict` refuses a part of it."""
+        lists = load_whole(
+            self, state_dict, strict=strict, assign=assign, upstream_names=self._is_full
+        )
+        return _IncompatibleKeys(*lists)
+
+    @property
+    def _is_full(self) -> bool:
+        return not isinstance(self.adapter, ResidualAdapter)
 
     @classmethod
     def boot_transformers(cls, model_name: str, **kwargs: Any) -> ScopeBridge:
@@ -198,6 +255,12 @@ class ScopeBridge(AttachesSAEs):
         _unbridge(model)
         self.__dict__["_released"] = True
         return model
+
+
+def _is_text(input: Any) -> bool:
+    return isinstance(input, str) or (
+        isinstance(input, list) and all(isinstance(text, str) for text in input)
+    )
 
 
 def _unbridge(module: nn.Module) -> None:

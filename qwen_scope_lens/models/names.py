@@ -15,12 +15,12 @@ from typing import Any, NoReturn
 
 from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
 from torch import Tensor
-from transformer_lens.ActivationCache import ActivationCache
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.exceptions import StopAtLayerException
 
 from qwen_scope_lens.errors import LayerOutOfRange, UnknownHook
+from qwen_scope_lens.models.cache import CachedByName, ScopeCache
 from qwen_scope_lens.models.layers import describe
 
 __all__ = ["Hook", "NamedHooks", "Names"]
@@ -72,14 +72,15 @@ class NamedHooks(SAETransformerBridge):
         """The hook points of a name, of names or of a filter: each point once."""
         hooks = self.hook_dict
         if names is None or callable(names):
-            # TransformerLens's names first: they are what a point is reported as.
+            # What a point is reported as comes first: TransformerLens's name, or of a point inside
+            # an SAE the one that SAELens's get_sae_hook_name gives.
             wanted = sorted(
                 (
                     n
                     for n in hooks
                     if (names is None or names(n)) and self._gated_hook_reason(n) is None
                 ),
-                key=lambda n: n == hooks[n].name,
+                key=lambda n: (n == hooks[n].name) != (".hook_sae_" in n),
             )
             if not wanted:
                 raise UnknownHook("the filter matches no hook point; hook_dict lists all")
@@ -101,14 +102,16 @@ class NamedHooks(SAETransformerBridge):
     ) -> tuple[Any, Any]:
         """Run and cache: one entry for each hook point, under the name that was asked for.
 
-        A filter or None gives TransformerLens's names (`hook_resid_post`, not `hook_out`).
+        A filter or None lists TransformerLens's names (`hook_resid_post`, not `hook_out`), and of
+        what is inside an SAE the name of `get_sae_hook_name`. Look-ups know every name of a point.
         """
         if isinstance(input, str):
-            input = self.to_tokens(input)
+            input = self._run_tokens(input)
         if "unembed" not in self._modules and stop_at_layer is None:
             kwargs.setdefault("return_type", None)
         stop = self._stop(stop_at_layer)
-        wanted = {name for name, _ in self._points(names_filter, stop)}
+        points = self._points(names_filter, stop)
+        wanted = {name for name, _ in points}
         with self._stopping(stop):
             output, cache = super().run_with_cache(
                 input,
@@ -117,9 +120,13 @@ class NamedHooks(SAETransformerBridge):
                 names_filter=lambda name: name in wanted,
                 **kwargs,
             )
-        if not return_cache_object:
-            return output, cache
-        return output, ActivationCache(cache, self, has_batch_dim=not remove_batch_dim)
+        listed = {id(point): name for name, point in reversed(points)}
+        names = {n: listed[id(p)] for n, p in self.hook_dict.items() if id(p) in listed}
+        if return_cache_object:
+            return output, ScopeCache(cache, names, self, has_batch_dim=not remove_batch_dim)
+        # Hooks that stay attached go on writing into this very dictionary.
+        stays = kwargs.get("reset_hooks_end") is False
+        return output, cache if stays else CachedByName(cache, names)
 
     def run_with_hooks(
         self,

@@ -132,7 +132,7 @@ def build_config(
         "hook_name": group.hook_name(layer),
         "hf_hook_name": group.hf_hook_name(layer),
         "prepend_bos": False,  # Qwen has no BOS token
-        "context_size": None,  # not published
+        "context_size": 1024,  # not published: what SAELens's own loader says, for its stores
         "dataset_path": None,  # not published
         "neuronpedia_id": None,
         "qwen_scope_ref": str(ref),

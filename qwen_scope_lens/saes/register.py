@@ -168,16 +168,16 @@ def _patches(loader: ScopeLoader) -> list[_Patch]:
             raise ImportError(f"no loader named {LOADER_NAME!r}, or no releases {missing}")
 
         def entry(name: str, group: Group) -> Any:
-            saes_map = _LayerIds(group)
+            saes_map = _LayerIds(group, listed=name == group.release)
             return PretrainedSAELookup(
                 release=name,
                 repo_id=group.repo_id,
                 model=group.backbone.model_id,
                 conversion_func=LOADER_NAME,
                 saes_map=saes_map,
-                expected_var_explained=dict.fromkeys(saes_map, math.nan),  # not published
-                expected_l0=dict.fromkeys(saes_map, float(group.k)),
-                neuronpedia_id={},
+                expected_var_explained=dict.fromkeys(saes_map.layers, math.nan),  # not published
+                expected_l0=dict.fromkeys(saes_map.layers, float(group.k)),
+                neuronpedia_id=dict.fromkeys(saes_map.layers),
                 norm_scaling_factor={},
                 config_overrides=None,
             )
@@ -206,11 +206,20 @@ def _loader_in_use() -> ScopeLoader | None:
 
 
 class _LayerIds(dict[str, str]):
-    """SAELens's map of ids to files: each layer is listed once, and found by all its ids."""
+    """SAELens's map of ids to files: each layer is listed once, and found by all its ids.
 
-    def __init__(self, group: Group) -> None:
-        super().__init__({f"layer{n}": group.file_name(n) for n in group.layers})
+    A further name of a release lists none, or a pattern in `sae_lens.evals` that matches several
+    names of a group would select each layer several times.
+    """
+
+    def __init__(self, group: Group, *, listed: bool) -> None:
+        self.layers = {f"layer{n}": group.file_name(n) for n in group.layers}
+        super().__init__(self.layers if listed else {})
         self._more = {i: group.file_name(n) for n in group.layers for i in group.sae_ids(n)}
+
+    def keys(self) -> Any:
+        """The ids to be named in a message, also for a name that lists none."""
+        return self.layers.keys()
 
     def __contains__(self, sae_id: object) -> bool:
         return sae_id in self._more
