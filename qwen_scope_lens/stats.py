@@ -1,7 +1,7 @@
 """Intervals and correlations: each once, and SciPy's wherever SciPy has it.
 
-Every interval here holds with confidence `LEVEL`. What a bootstrap may draw again (documents, prompts,
-benchmarks) is known in the rooms that own it; what is said from the draws is here.
+Every interval here holds with confidence `LEVEL`. What a bootstrap may draw again (documents,
+prompts, benchmarks) is known in the rooms that own it; what is said from the draws is here.
 """
 
 from __future__ import annotations
