@@ -83,10 +83,10 @@ class Places:
 
 
 def _rows() -> Iterator[Places]:
-    for family, prefix in (("qwen3", "Qwen3"), ("qwen3_moe", "Qwen3Moe")):
+    # Qwen2.5 checkpoints use the Qwen2 classes, Qwen3.6 checkpoints those of Qwen3.5.
+    for family, prefix in (("qwen2", "Qwen2"), ("qwen3", "Qwen3"), ("qwen3_moe", "Qwen3Moe")):
         yield Places(f"{prefix}ForCausalLM", family, family, "causal")
         yield Places(f"{prefix}Model", family, family, "text")
-    # Qwen3.6 checkpoints use the Qwen3.5 classes.
     for family, prefix in (("qwen3_5", "Qwen3_5"), ("qwen3_5_moe", "Qwen3_5Moe")):
         yield Places(f"{prefix}ForCausalLM", f"{family}_text", family, "causal")
         yield Places(f"{prefix}TextModel", f"{family}_text", family, "text")
@@ -97,7 +97,7 @@ def _rows() -> Iterator[Places]:
 PLACES: tuple[Places, ...] = tuple(_rows())
 
 _BY_CLASS = {row.hf_class: row for row in PLACES}
-_SUPPORTED = "Qwen3, Qwen3-MoE, Qwen3.5, Qwen3.5-MoE and Qwen3.6"
+_SUPPORTED = "Qwen2, Qwen2.5, Qwen3, Qwen3-MoE, Qwen3.5, Qwen3.5-MoE and Qwen3.6"
 
 
 def unwrap(model: Any) -> nn.Module:
