@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from qwen_scope_lens.errors import NotFinite, TooLittleData
 from qwen_scope_lens.features.facts import model_facts
-from qwen_scope_lens.files import exclusive, file_sha256, whole_file
+from qwen_scope_lens.files import exclusive, whole_file
 from qwen_scope_lens.models.capture import Capture, capture
 from qwen_scope_lens.models.layers import text_config
 from qwen_scope_lens.models.load import load_model
@@ -28,7 +28,7 @@ from tools.real.shards import Source, plan_shards, shard_path, shards_there
 
 __all__ = ["capture_shards", "residuals_folder", "source_of"]
 
-SHARD_TOKENS = 16_384
+SHARD_TOKENS = 8_192
 TOKEN_BUDGET = 2048
 
 
@@ -48,7 +48,7 @@ def source_of(
         num_layers=num_layers,
         d_model=facts.d_model,
         layers=tuple(layers),
-        texts={split: file_sha256(texts.path_of(work, split)) for split in texts.SPLITS},
+        texts={split: texts.sha256_of(work, split) for split in texts.SPLITS},
         shard_tokens=shard_tokens,
     )
 

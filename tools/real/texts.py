@@ -24,9 +24,20 @@ from qwen_scope_lens.mini.train.corpus import split_of
 from qwen_scope_lens.mini.train.sources import CODE_PACKAGE, SOURCES, fetch
 from tools.real.data_sets import DATA_SETS, texts
 
-__all__ = ["FORMAT", "MAX_TOKENS", "QUOTAS", "SPLITS", "Text", "build", "gather", "path_of", "read"]
+__all__ = [
+    "MAX_TOKENS",
+    "QUOTAS",
+    "SPLITS",
+    "Text",
+    "build",
+    "gather",
+    "path_of",
+    "read",
+    "sha256_of",
+]
 
 FORMAT = "qsl-real-texts"
+MADE_BY = "python -m tools.real.texts"
 SPLITS = ("train", "heldout")
 MAX_TOKENS = 256
 """Of a document. A longer one is cut here, so that no later step decides about it."""
@@ -67,8 +78,16 @@ def read(work: Path, split: str) -> list[Text]:
             return [Text(**json.loads(line)) for line in file]
     except (OSError, ValueError, TypeError) as error:
         raise BadFile(
-            f"{path} cannot be read ({error}): `python -m tools.real.texts` makes it"
+            f"{path} cannot be read ({error}): `{MADE_BY}` makes it"
         ) from error
+
+
+def sha256_of(work: Path, split: str) -> str:
+    """Of the file of a split; raises where there is none."""
+    path = path_of(work, split)
+    if not path.is_file():
+        raise BadFile(f"{path} does not exist: `{MADE_BY}` makes it")
+    return file_sha256(path)
 
 
 def gather(data: Path | None, cache: Path | None) -> Iterator[tuple[str, Text]]:
@@ -184,7 +203,7 @@ def build(
                 "tokens": sum(kinds.values()),
                 "kinds": dict(sorted(kinds.items())),
                 "sources": dict(sorted(sources.items())),
-                "sha256": file_sha256(path_of(work, split)),
+                "sha256": sha256_of(work, split),
             }
         write_json(work / "texts" / "manifest.json", FORMAT, 1, facts)
     return facts
