@@ -1,0 +1,1 @@
+"""Programs that make artefacts for experiments; no part of the wheel."""

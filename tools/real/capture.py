@@ -56,17 +56,19 @@ def source_of(
 def capture_shards(
     model: Any, source: Source, work: Path, split: str, tokens: int, token_budget: int
 ) -> int:
-    """Capture the next shards of a split until `tokens` positions are there; how many are new."""
+    """Capture what is missing of a split's first `tokens` positions; returns how many are new."""
     folder = residuals_folder(work)
     documents = texts.read(work, split)
     runs = plan_shards([text.tokens for text in documents], source.shard_tokens)
-    there = len(shards_there(folder, split))
-    done = sum(documents[n].tokens for run in runs[:there] for n in run)
     goal = min(tokens, sum(text.tokens for text in documents))
-    new, started = 0, time.monotonic()
-    for number, run in enumerate(runs[there:], start=there):
+    done, new, started = 0, 0, time.monotonic()
+    for number, run in enumerate(runs):
         if done >= goal:
             break
+        path = shard_path(folder, split, number)
+        if path.exists():
+            done += sum(documents[n].tokens for n in run)
+            continue
         found = capture(
             model,
             [documents[n].text for n in run],
@@ -76,7 +78,7 @@ def capture_shards(
             max_tokens=texts.MAX_TOKENS,
             truncate=True,
         )
-        _write(shard_path(folder, split, number), found)
+        _write(path, found)
         done, new = done + found.n_tokens, new + found.n_tokens
         speed = new / (time.monotonic() - started)
         left = (goal - done) / speed / 60
@@ -118,9 +120,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     layers = sorted({int(layer) for layer in options.layers.split(",")})
-    model = load_model(
-        options.model, up_to_layer=layers[-1], dtype=getattr(torch, options.dtype)
-    )
+    model = load_model(options.model, up_to_layer=layers[-1], dtype=getattr(torch, options.dtype))
     source = source_of(
         model,
         options.name or Path(options.model).name,

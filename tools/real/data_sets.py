@@ -57,10 +57,11 @@ DATA_SETS: tuple[DataSet, ...] = (
 
 def texts(row: DataSet, data: Path) -> Iterator[tuple[str, str]]:
     """`(key, text)` of every line: equal keys fall on one side of the split."""
-    path = row.path(data)
+    path, number = row.path(data), 0
     try:
         with gzip.open(path, "rt", encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
+            for line in file:
+                number += 1
                 record = json.loads(line)
                 text = str(record[row.field]).strip()
                 key = str(record[row.group]) if row.group else text

@@ -1,9 +1,9 @@
 """The captured residuals on disk: shards that are whole or absent, and how to read them.
 
-A shard is a safetensors file with every position of its documents, first tokens and sinks included
-(`keep{n}` says which count): `layer{n} [n_tokens, d_model]`, `keep{n} [n_tokens]` bool, `tokens
-[n_tokens]` int32, `offsets [n_docs + 1]` int64. Shards are mapped, not read: a training step touches
-only the rows of its batch.
+A shard is a safetensors file with every position of its documents, first tokens and sinks included:
+`layer{n} [n_tokens, d_model]`, `keep{n} [n_tokens]` bool (which positions count), `tokens
+[n_tokens]` int32, `offsets [n_docs + 1]` int64. Shards are mapped, not read: a training step
+touches only the rows of its batch.
 """
 
 from __future__ import annotations

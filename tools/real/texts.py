@@ -77,9 +77,7 @@ def read(work: Path, split: str) -> list[Text]:
         with path.open(encoding="utf-8") as file:
             return [Text(**json.loads(line)) for line in file]
     except (OSError, ValueError, TypeError) as error:
-        raise BadFile(
-            f"{path} cannot be read ({error}): `{MADE_BY}` makes it"
-        ) from error
+        raise BadFile(f"{path} cannot be read ({error}): `{MADE_BY}` makes it") from error
 
 
 def sha256_of(work: Path, split: str) -> str:

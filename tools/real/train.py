@@ -165,12 +165,12 @@ def train_layer(work: Path, run: Run, save_every: int = 25) -> Path:
             trainer.load_trainer_state(saved)
         started = time.monotonic()
         while trainer.n_training_steps < run.steps:
-            loss = trainer.step(next(trainer.data_provider)).losses["mse_loss"]
+            loss = trainer.step(next(trainer.data_provider)).losses["mse_loss"].item()
             trainer.n_training_steps += 1
             if trainer.n_training_steps % save_every == 0 or trainer.n_training_steps == run.steps:
                 spent = seconds + time.monotonic() - started
                 _save(folder, trainer, scale, spent)
-                _report(run, trainer, float(loss), spent, trainer.n_training_steps - step, started)
+                _report(run, trainer, loss, spent, trainer.n_training_steps - step, started)
         tensors = folded(trainer.sae, scale)
         with whole_file(folder / "sae.pt") as partial:
             torch.save(tensors, partial)
@@ -199,6 +199,12 @@ def _claim(folder: Path, run: Run) -> None:
             f"{folder} holds a run with other settings ({said}): go on with the same, move the"
             " folder away, or choose another --work"
         )
+
+
+def _shards_before(work: Path, layer: int) -> int | None:
+    """How many shards a begun run learns from: capturing more of them does not change it."""
+    path = sae_folder(work, layer) / "run.json"
+    return int(read_json(path, FORMAT, 1, MADE_BY)["shards"]) if path.exists() else None
 
 
 def _latest(folder: Path) -> Path | None:
@@ -268,12 +274,12 @@ def main(arguments: list[str] | None = None) -> None:
     folder = residuals_folder(options.work)
     source = Source.read(folder)
     layers = [int(n) for n in options.layers.split(",")] if options.layers else source.layers
-    shards = options.shards or len(shards_there(folder, "train"))
+    there = len(shards_there(folder, "train"))
     for layer in layers:
         run = Run(
             layer=layer,
             d_model=source.d_model,
-            shards=shards,
+            shards=options.shards or _shards_before(options.work, layer) or there,
             samples=options.samples,
             width=options.width,
             k=options.k,
