@@ -27,8 +27,8 @@ EVERY_TOKEN = Where(skip_first=False)
 AFTER_FIRST = Where()
 
 # The architecture by which llama.cpp knows a model, for its `model_hint`.
-LLAMA_NAMES = {"qwen3": "qwen3", "qwen3_moe": "qwen3moe", "qwen3_5": "qwen35",
-               "qwen3_5_moe": "qwen35moe"}  # fmt: skip
+LLAMA_NAMES = {"qwen2": "qwen2", "qwen3": "qwen3", "qwen3_moe": "qwen3moe",
+               "qwen3_5": "qwen35", "qwen3_5_moe": "qwen35moe"}  # fmt: skip
 
 
 def layer_vectors(plan: Plan, saes: SAEs = None) -> dict[int, Tensor]:
