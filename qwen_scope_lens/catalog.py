@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from qwen_scope_lens.errors import LayerOutOfRange, UnknownName, UnsupportedSAE, WrongSettings
+from qwen_scope_lens.families import FAMILIES
 
 __all__ = [
     "BACKBONES",
@@ -34,7 +35,6 @@ __all__ = [
     "local_groups",
 ]
 
-Family = Literal["qwen2", "qwen3", "qwen3_moe", "qwen3_5", "qwen3_5_moe"]
 Origin = Literal["official", "third-party", "mini", "local"]
 
 HOME_VARIABLE = "QWEN_SCOPE_HOME"
@@ -62,7 +62,7 @@ class Backbone:
     """A language model whose residual stream was dictionary-learned."""
 
     model_id: str  # on the hub
-    family: Family | None  # None: not said (SAEs of one's own)
+    family: str | None  # a name in FAMILIES; None: not said (SAEs of one's own)
     num_layers: int
     d_model: int
     tuning: Literal["base", "instruct", "unknown"]
@@ -74,12 +74,12 @@ class Backbone:
 
     @property
     def is_moe(self) -> bool:
-        return self.family is not None and self.family.endswith("_moe")
+        return self.family is not None and FAMILIES[self.family].is_moe
 
     @property
     def is_multimodal(self) -> bool:
         """Whether the hub checkpoint is an image-text wrapper around the text model."""
-        return self.family is not None and self.family.startswith("qwen3_5")
+        return self.family is not None and FAMILIES[self.family].is_hybrid
 
 
 @dataclass(frozen=True)
