@@ -101,8 +101,13 @@ def shards_there(folder: Path, split: str) -> list[Path]:
 class Layer:
     """The residuals of one layer that count in training, over all finished shards of a split."""
 
-    def __init__(self, folder: Path, split: str, layer: int, shards: int | None = None) -> None:
-        """The first `shards` shards, or all that are there now."""
+    def __init__(
+        self, folder: Path, split: str, layer: int, shards: int | None = None, dropped: bool = False
+    ) -> None:
+        """The first `shards` shards, or all that are there now.
+
+        With `dropped`, those that do not count instead: first tokens and extreme norms.
+        """
         paths = shards_there(folder, split)
         if not paths or (shards is not None and len(paths) < shards):
             raise TooLittleData(
@@ -118,7 +123,7 @@ class Layer:
                     values, keep = file.get_tensor(f"layer{layer}"), file.get_tensor(f"keep{layer}")
             except (OSError, SafetensorError) as error:
                 raise BadFile(f"{path} has no residuals of layer {layer}: {error}") from error
-            kept = keep.nonzero().flatten().numpy()
+            kept = (keep != dropped).nonzero().flatten().numpy()
             rows.append(np.stack([np.full_like(kept, part), kept], axis=1))
             self.parts.append(values)
             self.seen += len(keep)
