@@ -139,9 +139,10 @@ def bench_capture(say: Printed, name: str, work: Path, layer: int) -> None:
             handle.remove()
 
     took = interleaved({"plain": plain, "capture": lambda: capture(bridge, documents, [layer])})
+    ratio, speed = took["capture"] / took["plain"], batch.numel() / took["capture"]
     say(
         f"\ncapture / plain HF forward stopped at layer {layer}, bfloat16, {len(batch)} x 128"
-        f" tokens: {took['capture'] / took['plain']:.3f} ({batch.numel() / took['capture']:.0f} tokens/s)"
+        f" tokens: {ratio:.3f} ({speed:.0f} tokens/s)"
     )
 
 
