@@ -182,6 +182,8 @@ def train_layer(work: Path, run: Run, save_every: int = 25) -> Path:
             "samples": trainer.n_training_samples,
         }
         write_json(folder / "done.json", f"{FORMAT}-done", 1, facts)
+        if (last := _latest(folder)) is not None:
+            shutil.rmtree(last)
     return folder
 
 
