@@ -134,6 +134,9 @@ def test_shards_hold_the_residuals_and_a_larger_goal_goes_on(
         found = data.take(np.arange(len(data)))
         assert len(found) == len(kept) < data.seen
         torch.testing.assert_close(found, kept, rtol=1e-4, atol=1e-4)
+        others = Layer(folder, "train", layer, dropped=True)
+        assert len(others) == data.seen - len(data)
+        assert others.take(np.arange(0)).shape == (0, 32)
     with pytest.raises(CannotWrite, match=r"another source.*dtype"):
         capture_step.main([*command, *capture_options(1500, "bfloat16")])
 
@@ -164,6 +167,7 @@ def test_training_goes_on_as_if_it_had_not_stopped(
         train_layer(here, run, save_every=2)
         tensors.append(torch.load(sae_folder(here, 1) / "sae.pt", weights_only=True))
         assert train_step.read_run(sae_folder(here, 1))[1]["samples"] == 64 * 12
+        assert not list(sae_folder(here, 1).glob("step-*"))  # a finished one needs none
     for name, value in tensors[0].items():
         assert torch.equal(value, tensors[1][name]), name
     with pytest.raises(CannotWrite, match=r"other settings.*k: there 4, here 5"):
