@@ -1,9 +1,10 @@
 """OpenInterpretability's Qwen3.6-27B safetensors -> SAELens folders.
 
     qsl convert openinterp-to-saelens --out converted/ --folder downloads/
+    qsl convert openinterp-to-saelens qwen3.6-27b/w40k-l0-128 --out converted/ --folder downloads/
 
-Whether these SAEs subtract `b_dec` before encoding is not documented. Convert, run `qsl verify`,
-and convert again with `--subtract-b-dec` if it says so.
+Whether these SAEs subtract `b_dec` before encoding is not said on their cards. Convert, run
+`qsl verify`, and convert again with `--subtract-b-dec` if it says so.
 """
 
 from __future__ import annotations
@@ -14,14 +15,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from qwen_scope_lens.catalog import THIRD_PARTY_GROUPS
+from qwen_scope_lens.catalog import THIRD_PARTY_GROUPS, Group, find_group
 from qwen_scope_lens.converters import official_to_saelens
+from qwen_scope_lens.errors import UnknownName
 from qwen_scope_lens.saes.load import Dtype
 from qwen_scope_lens.saes.locate import HubOptions
 
 __all__ = ["convert"]
 
 GROUP = THIRD_PARTY_GROUPS[0]
+"""The one that is meant where none is named."""
 
 
 def convert(
@@ -34,10 +37,14 @@ def convert(
     dtype: Dtype = "float32",
     overwrite: bool = False,
     progress: bool = True,
+    group: str | None = None,
 ) -> list[Path]:
-    """Convert layers 11, 31 and 55, or some of them, and return their folders."""
+    """Convert all layers of a group, or some of them, and return their folders.
+
+    `group` is a name of another of the publisher's groups; without one it is `GROUP`.
+    """
     return official_to_saelens.convert(
-        GROUP,
+        _group(group),
         out,
         layers=layers,
         folder=folder,
@@ -49,7 +56,19 @@ def convert(
     )
 
 
+def _group(name: str | None) -> Group:
+    row = GROUP if name is None else find_group(name)
+    if row is not GROUP and row not in THIRD_PARTY_GROUPS:
+        raise UnknownName(
+            f"{row.short} is not of this publisher: expected one of"
+            f" {', '.join(group.short for group in THIRD_PARTY_GROUPS)}; `qsl convert"
+            " official-to-saelens` takes the others"
+        )
+    return row
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("group", nargs="?", help=f"a group's name; without one {GROUP.short}")
     official_to_saelens.add_common_arguments(parser)
     parser.add_argument(
         "--subtract-b-dec", action="store_true", help="the SAEs subtract b_dec before encoding"
@@ -60,6 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
     folders = convert(
         arguments.out,
         subtract_b_dec=arguments.subtract_b_dec,
+        group=arguments.group,
         **official_to_saelens.common_options(arguments),
     )
     print("\n".join(map(str, folders)))

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from qwen_scope_lens.errors import LayerOutOfRange, UnknownName, WrongSettings
+from qwen_scope_lens.errors import LayerOutOfRange, UnknownName, UnsupportedSAE, WrongSettings
+from qwen_scope_lens.families import FAMILIES
 from qwen_scope_lens.files import read_text
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "HOME_VARIABLE",
     "MINI_GROUPS",
     "MINI_HOME",
+    "NOT_TOPK",
     "Backbone",
     "Group",
     "bundled_model",
@@ -34,7 +36,6 @@ __all__ = [
     "local_groups",
 ]
 
-Family = Literal["qwen3", "qwen3_moe", "qwen3_5", "qwen3_5_moe"]
 Origin = Literal["official", "third-party", "mini", "local"]
 
 HOME_VARIABLE = "QWEN_SCOPE_HOME"
@@ -62,7 +63,7 @@ class Backbone:
     """A language model whose residual stream was dictionary-learned."""
 
     model_id: str  # on the hub
-    family: Family | None  # None: not said (SAEs of one's own)
+    family: str | None  # a name in FAMILIES; None: not said (SAEs of one's own)
     num_layers: int
     d_model: int
     tuning: Literal["base", "instruct", "unknown"]
@@ -74,12 +75,12 @@ class Backbone:
 
     @property
     def is_moe(self) -> bool:
-        return self.family is not None and self.family.endswith("_moe")
+        return self.family is not None and FAMILIES[self.family].is_moe
 
     @property
     def is_multimodal(self) -> bool:
         """Whether the hub checkpoint is an image-text wrapper around the text model."""
-        return self.family is not None and self.family.startswith("qwen3_5")
+        return self.family is not None and FAMILIES[self.family].is_hybrid
 
 
 @dataclass(frozen=True)
@@ -203,20 +204,34 @@ def _official_groups() -> Iterator[Group]:
             )
 
 
-THIRD_PARTY_GROUPS: tuple[Group, ...] = (
-    Group(
-        backbone=Backbone("Qwen/Qwen3.6-27B", "qwen3_5", 64, 5120, "instruct"),
-        d_sae=65536,
-        k=128,
-        layers=(11, 31, 55),
-        repo_id="caiovicentino1/qwen36-27b-sae-papergrade",
-        release="openinterp-qwen3.6-27b-w64k-l128",
+_QWEN36_27B = _B("Qwen/Qwen3.6-27B", "qwen3_5", 64, 5120, "instruct")
+
+
+def _openinterp(width: int, k: int, layers: tuple[int, ...], repo_name: str) -> Group:
+    return Group(
+        backbone=_QWEN36_27B,
+        d_sae=width * 1024,
+        k=k,
+        layers=layers,
+        repo_id=f"caiovicentino1/{repo_name}",
+        release=f"openinterp-qwen3.6-27b-w{width}k-l{k}",
         origin="third-party",
         file_pattern="sae_L{n}_latest.safetensors",
         subtracts_b_dec=None,
         notice=NOTICE_THIRD_PARTY,
-    ),
+    )
+
+
+THIRD_PARTY_GROUPS: tuple[Group, ...] = (
+    _openinterp(64, 128, (11, 31, 55), "qwen36-27b-sae-papergrade"),
+    _openinterp(40, 128, (15, 19, 23, 27, 35, 39, 43, 47, 51, 59, 63), "qwen36-27b-sae-fullstack"),
 )
+
+NOT_TOPK: dict[str, str] = {
+    "qwen2.5-7b-instruct-andyrdt": "BatchTopK with one threshold, which SAELens reads as JumpReLU",
+    "andyrdt/saes-qwen2.5-7b-instruct": "see the release qwen2.5-7b-instruct-andyrdt",
+}
+"""Releases for Qwen models that SAELens knows and whose arithmetic is not that of a row here."""
 
 MINI_HOME = Path(__file__).parent / "mini"
 """Holds the models and SAEs that come with the package, in the published layout."""
@@ -251,6 +266,12 @@ def find_group(name: str) -> Group:
     row = _BY_NAME.get(name.lower())
     if row is None and name.lower().startswith("local/"):
         row = _local_group(name[len("local/") :])
+    if row is None and (kind := NOT_TOPK.get(name.lower())):
+        raise UnsupportedSAE(
+            f"{name} is not a group of TopK SAEs ({kind}): this package encodes TopK only. Load it"
+            " with SAELens, `SAE.from_pretrained(release, sae_id)`, and attach it to a model from"
+            " `load_model`, which takes Qwen2.5"
+        )
     if row is None:
         near = difflib.get_close_matches(name.lower(), _BY_NAME, n=3, cutoff=0.4)
         shorts = dict.fromkeys(_BY_NAME[match].short for match in near)

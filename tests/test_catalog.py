@@ -6,8 +6,8 @@ import pytest
 from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 
 from qwen_scope_lens.address import FeatureRef, LayerRef
-from qwen_scope_lens.catalog import BACKBONES, GROUPS, find_group, local_groups
-from qwen_scope_lens.errors import LayerOutOfRange, UnknownName, WrongSettings
+from qwen_scope_lens.catalog import BACKBONES, GROUPS, NOT_TOPK, find_group, local_groups
+from qwen_scope_lens.errors import LayerOutOfRange, UnknownName, UnsupportedSAE, WrongSettings
 
 OFFICIAL = [group for group in GROUPS if group.origin == "official"]
 
@@ -47,6 +47,29 @@ def test_third_party_group() -> None:
     assert LayerRef.parse(f"{group.repo_id}/sae_L55_latest.safetensors").layer == 55
     with pytest.raises(LayerOutOfRange, match="11, 31, 55"):
         group.check_layer(12)
+
+
+def test_the_stack_of_eleven_layers_stands_beside_it() -> None:
+    group = find_group("qwen3.6-27b/w40k-l0-128")
+    other = find_group("qwen3.6-27b/w64k-l0-128")
+    assert group.repo_id == "caiovicentino1/qwen36-27b-sae-fullstack"
+    assert group.backbone is other.backbone
+    assert not set(group.layers) & set(other.layers)
+    # Every fourth layer, full attention in this hybrid; together all of them from 11 on.
+    assert sorted(group.layers + other.layers) == list(range(11, 64, 4))
+    assert (group.d_sae, group.k) == (40960, 128)
+
+
+@pytest.mark.parametrize("name", NOT_TOPK)
+def test_saelens_release_for_qwen2_5_is_refused_by_name(name: str) -> None:
+    """It is there, for a model that `load_model` takes, and encodes otherwise than TopK."""
+    [(release, row)] = [
+        (n, r) for n, r in get_pretrained_saes_directory().items() if "qwen2.5" in n.lower()
+    ]
+    assert name.lower() in (release, row.repo_id)
+    assert row.model == "Qwen/Qwen2.5-7B-Instruct"
+    with pytest.raises(UnsupportedSAE, match=r"not a group of TopK SAEs.*SAE\.from_pretrained"):
+        find_group(name)
 
 
 @pytest.mark.parametrize("group", GROUPS, ids=lambda g: g.short)

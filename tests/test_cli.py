@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from tiny_models import make_model, make_tokenizer
 
+from qwen_scope_lens.catalog import GROUPS
 from qwen_scope_lens.cli import main
 from qwen_scope_lens.cli.arguments import layer_list
 from qwen_scope_lens.cli.convert import CONVERTERS
@@ -66,7 +67,7 @@ def test_list(capsys: pytest.CaptureFixture[str], home: Path) -> None:
     assert "544 official files" in out
     main(["list", "--json"])
     rows = json.loads(capsys.readouterr().out)
-    assert len(rows) == 18
+    assert len(rows) == len(GROUPS) + 1  # and local/mine
     assert rows[0]["backbone"]["model_id"] == "Qwen/Qwen3-1.7B-Base"
 
 

@@ -31,6 +31,7 @@ from qwen_scope_lens.errors import (
     CheckpointError,
     LayerOutOfRange,
     NotFinite,
+    UnknownName,
     UnsupportedSAE,
     WrongSettings,
     WrongShape,
@@ -253,6 +254,13 @@ def test_openinterp_to_saelens(tmp_path: Path, out: Path, monkeypatch: pytest.Mo
         out, layers=[31], folder=tmp_path, subtract_b_dec=True, overwrite=True, progress=False
     )
     assert SAE.load_from_disk(folder).cfg.apply_b_dec_to_input is True
+
+
+def test_openinterp_takes_the_publishers_other_group_and_no_others(out: Path) -> None:
+    with pytest.raises(LayerOutOfRange, match=r"layer 31 is not in qwen3\.6-27b/w40k"):
+        openinterp_to_saelens.convert(out, group="qwen3.6-27b/w40k-l0-128", layers=[31])
+    with pytest.raises(UnknownName, match="not of this publisher"):
+        openinterp_to_saelens.convert(out, group="qwen3-8b-base/w64k-l0-50")
 
 
 @pytest.mark.usefixtures("home")

@@ -13,6 +13,7 @@ from torch import nn
 
 from qwen_scope_lens.catalog import BACKBONES, GROUPS, Backbone
 from qwen_scope_lens.errors import LayerOutOfRange, WrongModel
+from qwen_scope_lens.families import FAMILIES, SUPPORTED
 from qwen_scope_lens.models import layers
 from qwen_scope_lens.models.load import load_model
 
@@ -37,7 +38,16 @@ def test_every_row_is_a_class_of_transformers() -> None:
         assert config.model_type == row.model_type, row.hf_class
 
 
-@pytest.mark.parametrize("kind", CLASSES[:2])
+def test_a_family_is_a_row_and_a_tiny_model() -> None:
+    """Whoever adds a family finds here what the parity tests need, and nothing else is to do."""
+    tiny = {row.family for row in layers.PLACES if row.hf_class in CLASSES}
+    assert tiny == FAMILIES.keys()
+    assert {backbone.family for backbone in BACKBONES} <= FAMILIES.keys()
+    for title in ("Qwen2.5", "Qwen3", "Qwen3.6"):
+        assert title in SUPPORTED
+
+
+@pytest.mark.parametrize("kind", CLASSES[:3])
 def test_a_lora_model_is_unwrapped(kind: str) -> None:
     model = make_model(kind)
     wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))

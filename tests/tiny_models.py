@@ -22,6 +22,7 @@ SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
 VOCAB = 256 + len(SPECIAL) + 3  # three unused rows, as the real models have
 
 CLASSES = (
+    "Qwen2ForCausalLM",
     "Qwen3ForCausalLM",
     "Qwen3MoeForCausalLM",
     "Qwen3_5ForCausalLM",

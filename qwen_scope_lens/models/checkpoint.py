@@ -42,7 +42,7 @@ def open_config(name: str, **source: Any) -> Any:
         _refuse_code(name, TRUST in str(error))
         raise NotACheckpoint(
             f"{name} is no model that transformers can open: expected a hub name, or a folder with"
-            f" the config.json of a Qwen3 or Qwen3.5 model ({in_short(error)})"
+            f" the config.json of a Qwen model ({in_short(error)})"
         ) from error
     _refuse_code(name, bool(getattr(config, "auto_map", None)) and not source[TRUST])
     kernel = getattr(config, "_attn_implementation_internal", None)

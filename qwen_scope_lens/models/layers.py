@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from qwen_scope_lens.errors import LayerOutOfRange, WrongModel
+from qwen_scope_lens.families import FAMILIES, SUPPORTED
 
 __all__ = [
     "PLACES",
@@ -79,25 +80,24 @@ class Places:
     @property
     def is_hybrid(self) -> bool:
         """Whether three layers of four are linear attention (recurrent)."""
-        return self.family.startswith("qwen3_5")
+        return FAMILIES[self.family].is_hybrid
 
 
 def _rows() -> Iterator[Places]:
-    for family, prefix in (("qwen3", "Qwen3"), ("qwen3_moe", "Qwen3Moe")):
-        yield Places(f"{prefix}ForCausalLM", family, family, "causal")
-        yield Places(f"{prefix}Model", family, family, "text")
-    # Qwen3.6 checkpoints use the Qwen3.5 classes.
-    for family, prefix in (("qwen3_5", "Qwen3_5"), ("qwen3_5_moe", "Qwen3_5Moe")):
-        yield Places(f"{prefix}ForCausalLM", f"{family}_text", family, "causal")
-        yield Places(f"{prefix}TextModel", f"{family}_text", family, "text")
-        yield Places(f"{prefix}ForConditionalGeneration", family, family, "wrapper")
-        yield Places(f"{prefix}Model", family, family, "wrapped")
+    for row in FAMILIES.values():
+        if not row.is_hybrid:
+            yield Places(f"{row.prefix}ForCausalLM", row.name, row.name, "causal")
+            yield Places(f"{row.prefix}Model", row.name, row.name, "text")
+            continue
+        yield Places(f"{row.prefix}ForCausalLM", f"{row.name}_text", row.name, "causal")
+        yield Places(f"{row.prefix}TextModel", f"{row.name}_text", row.name, "text")
+        yield Places(f"{row.prefix}ForConditionalGeneration", row.name, row.name, "wrapper")
+        yield Places(f"{row.prefix}Model", row.name, row.name, "wrapped")
 
 
 PLACES: tuple[Places, ...] = tuple(_rows())
 
 _BY_CLASS = {row.hf_class: row for row in PLACES}
-_SUPPORTED = "Qwen3, Qwen3-MoE, Qwen3.5, Qwen3.5-MoE and Qwen3.6"
 
 
 def unwrap(model: Any) -> nn.Module:
@@ -138,7 +138,7 @@ def places_of(model: Any) -> Places:
     model_type = getattr(getattr(inner, "config", None), "model_type", None)
     raise WrongModel(
         f"{type(inner).__name__} (model_type {model_type!r}) is none of the supported classes:"
-        f" {_SUPPORTED}, as CausalLM, as multimodal wrapper or as their base models"
+        f" {SUPPORTED}, as CausalLM, as multimodal wrapper or as their base models"
     )
 
 
@@ -148,9 +148,7 @@ def places_of_config(config: Any) -> Places:
     for row in PLACES:
         if row.model_type == model_type:
             return row
-    raise WrongModel(
-        f"model_type {model_type!r} is another family: the SAEs belong to {_SUPPORTED}"
-    )
+    raise WrongModel(f"model_type {model_type!r} is another family: this package reads {SUPPORTED}")
 
 
 def part(model: Any, path: str) -> nn.Module:

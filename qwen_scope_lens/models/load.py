@@ -69,7 +69,7 @@ def load_model(
     local_files_only: bool = False,
     **hf_options: Any,
 ) -> ScopeBridge:
-    """A Qwen3, Qwen3-MoE, Qwen3.5 or Qwen3.5-MoE model with TransformerLens hook points.
+    """A Qwen model of a family in `families.py`, with TransformerLens hook points.
 
     `name_or_model` is a hub name, a folder, a model of the package's own (`mini-qwen3`), or an HF
     model in memory (plain, quantised, spread over devices, or with a LoRA-like adapter); the bridge

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from qwen_scope_lens.errors import BadPlan
 from qwen_scope_lens.extras import require
+from qwen_scope_lens.families import FAMILIES
 from qwen_scope_lens.files import whole_file
 from qwen_scope_lens.steering.plan import Edit, Plan
 from qwen_scope_lens.steering.readers import SAEs, directions_of
@@ -25,10 +26,6 @@ __all__ = ["FORMATS", "export", "layer_vectors", "to_gguf", "to_safetensors"]
 
 EVERY_TOKEN = Where(skip_first=False)
 AFTER_FIRST = Where()
-
-# The architecture by which llama.cpp knows a model, for its `model_hint`.
-LLAMA_NAMES = {"qwen3": "qwen3", "qwen3_moe": "qwen3moe", "qwen3_5": "qwen35",
-               "qwen3_5_moe": "qwen35moe"}  # fmt: skip
 
 
 def layer_vectors(plan: Plan, saes: SAEs = None) -> dict[int, Tensor]:
@@ -61,7 +58,8 @@ def to_gguf(plan: Plan, path: Path, saes: SAEs = None) -> Path:
     backbone = plan.edits[0].ref.sae.row.backbone
     with whole_file(path) as partial:
         writer = gguf.GGUFWriter(str(partial), "controlvector")
-        writer.add_string("controlvector.model_hint", LLAMA_NAMES.get(backbone.family or "", ""))
+        family = FAMILIES.get(backbone.family or "")
+        writer.add_string("controlvector.model_hint", family.llama_name if family else "")
         writer.add_uint32("controlvector.layer_count", len(vectors))
         writer.add_string("qwen_scope_lens.plan", json.dumps(plan.to_dict()))
         for layer, vector in vectors.items():
