@@ -37,9 +37,9 @@ from qwen_scope_lens.training.repetition import find_repetition_features
 from qwen_scope_lens.training.rewards import no_repetition
 
 LAYERS = (3, 4, 5)
-PER_LAYER, FEATURES = 3, 1
+PER_LAYER, FEATURES = 4, 1
 STRENGTH = 0.3  # of the length of the residual, for each feature
-COLLECT, SCREEN, TRAIN, MEASURE = 0.4, 0.5, 0.6, 0.3  # temperatures
+COLLECT, SCREEN, TRAIN, MEASURE = 0.3, 0.5, 0.6, 0.3  # temperatures
 TOKENS, GROUP_SIZE, PROMPTS_A_STEP = 64, 4, 6
 STEERED_AT_LEAST, RANDOM_AT_MOST = 0.1, 0.06  # the gates: repeat ratios at the training temperature
 
@@ -157,10 +157,10 @@ def main() -> int:
 
     written = cells("own loops", lambda: [
         prompt + reply.text
-        for prompt, reply in own_loops(model, training, samples=2, tokenizer=tokenizer,
+        for prompt, reply in own_loops(model, training, samples=4, tokenizer=tokenizer,
                                        sampling=sampled(COLLECT), batch=120)
     ])  # fmt: skip
-    say(f"{len(written)} of {2 * len(training)} continuations of mini-qwen3 end in a loop"
+    say(f"{len(written)} of {4 * len(training)} continuations of mini-qwen3 end in a loop"
         f" (temperature {COLLECT}, {TOKENS} tokens)")  # fmt: skip
 
     def candidates() -> list[Any]:

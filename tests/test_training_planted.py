@@ -159,7 +159,7 @@ def test_planted_language_features_through_sasft_in_closed_form(group: str, tmp_
     x = ((level + heights)[:, None] * row / row.square().sum()).float()[None].requires_grad_()
     languages = torch.tensor([[0, 0, 0, 1]])  # the last token is Chinese: it costs nothing
     loss = penalty.loss({LAYER: x}, languages, torch.ones(1, 4, dtype=torch.bool))
-    assert float(loss) == pytest.approx((2.0 + 0.5) / (3 + 1), rel=1e-3)
+    assert loss.item() == pytest.approx((2.0 + 0.5) / (3 + 1), rel=1e-3)
     loss.backward()
     expected: Any = torch.zeros(4, WIDTH)
     expected[:2] = row.float() / (3 + 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from tiny_models import make_model
 from training_data import GROUP, examples, settings, table
 
 from qwen_scope_lens.address import FeatureRef
+from qwen_scope_lens.catalog import bundled_model
 from qwen_scope_lens.cli.verbs import main
 from qwen_scope_lens.errors import BadFile, UnknownName
 from qwen_scope_lens.steering.plan import Edit, Plan
@@ -201,11 +203,21 @@ def test_what_is_wrong_in_a_run_is_one_line(
     assert "batch_size` is 0: " in message(sasft_run(tmp_path, per_device_train_batch_size=0))
     path = sasft_run(tmp_path)
     content = yaml.safe_load(path.read_text("utf-8"))
+    for name in ("damaged", "custom"):
+        shutil.copytree(str(bundled_model("mini-qwen3")), tmp_path / name)
+    (tmp_path / "damaged" / "model.safetensors").write_bytes(b"12345678")
+    config = json.loads((tmp_path / "custom" / "config.json").read_text("utf-8"))
+    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.C"}}
+    (tmp_path / "custom" / "config.json").write_text(json.dumps(config), "utf-8")
+    (tmp_path / "custom" / "mine.py").write_text("raise SystemExit('it ran')\n", "utf-8")
     for key, value, words in (
         ("model", "no/such-model", "cannot be loaded"),
+        ("model", "damaged", "cannot be loaded"),
+        ("model", "custom", "cannot be loaded"),
         ("train", "none.jsonl", "does not exist"),
         ("language_features", "none.json", "qsl train languages"),
         ("lora", {"rank": 2}, "`lora` cannot be used"),
+        ("lora", {"r": 2, "target_modules": ["none"]}, "cannot be set up: "),
         ("trainer", {"max_steps": 1}, "no `trainer: output_dir`"),
     ):
         assert words in message(write_run(tmp_path, **(content | {key: value})))
@@ -219,6 +231,12 @@ def test_rewards_by_name_and_of_ones_own(tmp_path: Path) -> None:
     for wrong in ("no_such", "json:no_such", "no.such.module:f"):
         with pytest.raises(UnknownName, match="reward"):
             _rewards(read_run(write_run(tmp_path, rewards=[wrong]), GRPO))
+    for odd in ([], 5, [5], [{}], {"no_repetition": 1, "no_script": "zh"}):
+        with pytest.raises(BadFile, match="expected names"):
+            _rewards(read_run(write_run(tmp_path, rewards=odd), GRPO))
+    for rule in ({"min_time": 3}, {"min_times": 1}, {"value": "low"}, {"min_times": "x"}):
+        with pytest.raises(BadFile, match="no_repetition cannot be used"):
+            _rewards(read_run(write_run(tmp_path, rewards=[{"no_repetition": rule}]), GRPO))
     with pytest.raises(UnknownName, match="'de' has no script"):
         _rewards(read_run(write_run(tmp_path, rewards=[{"no_script": "de"}]), GRPO))
 

@@ -1,63 +1,94 @@
-"""Whether a model is the one that SAEs were trained on: refused where that is known not to be so.
+"""Is this the model on which the SAEs were trained? What its class, its depth and its name say.
 
-Width and depth do not tell models apart (four published backbones share one width), and features
-of another model are random directions in this one. What is compared is the configuration and the
-name, never a weight.
+Width and layer alone do not tell: Qwen3-1.7B, Qwen3.5-2B and Qwen3.5-35B-A3B have one width, so do
+Qwen3-8B and Qwen3.5-9B, and Qwen3.6-27B has every size of Qwen3.5-27B. A model that is known to be
+another is refused, one whose name says nothing is remarked on.
 """
 
 from __future__ import annotations
 
+import re
 import warnings
 from typing import Any
 
 from qwen_scope_lens.catalog import GROUPS, Group
 from qwen_scope_lens.errors import WrongModel
-from qwen_scope_lens.models.layers import d_model, describe, places_of, text_config
+from qwen_scope_lens.models.layers import decoder_layers, describe, places_of
 
-__all__ = ["check_backbone", "name_key"]
+__all__ = ["another_model", "check_backbone", "check_name", "is_relative"]
+
+_VARIANTS = re.compile(
+    r"base|instruct|chat|it|thinking|hf|unsloth|dynamic|bnb|awq|gptq|int4|int8|fp8|fp16|bf16|nvfp4"
+    r"|mxfp4|4bit|8bit|\d{4}"
+)
+"""Words of a name that say how a model was tuned or stored, not which one it is."""
+
+_QWEN = re.compile(r"qwen\d+(?:\.\d+)?-\d+(?:\.\d+)?b(?:-a\d+(?:\.\d+)?b)?(?=-|$)")
 
 
-def check_backbone(model: Any, row: Group, *, allow_other_model: bool = False) -> None:
-    """Raise where a model in memory is known not to be the backbone of a group of SAEs.
+def check_backbone(model: Any, group: Group, *, allow_other_model: bool = False) -> None:
+    """Raise for a model in memory that is known to be another, warn where nothing is known.
 
-    Known is another width, family or depth, or the name of another backbone of the catalogue. A
-    name that says nothing (a folder, a fine-tuned model) gets a warning. `allow_other_model` takes
-    all of them without a word except another width, which no arithmetic allows.
+    Base and instruct versions of one model, and quantised ones, count as the same.
     """
-    name, backbone = describe(model), row.backbone
-    head = f"the SAEs {row.short} were trained on {backbone.model_id}"
-    if d_model(model) != row.d_model:
-        raise WrongModel(
-            f"{head} and read residuals of width {row.d_model}; {name} has {d_model(model)}"
-        )
     if allow_other_model:
         return
-    way_out = (
-        "their features mean nothing in another model. Use the SAEs of this model, or, if it is"
-        f" that one fine-tuned, say allow_other_model=True ({name})"
-    )
-    family, depth = places_of(model).family, int(text_config(model).num_hidden_layers)
-    if backbone.family is not None and family != backbone.family:
-        raise WrongModel(f"{head}, a {backbone.family}; this is a {family}: {way_out}")
-    cut = getattr(model, "up_to_layer", None) is not None
-    if depth != backbone.num_layers and not cut:
-        raise WrongModel(
-            f"{head}, which has {backbone.num_layers} layers; this has {depth}: {way_out}"
-        )
-    key = name_key(name)
-    if key == backbone.key:
+    check_name(describe(model), group, another_model(model, group))
+
+
+def another_model(model: Any, group: Group) -> str | None:
+    """What shows that a model is not the group's, whatever it is called; None: nothing does."""
+    backbone = group.backbone
+    family, depth = places_of(model).family, len(decoder_layers(model))
+    if backbone.family not in (None, family):
+        return f"it is of the family {family}, not {backbone.family}"
+    cut = getattr(model, "up_to_layer", None) is not None or is_relative(describe(model), group)
+    if depth > backbone.num_layers or (depth < backbone.num_layers and not cut):
+        return f"it has {depth} layers, not {backbone.num_layers}"
+    return None
+
+
+def check_name(name: str, group: Group, known: str | None = None) -> None:
+    """The same by the name alone; `known` is what is known about the model otherwise."""
+    trained_on = group.backbone.model_id
+    if known is None and is_relative(name, group):
         return
-    if key in {group.backbone.key for group in GROUPS}:
-        raise WrongModel(f"{head}, this is another of the catalogue: {way_out}")
+    said = _identity(name)
+    if known is None and said is not None and said != _identity(trained_on):
+        known = f"its name says {said}"
+    if known is not None:
+        raise WrongModel(
+            f"the SAEs {group.short} were trained on {trained_on}; {name} is another model"
+            f" ({known}), where their features mean nothing. Load {trained_on} or a version of it,"
+            " or pass allow_other_model=True (--allow-other-model) if this is what you want"
+        )
     warnings.warn(
-        f"{head}; whether {name} comes from it cannot be seen. Where it does, allow_other_model"
-        "=True says so",
+        f"the SAEs {group.short} were trained on {trained_on}, this is {name}: whether it is a"
+        " version of it cannot be known from its name. If it is not, the features mean nothing;"
+        " allow_other_model=True says that it is and keeps this quiet",
         stacklevel=3,
     )
 
 
-def name_key(name: str) -> str:
-    """The last part of a model's name, in lower case, also in a folder of the hub's cache."""
-    parts = name.rstrip("/").split("/")
-    cached = [part.split("--")[-1] for part in parts if part.startswith("models--")]
-    return (cached or parts)[-1].lower()
+def is_relative(name: str, group: Group) -> bool:
+    """Whether a name says the group's own model: base, instruct, or stored in another way."""
+    return _stem(name) == _stem(group.backbone.model_id)
+
+
+def _stem(name: str) -> str:
+    """`Qwen/Qwen3-30B-A3B-Instruct-2507` -> `qwen3-30b-a3b`; also from a folder of the cache."""
+    parts = name.replace("\\", "/").rstrip("/").split("/")
+    cached = [part.split("--")[-1] for part in parts if part.startswith("models--")]  # of the hub
+    words = (cached or parts)[-1].lower().replace("_", "-").split("-")
+    while len(words) > 1 and _VARIANTS.fullmatch(words[-1]):
+        words.pop()
+    return "-".join(words)
+
+
+def _identity(name: str) -> str | None:
+    """The model of the catalog, or of Qwen's way of naming, that a name says."""
+    stem = _stem(name)
+    if stem in {_stem(group.backbone.model_id) for group in GROUPS}:
+        return stem
+    found = _QWEN.match(stem)
+    return found[0] if found else None

@@ -151,15 +151,18 @@ def _arguments(run: Run, kind: type) -> Any:
 
 
 def _model(run: Run) -> tuple[Any, Any]:
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     name = str(run.need("model"))
     beside = run.path.parent / name
     source = bundled_model(name) or (beside if beside.is_dir() else name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        return AutoModelForCausalLM.from_pretrained(source, dtype="auto"), tokenizer
-    except OSError as error:
+        # Code that lies in a model's folder is neither run nor asked about.
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", trust_remote_code=False)
+        return model, tokenizer
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         first_line = str(error).partition("\n")[0]
         raise BadFile(f"{run.path}: model {name} cannot be loaded: {first_line}") from error
 
@@ -212,13 +215,23 @@ def _rewards(run: Run) -> list[Any]:
     }
     given = run.content.get("rewards", ["no_repetition"])
     found = []
-    for entry in [given] if isinstance(given, (str, dict)) else given:
+    entries = [given] if isinstance(given, (str, dict)) else given
+    if not isinstance(entries, list) or not entries or not all(map(_is_reward, entries)):
+        raise BadFile(
+            f"{run.path}: `rewards` is {given!r}: expected names, or names with their settings"
+        )
+    for entry in entries:
         name, settings = (entry, None) if isinstance(entry, str) else next(iter(entry.items()))
         if name in own:
             options = settings if isinstance(settings, dict) else {}
             if settings is not None and not options:
                 options = {next(iter(inspect.signature(own[name]).parameters)): settings}
-            found.append(own[name](**options))
+            try:
+                found.append(own[name](**options))
+            except (TypeError, ValueError) as error:
+                if isinstance(error, ScopeError):
+                    raise
+                raise BadFile(f"{run.path}: reward {name} cannot be used: {error}") from error
             continue
         module, colon, function = name.partition(":")
         if not colon:
@@ -232,11 +245,17 @@ def _rewards(run: Run) -> list[Any]:
     return found
 
 
+def _is_reward(entry: Any) -> bool:
+    return isinstance(entry, str) or (
+        isinstance(entry, dict) and len(entry) == 1 and isinstance(next(iter(entry)), str)
+    )
+
+
 def _set_up(run: Run, kind: Any, *arguments: Any, **named: Any) -> Any:
     """The trainer; what TRL finds wrong with the settings is one line."""
     try:
         return kind(*arguments, **named)
-    except (TypeError, ValueError, OverflowError, NotImplementedError) as error:
+    except (TypeError, ValueError, KeyError, OverflowError, NotImplementedError) as error:
         if isinstance(error, ScopeError):
             raise
         reason = " ".join(str(error).split())

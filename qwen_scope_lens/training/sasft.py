@@ -199,6 +199,11 @@ def build_penalty(model: Any, args: SASFTConfig, table: LanguageFeatures) -> Pen
         features = table.of(*chosen, below_chance=args.below_chance)
         _name_what_is_left_out(table.of(*chosen, below_chance=True), features)
         sae = load_sae(features[0].ref.sae)
+        if sae.cfg.d_in != model.config.get_text_config().hidden_size:
+            raise WrongModel(
+                f"{features[0].ref.sae} reads residuals of width {sae.cfg.d_in},"
+                f" {describe(model)} has {model.config.get_text_config().hidden_size}"
+            )
         rows[layer] = FeatureRows.of(sae, [feature.ref.feature for feature in features])
         thresholds[layer] = torch.tensor(
             [

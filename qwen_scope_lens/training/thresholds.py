@@ -14,6 +14,7 @@ import torch
 
 from qwen_scope_lens.address import FeatureRef
 from qwen_scope_lens.errors import TooLittleData
+from qwen_scope_lens.features.facts import check_model
 from qwen_scope_lens.models.backbone import check_backbone
 from qwen_scope_lens.models.capture import iter_captures
 from qwen_scope_lens.models.load import load_model
@@ -44,6 +45,7 @@ def mean_pre_activations(
     }
     if model is None:
         model = load_model(store.manifest.model.id, up_to_layer=layers[-1])
+    check_model(model, refs[0].sae.row)  # the width
     check_backbone(model, refs[0].sae.row)
     rows = {
         layer: FeatureRows.of(load_sae(store.sae(layer).ref), numbers[layer]) for layer in layers
