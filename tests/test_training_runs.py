@@ -84,6 +84,9 @@ def test_a_run_killed_while_it_saves_goes_on_from_the_last_whole_checkpoint(
     assert [entry["step"] for entry in state["log_history"]] == [1, 2, 3]
     weights = [Path(folder, "model.safetensors").read_bytes() for folder in (final, reference)]
     assert weights[0] == weights[1]
+    shutil.rmtree(final)  # killed after its last checkpoint: no step too many
+    assert (run_sasft(path) / "model.safetensors").read_bytes() == weights[0]
+    assert last_whole(out) == str(out / "checkpoint-3")
 
 
 def test_a_checkpoint_is_whole_when_its_list_fits(tmp_path: Path) -> None:

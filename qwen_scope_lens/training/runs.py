@@ -279,6 +279,10 @@ def _train(run: Run, kind: str, trainer: Any, resume: bool) -> Path:
     last = last_whole(output) if resume else None
     if trainer.args.should_save:
         record(run.path, kind, run.content, output)
-    trainer.train(resume_from_checkpoint=last)
+    if last is not None and last.endswith(f"-{trainer.args.max_steps}"):
+        # Killed between its last checkpoint and the end: TRL would do one step too many.
+        trainer._load_from_checkpoint(last)
+    else:
+        trainer.train(resume_from_checkpoint=last)
     save_final(trainer, output / "final")
     return output / "final"
