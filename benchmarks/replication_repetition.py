@@ -254,8 +254,8 @@ def report(
     gap = by_prompt(rows["rare negatives"]) - by_prompt(rows["plain DAPO"])
     seen = 2.8 * float(gap[picks].mean(axis=1).std())
     say(f"power: a difference of {seen:.3f} between rare negatives and plain DAPO is seen four"
-        " times in five. Intervals: 95%, bootstrap over prompts, differences paired; they do not hold how"
-        " far other seeds lie apart.")  # fmt: skip
+        " times in five. Intervals: 95%, bootstrap over prompts, differences paired; they do not"
+        " hold how far other seeds lie apart.")  # fmt: skip
 
 
 if __name__ == "__main__":
