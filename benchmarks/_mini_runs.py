@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import random
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
+from _measure import cpu_name
 
 from qwen_scope_lens.catalog import bundled_model
 from qwen_scope_lens.features.corpus import Document
 from qwen_scope_lens.features.extract import extract
 from qwen_scope_lens.features.store import FeatureStore
+from qwen_scope_lens.files import write_json
 from qwen_scope_lens.mini import heldout
 from qwen_scope_lens.mini.train.generated import chat
 from qwen_scope_lens.mini.train.model import held_out_loss
@@ -99,6 +104,46 @@ def loss_by_language(model: Any, tokenizer: Any, parts: dict[str, list[str]]) ->
         rows = [ids[:160] for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
         found[language] = held_out_loss(model.eval(), rows)
     return found
+
+
+@torch.no_grad()
+def loss_of_each(model: Any, tokenizer: Any, lines: Sequence[str], count: int = 60) -> np.ndarray:
+    """Held-out nats and tokens of conversations in one language, one by one. `[count, 2]`"""
+    rng = random.Random(1)
+    model.eval()
+    found = []
+    for _ in range(count):
+        text = chat(rng.choice(lines), rng.choice(lines))
+        ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"][:160]])
+        logits = model(ids).logits[0, :-1].float()
+        nats = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum")
+        found.append((float(nats), ids.shape[1] - 1))
+    return np.array(found)
+
+
+def stamp() -> str:
+    """Machine, packages and date, for the foot of a file of results."""
+    return (
+        f"{cpu_name()}, one thread, torch {torch.__version__}, transformers"
+        f" {transformers.__version__}, {time.strftime('%Y-%m-%d')}"
+    )
+
+
+class Cells:
+    """Results by name in one JSON file, so that an interrupted run goes on where it was."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.known: dict[str, Any] = {}
+        if path is not None and path.is_file():
+            self.known = json.loads(path.read_text("utf-8"))
+
+    def __call__(self, name: str, make: Callable[[], Any]) -> Any:
+        if name not in self.known:
+            self.known[name] = make()
+            if self.path is not None:
+                write_json(self.path, "benchmark-cells", 1, self.known)
+        return self.known[name]
 
 
 def prompt(question: str) -> str:

@@ -2,10 +2,10 @@
 
 Fine-tuning data in which Chinese (then Russian) breaks into some English replies makes the mini do
 the same. Compared: plain SFT; SFT with a plain penalty on the probability of that script's tokens;
-SASFT; SASFT with as many random features. Printed: code-switching ratio on unseen English prompts,
-held-out loss by language, over seeds.
+SASFT at several lambdas; as many random features with thresholds of their own. Printed: the
+code-switching ratio on unseen English prompts against the held-out loss of the target language.
 
-    python benchmarks/replication_sasft.py [--seeds 3] [--targets zh,ru]
+    python benchmarks/replication_sasft.py [--seeds 2] [--targets zh,ru] [--cells FILE]
 """
 
 from __future__ import annotations
@@ -16,13 +16,25 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from _measure import Printed
-from _mini_runs import LANGUAGES, halves, loss_by_language, mini, prompt, replies, store_of
+from _mini_runs import (
+    GROUP,
+    LANGUAGES,
+    Cells,
+    halves,
+    loss_of_each,
+    mini,
+    prompt,
+    replies,
+    stamp,
+    store_of,
+)
 from datasets import Dataset, disable_progress_bars
 from trl import SFTConfig, SFTTrainer
 
@@ -32,15 +44,20 @@ from qwen_scope_lens.training.languages import (
     LanguageFeatures,
     find_language_features,
 )
-from qwen_scope_lens.training.metrics import code_switching_ratio, has_script
+from qwen_scope_lens.training.metrics import has_script
 from qwen_scope_lens.training.sasft import SASFTConfig, SASFTTrainer
+from qwen_scope_lens.training.thresholds import mean_pre_activations
 
 LAYERS = (6, 7)  # the last two, as the published code
 ASK = ("Explain this to me:", "Tell me more.", "Please go on from here:", "What is this about?")
-LAMBDA = 0.1
 PENALTY = 1.0
-EXAMPLES, SWITCHED = 240, 0.5
-PROMPTS, SAMPLES, TOKENS = 40, 4, 40
+EXAMPLES, SWITCHED, EPOCHS = 120, 0.5, 2
+PROMPTS, SAMPLES, TOKENS, CONVERSATIONS = 60, 4, 32, 40
+SWEEP = [("SFT", 0.0), ("SASFT", 0.1), ("SASFT", 0.01), ("random features", 0.1),
+         ("SASFT", 0.001), ("random features", 0.01), ("SASFT", 0.03),
+         ("SASFT", 0.003)]  # fmt: skip
+FIRST_SEED_ONLY = [("before", 0.0), ("penalty", 0.0)]
+OTHER_TARGETS = [("SFT", 0.0), ("SASFT", 0.03), ("random features", 0.03)]
 
 
 def question(rng: random.Random, lines: Sequence[str]) -> str:
@@ -70,10 +87,10 @@ def data(lines: dict[str, list[str]], target: str, seed: int) -> Dataset:
 
 def settings(seed: int, folder: str) -> dict[str, Any]:
     return {
-        "output_dir": folder, "num_train_epochs": 2, "per_device_train_batch_size": 12,
+        "output_dir": folder, "num_train_epochs": EPOCHS, "per_device_train_batch_size": 12,
         "learning_rate": 1e-3, "lr_scheduler_type": "linear", "logging_steps": 1000,
         "save_strategy": "no", "bf16": False, "use_cpu": True, "disable_tqdm": True,
-        "gradient_checkpointing": False, "report_to": "none", "seed": seed, "max_length": 160,
+        "gradient_checkpointing": False, "report_to": "none", "seed": seed, "max_length": 120,
     }  # fmt: skip
 
 
@@ -104,26 +121,30 @@ def script_tokens(tokenizer: Any, size: int, language: str) -> torch.Tensor:
     return torch.tensor(flags + [False] * (size - len(flags)))
 
 
-def random_table(table: LanguageFeatures, target: str, seed: int) -> LanguageFeatures:
-    """As many other features of the same layers, with thresholds like the real ones'."""
+def random_table(store: Any, table: LanguageFeatures, target: str, seed: int) -> LanguageFeatures:
+    """As many other features of the same layers as the loss uses, with thresholds of their own."""
     rng = np.random.default_rng(seed)
-    features = [
-        LanguageFeature(FeatureRef(f.ref.group, f.ref.layer, int(rng.integers(1024))), target,
-                        0.0, 0.0, 0.0, f.pre_activation)
-        for f in table.features if f.language == target
-    ]  # fmt: skip
-    return LanguageFeatures(table.model, tuple(features), {})
+    taken = {f.ref for f in table.features}
+    refs: list[FeatureRef] = []
+    for layer in LAYERS:
+        free = [n for n in range(1024) if FeatureRef(GROUP, layer, n) not in taken]
+        count = len(table.of(layer, [target], 2))
+        refs += [FeatureRef(GROUP, layer, int(n)) for n in rng.choice(free, count, replace=False)]
+    values = store.labels("lang")
+    docs_of = {name: np.flatnonzero(values == name) for name in table.languages}
+    means = mean_pre_activations(store, refs, docs_of)
+    rows = [LanguageFeature(ref, target, 0.0, 0.0, 0.0, means[ref]) for ref in refs]
+    return LanguageFeatures(table.model, tuple(rows), {})
 
 
-def trained(kind: str, target: str, table: LanguageFeatures, rows: Dataset, seed: int) -> Any:
+def trained(kind: str, lam: float, target: str, chosen: Any, rows: Dataset, seed: int) -> Any:
     model, tokenizer = mini()
     model.train()
     with tempfile.TemporaryDirectory() as folder:
         common = {"train_dataset": rows, "processing_class": tokenizer}
-        if kind.startswith("SASFT"):
-            args = SASFTConfig(**settings(seed, folder), lam=LAMBDA, layers=list(LAYERS),
-                               targets=[target])  # fmt: skip
-            chosen = random_table(table, target, seed) if "random" in kind else table
+        if kind in ("SASFT", "random features"):
+            args = SASFTConfig(**settings(seed, folder), lam=lam, layers=list(LAYERS),
+                               targets=[target], below_chance=kind != "SASFT")  # fmt: skip
             trainer: Any = SASFTTrainer(model, args, language_features=chosen, **common)
         elif kind == "penalty":
             script = script_tokens(tokenizer, model.config.vocab_size, target)
@@ -136,10 +157,87 @@ def trained(kind: str, target: str, table: LanguageFeatures, rows: Dataset, seed
     return model, tokenizer
 
 
+def measured(model: Any, tokenizer: Any, target: str, second: Any, prompts: Any, seed: int) -> Any:
+    """Which replies switch, and the held-out loss of each conversation, by language."""
+    _, found, _ = replies(model, tokenizer, prompts, samples=SAMPLES, tokens=TOKENS,
+                          temperature=1.0, top_p=0.8, seed=seed)  # fmt: skip
+    return {
+        "switched": [has_script(reply, target) for reply in found],
+        "loss": {
+            name: loss_of_each(model, tokenizer, second[name], CONVERSATIONS).tolist()
+            for name in LANGUAGES
+        },
+    }
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kind and lambda over seeds."""
+
+    switched: np.ndarray  # [seeds, prompts, samples]
+    loss: dict[str, np.ndarray]  # language -> [seeds, conversations, 2]: nats, tokens
+
+    @classmethod
+    def of(cls, cells: list[Any]) -> Row:
+        flags = np.array([cell["switched"] for cell in cells]).reshape(len(cells), PROMPTS, SAMPLES)
+        return cls(flags, {n: np.array([cell["loss"][n] for cell in cells]) for n in LANGUAGES})
+
+    def ratio(self, picks: np.ndarray) -> np.ndarray:
+        """Resampled by prompt. `[resamples, prompts] -> [resamples]`"""
+        found: np.ndarray = self.switched.mean(axis=(0, 2))[picks].mean(axis=-1)
+        return found
+
+    def nats(self, language: str, picks: np.ndarray) -> np.ndarray:
+        """Loss per token, resampled by conversation."""
+        rows = self.loss[language].sum(axis=0)
+        found: np.ndarray = rows[picks, 0].sum(axis=-1) / rows[picks, 1].sum(axis=-1)
+        return found
+
+
+def spread(middle: float, draws: np.ndarray, sign: str = "") -> str:
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return f"{middle:{sign}.3f} [{low:{sign}.3f}, {high:{sign}.3f}]"
+
+
+def report(say: Any, target: str, rows: dict[tuple[str, float], Row]) -> None:
+    """The frontier: how often replies switch against what the target language pays."""
+    rng = np.random.default_rng(0)
+    prompts, every = rng.integers(PROMPTS, size=(2000, PROMPTS)), np.arange(PROMPTS)
+    texts = rng.integers(CONVERSATIONS, size=(2000, CONVERSATIONS))
+    all_texts = np.arange(CONVERSATIONS)
+    others = [name for name in LANGUAGES if name not in ("en", target)]
+    base = rows["SFT", 0.0]
+    say(f"{'':16} {'lambda':>6} {'seeds':>5}  {'ratio':21}  {'ratio - SFT':24}"
+        f"  {f'loss of {target} - SFT':24}  loss - SFT: en, others")  # fmt: skip
+    order = ["before", "SFT", "penalty", "SASFT", "random features"]
+    for (kind, lam), row in sorted(rows.items(), key=lambda r: (order.index(r[0][0]), r[0][1])):
+        same = Row(base.switched[: len(row.switched)],
+                   {n: x[: len(row.switched)] for n, x in base.loss.items()})  # fmt: skip
+        shown = spread(float(row.ratio(every)), row.ratio(prompts))
+        against, price, more = "", "", []
+        if kind != "SFT":
+            against = spread(float(row.ratio(every) - same.ratio(every)),
+                             row.ratio(prompts) - same.ratio(prompts), "+")  # fmt: skip
+            price = spread(
+                float(row.nats(target, all_texts) - same.nats(target, all_texts)),
+                row.nats(target, texts) - same.nats(target, texts), "+")  # fmt: skip
+            more = [
+                float(np.mean([row.nats(n, all_texts) - same.nats(n, all_texts) for n in names]))
+                for names in (["en"], others)
+            ]
+        say(f"{kind:16} {lam or '':>6} {len(row.switched):5}  {shown:21}  {against:24}  {price:24}"
+            f"  {' '.join(f'{x:+.3f}' for x in more)}")  # fmt: skip
+    half = np.std(base.ratio(prompts)) * 2**0.5 * 2.8
+    say(f"power: with these prompts and seeds a change of the ratio by {half:.3f} is seen four"
+        " times in five (were the two runs' replies independent)")  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--targets", default="zh,ru")
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--targets", default="zh", help="zh,ru: the first is swept in full")
+    parser.add_argument("--cells", type=Path, help="a JSON file: goes on with what is in it")
+    parser.add_argument("--minutes", type=float, default=1e9, help="then report what is there")
     parser.add_argument(
         "--out", type=Path, default=Path(__file__).parent / "results/replication_sasft.txt"
     )
@@ -148,55 +246,57 @@ def main() -> None:
     disable_progress_bars()
     started = time.monotonic()
     say = Printed()
+    cells = Cells(arguments.cells)
     first, second = halves()
     targets = arguments.targets.split(",")
+    rng = random.Random(99)
+    prompts = [prompt(question(rng, second["en"])) for _ in range(PROMPTS)]
     with tempfile.TemporaryDirectory() as folder:
         texts = [
             (line, {"lang": language}) for language in LANGUAGES for line in first[language][:100]
         ]
-        table = find_language_features(store_of(texts, LAYERS, Path(folder) / "store"), targets)
-    say(f"SASFT on mini-qwen3: layers {LAYERS}, lambda {LAMBDA}, {arguments.seeds} seeds,"
-        f" {EXAMPLES} English replies of which {SWITCHED:.0%} switch, 2 epochs")  # fmt: skip
+        store = store_of(texts, LAYERS, Path(folder) / "store")
+        table = find_language_features(store, targets)
+        chance = {
+            (target, seed): random_table(store, table, target, seed)
+            for target in targets
+            for seed in range(arguments.seeds)
+        }
+    say(f"SASFT on mini-qwen3: layers {LAYERS}, {EXAMPLES} English replies of which {SWITCHED:.0%}"
+        f" switch, {EPOCHS} epochs, up to {arguments.seeds} seeds")  # fmt: skip
     for f in table.features:
+        used = "used" if f.stands_out else "below chance: left out"
         say(f"  {f.ref}  {f.language}  monolinguality {f.monolinguality:.2f}, held out"
-            f" {f.held_out:.2f}, chance {f.chance:.2f}")  # fmt: skip
-    rng = random.Random(99)
-    prompts = [prompt(question(rng, second["en"])) for _ in range(PROMPTS)]
-    for target in targets:
-        say(f"\n{target} in English replies, {PROMPTS} prompts x {SAMPLES} samples a seed")
-        say(f"{'':22} {'ratio':>22} {'change':>7} {'seeds':>18}   loss: en, {target}, others")
-        base: float | None = None
-        kinds = ("before", "SFT", "penalty", "SASFT", "SASFT, random features")
-        for kind in kinds:
-            hits: list[str] = []
-            groups: list[int] = []
-            ratios, losses = [], []
-            for seed in range(1 if kind == "before" else arguments.seeds):
-                if kind == "before":
-                    model, tokenizer = mini()
-                else:
-                    model, tokenizer = trained(kind, target, table, data(first, target, seed), seed)
-                _, found, asked = replies(model, tokenizer, prompts, samples=SAMPLES, tokens=TOKENS,
-                                          temperature=1.0, top_p=0.8, seed=seed)  # fmt: skip
-                hits += found
-                groups += asked
-                ratios.append(code_switching_ratio(found, target).value)
-                losses.append(loss_by_language(model, tokenizer, second))
-            ratio = code_switching_ratio(hits, target, groups)
-            if kind == "SFT":
-                base = ratio.value
-            change = (
-                "" if base is None or kind == "SFT" else f"{ratio.value / max(base, 1e-9) - 1:+.0%}"
-            )
-            mean = {name: float(np.mean([row[name] for row in losses])) for name in LANGUAGES}
-            others = float(
-                np.mean([mean[name] for name in LANGUAGES if name not in ("en", target)])
-            )
-            shown = f"{ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]"
-            say(f"{kind:22} {shown:>22} {change:>7} {' '.join(f'{r:.3f}' for r in ratios):>18}   "
-                f"{mean['en']:.3f} {mean[target]:.3f} {others:.3f}")  # fmt: skip
-    say(f"\nintervals: bootstrap over prompts; the paper: -26% to -100% against SFT."
-        f" {time.monotonic() - started:.0f} s, one thread")  # fmt: skip
+            f" {f.held_out:.2f}, chance {f.chance:.2f}  {used}")  # fmt: skip
+    seeds, (target, *others) = range(arguments.seeds), targets
+    wanted = [
+        *((target, *each, seed) for seed in seeds for each in SWEEP),
+        *((target, *each, 0) for each in FIRST_SEED_ONLY),
+        *((other, *each, seed) for seed in seeds for other in others for each in OTHER_TARGETS),
+    ]
+    found: dict[str, dict[tuple[str, float], list[Any]]] = {target: {} for target in targets}
+    for target, kind, lam, seed in wanted:
+        name = f"{target} {kind} {lam} {seed}"
+        if name not in cells.known and time.monotonic() - started > 60 * arguments.minutes:
+            continue
+
+        def make() -> Any:
+            chosen = chance[target, seed] if kind == "random features" else table  # noqa: B023
+            model, tokenizer = mini()
+            if kind != "before":  # noqa: B023
+                rows = data(first, target, seed)  # noqa: B023
+                model, tokenizer = trained(kind, lam, target, chosen, rows, seed)  # noqa: B023
+            return measured(model, tokenizer, target, second, prompts, seed)  # noqa: B023
+
+        found[target].setdefault((kind, lam), []).append(cells(name, make))
+        print(f"  {name}: {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+    for target, rows in found.items():
+        if ("SFT", 0.0) in rows:
+            say(f"\n{target} in English replies, {PROMPTS} prompts x {SAMPLES} samples a seed")
+            report(say, target, {key: Row.of(cell) for key, cell in rows.items()})
+    say(f"\nin brackets: 95%, bootstrap over prompts, for losses over {CONVERSATIONS} held-out"
+        " conversations; differences are paired. Loss in nats per token.")  # fmt: skip
+    say(stamp())
     say.save(arguments.out)
 
 

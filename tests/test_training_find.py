@@ -16,6 +16,7 @@ from qwen_scope_lens.errors import BadFile, TooLittleData, UnknownName
 from qwen_scope_lens.features.store import FeatureStore
 from qwen_scope_lens.mini import heldout
 from qwen_scope_lens.training.languages import (
+    LanguageFeatures,
     find_language_features,
     mean_activations,
     monolinguality,
@@ -27,6 +28,7 @@ from qwen_scope_lens.training.repetition import (
 )
 
 LANGUAGES = ("en", "ru", "zh")
+CUT = 20  # tokens of a document in the store
 
 
 def test_monolinguality_is_the_formula() -> None:
@@ -50,18 +52,25 @@ def test_a_planted_language_feature_is_found_and_chance_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "qwen_scope_lens.training.languages._with_pre_activations",
-        lambda store, chosen, docs, model: chosen,
+        "qwen_scope_lens.training.languages.mean_pre_activations",
+        lambda store, refs, docs, model: {ref: dict.fromkeys(docs, 0.0) for ref in refs},
     )
     langs = [LANGUAGES[doc % 3] for doc in range(60)]
     documents = random_documents(60, plant=lambda doc: {77: 2.0} if langs[doc] == "zh" else {})
     store = build_store(tmp_path / "store", documents, {"lang": langs})
-    best, second = find_language_features(store, ["zh"], shuffles=10).features
+    table = find_language_features(store, ["zh"], shuffles=10)
+    best, second = table.features
     assert best.ref == qsl.FeatureRef(GROUP, LAYER, 77)
     assert best.monolinguality == pytest.approx(2.0, abs=0.02)
     assert best.held_out == pytest.approx(2.0, abs=0.02)
     assert best.monolinguality > best.chance
     assert second.monolinguality < best.chance
+    assert [feature.stands_out for feature in table.features] == [True, False]
+    assert table.of(LAYER, ["zh"], 2) == [best]
+    assert table.of(LAYER, ["zh"], 2, below_chance=True) == [best, second]
+    nothing = LanguageFeatures(table.model, (second,), {})
+    with pytest.raises(TooLittleData, match=r"'zh' in layer 6 stands out.*below_chance"):
+        nothing.of(LAYER, ["zh"], 2)
     with pytest.raises(UnknownName, match=r"'ko'.*en, ru, zh"):
         find_language_features(store, ["ko"])
     few = build_store(tmp_path / "few", documents[:7], {"lang": langs[:7]})
@@ -80,18 +89,23 @@ def languages(tmp_path_factory: pytest.TempPathFactory) -> FeatureStore:
     ]
     out = tmp_path_factory.mktemp("languages") / "store"
     return extract(
-        documents, model="mini-qwen3", group=GROUP, layers=[LAYER], out=out, progress=False
-    )
+        documents, model="mini-qwen3", group=GROUP, layers=[LAYER], out=out, progress=False,
+        max_tokens=CUT,
+    )  # fmt: skip
 
 
-def test_the_means_before_topk_are_the_models(languages: FeatureStore) -> None:
+def test_the_means_before_topk_are_the_models_up_to_the_stores_limit(
+    languages: FeatureStore,
+) -> None:
     table = find_language_features(languages, ["zh"], shuffles=3)
     assert table.languages == LANGUAGES
     assert table.layers == (LAYER,)
     model = qsl.load_model("mini-qwen3")
     sae = qsl.load_sae(f"{GROUP}/{LAYER}")
     texts = [record["text"][:150] for record in list(heldout("prose", "ru"))[:8]]
-    read = qsl.capture(model, texts, [LAYER], truncate=True)
+    read = qsl.capture(model, texts, [LAYER], truncate=True, max_tokens=CUT)
+    assert any(read.truncated)
+    assert table.settings["max_tokens"] == CUT
     x = read.residuals[LAYER][read.keep(LAYER)]
     for feature in table.features:
         expected = float(sae.pre_activations(x, feature.ref.feature).double().mean())
@@ -116,8 +130,8 @@ class _Planted:
     layers = (LAYER,)
     n_docs = 24
 
-    def __init__(self, rise: float) -> None:
-        self.rise = rise
+    def __init__(self, rise: float, rare: float = 0.0) -> None:
+        self.rise, self.rare = rise, rare
         self.read: list[int] = []
 
     def sae(self, layer: int) -> Any:
@@ -137,6 +151,7 @@ class _Planted:
         rng = torch.Generator().manual_seed(doc)
         dense = (torch.rand(20, 1024, generator=rng) > 0.99) * torch.rand(20, 1024, generator=rng)
         dense[:, 300] = torch.arange(20) * self.rise
+        dense[:, 500] = torch.arange(20) * self.rare * (doc % 4 == 0)
         return dense
 
 
@@ -149,6 +164,16 @@ def test_a_planted_rise_is_found_and_none_where_nothing_rises() -> None:
     assert [feature.stands_out for feature in found.features] == [True, False, False, False, False]
     nothing = find_repetition_features(_Planted(0.0), top=5)  # type: ignore[arg-type]
     assert not any(feature.stands_out and feature.z > 5 for feature in nothing.features)
+
+
+def test_the_largest_rise_comes_first_even_where_few_documents_show_it() -> None:
+    """A planted loop feature: it rises far in a quarter of the documents, z below the line."""
+    found = find_repetition_features(_Planted(0.1, rare=2.0), top=5)  # type: ignore[arg-type]
+    first, second = found.features[:2]
+    assert (first.ref.feature, second.ref.feature) == (500, 300)
+    assert first.rise > 3 * second.rise
+    assert first.z < first.chance < second.z
+    assert [f.rise for f in found.features] == sorted(f.rise for f in found.features)[::-1]
 
 
 def test_only_chosen_documents_are_read_and_four_are_needed() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -229,6 +230,19 @@ def test_thresholds(tmp_path: Path) -> None:
     assert found.thresholds[7].tolist() == [[0.0], [0.0], [float("inf")]]
 
 
+def test_features_below_chance_stay_out_of_the_loss(tmp_path: Path) -> None:
+    model, _ = mini()
+    good, poor = table({7: (3,)}).features[0], table({7: (40,)}).features[0]
+    mixed = LanguageFeatures("mini-qwen3", (good, replace(poor, chance=5.0)), {})
+    config = SASFTConfig(**settings(tmp_path), layers=[7], targets=["zh"])
+    with pytest.warns(UserWarning, match=r"7/40 is left out.*is 1, chance reaches 5"):
+        found = build_penalty(model, config, mixed)
+    assert torch.equal(found.rows[7].weight, FeatureRows.of(qsl.load_sae(f"{GROUP}/7"), [3]).weight)
+    assert found.thresholds[7].shape == (3, 1)
+    config.below_chance = True
+    assert build_penalty(model, config, mixed).thresholds[7].shape == (3, 2)
+
+
 def test_lora_and_resuming(tmp_path: Path) -> None:
     from peft import LoraConfig
 
@@ -274,6 +288,11 @@ def test_wrong_data_and_wrong_settings_are_named(tmp_path: Path) -> None:
         trainer(tmp_path, targets=["ko"])
     with pytest.raises(UnknownName, match="layer 9 is not in"):
         trainer(tmp_path, layers=[9])
+    for wrong in (float("nan"), float("inf"), -1.0):
+        with pytest.raises(ValueError, match="lam"):
+            SASFTConfig(**settings(tmp_path), lam=wrong)
+    with pytest.raises(ValueError, match="whole numbers"):
+        SASFTConfig(**settings(tmp_path), layers=[1.5])
     with pytest.raises(ValueError, match="positions 'all'"):
         SASFTConfig(**settings(tmp_path), positions="all")
     with pytest.raises(WrongModel, match="width 128"):
@@ -291,6 +310,9 @@ def test_the_table_keeps_its_numbers(tmp_path: Path) -> None:
     text = path.read_text("utf-8")
     path.write_text(text.replace('"monolinguality"', '"other"', 1), "utf-8")
     with pytest.raises(BadFile, match="incomplete or damaged"):
+        LanguageFeatures.load(path)
+    path.write_text(text.replace('"held_out": 1.0', '"held_out": NaN', 1), "utf-8")
+    with pytest.raises(BadFile, match="not finite"):
         LanguageFeatures.load(path)
     assert table(FEATURES).languages == LANGUAGES
     assert table(FEATURES).layers == (5, 7)

@@ -1,13 +1,14 @@
 """The table that SASFT needs: language features, and how high they stand on other languages.
 
-What makes a feature one of a language (monolinguality), and the mean pre-activation of the chosen
-ones on every language (alpha of Eq. 26), measured, kept as JSON. Nothing is trained here.
+What makes a feature one of a language (monolinguality), which of the best ones chance explains too,
+and the file that keeps them with their thresholds (`thresholds.py`). Nothing is trained here.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ import numpy as np
 from qwen_scope_lens.address import FeatureRef, LayerRef
 from qwen_scope_lens.errors import BadFile, ScopeError, TooLittleData, UnknownName
 from qwen_scope_lens.files import read_json, write_json
+from qwen_scope_lens.training.thresholds import mean_pre_activations
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
@@ -30,7 +32,7 @@ __all__ = [
     "monolinguality",
 ]
 
-FORMAT, VERSION = "qsl-language-features", 1
+FORMAT, VERSION = "qsl-language-features", 2  # 1: means that ignored the store's token limit
 TEXTS_PER_LANGUAGE = 100
 """As in the published code: texts a language for the means, first token left out."""
 
@@ -45,6 +47,11 @@ class LanguageFeature:
     held_out: float  # on the others
     chance: float  # the best monolinguality in this layer when languages are shuffled
     pre_activation: Mapping[str, float]  # language -> mean before ReLU and top-k
+
+    @property
+    def stands_out(self) -> bool:
+        """Whether the score is above chance, and holds on documents it was not chosen by."""
+        return self.monolinguality > self.chance and self.held_out > 0
 
 
 @dataclass(frozen=True)
@@ -64,8 +71,14 @@ class LanguageFeatures:
     def layers(self) -> tuple[int, ...]:
         return tuple(sorted({feature.ref.layer for feature in self.features}))
 
-    def of(self, layer: int, targets: Sequence[str], most: int) -> list[LanguageFeature]:
-        """The best `most` features of each target language in a layer."""
+    def of(
+        self, layer: int, targets: Sequence[str], most: int, *, below_chance: bool = False
+    ) -> list[LanguageFeature]:
+        """The best `most` features of each target language in a layer.
+
+        Only those that stand out from chance, unless `below_chance`. Fewer than `most` may do; a
+        target with none in the layer is refused.
+        """
         found: list[LanguageFeature] = []
         for target in targets:
             here = [f for f in self.features if f.language == target and f.ref.layer == layer]
@@ -75,7 +88,15 @@ class LanguageFeatures:
                     f"the table has no feature of {target!r} in layer {layer}: it has"
                     f" {', '.join(known)}. Make one with `qsl train languages`"
                 )
-            found += here[:most]
+            good = [f for f in here if f.stands_out or below_chance]
+            if not good:
+                raise TooLittleData(
+                    f"no feature of {target!r} in layer {layer} stands out from chance (the best"
+                    f" has monolinguality {here[0].monolinguality:.3g}, chance reaches"
+                    f" {here[0].chance:.3g}): leave the layer out, make the table from more texts"
+                    " with `qsl train languages`, or set below_chance to use it all the same"
+                )
+            found += good[:most]
         return found
 
     def save(self, path: Path) -> None:
@@ -110,14 +131,24 @@ class LanguageFeatures:
             )
             if len({frozenset(feature.pre_activation) for feature in features}) != 1:
                 raise KeyError("the same languages for every feature")
+            if not all(map(math.isfinite, _numbers(features))):
+                raise ValueError("a number is not finite")
             return cls(str(content["model"]), features, dict(content["settings"]))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             if isinstance(error, ScopeError):
                 raise
             raise BadFile(
                 f"{path} is incomplete or damaged ({error!r}): make it again with"
                 " `qsl train languages`"
             ) from error
+
+
+def _numbers(features: Iterable[LanguageFeature]) -> list[float]:
+    return [
+        number
+        for f in features
+        for number in (f.monolinguality, f.held_out, f.chance, *f.pre_activation.values())
+    ]
 
 
 def monolinguality(means: np.ndarray) -> np.ndarray:
@@ -199,9 +230,44 @@ def find_language_features(
 
     `texts` documents of every language count (all, where there are fewer). `chance` is the best
     monolinguality that any feature reaches when documents change languages at random: a feature
-    near it is none. The mean pre-activations need the model once more: by default the one the
-    store was made with.
+    below it is kept in the table for the record, but the loss does not use it
+    (`LanguageFeatures.of`). The mean pre-activations need the model once more: by default the one
+    the store was made with.
     """
+    rng = np.random.default_rng(seed)
+    first, second = _halves(store, label, targets, texts, rng)
+    languages = list(first)
+    wanted = tuple(layers) if layers is not None else store.layers
+    chosen: list[LanguageFeature] = []
+    for layer in wanted:
+        choosing, scoring = list(first.values()), list(second.values())
+        sums = _Sums.of(store, layer, np.concatenate([*choosing, *scoring]))
+        found, again = monolinguality(sums.means(choosing)), monolinguality(sums.means(scoring))
+        chance = max(_shuffled(sums, choosing, rng) for _ in range(shuffles))
+        for target in targets:
+            row = languages.index(target)
+            for feature in np.argsort(-found[row], kind="stable")[:per_layer].tolist():
+                ref = LayerRef.parse(store.sae(layer).ref).feature(feature)
+                scores = float(found[row, feature]), float(again[row, feature])
+                chosen.append(LanguageFeature(ref, target, *scores, chance, {}))
+    docs_of = {name: np.sort(np.concatenate([first[name], second[name]])) for name in languages}
+    means = mean_pre_activations(store, [f.ref for f in chosen], docs_of, model)
+    limits = store.manifest.settings
+    settings = {
+        "label": label,
+        "texts": texts,
+        "seed": seed,
+        "shuffles": shuffles,
+        "max_tokens": limits.max_tokens,
+    }
+    features = tuple(replace(f, pre_activation=means[f.ref]) for f in chosen)
+    return LanguageFeatures(str(store.manifest.model.id), features, settings)
+
+
+def _halves(
+    store: FeatureStore, label: str, targets: Sequence[str], texts: int, rng: np.random.Generator
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """The documents of each language that choose, and those that score."""
     values = store.labels(label)
     languages = sorted({str(value) for value in values if value is not None})
     for target in targets:
@@ -209,8 +275,7 @@ def find_language_features(
             raise UnknownName(
                 f"no document has {label} {target!r}: the store has {', '.join(languages)}"
             )
-    rng = np.random.default_rng(seed)
-    first, second = [], []
+    first, second = {}, {}
     for language in languages:
         docs = np.flatnonzero([value is not None and str(value) == language for value in values])
         if len(docs) < 4:
@@ -219,84 +284,11 @@ def find_language_features(
                 " score, so four are the least. Leave it out or add texts"
             )
         docs = rng.permutation(docs)[:texts]
-        first.append(np.sort(docs[::2]))
-        second.append(np.sort(docs[1::2]))
-    wanted = tuple(layers) if layers is not None else store.layers
-    chosen: list[LanguageFeature] = []
-    for layer in wanted:
-        sums = _Sums.of(store, layer, np.concatenate([*first, *second]))
-        found, again = monolinguality(sums.means(first)), monolinguality(sums.means(second))
-        chance = max(_shuffled(sums, first, rng) for _ in range(shuffles))
-        for target in targets:
-            row = languages.index(target)
-            for feature in np.argsort(-found[row], kind="stable")[:per_layer].tolist():
-                ref = LayerRef.parse(store.sae(layer).ref).feature(feature)
-                scores = float(found[row, feature]), float(again[row, feature])
-                chosen.append(LanguageFeature(ref, target, *scores, chance, {}))
-    docs_of = {
-        language: np.sort(np.concatenate(halves))
-        for language, halves in zip(languages, zip(first, second, strict=True), strict=True)
-    }
-    settings = {"label": label, "texts": texts, "seed": seed, "shuffles": shuffles}
-    features = tuple(_with_pre_activations(store, chosen, docs_of, model))
-    return LanguageFeatures(str(store.manifest.model.id), features, settings)
+        first[language], second[language] = np.sort(docs[::2]), np.sort(docs[1::2])
+    return first, second
 
 
 def _shuffled(sums: _Sums, groups: Sequence[np.ndarray], rng: np.random.Generator) -> float:
     docs = rng.permutation(np.concatenate(groups))
     cuts = np.cumsum([len(group) for group in groups])[:-1]
     return float(monolinguality(sums.means(np.split(docs, cuts))).max())
-
-
-def _with_pre_activations(
-    store: FeatureStore,
-    chosen: Sequence[LanguageFeature],
-    docs_of: Mapping[str, np.ndarray],
-    model: Any,
-) -> list[LanguageFeature]:
-    """Read the documents again and average the pre-activations of the chosen features alone."""
-    import torch
-
-    from qwen_scope_lens.models.capture import iter_captures
-    from qwen_scope_lens.models.load import load_model
-    from qwen_scope_lens.saes.load import load_sae
-    from qwen_scope_lens.training.penalty import FeatureRows
-
-    layers = sorted({feature.ref.layer for feature in chosen})
-    if model is None:
-        model = load_model(store.manifest.model.id, up_to_layer=layers[-1])
-    saes = {layer: load_sae(store.sae(layer).ref) for layer in layers}
-    numbers = {
-        layer: list(dict.fromkeys(f.ref.feature for f in chosen if f.ref.layer == layer))
-        for layer in layers
-    }
-    rows = {layer: FeatureRows.of(saes[layer], numbers[layer]) for layer in layers}
-    texts = store.documents(["text"]).column("text").to_pylist()
-    means: dict[tuple[str, int], torch.Tensor] = {}
-    for language, docs in docs_of.items():
-        sums = {layer: torch.zeros(len(numbers[layer]), dtype=torch.float64) for layer in layers}
-        tokens = dict.fromkeys(layers, 0)
-        for read in iter_captures(model, [texts[doc] for doc in docs], layers, truncate=True):
-            for layer in layers:
-                x = read.residuals[layer][read.keep(layer)]
-                found = rows[layer].to(x.device).pre_activations(x)
-                sums[layer] += found.double().sum(dim=0).cpu()
-                tokens[layer] += len(x)
-        for layer in layers:
-            means[language, layer] = sums[layer] / max(1, tokens[layer])
-    return [
-        LanguageFeature(
-            f.ref,
-            f.language,
-            f.monolinguality,
-            f.held_out,
-            f.chance,
-            {
-                language: float(
-                    means[language, f.ref.layer][numbers[f.ref.layer].index(f.ref.feature)]
-                )
-                for language in docs_of
-            },
-        )
-        for f in chosen
-    ]

@@ -16,8 +16,10 @@ import torch
 
 from qwen_scope_lens.errors import BadPlan, WrongModel
 from qwen_scope_lens.extras import require
+from qwen_scope_lens.models.backbone import check_backbone
 from qwen_scope_lens.steering.hooks import steer
 from qwen_scope_lens.steering.plan import Edit, Plan
+from qwen_scope_lens.training.checkpoints import WholeCheckpoints
 from qwen_scope_lens.training.metrics import find_repeats
 
 require("trl", "train")
@@ -41,6 +43,7 @@ class RareNegativeGRPOConfig(GRPOConfig):
             the plan than without, so with the true behaviour policy its ratio starts far below
             1 - epsilon, where the clipped objective of a negative advantage has no gradient, and
             the example that was made on purpose would teach nothing.
+        allow_other_model: train a model of which the plan's features are not known to be.
     """
 
     steered_per_group: int = field(default=1)
@@ -49,6 +52,7 @@ class RareNegativeGRPOConfig(GRPOConfig):
     epsilon: float = field(default=0.2)
     epsilon_high: float | None = field(default=0.28)
     beta: float = field(default=0.0)
+    allow_other_model: bool = field(default=False)
     report_to: Any = field(default="none")
 
     def __post_init__(self) -> None:
@@ -62,7 +66,7 @@ class RareNegativeGRPOConfig(GRPOConfig):
             )
 
 
-class RareNegativeGRPOTrainer(GRPOTrainer):
+class RareNegativeGRPOTrainer(WholeCheckpoints, GRPOTrainer):
     """`GRPOTrainer(..., plan=Plan([...]))`: the last rollouts of each group are steered."""
 
     _tag_names = ("trl", "grpo", "rare-negatives")
@@ -87,7 +91,10 @@ class RareNegativeGRPOTrainer(GRPOTrainer):
                 " text they meant while it was written is not known afterwards"
             )
         self.plan = plan
+        if not isinstance(model, str):  # before the data set is read
+            _check_model(model, args, plan)
         super().__init__(model, reward_funcs, args, **rest)
+        _check_model(self.model, args, plan)
 
     def _steered_rows(self, count: int) -> list[bool]:
         """Which of this process's rows are written under the plan: the last of each group.
@@ -157,6 +164,12 @@ class RareNegativeGRPOTrainer(GRPOTrainer):
         if bool(steered.any()):
             metrics["rollouts/steered_repeat_ratio"].append(found[steered, 0].mean().item())
             metrics["rollouts/plan_fired"].append(found[steered, 2].mean().item())
+
+
+def _check_model(model: Any, args: RareNegativeGRPOConfig, plan: Plan) -> None:
+    rows = [edit.ref.sae.row for edit in plan.edits]
+    for row in {row.short: row for row in rows}.values():
+        check_backbone(model, row, allow_other_model=args.allow_other_model)
 
 
 def _in_hindsight(plan: Plan, prompt: int) -> Plan:

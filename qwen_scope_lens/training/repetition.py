@@ -2,7 +2,7 @@
 
 The paper takes, for each repeated token, the activation at its last occurrence less that at its
 first, same token and same context; the largest increases are repetition features. What it leaves
-open is a parameter here. Amplifying such a feature is `rare_negatives.py`'s business.
+open is a parameter here. Whether such a feature causes loops is asked by `causes.py`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qwen_scope_lens.address import FeatureRef, LayerRef
-from qwen_scope_lens.errors import BadFile, TooLittleData
+from qwen_scope_lens.errors import BadFile, ScopeError, TooLittleData
 from qwen_scope_lens.files import read_json, write_json
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["RepetitionFeature", "RepetitionFeatures", "find_repetition_features", "occurrences"]
 
-FORMAT, VERSION = "qsl-repetition-features", 1
+FORMAT, VERSION = "qsl-repetition-features", 2  # 1: ordered by z
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,13 @@ class RepetitionFeature:
 
     @property
     def stands_out(self) -> bool:
-        """Whether the rise is above chance, and holds on documents it was not chosen by."""
+        """Whether every document shows the rise: a remark, since a cause of loops need not."""
         return self.z > self.chance and self.held_out > 0
 
 
 @dataclass(frozen=True)
 class RepetitionFeatures:
-    """The features of some layers, largest z first."""
+    """The features of some layers, largest rise first."""
 
     features: tuple[RepetitionFeature, ...]
     settings: Mapping[str, Any]
@@ -64,7 +64,9 @@ class RepetitionFeatures:
                 for row in content["features"]
             )
             return cls(rows, dict(content["settings"]))
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            if isinstance(error, ScopeError):
+                raise
             raise BadFile(
                 f"{path} is incomplete or damaged ({error!r}): make it again with"
                 " `qsl train repetition find`"
@@ -97,9 +99,11 @@ def find_repetition_features(
     """The features that rise most from first to last occurrence in repeating documents.
 
     Rises are averaged within a document first, then over documents, so that one long loop does not
-    speak for all; features are ordered by `z`, the mean over its standard error. Half of the
-    documents choose, half score. `chance` is the largest z of any feature when the two ends of
-    every document are swapped at random (95th percentile of `shuffles`).
+    speak for all; as in the paper the largest rises come first, `top` of each layer. Half of the
+    documents choose, half score. `z` is the rise over its standard error and `chance` the largest z
+    of any feature when the two ends of every document are swapped at random (95th percentile of
+    `shuffles`): both describe a rise and neither selects, since a feature that makes a model loop
+    may rise in a few documents only.
     """
     wanted = tuple(layers) if layers is not None else store.layers
     chosen = None if docs is None else np.asarray(sorted(set(docs)))
@@ -120,7 +124,7 @@ def find_repetition_features(
         z = _z(first)
         signs = rng.choice([-1.0, 1.0], size=(shuffles, len(first)))
         chance = float(np.quantile([_z(first * sign[:, None]).max() for sign in signs], 0.95))
-        for feature in np.argsort(-z, kind="stable")[:top].tolist():
+        for feature in np.argsort(-first.mean(axis=0), kind="stable")[:top].tolist():
             found.append(
                 RepetitionFeature(
                     LayerRef.parse(store.sae(layer).ref).feature(feature),
@@ -131,7 +135,7 @@ def find_repetition_features(
                     chance,
                 )
             )
-    found.sort(key=lambda feature: (-feature.z, feature.ref))
+    found.sort(key=lambda feature: (-feature.rise, feature.ref))
     return RepetitionFeatures(
         tuple(found),
         {"context": context, "min_times": min_times, "documents": used, "seed": seed},

@@ -14,6 +14,8 @@ Reward = Callable[..., list[float]]
 
 def no_repetition(value: float = -1.0, **rule: Any) -> Reward:
     """`value` for a reply that ends in a loop of tokens, else 0. `rule` as of `find_repeats`."""
+    find_repeats((), **rule)  # a wrong rule is refused now, not in the first step
+    value = float(value)
 
     def no_repetition_reward(
         completions: Sequence[Any], completion_ids: Sequence[Sequence[int]], **_: Any
@@ -26,6 +28,7 @@ def no_repetition(value: float = -1.0, **rule: Any) -> Reward:
 def no_script(language: str, value: float = -1.0) -> Reward:
     """`value` for a reply with any character of the language's script, else 0."""
     has_script("", language)  # an unknown language is refused now, not in the first step
+    value = float(value)
 
     def no_script_reward(completions: Sequence[Any], **_: Any) -> list[float]:
         return [value if has_script(reply_text(reply), language) else 0.0 for reply in completions]

@@ -1,26 +1,34 @@
 """One YAML file, one training run: read, checked, run, resumed.
 
 The file names a model, data and what to train with; everything under `trainer` goes to TRL's
-configuration as it stands. A copy and the versions are written beside the checkpoints.
+configuration as it stands. A copy and the versions are written beside the checkpoints
+(`run_checks.py`), and an interrupted run goes on from the last whole one (`checkpoints.py`).
 """
 
 from __future__ import annotations
 
 import inspect
-import platform
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from qwen_scope_lens.catalog import bundled_model
-from qwen_scope_lens.errors import BadCorpus, BadFile, UnknownName
+from qwen_scope_lens.errors import BadCorpus, BadFile, ScopeError, UnknownName
 from qwen_scope_lens.features.corpus import read_rows
-from qwen_scope_lens.features.facts import versions
-from qwen_scope_lens.files import read_text, whole_file
+from qwen_scope_lens.files import read_text
+from qwen_scope_lens.training.checkpoints import last_whole, save_final, set_aside
+from qwen_scope_lens.training.languages import LanguageFeatures
 from qwen_scope_lens.training.rewards import reply_text
+from qwen_scope_lens.training.run_checks import (
+    check_checkpoint,
+    check_numbers,
+    check_same_run,
+    check_settings,
+    record,
+)
 
 __all__ = ["Run", "read_replies", "read_run", "run_grpo", "run_sasft"]
 
@@ -55,7 +63,7 @@ def read_run(path: Path, keys: set[str]) -> Run:
     """A YAML mapping with known keys only, so that a misspelt one is not ignored."""
     try:
         content = yaml.safe_load(read_text(path))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())  # PyYAML draws a picture in four lines
         raise BadFile(f"{path} cannot be read as YAML: {reason}") from error
     if not isinstance(content, dict):
@@ -67,6 +75,7 @@ def read_run(path: Path, keys: set[str]) -> Run:
     for key in ("trainer", "lora"):
         if not isinstance(content.get(key) or {}, dict):
             raise BadFile(f"{path}: `{key}` has to be a mapping of settings")
+    check_numbers(path, content)
     return Run(path, content)
 
 
@@ -76,17 +85,20 @@ def run_sasft(path: Path, resume: bool = True) -> Path:
 
     run = read_run(path, SASFT)
     args = _arguments(run, SASFTConfig)
+    _check_earlier(run, "sasft", args, resume)
     model, tokenizer = _model(run)
-    trainer = SASFTTrainer(
+    trainer = _set_up(
+        run,
+        SASFTTrainer,
         model,
         args,
-        language_features=run.file("language_features"),
+        language_features=LanguageFeatures.load(run.file("language_features")),
         train_dataset=_data(run, "train"),
         eval_dataset=_data(run, "eval"),
         processing_class=tokenizer,
         peft_config=_lora(run),
     )
-    return _train(run, trainer, resume)
+    return _train(run, "sasft", trainer, resume)
 
 
 def run_grpo(path: Path, resume: bool = True) -> Path:
@@ -99,8 +111,11 @@ def run_grpo(path: Path, resume: bool = True) -> Path:
 
     run = read_run(path, GRPO)
     args = _arguments(run, RareNegativeGRPOConfig)
+    _check_earlier(run, "grpo", args, resume)
     model, tokenizer = _model(run)
-    trainer = RareNegativeGRPOTrainer(
+    trainer = _set_up(
+        run,
+        RareNegativeGRPOTrainer,
         model,
         _rewards(run),
         args,
@@ -110,7 +125,7 @@ def run_grpo(path: Path, resume: bool = True) -> Path:
         processing_class=tokenizer,
         peft_config=_lora(run),
     )
-    return _train(run, trainer, resume)
+    return _train(run, "grpo", trainer, resume)
 
 
 def read_replies(path: Path, text: str, prompt: str | None) -> tuple[list[str], list[str] | None]:
@@ -129,16 +144,15 @@ def read_replies(path: Path, text: str, prompt: str | None) -> tuple[list[str], 
 
 def _arguments(run: Run, kind: type) -> Any:
     given = {**dict(run.need("trainer")), "output_dir": str(run.output())}
-    known = {each.name for each in fields(kind) if each.init}
-    if unknown := sorted(set(given) - known):
-        raise BadFile(f"{run.path}: `trainer` has unknown settings {', '.join(unknown)}")
+    check_settings(run.path, given, kind)
     try:
         return kind(**given)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, AttributeError) as error:
         raise BadFile(f"{run.path}: `trainer` cannot be used: {error}") from error
 
 
 def _model(run: Run) -> tuple[Any, Any]:
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     from qwen_scope_lens.models.checkpoint import open_config, open_tokenizer
@@ -151,7 +165,9 @@ def _model(run: Run) -> tuple[Any, Any]:
         tokenizer = open_tokenizer(str(source))
         model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", trust_remote_code=False)
         return model, tokenizer
-    except OSError as error:
+    except ScopeError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         first_line = str(error).partition("\n")[0]
         raise BadFile(f"{run.path}: model {name} cannot be loaded: {first_line}") from error
 
@@ -204,13 +220,23 @@ def _rewards(run: Run) -> list[Any]:
     }
     given = run.content.get("rewards", ["no_repetition"])
     found = []
-    for entry in [given] if isinstance(given, (str, dict)) else given:
+    entries = [given] if isinstance(given, (str, dict)) else given
+    if not isinstance(entries, list) or not entries or not all(map(_is_reward, entries)):
+        raise BadFile(
+            f"{run.path}: `rewards` is {given!r}: expected names, or names with their settings"
+        )
+    for entry in entries:
         name, settings = (entry, None) if isinstance(entry, str) else next(iter(entry.items()))
         if name in own:
             options = settings if isinstance(settings, dict) else {}
             if settings is not None and not options:
                 options = {next(iter(inspect.signature(own[name]).parameters)): settings}
-            found.append(own[name](**options))
+            try:
+                found.append(own[name](**options))
+            except (TypeError, ValueError) as error:
+                if isinstance(error, ScopeError):
+                    raise
+                raise BadFile(f"{run.path}: reward {name} cannot be used: {error}") from error
             continue
         module, colon, function = name.partition(":")
         if not colon:
@@ -224,20 +250,44 @@ def _rewards(run: Run) -> list[Any]:
     return found
 
 
-def _train(run: Run, trainer: Any, resume: bool) -> Path:
-    from transformers.trainer_utils import get_last_checkpoint
+def _is_reward(entry: Any) -> bool:
+    return isinstance(entry, str) or (
+        isinstance(entry, dict) and len(entry) == 1 and isinstance(next(iter(entry)), str)
+    )
 
+
+def _set_up(run: Run, kind: Any, *arguments: Any, **named: Any) -> Any:
+    """The trainer; what TRL finds wrong with the settings is one line."""
+    try:
+        return kind(*arguments, **named)
+    except (TypeError, ValueError, KeyError, OverflowError, NotImplementedError) as error:
+        if isinstance(error, ScopeError):
+            raise
+        reason = " ".join(str(error).split())
+        raise BadFile(f"{run.path}: the run cannot be set up: {reason}") from error
+
+
+def _check_earlier(run: Run, kind: str, args: Any, resume: bool) -> None:
+    """Refuse, before a model is loaded, checkpoints that this run may not go on from."""
     output = run.output()
-    last = get_last_checkpoint(str(output)) if resume and output.is_dir() else None
-    _record(run, output)
-    trainer.train(resume_from_checkpoint=last)
-    trainer.save_model(str(output / "final"))
+    last = last_whole(output) if resume else None
+    if last is not None:
+        check_same_run(run.path, kind, run.content, output)
+        check_checkpoint(run.path, last, args.max_steps)
+
+
+def _train(run: Run, kind: str, trainer: Any, resume: bool) -> Path:
+    output = run.output()
+    if trainer.args.should_save:
+        set_aside(output, everything=not resume)
+    trainer.accelerator.wait_for_everyone()
+    last = last_whole(output) if resume else None
+    if trainer.args.should_save:
+        record(run.path, kind, run.content, output)
+    if last is not None and last.endswith(f"-{trainer.args.max_steps}"):
+        # Killed between its last checkpoint and the end: TRL would do one step too many.
+        trainer._load_from_checkpoint(last)
+    else:
+        trainer.train(resume_from_checkpoint=last)
+    save_final(trainer, output / "final")
     return output / "final"
-
-
-def _record(run: Run, output: Path) -> None:
-    """The run's file and what it ran with, beside its checkpoints."""
-    packages = versions("trl", "peft", "accelerate")
-    content = {"run": dict(run.content), "python": platform.python_version(), "packages": packages}
-    with whole_file(output / "qsl_run.yaml") as partial:
-        partial.write_text(yaml.safe_dump(content, allow_unicode=True, sort_keys=False), "utf-8")

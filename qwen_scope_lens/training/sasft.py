@@ -7,6 +7,8 @@ token of the data set, records the residuals of a few layers, and adds `lam` tim
 from __future__ import annotations
 
 import copy
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -15,8 +17,10 @@ import torch
 
 from qwen_scope_lens.errors import BadCorpus, UnknownName, WrongModel
 from qwen_scope_lens.extras import require
+from qwen_scope_lens.models.backbone import check_backbone
 from qwen_scope_lens.models.layers import decoder_layers, describe
-from qwen_scope_lens.training.languages import LanguageFeatures
+from qwen_scope_lens.training.checkpoints import WholeCheckpoints
+from qwen_scope_lens.training.languages import LanguageFeature, LanguageFeatures
 from qwen_scope_lens.training.penalty import (
     FeatureRows,
     Penalty,
@@ -48,6 +52,8 @@ class SASFTConfig(SFTConfig):
         positions: "predicting" counts the residuals from which a response token is predicted,
             "response" those of the response tokens themselves.
         language_column: of the data set, one value an example, as in the table.
+        below_chance: use features that do not stand out from chance, too.
+        allow_other_model: train a model of which the table's features are not known to be.
     """
 
     lam: float = field(default=1e-3)
@@ -57,6 +63,8 @@ class SASFTConfig(SFTConfig):
     threshold: Literal["mean", "zero"] = field(default="mean")
     positions: Literal["predicting", "response"] = field(default="predicting")
     language_column: str = field(default="language")
+    below_chance: bool = field(default=False)
+    allow_other_model: bool = field(default=False)
     report_to: Any = field(default="none")
 
     def __post_init__(self) -> None:
@@ -69,11 +77,15 @@ class SASFTConfig(SFTConfig):
                 raise ValueError(
                     f"{name} {getattr(self, name)!r}: expected one of {', '.join(allowed)}"
                 )
-        if self.lam < 0 or self.features_per_layer < 1 or not self.layers or not self.targets:
-            raise ValueError("lam has to be 0 or more; layers, targets and features_per_layer one")
+        if not 0 <= self.lam < float("inf"):
+            raise ValueError(f"lam {self.lam!r}: expected a finite number of 0 or more")
+        if self.features_per_layer < 1 or not self.layers or not self.targets:
+            raise ValueError("layers, targets and features_per_layer have to be one or more")
+        if not all(isinstance(layer, int) for layer in self.layers):
+            raise ValueError(f"layers {self.layers!r}: expected whole numbers")
 
 
-class SASFTTrainer(SFTTrainer):
+class SASFTTrainer(WholeCheckpoints, SFTTrainer):
     """`SFTTrainer(..., language_features=table)`: CE + lam * sum_layers mean ReLU(pre - alpha).
 
     `language_features` is a `LanguageFeatures`, or the file that `qsl train languages` wrote. The
@@ -98,6 +110,8 @@ class SASFTTrainer(SFTTrainer):
         if not isinstance(language_features, LanguageFeatures):
             language_features = LanguageFeatures.load(Path(language_features))
         self._language_number = {name: i for i, name in enumerate(language_features.languages)}
+        if not isinstance(model, str):  # before the data set is read
+            _check_model(model, args, language_features)
         super().__init__(model, args, **rest)
         self.data_collator = _WithLanguages(self.data_collator)
         self._penalty = build_penalty(self.model, args, language_features)
@@ -173,6 +187,7 @@ def build_penalty(model: Any, args: SASFTConfig, table: LanguageFeatures) -> Pen
     """The rows of the chosen features and their thresholds on every language of the table."""
     from qwen_scope_lens.saes.load import load_sae
 
+    _check_model(model, args, table)
     count = len(decoder_layers(model))
     rows: dict[int, FeatureRows] = {}
     thresholds: dict[int, torch.Tensor] = {}
@@ -180,7 +195,9 @@ def build_penalty(model: Any, args: SASFTConfig, table: LanguageFeatures) -> Pen
         layer = given + count if given < 0 else given
         if not 0 <= layer < count:
             raise UnknownName(f"layer {given} is not in {describe(model)}: it has {count}")
-        features = table.of(layer, args.targets, args.features_per_layer)
+        chosen = (layer, args.targets, args.features_per_layer)
+        features = table.of(*chosen, below_chance=args.below_chance)
+        _name_what_is_left_out(table.of(*chosen, below_chance=True), features)
         sae = load_sae(features[0].ref.sae)
         if sae.cfg.d_in != model.config.get_text_config().hidden_size:
             raise WrongModel(
@@ -200,6 +217,26 @@ def build_penalty(model: Any, args: SASFTConfig, table: LanguageFeatures) -> Pen
             ]
         )
     return Penalty(rows, thresholds)
+
+
+def _check_model(model: Any, args: SASFTConfig, table: LanguageFeatures) -> None:
+    for row in {
+        feature.ref.sae.row.short: feature.ref.sae.row for feature in table.features
+    }.values():
+        check_backbone(model, row, allow_other_model=args.allow_other_model)
+
+
+def _name_what_is_left_out(
+    best: Sequence[LanguageFeature], used: Sequence[LanguageFeature]
+) -> None:
+    for feature in best:
+        if not (feature in used or feature.stands_out):
+            warnings.warn(
+                f"{feature.ref} is left out of the loss: its monolinguality for {feature.language}"
+                f" is {feature.monolinguality:.3g}, chance reaches {feature.chance:.3g}"
+                " (below_chance=True uses it all the same)",
+                stacklevel=3,
+            )
 
 
 def _counted(labels: torch.Tensor, languages: torch.Tensor, positions: str) -> torch.Tensor:
