@@ -120,8 +120,17 @@ def screen_causes(
     asked = [prompt for prompt in prompts for _ in range(samples)]
 
     def loops(plan: Plan | None, control: int | None = None) -> np.ndarray:
-        found = generate(model, asked, plan, tokenizer=tokenizer, sampling=sampling, batch=batch,
-                         control=control, must_fire=False)  # fmt: skip
+        found = generate(
+            model,
+            asked,
+            plan,
+            tokenizer=tokenizer,
+            sampling=sampling,
+            batch=batch,
+            control=control,
+            must_fire=False,
+            allow_other_model=allow_other_model,
+        )
         return np.array([find_repeats(reply.ids) is not None for reply in found])
 
     layers = sorted({ref.layer for ref in candidates})

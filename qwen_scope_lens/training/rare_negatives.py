@@ -150,7 +150,13 @@ class RareNegativeGRPOTrainer(WholeCheckpoints, GRPOTrainer):
         model = self.accelerator.unwrap_model(self.model)
         if not any(plans):
             return nullcontext()
-        return steer(model, plans, tokenizer=self._tokenizer, must_fire=False)
+        return steer(
+            model,
+            plans,
+            tokenizer=self._tokenizer,
+            must_fire=False,
+            allow_other_model=self.args.allow_other_model,
+        )
 
     def _log_rollouts(self, completions: Any, rows: Sequence[bool], fired: bool) -> None:
         """How often each kind of rollout ends in a loop, and whether the plan did anything."""
