@@ -19,7 +19,7 @@ test: .venv/ready
 
 # Upstream's own tests on our bridge, fetched by version into build/upstream: minutes, see docs/models.md.
 upstream: .venv/ready
-	$(BIN)/python tools/upstream_suites.py
+	$(BIN)/python -m tools.upstream.suites
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -10,11 +10,8 @@ from pathlib import Path
 
 import pytest
 
-TOOLS = Path(__file__).parent.parent / "tools"
-sys.path.insert(0, str(TOOLS))
-
-import upstream_suites  # noqa: E402
-from upstream_tables import KNOWN_BENCHMARKS, SUITES  # noqa: E402
+from tools.upstream import suites as upstream_suites
+from tools.upstream.tables import KNOWN_BENCHMARKS, SUITES
 
 
 def pack(path: Path, *members: tuple[str, bytes | str]) -> Path:

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 from qwen_scope_lens.errors import BadFile, BadPlan, CannotWrite
 from qwen_scope_lens.files import exclusive, open_own
@@ -85,7 +85,7 @@ class Spent:
 class Ledger:
     """An append-only file in a folder of its own, held by one process at a time."""
 
-    def __init__(self, path: Path, prices: Prices, file: BinaryIO) -> None:
+    def __init__(self, path: Path, prices: Prices, file: IO[bytes]) -> None:
         self.path, self.prices, self.spent = path, prices, Spent()
         self._file, self._lock = file, threading.Lock()
         self._answers: dict[str, Completion] = {}

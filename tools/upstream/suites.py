@@ -4,9 +4,9 @@ Their test files are fetched by the installed version from the package index, in
 and never become part of this repository. Exits with 1 on a failure that is no known difference, and
 with 2 where nothing could be fetched.
 
-    python tools/upstream_suites.py                         # everything
-    python tools/upstream_suites.py --only benchmarks       # what ships inside transformer-lens
-    python tools/upstream_suites.py --tests sae-lens=FOLDER  # a checkout's, whose sdist has none
+    python -m tools.upstream.suites                         # everything
+    python -m tools.upstream.suites --only benchmarks       # what ships inside transformer-lens
+    python -m tools.upstream.suites --tests sae-lens=FOLDER  # a checkout's, whose sdist has none
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from upstream_tables import SUITES, Suite
+from tools.upstream.tables import SUITES, Suite
 
-BUILD = Path(__file__).parent.parent / "build" / "upstream"
+ROOT = Path(__file__).parents[2]
+BUILD = ROOT / "build" / "upstream"
 MOST_BYTES = 64 * 2**20  # of one suite's test files, unpacked
 
 
@@ -89,12 +90,12 @@ def run_tests(suite: Suite, root: Path) -> dict[str, list[str]]:
     environment = os.environ | {
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
-        "PYTHONPATH": str(Path(__file__).parent),
+        "PYTHONPATH": str(ROOT),
         "UPSTREAM_RESULTS": str(results),
         "UPSTREAM_LEFT_OUT": json.dumps(suite.left_out),
     }
     command = [sys.executable, "-m", "pytest", "-c", os.devnull, "--rootdir", str(root)]
-    command += ["-p", "no:cacheprovider", "-p", "upstream_plugin", "-q", "--tb=short"]
+    command += ["-p", "no:cacheprovider", "-p", "tools.upstream.plugin", "-q", "--tb=short"]
     command += ["--continue-on-collection-errors", *modules]
     log = BUILD / f"{suite.package}.log"
     with log.open("w", encoding="utf-8") as out:
@@ -135,9 +136,9 @@ def judge(title: str, found: dict[str, list[str]], known: dict[str, str]) -> int
 
 def run_benchmarks() -> dict[str, list[str]]:
     """TransformerLens's benchmarks of a bridge, on both toy models and both adapters."""
-    import upstream_benchmarks
+    from tools.upstream import benchmarks
 
-    return upstream_benchmarks.run()
+    return benchmarks.run()
 
 
 def main() -> int:
@@ -164,7 +165,7 @@ def main() -> int:
             continue
         failures += judge(f"{name} {version(name)}, its tests", found, suite.known)
     if options.only in (None, "benchmarks"):
-        from upstream_tables import KNOWN_BENCHMARKS
+        from tools.upstream.tables import KNOWN_BENCHMARKS
 
         title = f"transformer-lens {version('transformer-lens')}, its benchmarks"
         failures += judge(title, run_benchmarks(), KNOWN_BENCHMARKS)

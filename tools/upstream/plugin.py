@@ -54,7 +54,7 @@ def _no_compatibility_mode(*args: Any, **options: Any) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    ScopeBridge.enable_compatibility_mode = _no_compatibility_mode
+    setattr(ScopeBridge, "enable_compatibility_mode", _no_compatibility_mode)  # noqa: B010
     for name in ("from_pretrained", "from_pretrained_no_processing"):
         setattr(HookedTransformer, name, _no_hooked_transformer)
     TransformerBridge.boot_transformers = classmethod(_boot)

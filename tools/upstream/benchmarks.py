@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -50,7 +51,7 @@ def checks(bridge: Any, hf: Any) -> dict[str, Callable[[], Any]]:
     )
     for name in of_a_text.split():
         function = getattr(theirs, f"benchmark_{name}")
-        found[name] = lambda function=function: function(bridge, TEXT)
+        found[name] = partial(function, bridge, TEXT)
     return found
 
 
