@@ -110,7 +110,7 @@ class Datasets:
         try:
             if self.on_hub:
                 name, _, config = str(place).partition(":")
-                found = datasets.load_dataset(name, config or None, trust_remote_code=False)
+                found = datasets.load_dataset(name, config or None)
             else:
                 found = datasets.load_from_disk(str(place))
         except (ConnectionError, OSError) as error:
