@@ -216,7 +216,7 @@ def test_what_is_wrong_in_a_run_is_one_line(
     for key, value, words in (
         ("model", "no/such-model", "cannot be loaded"),
         ("model", "damaged", "cannot be loaded"),
-        ("model", "custom", "cannot be loaded"),
+        ("model", "custom", "brings Python code of its own"),
         ("train", "none.jsonl", "does not exist"),
         ("language_features", "none.json", "qsl train languages"),
         ("lora", {"rank": 2}, "`lora` cannot be used"),
