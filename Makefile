@@ -41,7 +41,7 @@ mini: export MALLOC_TRIM_THRESHOLD_ = 8000000000
 mini: .venv/ready
 	set -e; for step in corpus tokenizer "model mini-qwen3" "model mini-qwen3.5" \
 	    "sae mini-qwen3" "sae mini-qwen3.5" release panel; do \
-	  $(BIN)/python -m qwen_scope_lens.mini.train.$$step --work build/mini; done
+	  $(BIN)/python -m tools.mini.$$step --work build/mini; done
 	$(BIN)/python benchmarks/mini.py --work build/mini --card
 
 # setuptools and torch come first: the package is built without an environment of its own, and torch

@@ -15,14 +15,12 @@ import transformers
 from _measure import cpu_name
 
 from qwen_scope_lens.catalog import bundled_model
-from qwen_scope_lens.features.corpus import Document
-from qwen_scope_lens.features.extract import extract
-from qwen_scope_lens.features.store import FeatureStore
 from qwen_scope_lens.files import write_json
 from qwen_scope_lens.mini import heldout
-from qwen_scope_lens.mini.train.generated import chat
-from qwen_scope_lens.mini.train.model import held_out_loss
-from qwen_scope_lens.mini.train.prose import sentences
+from qwen_scope_lens.stores import Document, FeatureStore, extract
+from tools.mini.generated import chat
+from tools.mini.model import held_out_loss
+from tools.mini.prose import sentences
 
 LANGUAGES = ("de", "en", "es", "fr", "ja", "ko", "ru", "zh")
 MODEL, GROUP = "mini-qwen3", "mini-qwen3/w1k-l0-16"

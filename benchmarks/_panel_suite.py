@@ -1,6 +1,6 @@
 """Small benchmarks for the mini models: prompts with one right and some wrong next tokens.
 
-Generated tasks come from the tables of `mini/train`, cloze items from the held-out texts, which
+Generated tasks come from the tables of `tools/mini`, cloze items from the held-out texts, which
 neither the minis nor the panel were trained on. Some benchmarks are redundant by construction (few
 facts, many phrasings), some nested in others, and their sizes differ by a factor of thirty.
 """
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qwen_scope_lens.mini import heldout
-from qwen_scope_lens.mini.train.tables import CAPITALS, LANGUAGE_NAMES, WORDS
+from tools.mini.tables import CAPITALS, LANGUAGE_NAMES, WORDS
 
 CONTEXT = 24
 """Most tokens before the gap of a cloze item."""

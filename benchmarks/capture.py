@@ -28,9 +28,7 @@ from transformer_lens.model_bridge.sources import build_bridge_from_module
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from tiny_models import make_model, make_tokenizer
 
-from qwen_scope_lens.models.capture import capture
-from qwen_scope_lens.models.layers import decoder_layers
-from qwen_scope_lens.models.load import load_model
+from qwen_scope_lens.models import capture, decoder_layers, load_model
 
 N_LAYERS, LAYER = 12, 7
 SIZE = {

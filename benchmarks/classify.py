@@ -19,12 +19,8 @@ import torch
 from _measure import cpu_name, interleaved
 
 from qwen_scope_lens.mini import heldout
-from qwen_scope_lens.models.capture import capture
-from qwen_scope_lens.models.load import load_model
-from qwen_scope_lens.saes.load import load_sae
-from qwen_scope_lens.saes.membership import Maxima, Membership
-from qwen_scope_lens.saes.sae import ScopeSAE, ScopeSAEConfig
-from qwen_scope_lens.saes.sparse import SparseCodes
+from qwen_scope_lens.models import capture, load_model
+from qwen_scope_lens.saes import Maxima, Membership, ScopeSAE, ScopeSAEConfig, SparseCodes, load_sae
 
 LAYER = 5
 N_DOCS, N_TOKENS = 256, 64

@@ -19,9 +19,8 @@ import torch
 from _measure import cpu_name, peak_extra
 from scipy.sparse import csr_matrix
 
-from qwen_scope_lens.compare.assign import assign
-from qwen_scope_lens.compare.nearest import nearest_by_correlation, nearest_by_cosine
-from qwen_scope_lens.compare.null import shuffled_directions
+from qwen_scope_lens.compare import assign, shuffled_directions
+from qwen_scope_lens.features import nearest_by_correlation, nearest_by_cosine
 
 
 def main() -> None:

@@ -24,20 +24,24 @@ import torch
 from _measure import cpu_name
 
 import qwen_scope_lens as qsl
-from qwen_scope_lens.compare.align import align
-from qwen_scope_lens.compare.drift import Drift, drift
-from qwen_scope_lens.compare.drift_page import drift_page
-from qwen_scope_lens.compare.drift_page import summary as drift_summary
-from qwen_scope_lens.compare.fidelity import fidelity
-from qwen_scope_lens.compare.match import Matching, match_activations, match_decoders
-from qwen_scope_lens.compare.match_table import summary
-from qwen_scope_lens.compare.transfer import transfer
-from qwen_scope_lens.features.extract import extract
-from qwen_scope_lens.features.rank import rank
-from qwen_scope_lens.features.store import FeatureStore
+from qwen_scope_lens.compare import (
+    Drift,
+    Matching,
+    align,
+    drift,
+    drift_page,
+    fidelity,
+    match_activations,
+    match_decoders,
+    transfer,
+)
+from qwen_scope_lens.compare import summary as drift_summary
+from qwen_scope_lens.compare.match import summary
+from qwen_scope_lens.features import rank
 from qwen_scope_lens.mini import heldout
-from qwen_scope_lens.mini.train.sae import train_layer
 from qwen_scope_lens.pages import save_chart
+from qwen_scope_lens.stores import FeatureStore, extract
+from tools.mini.sae import train_layer
 
 BASE, OTHER = "mini-qwen3", "mini-qwen3.5"
 GROUP, OTHER_GROUP = f"{BASE}/w1k-l0-16", f"{OTHER}/w1k-l0-16"

@@ -28,22 +28,21 @@ import torch
 from _measure import cpu_name
 
 import qwen_scope_lens as qsl
-from qwen_scope_lens.dashboards import layer as layer_module
-from qwen_scope_lens.dashboards.layer import gather
-from qwen_scope_lens.dashboards.site import write_site
-from qwen_scope_lens.dashboards.vocabulary import Vocabulary
-from qwen_scope_lens.features.manifest import (
+from qwen_scope_lens.models import Unembedding, Vocabulary
+from qwen_scope_lens.site import gather, write_site
+from qwen_scope_lens.site import layer as layer_module
+from qwen_scope_lens.stores import (
+    CodedDocument,
     CorpusFacts,
+    FeatureStore,
     Manifest,
     ModelFacts,
     SAEFacts,
     Settings,
     TokenizerFacts,
+    pack,
+    write_shard,
 )
-from qwen_scope_lens.features.packed import pack
-from qwen_scope_lens.features.shards import CodedDocument, write_shard
-from qwen_scope_lens.features.store import FeatureStore
-from qwen_scope_lens.models.unembed import Unembedding
 
 REF, LAYER = "qwen3-8b-base/w64k-l0-50/20", 20
 DOC_TOKENS, SHARD_DOCS, K = 256, 512, 50

@@ -19,8 +19,8 @@ import torch
 from _measure import cpu_name, interleaved, peak_extra, peak_in_fresh_process
 from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
 
-from qwen_scope_lens.saes.sae import ScopeSAE, ScopeSAEConfig
-from qwen_scope_lens.saes.topk import encode_topk, first_pass
+from qwen_scope_lens.saes import ScopeSAE, ScopeSAEConfig
+from qwen_scope_lens.saes.exact.topk import encode_topk, first_pass
 
 SHAPES = [
     (2048, 32768, 50, 128),

@@ -22,13 +22,17 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from feature_stores import build_store
 
 import qwen_scope_lens as qsl
-from qwen_scope_lens.evaluation.coverage import coverage_curve, redundancy
-from qwen_scope_lens.evaluation.footprint import Footprint
-from qwen_scope_lens.evaluation.footprint import footprint as make
-from qwen_scope_lens.evaluation.overlap import ceiling, overlap
-from qwen_scope_lens.evaluation.subset import choose
-from qwen_scope_lens.evaluation.suite import read_footprint
-from qwen_scope_lens.features.store import FeatureStore
+from qwen_scope_lens.bench import (
+    Footprint,
+    ceiling,
+    choose,
+    coverage_curve,
+    overlap,
+    read_footprint,
+    redundancy,
+)
+from qwen_scope_lens.bench import footprint as make
+from qwen_scope_lens.stores import FeatureStore
 
 GROUP, LAYER = "qwen3-8b-base/w64k-l0-50", 20
 TOKENS = 16

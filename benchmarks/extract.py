@@ -35,9 +35,9 @@ from _measure import cpu_name, peak_extra, peak_in_fresh_process
 from tiny_models import make_model, make_tokenizer
 
 import qwen_scope_lens as qsl
-from qwen_scope_lens.features.extract import extract
 from qwen_scope_lens.mini import heldout
-from qwen_scope_lens.models.layers import decoder_layers, unwrap
+from qwen_scope_lens.models import decoder_layers, unwrap
+from qwen_scope_lens.stores import extract
 
 BATCH = 8  # documents, in the usual loop
 TOKENS = 128  # of a document, at most

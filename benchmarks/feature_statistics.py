@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from _measure import cpu_name, peak_extra
 
-from qwen_scope_lens.features.statistics import statistics
-from qwen_scope_lens.saes.sparse import SparseCodes
+from qwen_scope_lens.features import statistics
+from qwen_scope_lens.saes import SparseCodes
 
 D_SAE, K, DOC_TOKENS, BLOCK = 65536, 50, 200, 8000
 

@@ -26,11 +26,9 @@ import transformers
 from _measure import cpu_name
 
 from qwen_scope_lens.mini import heldout
-from qwen_scope_lens.models.load import load_model
-from qwen_scope_lens.steering.calibrate import calibrate
-from qwen_scope_lens.steering.export import to_gguf
-from qwen_scope_lens.steering.hooks import steer
-from qwen_scope_lens.steering.plan import Plan
+from qwen_scope_lens.models import load_model
+from qwen_scope_lens.steering import Plan, calibrate, steer
+from qwen_scope_lens.steering.runtimes import to_gguf
 
 GROUP = "mini-qwen3/w1k-l0-16"
 TEXTS, TOKENS = 16, 48

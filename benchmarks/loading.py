@@ -66,9 +66,7 @@ def _cases(folder: Path) -> dict[str, Callable[[], object]]:
     from qwen_scope_lens.address import LayerRef
     from qwen_scope_lens.converters import official_to_saelens
     from qwen_scope_lens.converters._saelens_folder import _write_safetensors
-    from qwen_scope_lens.saes.checkpoint import open_layer
-    from qwen_scope_lens.saes.extents import extents
-    from qwen_scope_lens.saes.locate import locate
+    from qwen_scope_lens.saes import extents, locate, open_layer
 
     published, converted = folder / "published", folder / "converted"
     source = published / REPO / "layer20.sae.pt"

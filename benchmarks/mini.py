@@ -19,17 +19,17 @@ import torch
 from transformers import AutoTokenizer
 
 from qwen_scope_lens.mini import MINI_HOME, MODELS, model_path, sae_folder
-from qwen_scope_lens.mini.train import corpus, durations
-from qwen_scope_lens.mini.train.activations import load_model
-from qwen_scope_lens.mini.train.data import CONTEXT, END, token_rows
-from qwen_scope_lens.mini.train.meaning import SEVERAL, Rule, best_rule, firing_shares, several
-from qwen_scope_lens.mini.train.model import held_out_loss
-from qwen_scope_lens.mini.train.quality import baselines, by_group, layer_figures, load_saes
-from qwen_scope_lens.mini.train.sources import LANGUAGES
-from qwen_scope_lens.mini.train.specs import SPECS
-from qwen_scope_lens.mini.train.tokenizer import VOCAB_SIZE
-from qwen_scope_lens.mini.train.tones import TONES
-from qwen_scope_lens.saes.sae import ScopeSAE
+from qwen_scope_lens.saes import ScopeSAE
+from tools.mini import corpus, durations
+from tools.mini.activations import load_model
+from tools.mini.data import CONTEXT, END, token_rows
+from tools.mini.meaning import SEVERAL, Rule, best_rule, firing_shares, several
+from tools.mini.model import held_out_loss
+from tools.mini.quality import baselines, by_group, layer_figures, load_saes
+from tools.mini.sources import LANGUAGES
+from tools.mini.specs import SPECS
+from tools.mini.tokenizer import VOCAB_SIZE
+from tools.mini.tones import TONES
 
 Split = tuple[list[dict[str, Any]], list[list[int]]]
 ANYWHERE = (0.0,)

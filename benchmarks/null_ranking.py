@@ -20,7 +20,7 @@ from scipy.sparse import csr_matrix
 from scipy.stats import false_discovery_control
 
 import qwen_scope_lens.features.contrast as contrast
-from qwen_scope_lens.features.contrast import RankSums
+from qwen_scope_lens.features import RankSums
 
 LEAST = 3
 """Documents that a feature must fire on to be tested, as in `rank`."""

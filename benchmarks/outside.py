@@ -27,7 +27,7 @@ from sae_lens.evals import EvalConfig, run_evals
 from sae_lens.training.activation_scaler import ActivationScaler
 
 import qwen_scope_lens as qsl
-from qwen_scope_lens.compare.transfer import random_sae
+from qwen_scope_lens.compare import random_sae
 from qwen_scope_lens.mini import heldout
 
 MODEL, GROUP, LAYER = "mini-qwen3", "mini-qwen3/w1k-l0-16", 6

@@ -23,12 +23,10 @@ from _measure import Printed, cpu_name, interleaved
 from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from qwen_scope_lens.models.capture import capture
-from qwen_scope_lens.models.layers import decoder_layers, unwrap
-from qwen_scope_lens.models.load import load_model
-from qwen_scope_lens.saes.encoder import Encoder
-from qwen_scope_lens.saes.sae import ScopeSAE
-from qwen_scope_lens.saes.topk import encode_topk
+from qwen_scope_lens.models import capture, decoder_layers, load_model, unwrap
+from qwen_scope_lens.saes import ScopeSAE
+from qwen_scope_lens.saes.exact.encoder import Encoder
+from qwen_scope_lens.saes.exact.topk import encode_topk
 from tools.real import release, texts
 from tools.real.shards import Layer, Source
 

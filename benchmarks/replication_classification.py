@@ -5,7 +5,7 @@
 Languages: each of eight against the other seven; 2,000 discovery documents of each class from the
 training split of the minis' corpus, 500 test documents of each class from held-out pages, 16 tokens
 each. (Model and SAEs have seen the discovery texts in training, not the test texts.) Rude or
-polite: generated texts in six languages from half of the phrases of `mini/train/tones.py`; tested
+polite: generated texts in six languages from half of the phrases of `tools/mini/tones.py`; tested
 on new texts of the same phrases, and on texts whose phrases of tone the discovery set never has.
 Needs the corpus of `make mini` (built when it is not there). Writes what it prints to --out.
 """
@@ -25,37 +25,38 @@ import numpy as np
 import torch
 from _measure import cpu_name
 
-from qwen_scope_lens.classification.compare_methods import compare
-from qwen_scope_lens.classification.experiments import (
-    best_test_layer,
-    by_layer,
-    efficiency,
-    overlap,
-    transfer,
-)
-from qwen_scope_lens.classification.inputs import by_language
-from qwen_scope_lens.classification.methods import (
+from qwen_scope_lens.classify import (
+    At,
     Documents,
     Method,
+    Reader,
     RuleMethod,
     baselines,
-    name_of,
-    rules,
-)
-from qwen_scope_lens.classification.read import Reader, open_reader, read_documents, source_of
-from qwen_scope_lens.classification.report import (
+    best_test_layer,
+    by_language,
+    by_layer,
+    compare,
+    efficiency,
     efficiency_table,
     layer_table,
+    macro,
+    name_of,
+    open_reader,
+    overlap,
     overlap_table,
+    read_documents,
     report_text,
+    rule_methods,
+    scored,
+    source_of,
     table,
+    transfer,
     transfer_table,
 )
-from qwen_scope_lens.classification.scores import At, macro, scored
 from qwen_scope_lens.mini import SAES
-from qwen_scope_lens.mini.train import corpus
-from qwen_scope_lens.mini.train.sources import LANGUAGES
-from qwen_scope_lens.mini.train.tones import TONES, tone_text
+from tools.mini import corpus
+from tools.mini.sources import LANGUAGES
+from tools.mini.tones import TONES, tone_text
 
 DISCOVERY, TEST = 2000, 500
 TONE_DISCOVERY, TONE_TEST = 500, 125
@@ -115,7 +116,7 @@ def languages_part(reader: Reader, work: Path) -> None:
 
     methods: list[Method] = [
         *(RuleMethod(name_of({"top_k": k}), {"top_k": k}) for k in (1, 2, 5, 10, 32)),
-        *rules()[1:],
+        *rule_methods()[1:],
         *baselines(),
     ]
     cells = []

@@ -28,23 +28,27 @@ from _panel_suite import Item, build_suite
 from scipy.sparse import csr_matrix
 from transformers import AutoTokenizer
 
-from qwen_scope_lens.evaluation.agreement import agreement
-from qwen_scope_lens.evaluation.analysis import rank_check
-from qwen_scope_lens.evaluation.correlation import (
+from qwen_scope_lens.bench import (
+    Footprint,
+    Suite,
+    agreement,
     correlate,
     correlate_pairs,
+    extract_suite,
+    footprint,
+    missed,
+    overlap_matrix,
     partial_rank,
+    rank_check,
+    redundancy,
+    redundancy_at,
     similarity,
     spearman,
 )
-from qwen_scope_lens.evaluation.coverage import missed, redundancy, redundancy_at
-from qwen_scope_lens.evaluation.footprint import Footprint, footprint
-from qwen_scope_lens.evaluation.overlap import overlap_matrix
-from qwen_scope_lens.evaluation.suite import Suite, extract_suite
-from qwen_scope_lens.features.corpus import Document
 from qwen_scope_lens.files import file_sha256
 from qwen_scope_lens.mini import model_path, sae_folder
-from qwen_scope_lens.mini.train.panel import load_checkpoint
+from qwen_scope_lens.stores import Document
+from tools.mini.panel import load_checkpoint
 
 HERE = Path(__file__).parent
 PANEL = HERE / "data" / "panel"

@@ -28,13 +28,19 @@ from _mini_runs import GROUP, Cells, halves, loss_by_language, mini, stamp, stor
 from datasets import Dataset, disable_progress_bars
 
 from qwen_scope_lens.address import FeatureRef
-from qwen_scope_lens.steering.generate import Sampling, generate
-from qwen_scope_lens.steering.plan import Plan
-from qwen_scope_lens.training.causes import amplified, own_loops, screen_causes
-from qwen_scope_lens.training.metrics import Share, find_repeats, share
-from qwen_scope_lens.training.rare_negatives import RareNegativeGRPOConfig, RareNegativeGRPOTrainer
-from qwen_scope_lens.training.repetition import find_repetition_features
-from qwen_scope_lens.training.rewards import no_repetition
+from qwen_scope_lens.steering import Plan, Sampling, generate
+from qwen_scope_lens.train import (
+    RareNegativeGRPOConfig,
+    RareNegativeGRPOTrainer,
+    Share,
+    amplified,
+    find_repeats,
+    find_repetition_features,
+    no_repetition,
+    own_loops,
+    screen_causes,
+    share,
+)
 
 LAYERS = (3, 4, 5)
 PER_LAYER, FEATURES = 4, 1

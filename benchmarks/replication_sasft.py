@@ -39,14 +39,15 @@ from datasets import Dataset, disable_progress_bars
 from trl import SFTConfig, SFTTrainer
 
 from qwen_scope_lens.address import FeatureRef
-from qwen_scope_lens.training.languages import (
+from qwen_scope_lens.train import (
     LanguageFeature,
     LanguageFeatures,
+    SASFTConfig,
+    SASFTTrainer,
     find_language_features,
+    has_script,
+    mean_pre_activations,
 )
-from qwen_scope_lens.training.metrics import has_script
-from qwen_scope_lens.training.sasft import SASFTConfig, SASFTTrainer
-from qwen_scope_lens.training.thresholds import mean_pre_activations
 
 LAYERS = (6, 7)  # the last two, as the published code
 ASK = ("Explain this to me:", "Tell me more.", "Please go on from here:", "What is this about?")

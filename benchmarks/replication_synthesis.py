@@ -36,20 +36,12 @@ from _measure import cpu_name
 
 import qwen_scope_lens as qsl
 from qwen_scope_lens.address import FeatureRef, LayerRef
-from qwen_scope_lens.features.extract import extract
-from qwen_scope_lens.features.pool import pool
+from qwen_scope_lens.features import pool
 from qwen_scope_lens.mini import heldout
-from qwen_scope_lens.models.layers import unwrap
-from qwen_scope_lens.synthesis.coverage import curve
-from qwen_scope_lens.synthesis.find import find_targets
-from qwen_scope_lens.synthesis.generator import Request
-from qwen_scope_lens.synthesis.ledger import Ledger
-from qwen_scope_lens.synthesis.local import Local, Push
-from qwen_scope_lens.synthesis.pipeline import Synthesis
-from qwen_scope_lens.synthesis.reader import Reader
-from qwen_scope_lens.synthesis.recipe import TEXT, Recipe
-from qwen_scope_lens.synthesis.targets import TargetSet
-from qwen_scope_lens.synthesis.templates import Templates
+from qwen_scope_lens.models import unwrap
+from qwen_scope_lens.stores import extract
+from qwen_scope_lens.synth import TEXT, Reader, Recipe, Synthesis, TargetSet, curve, find_targets
+from qwen_scope_lens.writers import Ledger, Local, Push, Request, Templates
 
 MODEL, GROUP, LAYER = "mini-qwen3", "mini-qwen3/w1k-l0-16", 6
 TOKENS = 48  # of every text, natural or generated

@@ -32,10 +32,9 @@ from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from tiny_models import make_model, make_tokenizer
 
-from qwen_scope_lens.models.load import load_model
-from qwen_scope_lens.saes.load import load_sae
-from qwen_scope_lens.steering.hooks import steer
-from qwen_scope_lens.steering.plan import Plan
+from qwen_scope_lens.models import load_model
+from qwen_scope_lens.saes import load_sae
+from qwen_scope_lens.steering import Plan, steer
 
 LAYERS, WIDTH, D_SAE, K = 16, 1024, 8192, 50
 SIZE = {

@@ -32,12 +32,21 @@ from _measure import cpu_name
 
 import qwen_scope_lens as qsl
 from qwen_scope_lens.mini import heldout
-from qwen_scope_lens.steering.calibrate import Calibration, Typical, calibrate
-from qwen_scope_lens.steering.coherence import perplexity, repetition, surprisals
-from qwen_scope_lens.steering.generate import Continuation, Sampling, generate
-from qwen_scope_lens.steering.measure import share_of_class
-from qwen_scope_lens.steering.plan import Edit, Plan
-from qwen_scope_lens.training.metrics import share
+from qwen_scope_lens.steering import (
+    Calibration,
+    Continuation,
+    Edit,
+    Plan,
+    Sampling,
+    Typical,
+    calibrate,
+    generate,
+    perplexity,
+    repetition,
+    share_of_class,
+    surprisals,
+)
+from qwen_scope_lens.train import share
 
 GROUP = "mini-qwen3/w1k-l0-16"
 SCRIPTS = {"zh": "han", "ko": "hangul", "ru": "cyrillic"}

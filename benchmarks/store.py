@@ -26,8 +26,8 @@ from _measure import cpu_name
 from feature_stores import build_store
 
 import qwen_scope_lens as qsl
-from qwen_scope_lens.features.pool import pool
-from qwen_scope_lens.features.store import FeatureStore
+from qwen_scope_lens.features import pool
+from qwen_scope_lens.stores import FeatureStore
 
 GROUP, LAYER, K, D_SAE = "qwen3-8b-base/w64k-l0-50", 20, 50, 65536
 DOCUMENT = 200  # tokens

@@ -14,7 +14,7 @@ from _measure import cpu_name, interleaved
 from _mini_runs import mini
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from qwen_scope_lens.training.penalty import FeatureRows, Penalty, record_residuals
+from qwen_scope_lens.train import FeatureRows, Penalty, record_residuals
 
 
 def wide() -> Any:

@@ -20,7 +20,6 @@ from typing import Any
 from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 from sae_lens.util import str_to_dtype
 
-import qwen_scope_lens
 from qwen_scope_lens.address import LayerRef
 from qwen_scope_lens.catalog import Group, find_group
 from qwen_scope_lens.converters._saelens_folder import write_saelens_folder
@@ -28,6 +27,7 @@ from qwen_scope_lens.errors import CannotWrite, CheckpointError
 from qwen_scope_lens.files import exclusive, whole_file, whole_folder
 from qwen_scope_lens.saes.load import Dtype, build_config, check_dtype
 from qwen_scope_lens.saes.locate import CONFIG_NAME, HubOptions, LayerFile, locate, read_config
+from qwen_scope_lens.version import __version__
 
 __all__ = ["convert"]
 
@@ -60,7 +60,7 @@ def convert(
             ref = LayerRef(row.short, layer)
             config = build_config(ref, dtype=dtype)
             config["architecture"] = "topk"
-            config["metadata"]["converted_by"] = f"qwen-scope-lens {qwen_scope_lens.__version__}"
+            config["metadata"]["converted_by"] = f"qwen-scope-lens {__version__}"
             if apply_b_dec_to_input is not None:
                 config["apply_b_dec_to_input"] = apply_b_dec_to_input
             if overwrite or not _is_done(target, config, hub.revision if hub else None):
@@ -130,7 +130,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    from qwen_scope_lens.cli.arguments import layer_list
+    from qwen_scope_lens.cli.options import layer_list
 
     parser.add_argument("--out", type=Path, required=True, help="folder to write into")
     parser.add_argument("--layers", type=layer_list, help="such as 0-3,7 (default: all)")

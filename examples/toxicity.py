@@ -17,27 +17,29 @@ import argparse
 from pathlib import Path
 
 from qwen_scope_lens.catalog import find_group
-from qwen_scope_lens.classification.experiments import (
+from qwen_scope_lens.classify import (
+    Documents,
+    RuleMethod,
+    Task,
+    baselines,
     best_test_layer,
     by_layer,
+    documents_of,
     efficiency,
-    overlap,
-    transfer,
-)
-from qwen_scope_lens.classification.inputs import Task, documents_of, split
-from qwen_scope_lens.classification.methods import Documents, RuleMethod, baselines, rules
-from qwen_scope_lens.classification.report import (
     efficiency_table,
     layer_table,
+    macro,
+    overlap,
     overlap_table,
+    rule_methods,
+    split,
     table,
+    transfer,
     transfer_table,
 )
-from qwen_scope_lens.classification.scores import macro
-from qwen_scope_lens.cli.arguments import layer_list
+from qwen_scope_lens.cli.options import layer_list
 from qwen_scope_lens.cli.verbs import run_alone
-from qwen_scope_lens.features.corpus import read_corpus
-from qwen_scope_lens.features.extract import extract
+from qwen_scope_lens.stores import extract, read_corpus
 
 HUB = "textdetox/multilingual_toxicity_dataset"
 LANGUAGES = ("en", "ru", "uk", "de", "es", "am", "zh", "ar", "hi", "it", "fr", "tt", "ja")
@@ -64,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
     print(layer_table(by_layer(discovery[english], test[english])))
 
     print("\nEvery method in every language (F1 on test):")
-    methods = [*rules(), *baselines(residuals=False)]
+    methods = [*rule_methods(), *baselines(residuals=False)]
     methods[:0] = [RuleMethod(f"OR, K = {k}", {"top_k": k}) for k in (1, 5, 10, 32)]
     rows = []
     for method in methods:

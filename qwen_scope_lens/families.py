@@ -1,7 +1,7 @@
 """The families of Qwen models as one table of facts: a new family is a new row.
 
 How its HF classes are named and built, and what other programs call it. Where the parts of a class
-lie follows from this (`models/layers.py`); which SAEs belong to which model is `catalog.py`.
+lie follows from this (`models/architecture.py`); which SAEs belong to which model is `catalog.py`.
 """
 
 from __future__ import annotations

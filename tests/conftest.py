@@ -15,7 +15,7 @@ import pytest
 from browser import NO_BROWSER
 
 if TYPE_CHECKING:
-    from qwen_scope_lens.features.store import FeatureStore
+    from qwen_scope_lens.stores import FeatureStore
 
 
 @pytest.fixture(autouse=True)

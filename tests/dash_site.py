@@ -12,10 +12,9 @@ from typing import Any
 from feature_stores import GROUP, LAYER
 
 from qwen_scope_lens.address import FeatureRef
-from qwen_scope_lens.features.extract import extract
-from qwen_scope_lens.features.labels import Label, LabelPack
-from qwen_scope_lens.features.store import FeatureStore
+from qwen_scope_lens.labels import Label, LabelPack
 from qwen_scope_lens.mini import heldout
+from qwen_scope_lens.stores import FeatureStore, extract
 
 ARABIC = "مرحبا بالعالم، هذا برنامج صغير لإدارة الملفات."
 HOSTILE = (

@@ -16,18 +16,19 @@ import numpy as np
 import torch
 
 import qwen_scope_lens as qsl
-from qwen_scope_lens.features.manifest import (
+from qwen_scope_lens.stores import (
+    CodedDocument,
     CorpusFacts,
+    FeatureStore,
     Manifest,
     ModelFacts,
     SAEFacts,
     Settings,
     TokenizerFacts,
-    join_label_types,
+    pack,
+    write_shard,
 )
-from qwen_scope_lens.features.packed import pack
-from qwen_scope_lens.features.shards import CodedDocument, write_shard
-from qwen_scope_lens.features.store import FeatureStore
+from qwen_scope_lens.stores.manifest import join_label_types
 
 GROUP, LAYER = "mini-qwen3/w1k-l0-16", 6
 
@@ -148,8 +149,8 @@ def mini_store(
     **options: Any,
 ) -> FeatureStore:
     """The first held-out documents (every language) through a mini model; labels lang, domain."""
-    from qwen_scope_lens.features.extract import extract
     from qwen_scope_lens.mini import heldout
+    from qwen_scope_lens.stores import extract
 
     records = [record for record, _ in zip(heldout(), range(n_docs), strict=False)]
     documents = [

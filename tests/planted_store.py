@@ -11,7 +11,7 @@ import pyarrow as pa
 import torch
 
 from qwen_scope_lens.errors import LayerOutOfRange
-from qwen_scope_lens.saes.sparse import SparseCodes
+from qwen_scope_lens.saes import SparseCodes
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ import torch
 from tiny_models import D_MODEL, N_LAYERS
 from torch import Tensor
 
-from qwen_scope_lens.models.layers import decoder_layers
-from qwen_scope_lens.steering.plan import Edit
+from qwen_scope_lens.models import decoder_layers
+from qwen_scope_lens.steering import Edit
 
 D_SAE, K = 96, 6
 

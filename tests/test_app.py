@@ -12,14 +12,13 @@ from feature_stores import GROUP
 
 import qwen_scope_lens as qsl
 from qwen_scope_lens.address import FeatureRef
+from qwen_scope_lens.app import Workbench
+from qwen_scope_lens.app.steering_run import Outcome, Step, run_steering
+from qwen_scope_lens.app.workbench import Kept, compare
 from qwen_scope_lens.cli import main
-from qwen_scope_lens.dashboards.comparison import Kept, compare
-from qwen_scope_lens.dashboards.steering_run import Outcome, Step, run_steering
-from qwen_scope_lens.dashboards.workbench import Workbench
 from qwen_scope_lens.errors import BadFile, BadText, TooLittleData
-from qwen_scope_lens.features.labels import Label, LabelPack
-from qwen_scope_lens.steering.generate import Sampling
-from qwen_scope_lens.steering.plan import Plan
+from qwen_scope_lens.labels import Label, LabelPack
+from qwen_scope_lens.steering import Plan, Sampling
 
 A, B = "The kernel reads a file from the disk.", "内核从磁盘读取文件，然后关闭它。"
 LAYERS = [3, 6]
@@ -188,7 +187,7 @@ def test_typical_activations_come_from_the_sample_once(bench: Workbench) -> None
 def test_the_web_app_is_local_and_closed(bench: Workbench, tmp_path: Path) -> None:
     from fastapi.testclient import TestClient
 
-    from qwen_scope_lens.dashboards.app_server import make_web_app
+    from qwen_scope_lens.app.server import make_web_app
 
     with pytest.raises(BadFile, match="no site"):
         make_web_app(bench, [6], tmp_path)

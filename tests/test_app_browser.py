@@ -19,15 +19,14 @@ from playwright.sync_api import expect
 
 import qwen_scope_lens as qsl
 from qwen_scope_lens.address import FeatureRef
-from qwen_scope_lens.dashboards.app_server import make_web_app
-from qwen_scope_lens.dashboards.build import site_of_documents
-from qwen_scope_lens.dashboards.steering_run import Outcome, run_steering
-from qwen_scope_lens.dashboards.workbench import Workbench
-from qwen_scope_lens.features.labels import Label, LabelPack
+from qwen_scope_lens.app import Workbench
+from qwen_scope_lens.app.server import make_web_app
+from qwen_scope_lens.app.steering_run import Outcome, run_steering
+from qwen_scope_lens.labels import Label, LabelPack
 from qwen_scope_lens.mini import heldout
-from qwen_scope_lens.models.layers import unwrap
-from qwen_scope_lens.steering.generate import Sampling
-from qwen_scope_lens.steering.plan import Plan
+from qwen_scope_lens.models import unwrap
+from qwen_scope_lens.site.build import site_of_documents
+from qwen_scope_lens.steering import Plan, Sampling
 
 LAYER = 6
 LABEL = "<b>bold</b><img src=x onerror=alert(1)>"

@@ -16,9 +16,9 @@ import pytest
 from feature_stores import GROUP
 
 import qwen_scope_lens as qsl
-from qwen_scope_lens.dashboards.app_server import make_web_app
-from qwen_scope_lens.dashboards.gate import MOST_BYTES
-from qwen_scope_lens.dashboards.workbench import Workbench
+from qwen_scope_lens.app import Workbench
+from qwen_scope_lens.app.gate import MOST_BYTES
+from qwen_scope_lens.app.server import make_web_app
 
 JSON = {"Content-Type": "application/json"}
 

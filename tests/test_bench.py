@@ -11,16 +11,23 @@ import numpy as np
 import pytest
 
 import qwen_scope_lens as qsl
+from qwen_scope_lens.bench import (
+    PromptFormat,
+    Suite,
+    analyse,
+    extract_suite,
+    read_prompts,
+    save_report,
+)
+from qwen_scope_lens.bench.analysis import performance
+from qwen_scope_lens.bench.panel import Scores
+from qwen_scope_lens.bench.prompts import rendered, sampled
+from qwen_scope_lens.bench.screen import footprint_like
+from qwen_scope_lens.bench.suite import open_benchmark, open_suite
 from qwen_scope_lens.cli import main
 from qwen_scope_lens.errors import BadCorpus, BadFile, ScopeError, StoreMismatch, UnknownName
-from qwen_scope_lens.evaluation.analysis import analyse, performance
-from qwen_scope_lens.evaluation.candidates import footprint_like
-from qwen_scope_lens.evaluation.prompts import PromptFormat, read_prompts, rendered, sampled
-from qwen_scope_lens.evaluation.report import save_report
-from qwen_scope_lens.evaluation.scores import Scores
-from qwen_scope_lens.evaluation.suite import Suite, extract_suite, open_benchmark, open_suite
-from qwen_scope_lens.features.corpus import Document
-from qwen_scope_lens.mini.train.tables import CAPITALS, WORDS
+from qwen_scope_lens.stores import Document
+from tools.mini.tables import CAPITALS, WORDS
 
 GROUP = "mini-qwen3/w1k-l0-16"
 LAYERS = [3, 6]
@@ -285,7 +292,7 @@ def test_lm_eval_renders_its_own_prompts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     pytest.importorskip("lm_eval")
-    from qwen_scope_lens.evaluation.lm_tasks import task_prompts
+    from qwen_scope_lens.bench.prompts import task_prompts
 
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     data = tmp_path / "lands.jsonl"
@@ -325,7 +332,7 @@ def test_a_group_of_lm_eval_is_one_benchmark(
 ) -> None:
     """Items keep their subtask and their number, and a limit draws from all subtasks."""
     pytest.importorskip("lm_eval")
-    from qwen_scope_lens.evaluation.lm_tasks import task_prompts
+    from qwen_scope_lens.bench.prompts import task_prompts
 
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     lands = list(CAPITALS.items())

@@ -11,24 +11,25 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qwen_scope_lens.classification import predict as predict_module
-from qwen_scope_lens.classification.estimator import FeatureRuleClassifier
-from qwen_scope_lens.classification.inputs import Task, documents_of
-from qwen_scope_lens.classification.pooled import pool_layers, source_of_store
-from qwen_scope_lens.classification.read import (
-    mean_residuals,
+from qwen_scope_lens.classify import (
+    FeatureRuleClassifier,
+    Task,
+    documents_of,
     open_reader,
+    pool_layers,
     read_documents,
     source_of,
 )
-from qwen_scope_lens.classification.rules import RULES
-from qwen_scope_lens.classification.stream import Stream
+from qwen_scope_lens.classify import predict as predict_module
+from qwen_scope_lens.classify.pooled import source_of_store
+from qwen_scope_lens.classify.predict import Stream
+from qwen_scope_lens.classify.read import mean_residuals
+from qwen_scope_lens.classify.rules import RULES
 from qwen_scope_lens.cli import main
 from qwen_scope_lens.errors import BadText, StoreMismatch
-from qwen_scope_lens.features.extract import extract
-from qwen_scope_lens.features.labels import Label, LabelPack
-from qwen_scope_lens.features.store import FeatureStore
+from qwen_scope_lens.labels import Label, LabelPack
 from qwen_scope_lens.mini import heldout
+from qwen_scope_lens.stores import FeatureStore, extract
 
 MODEL, GROUP = "mini-qwen3", "mini-qwen3/w1k-l0-16"
 LAYERS = [2, 5]

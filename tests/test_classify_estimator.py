@@ -21,11 +21,12 @@ from sklearn.pipeline import make_pipeline
 from sklearn.tree import DecisionTreeClassifier
 from sklearn.utils.estimator_checks import check_estimator
 
-from qwen_scope_lens.classification.estimator import FeatureRuleClassifier
-from qwen_scope_lens.classification.pooled import LayerFacts, Pooled, Source, stack_layers
-from qwen_scope_lens.classification.rules import RULES, f1_of
-from qwen_scope_lens.classification.select import rate_differences
-from qwen_scope_lens.compare.match import match_activations
+from qwen_scope_lens.bench import footprint
+from qwen_scope_lens.classify import FeatureRuleClassifier
+from qwen_scope_lens.classify.feature_choice import rate_differences
+from qwen_scope_lens.classify.pooled import LayerFacts, Pooled, Source, stack_layers
+from qwen_scope_lens.classify.rules import RULES, f1_of
+from qwen_scope_lens.compare import match_activations
 from qwen_scope_lens.errors import (
     BadFile,
     BadPlan,
@@ -33,9 +34,8 @@ from qwen_scope_lens.errors import (
     StoreMismatch,
     TooLittleData,
 )
-from qwen_scope_lens.evaluation.footprint import footprint
 from qwen_scope_lens.features.contrast import contrast
-from qwen_scope_lens.synthesis.coverage import documents_firing
+from qwen_scope_lens.synth.targets import documents_firing
 
 SAE = "mini-qwen3/w1k-l0-16"
 D_SAE = 1024

@@ -9,30 +9,35 @@ from hypothesis import strategies as st
 from scipy.sparse import csr_matrix
 from sklearn.metrics import f1_score, precision_score, recall_score
 
-from qwen_scope_lens.classification.compare_methods import compare
-from qwen_scope_lens.classification.estimator import FeatureRuleClassifier
-from qwen_scope_lens.classification.experiments import (
+from qwen_scope_lens.classify import (
+    At,
+    Documents,
+    FeatureRuleClassifier,
+    RuleMethod,
+    Task,
     best_test_layer,
+    by_language,
     by_layer,
+    compare,
     efficiency,
-    overlap,
-    subset,
-    transfer,
-)
-from qwen_scope_lens.classification.explain import Evidence, Explanation
-from qwen_scope_lens.classification.inputs import Task, by_language, split
-from qwen_scope_lens.classification.methods import Documents, RuleMethod, name_of
-from qwen_scope_lens.classification.pooled import LayerFacts, Source, stack_layers
-from qwen_scope_lens.classification.report import (
     efficiency_table,
     layer_table,
+    macro,
+    name_of,
+    overlap,
     overlap_table,
-    report_page,
     report_text,
+    scored,
+    split,
+    transfer,
     transfer_table,
 )
-from qwen_scope_lens.classification.rules import f1_of
-from qwen_scope_lens.classification.scores import At, cut_for, difference, macro, scored
+from qwen_scope_lens.classify.experiments import subset
+from qwen_scope_lens.classify.explain import Evidence, Explanation
+from qwen_scope_lens.classify.pooled import LayerFacts, Source, stack_layers
+from qwen_scope_lens.classify.report import report_page
+from qwen_scope_lens.classify.rules import f1_of
+from qwen_scope_lens.classify.scores import cut_for, difference
 from qwen_scope_lens.errors import BadPlan, TooLittleData
 
 LAYERS = (3, 6)

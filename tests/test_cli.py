@@ -17,8 +17,8 @@ from tiny_models import make_model, make_tokenizer
 
 from qwen_scope_lens.catalog import GROUPS
 from qwen_scope_lens.cli import main
-from qwen_scope_lens.cli.arguments import layer_list
 from qwen_scope_lens.cli.convert import CONVERTERS
+from qwen_scope_lens.cli.options import layer_list
 from qwen_scope_lens.cli.show import size
 from qwen_scope_lens.cli.verbs import VERBS
 

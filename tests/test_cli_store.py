@@ -9,8 +9,8 @@ import pytest
 from feature_stores import GROUP, build_store
 
 from qwen_scope_lens.cli import main
-from qwen_scope_lens.cli.arguments import memory, rank
-from qwen_scope_lens.features.store import FeatureStore
+from qwen_scope_lens.cli.options import memory, rank
+from qwen_scope_lens.stores import FeatureStore
 
 
 def lines(capsys: pytest.CaptureFixture[str]) -> list[str]:

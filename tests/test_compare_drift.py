@@ -13,16 +13,13 @@ from scipy.stats import binomtest
 
 import qwen_scope_lens as qsl
 from qwen_scope_lens.cli import main
-from qwen_scope_lens.compare.drift import drift
-from qwen_scope_lens.compare.drift_page import drift_page, summary
-from qwen_scope_lens.compare.fidelity import fidelity
+from qwen_scope_lens.compare import drift, drift_page, fidelity, random_sae, summary, transfer
 from qwen_scope_lens.compare.side_by_side import sign_test
-from qwen_scope_lens.compare.transfer import load_related, random_sae, transfer
+from qwen_scope_lens.compare.transfer import load_related
 from qwen_scope_lens.errors import StoreMismatch, TooLittleData, WrongModel
-from qwen_scope_lens.features.extract import extract
-from qwen_scope_lens.features.store import FeatureStore
 from qwen_scope_lens.mini import heldout, model_path
-from qwen_scope_lens.models.layers import decoder_layers
+from qwen_scope_lens.models import decoder_layers
+from qwen_scope_lens.stores import FeatureStore, extract
 
 GROUP, LAYERS, EDITED = "mini-qwen3/w1k-l0-16", (1, 3, 5), 3
 

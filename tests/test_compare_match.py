@@ -17,13 +17,19 @@ from scipy.optimize import linear_sum_assignment
 from scipy.sparse import csr_matrix
 
 from qwen_scope_lens.cli import main
-from qwen_scope_lens.compare.align import align, pieces
-from qwen_scope_lens.compare.assign import assign
-from qwen_scope_lens.compare.match import match_activations, match_decoders
-from qwen_scope_lens.compare.nearest import Nearest, nearest_by_correlation, nearest_by_cosine
-from qwen_scope_lens.compare.null import shuffled_directions, shuffled_rows
+from qwen_scope_lens.compare import (
+    align,
+    assign,
+    match_activations,
+    match_decoders,
+    shuffled_directions,
+)
+from qwen_scope_lens.compare.align import pieces
+from qwen_scope_lens.compare.null import shuffled_rows
 from qwen_scope_lens.errors import StoreMismatch, WrongShape
-from qwen_scope_lens.saes.sparse import SparseCodes
+from qwen_scope_lens.features import nearest_by_correlation, nearest_by_cosine
+from qwen_scope_lens.features.nearest import Nearest
+from qwen_scope_lens.saes import SparseCodes
 
 D, N = 64, 160
 
@@ -300,7 +306,7 @@ def test_addresses_are_matched_by_directions(
 
 
 def test_stores_of_other_texts_are_refused(two_stores: tuple[Path, Path], tmp_path: Path) -> None:
-    from qwen_scope_lens.features.store import FeatureStore
+    from qwen_scope_lens.stores import FeatureStore
 
     other = build_store(tmp_path / "c", [[{1: 1.0}]] * 3, texts=["x1", "x2", "x3"])
     with pytest.raises(StoreMismatch, match="no document with the same text"):

@@ -13,8 +13,9 @@ from scipy.sparse import csr_matrix
 from sklearn.metrics import roc_auc_score
 
 from qwen_scope_lens.errors import TooLittleData, UnknownName
-from qwen_scope_lens.features.contrast import LIKELY, RankSums, contrast, q_values
-from qwen_scope_lens.features.groups import by_documents, split
+from qwen_scope_lens.features import RankSums
+from qwen_scope_lens.features.contrast import LIKELY, contrast, q_values
+from qwen_scope_lens.features.document_sets import by_documents, split
 
 
 @settings(max_examples=60, deadline=None)

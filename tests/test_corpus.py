@@ -14,7 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qwen_scope_lens.errors import BadCorpus
-from qwen_scope_lens.features.corpus import Document, as_corpus, read_corpus, survey
+from qwen_scope_lens.stores import Document, read_corpus
+from qwen_scope_lens.stores.corpus import as_corpus, survey
 
 ROWS: list[dict[str, Any]] = [
     {"id": "a", "text": "One, two\nthree", "lang": "en", "stars": 5},

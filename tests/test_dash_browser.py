@@ -13,10 +13,10 @@ from dash_site import ARABIC, HOSTILE, HOSTILE_LABEL, read_data, small_labels
 from feature_stores import GROUP, LAYER
 from playwright.sync_api import expect
 
-from qwen_scope_lens.dashboards.build import Sources, build_site
-from qwen_scope_lens.dashboards.serve import make_server
-from qwen_scope_lens.features.labels import LabelPack
-from qwen_scope_lens.features.store import FeatureStore
+from qwen_scope_lens.labels import LabelPack
+from qwen_scope_lens.site import build_site, make_server
+from qwen_scope_lens.site.build import Sources
+from qwen_scope_lens.stores import FeatureStore
 
 REF = f"{GROUP}/{LAYER}"
 FOLDER = "mini-qwen3_w1k-l0-16_6"

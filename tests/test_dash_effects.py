@@ -12,13 +12,14 @@ from hypothesis import strategies as st
 from tiny_models import CLASSES, D_MODEL, make_model, make_tokenizer
 
 import qwen_scope_lens as qsl
-from qwen_scope_lens.dashboards.effects import nearest, token_effects
-from qwen_scope_lens.dashboards.products import extremes
-from qwen_scope_lens.dashboards.vocabulary import Vocabulary, readable
 from qwen_scope_lens.errors import WrongKeys, WrongModel, WrongTokenizer
+from qwen_scope_lens.features import token_effects
+from qwen_scope_lens.features.extremes import extremes
+from qwen_scope_lens.features.token_effects import nearest
 from qwen_scope_lens.mini import model_path
-from qwen_scope_lens.models.layers import part, places_of
-from qwen_scope_lens.models.unembed import read_unembedding
+from qwen_scope_lens.models import Vocabulary, read_unembedding
+from qwen_scope_lens.models.architecture import part, places_of
+from qwen_scope_lens.models.token_text import readable
 
 
 @pytest.mark.parametrize("kind", CLASSES)
@@ -71,7 +72,7 @@ def test_a_model_without_head_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("half", [False, True])
 def test_extremes_equal_brute_force(half: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qwen_scope_lens.dashboards.products.SIDE", 13)
+    monkeypatch.setattr("qwen_scope_lens.features.extremes.SIDE", 13)
     rng = torch.Generator().manual_seed(0)
     rows, columns = torch.randn(50, 24, generator=rng), torch.randn(400, 24, generator=rng)
     exact = rows.double() @ columns.double().T
@@ -84,7 +85,7 @@ def test_extremes_equal_brute_force(half: bool, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("half", [False, True])
 def test_nearest_leaves_itself_out(half: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qwen_scope_lens.dashboards.products.SIDE", 7)
+    monkeypatch.setattr("qwen_scope_lens.features.extremes.SIDE", 7)
     rng = torch.Generator().manual_seed(1)
     directions = torch.randn(30, 16, generator=rng)
     directions[7] = 3 * directions[4]  # the same direction, another length

@@ -22,12 +22,12 @@ from tiny_models import make_model, make_tokenizer
 
 import qwen_scope_lens as qsl
 from qwen_scope_lens.cli import main
-from qwen_scope_lens.dashboards.neuronpedia import neuronpedia_id
-from qwen_scope_lens.dashboards.serve import make_server
-from qwen_scope_lens.dashboards.site import VIEWER
-from qwen_scope_lens.dashboards.vocabulary import Vocabulary
 from qwen_scope_lens.errors import BadFile, CannotWrite
-from qwen_scope_lens.features.store import FeatureStore
+from qwen_scope_lens.models import Vocabulary
+from qwen_scope_lens.site import make_server
+from qwen_scope_lens.site.neuronpedia import neuronpedia_id
+from qwen_scope_lens.site.static import VIEWER
+from qwen_scope_lens.stores import FeatureStore
 
 FOLDER = "mini-qwen3_w1k-l0-16_6"
 

@@ -15,8 +15,9 @@ from feature_stores import build_store
 from tiny_models import make_model, make_sae, make_tokenizer
 
 import qwen_scope_lens as qsl
-from qwen_scope_lens.features.labels import Label, LabelPack
-from qwen_scope_lens.synthesis.targets import Target, TargetSet
+from qwen_scope_lens.labels import Label, LabelPack
+from qwen_scope_lens.synth import TargetSet
+from qwen_scope_lens.synth.targets import Target
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

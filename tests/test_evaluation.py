@@ -12,26 +12,27 @@ from hypothesis import strategies as st
 from scipy.sparse import csr_matrix
 from scipy.stats import kendalltau, spearmanr
 
-from qwen_scope_lens.errors import BadFile, StoreMismatch, TooLittleData, UnknownName
-from qwen_scope_lens.evaluation.agreement import agreement, ranking_curve
-from qwen_scope_lens.evaluation.correlation import (
+from qwen_scope_lens.bench import (
+    Footprint,
+    agreement,
+    ceiling,
     correlate,
     correlate_pairs,
-    partial,
-    pearson,
-    similarity,
-    spearman,
-    split_control,
-)
-from qwen_scope_lens.evaluation.coverage import (
     coverage_curve,
-    expected_features,
+    footprint,
     missed,
+    overlap,
+    overlap_matrix,
     redundancy,
     redundancy_at,
+    similarity,
+    spearman,
 )
-from qwen_scope_lens.evaluation.footprint import Footprint, footprint
-from qwen_scope_lens.evaluation.overlap import ceiling, overlap, overlap_matrix, overlaps
+from qwen_scope_lens.bench.correlation import partial, pearson, split_control
+from qwen_scope_lens.bench.coverage import expected_features
+from qwen_scope_lens.bench.overlap import overlaps
+from qwen_scope_lens.bench.panel import ranking_curve
+from qwen_scope_lens.errors import BadFile, StoreMismatch, TooLittleData, UnknownName
 
 
 def draw(n_items: int, d_sae: int = 40, seed: int = 0, name: str = "b", rate: float = 0.1):

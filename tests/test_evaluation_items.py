@@ -15,13 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_evaluation import draw, matrices
 
+from qwen_scope_lens.bench import choose, contamination, footprint, near_duplicates, screen
+from qwen_scope_lens.bench.contamination import usual_nearness
+from qwen_scope_lens.bench.coverage import expected_features
+from qwen_scope_lens.bench.panel import read_scores
+from qwen_scope_lens.bench.screen import own_novelty
 from qwen_scope_lens.errors import BadFile, TooLittleData, UnknownName
-from qwen_scope_lens.evaluation.coverage import expected_features
-from qwen_scope_lens.evaluation.duplicates import contamination, near_duplicates, usual_nearness
-from qwen_scope_lens.evaluation.footprint import footprint
-from qwen_scope_lens.evaluation.scores import read_scores
-from qwen_scope_lens.evaluation.screen import own_novelty, screen
-from qwen_scope_lens.evaluation.subset import choose
 
 
 @settings(deadline=None, max_examples=80)

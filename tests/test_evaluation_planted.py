@@ -13,11 +13,17 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from qwen_scope_lens.evaluation.agreement import agreement
-from qwen_scope_lens.evaluation.correlation import similarity, spearman
-from qwen_scope_lens.evaluation.coverage import redundancy
-from qwen_scope_lens.evaluation.footprint import Footprint, footprint, saturated
-from qwen_scope_lens.evaluation.overlap import overlap_matrix, overlaps
+from qwen_scope_lens.bench import (
+    Footprint,
+    agreement,
+    footprint,
+    overlap_matrix,
+    redundancy,
+    similarity,
+    spearman,
+)
+from qwen_scope_lens.bench.footprint import saturated
+from qwen_scope_lens.bench.overlap import overlaps
 
 BENCHMARKS, MODELS, ITEMS, DOMAINS, SKILLS = 17, 26, 120, 6, 8
 D_SAE, OF_A_SKILL, OF_AN_ITEM, COMMON = 3000, 24, 12, 6

@@ -28,12 +28,12 @@ from qwen_scope_lens.errors import (
     TooLittleData,
     WrongModel,
 )
-from qwen_scope_lens.features import shards
-from qwen_scope_lens.features.merge import check, merge
-from qwen_scope_lens.features.packed import stored_values
-from qwen_scope_lens.features.pool import pool
-from qwen_scope_lens.features.store import FeatureStore
+from qwen_scope_lens.features import pool
 from qwen_scope_lens.mini import heldout
+from qwen_scope_lens.stores import FeatureStore, merge
+from qwen_scope_lens.stores import shard_files as shards
+from qwen_scope_lens.stores.codec import stored_values
+from qwen_scope_lens.stores.merge import check
 
 LAYERS = (2, LAYER)
 ROWS = [
@@ -219,7 +219,7 @@ def test_a_full_disk_loses_nothing_finished(
 def test_out_of_memory_halves_the_batch(
     store: FeatureStore, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from qwen_scope_lens.models import capture
+    from qwen_scope_lens.models import residuals as capture
 
     forward = capture._forward
 
@@ -335,7 +335,7 @@ def test_append_needs_a_finished_store(model: Any, tmp_path: Path) -> None:
 def test_what_does_not_belong_is_refused_before_the_model_loads(
     store: FeatureStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from qwen_scope_lens.features import extract
+    from qwen_scope_lens.stores import extract
 
     def load(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("a model was loaded")
@@ -367,7 +367,7 @@ def test_another_model_is_refused(store: FeatureStore, tmp_path: Path) -> None:
 def test_other_weights_are_refused(store: FeatureStore, model: Any) -> None:
     import torch
 
-    from qwen_scope_lens.models.layers import decoder_layers
+    from qwen_scope_lens.models import decoder_layers
 
     weight = next(decoder_layers(model)[1].parameters())
     with torch.no_grad():

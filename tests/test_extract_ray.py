@@ -11,8 +11,8 @@ from feature_stores import GROUP, LAYER
 
 import qwen_scope_lens as qsl
 from qwen_scope_lens.errors import BadCorpus, LayerOutOfRange
-from qwen_scope_lens.features.manifest import Settings
-from qwen_scope_lens.features.ray import extract_on_ray
+from qwen_scope_lens.stores import Settings
+from qwen_scope_lens.stores.extract_ray import extract_on_ray
 
 psutil = pytest.importorskip("psutil")
 pytest.importorskip("ray")

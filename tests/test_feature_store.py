@@ -22,10 +22,9 @@ from qwen_scope_lens.errors import (
     StoreMismatch,
     UnknownName,
 )
-from qwen_scope_lens.features.merge import merge
-from qwen_scope_lens.features.packed import Packed, pack, stored_values
-from qwen_scope_lens.features.pool import pool
-from qwen_scope_lens.features.store import FeatureStore
+from qwen_scope_lens.features import pool
+from qwen_scope_lens.stores import FeatureStore, merge, pack
+from qwen_scope_lens.stores.codec import Packed, stored_values
 
 LANGS = ["zh", "en", None, "zh", "de"] * 8
 

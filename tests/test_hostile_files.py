@@ -32,16 +32,14 @@ from qwen_scope_lens.errors import (
     WrongModel,
     WrongTokenizer,
 )
-from qwen_scope_lens.features.extract import extract
-from qwen_scope_lens.features.fingerprint import fingerprint, is_sample, sampled_fingerprint
-from qwen_scope_lens.features.labels import LabelPack
-from qwen_scope_lens.features.manifest import Manifest
-from qwen_scope_lens.features.merge import check, merge
-from qwen_scope_lens.features.shards import NAME as SHARD
-from qwen_scope_lens.features.store import FeatureStore
 from qwen_scope_lens.files import exclusive, file_sha256, read_json, whole_file, whole_folder
-from qwen_scope_lens.models.load import load_model
-from qwen_scope_lens.models.tokens import encode
+from qwen_scope_lens.labels import LabelPack
+from qwen_scope_lens.models import load_model
+from qwen_scope_lens.models.tokenize import encode
+from qwen_scope_lens.stores import FeatureStore, Manifest, extract, merge
+from qwen_scope_lens.stores.fingerprints import fingerprint, is_sample, sampled_fingerprint
+from qwen_scope_lens.stores.merge import check
+from qwen_scope_lens.stores.shard_files import NAME as SHARD
 
 PRECIOUS = b"precious\n" * 100
 

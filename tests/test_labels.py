@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from qwen_scope_lens.address import FeatureRef, LayerRef
 from qwen_scope_lens.errors import BadFile, BadText, CannotWrite, UnknownName
-from qwen_scope_lens.features.labels import Label, LabelPack
+from qwen_scope_lens.labels import Label, LabelPack
 
 SAE = LayerRef.parse("mini-qwen3/w1k-l0-16/6")
 

@@ -11,10 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen_scope_lens.errors import NotFinite
-from qwen_scope_lens.saes import float32
-from qwen_scope_lens.saes.load import load_sae
-from qwen_scope_lens.saes.membership import WARM_UP, Membership
-from qwen_scope_lens.saes.sae import ScopeSAE, ScopeSAEConfig
+from qwen_scope_lens.saes import Membership, ScopeSAE, ScopeSAEConfig, load_sae
+from qwen_scope_lens.saes.exact import matmul as float32
+from qwen_scope_lens.saes.few_features import WARM_UP
 
 D_IN, D_SAE, K = 12, 96, 5
 

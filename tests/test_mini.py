@@ -11,8 +11,8 @@ from sae_lens import SAE
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qwen_scope_lens.mini import HELDOUT, MODELS, heldout, model_path, sae_folder
-from qwen_scope_lens.mini.train.panel import load_checkpoint
-from qwen_scope_lens.mini.train.release import LIMIT, size
+from tools.mini.panel import load_checkpoint
+from tools.mini.release import LIMIT, size
 
 Tensors = dict[str, torch.Tensor]
 TEXT = "Select the table and print it. 请选择表格。 Выберите таблицу. 표를 선택합니다. 12 + 30 = 42"

@@ -15,16 +15,16 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qwen_scope_lens.mini import heldout, model_path
-from qwen_scope_lens.mini.train import sae as sae_module
-from qwen_scope_lens.mini.train.corpus import split_of
-from qwen_scope_lens.mini.train.data import batches, padded
-from qwen_scope_lens.mini.train.durations import measured, table
-from qwen_scope_lens.mini.train.generated import KINDS
-from qwen_scope_lens.mini.train.meaning import SEVERAL, best_rule, firing_shares, several
-from qwen_scope_lens.mini.train.prose import speaks
-from qwen_scope_lens.mini.train.quality import Ngrams, layer_figures, load_saes
-from qwen_scope_lens.mini.train.sources import LANGUAGES, SOURCES
-from qwen_scope_lens.mini.train.specs import SPECS, build_model
+from tools.mini import sae as sae_module
+from tools.mini.corpus import split_of
+from tools.mini.data import batches, padded
+from tools.mini.durations import measured, table
+from tools.mini.generated import KINDS
+from tools.mini.meaning import SEVERAL, best_rule, firing_shares, several
+from tools.mini.prose import speaks
+from tools.mini.quality import Ngrams, layer_figures, load_saes
+from tools.mini.sources import LANGUAGES, SOURCES
+from tools.mini.specs import SPECS, build_model
 
 PROSE = {lang: [f"{lang} sentence number {n} of several." for n in range(9)] for lang in LANGUAGES}
 

@@ -22,9 +22,7 @@ from qwen_scope_lens.errors import (
     WrongModel,
     WrongTokenizer,
 )
-from qwen_scope_lens.models.bridge import ScopeBridge
-from qwen_scope_lens.models.capture import capture
-from qwen_scope_lens.models.load import load_model
+from qwen_scope_lens.models import ScopeBridge, capture, load_model
 
 HOOK = "blocks.1.hook_resid_post"
 IDS = torch.tensor([[72, 101, 108, 108, 111, 33]])

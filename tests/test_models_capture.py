@@ -11,10 +11,8 @@ from tiny_models import make_model, make_tokenizer
 from torch import Tensor
 
 from qwen_scope_lens.errors import BadText, LayerOutOfRange, WrongModel, WrongTokenizer
-from qwen_scope_lens.models import capture as module
-from qwen_scope_lens.models.capture import Capture, capture, iter_captures
-from qwen_scope_lens.models.layers import decoder_layers
-from qwen_scope_lens.models.load import load_model
+from qwen_scope_lens.models import Capture, capture, decoder_layers, iter_captures, load_model
+from qwen_scope_lens.models import residuals as module
 
 TEXTS = ["one", "a much longer text than one", "été 字", "x", "middle sized"]
 

@@ -9,10 +9,10 @@ import torch
 from tiny_models import CLASSES, make_model, make_sae, make_tokenizer
 
 from qwen_scope_lens.errors import UnknownHook, VerificationFailed, WrongModel
-from qwen_scope_lens.models import check
-from qwen_scope_lens.models.check import hook_difference, sample_texts, verify_model
-from qwen_scope_lens.models.load import load_model
-from qwen_scope_lens.saes.verify import verify
+from qwen_scope_lens.models import load_model, verify_model
+from qwen_scope_lens.models import verify as check
+from qwen_scope_lens.models.verify import hook_difference, sample_texts
+from qwen_scope_lens.saes import verify
 
 FVU = 0.3
 calls: list[dict[str, Any]] = []

@@ -14,8 +14,8 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.exceptions import StopAtLayerException
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
-from qwen_scope_lens.models import adapter
-from qwen_scope_lens.models.load import load_model
+from qwen_scope_lens.models import load_model
+from qwen_scope_lens.models import thin_adapter as adapter
 
 
 def test_saelens_wrapper() -> None:

@@ -14,8 +14,8 @@ from torch import nn
 from qwen_scope_lens.catalog import BACKBONES, GROUPS, Backbone
 from qwen_scope_lens.errors import LayerOutOfRange, WrongModel
 from qwen_scope_lens.families import FAMILIES, SUPPORTED
-from qwen_scope_lens.models import layers
-from qwen_scope_lens.models.load import load_model
+from qwen_scope_lens.models import architecture as layers
+from qwen_scope_lens.models import load_model
 
 
 @pytest.mark.parametrize("kind", CLASSES)

@@ -23,8 +23,7 @@ from qwen_scope_lens.errors import (
     WrongModel,
     WrongTokenizer,
 )
-from qwen_scope_lens.models.capture import capture
-from qwen_scope_lens.models.load import load_model
+from qwen_scope_lens.models import capture, load_model
 
 IDS = torch.tensor([[72, 101, 108, 108, 111, 33]])
 no_grad = torch.no_grad()

@@ -14,9 +14,7 @@ import torch
 from tiny_models import CLASSES, N_LAYERS, make_model, make_tokenizer
 from torch import Tensor
 
-from qwen_scope_lens.models.capture import capture
-from qwen_scope_lens.models.layers import decoder_layers
-from qwen_scope_lens.models.load import load_model
+from qwen_scope_lens.models import capture, decoder_layers, load_model
 
 TEXTS = ["hi there", "x", "ein längerer Satz"]
 HOOKS = [f"blocks.{n}.hook_resid_post" for n in range(N_LAYERS)]

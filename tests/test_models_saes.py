@@ -14,8 +14,7 @@ from tiny_models import make_model, make_sae, make_tokenizer
 from torch import Tensor
 
 from qwen_scope_lens.errors import UnknownHook, WrongModel
-from qwen_scope_lens.models.bridge import ScopeBridge
-from qwen_scope_lens.models.load import load_model
+from qwen_scope_lens.models import ScopeBridge, load_model
 
 HOOK = "blocks.1.hook_resid_post"
 ACTS = f"{HOOK}.hook_sae_acts_post"

@@ -18,8 +18,7 @@ from transformer_lens.hook_points import HookPoint
 
 import qwen_scope_lens as qsl
 from qwen_scope_lens.errors import BadText, UnknownHook, WrongModel, WrongState
-from qwen_scope_lens.models.bridge import ScopeBridge
-from qwen_scope_lens.models.load import load_model
+from qwen_scope_lens.models import ScopeBridge, load_model
 
 HOOK = "blocks.1.hook_resid_post"
 ACTS = f"{HOOK}.hook_sae_acts_post"

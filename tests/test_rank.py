@@ -14,10 +14,9 @@ from planted_store import PlantedStore, random_codes
 import qwen_scope_lens as qsl
 from qwen_scope_lens.cli import main
 from qwen_scope_lens.errors import BadFile, LayerOutOfRange, TooLittleData, UnknownName, WrongShape
-from qwen_scope_lens.features.extract import extract
-from qwen_scope_lens.features.rank import rank
-from qwen_scope_lens.features.ranking import Ranking
-from qwen_scope_lens.features.residuals import pooled_residuals
+from qwen_scope_lens.features import Ranking, rank
+from qwen_scope_lens.stores import extract
+from qwen_scope_lens.stores.reread import pooled_residuals
 
 D_SAE, N_DOCS, TOKENS = 300, 240, 12
 PLANT, ANTI = 250, 17

@@ -14,9 +14,8 @@ import torch
 from tiny_models import make_model, make_tokenizer
 
 from qwen_scope_lens.errors import BadFile, CannotWrite, TooLittleData
-from qwen_scope_lens.models.capture import capture
-from qwen_scope_lens.models.load import load_model
-from qwen_scope_lens.saes.load import load_sae
+from qwen_scope_lens.models import capture, load_model
+from qwen_scope_lens.saes import load_sae
 from tools.real import capture as capture_step
 from tools.real import release as release_step
 from tools.real import texts as texts_step

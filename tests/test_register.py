@@ -22,8 +22,8 @@ from sae_lens.saes.topk_sae import TopKSAE
 
 import qwen_scope_lens as qsl
 from qwen_scope_lens.errors import UnsupportedSAELens
-from qwen_scope_lens.saes import register
-from qwen_scope_lens.saes.register import ScopeLoader
+from qwen_scope_lens.saes import ScopeLoader
+from qwen_scope_lens.saes import saelens_plugin as register
 
 RELEASE, SHORT = "qwen-scope-3-1.7b-base-w32k-l50", "qwen3-1.7b-base/w32k-l0-50"
 REPO = "Qwen/SAE-Res-Qwen3-1.7B-Base-W32K-L0_50"

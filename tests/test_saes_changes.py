@@ -11,11 +11,10 @@ import torch
 
 import qwen_scope_lens as qsl
 from qwen_scope_lens.errors import NotFinite
-from qwen_scope_lens.saes import certified, topk
-from qwen_scope_lens.saes.encoder import Encoder
-from qwen_scope_lens.saes.membership import Membership
-from qwen_scope_lens.saes.sae import ScopeSAE, ScopeSAEConfig
-from qwen_scope_lens.saes.topk import encode_topk, exact_topk
+from qwen_scope_lens.saes import Membership, ScopeSAE, ScopeSAEConfig
+from qwen_scope_lens.saes.exact import certified, topk
+from qwen_scope_lens.saes.exact.encoder import Encoder
+from qwen_scope_lens.saes.exact.topk import encode_topk, exact_topk
 
 
 def make(d_in: int = 24, d_sae: int = 96, k: int = 6) -> ScopeSAE:

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from qwen_scope_lens.saes.encoder import Encoder
-from qwen_scope_lens.saes.exact_sums import rounded_sums
-from qwen_scope_lens.saes.topk import encode_topk
+from qwen_scope_lens.saes.exact.encoder import Encoder
+from qwen_scope_lens.saes.exact.exact_sums import rounded_sums
+from qwen_scope_lens.saes.exact.topk import encode_topk
 
 
 def rounded(exact: Fraction) -> float:

@@ -14,9 +14,8 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 
 from qwen_scope_lens.errors import NotFinite, WrongShape
-from qwen_scope_lens.saes.gather import _Dots, _Gather, _Scatter
-from qwen_scope_lens.saes.sae import ScopeSAE, ScopeSAEConfig
-from qwen_scope_lens.saes.sparse import SparseCodes
+from qwen_scope_lens.saes import ScopeSAE, ScopeSAEConfig, SparseCodes
+from qwen_scope_lens.saes.exact.gather import _Dots, _Gather, _Scatter
 
 Pair = tuple[ScopeSAE, TopKSAE]
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from qwen_scope_lens.saes.sparse import SparseCodes
+from qwen_scope_lens.saes import SparseCodes
 
 
 @pytest.fixture

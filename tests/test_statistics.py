@@ -7,9 +7,10 @@ import pytest
 from planted_store import PlantedStore, random_codes
 
 from qwen_scope_lens.errors import LayerOutOfRange, TooLittleData
+from qwen_scope_lens.features import statistics
+from qwen_scope_lens.features.best_entries import Best, place_hash
 from qwen_scope_lens.features.cofiring import LEAST, Cofiring
-from qwen_scope_lens.features.examples import Best, place_hash
-from qwen_scope_lens.features.statistics import BIN_EDGES, statistics
+from qwen_scope_lens.features.statistics import BIN_EDGES
 
 D_SAE = 40
 

@@ -14,14 +14,11 @@ from tiny_models import D_MODEL, make_model, make_tokenizer
 
 import qwen_scope_lens as qsl
 from qwen_scope_lens.errors import BadPlan, PlanNeverFired, WrongModel
-from qwen_scope_lens.models.layers import decoder_layers
-from qwen_scope_lens.steering.apply import LayerEdits
-from qwen_scope_lens.steering.hooks import steer
-from qwen_scope_lens.steering.operations import OPERATIONS
-from qwen_scope_lens.steering.plan import Edit, Plan
+from qwen_scope_lens.models import decoder_layers
+from qwen_scope_lens.steering import OPERATIONS, Edit, Plan, Where, steer
+from qwen_scope_lens.steering.layer_edits import LayerEdits
 from qwen_scope_lens.steering.readers import directions_of, layer_edits
-from qwen_scope_lens.steering.select import roles_of, token_classes
-from qwen_scope_lens.steering.where import Where
+from qwen_scope_lens.steering.token_masks import roles_of, token_classes
 
 NEW = 5
 SHORT, LONG = list(b"steer me"), list(b"a longer prompt, really")

@@ -23,19 +23,25 @@ from qwen_scope_lens.address import FeatureRef, LayerRef
 from qwen_scope_lens.catalog import GROUPS, find_group
 from qwen_scope_lens.cli.verbs import main
 from qwen_scope_lens.errors import BadFile, BadPlan, PlanBypassed, UnknownName, WrongModel
+from qwen_scope_lens.models import decoder_layers
 from qwen_scope_lens.models.backbone import check_backbone, check_name
 from qwen_scope_lens.models.eager import eagerly
-from qwen_scope_lens.models.layers import decoder_layers
-from qwen_scope_lens.steering.blame import Case, blame
-from qwen_scope_lens.steering.calibrate import calibrate
-from qwen_scope_lens.steering.generate import Sampling, generate
-from qwen_scope_lens.steering.grammar import parse_strengths
-from qwen_scope_lens.steering.hooks import is_steered, steer
-from qwen_scope_lens.steering.measure import Measure
-from qwen_scope_lens.steering.plan import Edit, Plan
+from qwen_scope_lens.steering import (
+    Edit,
+    Plan,
+    Sampling,
+    Where,
+    blame,
+    calibrate,
+    generate,
+    steer,
+    sweep,
+)
+from qwen_scope_lens.steering.blame import Case
+from qwen_scope_lens.steering.hooks import is_steered
+from qwen_scope_lens.steering.plan import parse_strengths
 from qwen_scope_lens.steering.readers import by_address
-from qwen_scope_lens.steering.sweep import sweep
-from qwen_scope_lens.steering.where import Where
+from qwen_scope_lens.steering.text_quality import Measure
 
 SHORT, LONG = list(b"steer me"), list(b"a longer prompt, really")
 NEW = 6

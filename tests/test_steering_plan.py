@@ -10,9 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen_scope_lens.errors import BadFile, BadPlan, LayerOutOfRange, UnknownName
-from qwen_scope_lens.steering.operations import OPERATIONS
-from qwen_scope_lens.steering.plan import Edit, Plan
-from qwen_scope_lens.steering.where import TOKEN_CLASSES, Where
+from qwen_scope_lens.steering import OPERATIONS, Edit, Plan, Where
+from qwen_scope_lens.steering.where import TOKEN_CLASSES
 
 REF = "mini-qwen3/w1k-l0-16/6/42"
 OTHER = "mini-qwen3/w1k-l0-16/3/7"

@@ -14,11 +14,15 @@ from tiny_models import make_model, make_tokenizer
 
 from qwen_scope_lens.cli.verbs import main
 from qwen_scope_lens.errors import BadPlan, PlanNeverFired, WrongModel
-from qwen_scope_lens.steering.engine import steer_engine
-from qwen_scope_lens.steering.export import export, layer_vectors
-from qwen_scope_lens.steering.harness import NAME, evaluate, steered_lm
-from qwen_scope_lens.steering.hooks import steer
-from qwen_scope_lens.steering.plan import Plan
+from qwen_scope_lens.steering import Plan, steer
+from qwen_scope_lens.steering.runtimes import (
+    evaluate,
+    export,
+    layer_vectors,
+    steer_engine,
+    steered_lm,
+)
+from qwen_scope_lens.steering.runtimes.lm_eval_model import NAME
 
 MINI = "mini-qwen3/w1k-l0-16"
 IDS = list(b"some text to steer")

@@ -24,18 +24,29 @@ from qwen_scope_lens.errors import (
     StoreMismatch,
     TooLittleData,
 )
-from qwen_scope_lens.steering.blame import Case, blame, read_cases
-from qwen_scope_lens.steering.calibrate import Calibration, calibrate, calibrate_from_store
-from qwen_scope_lens.steering.coherence import perplexity, repetition, surprisals
-from qwen_scope_lens.steering.figures import sweep_page
-from qwen_scope_lens.steering.generate import Continuation, Sampling, generate
-from qwen_scope_lens.steering.grammar import parse_open_edit, parse_strengths
-from qwen_scope_lens.steering.hooks import steer
-from qwen_scope_lens.steering.measure import Measure
-from qwen_scope_lens.steering.plan import Edit, Plan
-from qwen_scope_lens.steering.show import SideBySide, display_width, wrap
-from qwen_scope_lens.steering.side import stream
-from qwen_scope_lens.steering.sweep import CONTROL, PLAN, Dose, Guard, Sweep, sweep
+from qwen_scope_lens.steering import (
+    Calibration,
+    Continuation,
+    Edit,
+    Plan,
+    Sampling,
+    Sweep,
+    blame,
+    calibrate,
+    generate,
+    perplexity,
+    repetition,
+    steer,
+    surprisals,
+    sweep,
+)
+from qwen_scope_lens.steering.blame import Case, read_cases
+from qwen_scope_lens.steering.calibrate import calibrate_from_store
+from qwen_scope_lens.steering.plan import parse_open_edit, parse_strengths
+from qwen_scope_lens.steering.side_by_side import SideBySide, display_width, stream, wrap
+from qwen_scope_lens.steering.sweep import CONTROL, PLAN, Dose, Guard
+from qwen_scope_lens.steering.sweep_page import sweep_page
+from qwen_scope_lens.steering.text_quality import Measure
 
 TEXTS = ["a first text, long enough", "another one", "third: 123"]
 
@@ -103,7 +114,7 @@ def test_a_calibration_survives_a_file(model: Any, tmp_path: Path) -> None:
 
 
 def test_a_store_gives_the_same(model: Any, tmp_path: Path) -> None:
-    from qwen_scope_lens.features.extract import extract
+    from qwen_scope_lens.stores import extract
 
     store = extract(TEXTS, model=model, group="local/tiny", layers=[1], out=tmp_path / "store")
     from_store = calibrate_from_store(store, ["local/tiny/1"])

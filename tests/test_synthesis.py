@@ -31,21 +31,22 @@ from qwen_scope_lens.errors import (
     WrongTokenizer,
 )
 from qwen_scope_lens.mini import heldout
-from qwen_scope_lens.synthesis.candidate import Candidate
-from qwen_scope_lens.synthesis.coverage import coverage, curve, documents_firing, fac
-from qwen_scope_lens.synthesis.duplicates import Duplicates, jaccard, ngrams
-from qwen_scope_lens.synthesis.filters import check_reply, check_text, clean
-from qwen_scope_lens.synthesis.generator import Book, Completion, Request, Sampling
-from qwen_scope_lens.synthesis.language import wrong_language
-from qwen_scope_lens.synthesis.ledger import Ledger, Prices
-from qwen_scope_lens.synthesis.local import Local, Push
-from qwen_scope_lens.synthesis.output import check_settings, read_rows, save, settings_of
-from qwen_scope_lens.synthesis.pipeline import Synthesis
-from qwen_scope_lens.synthesis.reader import Reader
-from qwen_scope_lens.synthesis.recipe import FAC, RECIPES, SCOPE, TEXT, read_recipe, write_recipe
-from qwen_scope_lens.synthesis.report import make_report
-from qwen_scope_lens.synthesis.targets import Target, TargetSet
-from qwen_scope_lens.synthesis.templates import Templates
+from qwen_scope_lens.synth import TEXT, Reader, Synthesis, TargetSet, curve, make_report
+from qwen_scope_lens.synth.filters import (
+    Duplicates,
+    check_reply,
+    check_text,
+    clean,
+    jaccard,
+    ngrams,
+)
+from qwen_scope_lens.synth.language import wrong_language
+from qwen_scope_lens.synth.reader import Candidate
+from qwen_scope_lens.synth.recipe import FAC, RECIPES, SCOPE, read_recipe, write_recipe
+from qwen_scope_lens.synth.run import check_settings, read_rows, save, settings_of
+from qwen_scope_lens.synth.targets import Target, coverage, documents_firing, fac
+from qwen_scope_lens.writers import Ledger, Local, Prices, Push, Request, Templates
+from qwen_scope_lens.writers.generator import Book, Completion, Sampling
 
 SAE = LayerRef.parse("mini-qwen3/w1k-l0-16/6")
 

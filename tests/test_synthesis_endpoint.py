@@ -26,12 +26,10 @@ from endpoint_server import Call, Server, answer
 
 from qwen_scope_lens.address import FeatureRef
 from qwen_scope_lens.errors import BadFile, BadPlan, CannotWrite, GeneratorFailed
-from qwen_scope_lens.synthesis import transport
-from qwen_scope_lens.synthesis.answers import retry_after
-from qwen_scope_lens.synthesis.endpoint import Endpoint
-from qwen_scope_lens.synthesis.generator import Request, Sampling, digest
-from qwen_scope_lens.synthesis.ledger import Ledger, Prices
-from qwen_scope_lens.synthesis.masking import EXCERPT, MASKED, Mask
+from qwen_scope_lens.writers import Endpoint, Ledger, Prices, Request, transport
+from qwen_scope_lens.writers.answers import retry_after
+from qwen_scope_lens.writers.generator import Sampling, digest
+from qwen_scope_lens.writers.masking import EXCERPT, MASKED, Mask
 
 KEY = "sk-secret-0123456789"
 
@@ -648,7 +646,7 @@ def test_a_full_disk_leaves_whole_lines(tmp_path: Path, monkeypatch: pytest.Monk
         ledger.measure({"a": 1})
         before = (tmp_path / "ledger.jsonl").read_bytes()
         with monkeypatch.context() as patch:
-            patch.setattr("qwen_scope_lens.synthesis.ledger.os.fsync", full)
+            patch.setattr("qwen_scope_lens.writers.ledger.os.fsync", full)
             with pytest.raises(CannotWrite, match="No space left"):
                 ledger.measure({"b": "x" * 100_000})
         assert (tmp_path / "ledger.jsonl").read_bytes() == before
@@ -661,9 +659,9 @@ def test_a_full_disk_leaves_whole_lines(tmp_path: Path, monkeypatch: pytest.Monk
 ASK = """
 import sys
 from pathlib import Path
-from qwen_scope_lens.synthesis.endpoint import Endpoint
-from qwen_scope_lens.synthesis.generator import Request
-from qwen_scope_lens.synthesis.ledger import Ledger
+from qwen_scope_lens.writers import Endpoint
+from qwen_scope_lens.writers import Request
+from qwen_scope_lens.writers import Ledger
 requests = [Request((("user", f"question {i}"),), "prompt") for i in range(40)]
 with Ledger.open(Path(sys.argv[1])) as ledger:
     found = ledger.ask(Endpoint(sys.argv[2], "writer", concurrency=3), requests)

@@ -22,23 +22,15 @@ import torch
 import qwen_scope_lens as qsl
 from qwen_scope_lens.address import FeatureRef, LayerRef
 from qwen_scope_lens.errors import BadPlan
-from qwen_scope_lens.models.layers import unwrap
-from qwen_scope_lens.synthesis.generator import Book, Completion, Request
-from qwen_scope_lens.synthesis.kinds import kinds_by_judge, parse_kind, with_kinds
-from qwen_scope_lens.synthesis.ledger import Ledger
-from qwen_scope_lens.synthesis.output import (
-    amount_of,
-    check_settings,
-    read_settings,
-    save,
-    settings_of,
-)
-from qwen_scope_lens.synthesis.pipeline import Counts, Synthesis
-from qwen_scope_lens.synthesis.reader import Reader
-from qwen_scope_lens.synthesis.recipe import SCOPE, Recipe
-from qwen_scope_lens.synthesis.report import make_report
-from qwen_scope_lens.synthesis.targets import Target, TargetSet
-from qwen_scope_lens.synthesis.templates import Templates
+from qwen_scope_lens.models import unwrap
+from qwen_scope_lens.synth import Reader, Recipe, Synthesis, TargetSet, make_report
+from qwen_scope_lens.synth.kinds import kinds_by_judge, parse_kind, with_kinds
+from qwen_scope_lens.synth.pipeline import Counts
+from qwen_scope_lens.synth.recipe import SCOPE
+from qwen_scope_lens.synth.run import amount_of, check_settings, read_settings, save, settings_of
+from qwen_scope_lens.synth.targets import Target
+from qwen_scope_lens.writers import Ledger, Request, Templates
+from qwen_scope_lens.writers.generator import Book, Completion
 
 FREQUENCIES = (1e-1, 1e-2, 1e-3, 1e-4)  # of a feature in texts that nobody asked for
 FEATURES, ROUNDS = 80, 5
@@ -101,7 +93,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, list[str]
 def world(made: tuple[Path, Any, list[str], list[str]], monkeypatch: pytest.MonkeyPatch) -> World:
     folder, model, words, fillers = made
     monkeypatch.setenv("QWEN_SCOPE_HOME", str(folder))
-    monkeypatch.setattr("qwen_scope_lens.synthesis.ledger.os.fsync", lambda number: None)
+    monkeypatch.setattr("qwen_scope_lens.writers.ledger.os.fsync", lambda number: None)
     ref = LayerRef.parse("local/words/0")
     kinds = ("harmful", "benign")
     targets = [Target(ref.feature(f), kind=kinds[f // 4 % 2]) for f in range(FEATURES)]

@@ -24,26 +24,22 @@ import qwen_scope_lens as qsl
 from qwen_scope_lens.address import FeatureRef
 from qwen_scope_lens.cli import main
 from qwen_scope_lens.errors import BadPlan, GeneratorFailed, StoreMismatch, TooLittleData
-from qwen_scope_lens.features.extract import extract
-from qwen_scope_lens.features.labels import Label, LabelPack
-from qwen_scope_lens.features.pool import pool
-from qwen_scope_lens.features.store import FeatureStore
-from qwen_scope_lens.mini import heldout
-from qwen_scope_lens.synthesis.describe import (
+from qwen_scope_lens.features import pool
+from qwen_scope_lens.labels import Label, LabelPack, describe
+from qwen_scope_lens.labels.describe import (
     Sampled,
     balanced_accuracy,
-    describe,
-    features_to_describe,
     parse_numbers,
 )
-from qwen_scope_lens.synthesis.find import find_targets
-from qwen_scope_lens.synthesis.generator import Book, Completion, Request
-from qwen_scope_lens.synthesis.ledger import Ledger
-from qwen_scope_lens.synthesis.output import read_rows
-from qwen_scope_lens.synthesis.passages import Passages
-from qwen_scope_lens.synthesis.relevance import by_judge, by_labels, choose_relevance, parse_answer
-from qwen_scope_lens.synthesis.targets import TargetSet
-from qwen_scope_lens.synthesis.templates import Templates
+from qwen_scope_lens.labels.passages import Passages
+from qwen_scope_lens.mini import heldout
+from qwen_scope_lens.stores import FeatureStore, extract
+from qwen_scope_lens.synth import TargetSet, find_targets
+from qwen_scope_lens.synth.find import features_to_describe
+from qwen_scope_lens.synth.relevance import by_judge, by_labels, choose_relevance, parse_answer
+from qwen_scope_lens.synth.run import read_rows
+from qwen_scope_lens.writers import Ledger, Request, Templates
+from qwen_scope_lens.writers.generator import Book, Completion
 
 LAYER = 6
 
@@ -145,7 +141,7 @@ def test_stores_of_two_saes_do_not_mix(seed: FeatureStore, tmp_path: Path) -> No
 
 def test_passages_mark_what_fires(anchor: FeatureStore) -> None:
     """Taken apart again, a passage is words of the text, marked exactly where the codes fire."""
-    from qwen_scope_lens.features.statistics import statistics
+    from qwen_scope_lens.features import statistics
 
     facts = statistics(anchor, LAYER, examples=3, sample=4)
     source = Passages(anchor, before=5, after=3)

@@ -15,11 +15,11 @@ from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qwen_scope_lens.errors import NotFinite
-from qwen_scope_lens.saes import float32, topk
-from qwen_scope_lens.saes.encoder import Encoder
-from qwen_scope_lens.saes.sae import ScopeSAE, ScopeSAEConfig
-from qwen_scope_lens.saes.sparse import SparseCodes
-from qwen_scope_lens.saes.topk import encode_topk
+from qwen_scope_lens.saes import ScopeSAE, ScopeSAEConfig, SparseCodes
+from qwen_scope_lens.saes.exact import matmul as float32
+from qwen_scope_lens.saes.exact import topk
+from qwen_scope_lens.saes.exact.encoder import Encoder
+from qwen_scope_lens.saes.exact.topk import encode_topk
 
 PASSES = [torch.bfloat16, torch.float32]
 
@@ -484,8 +484,8 @@ def test_memory_does_not_grow_with_tokens_or_width(precision):
 
     script = (
         "import torch; torch.set_num_threads(1)\n"
-        "from qwen_scope_lens.saes.topk import encode_topk\n"
-        "from qwen_scope_lens.saes.encoder import Encoder\n"
+        "from qwen_scope_lens.saes.exact.topk import encode_topk\n"
+        "from qwen_scope_lens.saes.exact.encoder import Encoder\n"
         "from pathlib import Path; import re\n"
         "def rss(key): return int(re.search(key + r':\\s*(\\d+)',"
         " Path('/proc/self/status').read_text()).group(1))\n"

@@ -17,8 +17,10 @@ COMMON = """
 import torch
 torch.manual_seed(0)
 torch.set_num_threads(1)
-from qwen_scope_lens.saes import certified, kernels, topk
-from qwen_scope_lens.saes.encoder import Encoder
+from qwen_scope_lens.saes.exact import certified
+from qwen_scope_lens.saes.exact import kernels
+from qwen_scope_lens.saes.exact import topk
+from qwen_scope_lens.saes.exact.encoder import Encoder
 """
 
 CANDIDATES = """
@@ -63,7 +65,7 @@ for mean in (0, 5):
 """
 
 DECODE = """
-from qwen_scope_lens.saes.gather import gather_decode
+from qwen_scope_lens.saes.exact.gather import gather_decode
 kernels.available = lambda device: True
 for dtype in (torch.float32, torch.bfloat16):
     rows = torch.randn(300, 700).to(dtype)

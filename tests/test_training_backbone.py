@@ -13,11 +13,16 @@ from training_data import GROUP, examples, mini, settings, table
 
 from qwen_scope_lens.catalog import bundled_model
 from qwen_scope_lens.errors import WrongModel
-from qwen_scope_lens.steering.plan import Edit, Plan
-from qwen_scope_lens.training.causes import screen_causes
-from qwen_scope_lens.training.rare_negatives import RareNegativeGRPOConfig, RareNegativeGRPOTrainer
-from qwen_scope_lens.training.rewards import no_repetition
-from qwen_scope_lens.training.sasft import SASFTConfig, SASFTTrainer, build_penalty
+from qwen_scope_lens.steering import Edit, Plan
+from qwen_scope_lens.train import (
+    RareNegativeGRPOConfig,
+    RareNegativeGRPOTrainer,
+    SASFTConfig,
+    SASFTTrainer,
+    no_repetition,
+    screen_causes,
+)
+from qwen_scope_lens.train.sasft import build_penalty
 
 EDIT = Edit(f"{GROUP}/5/7", "add", 1.0)  # type: ignore[arg-type]
 

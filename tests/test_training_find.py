@@ -13,19 +13,11 @@ from feature_stores import GROUP, LAYER, build_store, random_documents
 
 import qwen_scope_lens as qsl
 from qwen_scope_lens.errors import BadFile, TooLittleData, UnknownName
-from qwen_scope_lens.features.store import FeatureStore
 from qwen_scope_lens.mini import heldout
-from qwen_scope_lens.training.languages import (
-    LanguageFeatures,
-    find_language_features,
-    mean_activations,
-    monolinguality,
-)
-from qwen_scope_lens.training.repetition import (
-    RepetitionFeatures,
-    find_repetition_features,
-    occurrences,
-)
+from qwen_scope_lens.stores import FeatureStore
+from qwen_scope_lens.train import LanguageFeatures, find_language_features, find_repetition_features
+from qwen_scope_lens.train.language_features import mean_activations, monolinguality
+from qwen_scope_lens.train.repetition_features import RepetitionFeatures, occurrences
 
 LANGUAGES = ("en", "ru", "zh")
 CUT = 20  # tokens of a document in the store
@@ -52,7 +44,7 @@ def test_a_planted_language_feature_is_found_and_chance_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "qwen_scope_lens.training.languages.mean_pre_activations",
+        "qwen_scope_lens.train.language_features.mean_pre_activations",
         lambda store, refs, docs, model: {ref: dict.fromkeys(docs, 0.0) for ref in refs},
     )
     langs = [LANGUAGES[doc % 3] for doc in range(60)]
@@ -80,7 +72,7 @@ def test_a_planted_language_feature_is_found_and_chance_is_not(
 
 @pytest.fixture(scope="module")
 def languages(tmp_path_factory: pytest.TempPathFactory) -> FeatureStore:
-    from qwen_scope_lens.features.extract import extract
+    from qwen_scope_lens.stores import extract
 
     documents = [
         {"text": record["text"][:150], "lang": language}

@@ -14,13 +14,9 @@ from trl import GRPOConfig, GRPOTrainer
 
 from qwen_scope_lens.address import FeatureRef
 from qwen_scope_lens.errors import BadPlan, WrongModel
-from qwen_scope_lens.steering.plan import Edit, Plan
-from qwen_scope_lens.training.rare_negatives import (
-    RareNegativeGRPOConfig,
-    RareNegativeGRPOTrainer,
-    _in_hindsight,
-)
-from qwen_scope_lens.training.rewards import no_repetition
+from qwen_scope_lens.steering import Edit, Plan
+from qwen_scope_lens.train import RareNegativeGRPOConfig, RareNegativeGRPOTrainer, no_repetition
+from qwen_scope_lens.train.rare_negatives import _in_hindsight
 
 PROMPTS = ["The package manager", "Установка программ", "Use the command", "一个文件"]
 STRONG = 400.0  # about the length of the residual there

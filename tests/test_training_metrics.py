@@ -8,14 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen_scope_lens.errors import TooLittleData, UnknownName
-from qwen_scope_lens.training.metrics import (
+from qwen_scope_lens.train import (
     code_switching_ratio,
     find_repeats,
     has_script,
+    no_repetition,
     repeat_ratio,
     share,
 )
-from qwen_scope_lens.training.rewards import no_repetition, no_script
+from qwen_scope_lens.train.metrics import no_script
 
 
 @pytest.mark.parametrize(

@@ -18,13 +18,17 @@ from training_data import mini, settings
 import qwen_scope_lens as qsl
 from qwen_scope_lens.cli.verbs import main
 from qwen_scope_lens.errors import TooLittleData
-from qwen_scope_lens.steering.generate import Sampling, generate
-from qwen_scope_lens.steering.plan import Plan
-from qwen_scope_lens.training.causes import amplified, own_loops, screen_causes
-from qwen_scope_lens.training.languages import find_language_features
-from qwen_scope_lens.training.metrics import find_repeats
-from qwen_scope_lens.training.repetition import RepetitionFeature, RepetitionFeatures
-from qwen_scope_lens.training.sasft import SASFTConfig, build_penalty
+from qwen_scope_lens.steering import Plan, Sampling, generate
+from qwen_scope_lens.train import (
+    SASFTConfig,
+    amplified,
+    find_language_features,
+    find_repeats,
+    own_loops,
+    screen_causes,
+)
+from qwen_scope_lens.train.repetition_features import RepetitionFeature, RepetitionFeatures
+from qwen_scope_lens.train.sasft import build_penalty
 
 LAYER, WIDTH, D_SAE = 7, 128, 32
 LOOPING = 7  # its direction is the unembedding of one token
@@ -167,6 +171,6 @@ def test_planted_language_features_through_sasft_in_closed_form(group: str, tmp_
 
 
 def _facts(group: str) -> Any:
-    from qwen_scope_lens.features.manifest import SAEFacts
+    from qwen_scope_lens.stores import SAEFacts
 
     return SAEFacts(f"{group}/{LAYER}", D_SAE, 4, "0" * 64)

@@ -17,9 +17,9 @@ from qwen_scope_lens.address import FeatureRef
 from qwen_scope_lens.catalog import bundled_model
 from qwen_scope_lens.cli.verbs import main
 from qwen_scope_lens.errors import BadFile, UnknownName
-from qwen_scope_lens.steering.plan import Edit, Plan
-from qwen_scope_lens.training.checkpoints import _list_files, last_whole, set_aside
-from qwen_scope_lens.training.runs import GRPO, SASFT, _rewards, read_run, run_sasft
+from qwen_scope_lens.steering import Edit, Plan
+from qwen_scope_lens.train.checkpoints import _list_files, last_whole, set_aside
+from qwen_scope_lens.train.runs import GRPO, SASFT, _rewards, read_run, run_sasft
 
 
 def write_run(folder: Path, **content: Any) -> Path:

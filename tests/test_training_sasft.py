@@ -14,14 +14,16 @@ from trl import SFTConfig, SFTTrainer
 
 import qwen_scope_lens as qsl
 from qwen_scope_lens.errors import BadCorpus, BadFile, UnknownName, WrongModel
-from qwen_scope_lens.training.languages import LanguageFeatures
-from qwen_scope_lens.training.penalty import (
+from qwen_scope_lens.train import (
     FeatureRows,
+    LanguageFeatures,
     Penalty,
+    SASFTConfig,
+    SASFTTrainer,
     record_residuals,
-    require_graph,
 )
-from qwen_scope_lens.training.sasft import SASFTConfig, SASFTTrainer, _counted, build_penalty
+from qwen_scope_lens.train.penalty import require_graph
+from qwen_scope_lens.train.sasft import _counted, build_penalty
 
 FEATURES = {7: (3, 40), 5: (11,)}
 

@@ -12,7 +12,7 @@ from datasets import Dataset
 from qwen_scope_lens.address import FeatureRef
 from qwen_scope_lens.catalog import bundled_model
 from qwen_scope_lens.mini import heldout
-from qwen_scope_lens.training.languages import LanguageFeature, LanguageFeatures
+from qwen_scope_lens.train import LanguageFeature, LanguageFeatures
 
 GROUP = "mini-qwen3/w1k-l0-16"
 LANGUAGES = ("en", "ru", "zh")

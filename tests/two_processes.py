@@ -12,9 +12,13 @@ from datasets import Dataset
 from training_data import GROUP, examples, losses, mini, settings, table
 
 from qwen_scope_lens.address import FeatureRef
-from qwen_scope_lens.steering.plan import Edit, Plan
-from qwen_scope_lens.training.rare_negatives import RareNegativeGRPOConfig, RareNegativeGRPOTrainer
-from qwen_scope_lens.training.sasft import SASFTConfig, SASFTTrainer
+from qwen_scope_lens.steering import Edit, Plan
+from qwen_scope_lens.train import (
+    RareNegativeGRPOConfig,
+    RareNegativeGRPOTrainer,
+    SASFTConfig,
+    SASFTTrainer,
+)
 
 
 def sasft(folder: Path, batch: int) -> dict[str, Any]:

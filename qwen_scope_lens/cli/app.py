@@ -19,7 +19,7 @@ from itertools import islice
 from pathlib import Path
 
 from qwen_scope_lens.catalog import find_group
-from qwen_scope_lens.cli.arguments import count, layer_list, port
+from qwen_scope_lens.cli.options import count, layer_list, port
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,9 +43,9 @@ def run(arguments: argparse.Namespace) -> int:
     for layer in layers:
         group.check_layer(layer)
 
-    from qwen_scope_lens.dashboards.app_server import make_web_app, serve
-    from qwen_scope_lens.dashboards.workbench import Workbench
-    from qwen_scope_lens.features.labels import LabelPack
+    from qwen_scope_lens.app.server import make_web_app, serve
+    from qwen_scope_lens.app.workbench import Workbench
+    from qwen_scope_lens.labels.packs import LabelPack
     from qwen_scope_lens.models.load import load_model
 
     labels = LabelPack.read(arguments.labels) if arguments.labels else LabelPack()
@@ -56,8 +56,8 @@ def run(arguments: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="qsl-app-") as folder:
         site = arguments.site
         if site is None and group.origin == "mini":
-            from qwen_scope_lens.dashboards.build import site_of_documents
             from qwen_scope_lens.mini import heldout
+            from qwen_scope_lens.site.build import site_of_documents
 
             print("Making every feature's page from a few texts ...", file=sys.stderr)
             texts = islice(heldout(), 0, None, 20)

@@ -16,8 +16,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qwen_scope_lens.cli import plans
-from qwen_scope_lens.cli.arguments import count
+from qwen_scope_lens.cli import plan_options as plans
+from qwen_scope_lens.cli.options import count
 
 if TYPE_CHECKING:
     from qwen_scope_lens.steering.blame import Case
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from qwen_scope_lens.address import LayerRef
-    from qwen_scope_lens.features.labels import LabelPack
+    from qwen_scope_lens.labels.packs import LabelPack
     from qwen_scope_lens.steering.blame import blame
     from qwen_scope_lens.steering.where import Where
 

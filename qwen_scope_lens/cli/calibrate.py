@@ -13,8 +13,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from qwen_scope_lens.cli import plans
-from qwen_scope_lens.cli.arguments import count, output
+from qwen_scope_lens.cli import plan_options as plans
+from qwen_scope_lens.cli.options import count, output
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,13 +32,13 @@ def run(arguments: argparse.Namespace) -> int:
 
     saes = list(split_refs(arguments.refs))
     if arguments.store:
-        from qwen_scope_lens.features.store import FeatureStore
+        from qwen_scope_lens.stores.store import FeatureStore
 
         found = calibrate_from_store(FeatureStore.open(arguments.store), arguments.refs)
     else:
         from tqdm import tqdm
 
-        from qwen_scope_lens.features.corpus import read_corpus
+        from qwen_scope_lens.stores.corpus import read_corpus
 
         texts = (document.content for document in read_corpus(arguments.texts))
         found = calibrate(

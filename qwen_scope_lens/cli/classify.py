@@ -20,11 +20,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwen_scope_lens.cli.arguments import count, finite, layer_list, output
+from qwen_scope_lens.cli.options import count, finite, layer_list, output
 
 if TYPE_CHECKING:
-    from qwen_scope_lens.classification.methods import Documents
-    from qwen_scope_lens.features.store import FeatureStore
+    from qwen_scope_lens.classify.methods import Documents
+    from qwen_scope_lens.stores.store import FeatureStore
 
 MOST_DIGITS = 40
 RULES = ("or", "k-of-n", "thresholds", "logistic", "tree")
@@ -148,7 +148,7 @@ def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _open(arguments: argparse.Namespace, data: str, store: str | None) -> FeatureStore:
-    from qwen_scope_lens.classification.inputs import open_data
+    from qwen_scope_lens.classify.task import open_data
 
     return open_data(
         data,
@@ -167,9 +167,9 @@ def _read(
     arguments: argparse.Namespace, residuals: bool = False
 ) -> tuple[Documents, Documents, str, FeatureStore]:
     """Discovery and test documents, a line that says what they are, and the store of the test."""
-    from qwen_scope_lens.classification.inputs import Task, documents_of, residuals_of, split
-    from qwen_scope_lens.classification.pooled import source_of_store
-    from qwen_scope_lens.classification.read import open_model
+    from qwen_scope_lens.classify.pooled import source_of_store
+    from qwen_scope_lens.classify.read import open_model
+    from qwen_scope_lens.classify.task import Task, documents_of, residuals_of, split
 
     model: Any = None
     task = Task(arguments.label, arguments.positive)
@@ -192,9 +192,9 @@ def _read(
 
 
 def _fit(arguments: argparse.Namespace) -> None:
-    from qwen_scope_lens.classification.estimator import FeatureRuleClassifier
-    from qwen_scope_lens.classification.inputs import Task, documents_of
-    from qwen_scope_lens.classification.report import fit_text
+    from qwen_scope_lens.classify.estimator import FeatureRuleClassifier
+    from qwen_scope_lens.classify.report import fit_text
+    from qwen_scope_lens.classify.task import Task, documents_of
 
     task = Task(arguments.label, arguments.positive)
     classifier = FeatureRuleClassifier(**_settings(arguments))
@@ -208,9 +208,9 @@ def _fit(arguments: argparse.Namespace) -> None:
 
 
 def _predict(arguments: argparse.Namespace) -> None:
-    from qwen_scope_lens.classification.estimator import FeatureRuleClassifier
-    from qwen_scope_lens.classification.predict import predict_data
-    from qwen_scope_lens.features.labels import LabelPack
+    from qwen_scope_lens.classify.estimator import FeatureRuleClassifier
+    from qwen_scope_lens.classify.predict import predict_data
+    from qwen_scope_lens.labels.packs import LabelPack
 
     classifier = FeatureRuleClassifier.load(arguments.classifier)
     labels = LabelPack.read(arguments.labels) if arguments.labels else None
@@ -226,11 +226,11 @@ def _predict(arguments: argparse.Namespace) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    from qwen_scope_lens.classification.compare_methods import compare
-    from qwen_scope_lens.classification.methods import RuleMethod, name_of
-    from qwen_scope_lens.classification.report import report_page, report_text
-    from qwen_scope_lens.classification.scores import At
-    from qwen_scope_lens.features.labels import LabelPack
+    from qwen_scope_lens.classify.comparison import compare
+    from qwen_scope_lens.classify.methods import RuleMethod, name_of
+    from qwen_scope_lens.classify.report import report_page, report_text
+    from qwen_scope_lens.classify.scores import At
+    from qwen_scope_lens.labels.packs import LabelPack
 
     settings, at = _settings(arguments), At.parse(arguments.at)
     labels = LabelPack.read(arguments.labels) if arguments.labels else None
@@ -251,9 +251,9 @@ def _report(arguments: argparse.Namespace) -> None:
 
 
 def _transfer(arguments: argparse.Namespace) -> None:
-    from qwen_scope_lens.classification.experiments import overlap, transfer
-    from qwen_scope_lens.classification.inputs import by_language
-    from qwen_scope_lens.classification.report import overlap_table, transfer_table
+    from qwen_scope_lens.classify.experiments import overlap, transfer
+    from qwen_scope_lens.classify.report import overlap_table, transfer_table
+    from qwen_scope_lens.classify.task import by_language
 
     discovery, test, said, _ = _read(arguments)
     known, held = by_language(discovery), by_language(test)
@@ -264,8 +264,8 @@ def _transfer(arguments: argparse.Namespace) -> None:
 
 
 def _efficiency(arguments: argparse.Namespace) -> None:
-    from qwen_scope_lens.classification.experiments import efficiency
-    from qwen_scope_lens.classification.report import efficiency_table
+    from qwen_scope_lens.classify.experiments import efficiency
+    from qwen_scope_lens.classify.report import efficiency_table
 
     discovery, test, said, _ = _read(arguments)
     print(f"{said}\n")

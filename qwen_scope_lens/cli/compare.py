@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwen_scope_lens.cli.arguments import count, from_zero, layer_list, output, share
+from qwen_scope_lens.cli.options import count, from_zero, layer_list, output, share
 
 if TYPE_CHECKING:
     from qwen_scope_lens.compare.match import Matching
@@ -92,7 +92,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _match(arguments: argparse.Namespace) -> int:
-    from qwen_scope_lens.compare.match_table import save_matching, summary
+    from qwen_scope_lens.compare.match import save_matching, summary
     from qwen_scope_lens.compare.sources import match_sources
 
     found: Matching = match_sources(
@@ -115,7 +115,7 @@ def _drift(arguments: argparse.Namespace) -> int:
     from qwen_scope_lens.compare.drift import drift
     from qwen_scope_lens.compare.drift_page import drift_page, summary
     from qwen_scope_lens.compare.sources import both_fvu
-    from qwen_scope_lens.features.store import FeatureStore
+    from qwen_scope_lens.stores.store import FeatureStore
 
     base, tuned = FeatureStore.open(arguments.base), FeatureStore.open(arguments.tuned)
     fvu = both_fvu(base, tuned, arguments.layers, arguments.fvu) if arguments.fvu else None
@@ -130,7 +130,7 @@ def _drift(arguments: argparse.Namespace) -> int:
 def _labels(path: Path | None) -> dict[str, str]:
     if path is None:
         return {}
-    from qwen_scope_lens.features.labels import LabelPack
+    from qwen_scope_lens.labels.packs import LabelPack
 
     return {str(ref): label.text for ref, label in LabelPack.read(path).items()}
 

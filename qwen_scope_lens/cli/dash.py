@@ -15,10 +15,10 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qwen_scope_lens.cli.arguments import count, layer_list, port
+from qwen_scope_lens.cli.options import count, layer_list, port
 
 if TYPE_CHECKING:
-    from qwen_scope_lens.dashboards.build import Sources
+    from qwen_scope_lens.site.build import Sources
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,8 +58,8 @@ def _add_sources(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     if arguments.action == "serve":
         return _serve(arguments)
-    from qwen_scope_lens.dashboards.build import build_neuronpedia, build_site
-    from qwen_scope_lens.dashboards.neuronpedia import IMPORTER, Release
+    from qwen_scope_lens.site.build import build_neuronpedia, build_site
+    from qwen_scope_lens.site.neuronpedia import IMPORTER, Release
 
     sources = _sources(arguments)
     if arguments.action == "build":
@@ -82,10 +82,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _sources(arguments: argparse.Namespace) -> Sources:
-    from qwen_scope_lens.dashboards.build import Sources
-    from qwen_scope_lens.dashboards.layer import Settings
-    from qwen_scope_lens.features.labels import LabelPack
-    from qwen_scope_lens.features.store import FeatureStore
+    from qwen_scope_lens.labels.packs import LabelPack
+    from qwen_scope_lens.site.build import Sources
+    from qwen_scope_lens.site.layer import Settings
+    from qwen_scope_lens.stores.store import FeatureStore
 
     store = FeatureStore.open(arguments.store)
     return Sources(
@@ -100,7 +100,7 @@ def _sources(arguments: argparse.Namespace) -> Sources:
 
 
 def _serve(arguments: argparse.Namespace) -> int:
-    from qwen_scope_lens.dashboards.serve import make_server
+    from qwen_scope_lens.site.server import make_server
 
     with make_server(arguments.site, arguments.port, arguments.host) as server:
         host, port = server.server_address[:2]

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import argparse
 
-from qwen_scope_lens.cli import plans
-from qwen_scope_lens.cli.arguments import output
+from qwen_scope_lens.cli import plan_options as plans
+from qwen_scope_lens.cli.options import output
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from qwen_scope_lens.steering.export import export
+    from qwen_scope_lens.steering.runtimes.control_vectors import export
 
     plan = plans.plan_of(arguments)
     plans.notices(ref.sae for ref in plan.refs)

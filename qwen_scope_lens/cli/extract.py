@@ -16,7 +16,7 @@ import argparse
 from dataclasses import asdict
 from pathlib import Path
 
-from qwen_scope_lens.cli.arguments import count, layer_list, memory, rank
+from qwen_scope_lens.cli.options import count, layer_list, memory, rank
 
 __all__ = ["add_arguments", "run"]
 
@@ -63,8 +63,8 @@ def run(arguments: argparse.Namespace) -> int:
     from qwen_scope_lens.catalog import find_group
     from qwen_scope_lens.cli.store import describe
     from qwen_scope_lens.cli.terminal import plain
-    from qwen_scope_lens.features.corpus import read_corpus
-    from qwen_scope_lens.features.manifest import Settings
+    from qwen_scope_lens.stores.corpus import read_corpus
+    from qwen_scope_lens.stores.manifest import Settings
 
     labels = arguments.label_columns
     corpus = read_corpus(
@@ -96,11 +96,11 @@ def run(arguments: argparse.Namespace) -> int:
         "progress": not arguments.quiet,
     }
     if arguments.ray is not None:
-        from qwen_scope_lens.features.ray import extract_on_ray
+        from qwen_scope_lens.stores.extract_ray import extract_on_ray
 
         store = extract_on_ray(corpus, settings=settings, workers=arguments.ray, **job)
     else:
-        from qwen_scope_lens.features.extract import extract
+        from qwen_scope_lens.stores.extract import extract
 
         store = extract(corpus, rank=arguments.rank, **asdict(settings), **job)
     print(plain(describe(store)))

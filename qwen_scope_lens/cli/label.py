@@ -17,7 +17,7 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from qwen_scope_lens.cli.arguments import finite, output
+from qwen_scope_lens.cli.options import finite, output
 from qwen_scope_lens.cli.terminal import plain
 
 
@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _list(arguments: argparse.Namespace) -> int:
-    from qwen_scope_lens.features.labels import LabelPack
+    from qwen_scope_lens.labels.packs import LabelPack
 
     for ref, label in LabelPack.read(arguments.pack).search(
         arguments.match, arguments.least_score
@@ -64,7 +64,7 @@ def _list(arguments: argparse.Namespace) -> int:
 
 def _show(arguments: argparse.Namespace) -> int:
     from qwen_scope_lens.errors import UnknownName
-    from qwen_scope_lens.features.labels import LabelPack
+    from qwen_scope_lens.labels.packs import LabelPack
 
     pack = LabelPack.read(arguments.pack)
     if arguments.address not in pack:
@@ -74,7 +74,7 @@ def _show(arguments: argparse.Namespace) -> int:
 
 
 def _merge(arguments: argparse.Namespace) -> int:
-    from qwen_scope_lens.features.labels import LabelPack
+    from qwen_scope_lens.labels.packs import LabelPack
 
     merged = LabelPack.merge(map(LabelPack.read, arguments.packs), arguments.prefer)
     merged.write(arguments.out)
@@ -83,7 +83,7 @@ def _merge(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    from qwen_scope_lens.features.labels import LabelPack
+    from qwen_scope_lens.labels.packs import LabelPack
 
     pack = LabelPack.read(arguments.pack)
     scored = sum(label.score is not None for label in pack.values())
@@ -92,7 +92,7 @@ def _check(arguments: argparse.Namespace) -> int:
     print(f"{sum(n for n in texts.values() if n > 1)} share their text with another")
     silent: dict[str, int] = {}
     if arguments.store:
-        from qwen_scope_lens.features.store import FeatureStore
+        from qwen_scope_lens.stores.store import FeatureStore
 
         silent = pack.silent_in(FeatureStore.open(arguments.store))
     for sae in pack.saes:

@@ -14,8 +14,8 @@ import json
 import sys
 from pathlib import Path
 
-from qwen_scope_lens.cli import plans
-from qwen_scope_lens.cli.arguments import count, from_zero, output
+from qwen_scope_lens.cli import plan_options as plans
+from qwen_scope_lens.cli.options import count, from_zero, output
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from qwen_scope_lens.files import whole_file
-    from qwen_scope_lens.steering.harness import evaluate
+    from qwen_scope_lens.steering.runtimes.lm_eval_model import evaluate
 
     plan = plans.plan_of(arguments)
     plans.notices(ref.sae for ref in plan.refs)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from qwen_scope_lens.cli.arguments import count, from_zero, layer_list, output, share
+from qwen_scope_lens.cli.options import count, from_zero, layer_list, output, share
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,13 +58,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from qwen_scope_lens.features.rank import rank
-    from qwen_scope_lens.features.store import FeatureStore
+    from qwen_scope_lens.stores.store import FeatureStore
 
     store = FeatureStore.open(arguments.store)
     residuals = None
     if arguments.residuals is not None:
-        from qwen_scope_lens.features.residuals import pooled_residuals
         from qwen_scope_lens.models.load import load_model
+        from qwen_scope_lens.stores.reread import pooled_residuals
 
         residuals = pooled_residuals(
             store,

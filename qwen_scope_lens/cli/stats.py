@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from qwen_scope_lens.cli.arguments import count, from_zero, output
+from qwen_scope_lens.cli.options import count, from_zero, output
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from qwen_scope_lens.features.statistics import statistics
     from qwen_scope_lens.features.statistics_table import feature_text, save_table, summary
-    from qwen_scope_lens.features.store import FeatureStore
+    from qwen_scope_lens.stores.store import FeatureStore
 
     store = FeatureStore.open(arguments.store)
     layer = store.layers[-1] if arguments.layer is None else arguments.layer

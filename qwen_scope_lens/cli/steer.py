@@ -18,8 +18,8 @@ import shutil
 import sys
 from typing import Any
 
-from qwen_scope_lens.cli import plans
-from qwen_scope_lens.cli.arguments import output
+from qwen_scope_lens.cli import plan_options as plans
+from qwen_scope_lens.cli.options import output
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
     enable_thinking = plans.thinking(arguments, [prompt])
     model = plans.load(arguments, saes)
 
-    from qwen_scope_lens.steering.side import stream
+    from qwen_scope_lens.steering.side_by_side import stream
 
     report = stream(
         model,

@@ -16,13 +16,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwen_scope_lens.cli.arguments import count
+from qwen_scope_lens.cli.options import count
 from qwen_scope_lens.cli.terminal import plain
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from qwen_scope_lens.features.store import FeatureStore
+    from qwen_scope_lens.stores.store import FeatureStore
 
 __all__ = ["add_arguments", "describe", "run"]
 
@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _info(arguments: argparse.Namespace) -> int:
-    from qwen_scope_lens.features.store import FeatureStore
+    from qwen_scope_lens.stores.store import FeatureStore
 
     print(plain(describe(FeatureStore.open(arguments.store))))
     return 0
@@ -79,7 +79,7 @@ def describe(store: FeatureStore) -> str:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    from qwen_scope_lens.features.merge import check
+    from qwen_scope_lens.stores.merge import check
 
     problems = check(arguments.store, checksums=not arguments.sizes_only)
     for problem in problems:
@@ -92,7 +92,7 @@ def _check(arguments: argparse.Namespace) -> int:
 def _sql(arguments: argparse.Namespace) -> int:
     import json
 
-    from qwen_scope_lens.features.store import FeatureStore
+    from qwen_scope_lens.stores.store import FeatureStore
 
     answer = FeatureStore.open(arguments.store).sql(arguments.query)
     rows = _rows(answer)
@@ -126,7 +126,7 @@ def _cell(value: object) -> str:
 
 
 def _merge(arguments: argparse.Namespace) -> int:
-    from qwen_scope_lens.features.merge import merge
+    from qwen_scope_lens.stores.merge import merge
 
     store = merge(arguments.stores, arguments.out, arguments.shard_docs)
     print(plain(describe(store)))

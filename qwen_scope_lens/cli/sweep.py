@@ -16,8 +16,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from qwen_scope_lens.cli import plans
-from qwen_scope_lens.cli.arguments import count
+from qwen_scope_lens.cli import plan_options as plans
+from qwen_scope_lens.cli.options import count
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,9 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from qwen_scope_lens.steering.grammar import parse_open_edit, parse_strengths
-    from qwen_scope_lens.steering.measure import Measure
-    from qwen_scope_lens.steering.plan import Plan
+    from qwen_scope_lens.steering.plan import Plan, parse_open_edit, parse_strengths
+    from qwen_scope_lens.steering.text_quality import Measure
 
     strengths = parse_strengths(arguments.strengths)
     plan = Plan([parse_open_edit(text, arguments.unit) for text in arguments.edit])
@@ -53,8 +52,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     from tqdm import tqdm
 
-    from qwen_scope_lens.steering.figures import sweep_page
     from qwen_scope_lens.steering.sweep import sweep
+    from qwen_scope_lens.steering.sweep_page import sweep_page
 
     out: Path | None = arguments.out
     with tqdm(unit="dose", leave=False) as bar:

@@ -32,7 +32,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from qwen_scope_lens.cli.arguments import count, from_zero, layer_list, output
+from qwen_scope_lens.cli.options import count, from_zero, layer_list, output
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -138,8 +138,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _languages(arguments: argparse.Namespace) -> int:
-    from qwen_scope_lens.features.store import FeatureStore
-    from qwen_scope_lens.training.languages import find_language_features
+    from qwen_scope_lens.stores.store import FeatureStore
+    from qwen_scope_lens.train.language_features import find_language_features
 
     table = find_language_features(
         FeatureStore.open(arguments.store),
@@ -163,8 +163,8 @@ def _repetition(arguments: argparse.Namespace) -> int:
     import numpy as np
 
     from qwen_scope_lens.errors import BadCorpus
-    from qwen_scope_lens.features.store import FeatureStore
-    from qwen_scope_lens.training.repetition import find_repetition_features
+    from qwen_scope_lens.stores.store import FeatureStore
+    from qwen_scope_lens.train.repetition_features import find_repetition_features
 
     if (arguments.label is None) != (arguments.positive is None):
         raise BadCorpus("--label and --positive belong together: --label kind --positive loop")
@@ -206,7 +206,7 @@ def _loops(arguments: argparse.Namespace) -> int:
 
     from qwen_scope_lens.files import whole_file
     from qwen_scope_lens.models.load import load_model
-    from qwen_scope_lens.training.causes import own_loops
+    from qwen_scope_lens.train.causes import own_loops
 
     prompts, sampling = _prompts(arguments)
     found = own_loops(
@@ -229,8 +229,8 @@ def _loops(arguments: argparse.Namespace) -> int:
 def _screen(arguments: argparse.Namespace) -> int:
     from qwen_scope_lens.errors import TooLittleData
     from qwen_scope_lens.models.load import load_model
-    from qwen_scope_lens.training.causes import amplified, screen_causes
-    from qwen_scope_lens.training.repetition import RepetitionFeatures
+    from qwen_scope_lens.train.causes import amplified, screen_causes
+    from qwen_scope_lens.train.repetition_features import RepetitionFeatures
 
     refs = [f.ref for f in RepetitionFeatures.load(arguments.found).features[: arguments.top]]
     if not refs:
@@ -262,8 +262,8 @@ def _screen(arguments: argparse.Namespace) -> int:
 
 def _prompts(arguments: argparse.Namespace) -> tuple[list[str], Any]:
     from qwen_scope_lens.errors import BadCorpus
-    from qwen_scope_lens.features.corpus import read_rows
     from qwen_scope_lens.steering.generate import Sampling
+    from qwen_scope_lens.stores.corpus import read_rows
 
     prompts = []
     for where, row in read_rows(arguments.prompts):
@@ -274,22 +274,22 @@ def _prompts(arguments: argparse.Namespace) -> tuple[list[str], Any]:
 
 
 def _sasft(arguments: argparse.Namespace) -> int:
-    from qwen_scope_lens.training.runs import run_sasft
+    from qwen_scope_lens.train.runs import run_sasft
 
     print(f"the model is in {run_sasft(arguments.config, resume=not arguments.fresh)}")
     return 0
 
 
 def _grpo(arguments: argparse.Namespace) -> int:
-    from qwen_scope_lens.training.runs import run_grpo
+    from qwen_scope_lens.train.runs import run_grpo
 
     print(f"the model is in {run_grpo(arguments.config, resume=not arguments.fresh)}")
     return 0
 
 
 def _measure(arguments: argparse.Namespace) -> int:
-    from qwen_scope_lens.training.metrics import code_switching_ratio, repeat_ratio
-    from qwen_scope_lens.training.runs import read_replies
+    from qwen_scope_lens.train.metrics import code_switching_ratio, repeat_ratio
+    from qwen_scope_lens.train.runs import read_replies
 
     replies, prompts = read_replies(arguments.replies, arguments.text, arguments.prompt)
     if arguments.script:

@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_overview())
         return 0
     if words[0] in ("-V", "--version"):
-        from qwen_scope_lens import __version__
+        from qwen_scope_lens.version import __version__
 
         print(f"qwen-scope-lens {__version__}")
         return 0

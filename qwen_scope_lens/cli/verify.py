@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwen_scope_lens.address import LayerRef
-from qwen_scope_lens.cli.arguments import positive
+from qwen_scope_lens.cli.options import positive
 from qwen_scope_lens.errors import BadText
 from qwen_scope_lens.files import read_text
 from qwen_scope_lens.saes.verify import MAX_FVU
 
 if TYPE_CHECKING:
-    from qwen_scope_lens.models.check import ModelCheck
+    from qwen_scope_lens.models.verify import ModelCheck
     from qwen_scope_lens.saes.sae import ScopeSAE
     from qwen_scope_lens.saes.verify import Verification
 
@@ -57,8 +57,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _with_model(sae: ScopeSAE, arguments: argparse.Namespace) -> ModelCheck:
-    from qwen_scope_lens.models.check import verify_model
     from qwen_scope_lens.models.load import load_model
+    from qwen_scope_lens.models.verify import verify_model
 
     texts = None
     if arguments.texts:

@@ -1,1 +1,6 @@
-"""Features across SAEs, layers and models."""
+"""Features compared across SAEs, layers and models."""
+
+import lazy_loader
+
+# The names are listed once, in `__init__.pyi`.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -17,7 +17,7 @@ from qwen_scope_lens.errors import StoreMismatch
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
 
-    from qwen_scope_lens.features.store import FeatureStore
+    from qwen_scope_lens.stores.store import FeatureStore
 
 __all__ = ["Aligned", "align", "common_documents", "pieces"]
 

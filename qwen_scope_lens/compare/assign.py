@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from qwen_scope_lens.compare.nearest import Nearest
+    from qwen_scope_lens.features.nearest import Nearest
 
 __all__ = ["assign", "crowded"]
 

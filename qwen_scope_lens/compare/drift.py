@@ -17,7 +17,7 @@ from qwen_scope_lens.compare.side_by_side import SideBySide, side_by_side
 from qwen_scope_lens.errors import StoreMismatch, TooLittleData
 
 if TYPE_CHECKING:
-    from qwen_scope_lens.features.store import FeatureStore
+    from qwen_scope_lens.stores.store import FeatureStore
 
 __all__ = ["Drift", "LayerDrift", "PairDrift", "drift"]
 

@@ -18,9 +18,7 @@ import torch
 from torch import Tensor
 
 from qwen_scope_lens.errors import TooLittleData, WrongModel
-from qwen_scope_lens.models.capture import EXTREME_NORM_RATIO
-from qwen_scope_lens.models.eager import eagerly
-from qwen_scope_lens.models.layers import (
+from qwen_scope_lens.models.architecture import (
     context_length,
     d_model,
     decoder_layers,
@@ -28,7 +26,9 @@ from qwen_scope_lens.models.layers import (
     input_device,
     unwrap,
 )
-from qwen_scope_lens.models.tokens import Document, encode, find_tokenizer
+from qwen_scope_lens.models.eager import eagerly
+from qwen_scope_lens.models.residuals import EXTREME_NORM_RATIO
+from qwen_scope_lens.models.tokenize import Content, encode, find_tokenizer
 from qwen_scope_lens.saes.sae import ScopeSAE
 
 __all__ = ["Fidelity", "fidelity"]
@@ -61,7 +61,7 @@ class Fidelity:
 def fidelity(
     model: Any,
     saes: Mapping[int, ScopeSAE],
-    texts: Sequence[Document],
+    texts: Sequence[Content],
     *,
     losses: bool = True,
     tokenizer: Any = None,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from qwen_scope_lens.saes.float32 import product
+from qwen_scope_lens.saes.exact.matmul import product
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix

@@ -15,7 +15,7 @@ from qwen_scope_lens.errors import StoreMismatch, TooLittleData
 from qwen_scope_lens.features.cofiring import Cofiring
 
 if TYPE_CHECKING:
-    from qwen_scope_lens.features.store import FeatureStore
+    from qwen_scope_lens.stores.store import FeatureStore
 
 __all__ = ["SideBySide", "side_by_side", "sign_test"]
 

@@ -15,7 +15,7 @@ from qwen_scope_lens.errors import StoreMismatch, TooLittleData, UnknownName
 from qwen_scope_lens.saes.load import load_sae
 
 if TYPE_CHECKING:
-    from qwen_scope_lens.features.store import FeatureStore
+    from qwen_scope_lens.stores.store import FeatureStore
 
 __all__ = ["both_fvu", "match_sources", "read_texts"]
 
@@ -33,7 +33,7 @@ def match_sources(
     seed: int = 0,
 ) -> Matching:
     """Match two stores, or the SAEs at two addresses, by what suits them unless `by` says it."""
-    from qwen_scope_lens.features.store import FeatureStore
+    from qwen_scope_lens.stores.store import FeatureStore
 
     stores: list[FeatureStore | None] = []
     refs: list[LayerRef] = []
@@ -102,7 +102,7 @@ def both_fvu(
 
 def read_texts(path: str | Path, column: str | None, most: int) -> list[Any]:
     """The first documents of a corpus file."""
-    from qwen_scope_lens.features.corpus import read_corpus
+    from qwen_scope_lens.stores.corpus import read_corpus
 
     texts = [document.content for document in islice(read_corpus(path, column), most)]
     if not texts:

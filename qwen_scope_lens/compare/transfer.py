@@ -18,7 +18,7 @@ from qwen_scope_lens.compare.fidelity import Fidelity, fidelity
 from qwen_scope_lens.errors import NotACheckpoint, TooLittleData, UnknownName
 from qwen_scope_lens.extras import require
 from qwen_scope_lens.files import read_text, write_json
-from qwen_scope_lens.models.tokens import Document
+from qwen_scope_lens.models.tokenize import Content
 from qwen_scope_lens.saes.sae import ScopeSAE
 
 __all__ = ["Transfer", "load_related", "random_sae", "transfer"]
@@ -67,7 +67,7 @@ class Transfer:
 def transfer(
     saes: Mapping[int, ScopeSAE],
     models: Mapping[str, Any],
-    texts: Sequence[Document],
+    texts: Sequence[Content],
     *,
     name: str = "SAE",
     losses: bool = True,

@@ -1,1 +1,6 @@
-"""The sparse codes of a corpus: the store, how it is filled, and what is asked of it first."""
+"""What features do on documents: rankings, statistics, neighbours, promoted tokens."""
+
+import lazy_loader
+
+# The names are listed once, in `__init__.pyi`.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from qwen_scope_lens.features.examples import place_hash, rank_within
+from qwen_scope_lens.features.best_entries import place_hash, rank_within
 
 __all__ = ["PAIR_TOKENS", "Cofiring"]
 

@@ -5,7 +5,7 @@ it dense: the zeros of a column are one block of ties. The test is Mann and Whit
 What a normal approximation calls unlikely is computed again with the exact distribution of how many
 firing documents are positive (`exact_tail.py`). q-values are Benjamini and Hochberg's, or
 Yekutieli's, which need no assumption about how features depend on each other. Which documents are
-compared is `groups.py`, what makes a finding believable `controls.py`.
+compared is `document_sets.py`, what makes a finding believable `controls.py`.
 """
 
 from __future__ import annotations

@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from scipy.sparse import csr_matrix
 
+from qwen_scope_lens.address import FeatureRef, LayerRef
 from qwen_scope_lens.errors import UnknownName
-from qwen_scope_lens.features.store import Block, FeatureStore
+from qwen_scope_lens.stores.store import Block, FeatureStore
 
-__all__ = ["How", "canonical", "pool"]
+__all__ = ["How", "canonical", "firing", "pool"]
 
 How = Literal["max", "mean", "any", "last"]
 
@@ -108,3 +109,10 @@ def _pooled(block: Block, how: How, d_sae: int) -> tuple[np.ndarray, np.ndarray,
     else:
         pooled = np.maximum.reduceat(value, first)
     return docs[row], feature, pooled
+
+
+def firing(store: FeatureStore, layer: int) -> list[FeatureRef]:
+    """The features of a layer that fire on some document of a store."""
+    sae = LayerRef.parse(store.sae(layer).ref)
+    features = sorted(set(pool(store, layer).indices.tolist()))
+    return [sae.feature(feature) for feature in features]

@@ -3,7 +3,7 @@
 A part of the documents is for discovery: every feature of every layer is tested there, with the
 false-discovery rate controlled over all of them. The winners are scored again on the part held out,
 beside the controls of `controls.py`. The arithmetic is `contrast.py`, the choice of documents
-`groups.py`.
+`document_sets.py`.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from qwen_scope_lens.errors import TooLittleData, WrongShape
 from qwen_scope_lens.features import controls
 from qwen_scope_lens.features.contrast import Contrast, Correction, RankSums, contrast, q_values
 from qwen_scope_lens.features.controls import Probe
-from qwen_scope_lens.features.facts import versions
-from qwen_scope_lens.features.groups import Groups, by_documents, by_label, split
+from qwen_scope_lens.features.document_sets import Groups, by_documents, by_label, split
 from qwen_scope_lens.features.ranking import RankedFeature, Ranking
+from qwen_scope_lens.stores.facts import versions
 
 if TYPE_CHECKING:
-    from qwen_scope_lens.features.store import FeatureStore
+    from qwen_scope_lens.stores.store import FeatureStore
 
 __all__ = ["Measure", "RankedFeature", "Ranking", "rank"]
 

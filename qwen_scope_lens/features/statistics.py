@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qwen_scope_lens.errors import LayerOutOfRange, TooLittleData
+from qwen_scope_lens.features.best_entries import Best, place_hash
 from qwen_scope_lens.features.cofiring import PAIR_TOKENS, Cofiring
-from qwen_scope_lens.features.examples import Best, place_hash
 
 if TYPE_CHECKING:
-    from qwen_scope_lens.features.store import Block, FeatureStore
+    from qwen_scope_lens.stores.store import Block, FeatureStore
 
 __all__ = ["BIN_EDGES", "Example", "FeatureStatistics", "statistics"]
 

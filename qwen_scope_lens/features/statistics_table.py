@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from qwen_scope_lens.features.statistics import Example, FeatureStatistics
-    from qwen_scope_lens.features.store import FeatureStore
+    from qwen_scope_lens.stores.store import FeatureStore
 
 __all__ = ["feature_text", "save_table", "snippet", "summary", "to_table"]
 

@@ -3,7 +3,7 @@
 This module only says where the files lie; nothing is loaded here. The folders have the layout of
 the official repositories, so whatever opens a Qwen model or a Qwen-Scope SAE from a folder opens
 these: `MINI_HOME/<model>` and `MINI_HOME/<SAE repository>/layer{n}.sae.pt`. How they were made is
-`mini/train/`, what they are good for is the model card `README.md` beside them.
+`tools/mini/`, what they are good for is the model card `README.md` beside them.
 """
 
 from __future__ import annotations

@@ -17,17 +17,17 @@ from typing import Any
 import transformers
 
 import qwen_scope_lens as qsl
-from qwen_scope_lens.dashboards.build import Sources, build_site
-from qwen_scope_lens.evaluation.coverage import redundancy
-from qwen_scope_lens.evaluation.footprint import Footprint, footprint
-from qwen_scope_lens.evaluation.overlap import overlap_matrix
+from qwen_scope_lens.bench.coverage import redundancy
+from qwen_scope_lens.bench.footprint import Footprint, footprint
+from qwen_scope_lens.bench.overlap import overlap_matrix
 from qwen_scope_lens.features.pool import pool
 from qwen_scope_lens.features.rank import rank
 from qwen_scope_lens.features.ranking import RankedFeature
 from qwen_scope_lens.mini import heldout
+from qwen_scope_lens.site.build import Sources, build_site
 from qwen_scope_lens.steering.calibrate import calibrate_from_store
 from qwen_scope_lens.steering.generate import Sampling, generate
-from qwen_scope_lens.steering.measure import share_of_class
+from qwen_scope_lens.steering.text_quality import share_of_class
 
 __all__ = ["LAYER", "STRENGTHS", "run"]
 

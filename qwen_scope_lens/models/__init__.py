@@ -1,1 +1,6 @@
-"""A Qwen checkpoint becomes hook points, and texts become residual streams."""
+"""Qwen models with hook points, their tokenizers, and residual streams read from them."""
+
+import lazy_loader
+
+# The names are listed once, in `__init__.pyi`.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

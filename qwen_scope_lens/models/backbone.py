@@ -13,7 +13,7 @@ from typing import Any
 
 from qwen_scope_lens.catalog import GROUPS, Group
 from qwen_scope_lens.errors import WrongModel
-from qwen_scope_lens.models.layers import decoder_layers, describe, places_of
+from qwen_scope_lens.models.architecture import decoder_layers, describe, places_of
 
 __all__ = ["another_model", "check_backbone", "check_name", "is_relative"]
 

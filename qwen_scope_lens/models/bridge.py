@@ -1,8 +1,8 @@
-"""ScopeBridge: SAELens's SAETransformerBridge, with its silent failures repaired or refused.
+"""RepairedBridge: SAELens's SAETransformerBridge, with its silent failures repaired or refused.
 
 Texts keep their tokens (no BOS is ever put first), generation ends where the model ends, and the
-HF model can be had back. Names are checked in `names.py`, SAEs attached in `attach.py`; building a
-bridge is `load.py`, which modules are wrapped is `adapter.py`.
+HF model can be had back. `hook_names.py` checks names, `attached_saes.py` attaches SAEs, `load.py`
+builds a bridge, and `thin_adapter.py` says which modules are wrapped.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from torch.nn.modules.module import _IncompatibleKeys
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
 from qwen_scope_lens.errors import BadText, WrongModel, WrongTokenizer
-from qwen_scope_lens.models.adapter import ResidualAdapter
-from qwen_scope_lens.models.attach import AttachesSAEs
+from qwen_scope_lens.models.architecture import describe
+from qwen_scope_lens.models.attached_saes import AttachesSAEs
 from qwen_scope_lens.models.eager import eagerly
-from qwen_scope_lens.models.layers import describe
 from qwen_scope_lens.models.state import check_nested, load_whole, whole_state
-from qwen_scope_lens.models.tokens import check_tokenizer
+from qwen_scope_lens.models.thin_adapter import ResidualAdapter
+from qwen_scope_lens.models.tokenize import check_tokenizer
 
-__all__ = ["ScopeBridge"]
+__all__ = ["RepairedBridge"]
 
 
-class ScopeBridge(AttachesSAEs):
+class RepairedBridge(AttachesSAEs):
     """A Qwen model with TransformerLens hook points, to which SAEs can be attached.
 
     `blocks.L.hook_resid_post` is the output of decoder layer L, unprocessed. It owns the HF model
@@ -222,13 +222,6 @@ class ScopeBridge(AttachesSAEs):
     @property
     def _is_full(self) -> bool:
         return not isinstance(self.adapter, ResidualAdapter)
-
-    @classmethod
-    def boot_transformers(cls, model_name: str, **kwargs: Any) -> ScopeBridge:
-        """`load_model` under the name that SAELens's examples use."""
-        from qwen_scope_lens.models.load import load_model
-
-        return load_model(model_name, **kwargs)
 
     def enable_compatibility_mode(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refused: it folds and centres weights, SAEs read the unprocessed residual."""

@@ -2,7 +2,7 @@
 
 Checkpoints are opened by transformers alone: no image processor is touched, nothing is installed,
 and the dtype is the checkpoint's. With `up_to_layer` only the embedding and the first layers are
-read. What the bridge then does is `bridge.py`, which modules it wraps `adapter.py`.
+read. What the bridge then does is `bridge.py`, which modules it wraps `thin_adapter.py`.
 """
 
 from __future__ import annotations
@@ -34,11 +34,7 @@ from qwen_scope_lens.errors import (
     WrongModel,
 )
 from qwen_scope_lens.files import read_text
-from qwen_scope_lens.models.adapter import register_adapters, residual_name
-from qwen_scope_lens.models.bridge import ScopeBridge
-from qwen_scope_lens.models.checkpoint import TRUST, in_short, open_config, open_tokenizer
-from qwen_scope_lens.models.full import prepare_full
-from qwen_scope_lens.models.layers import (
+from qwen_scope_lens.models.architecture import (
     PLACES,
     describe,
     input_device,
@@ -47,13 +43,26 @@ from qwen_scope_lens.models.layers import (
     text_config,
     unwrap,
 )
+from qwen_scope_lens.models.bridge import RepairedBridge
+from qwen_scope_lens.models.checkpoint import TRUST, in_short, open_config, open_tokenizer
+from qwen_scope_lens.models.full_adapter import prepare_full
+from qwen_scope_lens.models.thin_adapter import register_adapters, residual_name
 
-__all__ = ["fetch_file", "files_of", "load_model"]
+__all__ = ["ScopeBridge", "fetch_file", "files_of", "load_model"]
 
 _TEXT_WEIGHT = re.compile(
     r"(?:model\.)?(?:language_model\.)?(?:embed_tokens|norm|layers\.(?P<layer>\d+))\."
 )
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+
+
+class ScopeBridge(RepairedBridge):
+    """A Qwen model with TransformerLens hook points, made by `load_model`."""
+
+    @classmethod
+    def boot_transformers(cls, model_name: str, **kwargs: Any) -> ScopeBridge:
+        """`load_model` under the name that SAELens's examples use."""
+        return load_model(model_name, **kwargs)
 
 
 def load_model(

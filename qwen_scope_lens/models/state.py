@@ -15,7 +15,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.component_setup import refresh_container_state_owners
 
 from qwen_scope_lens.errors import WrongModel, WrongState
-from qwen_scope_lens.models.layers import describe
+from qwen_scope_lens.models.architecture import describe
 
 __all__ = ["check_nested", "load_whole", "whole_state"]
 

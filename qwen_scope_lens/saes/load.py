@@ -17,8 +17,8 @@ from sae_lens.util import str_to_dtype
 
 from qwen_scope_lens.address import FeatureRef, LayerRef
 from qwen_scope_lens.errors import WrongSettings
+from qwen_scope_lens.saes.byte_ranges import extents
 from qwen_scope_lens.saes.checkpoint import SAETensors, open_layer, subtracts_b_dec
-from qwen_scope_lens.saes.extents import extents
 from qwen_scope_lens.saes.locate import HubOptions, LayerFile, locate
 from qwen_scope_lens.saes.sae import ScopeSAE, ScopeSAEConfig
 

@@ -18,12 +18,12 @@ from sae_lens.saes.topk_sae import TopK, TopKSAE, TopKSAEConfig
 from sae_lens.util import filter_valid_dataclass_fields
 
 from qwen_scope_lens.errors import LayerOutOfRange, NotFinite, WrongShape
-from qwen_scope_lens.saes.derived import Derived
-from qwen_scope_lens.saes.encoder import Encoder
-from qwen_scope_lens.saes.gather import gather_decode
-from qwen_scope_lens.saes.sparse import SparseCodes
-from qwen_scope_lens.saes.topk import encode_topk, require_finite
-from qwen_scope_lens.saes.transforms import hidden, shown, transformed, untracked
+from qwen_scope_lens.saes.codes import SparseCodes
+from qwen_scope_lens.saes.exact.encoder import Encoder
+from qwen_scope_lens.saes.exact.gather import gather_decode
+from qwen_scope_lens.saes.exact.topk import encode_topk, require_finite
+from qwen_scope_lens.saes.exact.transforms import hidden, shown, transformed, untracked
+from qwen_scope_lens.saes.exact.weight_cache import Derived
 
 __all__ = ["ARCHITECTURE", "ScopeSAE", "ScopeSAEConfig"]
 

@@ -1,1 +1,6 @@
-"""Sparse codes edited while the model runs."""
+"""Plans: features amplified, set, capped or removed while a model runs."""
+
+import lazy_loader
+
+# The names are listed once, in `__init__.pyi`.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

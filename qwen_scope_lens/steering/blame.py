@@ -17,13 +17,13 @@ from torch import Tensor
 
 from qwen_scope_lens.address import FeatureRef, LayerRef
 from qwen_scope_lens.errors import BadText, TooLittleData
-from qwen_scope_lens.features.corpus import read_rows
 from qwen_scope_lens.models.backbone import check_backbone
-from qwen_scope_lens.models.capture import iter_captures
-from qwen_scope_lens.models.tokens import Document, encode, find_tokenizer
+from qwen_scope_lens.models.residuals import iter_captures
+from qwen_scope_lens.models.tokenize import Content, encode, find_tokenizer
 from qwen_scope_lens.saes.load import load_sae
 from qwen_scope_lens.steering.readers import SAEs, by_address
-from qwen_scope_lens.steering.select import token_classes
+from qwen_scope_lens.steering.token_masks import token_classes
+from qwen_scope_lens.stores.corpus import read_rows
 
 __all__ = ["Case", "Suspect", "blame", "read_cases"]
 
@@ -32,7 +32,7 @@ __all__ = ["Case", "Suspect", "blame", "read_cases"]
 class Case:
     """A prompt (text or chat) with a reply; `bad=False` for a good one to compare with."""
 
-    prompt: Document
+    prompt: Content
     reply: str
     bad: bool = True
 

@@ -17,17 +17,17 @@ from torch import Tensor
 
 from qwen_scope_lens.address import FeatureRef, LayerRef
 from qwen_scope_lens.errors import BadFile, BadPlan, ScopeError, StoreMismatch, TooLittleData
-from qwen_scope_lens.features.facts import model_facts, versions
 from qwen_scope_lens.files import read_json, write_json
 from qwen_scope_lens.models.backbone import check_backbone
-from qwen_scope_lens.models.capture import iter_captures
-from qwen_scope_lens.models.tokens import Document
+from qwen_scope_lens.models.residuals import iter_captures
+from qwen_scope_lens.models.tokenize import Content
+from qwen_scope_lens.saes.codes import SparseCodes
 from qwen_scope_lens.saes.load import load_sae
-from qwen_scope_lens.saes.sparse import SparseCodes
 from qwen_scope_lens.steering.readers import SAEs, by_address
+from qwen_scope_lens.stores.facts import model_facts, versions
 
 if TYPE_CHECKING:
-    from qwen_scope_lens.features.store import FeatureStore
+    from qwen_scope_lens.stores.store import FeatureStore
 
 __all__ = ["Calibration", "Typical", "calibrate", "calibrate_from_store", "split_refs"]
 
@@ -80,7 +80,7 @@ class Calibration(Mapping[str, float]):
 def calibrate(
     model: Any,
     refs: Iterable[FeatureRef | LayerRef | str],
-    texts: Iterable[Document],
+    texts: Iterable[Content],
     saes: SAEs = None,
     *,
     allow_other_model: bool = False,

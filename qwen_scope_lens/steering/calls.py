@@ -4,7 +4,7 @@ A forward pass shows a few columns of a longer table: with a cache one column, w
 them again. `Watch` follows the passes of a model, so that every column has the same name however
 it is computed. What it knows of a text goes with its cache, what it knows of a pass with the thread
 that runs it. It edits nothing; how it is placed on a model is `passes.py`, what is selected by
-these names `select.py`.
+these names `token_masks.py`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from qwen_scope_lens.errors import PlanBypassed, WrongModel
-from qwen_scope_lens.models.layers import describe
+from qwen_scope_lens.models.architecture import describe
 
 __all__ = ["Call", "OfOneModel", "Pass", "Watch"]
 

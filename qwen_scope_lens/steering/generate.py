@@ -14,7 +14,7 @@ import torch
 import transformers
 
 from qwen_scope_lens.errors import BadPlan, BadText, PlanNeverFired, WrongModel
-from qwen_scope_lens.models.layers import (
+from qwen_scope_lens.models.architecture import (
     context_length,
     describe,
     input_device,
@@ -22,7 +22,7 @@ from qwen_scope_lens.models.layers import (
     text_config,
     unwrap,
 )
-from qwen_scope_lens.models.tokens import Document, encode, find_tokenizer
+from qwen_scope_lens.models.tokenize import Content, encode, find_tokenizer
 from qwen_scope_lens.steering.hooks import steer
 from qwen_scope_lens.steering.plan import Plan, check_seed
 from qwen_scope_lens.steering.readers import SAEs, with_readers
@@ -70,7 +70,7 @@ class Continuation:
 
 def generate(
     model: Any,
-    prompts: Sequence[Document],
+    prompts: Sequence[Content],
     plan: Plan | Sequence[Plan | None] | None = None,
     saes: SAEs = None,
     *,
@@ -132,7 +132,7 @@ def generate(
 
 def encode_prompts(
     model: Any,
-    prompts: Sequence[Document],
+    prompts: Sequence[Content],
     tokenizer: Any,
     sampling: Sampling,
     enable_thinking: bool | None = None,

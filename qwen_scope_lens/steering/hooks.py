@@ -20,17 +20,17 @@ import torch
 from torch import Tensor, nn
 
 from qwen_scope_lens.errors import BadPlan, PlanNeverFired, WrongModel
+from qwen_scope_lens.models.architecture import d_model, decoder_layers, describe, unwrap
 from qwen_scope_lens.models.backbone import check_backbone
 from qwen_scope_lens.models.eager import eagerly
-from qwen_scope_lens.models.layers import d_model, decoder_layers, describe, unwrap
-from qwen_scope_lens.models.tokens import find_tokenizer
-from qwen_scope_lens.steering.apply import LayerEdits
+from qwen_scope_lens.models.tokenize import find_tokenizer
 from qwen_scope_lens.steering.calls import Call, OfOneModel, Pass, Watch
+from qwen_scope_lens.steering.layer_edits import LayerEdits
 from qwen_scope_lens.steering.passes import watching
 from qwen_scope_lens.steering.plan import Edit, Plan, check_seed
 from qwen_scope_lens.steering.readers import SAEs, layer_edits
 from qwen_scope_lens.steering.report import Report
-from qwen_scope_lens.steering.select import Selector
+from qwen_scope_lens.steering.token_masks import Selector
 
 __all__ = ["is_steered", "steer"]
 

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from qwen_scope_lens.errors import PlanBypassed, WrongModel
-from qwen_scope_lens.models.layers import part, places_of, unwrap
+from qwen_scope_lens.models.architecture import part, places_of, unwrap
 from qwen_scope_lens.steering.calls import OfOneModel, Watch
 
 __all__ = ["watching"]

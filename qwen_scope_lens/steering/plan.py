@@ -1,7 +1,12 @@
-"""Edit and Plan: what to do to which feature, how strongly and where.
+"""Edit and Plan: what to do to which feature, how strongly and where; their text forms.
+
+Every operation adds c d to the residual, where d is the feature's decoder row and c a number per
+token. Those that read the code use c = a' - a, with a the feature's activation (0 where it is not
+among the top k, whatever its pre-activation): of the SAE's picture of the residual only this one
+feature changes, and what the SAE cannot explain stays as it is. No tensor library is needed here.
 
 Pure data with a JSON form and a text form; nothing is loaded or computed. What the operations are
-is `operations.py`, the arithmetic `apply.py`, running it `hooks.py`.
+is `plan.py`, the arithmetic `layer_edits.py`, running it `hooks.py`.
 """
 
 from __future__ import annotations
@@ -10,16 +15,83 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from qwen_scope_lens.address import FeatureRef
 from qwen_scope_lens.errors import BadFile, BadPlan, ScopeError
 from qwen_scope_lens.files import read_json, write_json
-from qwen_scope_lens.steering.operations import Operation, find_operation
 from qwen_scope_lens.steering.where import Where, shown
 
-__all__ = ["Edit", "Plan", "check_seed"]
+__all__ = [
+    "OPERATIONS",
+    "UNITS",
+    "Edit",
+    "Operation",
+    "Plan",
+    "check_seed",
+    "find_operation",
+    "parse_open_edit",
+    "parse_strengths",
+]
+
+UNITS = ("raw", "sigma", "norm")
+"""raw: activations, as the SAE counts them. sigma: multiples of the feature's typical activation.
+norm: v is chosen at every token so that v d is this fraction of the residual's length."""
+
+Reads = Literal["nothing", "code", "residual"]
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One row: `v` is the strength, `a` the activation, `x` the residual before any edit."""
+
+    name: str
+    change: str  # the formula, for documentation and messages
+    silent: str  # what it means where the feature is not in the top k
+    reads: Reads
+    takes_strength: bool
+    target: Callable[[Any, Any], Any] | None = None  # a' of (a, v), for tensors or numbers
+    neutral: float | None = None  # the strength that changes nothing, bit for bit
+    least: float | None = None  # strengths below this make no sense
+    units: tuple[str, ...] = UNITS
+
+
+def _largest(a: Any, v: Any) -> Any:
+    return a + (v - a) * (v > a)
+
+
+def _smallest(a: Any, v: Any) -> Any:
+    return a + (v - a) * (v < a)
+
+
+OPERATIONS: tuple[Operation, ...] = (
+    Operation("add", "v d", "the same: it reads no activation", "nothing", True, neutral=0.0),
+    Operation("set", "(v - a) d", "a is 0: the feature is switched on", "code", True,
+              lambda a, v: v + 0 * a),
+    Operation("clamp", "(v - a) d", "the same as set, under the name that papers use", "code", True,
+              lambda a, v: v + 0 * a),
+    Operation("scale", "(v a - a) d", "nothing happens", "code", True, lambda a, v: v * a,
+              neutral=1.0, units=("raw",)),
+    Operation("ablate", "(0 - a) d", "nothing happens", "code", False, lambda a, v: 0 * a,
+              units=("raw",)),
+    Operation("floor", "(max(a, v) - a) d", "the feature is switched on at v", "code", True,
+              _largest, neutral=0.0, least=0.0),
+    Operation("cap", "(min(a, v) - a) d", "nothing happens", "code", True, _smallest, least=0.0),
+    Operation("project_out", "-(d x / d d) d", "the same: it reads no activation; whatever lies"
+              " along d goes, other features' share of it too", "residual", False, units=("raw",)),
+)  # fmt: skip
+
+_BY_NAME = {row.name: row for row in OPERATIONS}
+
+
+def find_operation(name: object) -> Operation:
+    row = _BY_NAME.get(name) if isinstance(name, str) else None
+    if row is None:
+        raise BadPlan(f"no operation is named {name!r}: there are {', '.join(_BY_NAME)}")
+    return row
+
 
 FORMAT, VERSION = "qsl-plan", 1
 MADE_BY = "qsl steer --save-plan"
@@ -249,3 +321,49 @@ def _number(value: Any, ref: FeatureRef) -> float:
     except OverflowError:
         pass
     raise BadPlan(f"{ref}: {shown(value)} is not a finite number that a float can hold")
+
+
+MOST = 500
+
+
+def parse_strengths(text: str) -> list[float]:
+    """`-8:8:1` (both ends meant, in steps of 1) or `-4,-2,2,4`, mixed as wanted."""
+    found: list[float] = []
+    for part in text.split(","):
+        try:
+            numbers = [Decimal(number.strip()) for number in part.split(":")]
+        except InvalidOperation:
+            numbers = []
+        if len(numbers) not in (1, 2, 3) or not all(map(_usable, numbers)):
+            raise BadPlan(
+                f"strengths {shown(text)}: expected FROM:TO:STEP such as -8:8:1, or a list -4,4"
+            )
+        if len(numbers) == 1:
+            found.append(float(numbers[0]))
+            continue
+        start, stop = numbers[:2]
+        step = numbers[2] if len(numbers) == 3 else Decimal(1)
+        if step <= 0 or stop < start or (stop - start) / step > MOST:
+            raise BadPlan(
+                f"strengths {part!r}: expected FROM at most TO, a STEP above 0, and at most {MOST}"
+            )
+        count = int((stop - start) / step)
+        found += [float(start + i * step) for i in range(count + 1)]
+    return list(dict.fromkeys(found))
+
+
+def _usable(number: Decimal) -> bool:
+    """Whether a float holds it; a step of less than 1e-300 would be none."""
+    return number.is_finite() and (not number or abs(number.adjusted()) <= 300)
+
+
+def parse_open_edit(text: str, unit: str = "raw") -> Edit:
+    """`REF:add` or `REF:add@generation`: an edit for a sweep, which brings the strengths."""
+    head, at, place = text.partition("@")
+    parts = head.split(":")
+    if len(parts) != 2 or not find_operation(parts[1]).takes_strength:
+        raise BadPlan(
+            f"{shown(text)} is no edit for a sweep: expected REF:operation without a strength, for"
+            " example qwen3-8b-base/w64k-l0-50/20/6159:add"
+        )
+    return Edit.parse(f"{head}:1{'' if unit == 'raw' else unit}{at}{place}")

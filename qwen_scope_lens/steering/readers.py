@@ -12,7 +12,7 @@ from qwen_scope_lens.address import LayerRef
 from qwen_scope_lens.errors import BadPlan
 from qwen_scope_lens.saes.load import load_directions, load_sae
 from qwen_scope_lens.saes.sae import ScopeSAE
-from qwen_scope_lens.steering.apply import LayerEdits
+from qwen_scope_lens.steering.layer_edits import LayerEdits
 from qwen_scope_lens.steering.plan import Edit
 
 __all__ = ["SAEs", "by_address", "directions_of", "layer_edits", "with_readers"]

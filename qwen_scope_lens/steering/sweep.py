@@ -16,14 +16,13 @@ from typing import Any
 import numpy as np
 
 from qwen_scope_lens.errors import BadPlan, StoreMismatch
-from qwen_scope_lens.features.facts import model_facts, versions
 from qwen_scope_lens.files import read_json, write_json
-from qwen_scope_lens.models.tokens import Document
-from qwen_scope_lens.steering.coherence import perplexity, repetition, surprisals
+from qwen_scope_lens.models.tokenize import Content
 from qwen_scope_lens.steering.generate import Continuation, Sampling, generate
-from qwen_scope_lens.steering.measure import Measure
 from qwen_scope_lens.steering.plan import Plan, check_seed
 from qwen_scope_lens.steering.readers import SAEs, with_readers
+from qwen_scope_lens.steering.text_quality import Measure, perplexity, repetition, surprisals
+from qwen_scope_lens.stores.facts import model_facts, versions
 
 __all__ = ["CONTROL", "PLAN", "Dose", "Guard", "Sweep", "sweep"]
 
@@ -126,7 +125,7 @@ def sweep(
     model: Any,
     plan: Plan,
     strengths: Iterable[float],
-    prompts: Sequence[Document],
+    prompts: Sequence[Content],
     measure: Measure | str = "change",
     saes: SAEs = None,
     *,

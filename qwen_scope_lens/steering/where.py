@@ -2,7 +2,7 @@
 
 The default is every token of the prompt and of the generation except the first of the text, whose
 residual is an outlier in every Qwen model. What a selection picks in a running model is
-`select.py`.
+`token_masks.py`.
 """
 
 from __future__ import annotations

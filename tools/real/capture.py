@@ -18,11 +18,11 @@ import torch
 from safetensors.torch import save_file
 
 from qwen_scope_lens.errors import NotFinite, TooLittleData
-from qwen_scope_lens.features.facts import model_facts
 from qwen_scope_lens.files import exclusive, whole_file
-from qwen_scope_lens.models.capture import Capture, capture
-from qwen_scope_lens.models.layers import text_config
+from qwen_scope_lens.models.architecture import text_config
 from qwen_scope_lens.models.load import load_model
+from qwen_scope_lens.models.residuals import Capture, capture
+from qwen_scope_lens.stores.facts import model_facts
 from tools.real import texts
 from tools.real.shards import Source, plan_shards, shard_path, shards_there
 

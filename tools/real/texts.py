@@ -19,9 +19,9 @@ from typing import Any
 
 from qwen_scope_lens.errors import BadFile, TooLittleData
 from qwen_scope_lens.files import exclusive, file_sha256, whole_file, write_json
-from qwen_scope_lens.mini.train import prose
-from qwen_scope_lens.mini.train.corpus import split_of
-from qwen_scope_lens.mini.train.sources import CODE_PACKAGE, SOURCES, fetch
+from tools.mini import prose
+from tools.mini.corpus import split_of
+from tools.mini.sources import CODE_PACKAGE, SOURCES, fetch
 from tools.real.data_sets import DATA_SETS, texts
 
 __all__ = [

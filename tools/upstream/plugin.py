@@ -2,7 +2,7 @@
 
 Wherever such a test asks for a model by a hub name, it gets the bundled toy model: as our bridge
 with all hook points, as a plain HF model, or as its tokenizer. Nothing else is changed, and no test
-of theirs. `upstream_suites.py` starts pytest with it.
+of theirs. `suites.py` starts pytest with it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 import qwen_scope_lens as qsl
 from qwen_scope_lens.catalog import bundled_model
-from qwen_scope_lens.models.bridge import ScopeBridge
+from qwen_scope_lens.models import ScopeBridge
 
 MINI = str(bundled_model("mini-qwen3"))
 ON_OURS = ("dtype", "device", "device_map", "n_devices", "trust_remote_code", "load_weights")

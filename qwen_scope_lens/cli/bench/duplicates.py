@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import argparse
 
-from qwen_scope_lens.cli.arguments import share
 from qwen_scope_lens.cli.bench.options import add_reading, show
+from qwen_scope_lens.cli.options import share
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,12 +24,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from qwen_scope_lens.evaluation.duplicates import (
+    from qwen_scope_lens.bench.contamination import (
         MOST_PAIRS,
         near_duplicates,
         usual_nearness,
     )
-    from qwen_scope_lens.evaluation.suite import open_benchmark
+    from qwen_scope_lens.bench.suite import open_benchmark
 
     first = open_benchmark(arguments.first).footprint(arguments.layer, arguments.position)
     second = first

@@ -20,8 +20,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from qwen_scope_lens.cli.arguments import count, from_zero, layer_list, memory
 from qwen_scope_lens.cli.bench.options import add_prompt_format, prompt_format, say, say_nothing
+from qwen_scope_lens.cli.options import count, from_zero, layer_list, memory
 from qwen_scope_lens.errors import BadCorpus
 
 
@@ -59,8 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from qwen_scope_lens.bench.suite import extract_suite
     from qwen_scope_lens.catalog import find_group
-    from qwen_scope_lens.evaluation.suite import extract_suite
 
     prompts, facts = _prompts(arguments)
     layers = arguments.layers
@@ -98,7 +98,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _prompts(arguments: argparse.Namespace) -> tuple[dict[str, list[Any]], dict[str, Any]]:
     """The prompts of every benchmark, and how they were made."""
-    from qwen_scope_lens.evaluation.prompts import read_prompts, sampled
+    from qwen_scope_lens.bench.prompts import read_prompts, sampled
 
     how = prompt_format(arguments)
     draw = {} if arguments.limit is None else {"limit": arguments.limit, "seed": arguments.seed}
@@ -119,7 +119,7 @@ def _prompts(arguments: argparse.Namespace) -> tuple[dict[str, list[Any]], dict[
         facts[name] = {"source": said, **how.facts(), **draw}
         facts[name] |= {"drawn_from": len(everything)} if draw else {}
     if arguments.tasks:
-        from qwen_scope_lens.evaluation.lm_tasks import task_prompts
+        from qwen_scope_lens.bench.prompts import task_prompts
 
         found = task_prompts(
             arguments.tasks,

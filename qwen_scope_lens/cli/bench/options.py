@@ -8,10 +8,10 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from qwen_scope_lens.cli.arguments import from_zero
+from qwen_scope_lens.cli.options import from_zero
 
 if TYPE_CHECKING:
-    from qwen_scope_lens.evaluation.prompts import PromptFormat
+    from qwen_scope_lens.bench.prompts import PromptFormat
 
 __all__ = ["add_prompt_format", "add_reading", "prompt_format", "say", "say_nothing", "show"]
 
@@ -38,7 +38,7 @@ def add_prompt_format(parser: argparse.ArgumentParser) -> None:
 
 
 def prompt_format(arguments: argparse.Namespace) -> PromptFormat:
-    from qwen_scope_lens.evaluation.prompts import PromptFormat
+    from qwen_scope_lens.bench.prompts import PromptFormat
 
     template = arguments.template
     if template is not None:  # a shell hands over \n as two characters

@@ -22,9 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from qwen_scope_lens.evaluation.footprint import saturated
-    from qwen_scope_lens.evaluation.overlap import ceiling, overlaps
-    from qwen_scope_lens.evaluation.suite import open_suite
+    from qwen_scope_lens.bench.footprint import saturated
+    from qwen_scope_lens.bench.overlap import ceiling, overlaps
+    from qwen_scope_lens.bench.suite import open_suite
 
     suite = open_suite(arguments.suite)
     if arguments.first is not None:

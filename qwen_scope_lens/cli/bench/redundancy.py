@@ -20,9 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from qwen_scope_lens.evaluation.coverage import redundancy, redundancy_at
-    from qwen_scope_lens.evaluation.footprint import saturated
-    from qwen_scope_lens.evaluation.suite import open_suite
+    from qwen_scope_lens.bench.coverage import redundancy, redundancy_at
+    from qwen_scope_lens.bench.footprint import saturated
+    from qwen_scope_lens.bench.suite import open_suite
 
     footprints = open_suite(arguments.suite).footprints(arguments.layer, arguments.position)
     for line in saturated(footprints):

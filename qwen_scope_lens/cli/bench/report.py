@@ -14,8 +14,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from qwen_scope_lens.cli.arguments import from_zero, output
 from qwen_scope_lens.cli.bench.options import say
+from qwen_scope_lens.cli.options import from_zero, output
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,10 +28,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from qwen_scope_lens.evaluation.analysis import analyse
-    from qwen_scope_lens.evaluation.report import save_report
-    from qwen_scope_lens.evaluation.scores import read_scores
-    from qwen_scope_lens.evaluation.suite import open_suite
+    from qwen_scope_lens.bench.analysis import analyse
+    from qwen_scope_lens.bench.panel import read_scores
+    from qwen_scope_lens.bench.report import save_report
+    from qwen_scope_lens.bench.suite import open_suite
 
     found = analyse(
         open_suite(arguments.suite),

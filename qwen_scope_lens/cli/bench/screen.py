@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 
-from qwen_scope_lens.cli.arguments import output
 from qwen_scope_lens.cli.bench.options import (
     add_prompt_format,
     add_reading,
@@ -21,6 +20,7 @@ from qwen_scope_lens.cli.bench.options import (
     say,
     show,
 )
+from qwen_scope_lens.cli.options import output
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,10 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from qwen_scope_lens.evaluation.candidates import footprint_like
-    from qwen_scope_lens.evaluation.prompts import PromptFormat
-    from qwen_scope_lens.evaluation.screen import own_novelty, screen
-    from qwen_scope_lens.evaluation.suite import open_benchmark
+    from qwen_scope_lens.bench.prompts import PromptFormat
+    from qwen_scope_lens.bench.screen import footprint_like, own_novelty, screen
+    from qwen_scope_lens.bench.suite import open_benchmark
     from qwen_scope_lens.files import whole_file
 
     benchmark = open_benchmark(arguments.benchmark)

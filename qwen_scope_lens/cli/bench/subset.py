@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import argparse
 
-from qwen_scope_lens.cli.arguments import output, share
 from qwen_scope_lens.cli.bench.options import add_reading, show
+from qwen_scope_lens.cli.options import output, share
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,8 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from qwen_scope_lens.evaluation.subset import choose
-    from qwen_scope_lens.evaluation.suite import open_benchmark
+    from qwen_scope_lens.bench.subset import choose
+    from qwen_scope_lens.bench.suite import open_benchmark
     from qwen_scope_lens.files import whole_file
 
     footprint = open_benchmark(arguments.benchmark).footprint(arguments.layer, arguments.position)

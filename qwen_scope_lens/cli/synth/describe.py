@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from qwen_scope_lens.cli.arguments import from_zero, layer_list, output
+from qwen_scope_lens.cli.options import from_zero, layer_list, output
 from qwen_scope_lens.cli.synth.generators import add_generator_arguments, prices, roles
 
 
@@ -33,11 +33,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from qwen_scope_lens.features.store import FeatureStore
+    from qwen_scope_lens.labels.describe import describe
     from qwen_scope_lens.models.load import load_model
-    from qwen_scope_lens.synthesis.describe import describe, features_to_describe
-    from qwen_scope_lens.synthesis.ledger import Ledger
-    from qwen_scope_lens.synthesis.templates import Templates
+    from qwen_scope_lens.stores.store import FeatureStore
+    from qwen_scope_lens.synth.find import features_to_describe
+    from qwen_scope_lens.writers.ledger import Ledger
+    from qwen_scope_lens.writers.templates import Templates
 
     store = FeatureStore.open(arguments.store)
     refs = features_to_describe(store, arguments.targets, arguments.layer, arguments.features)

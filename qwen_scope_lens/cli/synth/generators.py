@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from qwen_scope_lens.address import FeatureRef
-from qwen_scope_lens.cli.arguments import count
+from qwen_scope_lens.cli.options import count
 
 if TYPE_CHECKING:
-    from qwen_scope_lens.synthesis.ledger import Prices
-    from qwen_scope_lens.synthesis.roles import Roles
+    from qwen_scope_lens.writers.ledger import Prices
+    from qwen_scope_lens.writers.roles import Roles
 
 
 def add_generator_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +45,7 @@ def add_generator_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def prices(arguments: argparse.Namespace) -> Prices:
-    from qwen_scope_lens.synthesis.ledger import Prices
+    from qwen_scope_lens.writers.ledger import Prices
 
     return Prices(
         arguments.price_prompt,
@@ -61,7 +61,7 @@ def roles(
     typical: Mapping[FeatureRef, float] | None = None,
     saes: Any = None,
 ) -> Roles:
-    from qwen_scope_lens.synthesis.roles import Roles
+    from qwen_scope_lens.writers.roles import Roles
 
     names = ("key_variable", "concurrency", "timeout", "tries", "backoff", "requests_per_minute",
              "tokens_per_minute", "body")  # fmt: skip

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from qwen_scope_lens.cli.arguments import output
+from qwen_scope_lens.cli.options import output
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,8 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from qwen_scope_lens.synthesis.report import make_report
-    from qwen_scope_lens.synthesis.targets import TargetSet
+    from qwen_scope_lens.synth.report import make_report
+    from qwen_scope_lens.synth.targets import TargetSet
 
     report = make_report(arguments.data, TargetSet.load(arguments.targets))
     print(report)

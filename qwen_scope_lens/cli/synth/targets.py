@@ -21,7 +21,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from qwen_scope_lens.cli.arguments import count, layer_list, output
+from qwen_scope_lens.cli.options import count, layer_list, output
 from qwen_scope_lens.cli.synth.generators import add_generator_arguments, prices, roles
 
 
@@ -61,14 +61,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from qwen_scope_lens.errors import BadPlan
-    from qwen_scope_lens.features.labels import LabelPack
-    from qwen_scope_lens.features.store import FeatureStore
+    from qwen_scope_lens.labels.packs import LabelPack
     from qwen_scope_lens.models.load import load_model
-    from qwen_scope_lens.synthesis.find import find_targets
-    from qwen_scope_lens.synthesis.kinds import kinds_by_judge, kinds_by_labels, with_kinds
-    from qwen_scope_lens.synthesis.ledger import Ledger
-    from qwen_scope_lens.synthesis.relevance import choose_relevance
-    from qwen_scope_lens.synthesis.templates import Templates
+    from qwen_scope_lens.stores.store import FeatureStore
+    from qwen_scope_lens.synth.find import find_targets
+    from qwen_scope_lens.synth.kinds import kinds_by_judge, kinds_by_labels, with_kinds
+    from qwen_scope_lens.synth.relevance import choose_relevance
+    from qwen_scope_lens.writers.ledger import Ledger
+    from qwen_scope_lens.writers.templates import Templates
 
     ledger = arguments.out.with_name(f"{arguments.out.stem}.run")
     seed = FeatureStore.open(arguments.seed)

@@ -18,8 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from qwen_scope_lens.synthesis.recipe import RECIPES, write_recipe
-    from qwen_scope_lens.synthesis.templates import Templates
+    from qwen_scope_lens.synth.recipe import RECIPES, write_recipe
+    from qwen_scope_lens.writers.templates import Templates
 
     written = Templates.copy(arguments.out)
     for name, recipe in RECIPES.items():

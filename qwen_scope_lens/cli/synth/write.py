@@ -17,7 +17,7 @@ import argparse
 from functools import lru_cache
 from pathlib import Path
 
-from qwen_scope_lens.cli.arguments import count, from_zero, output
+from qwen_scope_lens.cli.options import count, from_zero, output
 from qwen_scope_lens.cli.synth.generators import add_generator_arguments, prices, roles
 
 
@@ -74,13 +74,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from qwen_scope_lens.errors import GeneratorFailed
-    from qwen_scope_lens.features.labels import LabelPack
+    from qwen_scope_lens.labels.packs import LabelPack
     from qwen_scope_lens.models.load import load_model
-    from qwen_scope_lens.synthesis.recipe import read_recipe, read_words
-    from qwen_scope_lens.synthesis.report import make_report
-    from qwen_scope_lens.synthesis.run import known_texts, open_reader, synthesise
-    from qwen_scope_lens.synthesis.targets import TargetSet
-    from qwen_scope_lens.synthesis.templates import Templates
+    from qwen_scope_lens.synth.recipe import read_recipe, read_words
+    from qwen_scope_lens.synth.report import make_report
+    from qwen_scope_lens.synth.run import known_texts, open_reader, synthesise
+    from qwen_scope_lens.synth.targets import TargetSet
+    from qwen_scope_lens.writers.templates import Templates
 
     targets = TargetSet.load(arguments.targets)
     words = read_words(arguments.caution_words) if arguments.caution_words else None

@@ -1,0 +1,245 @@
+"""Everything that is said about a suite, computed once: what the report and its tables show.
+
+Which figures, at which layer and position, against which scores. The figures themselves come from
+the other modules of this room; how they are shown is `report.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from qwen_scope_lens.bench.correlation import (
+    PairCorrelation,
+    correlate,
+    correlate_pairs,
+    partial_rank,
+    similarity,
+    spearman,
+    split_control,
+)
+from qwen_scope_lens.bench.coverage import (
+    Curve,
+    Redundancy,
+    coverage_curve,
+    redundancy,
+    redundancy_at,
+)
+from qwen_scope_lens.bench.footprint import Footprint, saturated
+from qwen_scope_lens.bench.intervals import DRAWS, Interval
+from qwen_scope_lens.bench.overlap import (
+    Ceiling,
+    Overlap,
+    ceiling,
+    overlap_matrix,
+    overlaps,
+)
+from qwen_scope_lens.bench.panel import Agreement, Scores, agreement
+from qwen_scope_lens.bench.suite import Suite
+from qwen_scope_lens.errors import StoreMismatch, TooLittleData
+
+__all__ = [
+    "Analysis",
+    "LayerView",
+    "Performance",
+    "RankCheck",
+    "analyse",
+    "performance",
+    "rank_check",
+]
+
+
+@dataclass(frozen=True)
+class LayerView:
+    """How the conclusions look at another layer."""
+
+    layer: int
+    r_hat: tuple[float, ...]  # per benchmark
+    same_ranking: float  # Spearman of R-hat with the report's layer
+    same_overlaps: float  # Spearman of overlap_min over pairs with the report's layer
+
+
+@dataclass(frozen=True)
+class RankCheck:
+    """R against R-hat over the benchmarks."""
+
+    pearson: Interval
+    spearman: Interval
+    given_size: Interval  # Spearman with log N held fixed
+    by_size: float  # Spearman of R with N alone: what no feature is needed for
+
+
+@dataclass(frozen=True, eq=False)
+class Performance:
+    """overlap_min against performance similarity over the pairs."""
+
+    names: tuple[str, ...]
+    similarity: np.ndarray  # [benchmarks, benchmarks]
+    raw: PairCorrelation
+    control: str | None
+    partial: PairCorrelation | None  # with the control taken out, equation 12
+
+
+@dataclass(frozen=True, eq=False)
+class Analysis:
+    """The findings on one suite at one layer."""
+
+    layer: int
+    position: str
+    provenance: dict[str, Any]
+    redundancy: list[Redundancy]
+    at_size: int  # items to which every benchmark is cut in the next figures
+    r_hat_at: list[float]
+    curves: list[Curve]
+    ceilings: list[Ceiling]
+    overlaps: list[Overlap]
+    layers: list[LayerView]
+    agreement: list[Agreement]  # empty without single results
+    rank_check: RankCheck | None
+    performance: Performance | None  # needs scores of three benchmarks
+    warnings: tuple[str, ...] = ()  # benchmarks whose footprints use most of the dictionary
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(row.name for row in self.redundancy)
+
+
+def analyse(
+    suite: Suite,
+    layer: int | None = None,
+    position: str = "last",
+    scores: Scores | None = None,
+    control: str | None = None,
+    draws: int = DRAWS,
+    seed: int = 0,
+    say: Callable[[str], None] = lambda line: None,
+) -> Analysis:
+    """Footprints of all benchmarks, and what follows from them.
+
+    `control` is the broad benchmark that is taken out of performance similarity; it takes part in
+    the redundancy ranking, never in the pairs.
+    """
+    chosen = suite.layers[-1] if layer is None else layer
+    say(f"footprints at layer {chosen}, position {position}")
+    footprints = suite.footprints(chosen, position)
+    warnings = saturated(footprints)
+    for line in warnings:
+        say(line)
+    if control is not None and scores is None:
+        raise TooLittleData(f"control benchmark {control!r} without scores: pass --scores")
+    say("redundancy and coverage curves")
+    rows = [redundancy(f, draws, seed) for f in footprints]
+    at_size = min(len(f) for f in footprints)
+    curves = [coverage_curve(f, draws=draws, seed=seed) for f in footprints]
+    say("overlaps")
+    pairs = overlaps(footprints, draws, seed) if len(footprints) > 1 else []
+    ceilings = [ceiling(f, seed=seed) for f in footprints]
+    truths: list[Agreement] = []
+    left_out: dict[str, int] = {}
+    compared = None
+    if scores is not None:
+        say("scores of the panel")
+        scores.only([f.name for f in footprints])
+        had = {name: result.shape[1] for name, result in scores.results.items()}
+        scores = scores.matched({f.name: f.keys for f in footprints})
+        mine = scores.only([f.name for f in footprints])
+        for name, result in mine.results.items():
+            if result.shape[1] < had[name]:
+                left_out[name] = had[name] - result.shape[1]
+                say(f"{name}: {left_out[name]:,} of {had[name]:,} scored items were not extracted,"
+                    " and are left out of its scores")  # fmt: skip
+        truths = [agreement(f.name, mine.results[f.name], seed=seed) for f in footprints
+                  if f.name in mine.results]  # fmt: skip
+        others = [f for f in footprints if f.name != control]
+        compared = performance(others, scores, control) if len(others) >= 3 else None
+    return Analysis(
+        layer=chosen,
+        position=position,
+        provenance={
+            **_provenance(suite, chosen, position, draws, seed),
+            **({"scored items left out": left_out} if left_out else {}),
+        },
+        redundancy=rows,
+        at_size=at_size,
+        r_hat_at=[redundancy_at(f, at_size) for f in footprints],
+        curves=curves,
+        ceilings=ceilings,
+        overlaps=pairs,
+        layers=_layers(suite, footprints, chosen, position),
+        agreement=truths,
+        rank_check=rank_check(rows, truths) if len(truths) >= 3 else None,
+        performance=compared,
+        warnings=tuple(warnings),
+    )
+
+
+def rank_check(rows: Sequence[Redundancy], truths: Sequence[Agreement]) -> RankCheck:
+    """R-hat against R, and whether more than the number of items speaks for it."""
+    r_hat = np.array([row.r_hat.value for row in rows])
+    r = np.array([truth.r.value for truth in truths])
+    size = np.array([float(row.n_items) for row in rows])
+    straight, ranks = correlate(r, r_hat)
+    return RankCheck(straight, ranks, partial_rank(r, r_hat, size), spearman(r, size))
+
+
+def performance(
+    footprints: Sequence[Footprint], scores: Scores, control: str | None
+) -> Performance:
+    """Overlap of footprints against similarity of scores, raw and with the control taken out."""
+    names = [f.name for f in footprints]
+    if control is not None and control in names:
+        raise StoreMismatch(
+            f"control benchmark {control} is among the pairs: it must stay outside, or equation 12"
+            " divides by zero"
+        )
+    overlap = overlap_matrix(footprints, smallest=True)
+    mine = scores.only(names)
+    raw = similarity(mine.table, names)
+    partly = None
+    if control is not None:
+        table, rest, column = split_control(scores.table, scores.benchmarks, control)
+        order = [rest.index(name) for name in names]
+        partly = correlate_pairs(overlap, similarity(table[:, order], names, column))
+    return Performance(tuple(names), raw, correlate_pairs(overlap, raw), control, partly)
+
+
+def _layers(
+    suite: Suite, footprints: Sequence[Footprint], chosen: int, position: str
+) -> list[LayerView]:
+    pairs = np.triu_indices(len(footprints), 1)
+
+    def figures(group: Sequence[Footprint]) -> tuple[np.ndarray, np.ndarray]:
+        values = np.array([redundancy(f, draws=1).r_hat.value for f in group])
+        return values, overlap_matrix(group, smallest=True)[pairs]
+
+    here = figures(footprints)
+    views = []
+    for layer in suite.layers:
+        there = here if layer == chosen else figures(suite.footprints(layer, position))
+        views.append(
+            LayerView(
+                layer,
+                tuple(there[0].tolist()),
+                *(spearman(a, b) for a, b in zip(here, there, strict=True)),
+            )
+        )
+    return views
+
+
+def _provenance(suite: Suite, layer: int, position: str, draws: int, seed: int) -> dict[str, Any]:
+    from qwen_scope_lens.version import __version__
+
+    manifest = suite.benchmarks[0].store.manifest
+    return {
+        "model": manifest.model.id,
+        "sae": suite.benchmarks[0].store.sae(layer).ref,
+        "layer": layer,
+        "position": position,
+        "draws": draws,
+        "seed": seed,
+        "package": __version__,
+        "benchmarks": {b.name: dict(b.facts) for b in suite.benchmarks},
+    }

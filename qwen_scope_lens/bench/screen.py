@@ -1,0 +1,132 @@
+"""Other items, read as a benchmark's own were: what they add, and candidates to add.
+
+A folder that was extracted before is opened; a file is run through the benchmark's model now, with
+its layers, and nothing is kept.
+
+An item is judged by the features that the benchmark does not have yet. What is usual is known
+without new data: leave each item of the benchmark out in turn and count what only it activates.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qwen_scope_lens.address import LayerRef
+from qwen_scope_lens.bench.footprint import Footprint, check_comparable
+from qwen_scope_lens.bench.prompts import PromptFormat, read_prompts
+from qwen_scope_lens.bench.suite import Benchmark, extract_suite, read_footprint
+from qwen_scope_lens.errors import BadFile
+from qwen_scope_lens.stores.manifest import Manifest
+from qwen_scope_lens.stores.store import FeatureStore
+
+__all__ = ["Screened", "footprint_like", "own_novelty", "screen"]
+
+
+def footprint_like(
+    benchmark: Benchmark,
+    path: str | os.PathLike[str],
+    layer: int | None = None,
+    position: str = "last",
+    how: PromptFormat | None = None,
+    model: Any = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> Footprint:
+    """The footprint of a store's folder or of a file's items, comparable to the benchmark's.
+
+    `how` is the prompt format of the file, the benchmark's own unless given; `model` the one that
+    the benchmark was read by, unless given.
+    """
+    place = Path(path).expanduser()
+    chosen = benchmark.store.layers[-1] if layer is None else layer
+    if place.is_dir() and Manifest.exists(place):
+        return read_footprint(FeatureStore.open(place), chosen, position, place.name)
+    if place.is_dir():
+        raise BadFile(
+            f"{place} is a folder, but no feature store: expected one, or a file of items"
+        )
+    manifest = benchmark.store.manifest
+    sae = LayerRef.parse(benchmark.store.sae(chosen).ref)
+    prompts = list(read_prompts(path, _own_format(benchmark) if how is None else how))
+    say(f"{place.name}: {len(prompts):,} items through {manifest.model.id}")
+    with tempfile.TemporaryDirectory() as folder:
+        suite = extract_suite(
+            {place.stem: prompts},
+            model=manifest.model.id if model is None else model,
+            group=sae.group,
+            layers=[chosen],
+            out=folder,
+            max_tokens=manifest.settings.max_tokens,
+            truncate=manifest.settings.truncate,
+            enable_thinking=manifest.settings.enable_thinking,
+            add_generation_prompt=manifest.settings.add_generation_prompt,
+        )
+        return suite[place.stem].footprint(chosen, position)
+
+
+def _own_format(benchmark: Benchmark) -> PromptFormat:
+    """How the benchmark's prompts were made from their file."""
+    if "task" in benchmark.facts:
+        raise BadFile(
+            f"{benchmark.name} was rendered by lm-eval, so a file of items has no known template:"
+            " pass --template or --column, or extract the items first"
+        )
+    known = {field.name for field in fields(PromptFormat)} - {"split"}
+    return PromptFormat(**{key: value for key, value in benchmark.facts.items() if key in known})
+
+
+@dataclass(frozen=True)
+class Screened:
+    """One candidate item."""
+
+    key: str
+    n_features: int
+    new: int  # that no item of the benchmark activates
+    adds: int  # the same, after the candidates before it
+    percentile: float  # share of the benchmark's own items that add less, ties by half
+
+    @property
+    def useful(self) -> bool:
+        return self.adds > 0
+
+
+def own_novelty(footprint: Footprint) -> np.ndarray:
+    """How many features only this item activates. int64 `[items]`
+
+    Its mean is the Good-Turing estimate of what one more item of the kind would add.
+    """
+    unique = (footprint.counts[footprint.features] == 1).astype(np.float32)
+    return np.rint(footprint.compact @ unique).astype(np.int64)
+
+
+def screen(benchmark: Footprint, candidates: Footprint) -> list[Screened]:
+    """Each candidate in the order given; `adds` counts the candidates before it as taken."""
+    check_comparable(benchmark, candidates)
+    usual = np.sort(own_novelty(benchmark))
+    known = benchmark.counts > 0
+    taken = known.copy()
+    found = []
+    for key, features in zip(candidates.keys, _rows(candidates), strict=True):
+        new = int(np.count_nonzero(~known[features]))
+        below, upto = np.searchsorted(usual, new, "left"), np.searchsorted(usual, new, "right")
+        found.append(
+            Screened(
+                key=key,
+                n_features=len(features),
+                new=new,
+                adds=int(np.count_nonzero(~taken[features])),
+                percentile=float(below + upto) / (2 * len(usual)),
+            )
+        )
+        taken[features] = True
+    return found
+
+
+def _rows(footprint: Footprint) -> Sequence[np.ndarray]:
+    return np.split(footprint.items.indices, footprint.items.indptr[1:-1])

@@ -1,1 +1,0 @@
-"""Features as classifiers, in scikit-learn's shape."""

@@ -1,0 +1,189 @@
+"""The paper's experiments with one rule: by layer, across languages, with less data.
+
+Each returns plain rows; who prints them is `report.py`, the command line or a benchmark.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from qwen_scope_lens.classify.estimator import FeatureRuleClassifier
+from qwen_scope_lens.classify.feature_choice import rate_differences
+from qwen_scope_lens.classify.methods import Documents
+from qwen_scope_lens.classify.rules import f1_of
+from qwen_scope_lens.classify.scores import Scores, scored
+from qwen_scope_lens.errors import TooLittleData
+
+__all__ = [
+    "Efficiency",
+    "LayerRow",
+    "Overlap",
+    "Transfer",
+    "best_test_layer",
+    "by_layer",
+    "efficiency",
+    "overlap",
+    "subset",
+    "transfer",
+]
+
+FRACTIONS = (0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0)
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One layer's rule."""
+
+    layer: int
+    d: float  # the largest firing-rate difference (equation 16)
+    discovery: float  # F1 on the discovery documents
+    test: Scores
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """Jaccard of two languages' best features, over all pairs of languages."""
+
+    layer: int
+    mean: float
+    low: float  # quartiles
+    high: float
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """Rules fitted on one language, used unchanged on another."""
+
+    languages: tuple[str, ...]
+    f1: np.ndarray  # [fitted on, tested on]
+    layers: tuple[int, ...]  # chosen for each fitted one
+
+
+@dataclass(frozen=True)
+class Efficiency:
+    """A share of the discovery documents, drawn several times."""
+
+    share: float
+    n: int
+    f1: float  # mean over draws
+    low: float  # least and most over draws
+    high: float
+    of_full: float  # mean over draws, of the F1 with all
+
+
+def by_layer(
+    discovery: Documents, test: Documents, settings: Mapping[str, Any] | None = None
+) -> list[LayerRow]:
+    """The rule of every single layer."""
+    fitted = FeatureRuleClassifier.of_every_layer(discovery.pooled, discovery.truth, settings or {})
+    return [
+        LayerRow(
+            layer,
+            clf.layer_differences_[layer],
+            scored(clf.predict(discovery.pooled), discovery.truth).f1,
+            scored(clf.predict(test.pooled), test.truth),
+        )
+        for layer, clf in fitted.items()
+    ]
+
+
+def best_test_layer(rows: Sequence[LayerRow]) -> LayerRow:
+    """The paper's "best layer": chosen on the test documents themselves."""
+    return max(rows, key=lambda row: (row.test.f1, -row.layer))
+
+
+def overlap(documents: Mapping[str, Documents], top: int = 10) -> list[Overlap]:
+    """Jaccard of the `top` features by firing-rate difference, per layer."""
+    if len(documents) < 2:
+        raise TooLittleData(f"overlap needs two languages; found {', '.join(documents) or 'none'}")
+    first = next(iter(documents.values())).pooled
+    found = []
+    for facts in first.source.layers:
+        sets = []
+        for part in documents.values():
+            delta = rate_differences(part.pooled.layer(facts.layer), part.truth)
+            sets.append(set(np.argsort(-delta, kind="stable")[:top].tolist()))
+        values = [len(a & b) / len(a | b) for a, b in combinations(sets, 2)]
+        low, high = np.quantile(values, [0.25, 0.75])
+        found.append(Overlap(facts.layer, float(np.mean(values)), float(low), float(high)))
+    return found
+
+
+def transfer(
+    discovery: Mapping[str, Documents],
+    test: Mapping[str, Documents],
+    settings: Mapping[str, Any] | None = None,
+) -> Transfer:
+    """Fit on every language, test on every language."""
+    names = tuple(discovery)
+    if missing := [name for name in names if name not in test]:
+        raise TooLittleData(f"no test documents of {', '.join(missing)}")
+    table = np.zeros((len(names), len(names)))
+    layers = []
+    for i, known in enumerate(names):
+        clf = FeatureRuleClassifier(**(settings or {}))
+        clf.fit(discovery[known].pooled, discovery[known].truth)
+        assert clf.source_ is not None
+        layers.append(clf.source_.layers[0].layer)
+        for j, other in enumerate(names):
+            says = clf.predict(test[other].pooled)
+            table[i, j] = scored(says, test[other].truth).f1
+    return Transfer(names, table, tuple(layers))
+
+
+def efficiency(
+    discovery: Documents,
+    test: Documents,
+    settings: Mapping[str, Any] | None = None,
+    shares: Sequence[float] = FRACTIONS,
+    draws: int = 5,
+    seed: int = 0,
+    best_layer: bool = False,
+) -> list[Efficiency]:
+    """F1 on test with less and less discovery data, both classes reduced alike.
+
+    The layer is chosen on the reduced set; with `best_layer` on the test set, as in the paper.
+    """
+
+    def reached(part: Documents) -> float:
+        if best_layer:
+            every = FeatureRuleClassifier.of_every_layer(part.pooled, part.truth, settings or {})
+            return max(f1_of(clf.predict(test.pooled), test.truth) for clf in every.values())
+        clf = FeatureRuleClassifier(**(settings or {})).fit(part.pooled, part.truth)
+        return f1_of(clf.predict(test.pooled), test.truth)
+
+    full = reached(discovery)
+    found = []
+    for share in shares:
+        if share >= 1:
+            found.append(Efficiency(1.0, len(discovery), full, full, full, 1.0))
+            continue
+        parts = [subset(discovery, share, seed + draw) for draw in range(draws)]
+        values = [reached(part) for part in parts]
+        found.append(
+            Efficiency(
+                share,
+                len(parts[0]),
+                float(np.mean(values)),
+                min(values),
+                max(values),
+                float(np.mean(values)) / max(full, 1e-12),
+            )
+        )
+    return found
+
+
+def subset(documents: Documents, share: float, seed: int) -> Documents:
+    """That share of each class, at least two documents, drawn without replacement."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for value in (True, False):
+        [of_class] = np.nonzero(documents.truth == value)
+        n = min(len(of_class), max(2, round(share * len(of_class))))
+        rows.append(rng.choice(of_class, n, replace=False))
+    return documents.take(np.sort(np.concatenate(rows)))

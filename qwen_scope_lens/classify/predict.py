@@ -1,0 +1,281 @@
+"""None
+
+The forward pass ends after the rule's last layer, only its SAEs are opened, and of those mostly
+only its features are computed (`saes/few_features.py`). Values equal those of a full encode, bit
+for bit, and are then rounded as a store rounds them. Documents in stores are `estimator.py`'s.
+
+What is finished stays when a run is interrupted; the same command goes on after the last whole
+line. How a prediction comes about is `predict.py` (texts) and `estimator.py` (stores).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from qwen_scope_lens.classify.estimator import FeatureRuleClassifier
+from qwen_scope_lens.classify.explain import Evidence, explain, label_of
+from qwen_scope_lens.classify.read import Reader, open_reader
+from qwen_scope_lens.errors import CannotWrite, ScopeError, StoreMismatch
+from qwen_scope_lens.files import open_own, whole_file
+from qwen_scope_lens.models.residuals import Capture
+from qwen_scope_lens.models.tokenize import Content
+from qwen_scope_lens.saes.few_features import Membership
+from qwen_scope_lens.stores.codec import stored_values
+from qwen_scope_lens.stores.corpus import Corpus, Document, read_corpus
+from qwen_scope_lens.stores.manifest import Manifest
+from qwen_scope_lens.stores.store import FeatureStore
+
+if TYPE_CHECKING:
+    from qwen_scope_lens.classify.estimator import FeatureRuleClassifier
+    from qwen_scope_lens.labels.packs import LabelPack
+
+__all__ = ["Prediction", "Stream", "predict_data"]
+
+WINDOW = 512
+"""Documents read ahead: they are batched by length, and given back in their order."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One document: its class, its score, and where each feature of the rule is strongest."""
+
+    predicted: Any
+    score: float
+    values: np.ndarray  # [m]
+    evidence: tuple[Evidence, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        predicted = self.predicted.item() if isinstance(self.predicted, np.generic) else None
+        return {
+            "predicted": self.predicted if predicted is None else predicted,
+            "score": round(self.score, 6),
+            "evidence": [one.to_json() for one in self.evidence],
+        }
+
+
+class Stream:
+    """A classifier at work on texts. `settled` says which certificates decided."""
+
+    def __init__(
+        self,
+        classifier: FeatureRuleClassifier,
+        reader: Reader,
+        labels: LabelPack | None = None,
+    ) -> None:
+        if classifier.source_ is None:
+            raise StoreMismatch(
+                "the classifier was fitted on a plain array: it does not say which model and SAE"
+                " its columns come from. Fit it on a store"
+            )
+        classifier.source_.check_same(reader.source, "the reader")
+        self.classifier, self.labels = classifier, labels
+        self._columns: dict[int, list[int]] = {}
+        features: dict[int, list[int]] = {}
+        for column, address in enumerate(classifier.features_):
+            layer, feature = (int(part) for part in address.split("/")[-2:])
+            self._columns.setdefault(layer, []).append(column)
+            features.setdefault(layer, []).append(feature)
+        saes = {layer: reader.saes[layer] for layer in features}
+        self.reader = Reader(reader.model, saes, reader.source)
+        self.members = {layer: Membership(saes[layer], f) for layer, f in features.items()}
+
+    @property
+    def settled(self) -> dict[str, int]:
+        """(position, feature) pairs by the certificate that settled them."""
+        found: dict[str, int] = {}
+        for member in self.members.values():
+            for how, count in member.settled.items():
+                found[how] = found.get(how, 0) + count
+        return found
+
+    def predict(self, texts: Iterable[Content]) -> Iterator[Prediction]:
+        """One prediction a document, in order; memory does not grow with their number."""
+        stream = iter(texts)
+        while window := list(islice(stream, WINDOW)):
+            done: dict[int, Prediction] = {}
+            for batch in self.reader.captures(window):
+                done |= zip(batch.doc_ids, self._batch(batch), strict=True)
+            yield from (done[i] for i in range(len(window)))
+
+    @torch.no_grad()
+    def _batch(self, batch: Capture) -> Iterator[Prediction]:
+        m = len(self.classifier.features_)
+        values = np.zeros((len(batch), m), dtype=np.float32)
+        rows = np.full((len(batch), m), -1)
+        owner = batch.doc_rows()
+        for layer, member in self.members.items():
+            x, doc = batch.residuals[layer], owner.to(batch.residuals[layer].device)
+            place = torch.arange(len(x), device=x.device)
+            if self.reader.source.keep:
+                place = place[batch.keep(layer)]
+                x, doc = x[place], doc[place]
+            found = member.maxima(x, doc, len(batch))
+            columns = self._columns[layer]
+            # A store keeps rounded values, and rules are fitted on those.
+            values[:, columns] = stored_values(found.values.cpu().numpy())
+            where = place[found.rows.clamp_min(0)] if len(place) else found.rows
+            rows[:, columns] = where.masked_fill(found.rows < 0, -1).cpu().numpy()
+        scores = self.classifier.rule_score(values)
+        for i in range(len(batch)):
+            evidence = tuple(self._evidence(batch, i, values[i], rows[i]))
+            predicted = self.classifier.classes_[int(scores[i] > 0)]
+            yield Prediction(predicted, float(scores[i]), values[i], evidence)
+
+    def _evidence(
+        self, batch: Capture, i: int, values: np.ndarray, rows: np.ndarray
+    ) -> Iterator[Evidence]:
+        text, spans = batch.texts[i], batch.char_spans[i]
+        for at in self.classifier.rule_.responsible(values):
+            position = int(rows[at] - batch.offsets[i])
+            start, end = spans[position] if spans is not None else (-1, -1)
+            token = text[start:end] if text is not None and spans is not None else ""
+            address = self.classifier.features_[at]
+            label = label_of(self.labels, address)
+            yield Evidence(address, float(values[at]), position, token, start, end, label)
+
+
+def predict_data(
+    classifier: FeatureRuleClassifier,
+    data: str,
+    out: Path | None,
+    labels: LabelPack | None = None,
+    text: str | None = None,
+    split: str | None = None,
+) -> int:
+    """Write predictions to `out` (stdout where None); how many were made in this run."""
+    if classifier.source_ is None:
+        raise StoreMismatch(
+            "the classifier was fitted on a plain array: it does not say which model and SAE its"
+            " columns come from. Fit it on a store"
+        )
+    path = Path(data).expanduser()
+    rows: Any
+    if path.is_dir() and Manifest.exists(path):
+        rows = _FromStore(classifier, FeatureStore.open(path), labels)
+    else:
+        rows = _FromCorpus(classifier, read_corpus(data, text=text, labels=[], split=split), labels)
+    if out is not None:
+        return _write(rows, out, classifier, data)
+    made = 0
+    for row in rows(0):
+        print(json.dumps(row, ensure_ascii=False))
+        made += 1
+    return made
+
+
+class _FromCorpus:
+    """Rows of predictions from the n-th document on."""
+
+    def __init__(
+        self, classifier: FeatureRuleClassifier, corpus: Corpus, labels: LabelPack | None
+    ) -> None:
+        self.classifier, self.corpus, self.labels = classifier, corpus, labels
+
+    def __call__(self, start: int) -> Iterator[dict[str, Any]]:
+        assert self.classifier.source_ is not None
+        stream = Stream(self.classifier, open_reader(self.classifier.source_), self.labels)
+        keys: deque[str] = deque()
+
+        def contents(documents: Iterable[Document]) -> Iterator[Any]:
+            for document in documents:
+                keys.append(document.key)
+                yield document.content
+
+        texts = contents(islice(iter(self.corpus), start, None))
+        for prediction in stream.predict(texts):
+            yield {"key": keys.popleft(), **prediction.to_json()}
+
+
+class _FromStore:
+    """The same from a store; evidence is read for documents that are called positive."""
+
+    def __init__(
+        self, classifier: FeatureRuleClassifier, store: FeatureStore, labels: LabelPack | None
+    ) -> None:
+        self.classifier, self.store, self.labels = classifier, store, labels
+
+    def __call__(self, start: int) -> Iterator[dict[str, Any]]:
+        scores = self.classifier.decision_function(self.store)
+        keys = self.store.documents(["key"])["key"].to_pylist()
+        for doc in range(start, len(keys)):
+            evidence: list[dict[str, Any]] = []
+            if scores[doc] > 0:
+                found = explain(self.classifier, doc, self.store, self.labels)
+                seen: set[str] = set()
+                for one in found.evidence:  # the strongest place of each feature
+                    if one.feature not in seen:
+                        seen.add(one.feature)
+                        evidence.append(one.to_json())
+            [predicted] = self.classifier.classes_[[int(scores[doc] > 0)]].tolist()
+            row = {"predicted": predicted, "score": round(float(scores[doc]), 6)}
+            yield {"key": keys[doc], **row, "evidence": evidence}
+
+
+def _write(rows: Any, out: Path, classifier: FeatureRuleClassifier, data: str) -> int:
+    """Append to a partial file, which takes the name `out` when everything is there."""
+    partial = out.with_name(f".{out.name}.partial")
+    path = Path(data).expanduser()
+    changed = path.stat().st_mtime_ns if path.is_file() else None  # edited since: begin again
+    head = json.dumps({
+        "data": data, "changed": changed, "features": classifier.features_,
+        "rule": classifier.rule_.to_json(),
+    })  # fmt: skip
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        done = _finished(partial, head)
+        with ExitStack() as stack:
+            file = stack.enter_context(open_own(partial, "a"))
+            if done < 0:
+                file.write(head + "\n")
+                done = 0
+            if done:
+                print(f"going on after {done:,} documents", file=sys.stderr)
+            made = 0
+            for row in tqdm(rows(done), initial=done, unit="doc", disable=None, file=sys.stderr):
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                made += 1
+        finished = out.with_name(f".{out.name}.finished")
+        with partial.open(encoding="utf-8") as lines, whole_file(finished) as place:
+            next(lines)
+            with place.open("w", encoding="utf-8") as target:
+                target.writelines(lines)
+        finished.replace(out)
+        partial.unlink()
+    except OSError as error:
+        if isinstance(error, ScopeError):
+            raise
+        raise CannotWrite(
+            f"cannot write {out}: {error.strerror or error}. What is finished is kept: make room,"
+            " and run the same command again"
+        ) from error
+    return made
+
+
+def _finished(partial: Path, head: str) -> int:
+    """How many documents a partial file of the same job holds; -1 where there is none."""
+    if not partial.is_file() or partial.is_symlink():
+        return -1
+    content = partial.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    lines = whole.split(b"\n")[:-1]
+    if not lines or lines[0] != head.encode("utf-8"):
+        partial.unlink()
+        return -1
+    # Documents are read in windows: a window that was cut is read again as a whole, so that the
+    # batches, and with them the last bits of the scores, are those of a run without a break.
+    done = (len(lines) - 1) // WINDOW * WINDOW
+    with open_own(partial, "r+b") as file:
+        file.truncate(sum(len(line) + 1 for line in lines[: done + 1]))
+    return done

@@ -1,0 +1,149 @@
+"""Documents read with a model at work: pooled codes, and the residuals that baselines need.
+
+For texts that are in no store. The residuals come from `models/residuals.py`; how stores are filled
+is `stores/extract.py`, and predictions over long files, which need far less, are `predict.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from qwen_scope_lens.address import LayerRef
+from qwen_scope_lens.classify.pooled import LayerFacts, Pooled, Source, stack_layers
+from qwen_scope_lens.models.load import load_model
+from qwen_scope_lens.models.residuals import Capture, iter_captures
+from qwen_scope_lens.models.tokenize import Content
+from qwen_scope_lens.saes.load import load_sae
+from qwen_scope_lens.saes.sae import ScopeSAE
+from qwen_scope_lens.stores.codec import stored_values
+from qwen_scope_lens.stores.facts import sae_facts
+from qwen_scope_lens.stores.manifest import Settings
+
+__all__ = ["Reader", "mean_residuals", "open_model", "open_reader", "read_documents", "source_of"]
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A model and SAEs that read texts as `source` says."""
+
+    model: Any
+    saes: Mapping[int, ScopeSAE]
+    source: Source
+
+    def captures(self, texts: Iterable[Content]) -> Iterator[Capture]:
+        """Residuals of every layer in float32, batch by batch, in no promised order."""
+        return iter_captures(
+            self.model, texts, list(self.saes), dtype=torch.float32, **self.source.settings
+        )
+
+
+def source_of(
+    model: str, saes: Sequence[str], keep: bool = True, max_tokens: int | None = None
+) -> Source:
+    """What a reader of these SAEs (`mini-qwen3/w1k-l0-16/6`, ...) is to read."""
+    layers = []
+    for name in saes:
+        facts = sae_facts(LayerRef.parse(name))
+        layers.append(LayerFacts(facts.ref, facts.d_sae, facts.k, facts.sha256))
+    return Source(model, tuple(layers), keep, asdict(Settings(max_tokens)))
+
+
+def open_reader(source: Source, model: Any = None) -> Reader:
+    """The model (only as deep as needed, unless one is given) and the SAEs of `source`."""
+    saes = {}
+    for facts in source.layers:
+        found = sae_facts(LayerRef.parse(facts.ref))
+        here = LayerFacts(found.ref, found.d_sae, found.k, found.sha256)
+        facts.check_same(here, "this machine")
+        saes[facts.layer] = load_sae(facts.ref)
+    return Reader(model or open_model(source), saes, source)
+
+
+def open_model(source: Source) -> Any:
+    """The model of `source`, in its dtype, only as deep as its layers need."""
+    dtype = None if source.dtype is None else getattr(torch, source.dtype)
+    last = max(facts.layer for facts in source.layers)
+    return load_model(source.model, up_to_layer=last, dtype=dtype, revision=source.revision)
+
+
+@torch.no_grad()
+def read_documents(
+    reader: Reader, texts: Sequence[Content], residuals: bool = False
+) -> tuple[Pooled, dict[int, np.ndarray]]:
+    """Document maxima of every feature and, where asked for, mean residuals by layer.
+
+    Values are rounded as a store rounds them.
+    """
+    from scipy.sparse import csr_matrix
+
+    parts: dict[int, list[tuple[np.ndarray, ...]]] = {layer: [] for layer in reader.saes}
+    means = {
+        layer: np.zeros((len(texts), sae.cfg.d_in), dtype=np.float32)
+        for layer, sae in reader.saes.items()
+    }
+    for batch in _progress(reader.captures(texts), len(texts)):
+        numbers = np.array(batch.doc_ids)
+        for layer, sae in reader.saes.items():
+            x, doc = _kept(batch, layer, reader.source.keep)
+            if residuals:
+                means[layer][numbers] = _means(x, doc, len(batch))
+            codes = sae.encode_sparse(x)
+            active = codes.active
+            key = (doc[:, None] * sae.cfg.d_sae + codes.indices)[active]
+            unique, place = key.unique(return_inverse=True)
+            largest = codes.values.new_zeros(len(unique))
+            largest.scatter_reduce_(0, place, codes.values[active], "amax")
+            rows = numbers[(unique // sae.cfg.d_sae).numpy()]
+            values = stored_values(largest.numpy())
+            parts[layer].append((rows, (unique % sae.cfg.d_sae).numpy(), values))
+    blocks = []
+    for layer, found in parts.items():
+        rows, columns, values = (np.concatenate(part) for part in zip(*found, strict=True))
+        shape = (len(texts), reader.saes[layer].cfg.d_sae)
+        blocks.append(csr_matrix((values, (rows, columns)), shape=shape))
+    return stack_layers(blocks, reader.source), means if residuals else {}
+
+
+@torch.no_grad()
+def mean_residuals(
+    model: Any, texts: Sequence[Content], layers: Sequence[int], source: Source
+) -> dict[int, np.ndarray]:
+    """Mean residual of every document over the tokens that count. layer -> `[n_docs, d_model]`"""
+    found: dict[int, np.ndarray] = {}
+    batches = iter_captures(model, texts, layers, dtype=torch.float32, **source.settings)
+    for batch in _progress(batches, len(texts)):
+        for layer in layers:
+            x, doc = _kept(batch, layer, source.keep)
+            if layer not in found:
+                found[layer] = np.zeros((len(texts), x.shape[1]), dtype=np.float32)
+            found[layer][list(batch.doc_ids)] = _means(x, doc, len(batch))
+    return found
+
+
+def _kept(batch: Capture, layer: int, keep: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """The residuals that count and their document's place in the batch, on the CPU."""
+    x, doc = batch.residuals[layer], batch.doc_rows()
+    if keep:
+        rows = batch.keep(layer)
+        x, doc = x[rows], doc[rows.cpu()]
+    return x.cpu(), doc
+
+
+def _means(x: torch.Tensor, doc: torch.Tensor, n_docs: int) -> np.ndarray:
+    total = x.new_zeros((n_docs, x.shape[1])).index_add_(0, doc, x)
+    count = torch.bincount(doc, minlength=n_docs).clamp_min(1)
+    return (total / count[:, None]).numpy()
+
+
+def _progress(batches: Iterator[Capture], total: int) -> Iterator[Capture]:
+    from tqdm import tqdm
+
+    with tqdm(total=total, unit="doc", desc="read", leave=False, disable=None) as bar:
+        for batch in batches:
+            yield batch
+            bar.update(len(batch))

@@ -1,0 +1,198 @@
+"""From a file or a store and the name of a label to documents with a truth.
+
+What a user names on the command line becomes what methods and experiments take. Which label values
+exist, and which one is meant, is checked here; nothing is learned.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qwen_scope_lens.classify.methods import Documents
+from qwen_scope_lens.classify.pooled import pool_layers, source_of_store
+from qwen_scope_lens.classify.read import mean_residuals
+from qwen_scope_lens.errors import BadCorpus, BadPlan, TooLittleData
+from qwen_scope_lens.stores.store import FeatureStore
+
+__all__ = ["Task", "by_language", "documents_of", "open_data", "residuals_of", "split"]
+
+YES, NO = ("1", "1.0", "true", "yes"), ("0", "0.0", "false", "no")
+MOST_SHOWN = 12
+
+
+@dataclass(frozen=True)
+class Task:
+    """The question: has `label` the value `positive`?"""
+
+    label: str
+    positive: str | None = None  # None: true or 1
+
+    def truth(self, values: Sequence[Any] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Which documents are positive, and which have a label at all. bool `[n]` both."""
+        known = np.array([value is not None for value in values], dtype=bool)
+        texts = np.array([_name(value) for value in values], dtype=object)
+        counts = Counter(texts[known].tolist())
+        shown = ", ".join(f"{value} ({n:,})" for value, n in counts.most_common(MOST_SHOWN))
+        if not known.any():
+            raise TooLittleData(f"no document has the label {self.label!r}")
+        if self.positive is not None:
+            wanted = _name(self.positive)
+            if wanted not in counts:
+                raise BadPlan(
+                    f"label {self.label!r} never is {self.positive!r}: it has {shown}. Pass one"
+                    " of these as --positive"
+                )
+            truth = texts == wanted
+        else:
+            lower = [text.lower() for text in texts]
+            if not set(np.array(lower)[known]) <= {*YES, *NO}:
+                raise BadPlan(
+                    f"label {self.label!r} is not true or false: it has {shown}. Say with"
+                    " --positive which of them is the positive class"
+                )
+            truth = np.array([text in YES for text in lower])
+        if len(np.unique(truth[known])) < 2:
+            raise TooLittleData(
+                f"every document has the same answer to {self}: label {self.label!r} has {shown}."
+                " Documents of both classes are needed"
+            )
+        return truth & known, known
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return f"{self.label} = {self.positive}" if self.positive else self.label
+
+
+def open_data(
+    data: str,
+    *,
+    model: str | None = None,
+    group: str | None = None,
+    layers: Sequence[int] | None = None,
+    store: str | None = None,
+    text: str | None = None,
+    column: str | None = None,
+    max_tokens: int | None = None,
+    split: str | None = None,
+) -> FeatureStore:
+    """A store as it is; a corpus is extracted into `store` (else beside it) first, or goes on."""
+    from qwen_scope_lens.catalog import find_group
+    from qwen_scope_lens.stores.corpus import read_corpus
+    from qwen_scope_lens.stores.extract import extract
+    from qwen_scope_lens.stores.manifest import Manifest
+
+    path = Path(data).expanduser()
+    if path.is_dir() and Manifest.exists(path):
+        return FeatureStore.open(path)
+    if model is None or group is None:
+        raise BadPlan(
+            f"{data} is no feature store; to read it as a corpus, pass --model and --sae, such as"
+            " --model mini-qwen3 --sae mini-qwen3/w1k-l0-16"
+        )
+    corpus = read_corpus(data, text=text, split=split)
+    _check_column(corpus, column, data)
+    place = store or (f"{path}.store" if path.exists() else f"{data.replace('/', '-')}.store")
+    row = find_group(group)
+    wanted = list(range(row.backbone.num_layers)) if layers is None else list(layers)
+    return extract(
+        corpus, model=model, group=row.short, layers=wanted, out=place, max_tokens=max_tokens
+    )
+
+
+def documents_of(
+    store: FeatureStore,
+    task: Task,
+    *,
+    layers: Sequence[int] | None = None,
+    language: str | None = None,
+) -> Documents:
+    """The documents of a store that have the label; `language` names a second one."""
+    truth, known = task.truth(store.labels(task.label))
+    rows = np.nonzero(known)[0]
+    languages = None
+    if language is not None:
+        languages = np.array([_name(value) for value in store.labels(language)], dtype=object)[rows]
+    texts = store.documents(["text"])["text"].to_pylist()
+    return Documents(
+        tuple(texts[i] or "" for i in rows),
+        truth[rows],
+        pool_layers(store, layers, docs=rows),
+        {},
+        languages,
+    )
+
+
+def residuals_of(
+    documents: Documents, store: FeatureStore, layers: Sequence[int], model: Any
+) -> Documents:
+    """The same with mean residuals, which `model` reads the texts again for."""
+    found = mean_residuals(model, documents.texts, layers, source_of_store(store, layers))
+    return replace(documents, residuals=found)
+
+
+def split(documents: Documents, share: float = 0.2, seed: int = 0) -> tuple[Documents, Documents]:
+    """Discovery and test: a share of every class of every language is held out.
+
+    Equal texts stay together: a copy on both sides would be recognised, not classified.
+    """
+    rng = np.random.default_rng(seed)
+    _, first, text_of = np.unique(documents.texts, return_index=True, return_inverse=True)
+    held = np.zeros(len(first), dtype=bool)
+    languages = documents.languages if documents.languages is not None else documents.truth * 0
+    for language in sorted(set(languages.tolist()), key=str):
+        for value in (False, True):
+            mine = (languages[first] == language) & (documents.truth[first] == value)
+            [rows] = np.nonzero(mine)
+            held[rng.permutation(rows)[: round(share * len(rows))]] = True
+    test = held[text_of]
+    if not test.any() or test.all():
+        raise TooLittleData(
+            f"{len(first)} different texts are too few to hold out {share:.0%}"
+            " of every class: add documents, or pass test documents of their own"
+        )
+    return documents.take(~test), documents.take(test)
+
+
+def by_language(documents: Documents) -> Mapping[str, Documents]:
+    """One set a language; those without both classes raise."""
+    if documents.languages is None:
+        raise BadPlan("no column of languages was named: pass --language")
+    found = {}
+    for language in sorted(set(map(str, documents.languages))):
+        part = documents.take(documents.languages == language)
+        if len(np.unique(part.truth)) < 2:
+            raise TooLittleData(
+                f"the {len(part)} documents of {language!r} are all of one class: leave them out"
+            )
+        found[language] = part
+    return found
+
+
+def _check_column(corpus: Any, column: str | None, data: str) -> None:
+    """Raise before hours of extraction where the label column does not exist."""
+    if column is None:
+        return
+    for document in corpus:
+        if column not in document.labels:
+            raise BadCorpus(
+                f"{data} has no column {column!r}: it has"
+                f" {', '.join(document.labels) or 'no other columns'}"
+            )
+        return
+    raise BadCorpus(f"{data} has no documents")
+
+
+def _name(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return str(value)

@@ -1,0 +1,191 @@
+"""Arguments of the verbs that steer: a model, a plan, a calibration, how texts are made."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qwen_scope_lens.cli.options import count, from_zero
+
+if TYPE_CHECKING:
+    from qwen_scope_lens.address import LayerRef
+    from qwen_scope_lens.catalog import Group
+    from qwen_scope_lens.steering.calibrate import Calibration
+    from qwen_scope_lens.steering.generate import Sampling
+    from qwen_scope_lens.steering.plan import Plan
+
+__all__ = [
+    "add_allowance",
+    "add_model",
+    "add_plan",
+    "add_sampling",
+    "allow_negative_values",
+    "as_prompt",
+    "calibrated",
+    "load",
+    "notices",
+    "plan_of",
+    "read_prompts",
+    "sampling_of",
+    "thinking",
+]
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", help="a folder, or a name on the hub; default: what the SAE was trained on"
+    )
+    parser.add_argument("--dtype", help="bfloat16, float16 or float32; default: the checkpoint's")
+    parser.add_argument("--device", help="such as cuda; default: cpu")
+    add_allowance(parser)
+
+
+def add_allowance(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--allow-other-model",
+        action="store_true",
+        help="also with a model that is known to be another than the SAEs were trained on",
+    )
+
+
+def add_plan(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--edit",
+        action="append",
+        default=[],
+        metavar="REF:OP[:STRENGTH][@WHERE]",
+        help="such as G/20/6159:add:+2sigma@generation; again for more",
+    )
+    parser.add_argument("--plan", type=Path, help="a file with edits, from --save-plan")
+    parser.add_argument(
+        "--calibration", type=Path, help="from `qsl calibrate`; for strengths in sigma"
+    )
+
+
+def add_sampling(parser: argparse.ArgumentParser, new_tokens: int) -> None:
+    parser.add_argument("--new-tokens", type=count, default=new_tokens, help="default: %(default)s")
+    parser.add_argument("--temperature", type=float, default=0.0, help="default: 0, greedy")
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--seed", type=from_zero, default=0)
+    parser.add_argument("--chat", action="store_true", help="each prompt as a user's message")
+    parser.add_argument("--thinking", action="store_true", help="with --chat: let it think first")
+
+
+def allow_negative_values(parser: argparse.ArgumentParser) -> None:
+    """Let `--strengths -8:8:1` be a value: argparse knows only plain negative numbers."""
+    parser._negative_number_matcher = re.compile(r"^-[\d.][\d.,:eE+-]*$")
+
+
+def plan_of(arguments: argparse.Namespace) -> Plan:
+    from qwen_scope_lens.errors import BadPlan
+    from qwen_scope_lens.steering.plan import Edit, Plan
+
+    edits = [Edit.parse(text) for text in arguments.edit]
+    if arguments.plan is not None:
+        edits += Plan.load(arguments.plan).edits
+    if not edits:
+        raise BadPlan("nothing to do to the model: give --edit REF:OP[:STRENGTH], or --plan FILE")
+    return calibrated(Plan(edits), arguments)
+
+
+def calibrated(plan: Plan, arguments: argparse.Namespace) -> Plan:
+    from qwen_scope_lens.steering.calibrate import Calibration
+
+    if arguments.calibration is None:
+        for edit in plan.edits:
+            _ = edit.value  # raises where a typical activation is missing
+        return plan
+    found: Calibration = Calibration.load(arguments.calibration)
+    return plan.calibrated(found)
+
+
+def load(arguments: argparse.Namespace, saes: Iterable[LayerRef]) -> Any:
+    """The model that was named, else the one that all the SAEs belong to."""
+    import torch
+    import transformers
+
+    from qwen_scope_lens.errors import WrongModel
+    from qwen_scope_lens.models.backbone import another_model, check_name
+    from qwen_scope_lens.models.load import load_model
+    from qwen_scope_lens.saes.load import check_dtype
+
+    transformers.utils.logging.disable_progress_bar()
+    groups = dict.fromkeys(sae.row for sae in saes)
+    names = list(dict.fromkeys(group.backbone.model_id for group in groups))
+    if arguments.model is None and len(names) > 1:
+        raise WrongModel(
+            f"these SAEs belong to different models, {' and '.join(names)}: name SAEs of one,"
+            " or say with --model which model is to run"
+        )
+    name = arguments.model or names[0]
+    remarks(name, groups, arguments.allow_other_model)
+    dtype = getattr(torch, check_dtype(arguments.dtype)) if arguments.dtype else None
+    model = load_model(name, dtype=dtype, device=arguments.device)
+    for group in groups:
+        if not arguments.allow_other_model and (known := another_model(model, group)):
+            check_name(name, group, known)
+    return model
+
+
+def remarks(model: str, groups: Iterable[Group], allow_other_model: bool) -> None:
+    """Where the SAEs were trained on another model than the one that is named: refused where the
+    name says so, else noted."""
+    from qwen_scope_lens.models.backbone import check_name
+    from qwen_scope_lens.stores.facts import other_model
+
+    for group in groups:
+        if not allow_other_model:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the note says it
+                check_name(model, group)
+        if note := other_model(model, group):
+            print(f"Note: {note}\n", file=sys.stderr)
+
+
+def notices(saes: Iterable[LayerRef]) -> None:
+    """The caution of each group's model card, once."""
+    for notice in dict.fromkeys(sae.row.notice for sae in saes):
+        print(f"Note: {notice}\n", file=sys.stderr)
+
+
+def sampling_of(arguments: argparse.Namespace) -> Sampling:
+    from qwen_scope_lens.errors import BadPlan
+    from qwen_scope_lens.steering.generate import Sampling
+
+    try:
+        return Sampling(
+            arguments.new_tokens, arguments.temperature, arguments.top_p, arguments.seed
+        )
+    except ValueError as error:
+        raise BadPlan(str(error)) from error
+
+
+def read_prompts(arguments: argparse.Namespace, path: Path) -> list[Any]:
+    """The documents of a corpus file, as prompts."""
+    from qwen_scope_lens.errors import BadCorpus
+    from qwen_scope_lens.stores.corpus import read_corpus
+
+    found = [as_prompt(arguments, document.content) for document in read_corpus(path)]
+    if not found:
+        raise BadCorpus(f"{path} has no prompt")
+    return found
+
+
+def thinking(arguments: argparse.Namespace, prompts: Iterable[Any]) -> bool:
+    """Whether chats are to think; the wish is refused where no prompt is a chat."""
+    from qwen_scope_lens.errors import BadPlan
+
+    if arguments.thinking and all(isinstance(prompt, str) for prompt in prompts):
+        raise BadPlan("--thinking is for chats, and no prompt is one: give --chat too")
+    return bool(arguments.thinking)
+
+
+def as_prompt(arguments: argparse.Namespace, content: Any) -> Any:
+    if arguments.chat and isinstance(content, str):
+        return [{"role": "user", "content": content}]
+    return content

@@ -1,1 +1,0 @@
-"""Static pages of every feature, Neuronpedia's format, and the app."""

@@ -1,1 +1,0 @@
-"""Footprints, redundancy, overlap and subsets of benchmarks."""

@@ -1,0 +1,10 @@
+from .contrast import RankSums as RankSums
+from .nearest import nearest_by_correlation as nearest_by_correlation
+from .nearest import nearest_by_cosine as nearest_by_cosine
+from .pool import pool as pool
+from .rank import rank as rank
+from .ranking import RankedFeature as RankedFeature
+from .ranking import Ranking as Ranking
+from .statistics import FeatureStatistics as FeatureStatistics
+from .statistics import statistics as statistics
+from .token_effects import token_effects as token_effects

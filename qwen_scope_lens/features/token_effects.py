@@ -1,0 +1,101 @@
+"""What a feature writes: the tokens it promotes and suppresses, and the features that write alike.
+
+The direction of a feature (its decoder row) is read as if it were the whole residual at the end of
+the model: through the last norm, which for RMSNorm is exact up to its length, and the unembedding.
+Effects of the layers between are left out, so for early layers this is a hint and no more.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qwen_scope_lens.errors import WrongModel
+from qwen_scope_lens.features.extremes import extremes
+from qwen_scope_lens.models.unembedding import Unembedding
+
+__all__ = ["Neighbours", "TokenEffects", "nearest", "token_effects"]
+
+
+@dataclass(frozen=True)
+class TokenEffects:
+    """Per feature, tokens and their logits less the vocabulary's mean; `[features, count]`."""
+
+    promoted: np.ndarray
+    promoted_by: np.ndarray
+    suppressed: np.ndarray
+    suppressed_by: np.ndarray
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """Per feature the others with the largest cosine of directions; `[features, count]`."""
+
+    features: np.ndarray
+    cosines: np.ndarray
+
+
+@torch.no_grad()
+def token_effects(
+    directions: Tensor,
+    out: Unembedding,
+    count: int = 10,
+    vocabulary: int | None = None,
+    half: bool | None = None,
+    progress: bool = False,
+) -> TokenEffects:
+    """`directions [features, d_model]`; only the first `vocabulary` tokens compete, because models
+    embed a few ids that the tokenizer never makes."""
+    if directions.shape[-1] != out.weight.shape[-1]:
+        raise WrongModel(
+            f"the directions have {directions.shape[-1]} dimensions, the unembedding"
+            f" {out.weight.shape[-1]}: the SAE belongs to another model"
+        )
+    weight = out.weight[:vocabulary]
+    title = "promoted tokens" if progress else None
+    most, least = extremes(
+        directions,
+        weight,
+        count,
+        smallest=True,
+        half=half,
+        transform=out.normed,
+        progress=title,
+    )
+    centre = _mean(weight)
+    mean = torch.cat([out.normed(rows) @ centre for rows in directions.split(4096)])[:, None]
+    return TokenEffects(
+        most.indices.numpy(),
+        (most.values - mean).numpy(),
+        least.indices.numpy(),
+        (least.values - mean).numpy(),
+    )
+
+
+@torch.no_grad()
+def nearest(
+    directions: Tensor, count: int = 8, half: bool | None = None, progress: bool = False
+) -> Neighbours:
+    """`directions [features, d_model]`; a zero direction is near to nothing (cosine 0)."""
+    norms = torch.cat([rows.float().norm(dim=-1) for rows in directions.split(4096)])
+    [found] = extremes(
+        directions,
+        directions,
+        count,
+        without_self=True,
+        half=half,
+        transform=lambda rows: torch.nn.functional.normalize(rows, dim=-1),
+        column_scale=1 / norms.clamp(min=1e-12),
+        progress="nearest directions" if progress else None,
+    )
+    return Neighbours(found.indices.numpy(), found.values.clamp(-1, 1).numpy())
+
+
+def _mean(weight: Tensor) -> Tensor:
+    total = torch.zeros(weight.shape[1], dtype=torch.float64)
+    for rows in weight.split(8192):
+        total += rows.double().sum(dim=0)
+    return (total / len(weight)).float()

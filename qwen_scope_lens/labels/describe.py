@@ -1,0 +1,231 @@
+"""Descriptions of features, written by a model from passages and tested by detection.
+
+Delphi's way (Paulo et al. 2025): a describer sees the strongest passages and some from lower
+quantiles; a scorer then sees only the description and has to tell passages in which the feature is
+active from passages in which it is not. The score is its balanced accuracy: 0.5 is chance.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from qwen_scope_lens.address import FeatureRef
+from qwen_scope_lens.labels.packs import Label, LabelPack
+from qwen_scope_lens.labels.passages import Passages
+from qwen_scope_lens.stores.store import FeatureStore
+from qwen_scope_lens.writers.generator import Generator, Request, Sampling, clean
+from qwen_scope_lens.writers.ledger import Ledger
+from qwen_scope_lens.writers.templates import Templates
+
+if TYPE_CHECKING:
+    from qwen_scope_lens.features.statistics import Example, FeatureStatistics
+
+__all__ = [
+    "Detection",
+    "Sampled",
+    "balanced_accuracy",
+    "describe",
+    "parse_numbers",
+]
+
+FEATURES_AT_ONCE = 32
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """How many passages are shown and tested. No paper here names numbers."""
+
+    top: int = 10  # shown: the strongest
+    quantiles: tuple[float, ...] = (0.75, 0.5, 0.25)  # shown: one near each, weaker ones
+    active: int = 6  # tested: passages in which it fires, none of them shown
+    silent: int = 6  # tested: passages of documents in which it never fires
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Detection:
+    """The test of one description: passages in a random order, and which are active."""
+
+    passages: tuple[str, ...]
+    active: tuple[bool, ...]
+
+
+def describe(
+    store: FeatureStore,
+    refs: Iterable[FeatureRef],
+    describer: Generator,
+    ledger: Ledger,
+    *,
+    scorer: Generator | None = None,
+    templates: Templates | None = None,
+    sampled: Sampled | None = None,
+    progress: bool = False,
+) -> LabelPack:
+    """A label for every feature that has passages and of which the describer says something.
+
+    `scorer` (else the describer) takes the test. A feature with too few passages for a test gets a
+    label without a score.
+    """
+    from tqdm import tqdm
+
+    from qwen_scope_lens.features.statistics import statistics
+
+    templates, sampled = templates or Templates(), sampled or Sampled()
+    scorer, source = scorer or describer, Passages(store)
+    layers: dict[int, list[FeatureRef]] = {}
+    for ref in sorted(set(refs)):
+        layers.setdefault(store.feature(ref)[0], []).append(ref)
+    labels: list[Label] = []
+    with tqdm(total=sum(map(len, layers.values())), unit="feature", disable=not progress) as bar:
+        for layer, some in layers.items():
+            size = 4 * (sampled.active + sampled.top)
+            facts = statistics(store, layer, examples=sampled.top, sample=size, partners=1)
+            for start in range(0, len(some), FEATURES_AT_ONCE):
+                group = some[start : start + FEATURES_AT_ONCE]
+                labels += _describe(
+                    store, group, facts, source, describer, scorer, ledger, templates, sampled
+                )
+                bar.update(len(group))
+                if ledger.limit_reached:
+                    return LabelPack(labels)
+    return LabelPack(labels)
+
+
+def _describe(
+    store: FeatureStore,
+    refs: Sequence[FeatureRef],
+    facts: FeatureStatistics,
+    source: Passages,
+    describer: Generator,
+    scorer: Generator,
+    ledger: Ledger,
+    templates: Templates,
+    sampled: Sampled,
+) -> Iterator[Label]:
+    """One group of features of one layer: all descriptions, then all tests."""
+    shown = {ref: _shown(ref, facts, sampled) for ref in refs}
+    shown = {ref: examples for ref, examples in shown.items() if examples}
+    requests = [
+        Request(
+            templates["describe"].fill(examples=_numbered(source, ref, examples, facts)),
+            "describe",
+            seed=sampled.seed,
+            sampling=Sampling(temperature=0.0, max_tokens=120),
+        )
+        for ref, examples in shown.items()
+    ]
+    texts: dict[FeatureRef, str] = {}
+    for ref, completion in zip(shown, ledger.ask(describer, requests), strict=True):
+        first = clean(clean(completion.text).split("\n")[0]) if completion else ""
+        if first:
+            texts[ref] = first
+    tests = {ref: _detection(store, ref, facts, shown[ref], source, sampled) for ref in texts}
+    tested = [ref for ref, test in tests.items() if any(test.active) and not all(test.active)]
+    requests = [
+        Request(
+            templates["detect"].fill(
+                description=texts[ref],
+                examples="\n".join(f"{i}. {p}" for i, p in enumerate(tests[ref].passages, 1)),
+            ),
+            "detect",
+            seed=sampled.seed,
+            sampling=Sampling(temperature=0.0, max_tokens=80),
+        )
+        for ref in tested
+    ]
+    answers = dict(zip(tested, ledger.ask(scorer, requests), strict=True))
+    for ref, text in texts.items():
+        score, answer, test = None, answers.get(ref), tests[ref]
+        if (
+            answer is not None
+            and (said := parse_numbers(answer.text, len(test.active))) is not None
+        ):
+            score = balanced_accuracy(said, test.active)
+        yield Label(ref, text, score, _provenance(store, describer, scorer, templates, test))
+
+
+def parse_numbers(text: str, most: int) -> set[int] | None:
+    """The numbers 1..most in an answer as a set from 0; None where it is no answer."""
+    text = clean(text).casefold()
+    found = re.findall(r"\d+", text)
+    if any(len(number) > 9 for number in found):  # and Python refuses those of 5,000 digits
+        return None
+    numbers = {int(number) for number in found}
+    if not numbers:
+        return set() if re.search(r"\bnone\b", text) else None
+    return None if max(numbers) > most or min(numbers) < 1 else {n - 1 for n in numbers}
+
+
+def balanced_accuracy(said: set[int], active: Sequence[bool]) -> float:
+    """The mean of the shares of active and of silent passages that were told rightly."""
+    rates = [
+        np.mean([(i in said) == wanted for i, one in enumerate(active) if one == wanted])
+        for wanted in (True, False)
+    ]
+    return float(np.mean(rates))
+
+
+def _shown(ref: FeatureRef, facts: FeatureStatistics, sampled: Sampled) -> list[Example]:
+    top = facts.top_examples(ref.feature)[: sampled.top]
+    docs = {one.doc for one in top}
+    rest = [one for one in facts.sample_examples(ref.feature) if one.doc not in docs]
+    last = len(rest) - 1
+    some = [rest[round((1 - q) * last)] for q in sampled.quantiles] if rest else []
+    return [*top, *dict.fromkeys(some)]
+
+
+def _numbered(
+    source: Passages, ref: FeatureRef, examples: Sequence[Example], facts: FeatureStatistics
+) -> str:
+    scale = float(facts.maximum[ref.feature])
+    passages = [source.marked(ref.layer, ref.feature, one, scale) for one in examples]
+    return "\n".join(f"{i}. {text}" for i, text in enumerate(dict.fromkeys(passages), 1))
+
+
+def _detection(
+    store: FeatureStore,
+    ref: FeatureRef,
+    facts: FeatureStatistics,
+    shown: Sequence[Example],
+    source: Passages,
+    sampled: Sampled,
+) -> Detection:
+    """Active passages from documents that the describer did not see, silent ones at random."""
+    rng = random.Random(f"{sampled.seed} {ref}")
+    seen = {one.doc for one in shown}
+    fresh = [one for one in facts.sample_examples(ref.feature) if one.doc not in seen]
+    chosen = rng.sample(fresh, min(sampled.active, len(fresh)))
+    passages = [(source.plain(one.doc, one.position), True) for one in chosen]
+    fires = set(np.unique(store.by_feature(ref).doc).tolist())
+    silent = [doc for doc in rng.sample(range(store.n_docs), min(store.n_docs, 4096))
+              if doc not in fires][: sampled.silent]  # fmt: skip
+    for doc in silent:
+        length = len(store.spans(doc))
+        passages.append((source.plain(doc, rng.randrange(length)), False))
+    rng.shuffle(passages)
+    return Detection(tuple(p for p, _ in passages), tuple(active for _, active in passages))
+
+
+def _provenance(
+    store: FeatureStore,
+    describer: Generator,
+    scorer: Generator,
+    templates: Templates,
+    test: Detection,
+) -> dict[str, Any]:
+    return {
+        "source": "describer",
+        "describer": describer.name,
+        "scorer": scorer.name,
+        "score": "balanced accuracy of detection",
+        "tested": [sum(test.active), len(test.active) - sum(test.active)],
+        "template": templates["describe"].sha256[:16],
+        "model": store.manifest.model.id,
+        "corpora": [corpus.sha256[:16] for corpus in store.manifest.corpora],
+    }

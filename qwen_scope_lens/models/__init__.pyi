@@ -1,0 +1,11 @@
+from .architecture import decoder_layers as decoder_layers
+from .architecture import unwrap as unwrap
+from .load import ScopeBridge as ScopeBridge
+from .load import load_model as load_model
+from .residuals import Capture as Capture
+from .residuals import capture as capture
+from .residuals import iter_captures as iter_captures
+from .token_text import Vocabulary as Vocabulary
+from .unembedding import Unembedding as Unembedding
+from .unembedding import read_unembedding as read_unembedding
+from .verify import verify_model as verify_model

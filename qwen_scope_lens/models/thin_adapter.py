@@ -1,0 +1,102 @@
+"""The thin adapter: TransformerLens hook points around HF layers that are left alone.
+
+Only the embedding, the decoder layers and the unembedding are wrapped, so attention, linear
+attention and experts run HF's own kernels, and the hook points are those a residual SAE needs:
+`hook_embed`, `blocks.L.hook_resid_pre`, `blocks.L.hook_resid_post`. No norm is wrapped, hence no
+norm hook that could give wrong values. What a bridge does with hook points is `bridge.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
+from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
+from transformer_lens.model_bridge.generalized_components import EmbeddingBridge, UnembeddingBridge
+from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
+
+from qwen_scope_lens.models.architecture import PLACES
+
+__all__ = ["ResidualAdapter", "ResidualBlock", "register_adapters", "residual_name"]
+
+SUFFIX = "/residual"
+_BY_NAME = {row.hf_class + SUFFIX: row for row in PLACES}
+
+
+def residual_name(hf_class: str) -> str:
+    """The architecture name under which an HF class's thin adapter is registered."""
+    return hf_class + SUFFIX
+
+
+def register_adapters() -> None:
+    """Make the thin adapters known to TransformerLens, under names of our own.
+
+    No name of TransformerLens is replaced. Calling it again changes nothing.
+    """
+    for name in _BY_NAME:
+        ArchitectureAdapterFactory.register_adapter(name, ResidualAdapter)
+
+
+class ResidualAdapter(ArchitectureAdapter):
+    """Maps embed, blocks and unembed of any supported class, and nothing else."""
+
+    applicable_phases: list[int] = []  # noqa: RUF012 (upstream's declaration)
+    supports_compatibility_mode = False
+    supports_hf_output_attentions = False  # asking for them would switch HF to eager attention
+    supports_fold_ln = False
+
+    def __init__(self, cfg: Any) -> None:
+        super().__init__(cfg)
+        places = _BY_NAME[cfg.architecture]
+        self._set_rms_rotary_defaults()
+        cfg.default_prepend_bos = False
+        cfg.is_multimodal = places.is_multimodal
+        self.weight_processing_conversions: dict[str, Any] = {}
+        self.component_mapping = {
+            "embed": Embedding(name=places.embed),
+            "blocks": ResidualBlock(name=places.layers),
+        }
+        if places.head is not None:
+            self.component_mapping["unembed"] = Unembedding(name=places.head)
+
+
+class Embedding(EmbeddingBridge):
+    """The token embedding with its hooks; a quantised one keeps its output dtype."""
+
+    def forward(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Token ids `[batch, pos]` -> `[batch, pos, d_model]`."""
+        embedded = self._modules["_original_component"](self.hook_in(input_ids), *args, **kwargs)
+        return same_dtype(self.hook_out(embedded), embedded)
+
+
+class Unembedding(UnembeddingBridge):
+    """The unembedding with its hooks; unlike upstream's it adds no bias to the HF module."""
+
+    def set_original_component(self, original_component: nn.Module) -> None:
+        GeneralizedComponent.set_original_component(self, original_component)
+
+
+class ResidualBlock(GeneralizedComponent):
+    """A decoder layer between its two residual hooks."""
+
+    is_list_item = True
+    hook_out_is_single_residual_stream = True
+    hook_aliases = {  # noqa: RUF012
+        "hook_resid_pre": "hook_in",
+        "hook_resid_post": "hook_out",
+    }
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """`[batch, pos, d_model]` in and out; whatever else HF's layer returns is passed on."""
+        entering = same_dtype(self.hook_in(hidden_states), hidden_states)
+        output = self._modules["_original_component"](entering, *args, **kwargs)
+        if isinstance(output, tuple):
+            return (same_dtype(self.hook_out(output[0]), output[0]), *output[1:])
+        return same_dtype(self.hook_out(output), output)
+
+
+def same_dtype(hooked: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+    """What a hook returned, in the residual's dtype: float32 arithmetic in a hook is welcome."""
+    return hooked if hooked.dtype == before.dtype else hooked.to(before.dtype)

@@ -1,0 +1,188 @@
+"""Does this SAE belong to this model? The model's side of verification.
+
+Checked here: the hook reads the output of the right module, the widths agree, and what the names
+say about model and SAE. How well the SAE reconstructs is `saes/verify.py`, on residuals of a small
+bundled sample (or of texts that are given).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformer_lens.model_bridge import TransformerBridge
+
+from qwen_scope_lens.catalog import BACKBONES
+from qwen_scope_lens.errors import UnknownHook, VerificationFailed, WrongModel
+from qwen_scope_lens.models.architecture import (
+    check_layer,
+    d_model,
+    decoder_layers,
+    describe,
+    is_quantised,
+)
+from qwen_scope_lens.models.residuals import capture
+from qwen_scope_lens.models.tokenize import Content, find_tokenizer
+from qwen_scope_lens.saes.verify import Verification, verify
+
+__all__ = ["ModelCheck", "check_width", "hook_difference", "sample_texts", "verify_model"]
+
+
+@dataclass(frozen=True)
+class ModelCheck:
+    """What was found. `str()` of it is the report."""
+
+    model: str
+    sae_model: str | None  # on which the SAE was trained, by its own metadata
+    layer: int
+    hook_name: str
+    d_model: int
+    hook_difference: float  # |hook - layer output|, at most; 0 when the right module is hooked
+    tokens: int
+    left_out: int  # first and extreme-norm tokens among them
+    notes: tuple[str, ...]
+    verification: Verification
+
+    def __str__(self) -> str:
+        lines = [
+            f"model {self.model}, SAE of {self.sae_model or 'an unnamed model'}",
+            f"  {self.hook_name} is the output of decoder layer {self.layer}"
+            f" (largest difference {self.hook_difference:g}), d_model {self.d_model} on both sides",
+            f"  {self.tokens:,} tokens read, {self.left_out:,} first or extreme-norm ones left out",
+            *(f"  NOTE: {note}" for note in self.notes),
+            str(self.verification),
+        ]
+        return "\n".join(lines)
+
+
+def verify_model(
+    model: Any,
+    sae: Any,
+    texts: Sequence[Content] | None = None,
+    *,
+    tokenizer: Any = None,
+    token_budget: int = 4096,
+    **thresholds: Any,
+) -> ModelCheck:
+    """Run a sample through model and SAE; raise when they do not belong together.
+
+    `thresholds` (such as `max_fvu`) go to `saes.verify.verify`, which raises `VerificationFailed`
+    with its whole report. A base SAE on an instruct or quantised model is noted, and judged by the
+    same threshold. First and extreme-norm tokens are left out.
+    """
+    layer, hook_name = _layer_of(sae)
+    check_layer(model, layer)
+    check_width(model, sae)
+    tokenizer = find_tokenizer(model, tokenizer)
+    texts = sample_texts() if texts is None else texts
+    difference = hook_difference(model, layer, texts[0], tokenizer)
+    if difference != 0.0:
+        raise WrongModel(
+            f"{hook_name} differs from the output of decoder layer {layer} by up to"
+            f" {difference:g}: a hook or an SAE is active, or the bridge hooks another module"
+        )
+    notes = _notes(model, sae)
+    found = capture(
+        model, texts, [layer], tokenizer=tokenizer, token_budget=token_budget, truncate=True
+    )
+    keep = found.keep(layer)
+    try:
+        result = verify(sae, found.residuals[layer], mask=keep, **thresholds)
+    except VerificationFailed as error:
+        said = "".join(f"\n  NOTE: {note}" for note in notes)
+        raise VerificationFailed(f"{describe(model)}: {error}{said}") from error
+    return ModelCheck(
+        model=describe(model),
+        sae_model=sae.cfg.metadata.model_name,
+        layer=layer,
+        hook_name=hook_name,
+        d_model=d_model(model),
+        hook_difference=difference,
+        tokens=found.n_tokens,
+        left_out=int((~keep).sum()),
+        notes=notes,
+        verification=result,
+    )
+
+
+def sample_texts() -> list[str]:
+    """The bundled sample: prose in ten languages, code, data and arithmetic."""
+    text = files("qwen_scope_lens.models").joinpath("sample.txt").read_text(encoding="utf-8")
+    return [part.strip("\n") for part in text.split("\n%%\n")]
+
+
+def check_width(model: Any, sae: Any) -> None:
+    """Raise for an SAE that reads vectors of another width than the residual's."""
+    if sae.cfg.d_in != d_model(model):
+        raise WrongModel(
+            f"the SAE reads d_in={sae.cfg.d_in}, the residual of {describe(model)} has d_model="
+            f"{d_model(model)}: it was trained on another model ({sae.cfg.metadata.model_name})"
+        )
+
+
+@torch.no_grad()
+def hook_difference(model: Any, layer: int, text: Content, tokenizer: Any = None) -> float:
+    """How far the named hook is from the output of HF's own layer: 0.0 when all is right.
+
+    On a bridge the hook point's value is compared, on an HF model what `capture` reads.
+    """
+    seen: list[Tensor] = []
+    module: nn.Module = decoder_layers(model)[layer]
+    while isinstance(inner := getattr(module, "original_component", None), nn.Module):
+        module = inner  # of a bridge: HF's own layer
+
+    def look(module: Any, args: Any, output: Any) -> None:
+        seen.append(output[0] if isinstance(output, tuple) else output)
+
+    hooked: list[Tensor] = []
+    with ExitStack() as handles:
+        handles.callback(module.register_forward_hook(look).remove)
+        if isinstance(model, TransformerBridge):
+            point = model.blocks[layer].hook_out
+            handles.callback(
+                point.register_forward_hook(lambda m, a, out: hooked.append(out)).remove
+            )
+        read = capture(model, [text], [layer], tokenizer=tokenizer, truncate=True)
+    values = [read.residuals[layer], *(x.flatten(0, -2) for x in hooked)]
+    truth = seen[0].flatten(0, -2)
+    return max(float((x - truth.to(x.device)).abs().max()) for x in values)
+
+
+def _layer_of(sae: Any) -> tuple[int, str]:
+    name = sae.cfg.metadata.hook_name or ""
+    found = re.fullmatch(r"blocks\.(\d+)\.(?:hook_resid_post|hook_out)", name)
+    if found is None:
+        raise UnknownHook(
+            f"the SAE reads {name or 'no named hook'}: Qwen-Scope SAEs read"
+            " blocks.LAYER.hook_resid_post, and only that can be verified"
+        )
+    return int(found[1]), name
+
+
+def _notes(model: Any, sae: Any) -> tuple[str, ...]:
+    """What the names say: another model than the SAE's, instruct for base, quantised weights."""
+    notes = []
+    mine, trained_on = describe(model), sae.cfg.metadata.model_name
+    if trained_on is None:
+        notes.append("the SAE does not say on which model it was trained")
+    elif _short(mine) != _short(trained_on):
+        row = next((b for b in BACKBONES if b.key == _short(trained_on)), None)
+        tuned = row is not None and row.tuning == "base" and _short(mine) + "-base" == row.key
+        notes.append(
+            f"the SAE was trained on {trained_on}, this is {mine}"
+            + (", its instruct version" if tuned else "")
+            + ": features may fire on other things, read the FVU below"
+        )
+    if is_quantised(model):
+        notes.append("the model's weights are quantised, the SAE was trained on unquantised ones")
+    return tuple(notes)
+
+
+def _short(name: str) -> str:
+    return name.rstrip("/").split("/")[-1].lower()

@@ -1,0 +1,16 @@
+from .byte_ranges import extents as extents
+from .checkpoint import open_layer as open_layer
+from .codes import SparseCodes as SparseCodes
+from .few_features import Maxima as Maxima
+from .few_features import Membership as Membership
+from .load import load_directions as load_directions
+from .load import load_sae as load_sae
+from .locate import locate as locate
+from .sae import ScopeSAE as ScopeSAE
+from .sae import ScopeSAEConfig as ScopeSAEConfig
+from .saelens_plugin import ScopeLoader as ScopeLoader
+from .saelens_plugin import install as install
+from .saelens_plugin import is_installed as is_installed
+from .saelens_plugin import uninstall as uninstall
+from .verify import Verification as Verification
+from .verify import verify as verify

@@ -1,0 +1,1 @@
+"""The exact top-k encode and the gather decode. Internal: use `ScopeSAE`."""

@@ -1,0 +1,392 @@
+"""Top-k of `ReLU(W x + b)` from a fast, rounded product, and yet exact.
+
+The score of a feature is the exact dot of the stored numbers, rounded once to float32; the k
+largest positive scores are selected, ties by lower index. Nothing here depends on how the work is
+cut into blocks. For a block of positions:
+
+1. *First pass.* A product in bfloat16 or float32 gives `a`, off by at most `E` per position.
+2. *Candidates.* The k-th largest of disjoint group maxima of `a`, less `E`, bounds the k-th score
+   from below; a feature with `a + E` under that line cannot belong.
+3. *Re-scoring.* The k best candidates in float32 raise the line; only candidates whose `a + E`
+   still reaches it are re-scored too.
+4. *Decision.* Re-scored values have a float32 bound of their own. The few that it leaves
+   contested around the k-th place are decided by exact sums.
+
+A position with too many candidates is not settled here; the caller takes a tighter first pass for
+it, and `exact_topk` in the end.
+
+The bound of a bfloat16 first pass, `x = c + r + o` as in `Centre`, hats for rounded tensors, all
+norms measured: `E = |r| |w - w^| + |r - r^| |w^|` by Cauchy and Schwarz; plus `2 K u` times the
+sums of magnitudes for any order of float32 accumulation over K terms, chopped or rounded
+(u = 2^-24); plus `2^-16 |o| |w_o|` for the dropped products of the split outliers; plus `2^-8 |a|`
+for a bfloat16 output; plus what underflow can hide.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from qwen_scope_lens.saes.exact import kernels
+from qwen_scope_lens.saes.exact.dots import all_dots, exact_scores, pair_dots
+from qwen_scope_lens.saes.exact.encoder import EXTRA, TILE, Snapshot, norm_above
+from qwen_scope_lens.saes.exact.matmul import BY_DOTS, product
+
+__all__ = ["BLOCK_BYTES", "Selection", "approximate", "select", "tokens_per_block"]
+
+U = 2.0**-24
+TINY = 2.0**-120
+BLOCK_BYTES = 64 * 2**20
+"""The first pass of one block of positions. Everything else about a block is smaller."""
+
+_SPARE = 32
+"""Features beyond k that may be contested where all dots are at hand."""
+
+_HARDLY_MORE = 1.25
+"""Candidates over k up to which all are re-scored at once: sorting some out would take longer."""
+
+
+@dataclass
+class Pairs:
+    """(position, feature) pairs in ascending position. All `[p]`."""
+
+    token: torch.Tensor
+    feature: torch.Tensor
+    approx: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a first pass and its re-scoring found for n positions."""
+
+    indices: torch.Tensor
+    """int64 `[n, k]`, -1 where fewer are positive, in no promised order."""
+    settled: torch.Tensor
+    """bool `[n]`: whether that is certain."""
+    dots: torch.Tensor | None
+    """The float32 dots of x with the selected rows `[n, k]`, where they happened to be computed."""
+    crowding: float
+    """Candidates over k: how tight the bound was."""
+
+
+def tokens_per_block(d_sae: int, precision: torch.dtype) -> int:
+    """How many positions one first pass takes, within BLOCK_BYTES."""
+    return max(1, min(2048, BLOCK_BYTES // (d_sae * precision.itemsize)))
+
+
+def select(encoder: Snapshot, x: torch.Tensor, k: int, precision: torch.dtype) -> Selection:
+    """The k best of each position where the first pass can tell. float32 `[n, d_in]`"""
+    if 0 < len(x) <= BY_DOTS and precision == encoder.rows.dtype == torch.float32 and not x.is_cuda:
+        few = _select_few(encoder, x, k)
+        if bool(few.settled.all()):
+            return few
+    rest, outliers = encoder.centre.parts(x)
+    cap = max(8 * k, encoder.d_sae // 32)
+    # The kernels accumulate and store in float32: no output is rounded to bfloat16.
+    slope = 2.0**-8 if precision == torch.bfloat16 and not kernels.available(x.device) else 2.0**-22
+    reach = _Reach(encoder, rest, outliers, precision, slope)
+    if kernels.available(x.device):
+        pairs, settled = _kernel_candidates(encoder, rest, outliers, precision, reach, k, cap)
+    else:
+        approx = approximate(encoder, rest, outliers, precision)
+        pairs, settled = _candidates(approx, reach.worst(), slope, k, encoder.d_sae, cap)
+        del approx
+    crowding = len(pairs.token) / max(1, len(x) * k) if bool(settled.all()) else 1e9
+    indices, dots = _decide(encoder, x, rest, outliers, pairs, reach, k)
+    return Selection(indices, settled, dots if encoder.centre.plain else None, crowding)
+
+
+def _select_few(encoder: Snapshot, x: torch.Tensor, k: int) -> Selection:
+    """`select` from all dots: what the steps above save would here cost less than the steps.
+
+    Of the best k and `_SPARE` more each has the bound of a float32 dot. Those sure to be selected
+    are, and the contested by exact sums. Positions with more contested are not settled.
+    """
+    m = min(k + _SPARE, encoder.d_sae)
+    dots = all_dots(encoder.rows, x)
+    best, feature = (dots + encoder.bias).topk(m, dim=1)
+    feature, order = feature.sort(dim=1)  # ascending, so that ties go to the lower one
+    value = best.gather(1, order).double()
+    # The error of the dot, and two roundings of the sum: here, and of the score itself.
+    reach = 1.02 * (encoder.d_in + 4) * U * norm_above(x) * encoder.norms_max
+    error = (reach + TINY * encoder.d_in * (1 + encoder.norms_max)).double()[:, None]
+    error = error + 2.02 * U * value.abs()
+    low = _kth(value - error, k).clamp_min(0)[:, None]
+    high = _kth(value + error, k).clamp_min(0)[:, None]
+    last = (value + error).amin(1)  # nothing that is left out reaches further
+    settled = value.isfinite().all(1) & ((last < low[:, 0]) | (last <= 0) | (m == encoder.d_sae))
+    sure = value - error > high
+    contested = ~sure & (value + error >= low) & (value + error > 0) & settled[:, None]
+    token, column = contested.nonzero(as_tuple=True)
+    exact = exact_scores(encoder.rows, encoder.bias, x, token, feature[token, column])
+    score = torch.full_like(value, float("-inf")).masked_fill(sure, float("inf"))
+    score[token, column] = exact.masked_fill(exact <= 0, float("-inf"))
+    score, column = score.sort(dim=1, descending=True, stable=True)
+    chosen = feature.gather(1, column[:, :k])
+    selected = dots.gather(1, chosen)
+    chosen = chosen.masked_fill(score[:, :k] == float("-inf"), -1)
+    return Selection(chosen, settled, selected, m / k)
+
+
+def approximate(
+    encoder: Snapshot, rest: torch.Tensor, outliers: torch.Tensor, precision: torch.dtype
+) -> torch.Tensor:
+    """The first pass: `a [n, d_pad]`, with -inf after d_sae."""
+    d_sae, centre = encoder.d_sae, encoder.centre
+    approx = rest.new_empty((len(rest), -(-d_sae // 16) * 16), dtype=precision)
+    approx[:, d_sae:] = float("-inf")
+    if precision == torch.bfloat16:
+        extra = centre.extra_input(outliers)
+        row = torch.cat([rest.to(torch.bfloat16), extra], 1)
+        buffer, start = encoder.half_buffer(), 0
+        while start < d_sae:
+            tile = encoder.half_tile(start, buffer)
+            torch.mm(row, tile.T, out=approx[:, start : start + len(tile)])
+            start += len(tile)
+    else:
+        bias = centre.bias.float()
+        whole = len(rest) <= BY_DOTS and encoder.rows.dtype == torch.float32
+        step = d_sae if whole else 4 * TILE
+        for start in range(0, d_sae, step):
+            tile = encoder.rows[start : start + step].float()
+            out = approx[:, start : start + len(tile)]
+            torch.add(product(rest, tile), bias[start : start + step], out=out)
+            if outliers.shape[1]:
+                out.add_(product(outliers, centre.weights[start : start + step]))
+    return approx
+
+
+class _Reach:
+    """How far `a` may be from the score, apart from `slope * |a|`."""
+
+    def __init__(
+        self,
+        encoder: Snapshot,
+        rest: torch.Tensor,
+        outliers: torch.Tensor,
+        precision: torch.dtype,
+        slope: float,
+    ) -> None:
+        self.encoder, self.slope = encoder, slope
+        d_in = encoder.d_in
+        self.length = norm_above(rest)
+        self.out_length = (
+            norm_above(outliers) if outliers.shape[1] else torch.zeros_like(rest[:, 0])
+        )
+        gather = 2.02 * (d_in + EXTRA) * U
+        if precision == torch.bfloat16:
+            rounded = norm_above(rest - rest.to(torch.bfloat16).float())
+            self.per_error = self.length
+            self.per_norm = rounded * 1.01 + self.length * (gather + 3 * U)
+            self.out_scale = 2.0**-16 + gather
+            self.bias_scale = 2.0**-25 + gather
+        else:
+            self.per_error = torch.zeros_like(self.length)
+            self.per_norm = self.length * (gather + 3 * U)
+            self.out_scale = self.bias_scale = 2.0**-19
+        # What underflow can hide, and float64 where outliers, centre and bias are added in it.
+        small, centre = 2.0**-50, encoder.centre
+        self.slack = self.out_length * (small * centre.weights_max)
+        self.slack += TINY * d_in * (1 + encoder.norms_max) + small * centre.bias_max
+        self.slack += small * (d_in + 2) * float(centre.point.norm()) * encoder.norms_max
+
+    def worst(self) -> torch.Tensor:
+        """For every position, over all features. `[n]`"""
+        encoder, centre = self.encoder, self.encoder.centre
+        bound = (
+            self.per_error * encoder.half_errors_max
+            + self.per_norm * encoder.norms_max
+            + self.out_length * (self.out_scale * centre.weights_max)
+            + self.bias_scale * centre.bias_max
+        )
+        return bound * 1.0001 + self.slack
+
+    def of(self, pairs: Pairs) -> torch.Tensor:
+        """For single pairs, from the norms of their own rows. `[p]`"""
+        encoder, centre = self.encoder, self.encoder.centre
+        t, i = pairs.token, pairs.feature
+        bound = self.per_error[t] * encoder.half_errors[i] + self.per_norm[t] * encoder.norms[i]
+        bound += self.out_length[t] * (self.out_scale * centre.weights_max)
+        bound += self.bias_scale * centre.bias_max
+        return bound * 1.0001 + self.slack[t] + self.slope * pairs.approx.abs()
+
+
+def _candidates(
+    approx: torch.Tensor, bound: torch.Tensor, slope: float, k: int, d_sae: int, cap: int
+) -> tuple[Pairs, torch.Tensor]:
+    """Every pair that may belong to the top k, and whether there are at most `cap` of them."""
+    n, width = approx.shape
+    size = 16
+    while width // size < 4 * k and size > 1:
+        size //= 2
+    best = approx.view(n, size, width // size).amax(1).float()
+    # Any disjoint groups will do; of fewer, the k-th largest is found sooner and is hardly lower.
+    merged = 1
+    while best.shape[1] % (2 * merged) == 0 and best.shape[1] // (2 * merged) >= 8 * k:
+        merged *= 2
+    kth = best.view(n, merged, best.shape[1] // merged).amax(1).topk(k, dim=1).values[:, -1]
+    line = kth - slope * kth.abs() - 2 * bound
+    line = line - 2 * slope * line.abs()
+    floor = -bound * (1 + 4 * slope)
+    hit = (best >= line[:, None]) & (best > floor[:, None])
+    settled = bound.isfinite() & kth.isfinite() & (hit.sum(1) <= cap)
+    hit &= settled[:, None]
+    token, group = hit.nonzero(as_tuple=True)
+    column = torch.arange(size, device=approx.device) * (width // size)
+    members = approx.view(-1)[(token * width + group)[:, None] + column].float()
+    keep = (members >= line[token, None]) & (members > floor[token, None])
+    row, member = keep.nonzero(as_tuple=True)
+    token, group = token[row], group[row]
+    pairs = Pairs(token, member * (width // size) + group, members[row, member])
+    over = torch.bincount(token, minlength=n) > cap
+    if bool(over.any()):
+        settled &= ~over
+        pairs = _take(pairs, settled[token])
+    return pairs, settled
+
+
+def _kernel_candidates(
+    encoder: Snapshot,
+    rest: torch.Tensor,
+    outliers: torch.Tensor,
+    precision: torch.dtype,
+    reach: _Reach,
+    k: int,
+    cap: int,
+) -> tuple[Pairs, torch.Tensor]:
+    """`_candidates` without the `[n, d_sae]`: an exact top-k over a sixteenth of the features
+    draws the line, and the kernel keeps what reaches it."""
+    centre, cap = encoder.centre, max(cap, 32 * k)  # about 16 k pass, as the sample is a 16th
+    some = min(encoder.d_sae, max(k, encoder.d_sae // 16))
+    bound = reach.worst()
+    # The error of this product, in full float32, is within the same bound.
+    sample = product(rest, encoder.rows[:some].float()) + product(outliers, centre.weights[:some])
+    kth = (sample + centre.bias[:some].float()).topk(k, dim=1).values[:, -1]
+    line = torch.maximum(kth - 2 * reach.slope * kth.abs() - 2.01 * bound, -1.01 * bound)
+    count, feature, approx = kernels.candidates(
+        rest,
+        encoder.rows,
+        centre.bias.float(),
+        outliers,
+        centre.weights,
+        line,
+        cap,
+        precision == torch.bfloat16,
+    )
+    settled = bound.isfinite() & kth.isfinite() & (count <= cap)
+    token, slot = ((feature >= 0) & settled[:, None]).nonzero(as_tuple=True)
+    return Pairs(token, feature[token, slot].long(), approx[token, slot]), settled
+
+
+def _decide(
+    encoder: Snapshot,
+    x: torch.Tensor,
+    rest: torch.Tensor,
+    outliers: torch.Tensor,
+    pairs: Pairs,
+    reach: _Reach,
+    k: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Steps 3 and 4 of the module's docstring: indices `[n, k]`, -1 for none, and their dots."""
+    n = len(x)
+
+    def rescored(part: Pairs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        dot = pair_dots(encoder.rows, rest, part.token, part.feature)
+        value = _completed(encoder, dot, outliers, part)
+        error = (1.02 * (encoder.d_in + 4) * U) * reach.length[part.token]
+        error = (error * encoder.norms[part.feature]).double() + reach.slack[part.token]
+        # The score itself is rounded to float32 once more.
+        return value, error + 1.01 * U * value.abs(), dot
+
+    few = len(pairs.token) <= _HARDLY_MORE * n * k
+    first = torch.ones_like(pairs.token, dtype=torch.bool) if few else _best(pairs, n, k)
+    value, error, dot = rescored(_take(pairs, first))
+    lows, _ = _table(pairs.token[first], n, value - error, float("-inf"))
+    line = _kth(lows, k)
+    second = ~first & (pairs.approx + reach.of(pairs) >= line.float()[pairs.token])
+    more, more_error, more_dot = rescored(_take(pairs, second))
+
+    token = torch.cat([pairs.token[first], pairs.token[second]])
+    feature = torch.cat([pairs.feature[first], pairs.feature[second]])
+    value, error = torch.cat([value, more]), torch.cat([error, more_error])
+    order = (token * encoder.d_sae + feature).argsort()
+    token, feature, value, error = token[order], feature[order], value[order], error[order]
+    dot = torch.cat([dot, more_dot])[order]
+
+    # `k` or more scores reach `low`, fewer than k exceed `high`: only what meets the span between
+    # them, or zero, is contested.
+    low = _kth(_table(token, n, value - error, float("-inf"))[0], k).clamp_min(0)[token]
+    high = _kth(_table(token, n, value + error, float("-inf"))[0], k).clamp_min(0)[token]
+    sure = value - error > high
+    contested = ~sure & (value + error >= low) & (value + error > 0)
+    score = torch.full_like(value, float("-inf")).masked_fill(sure, float("inf"))
+    # Where the contested of a position all fit, and all are positive, nobody needs to decide.
+    room = k - torch.bincount(token[sure], minlength=n)
+    fits = torch.bincount(token[contested], minlength=n) <= room
+    clear = contested & fits[token] & (value - error > 0)
+    score[clear] = 1
+    open_ = (contested & ~clear).nonzero().squeeze(1)
+    exact = exact_scores(encoder.rows, encoder.bias, x, token[open_], feature[open_])
+    score[open_] = torch.where(exact > 0, exact, float("-inf"))
+
+    table, slot = _table(token, n, score, float("-inf"))
+    indices = torch.full((n, k), -1, dtype=torch.long, device=x.device)
+    dots = x.new_zeros((n, k))
+    if table.shape[1]:
+        # Columns ascend by feature, so a stable sort leaves ties to the lower one.
+        best, column = table.sort(dim=1, descending=True, stable=True)
+        best, column = best[:, :k], column[:, :k]
+        pair = slot.gather(1, column).clamp_min(0)
+        indices[:, : pair.shape[1]] = feature[pair].masked_fill(best == float("-inf"), -1)
+        dots[:, : pair.shape[1]] = dot[pair]
+    return indices, dots
+
+
+def _completed(
+    encoder: Snapshot, dot: torch.Tensor, outliers: torch.Tensor, pairs: Pairs
+) -> torch.Tensor:
+    """Scores from the dots of the rest: bias and outliers are added in float64. `[p]`"""
+    centre = encoder.centre
+    value = dot.double() + centre.bias[pairs.feature]
+    if outliers.shape[1]:
+        weights = centre.weights[pairs.feature].double()
+        value += (outliers[pairs.token].double() * weights).sum(-1)
+    return value
+
+
+def _take(pairs: Pairs, which: torch.Tensor) -> Pairs:
+    return Pairs(pairs.token[which], pairs.feature[which], pairs.approx[which])
+
+
+def _best(pairs: Pairs, n: int, k: int) -> torch.Tensor:
+    """Which pairs are among the k largest `approx` of their position. bool `[p]`"""
+    table, slot = _table(pairs.token, n, pairs.approx, float("-inf"))
+    chosen = torch.ones_like(pairs.token, dtype=torch.bool)
+    if table.shape[1] > k:
+        best = slot.gather(1, table.topk(k, dim=1).indices)
+        chosen.zero_()
+        chosen[best[best >= 0]] = True
+    return chosen
+
+
+def _kth(table: torch.Tensor, k: int) -> torch.Tensor:
+    """The k-th largest of each row, -inf where there are fewer. `[n, m] -> [n]`"""
+    if table.shape[1] < k:
+        return table.new_full((len(table),), float("-inf"))
+    return table.topk(k, dim=1).values[:, -1]
+
+
+def _table(
+    token: torch.Tensor, n: int, value: torch.Tensor, fill: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values of pairs in ascending position as rows `[n, m]`, and which pair stands where."""
+    counts = torch.bincount(token, minlength=n)
+    m = int(counts.max()) if n else 0
+    at = torch.arange(len(token), device=token.device)
+    column = at - (counts.cumsum(0) - counts)[token]
+    table = value.new_full((n, m), fill)
+    slot = torch.full((n, m), -1, dtype=torch.long, device=token.device)
+    table[token, column] = value
+    slot[token, column] = at
+    return table, slot

@@ -1,0 +1,172 @@
+"""Scores of single (position, feature) pairs: quickly in float32, exactly in float64.
+
+Which pairs, and what the scores decide, is `certified.py`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache
+
+import torch
+
+from qwen_scope_lens.saes.exact.exact_sums import rounded_sums
+
+__all__ = ["all_dots", "exact_scores", "exact_topk", "pair_dots"]
+
+_ELEMENTS = 2**20
+"""Numbers per working buffer: 8 MiB in float64."""
+
+_RARE = 2
+"""With fewer than one pair per this many encoder rows, rows that positions share are rare: to sort
+the pairs by row costs more than it saves."""
+
+_CACHED = 16 * 2**20
+"""Bytes of an encoder whose rows stay in the cache anyway."""
+
+
+def pair_dots(
+    rows: torch.Tensor, x: torch.Tensor, token: torch.Tensor, feature: torch.Tensor
+) -> torch.Tensor:
+    """float32 dots `x[token] . rows[feature]`, tokens ascending.
+
+    `[d_sae, d]`, float32 `[n, d]`, `[p]` -> `[p]`
+
+    Every dot is summed in an order that depends on d alone, so a pair's value does not depend on
+    the company it is computed in.
+    """
+    if not len(token):
+        return x.new_zeros(0)
+    if x.is_cuda:
+        return _gathered_dots(rows, x, token, feature)
+    full = rows.dtype == torch.float32
+    if full and (_RARE * len(token) < len(rows) or rows.nbytes <= _CACHED):
+        return _dots(x, rows, _starts(token, len(x)), feature)
+    # By feature, so that each encoder row is read once while the positions stay in cache.
+    order = (feature * len(x) + token).argsort()
+    token, feature = token[order], feature[order]
+    out = x.new_empty(len(token))
+    if full:
+        out[order] = _dots(rows, x, _starts(feature, len(rows)), token)
+        return out
+    wanted, local = feature.unique_consecutive(return_inverse=True)
+    dots = []
+    step = max(1, 4 * _ELEMENTS // rows.shape[1])
+    for start in range(0, len(wanted), step):
+        inside = (local >= start) & (local < start + step)
+        tile = rows[wanted[start : start + step]].float()
+        starts = _starts(local[inside] - start, len(tile))
+        dots.append(_dots(tile, x, starts, token[inside]))
+    out[order] = torch.cat(dots)
+    return out
+
+
+def all_dots(rows: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """`x @ rows.T` for a few positions, in one pass over the rows. All float32 on a CPU.
+
+    `[d_sae, d]`, `[n, d] -> [n, d_sae]`
+    """
+    d_sae, n = len(rows), len(x)
+    starts = torch.arange(0, d_sae * n + 1, n, dtype=torch.int32, device=x.device)
+    column = torch.arange(n, dtype=torch.int32, device=x.device).repeat(d_sae)
+    return _dots(rows, x, starts, column).view(d_sae, n).T
+
+
+def _starts(row: torch.Tensor, rows: int) -> torch.Tensor:
+    """Where each of the rows begins among pairs that are sorted by row. `[rows + 1]`"""
+    starts = torch.zeros(rows + 1, dtype=torch.long, device=row.device)
+    starts[1:] = torch.bincount(row, minlength=rows).cumsum(0)
+    return starts
+
+
+def _dots(
+    left: torch.Tensor, right: torch.Tensor, starts: torch.Tensor, column: torch.Tensor
+) -> torch.Tensor:
+    """A sampled dense-dense product: the dots of row i of `left` with the rows
+    `column[starts[i] : starts[i + 1]]` of `right`, one after the other."""
+    _say_beta_once()
+    values = left.new_zeros(len(column))
+    shape = (len(left), len(right))
+    pattern = torch.sparse_csr_tensor(
+        starts, column, values, shape, check_invariants=False, device=left.device
+    )
+    return torch.sparse.sampled_addmm(pattern, left, right.T, beta=0.0).values()
+
+
+@cache
+def _say_beta_once() -> None:
+    """torch warns once per process that CSR is in beta. Python's filters of warnings belong to all
+    threads, so they are touched here, not in every product."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        one = torch.zeros(1, dtype=torch.long, device="cpu")
+        torch.sparse_csr_tensor(
+            torch.arange(2, device="cpu"), one, one.float(), (1, 1), device="cpu"
+        )
+
+
+def _gathered_dots(
+    rows: torch.Tensor, x: torch.Tensor, token: torch.Tensor, feature: torch.Tensor
+) -> torch.Tensor:
+    step = max(1, 4 * _ELEMENTS // x.shape[1])
+    parts = zip(token.split(step), feature.split(step), strict=True)
+    return torch.cat([(x[t] * rows[f].float()).sum(-1) for t, f in parts])
+
+
+def exact_scores(
+    rows: torch.Tensor,
+    bias: torch.Tensor,
+    x: torch.Tensor,
+    token: torch.Tensor,
+    feature: torch.Tensor,
+) -> torch.Tensor:
+    """Exact dots plus bias, rounded once to float32 and held in float64. `[p]`
+
+    Whatever cancels: `exact_sums.py` says how.
+    """
+    out = torch.empty(len(token), dtype=torch.float64, device=x.device)
+    step = max(1, _ELEMENTS // 16 // x.shape[1])  # stays in cache
+    for start in range(0, len(token), step):
+        t, f = token[start : start + step], feature[start : start + step]
+        terms = torch.cat([x[t].double() * rows[f].double(), bias[f].double()[:, None]], 1)
+        out[start : start + step] = rounded_sums(terms)
+    return out
+
+
+def exact_topk(
+    x: torch.Tensor, rows: torch.Tensor, bias: torch.Tensor, k: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The definition, slowly: all scores in float64, rounded to float32, stable sort. Where the
+    sum in float64 does not tell how a score rounds, and it matters, `exact_scores` does.
+
+    `[n, d_in]`, `[d_sae, d_in]`, `[d_sae]` -> float32 values and int64 indices `[n, k]`, 0 and -1
+    where fewer are positive. The reference of the tests, and the last resort for positions that
+    no bound settles.
+    """
+    step = max(64, _ELEMENTS // rows.shape[1])
+    tokens = max(1, _ELEMENTS // max(step, rows.shape[1]))
+    values, indices = [x.new_zeros((0, k), dtype=torch.float32)], [x.new_zeros((0, k)).long()]
+    for block in x.split(tokens):
+        best = block.new_zeros((len(block), 0), dtype=torch.float32)
+        where = torch.zeros((len(block), 0), dtype=torch.long, device=x.device)
+        for start in range(0, len(rows), step):
+            tile, add = rows[start : start + step].double(), bias[start : start + step].double()
+            scores = block.double() @ tile.T + add
+            size = block.double().norm(dim=1)[:, None] * tile.norm(dim=1) + add.abs()
+            error = size * (1.02 * (rows.shape[1] + 2) * 2.0**-53)
+            low, high = (scores - error).float(), (scores + error).float()
+            line = torch.cat([best, low], 1).sort(dim=1, descending=True).values[:, k - 1 : k]
+            line = line if line.shape[1] else torch.full_like(scores[:, :1], float("-inf"))
+            token, feature = ((low != high) & (high >= line) & (high > 0)).nonzero(as_tuple=True)
+            scores = scores.float()
+            exact = exact_scores(rows, bias, block, token, start + feature)
+            scores[token, feature] = exact.float()
+            ids = torch.arange(start, start + len(tile), device=x.device)
+            # Earlier features stand first, so a stable sort leaves ties to the lower one.
+            best = torch.cat([best, scores], 1)
+            where = torch.cat([where, ids.expand(len(block), -1)], 1)
+            best, order = best.sort(dim=1, descending=True, stable=True)
+            best, where = best[:, :k], where.gather(1, order)[:, :k]
+        values.append(best.relu())
+        indices.append(where.masked_fill(best <= 0, -1))
+    return torch.cat(values), torch.cat(indices)

@@ -1,0 +1,222 @@
+"""Exact top-k encode, on whatever device the tensors are.
+
+`encode_topk` is the one place that chooses how: which precision makes the first pass, and what
+happens to the positions it does not settle. No SAELens object comes in here.
+"""
+
+from __future__ import annotations
+
+import time
+from functools import cache
+from typing import Any
+
+import torch
+
+from qwen_scope_lens.errors import NotFinite
+from qwen_scope_lens.saes.exact.certified import U, approximate, select, tokens_per_block
+from qwen_scope_lens.saes.exact.dots import exact_scores, exact_topk, pair_dots
+from qwen_scope_lens.saes.exact.encoder import Encoder, Snapshot
+from qwen_scope_lens.saes.exact.gather import dots, gather_decode
+from qwen_scope_lens.saes.exact.transforms import untracked
+
+__all__ = ["encode_topk", "exact_topk", "first_pass", "require_finite"]
+
+_COUNTS = (1, 2, 4, 12, 24, 48, 96)
+"""Positions for which the two first passes are compared; the choice changes at one of them."""
+
+_ON_GPU = 24
+"""The same for a GPU, where it has never been measured."""
+
+_NEVER = 2**62
+_CLEARLY = 1.2
+"""How much quicker bfloat16 has to be: it leaves a few more candidates to re-score."""
+
+_CROWDED = 5.0
+"""Candidates over k from which another centre is worth trying; 2 to 4 is what a good one gives."""
+
+
+def encode_topk(
+    x: torch.Tensor, encoder: Encoder, k: int, precision: torch.dtype | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`[n, d_in] -> float32 values, int32 indices [n, k]`, descending, ties by lower index.
+
+    The values are differentiable in `x`. `precision` overrides the choice of the first pass; the
+    result does not depend on it.
+    """
+    if k > encoder.d_sae:
+        raise ValueError(f"k={k} of {encoder.d_sae} features; expected k <= d_sae")
+    if untracked(x):
+        return _encode(x, encoder, k, precision)
+    found: tuple[torch.Tensor, torch.Tensor] = _TopK.apply(x, encoder, k, precision)
+    return found
+
+
+def _encode(
+    x: torch.Tensor, encoder: Encoder, k: int, precision: torch.dtype | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    # What multiplies in fewer bits, or gives back another dtype than it got, has no place here.
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        exact = x.float()
+        precision = precision or first_pass(len(x), x.device.type, encoder.keeps_half)
+        parts = [
+            _encode_block(block, encoder, k, precision)
+            for block in exact.split(tokens_per_block(encoder.d_sae, precision))
+        ]
+        values, indices = (torch.cat(part) for part in zip(*parts, strict=True))
+    return values, indices
+
+
+class _TopK(torch.autograd.Function):
+    """The values are dots with the selected rows plus their biases, wherever they are positive."""
+
+    @staticmethod
+    def forward(
+        x: torch.Tensor, encoder: Encoder, k: int, precision: torch.dtype | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        require_finite(x, x.shape[:-1])  # under vmap this is where the numbers can be seen
+        return _encode(x, encoder, k, precision)
+
+    @staticmethod
+    def setup_context(
+        ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]
+    ) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(*output)
+        ctx.save_for_forward(*output)
+        ctx.rows, ctx.dtype = inputs[1].rows, inputs[0].dtype
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
+        values, indices = ctx.saved_tensors
+        into = gather_decode(grads[0] * (values > 0), indices, ctx.rows)
+        return into.to(ctx.dtype), None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: torch.Tensor | None) -> tuple[torch.Tensor, None]:
+        values, indices = ctx.saved_tensors
+        assert tangents[0] is not None
+        return dots(tangents[0].float(), indices, ctx.rows) * (values > 0), None
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], x: torch.Tensor, *rest: Any
+    ) -> tuple[tuple[torch.Tensor, ...], tuple[int, int]]:
+        assert in_dims[0] is not None  # nothing else is a tensor
+        found = _TopK.apply(x.movedim(in_dims[0], 0).flatten(0, 1), *rest)
+        return tuple(part.unflatten(0, (info.batch_size, -1)) for part in found), (0, 0)
+
+
+def first_pass(tokens: int, device: str, keeps_half: bool = False) -> torch.dtype:
+    """The precision in which the first pass over `tokens` positions is cheapest here."""
+    return torch.bfloat16 if tokens >= _half_from(device, keeps_half) else torch.float32
+
+
+@cache
+def _half_from(device: str, keeps_half: bool) -> int:
+    """The fewest positions from which a bfloat16 first pass, the conversion of the weights
+    included unless a copy is kept, clearly beats float32. Measured once per process: 0.2 s.
+    """
+    if device != "cpu":
+        return _ON_GPU
+    with torch.no_grad():
+        kind = {"dtype": torch.float32, "device": device}
+        rows, bias = torch.ones(8192, 1024, **kind), torch.zeros(8192, **kind)
+        encoder = Encoder(rows, bias, keeps_half).snapshot
+        found = _NEVER
+        for count in reversed(_COUNTS):
+            x = torch.ones(count, 1024, **kind)
+            took = dict.fromkeys((torch.float32, torch.bfloat16), float("inf"))
+            for _ in range(5):
+                for dtype in took:
+                    start = time.thread_time()
+                    approximate(encoder, x, x[:, :0], dtype)
+                    took[dtype] = min(took[dtype], time.thread_time() - start)
+            if took[torch.bfloat16] * _CLEARLY > took[torch.float32]:
+                break
+            found = count
+    return found
+
+
+def _encode_block(
+    x: torch.Tensor, encoder: Encoder, k: int, precision: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`encode_topk` of few enough positions, float32 `[n, d_in]`."""
+    now = encoder.snapshot
+    found = select(now, x, k, precision)
+    poorly = precision == torch.bfloat16 and found.crowding > _CROWDED
+    if poorly and (encoder.recentre(x) or encoder.snapshot is not now):
+        now = encoder.snapshot
+        found = select(now, x, k, precision)
+    encoder.crowding, settled = found.crowding, found.settled
+    values, indices = _valued(x, now, found.indices, found.dots)
+    encoder.settled[str(precision).removeprefix("torch.")] += int(settled.sum())
+    rest = (~settled).nonzero().squeeze(1)
+    if not len(rest):
+        return values, indices
+    if precision == torch.bfloat16:
+        # A block of float32 is twice as large: hence half the positions at a time.
+        parts = [
+            _encode_block(part, encoder, k, torch.float32)
+            for part in x[rest].split(tokens_per_block(encoder.d_sae, torch.float32))
+        ]
+        values[rest], indices[rest] = (torch.cat(part) for part in zip(*parts, strict=True))
+    else:
+        # Pads and other repeated rows are settled once.
+        rows, back = x[rest].unique(dim=0, return_inverse=True)
+        best = exact_topk(rows, now.rows, now.bias, k)[1]
+        exact_values, exact_indices = _valued(rows, now, best, None)
+        values[rest], indices[rest] = exact_values[back], exact_indices[back]
+        encoder.settled["float64"] += len(rest)
+    return values, indices
+
+
+def _valued(
+    x: torch.Tensor, encoder: Snapshot, chosen: torch.Tensor, dots: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Selected features -> values within float32 rounding and indices, in SparseCodes's order.
+
+    The same numbers whichever pass selected the features: one float32 dot each, summed in a fixed
+    order, and the exact score where that order may have lost the sign or overflowed.
+    """
+    token, column = (chosen >= 0).nonzero(as_tuple=True)
+    feature = chosen[token, column]
+    bias = encoder.bias.float()[feature]
+    if dots is None:
+        value = pair_dots(encoder.rows, x, token, feature) + bias
+    else:
+        value = dots[token, column] + bias
+    doubt = x.norm(dim=1)[token] * encoder.norms[feature] * (1.1 * encoder.d_in * U)
+    unsure = ~(value > doubt + 2 * U * bias.abs())
+    unsure |= ~value.isfinite()
+    if bool(unsure.any()):
+        t, f = token[unsure], feature[unsure]
+        value[unsure] = exact_scores(encoder.rows, encoder.bias, x, t, f).float()
+        if not bool(value.isfinite().all()):
+            raise NotFinite(
+                "pre-activations exceed float32 for finite inputs: expected residuals and weights "
+                f"whose products stay below 3.4e38; found norms up to {float(x.norm(dim=1).max())}"
+            )
+    values = x.new_zeros(chosen.shape)
+    values[token, column] = value
+    indices = chosen.clamp_min(0).to(torch.int32)
+    # Ascending feature first, padding last; then by value, keeping that order among equals.
+    order = torch.where(chosen >= 0, chosen, encoder.d_sae).argsort(dim=1)
+    values, indices = values.gather(1, order), indices.gather(1, order)
+    values, order = values.sort(dim=1, descending=True, stable=True)
+    return values, indices.gather(1, order)
+
+
+def require_finite(flat: torch.Tensor, shape: torch.Size) -> None:
+    """Refuse NaN and infinity in `[n, d_in]`, naming positions of `shape`."""
+    # Block by block: the mask of a block is small, that of x may be a quarter of it.
+    blocks = [block.isfinite().all(dim=-1) for block in flat.split(1024)]
+    good = torch.cat([flat.new_zeros(0, dtype=torch.bool), *blocks])
+    if bool(good.all()):
+        return
+    places = (~good).reshape(shape).nonzero().tolist()
+    shown = ", ".join(str(tuple(place)) for place in places[:5])
+    raise NotFinite(
+        f"x has NaN or infinity at {len(places)} of {len(good)} positions: {shown}"
+        f"{', ..' if len(places) > 5 else ''}; expected finite residuals. Mask these positions, "
+        "or run the model in bfloat16 or float32 if it overflowed in float16"
+    )

@@ -1,0 +1,211 @@
+"""A few features of an SAE, exactly as a full encode gives them, mostly without one.
+
+A feature is active where its score is positive and among the k largest. Three certificates, from
+cheap to dear, each exact:
+
+1. *Negative.* Its own score, in float64, is at most 0 within its error.
+2. *Outnumbered.* At least k of a few hundred *witnesses*, features that fire often, score more:
+   the feature cannot be among the k largest. Their float32 product is off by a known bound.
+3. *Encoded.* Whatever remains is encoded in full (`ScopeSAE.encode_sparse`).
+
+For the maximum over a document few positions reach step 3: candidates are taken from the highest
+possible value downwards, and one that is active settles all those that cannot exceed it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from qwen_scope_lens.errors import NotFinite
+from qwen_scope_lens.saes.codes import SparseCodes
+from qwen_scope_lens.saes.exact.encoder import norm_above
+from qwen_scope_lens.saes.exact.matmul import product
+from qwen_scope_lens.saes.exact.topk import require_finite
+from qwen_scope_lens.saes.exact.weight_cache import Derived, fingerprint
+from qwen_scope_lens.saes.sae import ScopeSAE
+
+__all__ = ["Maxima", "Membership", "activations_of"]
+
+U32, U64 = 2.0**-24, 2.0**-53
+_NO_ROW = 2**62
+WARM_UP = 256
+"""Positions that are encoded in full before the first witnesses are chosen."""
+
+_BLOCK = 512
+"""Positions whose witnesses are scored at a time."""
+
+
+@dataclass(frozen=True)
+class Maxima:
+    """The largest value of each feature in each document, and the first row that has it."""
+
+    values: torch.Tensor  # float32 [n_docs, m]; 0 where the feature never fires
+    rows: torch.Tensor  # int64 [n_docs, m]; -1 where it never fires
+
+
+class Membership:
+    """Reads `features` of `sae`; `settled` counts (position, feature) pairs by certificate."""
+
+    def __init__(self, sae: ScopeSAE, features: Sequence[int], n_witnesses: int | None = None):
+        self.sae = sae
+        self.features = torch.as_tensor(list(features), dtype=torch.long, device=sae.W_enc.device)
+        self.n_witnesses = n_witnesses or max(4 * sae.cfg.k, sae.cfg.d_sae // 16)
+        self._often = torch.zeros(sae.cfg.d_sae, dtype=torch.long, device=sae.W_enc.device)
+        self._encoded = 0
+        self._next_choice = WARM_UP
+        self._witnesses: torch.Tensor | None = None  # numbers of features
+        self._derived = Derived()
+        self.settled: Counter[str] = Counter()
+
+    @torch.no_grad()
+    def maxima(self, x: torch.Tensor, document: torch.Tensor, n_docs: int) -> Maxima:
+        """`x [n, d_in]` and the document of each row, int64 `[n]`, 0..n_docs-1."""
+        best = x.new_zeros((n_docs, len(self.features)), dtype=torch.float32)
+        where = torch.full(best.shape, _NO_ROW, dtype=torch.long, device=x.device)
+        document = document.to(x.device)
+        if not len(x):
+            return Maxima(best, where.fill_(-1))
+        upper, open_ = self._candidates(x)
+        take = 1
+        while True:
+            # What may still raise a document's maximum, or tie with it at an earlier row.
+            open_ &= upper >= best[document]
+            if not bool(open_.any()):
+                break
+            chosen = self._first(upper, open_, document, take)
+            values = self._encode(x[chosen])
+            self.settled["encoded"] += int(open_[chosen].sum())
+            open_[chosen] = False
+            self._raise(best, where, values, chosen, document)
+            take *= 4
+        return Maxima(best, where.masked_fill(where == _NO_ROW, -1))
+
+    @torch.no_grad()
+    def values(self, x: torch.Tensor) -> torch.Tensor:
+        """Every position's values of the features, 0 where not among the top k. `[n, m]`"""
+        out = x.new_zeros((len(x), len(self.features)), dtype=torch.float32)
+        if len(x):
+            open_ = self._candidates(x)[1]
+            rows = open_.any(1).nonzero().squeeze(1)
+            self.settled["encoded"] += int(open_.sum())
+            if len(rows):
+                out[rows] = self._encode(x[rows])
+        return out
+
+    def _candidates(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The most that each value may be, and which pairs may be active. `[n, m]` both."""
+        if not self.sae._plain_topk or self.sae._encode_watched:
+            shape = (len(x), len(self.features))
+            return x.new_full(shape, float("inf")).double(), x.new_ones(shape, dtype=torch.bool)
+        inside = self.sae.process_sae_in(x)
+        rows, bias, norms = (part.double() for part in self._weights("features", self.features))
+        score = inside.double() @ rows.T + bias
+        if not bool(score.isfinite().all()):
+            require_finite(x, x.shape[:-1])
+            self.sae._encoder()  # which names weights that are not finite
+            raise NotFinite("scores exceed float64: expected residuals of a trained model")
+        length = norm_above(inside).double()
+        d_in = self.sae.cfg.d_in
+        size = length[:, None] * norms
+        error = 4 * d_in * U64 * (size + bias.abs())
+        open_ = score + error > 0
+        self.settled["negative"] += int((~open_).sum())
+        if self._witnesses is not None:
+            kth = torch.cat([self._kth_at_least(block) for block in inside.split(_BLOCK)])
+            outnumbered = open_ & (kth[:, None] > score + error + 4 * U32 * score)
+            open_ &= ~outnumbered
+            self.settled["outnumbered"] += int(outnumbered.sum())
+        # The value that a full encode stores is a float32 dot.
+        upper = score + 1.1 * (d_in + 8) * U32 * (size + bias.abs())
+        return upper, open_
+
+    def _kth_at_least(self, inside: torch.Tensor) -> torch.Tensor:
+        """What at least k witnesses surely score. `[n, d_in] -> float64 [n]`"""
+        assert self._witnesses is not None
+        rows, bias, norms = self._weights("witnesses", self._witnesses)
+        score = product(inside.float(), rows) + bias
+        reach = 1.1 * (self.sae.cfg.d_in + 8) * U32
+        least = score - (reach * norm_above(inside))[:, None] * norms - reach * bias.abs()
+        return least.topk(self.sae.cfg.k, dim=1).values[:, -1].double()
+
+    def _weights(
+        self, name: str, index: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Encoder rows, biases and bounds of the rows' lengths, float32, as they are now."""
+
+        def read() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            rows = self.sae.encoder_row(index).detach().float()
+            return rows, self.sae.b_enc.detach()[index].float(), norm_above(rows)
+
+        weights, bias = self.sae.W_enc, self.sae.b_enc
+        column = torch.arange(len(index), device=index.device) % len(weights)
+        now = (self.sae._derived.generation, fingerprint(weights.detach()[column, index]))
+        return self._derived.get(name, (weights, bias), read, also=now)
+
+    def _encode(self, x: torch.Tensor) -> torch.Tensor:
+        """Values of the features by a full encode. `[n, d_in] -> [n, m]`"""
+        codes = self.sae.encode_sparse(x)
+        self._often += torch.bincount(
+            codes.indices[codes.active].long(), minlength=self.sae.cfg.d_sae
+        )
+        self._encoded += len(x)
+        if self._encoded >= self._next_choice:
+            self._next_choice = 4 * self._encoded
+            self._choose_witnesses()
+        return activations_of(codes, self.features)
+
+    def _choose_witnesses(self) -> None:
+        """The features that fired most often so far."""
+        self._witnesses = self._often.topk(min(self.n_witnesses, self.sae.cfg.d_sae)).indices
+        self._derived.clear()
+
+    def _first(
+        self, upper: torch.Tensor, open_: torch.Tensor, document: torch.Tensor, take: int
+    ) -> torch.Tensor:
+        """Rows to encode next: of every document and feature the `take` highest open ones."""
+        if self._witnesses is None:  # everything, to know which features fire often
+            return open_.any(1).nonzero().squeeze(1)[: max(WARM_UP, 1)]
+        chosen = torch.zeros(len(upper), dtype=torch.bool, device=upper.device)
+        for column in range(upper.shape[1]):
+            rows = open_[:, column].nonzero().squeeze(1)
+            rows = rows[upper[rows, column].argsort(descending=True, stable=True)]
+            rows = rows[document[rows].argsort(stable=True)]
+            owner = document[rows]
+            fresh = torch.ones_like(owner, dtype=torch.bool)
+            fresh[1:] = owner[1:] != owner[:-1]
+            at = torch.arange(len(rows), device=rows.device)
+            start = torch.where(fresh, at, 0).cummax(0).values if len(rows) else at
+            chosen[rows[at - start < take]] = True
+        return chosen.nonzero().squeeze(1)
+
+    def _raise(
+        self,
+        best: torch.Tensor,
+        where: torch.Tensor,
+        values: torch.Tensor,
+        chosen: torch.Tensor,
+        document: torch.Tensor,
+    ) -> None:
+        """Take new values into the maxima; equal ones keep the earliest row."""
+        for column in range(values.shape[1]):
+            fired = values[:, column] > 0
+            rows, found = chosen[fired], values[fired, column]
+            owner = document[rows]
+            old = best[:, column]
+            new = old.scatter_reduce(0, owner, found, "amax")
+            first = where[:, column].masked_fill(new > old, _NO_ROW)
+            level = found == new[owner]
+            first = first.scatter_reduce(0, owner[level], rows[level], "amin")
+            best[:, column], where[:, column] = new, first
+
+
+def activations_of(codes: SparseCodes, features: torch.Tensor) -> torch.Tensor:
+    """The activations of chosen features, 0 outside the top k. `[..] codes, [m] -> [.., m]`"""
+    out = codes.values.new_zeros((*codes.shape, len(features)))
+    for column, feature in enumerate(features.tolist()):
+        out[..., column] = (codes.values * (codes.indices == feature)).sum(-1)  # padding is 0
+    return out

@@ -1,0 +1,179 @@
+"""`qsl dash build` and `qsl dash export`: from the name of a store to a folder of pages."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qwen_scope_lens.address import LayerRef
+from qwen_scope_lens.catalog import bundled_model
+from qwen_scope_lens.errors import ScopeError, StoreMismatch, WrongTokenizer
+from qwen_scope_lens.labels.packs import LabelPack
+from qwen_scope_lens.models.checkpoint import open_tokenizer
+from qwen_scope_lens.models.token_text import Vocabulary
+from qwen_scope_lens.models.unembedding import Unembedding, read_unembedding
+from qwen_scope_lens.saes.load import load_sae
+from qwen_scope_lens.saes.sae import ScopeSAE
+from qwen_scope_lens.site.layer import LayerPages, Settings, gather
+from qwen_scope_lens.site.neuronpedia import Release, write_neuronpedia
+from qwen_scope_lens.site.static import check_target, write_site
+from qwen_scope_lens.stores.extract import extract
+from qwen_scope_lens.stores.facts import sae_facts, tokenizer_facts
+from qwen_scope_lens.stores.store import FeatureStore
+from qwen_scope_lens.version import __version__
+
+__all__ = ["Sources", "build_neuronpedia", "build_site", "document_heads", "site_of_documents"]
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What pages are made from. `model=None` takes the store's own; `tokens=False` does without
+    the model's end, so that there are no promoted tokens."""
+
+    store: FeatureStore
+    layers: tuple[int, ...]
+    model: str | None = None
+    sae_folder: Path | None = None
+    labels: LabelPack | None = None
+    tokens: bool = True
+    settings: Settings = field(default_factory=Settings)
+
+    @property
+    def model_name(self) -> str:
+        return self.model or self.store.manifest.model.id
+
+    def pages(self, progress: bool = False) -> Iterator[LayerPages]:
+        """One layer after the other: only one is in memory."""
+        vocabulary = Vocabulary(self._tokenizer())
+        out = self._unembedding() if self.tokens else None
+        if self.labels is not None:
+            self._check_labels(self.labels)
+        for layer in self.layers:
+            yield gather(
+                self.store,
+                layer,
+                vocabulary,
+                out,
+                sae=self._sae(layer),
+                labels=self.labels,
+                settings=self.settings,
+                progress=progress,
+            )
+
+    def _tokenizer(self) -> object:
+        name = str(bundled_model(self.model_name) or self.model_name)
+        try:
+            tokenizer = open_tokenizer(name)
+        except (OSError, ValueError) as error:
+            raise WrongTokenizer(
+                f"no tokenizer for {name}: --model names the folder or repository of the model"
+                " that the store was made with"
+            ) from error
+        if tokenizer_facts(tokenizer).sha256 != self.store.manifest.tokenizer.sha256:
+            raise StoreMismatch(
+                f"the tokenizer of {name} is not the one that the store was made with"
+                f" ({self.store.manifest.tokenizer.name}): --model names the model that"
+                " `qsl extract` used"
+            )
+        return tokenizer
+
+    def _sae(self, layer: int) -> ScopeSAE:
+        facts = self.store.sae(layer)
+        here = sae_facts(LayerRef.parse(facts.ref), self.sae_folder, facts.revision)
+        if here.sha256 != facts.sha256:
+            raise StoreMismatch(
+                f"the file of {facts.ref} is another than the one that the store was made with:"
+                " --sae-folder names the folder that `qsl extract` used"
+            )
+        return load_sae(facts.ref, folder=self.sae_folder, revision=facts.revision)
+
+    def _unembedding(self) -> Unembedding:
+        revision = None if self.model else self.store.manifest.model.revision
+        try:
+            return read_unembedding(self.model_name, revision=revision)
+        except ScopeError as error:
+            raise type(error)(
+                f"{error}. Promoted tokens need the model's last layer: --model names it, and"
+                " --no-tokens makes pages without them"
+            ) from error
+
+    def _check_labels(self, labels: LabelPack) -> None:
+        here = {self.store.sae(layer).ref for layer in self.layers}
+        theirs = {str(ref) for ref in labels.saes}
+        if not here & theirs:
+            raise StoreMismatch(
+                f"the labels are of {', '.join(sorted(theirs))}, the pages are of"
+                f" {', '.join(sorted(here))}: no feature has a label"
+            )
+
+
+def build_site(
+    sources: Sources, out: Path, *, title: str | None = None, progress: bool = False
+) -> Path:
+    """All layers into one site."""
+    check_target(out)
+    store = sources.store
+    made = (
+        f"Made by qwen-scope-lens {__version__} from {store.n_docs:,} documents"
+        f" ({store.n_tokens:,} tokens) of {', '.join(c.name for c in store.manifest.corpora)},"
+        f" read with {sources.model_name}. First tokens and tokens of extreme norm are left out of"
+        " every figure. Promoted tokens: the feature's direction through the last norm and the"
+        " unembedding, less the vocabulary's mean; for early layers a hint and no more."
+    )
+    return write_site(
+        out,
+        sources.pages(progress),
+        model=Path(sources.model_name).name,
+        made=made,
+        title=title,
+        documents=document_heads(store),
+        progress=progress,
+    )
+
+
+def site_of_documents(
+    documents: Sequence[Mapping[str, Any]], model: Any, group: str, layers: Sequence[int], out: Path
+) -> Path:
+    """A site from a few documents, by way of a store that is not kept."""
+    with tempfile.TemporaryDirectory(prefix="qsl-store-") as folder:
+        store = extract(
+            documents,
+            model=model,
+            group=group,
+            layers=layers,
+            out=Path(folder) / "store",
+            max_tokens=64,
+            progress=False,
+        )
+        return build_site(Sources(store, tuple(layers)), out)
+
+
+def build_neuronpedia(
+    sources: Sources, out: Path, release: Release | None = None, *, progress: bool = False
+) -> Path:
+    """All layers in Neuronpedia's layout."""
+    store = sources.store
+    return write_neuronpedia(
+        out,
+        sources.pages(progress),
+        release,
+        n_prompts=store.n_docs,
+        prompt_tokens=store.manifest.settings.max_tokens,
+        progress=progress,
+    )
+
+
+def document_heads(store: FeatureStore) -> Sequence[tuple[str, list[tuple[str, str]]]]:
+    """Key and labels of every document, as pages show them."""
+    names = store.label_names
+    table = store.documents(["key", *names])
+    keys = [str(key) for key in table["key"].to_pylist()]
+    columns = [table[name].to_pylist() for name in names]
+    heads = []
+    for key, *values in zip(keys, *columns, strict=True):
+        known = [(n, v) for n, v in zip(names, values, strict=True) if v is not None and v == v]
+        heads.append((key, [(name, str(value)[:60]) for name, value in known]))
+    return heads

@@ -1,0 +1,250 @@
+"""The static site: one page for every feature, readable from disk and from any file host.
+
+    index.html, viewer.css, *.js    the viewer, copied as it is
+    data/site.js                    what there is
+    data/<layer>/index.js           one line a feature: what is searched and sorted
+    data/<layer>/block-0000.js      the pages of the first `BLOCK` features, and so on
+
+A page opened from disk may load scripts and nothing else, so every data file is a call
+`QSL.deliver(name, text)`. The text is base64 of gzipped JSON: small, and no character of a corpus
+can end up in a script.
+"""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import json
+import re
+from collections.abc import Iterable, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from qwen_scope_lens.errors import CannotWrite
+from qwen_scope_lens.features.statistics import BIN_EDGES
+from qwen_scope_lens.files import whole_folder
+from qwen_scope_lens.site.layer import FeaturePage, LayerPages
+from qwen_scope_lens.site.passages import Passage
+
+__all__ = ["BLOCK", "VIEWER", "folder_of", "is_site", "write_site"]
+
+FORMAT, VERSION = "qwen-scope-site", 1
+
+BLOCK = 128
+"""Features a data file: one page costs one file of some hundred kilobytes."""
+
+PROMOTED_IN_INDEX = 5
+
+VIEWER = (
+    "index.html",
+    "viewer.css",
+    "dom.js",
+    "data.js",
+    "charts.js",
+    "list.js",
+    "feature.js",
+    "viewer.js",
+)
+
+
+def write_site(
+    out: Path,
+    layers: Iterable[LayerPages],
+    *,
+    model: str,
+    made: str,
+    title: str | None = None,
+    documents: Sequence[tuple[str, list[tuple[str, str]]]],
+    progress: bool = False,
+) -> Path:
+    """Write the site whole. `documents` are key and labels of every document of the store."""
+    check_target(out)
+    facts = []
+    with whole_folder(out) as folder:
+        for name in VIEWER:
+            source = resources.files("qwen_scope_lens.site") / "viewer" / name
+            (folder / name).write_bytes(source.read_bytes())
+        for pages in layers:
+            facts.append(_write_layer(folder / "data", pages, documents, progress))
+        site = {
+            "format": FORMAT,
+            "version": VERSION,
+            "title": title or f"Features of {model}",
+            "model": model,
+            "made": made,
+            "edges": BIN_EDGES.tolist(),
+            "layers": facts,
+        }
+        deliver(folder / "data", "site", site)
+    return out
+
+
+def is_site(folder: Path) -> bool:
+    return (folder / "data" / "site.js").is_file() and (folder / "index.html").is_file()
+
+
+def check_target(out: Path) -> None:
+    """Refuse to replace a folder that is something else than an older site."""
+    if out.is_dir() and any(out.iterdir()) and not is_site(out):
+        raise CannotWrite(
+            f"{out} holds other files than a site of features, and building would replace them:"
+            " name another folder, or empty this one yourself"
+        )
+
+
+def folder_of(ref: str) -> str:
+    """The name of a layer's folder: its address with what no file system minds."""
+    return re.sub(r"[^\w.-]", "_", ref)
+
+
+def deliver(data: Path, name: str, content: Any) -> None:
+    """One data file."""
+    text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    packed = base64.b64encode(gzip.compress(text.encode(), compresslevel=6, mtime=0)).decode()
+    path = data / f"{name}.js"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f'QSL.deliver("{name}","{packed}");\n', encoding="ascii")
+
+
+def _write_layer(
+    data: Path,
+    pages: LayerPages,
+    documents: Sequence[tuple[str, list[tuple[str, str]]]],
+    progress: bool,
+) -> dict[str, Any]:
+    folder, stats = folder_of(str(pages.ref)), pages.stats
+    words = _Words()
+    peaks: list[list[int]] = []
+    title = f"pages of {pages.ref}"
+    with tqdm(total=stats.d_sae, desc=title, disable=not progress, unit="feature") as bar:
+        for number, start in enumerate(range(0, stats.d_sae, BLOCK)):
+            block = pages.pages(range(start, min(start + BLOCK, stats.d_sae)))
+            peaks += [[words(token) for token in page.peaks()] for page in block]
+            content = [_page(pages, page, documents) for page in block]
+            deliver(data, f"{folder}/block-{number:04d}", content)
+            bar.update(len(block))
+    effects = pages.effects
+    promoted = [] if effects is None else effects.promoted[:, :PROMOTED_IN_INDEX].tolist()
+    index = {
+        "count": stats.token_count.tolist(),
+        "maximum": [_short(value) for value in stats.maximum.tolist()],
+        "labels": {str(feature): label.text for feature, label in pages.labels.items()},
+        "peaks": peaks,
+        "promoted": [[words(pages.vocabulary.text(t)) for t in row] for row in promoted]
+        or [[] for _ in range(stats.d_sae)],
+        "words": words.table,
+    }
+    deliver(data, f"{folder}/index", index)
+    return {
+        "ref": str(pages.ref),
+        "folder": folder,
+        "layer": pages.ref.layer,
+        "d_sae": stats.d_sae,
+        "k": pages.k,
+        "block": BLOCK,
+        "tokens": stats.n_tokens,
+        "documents": stats.n_docs,
+        "l0": _short(stats.l0),
+        "metrics": _metrics(pages),
+    }
+
+
+def _metrics(pages: LayerPages) -> list[tuple[str, float]]:
+    """Of the weights, over the features that fire."""
+    alive = ~pages.stats.dead
+    if not alive.any():
+        return []
+    return [
+        ("median length of a direction", _short(np.median(pages.geometry.decoder_norm[alive]))),
+        ("median cosine, reads with writes", _short(np.median(pages.geometry.cosine[alive]))),
+    ]
+
+
+def _page(
+    pages: LayerPages,
+    page: FeaturePage,
+    documents: Sequence[tuple[str, list[tuple[str, str]]]],
+) -> dict[str, Any]:
+    feature, stats = page.feature, pages.stats
+    shown = [*page.top, *(p for _, group in page.quantiles for p in group)]
+    content: dict[str, Any] = {
+        "tokens": int(stats.token_count[feature]),
+        "documents": int(stats.doc_count[feature]),
+        "maximum": _short(stats.maximum[feature]),
+        "mean": _short(stats.mean_active[feature]),
+        "histogram": stats.histogram[feature].tolist(),
+        "top": [_passage(passage) for passage in page.top],
+        "quantiles": [[q, [_passage(p) for p in group]] for q, group in page.quantiles],
+        "from": {str(doc): documents[doc] for doc in {passage.doc for passage in shown}},
+        "nearest": [
+            [int(f), round(float(cosine), 3)]
+            for f, cosine in zip(
+                pages.near.features[feature], pages.near.cosines[feature], strict=True
+            )
+        ],
+        "together": [
+            [int(f), round(float(share), 4), int(count)]
+            for f, share, count in zip(
+                stats.partner[feature],
+                stats.partner_jaccard[feature],
+                stats.partner_count[feature],
+                strict=True,
+            )
+            if f >= 0
+        ],
+        "groups": [[group.name, group.of(feature)] for group in pages.groups],
+        "geometry": {name: _short(value) for name, value in pages.geometry.of(feature).items()},
+        "label": None
+        if page.label is None
+        else {
+            "text": page.label.text,
+            "score": page.label.score,
+            "provenance": dict(page.label.provenance),
+        },
+        "promoted": None,
+        "suppressed": None,
+    }
+    if (effects := pages.effects) is not None:
+        for name, tokens, by in (
+            ("promoted", effects.promoted, effects.promoted_by),
+            ("suppressed", effects.suppressed, effects.suppressed_by),
+        ):
+            content[name] = [
+                [pages.vocabulary.text(token), _short(value)]
+                for token, value in zip(tokens[feature].tolist(), by[feature].tolist(), strict=True)
+            ]
+    return content
+
+
+def _passage(passage: Passage) -> dict[str, Any]:
+    return {
+        "d": passage.doc,
+        "p": passage.position,
+        "v": _short(passage.value),
+        "t": passage.pieces,
+        "on": [[piece, _short(value)] for piece, value in passage.values.items()],
+        "at": passage.peak,
+    }
+
+
+def _short(value: Any) -> float:
+    """Four digits are shown at most, so no more are stored."""
+    return float(f"{float(value):.4g}")
+
+
+class _Words:
+    """A table of strings, each once."""
+
+    def __init__(self) -> None:
+        self.table: list[str] = []
+        self._number: dict[str, int] = {}
+
+    def __call__(self, word: str) -> int:
+        if word not in self._number:
+            self._number[word] = len(self.table)
+            self.table.append(word)
+        return self._number[word]

@@ -1,0 +1,157 @@
+"""The arithmetic: the edits of one layer as a change of its residual. No model is known here.
+
+Every edit becomes one number per token, c, and the change is the sum of c d over the edits, all
+computed from the residual as it came in: their order within a layer is of no consequence. It is
+computed in float32 and rounded once to the residual's dtype. A token where every c is 0 keeps its
+residual bit for bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from qwen_scope_lens.errors import BadPlan
+from qwen_scope_lens.saes.few_features import Membership, activations_of
+from qwen_scope_lens.saes.sae import ScopeSAE
+from qwen_scope_lens.steering.plan import Edit
+
+__all__ = ["LayerEdits"]
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """An SAE, and which edits of the layer read its codes."""
+
+    members: Membership  # of the features that the edits name
+    at: tuple[int, ...]  # numbers of edits
+
+    def activations(self, x: Tensor) -> Tensor:
+        """`[n, d_model] -> [n, m]`; differentiable where x is."""
+        sae, features = self.members.sae, self.members.features
+        inside = x.to(sae.W_dec.device)
+        if torch.is_grad_enabled() and x.requires_grad:
+            return activations_of(sae.encode_sparse(inside), features).to(x.device)
+        return self.members.values(inside).to(x.device)
+
+
+@dataclass
+class LayerEdits:
+    """The edits of one layer, in a fixed order, with their directions `[m, d_model]` (float32)."""
+
+    edits: tuple[Edit, ...]
+    directions: Tensor
+    readers: tuple[_Reader, ...]
+    pushes: Tensor  # along which the changes go: the directions, but for a control
+    _placed: dict[torch.device, tuple[Tensor, ...]] = field(default_factory=dict)
+
+    @classmethod
+    def build(
+        cls, edits: Sequence[Edit], directions: Tensor, saes: dict[str, ScopeSAE]
+    ) -> LayerEdits:
+        """`saes` has one for every edit that reads a code, by the SAE's address."""
+        by_sae: dict[str, list[int]] = {}
+        for i, edit in enumerate(edits):
+            if edit.operation.reads == "code":
+                by_sae.setdefault(str(edit.ref.sae), []).append(i)
+        readers = tuple(
+            _Reader(_members(saes[name], [edits[i].ref.feature for i in at]), tuple(at))
+            for name, at in by_sae.items()
+        )
+        directions = directions.detach().to(torch.float32)
+        for edit, row in zip(edits, directions, strict=True):
+            needs = edit.unit == "norm" or edit.operation.reads == "residual"
+            if needs and not bool(row.norm() > 0):
+                raise BadPlan(f"{edit}: the feature's decoder row is zero, it has no direction")
+        return cls(tuple(edits), directions, readers, directions)
+
+    def astray(self, seed: int) -> LayerEdits:
+        """The same changes, each along a random direction of the same length: a control.
+
+        Edits of one feature share theirs, and it does not depend on the other edits.
+        """
+        rows = []
+        for edit, row in zip(self.edits, self.directions, strict=True):
+            words = hashlib.sha256(f"{seed} {edit.ref}".encode()).digest()
+            rng = torch.Generator().manual_seed(int.from_bytes(words[:7], "big"))
+            chance = torch.randn(row.shape, generator=rng)
+            rows.append(chance * (row.norm() / chance.norm()))
+        return replace(self, pushes=torch.stack(rows), _placed={})
+
+    def change(self, x: Tensor, selected: Tensor) -> tuple[Tensor, Tensor]:
+        """The new residual and the c of every edit.
+
+        `x [.., d_model]`, `selected` bool `[.., m]` -> `[.., d_model]` in x's dtype, `[.., m]`.
+        """
+        precise = torch.promote_types(x.dtype, torch.float32)
+        pushes = self._on(x.device)[0]
+        c = self.coefficients(x, selected)
+        touched = (c != 0).any(-1, keepdim=True)
+        moved = x.to(precise) + c.to(precise) @ pushes.to(precise)
+        return torch.where(touched, moved.to(x.dtype), x), c
+
+    def coefficients(self, x: Tensor, selected: Tensor) -> Tensor:
+        """c of every edit: 0 where it is not selected. `[.., d_model], [.., m] -> [.., m]`"""
+        precise = torch.promote_types(x.dtype, torch.float32)
+        _, directions, values, lengths, still = self._on(x.device)
+        v = values.to(precise).expand(*x.shape[:-1], -1)
+        by_norm = [i for i, edit in enumerate(self.edits) if edit.unit == "norm"]
+        if by_norm:
+            norm = torch.linalg.vector_norm(x.to(precise), dim=-1, keepdim=True)
+            v = v.clone()
+            v[..., by_norm] = v[..., by_norm] * norm / lengths[by_norm].to(precise)
+        columns = list(v.unbind(-1))
+        for reader in self.readers:
+            wanted = selected[..., list(reader.at)].any(-1)
+            a = _activations_where(reader, x, wanted)
+            for j, i in enumerate(reader.at):
+                target = self.edits[i].operation.target
+                assert target is not None
+                columns[i] = target(a[..., j], columns[i]) - a[..., j]
+        out = [i for i, edit in enumerate(self.edits) if edit.operation.reads == "residual"]
+        if out:
+            rows = directions[out].to(precise)
+            share = _projection(x.to(precise), rows, selected[..., out])
+            for j, i in enumerate(out):
+                columns[i] = -share[..., j]
+        c = torch.stack(columns, dim=-1)
+        return torch.where(selected & ~still, c, torch.zeros_like(c))
+
+    def _on(self, device: torch.device) -> tuple[Tensor, ...]:
+        if device not in self._placed:
+            values = torch.tensor([edit.value for edit in self.edits], dtype=torch.float64)
+            rows = self.directions.to(device)
+            pushes = self.pushes.to(device)
+            still = torch.tensor([edit.changes_nothing for edit in self.edits], device=device)
+            placed = (pushes, rows, values.to(device), rows.norm(dim=-1), still)
+            self._placed[device] = placed
+        return self._placed[device]
+
+
+def _members(sae: ScopeSAE, features: list[int]) -> Membership:
+    return Membership(sae, features, n_witnesses=4 * sae.cfg.k)  # a layer keeps these rows
+
+
+def _activations_where(reader: _Reader, x: Tensor, wanted: Tensor) -> Tensor:
+    """Activations at the wanted tokens only; 0 elsewhere, where nobody looks."""
+    found = x.new_zeros((*x.shape[:-1], len(reader.at)), dtype=torch.float32)
+    if bool(wanted.any()):
+        found[wanted] = reader.activations(x[wanted])
+    return found
+
+
+def _projection(x: Tensor, rows: Tensor, selected: Tensor) -> Tensor:
+    """How much of each row makes up x's projection onto the span of the selected rows.
+
+    Several directions at one token are taken out together, so that nothing is left along any.
+    """
+    flags = selected.to(x.dtype)
+    along = (x @ rows.T) * flags
+    if len(rows) == 1:
+        return along / (rows @ rows.T)[0]
+    gram = (rows @ rows.T) * flags.unsqueeze(-1) * flags.unsqueeze(-2)
+    return (torch.linalg.pinv(gram, hermitian=True) @ along.unsqueeze(-1)).squeeze(-1)

@@ -1,0 +1,121 @@
+"""The same plans on interp-engine's models: its eager backend, and vLLM through the same call.
+
+`add` in every unit and `project_out` have a counterpart there. Where interp-engine would compute
+something else than the plan says (codes of an SAE, several places at once, edits that would see
+each other), the plan is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from qwen_scope_lens.errors import BadPlan, WrongModel
+from qwen_scope_lens.extras import require
+from qwen_scope_lens.models.backbone import check_name
+from qwen_scope_lens.steering.calls import Call
+from qwen_scope_lens.steering.plan import Edit, Plan
+from qwen_scope_lens.steering.readers import SAEs, directions_of
+from qwen_scope_lens.steering.token_masks import Selector
+from qwen_scope_lens.steering.where import Where
+
+__all__ = ["engine_spec", "steer_engine"]
+
+
+@contextmanager
+def steer_engine(
+    model: Any,
+    plan: Plan,
+    prompt_ids: Sequence[int],
+    saes: SAEs = None,
+    *,
+    allow_other_model: bool = False,
+) -> Iterator[None]:
+    """`with steer_engine(model, plan, ids): ...` for a model of interp-engine and one prompt."""
+    engine = require("interp_engine", "interp")
+    spec = engine_spec(plan, saes)
+    width, depth = int(model.d_model), int(model.n_layers)
+    for edit in plan.edits:
+        if edit.ref.sae.row.d_model != width or edit.ref.layer >= depth:
+            raise WrongModel(
+                f"{edit.ref} is a feature of {edit.ref.sae.row.backbone.model_id};"
+                f" {model.hf_model_id} has d_model {width} and layers 0..{depth - 1}"
+            )
+    if not allow_other_model:
+        for row in dict.fromkeys(edit.ref.sae.row for edit in plan.edits):
+            check_name(str(model.hf_model_id), row)
+    left_out, generated = _places(model, plan.edits[0].where, list(prompt_ids))
+    with engine.steer(
+        model,
+        spec,
+        prompt_token_ids=list(prompt_ids),
+        position_mask=left_out or None,
+        generated=generated,
+    ):
+        yield
+
+
+def engine_spec(plan: Plan, saes: SAEs = None) -> Any:
+    """interp-engine's `SteeringSpec` for the edits of a plan, whatever their places."""
+    engine = require("interp_engine", "interp")
+    if len({edit.where for edit in plan.edits}) > 1:
+        raise BadPlan(
+            "interp-engine has one place for all edits of a request; found"
+            f" {', '.join(sorted({str(edit.where) for edit in plan.edits}))}"
+        )
+    rows = directions_of(plan.edits, saes)
+    by_layer: dict[int, list[int]] = {}
+    for i, edit in enumerate(plan.edits):
+        by_layer.setdefault(edit.ref.layer, []).append(i)
+    layers = {}
+    for layer, members in by_layer.items():
+        edits = [plan.edits[i] for i in members]
+        layers[layer] = engine.LayerSteeringSpec(
+            operations=[_operation(engine, edits, rows[members])]
+        )
+    return engine.SteeringSpec(layers=layers)
+
+
+def _operation(engine: Any, edits: Sequence[Edit], rows: torch.Tensor) -> Any:
+    """The one operation of a layer; several `add` become one vector."""
+    for edit in edits:
+        if edit.operation.reads == "code":
+            raise BadPlan(
+                f"{edit}: {edit.op} reads the SAE's code, which interp-engine does not have: only"
+                " add and project_out can run there"
+            )
+    if all(edit.op == "add" and edit.unit != "norm" for edit in edits):
+        values = torch.tensor([edit.value for edit in edits], dtype=torch.float64)
+        return engine.AddSpec(vector=(values @ rows.double()).float(), scale=1.0)
+    if len(edits) > 1:
+        raise BadPlan(
+            f"layer {edits[0].ref.layer} has several edits that read the residual"
+            f" ({'; '.join(map(str, edits))}): in interp-engine the second would see what the first"
+            " did. Keep one of them a layer"
+        )
+    if edits[0].op == "project_out":
+        return engine.AblateSpec(vector=rows[0])
+    return engine.NormScaledAddSpec(
+        vector=rows[0], strength=edits[0].value, max_fraction=1e9, normalize=True
+    )
+
+
+def _places(model: Any, where: Where, ids: list[int]) -> tuple[list[int], bool]:
+    """Prompt positions to leave out, and whether generated tokens are steered."""
+    picky = where.positions is not None or where.classes or where.token_ids or where.roles
+    if picky and where.phase != "prompt":
+        raise BadPlan(
+            f"{where}: among generated tokens interp-engine cannot choose: say `prompt` as well"
+        )
+    call = Call(1, len(ids), 0, len(ids), torch.tensor([ids]), None, False)
+    selector = Selector(lambda: model.tokenizer)
+    selector.check(where)
+    flags = torch.full((1, len(ids)), where.phase != "generation")
+    mask = selector.mask(where, call, flags.device)
+    if mask is not None:
+        flags = flags & mask
+    left_out = [i for i, on in enumerate(flags[0].tolist()) if not on]
+    return left_out, where.phase != "prompt"

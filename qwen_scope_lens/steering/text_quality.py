@@ -1,0 +1,110 @@
+"""Figures of a continuation: perplexity, repetition, and the measures that a sweep plots."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from qwen_scope_lens.errors import BadPlan
+from qwen_scope_lens.models.architecture import input_device, text_config, unwrap
+from qwen_scope_lens.steering.generate import Continuation
+from qwen_scope_lens.steering.hooks import is_steered
+from qwen_scope_lens.steering.token_masks import token_classes
+from qwen_scope_lens.steering.where import TOKEN_CLASSES, shown
+
+__all__ = ["Measure", "perplexity", "repetition", "share_of_class", "surprisals"]
+
+
+@torch.no_grad()
+def surprisals(
+    model: Any, texts: Sequence[Continuation], token_budget: int = 4096
+) -> list[float | None]:
+    """Mean -log p of each continuation's tokens after its prompt; None where it has none."""
+    if is_steered(model):
+        raise BadPlan("perplexity is meant under the unsteered model: leave the `with steer` block")
+    inner, device = unwrap(model), input_device(model)
+    pad = getattr(text_config(model), "pad_token_id", None) or 0
+    found: list[float | None] = [None] * len(texts)
+    waiting = sorted(
+        (i for i, text in enumerate(texts) if text.ids),
+        key=lambda i: -len(texts[i].prompt_ids) - len(texts[i].ids),
+    )
+    while waiting:
+        longest = len(texts[waiting[0]].prompt_ids) + len(texts[waiting[0]].ids)
+        members = waiting[: max(1, token_budget // longest)]
+        waiting = waiting[len(members) :]
+        rows = [[*texts[i].prompt_ids, *texts[i].ids] for i in members]
+        ids = torch.tensor([row + [pad] * (longest - len(row)) for row in rows], device=device)
+        mask = torch.tensor([[1] * len(r) + [0] * (longest - len(r)) for r in rows], device=device)
+        logits = inner(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        for i, row, scores in zip(members, ids, logits, strict=True):
+            start, stop = len(texts[i].prompt_ids), len(texts[i].prompt_ids) + len(texts[i].ids)
+            own = scores[start - 1 : stop - 1].float().log_softmax(-1)
+            picked = own.gather(-1, row[start:stop].to(own.device).unsqueeze(-1))
+            found[i] = -float(picked.mean())
+    return found
+
+
+def perplexity(surprisals: Sequence[float | None]) -> float | None:
+    """exp of the mean over the texts that have one."""
+    known = [value for value in surprisals if value is not None]
+    return math.exp(min(700.0, sum(known) / len(known))) if known else None
+
+
+def repetition(ids: Sequence[int], n: int = 4) -> float | None:
+    """The share of n-grams that occurred before in the text; None for a text of fewer tokens."""
+    grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else None
+
+
+@dataclass(frozen=True)
+class Measure:
+    """`change` (the default), `class=NAME` or `regex=PATTERN`."""
+
+    name: str
+    meaning: str
+    of: Callable[[Continuation, Continuation], float]  # the steered text, the unsteered one
+
+    @classmethod
+    def parse(cls, text: str) -> Measure:
+        kind, _, value = text.partition("=")
+        if text == "change":
+            return cls(text, "share of tokens that differ from the unsteered text", _difference)
+        if kind == "class" and value in TOKEN_CLASSES:
+            return cls(
+                text,
+                f"share of visible characters of class {value}",
+                lambda new, old: share_of_class(new.text, value),
+            )
+        if kind == "regex" and value:
+            try:
+                value.encode()  # half a surrogate pair is found in no text
+                pattern = re.compile(value)
+            except (re.error, ValueError, OverflowError, RecursionError) as error:
+                raise BadPlan(f"{shown(value)} is no regular expression: {error}") from error
+            return cls(
+                text,
+                f"share of texts in which {value!r} is found",
+                lambda new, old: float(pattern.search(new.text) is not None),
+            )
+        raise BadPlan(
+            f"measure {text!r}: expected change, regex=PATTERN or class=NAME with NAME one of"
+            f" {', '.join(TOKEN_CLASSES)}"
+        )
+
+
+def share_of_class(text: str, name: str) -> float:
+    """The share of a text's visible characters that are of a token class; 0 without any."""
+    visible = [char for char in text if not char.isspace()]
+    return sum(name in token_classes(char) for char in visible) / max(1, len(visible))
+
+
+def _difference(new: Continuation, old: Continuation) -> float:
+    longest = max(len(new.ids), len(old.ids))
+    same = sum(a == b for a, b in zip(new.ids, old.ids, strict=False))
+    return 1 - same / longest if longest else 0.0

@@ -1,0 +1,15 @@
+from .codec import pack as pack
+from .corpus import Corpus as Corpus
+from .corpus import Document as Document
+from .corpus import read_corpus as read_corpus
+from .extract import extract as extract
+from .manifest import CorpusFacts as CorpusFacts
+from .manifest import Manifest as Manifest
+from .manifest import ModelFacts as ModelFacts
+from .manifest import SAEFacts as SAEFacts
+from .manifest import Settings as Settings
+from .manifest import TokenizerFacts as TokenizerFacts
+from .merge import merge as merge
+from .shard_files import CodedDocument as CodedDocument
+from .shard_files import write_shard as write_shard
+from .store import FeatureStore as FeatureStore

@@ -1,0 +1,289 @@
+"""From a corpus to a store: documents through model and SAEs, shard by shard.
+
+`extract` can be killed at any instant and called again: finished shards stay, the rest is made as
+it would have been. Batches never cross a shard's border, so a shard's bytes do not depend on where
+a run stopped. `models/residuals.py` reads residuals, `saes/` encodes them, `shard_files.py` writes
+the codes; here is the order in which that happens. `extract_ray.py` does the same on a cluster.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from qwen_scope_lens.address import LayerRef
+from qwen_scope_lens.catalog import Group, find_group
+from qwen_scope_lens.errors import (
+    BadCorpus,
+    StoreDamaged,
+    StoreMismatch,
+)
+from qwen_scope_lens.files import exclusive, refuse_link
+from qwen_scope_lens.models.load import load_model
+from qwen_scope_lens.models.residuals import EXTREME_NORM_RATIO
+from qwen_scope_lens.models.tokenize import find_tokenizer
+from qwen_scope_lens.stores import facts
+from qwen_scope_lens.stores.corpus import Corpus, Survey, as_corpus, survey
+from qwen_scope_lens.stores.extraction import Job
+from qwen_scope_lens.stores.fingerprints import is_sample, sampled_fingerprint
+from qwen_scope_lens.stores.manifest import CorpusFacts, Manifest, SAEFacts, Settings
+from qwen_scope_lens.stores.store import FeatureStore
+
+__all__ = ["SHARD_DOCS", "Checked", "check", "extract", "prepare"]
+
+SHARD_DOCS = 512
+TOKEN_BUDGET = 4096
+
+
+def extract(
+    documents: Any,
+    *,
+    model: Any,
+    group: str,
+    layers: Sequence[int],
+    out: str | os.PathLike[str],
+    tokenizer: Any = None,
+    max_tokens: int | None = None,
+    truncate: bool = True,
+    enable_thinking: bool | None = None,
+    add_generation_prompt: bool = False,
+    extreme_norm_ratio: float = EXTREME_NORM_RATIO,
+    token_budget: int | None = None,
+    shard_docs: int | None = None,
+    append: bool = False,
+    sae_memory: int | None = None,
+    rank: tuple[int, int] = (0, 1),
+    sae_folder: str | os.PathLike[str] | None = None,
+    sae_revision: str | None = None,
+    device: str | None = None,
+    progress: bool = True,
+    **model_options: Any,
+) -> FeatureStore:
+    """The sparse features of every document, in a store on disk.
+
+    Args:
+        documents: of `read_corpus`, or a list of texts, chats, mappings (`text`, labels) or
+            Documents.
+        model: a name for `load_model` (only the layers needed are read), or a model in memory.
+        group: the SAEs, `qwen3-8b-base/w64k-l0-50`; `layers` are those to store.
+        max_tokens: (else the model's context) cuts longer documents, or refuses them with
+            `truncate=False`.
+        enable_thinking: has to be said for chats.
+        token_budget: tokens of a batch, pads included (4096).
+        shard_docs: documents of a shard (512): what a killed run loses at most.
+        append: add the documents to a store that has others.
+        sae_memory: bytes for SAE weights. Where not all SAEs fit, the residuals of some shards are
+            kept and the SAEs go over them one by one.
+        rank: (i, n) makes every n-th shard from i: n processes share the work.
+    """
+    i, n = rank
+    if not 0 <= i < n:
+        raise BadCorpus(f"rank {i}/{n}: expected 0/{n}..{n - 1}/{n}")
+    settings = Settings(
+        max_tokens, truncate, enable_thinking, add_generation_prompt, extreme_norm_ratio
+    )
+    checked = check(
+        documents,
+        model=model,
+        group=group,
+        layers=layers,
+        out=out,
+        settings=settings,
+        token_budget=token_budget,
+        shard_docs=shard_docs,
+        append=append,
+        sae_folder=sae_folder,
+        sae_revision=sae_revision,
+    )
+    say = _say if progress else _silent
+    job = prepare(checked, model, tokenizer, device, say, **model_options)
+    lock = job.out if n == 1 else job.out / ".ranks" / f"{i}-of-{n}"
+    if lock != job.out:
+        refuse_link(lock)
+    with exclusive(lock):
+        if missing := job.missing(i, n):
+            job.run(missing, job.encoder(sae_memory), progress)
+        else:
+            job.say("nothing to do: every shard is there")
+    return FeatureStore.open(job.out)
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A job of which everything is known but the model."""
+
+    group: Group
+    corpus: Corpus
+    survey: Survey
+    saes: dict[int, SAEFacts]
+    settings: Settings
+    facts: CorpusFacts  # in an existing store: as it stands there, or would stand
+    folder: Path
+    append: bool
+    token_budget: int | None
+    sae_folder: str | os.PathLike[str] | None
+    sae_revision: str | None
+
+
+def check(
+    documents: Any,
+    *,
+    model: Any,
+    group: str,
+    layers: Sequence[int],
+    out: str | os.PathLike[str],
+    settings: Settings,
+    token_budget: int | None = None,
+    shard_docs: int | None = None,
+    append: bool = False,
+    sae_folder: str | os.PathLike[str] | None = None,
+    sae_revision: str | None = None,
+) -> Checked:
+    """Refuse what needs no model to be refused: bad rows, other SAEs, settings or documents."""
+    row = find_group(group)
+    wanted = sorted({row.check_layer(layer) for layer in layers})
+    if not wanted:
+        raise BadCorpus("no layer was asked for: pass layers=[...]")
+    if isinstance(model, (str, Path)):
+        facts.check_config(str(model), row)
+    corpus = as_corpus(documents)
+    found = survey(corpus, corpus.name)
+    if found.has_chats and settings.enable_thinking is None:
+        raise BadCorpus(
+            f"{corpus.name} holds chats: say enable_thinking=True or False (--thinking,"
+            " --no-thinking), the template changes the text with it"
+        )
+    saes = {n: facts.sae_facts(LayerRef(row.short, n), sae_folder, sae_revision) for n in wanted}
+    mine = CorpusFacts(
+        name=corpus.name,
+        n_docs=found.n_docs,
+        sha256=found.sha256,
+        shard_docs=shard_docs or SHARD_DOCS,
+        token_budget=token_budget or TOKEN_BUDGET,
+        size=corpus.size,
+    )
+    folder = Path(out).expanduser()
+    for name in (".manifest", ".ranks", "shards"):
+        refuse_link(folder / name)
+    if Manifest.exists(folder):
+        likely = replace(Manifest.read(folder), saes=saes, settings=settings)
+        mine = _current(_joined(folder, likely, mine, found.labels, append), mine)
+    if shard_docs not in (None, mine.shard_docs):
+        raise StoreMismatch(
+            f"{folder} has {mine.shard_docs} documents a shard, {shard_docs} were asked for:"
+            " leave shard_docs out to go on"
+        )
+    return Checked(
+        group=row,
+        corpus=corpus,
+        survey=found,
+        saes=saes,
+        settings=settings,
+        facts=mine,
+        folder=folder,
+        append=append,
+        token_budget=token_budget,
+        sae_folder=sae_folder,
+        sae_revision=sae_revision,
+    )
+
+
+def prepare(
+    checked: Checked,
+    model: Any,
+    tokenizer: Any = None,
+    device: str | None = None,
+    say: Callable[[str], None] = lambda line: None,
+    **model_options: Any,
+) -> Job:
+    """Load the model, compare it with the store's, write the manifest."""
+    wanted, folder, found = sorted(checked.saes), checked.folder, checked.survey
+    if isinstance(model, (str, Path)):
+        model = load_model(model, up_to_layer=wanted[-1], device=device, **model_options)
+    facts.check_model(model, checked.group)
+    tokenizer = find_tokenizer(model, tokenizer)
+    mine = Manifest(
+        model=facts.model_facts(model, wanted),
+        tokenizer=facts.tokenizer_facts(tokenizer),
+        saes=checked.saes,
+        settings=checked.settings,
+        labels={},
+        corpora=(),
+        versions=facts.versions(),
+    )
+    if Manifest.exists(folder) and is_sample(Manifest.read(folder).model.fingerprint):
+        older = sampled_fingerprint(model, wanted[-1])
+        mine = replace(mine, model=replace(mine.model, fingerprint=older))
+        say(
+            f"NOTE: {folder} was begun by an older version, which looked at a sample of the model's"
+            " weights only: a model that differs in a few of them would not be noticed"
+        )
+    if note := facts.model_note(mine.model, checked.group):
+        say(f"NOTE: {note}")
+    with exclusive(folder / ".manifest", wait=True):
+        manifest = _joined(folder, mine, checked.facts, found.labels, checked.append)
+        if not Manifest.exists(folder) or Manifest.read(folder) != manifest:
+            manifest.write(folder)
+    current = _current(manifest, checked.facts)
+    budget = checked.token_budget or current.token_budget
+    if budget != current.token_budget:
+        say(
+            f"NOTE: {budget} tokens a batch, the store was begun with {current.token_budget}: in"
+            " floating point, values may differ in their last digit from an undisturbed run's"
+        )
+    return Job(
+        out=folder,
+        corpus=checked.corpus,
+        facts=current,
+        manifest=manifest,
+        model=model,
+        tokenizer=tokenizer,
+        token_budget=budget,
+        sae_folder=checked.sae_folder,
+        sae_revision=checked.sae_revision,
+        say=say,
+    )
+
+
+def _current(manifest: Manifest, corpus: CorpusFacts) -> CorpusFacts:
+    [found] = [known for known in manifest.corpora if known.sha256 == corpus.sha256]
+    return found
+
+
+def _joined(
+    folder: Path, mine: Manifest, corpus: CorpusFacts, labels: dict[str, str], append: bool
+) -> Manifest:
+    """The manifest after this corpus: a new one, the same (resuming), or one corpus longer."""
+    if not Manifest.exists(folder):
+        if (folder / "shards").exists():
+            raise StoreDamaged(f"{folder} has shards but no manifest.json: choose another folder")
+        return mine.with_corpus(corpus, labels)
+    theirs = Manifest.read(folder)
+    mine.require_same(theirs, "this run", str(folder))
+    if any(c.sha256 == corpus.sha256 for c in theirs.corpora):
+        return theirs
+    if not append:
+        raise StoreMismatch(
+            f"{folder} holds {', '.join(c.name for c in theirs.corpora)}, with other documents than"
+            f" {corpus.name} ({corpus.n_docs:,} documents): pass append=True (--append) to add"
+            " these, or choose another folder"
+        )
+    if not FeatureStore.open(folder).is_complete:
+        raise StoreMismatch(
+            f"{folder} is not finished: run its own `qsl extract` again first, then append"
+        )
+    return theirs.with_corpus(corpus, labels)
+
+
+def _say(line: str) -> None:
+    tqdm.write(line, file=sys.stderr)
+
+
+def _silent(line: str) -> None:
+    pass

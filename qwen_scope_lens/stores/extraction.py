@@ -1,0 +1,272 @@
+"""One job of extraction: documents of some shards through the model, encoded and written.
+
+Either every SAE stays in memory and a batch's residuals are gone once encoded, or (`sae_memory`)
+the residuals of some shards are kept and the SAEs go over them one after the other. The codes are
+the same, bit for bit: encoding looks at one token at a time.
+
+Batches never cross a shard's border, so a shard's bytes do not depend on where a run stopped or on
+who makes it. What is checked before a job exists is `extract.py`; encoding is `extraction.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from qwen_scope_lens.address import LayerRef
+from qwen_scope_lens.errors import TooLittleData
+from qwen_scope_lens.files import exclusive
+from qwen_scope_lens.models.architecture import input_device
+from qwen_scope_lens.models.residuals import Capture, iter_captures
+from qwen_scope_lens.stores.codec import Packed, pack
+from qwen_scope_lens.stores.corpus import Corpus, Document
+from qwen_scope_lens.stores.manifest import CorpusFacts, Manifest
+from qwen_scope_lens.stores.shard_files import CodedDocument, damage, shard_folder, write_shard
+
+__all__ = ["Encoder", "Job", "Piece", "coded_documents"]
+
+
+@dataclass
+class Piece:
+    """One batch: what was captured, without the residuals of layers that are encoded."""
+
+    capture: Capture
+    codes: dict[int, Packed]
+
+    @property
+    def residual_bytes(self) -> int:
+        return sum(x.numel() * x.element_size() for x in self.capture.residuals.values())
+
+
+class Encoder:
+    """The SAEs of some layers. With `room` (bytes of residuals that may wait) only one of them is
+    in memory at a time."""
+
+    def __init__(
+        self, load: Callable[[int], Any], layers: Sequence[int], room: int | None = None
+    ) -> None:
+        self._load, self._layers, self._room = load, tuple(layers), room
+        self._saes = {layer: load(layer) for layer in layers} if room is None else {}
+
+    def read(self, capture: Capture) -> Piece:
+        """A batch as it comes: encoded at once, or put aside (in main memory)."""
+        if self._room is None:
+            codes = {n: _encode(self._saes[n], capture.residuals[n]) for n in self._layers}
+            return Piece(replace(capture, residuals={}), codes)
+        return Piece(replace(capture, residuals={n: x.cpu() for n, x in _own(capture)}), {})
+
+    def is_full(self, pieces: Sequence[Piece]) -> bool:
+        """Whether what waits should be settled now."""
+        if self._room is None:
+            return True
+        return sum(piece.residual_bytes for piece in pieces) * 2 > self._room
+
+    def settle(self, pieces: Sequence[Piece]) -> None:
+        """Encode what waits, layer by layer."""
+        if self._room is None:
+            return
+        for layer in self._layers:
+            sae = self._load(layer)
+            for piece in pieces:
+                residual = piece.capture.residuals.pop(layer)
+                piece.codes[layer] = _encode(sae, residual)
+            del sae
+
+
+def _own(capture: Capture) -> list[tuple[int, Tensor]]:
+    return list(capture.residuals.items())
+
+
+def _encode(sae: Any, residual: Tensor) -> Packed:
+    return pack(sae.encode_sparse(residual.to(sae.W_enc.device)))
+
+
+def coded_documents(
+    pieces: Sequence[Piece], documents: Sequence[Document], first: int, tokenizer: Any
+) -> list[CodedDocument]:
+    """The documents of one shard in order; `first` is the stream's number of `documents[0]`."""
+    found: dict[int, CodedDocument] = {}
+    for piece in pieces:
+        capture = piece.capture
+        ids = capture.token_ids.numpy()
+        extreme = {layer: x.cpu().numpy() for layer, x in capture.extreme.items()}
+        offsets = capture.offsets.tolist()
+        for i, number in enumerate(capture.doc_ids):
+            start, end = offsets[i], offsets[i + 1]
+            document, text, spans = (
+                documents[number - first],
+                capture.texts[i],
+                capture.char_spans[i],
+            )
+            found[number] = CodedDocument(
+                key=document.key,
+                text=text,
+                labels=dict(document.labels),
+                token_ids=ids[start:end],
+                tokens=_strings(text, spans, ids[start:end], tokenizer),
+                spans=None if spans is None else np.array(spans, dtype=np.int64).reshape(-1, 2),
+                truncated=capture.truncated[i],
+                codes={layer: codes.rows(start, end) for layer, codes in piece.codes.items()},
+                extreme={layer: flags[start:end] for layer, flags in extreme.items()},
+            )
+    return [found[first + i] for i in range(len(documents))]
+
+
+def _strings(text: str | None, spans: Any, ids: np.ndarray, tokenizer: Any) -> list[str]:
+    """Each token's characters; a token that is part of a character shows the whole character."""
+    if text is None or spans is None:
+        return [tokenizer.decode([token]) for token in ids.tolist()]
+    return [text[start:end] for start, end in spans]
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that is settled before the first forward."""
+
+    out: Path
+    corpus: Corpus
+    facts: CorpusFacts
+    manifest: Manifest
+    model: Any
+    tokenizer: Any
+    token_budget: int
+    sae_folder: str | os.PathLike[str] | None
+    sae_revision: str | None
+    say: Callable[[str], None]
+
+    def missing(self, i: int = 0, n: int = 1) -> list[int]:
+        """The shards that rank i of n has to make: not there, or damaged."""
+        first = self.facts.first_shard
+        shards = []
+        for shard in range(first + i, first + self.facts.n_shards, n):
+            folder = shard_folder(self.out, shard)
+            if not folder.is_dir():
+                shards.append(shard)
+            elif (problem := damage(folder)) is not None:
+                self.say(f"made again: {problem}")
+                shards.append(shard)
+        return shards
+
+    def encoder(self, sae_memory: int | None) -> Encoder:
+        """The SAEs, loaded; or one at a time where they do not fit. Says what that costs."""
+        return Encoder(self._load, self.manifest.layers, self._room(sae_memory))
+
+    def run(self, shards: Sequence[int], encoder: Encoder, progress: bool) -> None:
+        """Make the given shards."""
+        total = sum(end - start for start, end in map(self.facts.span, shards))
+        waiting: list[_Read] = []
+        truncated = 0
+        with tqdm(
+            total=total, unit="doc", disable=not progress, file=sys.stderr, desc="extract"
+        ) as bar:
+            for read in self._read(shards, encoder, bar):
+                waiting.append(read)
+                pieces = [piece for each in waiting for piece in each.pieces]
+                if not encoder.is_full(pieces) and read.shard != shards[-1]:
+                    continue
+                encoder.settle(pieces)
+                for each in waiting:
+                    coded = coded_documents(each.pieces, each.documents, each.first, self.tokenizer)
+                    with exclusive(self.out, part=each.shard, name=".shards.lock"):
+                        write_shard(self.out, each.shard, self.manifest, coded)
+                    truncated += sum(document.truncated for document in coded)
+                waiting.clear()
+        if truncated:
+            self.say(f"{truncated:,} documents were cut to their first tokens (see `truncated`)")
+
+    def _read(self, shards: Sequence[int], encoder: Encoder, bar: Any) -> Iterator[_Read]:
+        """Run the model over the documents of each shard."""
+        settings = self.manifest.settings
+        ahead: deque[Document] = deque()
+        captures = iter_captures(
+            self.model,
+            self._stream(shards, ahead),
+            self.manifest.layers,
+            tokenizer=self.tokenizer,
+            token_budget=self.token_budget,
+            window=self.facts.shard_docs,  # a batch never crosses a shard's border
+            max_tokens=settings.max_tokens,
+            truncate=settings.truncate,
+            enable_thinking=settings.enable_thinking,
+            add_generation_prompt=settings.add_generation_prompt,
+            extreme_norm_ratio=settings.extreme_norm_ratio,
+        )
+        began, tokens, first = time.monotonic(), 0, 0
+        for shard in shards:
+            start, end = self.facts.span(shard)
+            pieces: list[Piece] = []
+            while sum(len(piece.capture) for piece in pieces) < end - start:
+                capture = next(captures)
+                pieces.append(encoder.read(capture))
+                tokens += capture.n_tokens
+                rate = tokens / (time.monotonic() - began)
+                bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
+                bar.update(len(capture))
+            documents = [ahead.popleft() for _ in range(end - start)]
+            yield _Read(shard, first, documents, pieces)
+            first += end - start
+
+    def _stream(self, shards: Sequence[int], ahead: deque[Document]) -> Iterator[Any]:
+        """The contents of the documents of some shards, remembered until they are written."""
+        spans = map(self.facts.span, shards)
+        start, end = next(spans)
+        for number, document in enumerate(self.corpus, start=self.facts.first_doc):
+            if number == end:
+                if (following := next(spans, None)) is None:
+                    return
+                start, end = following
+            if number >= start:
+                ahead.append(document)
+                yield document.content
+
+    def _load(self, layer: int) -> Any:
+        from qwen_scope_lens.saes.load import load_sae
+
+        return load_sae(
+            self.manifest.saes[layer].ref,
+            folder=self.sae_folder,
+            revision=self.sae_revision,
+            device=str(input_device(self.model)),
+        )
+
+    def _room(self, sae_memory: int | None) -> int | None:
+        """Bytes of residuals that may wait, or None where all SAEs fit. Says what it costs."""
+        one = LayerRef.parse(next(iter(self.manifest.saes.values())).ref).row.bytes_per_layer
+        count = len(self.manifest.layers)
+        if sae_memory is None or count * one <= sae_memory:
+            self.say(f"{count} SAEs in memory: {count * one / 1e9:,.2f} GB")
+            return None
+        if one > sae_memory:
+            raise TooLittleData(
+                f"sae_memory is {sae_memory / 1e9:,.2f} GB, one SAE alone needs {one / 1e9:,.2f} GB"
+            )
+        room = sae_memory - one
+        width = count * self.manifest.model.d_model
+        width *= 4 if self.manifest.model.dtype == "float32" else 2
+        self.say(
+            f"{count} SAEs need {count * one / 1e9:,.2f} GB, sae_memory is {sae_memory / 1e9:,.2f}"
+            f" GB: they are loaded one at a time, {count * one / 1e9:,.2f} GB read again for every"
+            f" {max(1, room // (2 * width)):,} tokens (or every shard of {self.facts.shard_docs}"
+            f" documents, where that is more). A token's residuals wait in {width:,} bytes"
+        )
+        return room
+
+
+@dataclass(frozen=True)
+class _Read:
+    """One shard's documents after the forward."""
+
+    shard: int
+    first: int  # the stream's number of its first document
+    documents: list[Document]
+    pieces: list[Piece]

@@ -1,0 +1,167 @@
+"""Finds out what a manifest says: which model, tokenizer, SAEs and versions are at work.
+
+Also refuses, before any work, a model to which the SAEs cannot belong.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from qwen_scope_lens.address import LayerRef
+from qwen_scope_lens.catalog import MINI_HOME, Group, bundled_model
+from qwen_scope_lens.errors import WrongModel
+from qwen_scope_lens.files import file_sha256
+from qwen_scope_lens.models.architecture import (
+    d_model,
+    describe,
+    is_quantised,
+    text_config,
+    unwrap,
+)
+from qwen_scope_lens.models.checkpoint import open_config
+from qwen_scope_lens.saes.checkpoint import subtracts_b_dec
+from qwen_scope_lens.saes.locate import HubOptions, locate
+from qwen_scope_lens.stores.fingerprints import fingerprint
+from qwen_scope_lens.stores.manifest import ModelFacts, SAEFacts, TokenizerFacts
+
+__all__ = [
+    "check_config",
+    "check_model",
+    "model_facts",
+    "model_note",
+    "other_model",
+    "sae_facts",
+    "tokenizer_facts",
+    "versions",
+]
+
+PACKAGES = (
+    "qwen-scope-lens",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "sae-lens",
+    "numpy",
+    "pyarrow",
+)
+_BLOB = re.compile(r"[0-9a-f]{64}")
+
+
+def check_config(model: str, group: Group) -> None:
+    """Raise for a checkpoint of another width or depth, before any weight is read."""
+    try:
+        config = open_config(str(bundled_model(model) or model))
+    except (OSError, ValueError):
+        return  # `load_model` says what is wrong
+    _check_sizes(model, text_config(config), group, cut=False)
+
+
+def check_model(model: Any, group: Group) -> None:
+    """The same for a model in memory."""
+    cut = getattr(model, "up_to_layer", None) is not None
+    _check_sizes(describe(model), text_config(model), group, cut)
+
+
+def _check_sizes(name: str, config: Any, group: Group, cut: bool) -> None:
+    width, depth = int(config.hidden_size), int(config.num_hidden_layers)
+    if width != group.d_model:
+        raise WrongModel(
+            f"{name} has d_model {width}, the SAEs {group.short} read {group.d_model}: they were"
+            f" trained on {group.backbone.model_id}"
+        )
+    if depth != group.backbone.num_layers and not cut:
+        raise WrongModel(
+            f"{name} has {depth} layers, {group.backbone.model_id}, on which {group.short} was"
+            f" trained, has {group.backbone.num_layers}: it is another model"
+        )
+
+
+def other_model(name: str, group: Group) -> str | None:
+    """A remark where the SAEs were trained on a model of another name."""
+    parts = name.rstrip("/").split("/")
+    cached = [part.split("--")[-1] for part in parts if part.startswith("models--")]  # of the hub
+    if (cached or parts)[-1].lower() == group.backbone.key:
+        return None
+    return f"the SAEs {group.short} were trained on {group.backbone.model_id}, this is {name}"
+
+
+def model_note(facts: ModelFacts, group: Group) -> str | None:
+    """A remark where the names say that the SAEs were trained on another model."""
+    said = [note] if (note := other_model(facts.id, group)) else []
+    if facts.quantised:
+        said.append("the model's weights are quantised, the SAEs were trained on unquantised ones")
+    return "; ".join(said) or None
+
+
+def model_facts(model: Any, layers: Iterable[int]) -> ModelFacts:
+    config = unwrap(model).config
+    name = describe(model)
+    if Path(name).parent == MINI_HOME:
+        name = Path(name).name
+    return ModelFacts(
+        id=name,
+        revision=getattr(config, "_commit_hash", None),
+        dtype=str(next(unwrap(model).parameters()).dtype).removeprefix("torch."),
+        d_model=d_model(model),
+        fingerprint=fingerprint(model, max(layers)),
+        quantised=is_quantised(model),
+    )
+
+
+def tokenizer_facts(tokenizer: Any) -> TokenizerFacts:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        content = json.loads(backend.to_str())
+        for volatile in ("truncation", "padding"):  # set by calls
+            content.pop(volatile, None)
+        text = json.dumps(content, sort_keys=True)
+    else:
+        text = json.dumps(sorted(tokenizer.get_vocab().items()))
+    name = str(getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__)
+    template = getattr(tokenizer, "chat_template", None)
+    return TokenizerFacts(
+        name=Path(name).name if Path(name).parent == MINI_HOME else name,
+        size=len(tokenizer),
+        sha256=_sha(text),
+        chat_template_sha256=_sha(template) if isinstance(template, str) else None,
+    )
+
+
+def sae_facts(
+    ref: LayerRef, folder: str | os.PathLike[str] | None = None, revision: str | None = None
+) -> SAEFacts:
+    file = locate(ref, folder, HubOptions(revision))
+    # The hub's cache names a large file by its sha256, which saves reading gigabytes.
+    name = file.path.resolve().name
+    return SAEFacts(
+        ref=str(ref),
+        d_sae=ref.row.d_sae,
+        k=ref.row.k,
+        sha256=name if _BLOB.fullmatch(name) else file_sha256(file.path),
+        revision=file.revision,
+        subtracts_b_dec=subtracts_b_dec(file),
+    )
+
+
+def versions(*more: str) -> dict[str, str]:
+    """Of the packages that every artefact names, and of `more`."""
+    found = {}
+    for package in (*PACKAGES, *more):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            from qwen_scope_lens.version import __version__
+
+            found[package] = __version__ if package == "qwen-scope-lens" else "unknown"
+    return found
+
+
+def _sha(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()

@@ -1,0 +1,101 @@
+"""`qsl store check`: everything that is wrong with a store, by its checksums and by its content.
+
+Checksums find what changed since it was written. The content is compared as well, because a store
+may come from somebody who made the checksums anew: numbers within their bounds, and both views of
+the codes, the documents and the tokens saying the same.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from qwen_scope_lens.errors import StoreDamaged
+from qwen_scope_lens.stores.manifest import Manifest
+from qwen_scope_lens.stores.shard_files import damage, shard_folder
+from qwen_scope_lens.stores.shard_reader import Shard
+
+__all__ = ["check"]
+
+MOST_MISSING = 1000
+"""How many missing shards after the last one are named one by one."""
+
+
+def check(path: str | os.PathLike[str], checksums: bool = True) -> list[str]:
+    """Everything that is wrong with a store, one line each; empty when it is whole.
+
+    Without `checksums` only names and sizes are compared and no file is read.
+    """
+    folder = Path(path).expanduser()
+    manifest = Manifest.read(folder)
+    problems = []
+    numbers = [int(p.name) for p in folder.glob("shards/[0-9]*") if p.name.isdecimal()]
+    end = min(manifest.n_shards, max(numbers, default=-1) + 1 + MOST_MISSING)
+    for shard in range(end):
+        place = shard_folder(folder, shard)
+        if not place.is_dir():
+            problems.append(f"{place} is missing: `qsl extract` was stopped, or runs")
+            continue
+        problem = damage(place, checksums)
+        if problem is None and checksums:
+            problem = _contradiction(folder, shard, manifest)
+        problems += [] if problem is None else [problem]
+    if end < manifest.n_shards:
+        problems.append(f"{manifest.n_shards - end:,} more shards are missing")
+    return problems
+
+
+def _contradiction(folder: Path, number: int, manifest: Manifest) -> str | None:
+    """What in a shard cannot be so, whatever its checksums say."""
+    try:
+        shard = Shard(folder, number, manifest)
+        lengths = np.diff(shard.offsets)
+        documents = shard.table("documents.parquet", ["doc", "n_tokens"])
+        first = np.arange(shard.first_doc, shard.first_doc + shard.n_docs)
+        if not np.array_equal(documents["doc"], first):
+            return f"{shard.path('documents.parquet')} has other documents than its folder"
+        if not np.array_equal(documents["n_tokens"], lengths):
+            return f"{shard.path('documents.parquet')} has other lengths than offsets.npy"
+        doc = np.repeat(first, lengths)
+        position = np.arange(len(doc)) - np.repeat(shard.offsets[:-1], lengths)
+        tokens = shard.table("tokens.parquet", ["doc", "position"])
+        if not _same(tokens["doc"], doc) or not _same(tokens["position"], position):
+            return f"{shard.path('tokens.parquet')} has other tokens than offsets.npy"
+        for layer in manifest.layers:
+            if problem := _views_differ(shard, layer, doc, position):
+                return problem
+    except StoreDamaged as error:
+        return str(error)
+    return None
+
+
+def _views_differ(shard: Shard, layer: int, doc: np.ndarray, position: np.ndarray) -> str | None:
+    """Whether a layer's codes by token and its `features.parquet` are not the same entries."""
+    path = shard.features_path(layer)
+    packed = shard.packed(layer)
+    index, values = packed.indices().reshape(-1), packed.numbers().reshape(-1)
+    [active] = np.nonzero(values > 0)
+    order = active[np.argsort(index[active], kind="stable")]
+    feature, rows = index[order], order // packed.k
+    if ((np.diff(feature) == 0) & (np.diff(rows) == 0)).any():
+        return f"{path.parent}: a feature fires twice on one token"
+    if shard.n_nonzero[layer] != len(order):
+        return f"{path.parent} has {len(order):,} entries, {shard.n_nonzero[layer]:,} were written"
+    columns = {
+        "feature": feature,
+        "doc": doc[rows],
+        "position": position[rows],
+        "value": values[order],
+        "layer": np.full(len(order), layer),
+    }
+    table = shard.table(path.relative_to(shard.folder).as_posix(), list(columns))
+    for name, expected in columns.items():
+        if not _same(table[name], expected):
+            return f"{path}: {name} differs from the codes by token"
+    return None
+
+
+def _same(column: object, expected: np.ndarray) -> bool:
+    return np.array_equal(np.asarray(column), expected)

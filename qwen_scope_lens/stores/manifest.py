@@ -1,0 +1,294 @@
+"""The facts with which a feature store can be reproduced, or refused: `manifest.json`.
+
+Which model, tokenizer and SAEs made it, with which settings and versions, from which corpora. How
+such facts are found out is `facts.py`; the codes themselves are in `shard_files.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from qwen_scope_lens.errors import BadFile, StoreDamaged, StoreMismatch
+from qwen_scope_lens.files import read_json, write_json
+
+__all__ = [
+    "FORMAT",
+    "LABEL_TYPES",
+    "CorpusFacts",
+    "Manifest",
+    "ModelFacts",
+    "SAEFacts",
+    "Settings",
+    "TokenizerFacts",
+    "join_label_types",
+]
+
+FORMAT = "qwen-scope-store"
+VERSION = 1
+NAME = "manifest.json"
+
+LABEL_TYPES = ("bool", "int", "float", "str")
+
+MOST_FEATURES = 1 << 24
+"""The indices of codes have three bytes."""
+MOST_DOCS = 1 << 31
+"""The column `doc` of the files has four."""
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """The model whose residuals were encoded."""
+
+    id: str
+    revision: str | None
+    dtype: str
+    d_model: int
+    fingerprint: str  # of the weights that take part, see `fingerprints.py`
+    quantised: bool = False
+
+
+@dataclass(frozen=True)
+class TokenizerFacts:
+    name: str
+    size: int
+    sha256: str
+    chat_template_sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class SAEFacts:
+    """The SAE of one layer."""
+
+    ref: str  # "qwen3-8b-base/w64k-l0-50/20"
+    d_sae: int
+    k: int
+    sha256: str  # of its file
+    revision: str | None = None
+    subtracts_b_dec: bool = False
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How documents became tokens, and tokens codes."""
+
+    max_tokens: int | None = None
+    truncate: bool = True
+    enable_thinking: bool | None = None
+    add_generation_prompt: bool = False
+    extreme_norm_ratio: float = 10.0
+
+
+@dataclass(frozen=True)
+class CorpusFacts:
+    """One run's documents. Appending adds another."""
+
+    name: str
+    n_docs: int
+    sha256: str  # over keys, contents and labels of all documents
+    first_doc: int = 0
+    first_shard: int = 0
+    shard_docs: int = 512
+    token_budget: int = 4096
+    size: int | None = None  # bytes of the file
+    labels: tuple[str, ...] = ()  # their types are the store's
+
+    @property
+    def n_shards(self) -> int:
+        return -(-self.n_docs // self.shard_docs)
+
+    def span(self, shard: int) -> tuple[int, int]:
+        """First and last + 1 document of a shard, by their numbers in the store."""
+        start = (shard - self.first_shard) * self.shard_docs
+        end = min(start + self.shard_docs, self.n_docs)
+        return self.first_doc + start, self.first_doc + end
+
+
+@dataclass(frozen=True)
+class Manifest:
+    model: ModelFacts
+    tokenizer: TokenizerFacts
+    saes: dict[int, SAEFacts]
+    settings: Settings
+    labels: dict[str, str]  # name -> one of LABEL_TYPES
+    corpora: tuple[CorpusFacts, ...]
+    versions: dict[str, str]
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return tuple(sorted(self.saes))
+
+    @property
+    def n_docs(self) -> int:
+        """Documents when all corpora are finished."""
+        return sum(corpus.n_docs for corpus in self.corpora)
+
+    @property
+    def n_shards(self) -> int:
+        return sum(corpus.n_shards for corpus in self.corpora)
+
+    def corpus_of(self, shard: int) -> CorpusFacts:
+        for corpus in self.corpora:
+            if corpus.first_shard <= shard < corpus.first_shard + corpus.n_shards:
+                return corpus
+        raise StoreDamaged(f"shard {shard} belongs to no corpus of the manifest")
+
+    def require_same(self, other: Manifest, mine: str, theirs: str) -> None:
+        """Raise where codes of the two may not stand in one store."""
+        for what in ("saes", "settings", "tokenizer", "model"):
+            left, right = getattr(self, what), getattr(other, what)
+            if left == right:
+                continue
+            if what == "model" and ":" in left.fingerprint + right.fingerprint:
+                _require_same_kind(left, right, mine, theirs)
+            if what == "saes":
+                left, right = _different_saes(left, right)
+            raise StoreMismatch(
+                f"{mine} and {theirs} were made with another {_singular(what)}:"
+                f" {_difference(left, right)}. Make a new store, or use the same {_singular(what)}"
+            )
+
+    def with_corpus(self, corpus: CorpusFacts, labels: dict[str, str]) -> Manifest:
+        """The same store, with one more corpus after the others."""
+        corpus = replace(
+            corpus, first_doc=self.n_docs, first_shard=self.n_shards, labels=tuple(labels)
+        )
+        names = {**self.labels}
+        for name, kind in labels.items():
+            names[name] = join_label_types(names[name], kind) if name in names else kind
+            if name in self.labels and names[name] != self.labels[name]:
+                raise StoreMismatch(
+                    f"label {name!r} is {kind} in {corpus.name} and {self.labels[name]} in the"
+                    " store: rename it in the new corpus, or give its values the same type"
+                )
+        return replace(self, corpora=(*self.corpora, corpus), labels=names)
+
+    def write(self, folder: Path) -> None:
+        content = asdict(self)
+        content["saes"] = {str(layer): asdict(self.saes[layer]) for layer in self.layers}
+        content["corpora"] = [asdict(corpus) for corpus in self.corpora]
+        write_json(folder / NAME, FORMAT, VERSION, content)
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        path = folder / NAME
+        content = read_json(path, FORMAT, VERSION, "qsl extract")
+        try:
+            found = cls(
+                model=_typed(ModelFacts, content["model"]),
+                tokenizer=_typed(TokenizerFacts, content["tokenizer"]),
+                saes={int(n): _typed(SAEFacts, facts) for n, facts in content["saes"].items()},
+                settings=_typed(Settings, content["settings"]),
+                labels=dict(content["labels"]),
+                corpora=tuple(
+                    _typed(CorpusFacts, {**facts, "labels": tuple(facts.get("labels", ()))})
+                    for facts in content["corpora"]
+                ),
+                versions=dict(content["versions"]),
+            )
+            _check_numbers(found)
+            return found
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise BadFile(f"{path} lacks or mistypes a fact ({error}): it was edited") from error
+
+    @staticmethod
+    def exists(folder: Path) -> bool:
+        return (folder / NAME).is_file()
+
+
+def _typed(kind: type[Any], content: Any) -> Any:
+    """A dataclass of facts, each of its own type."""
+    found = kind(**content)
+    for name, hint in get_type_hints(kind).items():
+        value = getattr(found, name)
+        if hint == tuple[str, ...]:
+            good = isinstance(value, tuple) and all(isinstance(each, str) for each in value)
+        else:
+            good = isinstance(value, hint | int if hint is float else hint)
+            good &= isinstance(value, bool) <= (hint in (bool, bool | None))
+        if not good:
+            raise TypeError(f"{name} is {value!r:.60}")
+    return found
+
+
+def _check_numbers(manifest: Manifest) -> None:
+    """Raise ValueError for sizes that no store can have."""
+    docs = shards = 0
+    for corpus in manifest.corpora:
+        if min(corpus.n_docs, corpus.shard_docs, corpus.token_budget) < 1:
+            raise ValueError(f"the corpus {corpus.name!r:.60} has a size below 1")
+        if (corpus.first_doc, corpus.first_shard) != (docs, shards):
+            raise ValueError(f"the corpus {corpus.name!r:.60} does not follow the one before")
+        if unknown := set(corpus.labels) - set(manifest.labels):
+            raise ValueError(f"label {min(unknown)!r:.60} has no type")
+        docs, shards = docs + corpus.n_docs, shards + corpus.n_shards
+    for layer, sae in manifest.saes.items():
+        if layer < 0 or not 1 <= sae.k <= sae.d_sae <= MOST_FEATURES:
+            raise ValueError(f"layer {layer} with k {sae.k} of {sae.d_sae} features")
+    for name, kind in manifest.labels.items():
+        if kind not in LABEL_TYPES:
+            raise ValueError(f"label {name!r:.60} is of type {kind!r:.60}")
+    if not manifest.saes or docs > MOST_DOCS or manifest.model.d_model < 1:
+        raise ValueError(f"{len(manifest.saes)} SAEs, {docs} documents")
+
+
+def join_label_types(one: str, other: str) -> str:
+    """The type that holds values of both: whole numbers become floats, anything else text."""
+    if one == other:
+        return one
+    return "float" if {one, other} == {"int", "float"} else "str"
+
+
+def _different_saes(
+    left: dict[int, SAEFacts], right: dict[int, SAEFacts]
+) -> tuple[SAEFacts | str, SAEFacts | str]:
+    for layer in sorted({*left, *right}):
+        if left.get(layer) != right.get(layer):
+            return (
+                left.get(layer, f"no SAE of layer {layer}"),
+                right.get(layer, f"no SAE of layer {layer}"),
+            )
+    raise AssertionError("the same SAEs")
+
+
+def _require_same_kind(left: ModelFacts, right: ModelFacts, mine: str, theirs: str) -> None:
+    """Fingerprints over all weights have a word before them, those of older versions none."""
+    for facts, name in ((left, mine), (right, theirs)):
+        if ":" not in facts.fingerprint:
+            raise StoreMismatch(
+                f"{name} was made by an older version, whose fingerprint of the model is a sample"
+                " of its weights: it cannot be compared with one of all weights. Extract its"
+                " documents again"
+            )
+
+
+def _difference(left: Any, right: Any) -> str:
+    if isinstance(left, str) or isinstance(right, str):
+        return f"{_named(left)} against {_named(right)}"
+    one, other = asdict(left), asdict(right)
+    facts = [
+        f"{name} {_short(one[name])} against {_short(other[name])}"
+        for name in one
+        if one[name] != other[name]
+    ]
+    name = one.get("ref") or one.get("id") or one.get("name")
+    other_name = other.get("ref") or other.get("id") or other.get("name")
+    head = f"{name} against {other_name}, " if name and name != other_name else ""
+    head = head or (f"{name}: " if name else "")
+    return head + ", ".join(f for f in facts if not f.startswith(("ref ", "id ", "name ")))
+
+
+def _named(facts: SAEFacts | str) -> str:
+    return facts if isinstance(facts, str) else facts.ref
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    text = text.removeprefix("all-weights:")
+    return text[:12] + ".." if len(text) == 64 else text
+
+
+def _singular(what: str) -> str:
+    return {"saes": "SAE", "settings": "setting"}.get(what, what)

@@ -1,0 +1,98 @@
+"""SQL over a store: DuckDB on its Parquet files, reading only.
+
+The views: `features` (layer, feature, doc, position, value), `documents` (doc, key, text, n_tokens,
+truncated, labels) and `tokens` (doc, position, token_id, token, start, end, extreme_<layer>).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+
+from qwen_scope_lens.errors import BadQuery, StoreDamaged
+from qwen_scope_lens.stores.codec import REPAIR
+from qwen_scope_lens.stores.shard_files import RESERVED
+
+if TYPE_CHECKING:
+    from qwen_scope_lens.stores.store import FeatureStore
+
+__all__ = ["run_query"]
+
+VIEWS = "features, documents and tokens"
+
+
+def run_query(store: FeatureStore, query: str) -> pa.Table:
+    """The answer to one SELECT."""
+    import duckdb
+
+    if not store.shards:
+        raise StoreDamaged(f"{store.path} has no finished document yet: let `qsl extract` run")
+    if any("\ud800" <= letter <= "\udfff" for letter in query):
+        raise BadQuery("the query has half of a surrogate pair in it: expected whole characters")
+    hint = f"(the views are {VIEWS})"
+    if mixed := _mixed_labels(store):
+        hint = (
+            f"(there is no view `documents`: {mixed[0]!r} and {mixed[1]!r} differ only in case,"
+            " which SQL does not tell apart. Extract again with one of them renamed, or use"
+            " FeatureStore.labels)"
+        )
+    with duckdb.connect() as connection:
+        _register(connection, store, documents=not mixed)
+        try:
+            statements = connection.extract_statements(query)
+            if len(statements) != 1:
+                raise BadQuery(f"expected one SELECT, found {len(statements)} statements")
+            kind = statements[0].type
+            if kind != duckdb.StatementType.SELECT:
+                raise BadQuery(
+                    f"a store is only read: expected a SELECT over {VIEWS}, found"
+                    f" {str(kind).rpartition('.')[2]}"
+                )
+            return connection.sql(query).to_arrow_table()
+        except duckdb.Error as error:
+            words = " ".join(str(error).split())
+            raise BadQuery(f"DuckDB: {words} {hint}") from error
+
+
+def _mixed_labels(store: FeatureStore) -> tuple[str, str] | None:
+    """Two columns of `documents` whose names SQL would take for one (stores made by others)."""
+    seen: dict[str, str] = {}
+    for name in (*RESERVED, *store.label_names):
+        if (other := seen.setdefault(name.casefold(), name)) != name:
+            return other, name
+    return None
+
+
+def _register(connection: object, store: FeatureStore, documents: bool) -> None:
+    import duckdb
+
+    files = {
+        "features": [s.features_path(layer) for s in store.shards for layer in store.layers],
+        "tokens": [s.path("tokens.parquet") for s in store.shards],
+    }
+    if documents:
+        files["documents"] = [s.path("documents.parquet") for s in store.shards]
+    for path in (path for paths in files.values() for path in paths):
+        if not path.is_file():
+            raise StoreDamaged(f"{path} is missing. {REPAIR}")
+    for view, paths in files.items():
+        listed = ", ".join(_quoted(path) for path in paths)
+        try:
+            connection.execute(  # type: ignore[attr-defined]
+                f"create view {view} as select * from"
+                f" read_parquet([{listed}], union_by_name = {view == 'documents'})"
+            )
+        except duckdb.Error as error:
+            words = " ".join(str(error).split())
+            raise StoreDamaged(f"{store.path}: {view} cannot be read: {words}. {REPAIR}") from error
+    # From here on: nothing outside the store can be read, nothing at all can be changed.
+    connection.execute(  # type: ignore[attr-defined]
+        f"set allowed_directories = [{_quoted(store.path)}]; set enable_external_access = false;"
+        " set lock_configuration = true"
+    )
+
+
+def _quoted(path: Path) -> str:
+    return "'" + str(path.resolve()).replace("'", "''") + "'"

@@ -1,0 +1,10 @@
+from .find import find_targets as find_targets
+from .pipeline import Synthesis as Synthesis
+from .reader import Reader as Reader
+from .recipe import TEXT as TEXT
+from .recipe import Recipe as Recipe
+from .report import make_report as make_report
+from .run import open_reader as open_reader
+from .run import synthesise as synthesise
+from .targets import TargetSet as TargetSet
+from .targets import curve as curve

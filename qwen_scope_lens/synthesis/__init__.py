@@ -1,1 +1,0 @@
-"""Find the features that data never activates, write data that fires them, prove it."""

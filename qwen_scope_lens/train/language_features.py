@@ -1,0 +1,294 @@
+"""The table that SASFT needs: language features, and how high they stand on other languages.
+
+What makes a feature one of a language (monolinguality), which of the best ones chance explains too,
+and the file that keeps them with their thresholds (`thresholds.py`). Nothing is trained here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from qwen_scope_lens.address import FeatureRef, LayerRef
+from qwen_scope_lens.errors import BadFile, ScopeError, TooLittleData, UnknownName
+from qwen_scope_lens.files import read_json, write_json
+from qwen_scope_lens.train.thresholds import mean_pre_activations
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_matrix
+
+    from qwen_scope_lens.stores.store import FeatureStore
+
+__all__ = [
+    "LanguageFeature",
+    "LanguageFeatures",
+    "find_language_features",
+    "mean_activations",
+    "monolinguality",
+]
+
+FORMAT, VERSION = "qsl-language-features", 2  # 1: means that ignored the store's token limit
+TEXTS_PER_LANGUAGE = 100
+"""As in the published code: texts a language for the means, first token left out."""
+
+
+@dataclass(frozen=True)
+class LanguageFeature:
+    """One feature of one language."""
+
+    ref: FeatureRef
+    language: str
+    monolinguality: float  # on the documents it was chosen by
+    held_out: float  # on the others
+    chance: float  # the best monolinguality in this layer when languages are shuffled
+    pre_activation: Mapping[str, float]  # language -> mean before ReLU and top-k
+
+    @property
+    def stands_out(self) -> bool:
+        """Whether the score is above chance, and holds on documents it was not chosen by."""
+        return self.monolinguality > self.chance and self.held_out > 0
+
+
+@dataclass(frozen=True)
+class LanguageFeatures:
+    """The table: features of one or more languages, best first within language and layer."""
+
+    model: str
+    features: tuple[LanguageFeature, ...]
+    settings: Mapping[str, Any]
+
+    @property
+    def languages(self) -> tuple[str, ...]:
+        """Every language whose mean pre-activations are known."""
+        return tuple(self.features[0].pre_activation)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return tuple(sorted({feature.ref.layer for feature in self.features}))
+
+    def of(
+        self, layer: int, targets: Sequence[str], most: int, *, below_chance: bool = False
+    ) -> list[LanguageFeature]:
+        """The best `most` features of each target language in a layer.
+
+        Only those that stand out from chance, unless `below_chance`. Fewer than `most` may do; a
+        target with none in the layer is refused.
+        """
+        found: list[LanguageFeature] = []
+        for target in targets:
+            here = [f for f in self.features if f.language == target and f.ref.layer == layer]
+            if not here:
+                known = sorted({f"{f.language} in layer {f.ref.layer}" for f in self.features})
+                raise UnknownName(
+                    f"the table has no feature of {target!r} in layer {layer}: it has"
+                    f" {', '.join(known)}. Make one with `qsl train languages`"
+                )
+            good = [f for f in here if f.stands_out or below_chance]
+            if not good:
+                raise TooLittleData(
+                    f"no feature of {target!r} in layer {layer} stands out from chance (the best"
+                    f" has monolinguality {here[0].monolinguality:.3g}, chance reaches"
+                    f" {here[0].chance:.3g}): leave the layer out, make the table from more texts"
+                    " with `qsl train languages`, or set below_chance to use it all the same"
+                )
+            found += good[:most]
+        return found
+
+    def save(self, path: Path) -> None:
+        rows = [
+            {
+                "feature": str(f.ref),
+                "language": f.language,
+                "monolinguality": f.monolinguality,
+                "held_out": f.held_out,
+                "chance": f.chance,
+                "pre_activation": dict(f.pre_activation),
+            }
+            for f in self.features
+        ]
+        content = {"model": self.model, "settings": dict(self.settings), "features": rows}
+        write_json(path, FORMAT, VERSION, content)
+
+    @classmethod
+    def load(cls, path: Path) -> LanguageFeatures:
+        content = read_json(path, FORMAT, VERSION, "qsl train languages")
+        try:
+            features = tuple(
+                LanguageFeature(
+                    FeatureRef.parse(row["feature"]),
+                    str(row["language"]),
+                    float(row["monolinguality"]),
+                    float(row["held_out"]),
+                    float(row["chance"]),
+                    {str(key): float(value) for key, value in row["pre_activation"].items()},
+                )
+                for row in content["features"]
+            )
+            if len({frozenset(feature.pre_activation) for feature in features}) != 1:
+                raise KeyError("the same languages for every feature")
+            if not all(map(math.isfinite, _numbers(features))):
+                raise ValueError("a number is not finite")
+            return cls(str(content["model"]), features, dict(content["settings"]))
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            if isinstance(error, ScopeError):
+                raise
+            raise BadFile(
+                f"{path} is incomplete or damaged ({error!r}): make it again with"
+                " `qsl train languages`"
+            ) from error
+
+
+def _numbers(features: Iterable[LanguageFeature]) -> list[float]:
+    return [
+        number
+        for f in features
+        for number in (f.monolinguality, f.held_out, f.chance, *f.pre_activation.values())
+    ]
+
+
+def monolinguality(means: np.ndarray) -> np.ndarray:
+    """`nu = mu - gamma`: a language's mean activation less the mean of the others' means.
+
+    `[n_languages, d_sae] -> [n_languages, d_sae]`
+    """
+    count = len(means)
+    if count < 2:
+        raise TooLittleData("monolinguality compares languages: expected two or more, found one")
+    return means - (means.sum(axis=0) - means) / (count - 1)
+
+
+def mean_activations(
+    store: FeatureStore, layer: int, groups: Sequence[Iterable[int]]
+) -> np.ndarray:
+    """Mean activation after top-k over the kept tokens of each group of documents.
+
+    `-> [n_groups, d_sae]`, float64; a token on which a feature does not fire counts as 0.
+    """
+    return _Sums.of(store, layer).means(groups)
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """What every document of a layer adds up to, so that any grouping of them is one product."""
+
+    values: csr_matrix  # [n_docs, d_sae], float64
+    tokens: np.ndarray  # [n_docs], kept ones
+
+    @classmethod
+    def of(cls, store: FeatureStore, layer: int, docs: Iterable[int] | None = None) -> _Sums:
+        from scipy.sparse import csr_matrix
+
+        values = csr_matrix((store.n_docs, store.sae(layer).d_sae))
+        tokens = np.zeros(store.n_docs)
+        for block in store.iter_blocks(layer, keep=True, docs=docs):
+            values += _indicator(np.asarray(block.doc), store.n_docs) @ block.codes.to_scipy_csr()
+            tokens += np.bincount(block.doc, minlength=store.n_docs)
+        return cls(values, tokens)
+
+    def means(self, groups: Sequence[Iterable[int]]) -> np.ndarray:
+        """`-> [n_groups, d_sae]`"""
+        group_of = np.full(len(self.tokens), -1)
+        for number, docs in enumerate(groups):
+            group_of[list(docs)] = number
+        inside = np.flatnonzero(group_of >= 0)
+        chosen = _indicator(group_of[inside], len(groups))
+        tokens = chosen @ self.tokens[inside]
+        if not tokens.all():
+            raise TooLittleData(
+                "some language has no token that counts: its documents are too short"
+            )
+        means: np.ndarray = (chosen @ self.values[inside]).toarray() / tokens[:, None]
+        return means
+
+
+def _indicator(row_of: np.ndarray, n_rows: int) -> csr_matrix:
+    """A matrix that sums columns into rows. `[n] -> [n_rows, n]`"""
+    from scipy.sparse import csr_matrix
+
+    count = len(row_of)
+    return csr_matrix((np.ones(count), (row_of, np.arange(count))), shape=(n_rows, count))
+
+
+def find_language_features(
+    store: FeatureStore,
+    targets: Sequence[str],
+    *,
+    label: str = "lang",
+    layers: Sequence[int] | None = None,
+    per_layer: int = 2,
+    texts: int = TEXTS_PER_LANGUAGE,
+    shuffles: int = 20,
+    seed: int = 0,
+    model: Any = None,
+) -> LanguageFeatures:
+    """The features of each target language, chosen on half of its documents, scored on the rest.
+
+    `texts` documents of every language count (all, where there are fewer). `chance` is the best
+    monolinguality that any feature reaches when documents change languages at random: a feature
+    below it is kept in the table for the record, but the loss does not use it
+    (`LanguageFeatures.of`). The mean pre-activations need the model once more: by default the one
+    the store was made with.
+    """
+    rng = np.random.default_rng(seed)
+    first, second = _halves(store, label, targets, texts, rng)
+    languages = list(first)
+    wanted = tuple(layers) if layers is not None else store.layers
+    chosen: list[LanguageFeature] = []
+    for layer in wanted:
+        choosing, scoring = list(first.values()), list(second.values())
+        sums = _Sums.of(store, layer, np.concatenate([*choosing, *scoring]))
+        found, again = monolinguality(sums.means(choosing)), monolinguality(sums.means(scoring))
+        chance = max(_shuffled(sums, choosing, rng) for _ in range(shuffles))
+        for target in targets:
+            row = languages.index(target)
+            for feature in np.argsort(-found[row], kind="stable")[:per_layer].tolist():
+                ref = LayerRef.parse(store.sae(layer).ref).feature(feature)
+                scores = float(found[row, feature]), float(again[row, feature])
+                chosen.append(LanguageFeature(ref, target, *scores, chance, {}))
+    docs_of = {name: np.sort(np.concatenate([first[name], second[name]])) for name in languages}
+    means = mean_pre_activations(store, [f.ref for f in chosen], docs_of, model)
+    limits = store.manifest.settings
+    settings = {
+        "label": label,
+        "texts": texts,
+        "seed": seed,
+        "shuffles": shuffles,
+        "max_tokens": limits.max_tokens,
+    }
+    features = tuple(replace(f, pre_activation=means[f.ref]) for f in chosen)
+    return LanguageFeatures(str(store.manifest.model.id), features, settings)
+
+
+def _halves(
+    store: FeatureStore, label: str, targets: Sequence[str], texts: int, rng: np.random.Generator
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """The documents of each language that choose, and those that score."""
+    values = store.labels(label)
+    languages = sorted({str(value) for value in values if value is not None})
+    for target in targets:
+        if target not in languages:
+            raise UnknownName(
+                f"no document has {label} {target!r}: the store has {', '.join(languages)}"
+            )
+    first, second = {}, {}
+    for language in languages:
+        docs = np.flatnonzero([value is not None and str(value) == language for value in values])
+        if len(docs) < 4:
+            raise TooLittleData(
+                f"{label} {language!r} has {len(docs)} documents: half of them choose and half"
+                " score, so four are the least. Leave it out or add texts"
+            )
+        docs = rng.permutation(docs)[:texts]
+        first[language], second[language] = np.sort(docs[::2]), np.sort(docs[1::2])
+    return first, second
+
+
+def _shuffled(sums: _Sums, groups: Sequence[np.ndarray], rng: np.random.Generator) -> float:
+    docs = rng.permutation(np.concatenate(groups))
+    cuts = np.cumsum([len(group) for group in groups])[:-1]
+    return float(monolinguality(sums.means(np.split(docs, cuts))).max())

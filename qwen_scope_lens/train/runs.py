@@ -1,0 +1,293 @@
+"""One YAML file, one training run: read, checked, run, resumed.
+
+The file names a model, data and what to train with; everything under `trainer` goes to TRL's
+configuration as it stands. A copy and the versions are written beside the checkpoints
+(`run_checks.py`), and an interrupted run goes on from the last whole one (`checkpoints.py`).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qwen_scope_lens.catalog import bundled_model
+from qwen_scope_lens.errors import BadCorpus, BadFile, ScopeError, UnknownName
+from qwen_scope_lens.files import read_text
+from qwen_scope_lens.stores.corpus import read_rows
+from qwen_scope_lens.train.checkpoints import last_whole, save_final, set_aside
+from qwen_scope_lens.train.language_features import LanguageFeatures
+from qwen_scope_lens.train.metrics import reply_text
+from qwen_scope_lens.train.run_checks import (
+    check_checkpoint,
+    check_numbers,
+    check_same_run,
+    check_settings,
+    record,
+)
+
+__all__ = ["Run", "read_replies", "read_run", "run_grpo", "run_sasft"]
+
+COMMON = {"model", "train", "eval", "lora", "trainer"}
+SASFT = COMMON | {"language_features"}
+GRPO = COMMON | {"plan", "rewards"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as its file describes it; paths in it are relative to the file."""
+
+    path: Path
+    content: Mapping[str, Any]
+
+    def need(self, key: str) -> Any:
+        if key not in self.content:
+            raise BadFile(f"{self.path} has no `{key}`: see `qsl train --help` for an example")
+        return self.content[key]
+
+    def file(self, key: str) -> Path:
+        return (self.path.parent / str(self.need(key))).expanduser()
+
+    def output(self) -> Path:
+        folder = dict(self.content.get("trainer") or {}).get("output_dir")
+        if not folder:
+            raise BadFile(f"{self.path} has no `trainer: output_dir`: where should the run go?")
+        return (self.path.parent / str(folder)).expanduser()
+
+
+def read_run(path: Path, keys: set[str]) -> Run:
+    """A YAML mapping with known keys only, so that a misspelt one is not ignored."""
+    try:
+        content = yaml.safe_load(read_text(path))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())  # PyYAML draws a picture in four lines
+        raise BadFile(f"{path} cannot be read as YAML: {reason}") from error
+    if not isinstance(content, dict):
+        raise BadFile(f"{path} is no mapping: expected `model: ..`, `train: ..`, `trainer: ..`")
+    if unknown := sorted(map(str, set(content) - keys)):
+        raise BadFile(
+            f"{path} has unknown keys {', '.join(unknown)}: expected {', '.join(sorted(keys))}"
+        )
+    for key in ("trainer", "lora"):
+        if not isinstance(content.get(key) or {}, dict):
+            raise BadFile(f"{path}: `{key}` has to be a mapping of settings")
+    check_numbers(path, content)
+    return Run(path, content)
+
+
+def run_sasft(path: Path, resume: bool = True) -> Path:
+    """Supervised fine-tuning with the penalty; returns the folder of the trained model."""
+    from qwen_scope_lens.train.sasft import SASFTConfig, SASFTTrainer
+
+    run = read_run(path, SASFT)
+    args = _arguments(run, SASFTConfig)
+    _check_earlier(run, "sasft", args, resume)
+    model, tokenizer = _model(run)
+    trainer = _set_up(
+        run,
+        SASFTTrainer,
+        model,
+        args,
+        language_features=LanguageFeatures.load(run.file("language_features")),
+        train_dataset=_data(run, "train"),
+        eval_dataset=_data(run, "eval"),
+        processing_class=tokenizer,
+        peft_config=_lora(run),
+    )
+    return _train(run, "sasft", trainer, resume)
+
+
+def run_grpo(path: Path, resume: bool = True) -> Path:
+    """GRPO with rare negatives; returns the folder of the trained model."""
+    from qwen_scope_lens.steering.plan import Plan
+    from qwen_scope_lens.train.rare_negatives import (
+        RareNegativeGRPOConfig,
+        RareNegativeGRPOTrainer,
+    )
+
+    run = read_run(path, GRPO)
+    args = _arguments(run, RareNegativeGRPOConfig)
+    _check_earlier(run, "grpo", args, resume)
+    model, tokenizer = _model(run)
+    trainer = _set_up(
+        run,
+        RareNegativeGRPOTrainer,
+        model,
+        _rewards(run),
+        args,
+        plan=Plan.load(run.file("plan")),
+        train_dataset=_data(run, "train"),
+        eval_dataset=_data(run, "eval"),
+        processing_class=tokenizer,
+        peft_config=_lora(run),
+    )
+    return _train(run, "grpo", trainer, resume)
+
+
+def read_replies(path: Path, text: str, prompt: str | None) -> tuple[list[str], list[str] | None]:
+    """Two columns of a file: the replies, and the prompt of each where one is named."""
+    replies, prompts = [], []
+    for where, row in read_rows(path):
+        try:
+            replies.append(reply_text(row[text]))
+            if prompt is not None:
+                prompts.append(str(row[prompt]))
+        except (KeyError, TypeError, AttributeError) as error:
+            wanted = text if prompt is None else f"{text} and {prompt}"
+            raise BadCorpus(f"{where}: expected an object with {wanted}; {error!r}") from error
+    return replies, prompts if prompt is not None else None
+
+
+def _arguments(run: Run, kind: type) -> Any:
+    given = {**dict(run.need("trainer")), "output_dir": str(run.output())}
+    check_settings(run.path, given, kind)
+    try:
+        return kind(**given)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise BadFile(f"{run.path}: `trainer` cannot be used: {error}") from error
+
+
+def _model(run: Run) -> tuple[Any, Any]:
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    from qwen_scope_lens.models.checkpoint import open_config, open_tokenizer
+
+    name = str(run.need("model"))
+    beside = run.path.parent / name
+    source = bundled_model(name) or (beside if beside.is_dir() else name)
+    try:
+        open_config(str(source))  # refuses a model that brings its own code
+        tokenizer = open_tokenizer(str(source))
+        model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", trust_remote_code=False)
+        return model, tokenizer
+    except ScopeError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        first_line = str(error).partition("\n")[0]
+        raise BadFile(f"{run.path}: model {name} cannot be loaded: {first_line}") from error
+
+
+def _data(run: Run, key: str) -> Any:
+    """JSONL, CSV, Parquet, a folder of `datasets`, or a name on the hub."""
+    import datasets
+
+    if run.content.get(key) is None:
+        if key == "eval":
+            return None
+        run.need(key)
+    path = run.file(key)
+    kinds = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+    try:
+        if path.is_dir():
+            return datasets.load_from_disk(str(path))
+        if path.suffix in kinds and path.is_file():
+            return datasets.load_dataset(kinds[path.suffix], data_files=str(path), split="train")
+        if path.suffix in kinds:
+            raise BadCorpus(f"{path} does not exist: `{key}` of {run.path}")
+        return datasets.load_dataset(str(run.content[key]), split="train")
+    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
+        if isinstance(error, BadCorpus):
+            raise
+        raise BadCorpus(f"`{key}` of {run.path} cannot be read: {error}") from error
+
+
+def _lora(run: Run) -> Any:
+    settings = run.content.get("lora")
+    if not settings:
+        return None
+    from peft import LoraConfig
+
+    try:
+        return LoraConfig(**{"task_type": "CAUSAL_LM", **settings})
+    except (TypeError, ValueError) as error:
+        raise BadFile(f"{run.path}: `lora` cannot be used: {error}") from error
+
+
+def _rewards(run: Run) -> list[Any]:
+    """`no_repetition`, `no_script: zh`, or `module:function` of the user's own."""
+    from importlib import import_module
+
+    from qwen_scope_lens.train import metrics as rewards
+
+    own: dict[str, Any] = {
+        "no_repetition": rewards.no_repetition,
+        "no_script": rewards.no_script,
+    }
+    given = run.content.get("rewards", ["no_repetition"])
+    found = []
+    entries = [given] if isinstance(given, (str, dict)) else given
+    if not isinstance(entries, list) or not entries or not all(map(_is_reward, entries)):
+        raise BadFile(
+            f"{run.path}: `rewards` is {given!r}: expected names, or names with their settings"
+        )
+    for entry in entries:
+        name, settings = (entry, None) if isinstance(entry, str) else next(iter(entry.items()))
+        if name in own:
+            options = settings if isinstance(settings, dict) else {}
+            if settings is not None and not options:
+                options = {next(iter(inspect.signature(own[name]).parameters)): settings}
+            try:
+                found.append(own[name](**options))
+            except (TypeError, ValueError) as error:
+                if isinstance(error, ScopeError):
+                    raise
+                raise BadFile(f"{run.path}: reward {name} cannot be used: {error}") from error
+            continue
+        module, colon, function = name.partition(":")
+        if not colon:
+            raise UnknownName(
+                f"{run.path}: no reward {name!r}: expected {', '.join(own)}, or module:function"
+            )
+        try:
+            found.append(getattr(import_module(module), function))
+        except (ImportError, AttributeError) as error:
+            raise UnknownName(f"{run.path}: reward {name} cannot be imported: {error}") from error
+    return found
+
+
+def _is_reward(entry: Any) -> bool:
+    return isinstance(entry, str) or (
+        isinstance(entry, dict) and len(entry) == 1 and isinstance(next(iter(entry)), str)
+    )
+
+
+def _set_up(run: Run, kind: Any, *arguments: Any, **named: Any) -> Any:
+    """The trainer; what TRL finds wrong with the settings is one line."""
+    try:
+        return kind(*arguments, **named)
+    except (TypeError, ValueError, KeyError, OverflowError, NotImplementedError) as error:
+        if isinstance(error, ScopeError):
+            raise
+        reason = " ".join(str(error).split())
+        raise BadFile(f"{run.path}: the run cannot be set up: {reason}") from error
+
+
+def _check_earlier(run: Run, kind: str, args: Any, resume: bool) -> None:
+    """Refuse, before a model is loaded, checkpoints that this run may not go on from."""
+    output = run.output()
+    last = last_whole(output) if resume else None
+    if last is not None:
+        check_same_run(run.path, kind, run.content, output)
+        check_checkpoint(run.path, last, args.max_steps)
+
+
+def _train(run: Run, kind: str, trainer: Any, resume: bool) -> Path:
+    output = run.output()
+    if trainer.args.should_save:
+        set_aside(output, everything=not resume)
+    trainer.accelerator.wait_for_everyone()
+    last = last_whole(output) if resume else None
+    if trainer.args.should_save:
+        record(run.path, kind, run.content, output)
+    if last is not None and last.endswith(f"-{trainer.args.max_steps}"):
+        # Killed between its last checkpoint and the end: TRL would do one step too many.
+        trainer._load_from_checkpoint(last)
+    else:
+        trainer.train(resume_from_checkpoint=last)
+    save_final(trainer, output / "final")
+    return output / "final"

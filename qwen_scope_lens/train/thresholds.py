@@ -1,0 +1,81 @@
+"""How high chosen features stand on each language before ReLU and top-k: alpha of Eq. 26.
+
+A store keeps only what top-k left, so the model reads the documents once more. It reads the
+store's own token ids, not the texts: cut where the store cut them, chats as the store wrote them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from qwen_scope_lens.address import FeatureRef
+from qwen_scope_lens.errors import TooLittleData
+from qwen_scope_lens.models.backbone import check_backbone
+from qwen_scope_lens.models.load import load_model
+from qwen_scope_lens.models.residuals import iter_captures
+from qwen_scope_lens.saes.load import load_sae
+from qwen_scope_lens.stores.facts import check_model
+from qwen_scope_lens.train.penalty import FeatureRows
+
+if TYPE_CHECKING:
+    from qwen_scope_lens.stores.store import FeatureStore
+
+__all__ = ["mean_pre_activations"]
+
+
+def mean_pre_activations(
+    store: FeatureStore,
+    refs: Sequence[FeatureRef],
+    docs_of: Mapping[str, np.ndarray],
+    model: Any = None,
+) -> dict[FeatureRef, dict[str, float]]:
+    """`{feature: {language: mean}}` over the kept tokens of each language's documents.
+
+    `docs_of` has the documents of every language, by their numbers in the store. `model` is the
+    store's own unless given; one of another backbone is refused.
+    """
+    layers = sorted({ref.layer for ref in refs})
+    numbers = {
+        layer: list(dict.fromkeys(ref.feature for ref in refs if ref.layer == layer))
+        for layer in layers
+    }
+    if model is None:
+        model = load_model(store.manifest.model.id, up_to_layer=layers[-1])
+    check_model(model, refs[0].sae.row)  # the width
+    check_backbone(model, refs[0].sae.row)
+    rows = {
+        layer: FeatureRows.of(load_sae(store.sae(layer).ref), numbers[layer]) for layer in layers
+    }
+    means: dict[FeatureRef, dict[str, float]] = {ref: {} for ref in refs}
+    for language, docs in docs_of.items():
+        sums = {layer: torch.zeros(len(numbers[layer]), dtype=torch.float64) for layer in layers}
+        tokens = dict.fromkeys(layers, 0)
+        ratio = store.manifest.settings.extreme_norm_ratio
+        for read in iter_captures(
+            model, _token_ids(store, layers[0], docs), layers, extreme_norm_ratio=ratio
+        ):
+            for layer in layers:
+                x = read.residuals[layer][read.keep(layer)]
+                found = rows[layer].to(x.device).pre_activations(x)
+                sums[layer] += found.double().sum(dim=0).cpu()
+                tokens[layer] += len(x)
+        for ref in means:
+            count = tokens[ref.layer]
+            if not count:
+                raise TooLittleData(f"no token of {language!r} counts: its documents are too short")
+            at = numbers[ref.layer].index(ref.feature)
+            means[ref][language] = float(sums[ref.layer][at] / count)
+    return means
+
+
+def _token_ids(store: FeatureStore, layer: int, docs: np.ndarray) -> list[list[int]]:
+    """The token ids of some documents, as the store read them."""
+    found: list[list[int]] = []
+    for block in store.iter_blocks(layer, docs=docs.tolist()):
+        cuts = np.flatnonzero(np.diff(block.doc)) + 1
+        found += [ids.tolist() for ids in np.split(np.asarray(block.token_ids), cuts) if len(ids)]
+    return found
