@@ -120,9 +120,9 @@ def generate(
     new: int,
 ) -> list[list[int]]:
     """Greedy continuations, every step from the start."""
-    rows = [list(ids) for ids in rows]
-    begun = [len(ids) for ids in rows]
+    whole = [list(ids) for ids in rows]
+    begun = [len(ids) for ids in whole]
     for _ in range(new):
-        for ids, logits in zip(rows, run(model, rows, edits, by_layer, chosen), strict=True):
+        for ids, logits in zip(whole, run(model, whole, edits, by_layer, chosen), strict=True):
             ids.append(int(logits[-1].argmax()))
-    return [ids[n:] for ids, n in zip(rows, begun, strict=True)]
+    return [ids[n:] for ids, n in zip(whole, begun, strict=True)]

@@ -165,7 +165,7 @@ def test_two_runs_at_once_do_not_steer_each_other(bench: Workbench) -> None:
         thread.start()
     for thread in threads:
         thread.join(60)
-    assert [found[0].steered, found[1].steered] == [one.steered for one in alone]  # type: ignore[union-attr]
+    assert [found[0].steered, found[1].steered] == [one.steered for one in alone]
     assert found[0].steered != found[1].steered
 
 

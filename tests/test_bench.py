@@ -64,7 +64,8 @@ def suite(model: object, tmp_path_factory: pytest.TempPathFactory) -> Suite:
 
 def test_footprints_are_those_of_the_encoder(suite: Suite, model: object) -> None:
     """Last token, one before it, and any token, against `capture` and the SAE's own encoding."""
-    texts = [document.text for document in benchmarks()["capitals"]]
+    texts = [document.text or "" for document in benchmarks()["capitals"]]
+    assert all(texts)
     read = qsl.capture(model, texts, layers=[3])
     codes = qsl.load_sae(f"{GROUP}/3").encode_sparse(read.residuals[3]).to_scipy_csr() > 0
     ends = read.offsets[1:].numpy()
@@ -77,7 +78,7 @@ def test_footprints_are_those_of_the_encoder(suite: Suite, model: object) -> Non
     anywhere = suite["capitals"].footprint(3, "any")
     for i in range(len(texts)):
         rows = np.arange(ends[i] - read.doc(i).n_tokens, ends[i])
-        expected = codes[rows[keep[rows]]].sum(0).A1 > 0  # type: ignore[attr-defined]
+        expected = codes[rows[keep[rows]]].sum(0).A1 > 0
         assert (anywhere.items[i].toarray()[0] > 0).tolist() == expected.tolist()
 
 
@@ -239,7 +240,7 @@ def test_a_limit_draws_by_lot(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     """Seeded, from the whole file, with the items' own ids; the draw is kept with the benchmark."""
     source = tmp_path / "many.jsonl"
     source.write_text("\n".join(json.dumps({"prompt": f"{i} + 1 ="}) for i in range(80)), "utf-8")
-    keys = []
+    keys: list[list[int]] = []
     for seed in (0, 0, 1):
         out = tmp_path / f"s{len(keys)}"
         words = [

@@ -191,7 +191,13 @@ def test_saving_is_json_and_brings_back_the_same(rule: str, tmp_path: Path) -> N
     content = json.loads(path.read_text())
     assert content["format"] == "qwen-scope-classifier"
     assert all(address.startswith(SAE) for address in content["features"])
-    for broken in ({"features": []}, {"rule": {"kind": "or"}}, {"source": 3}, {"classes": [1]}):
+    damages: tuple[dict[str, Any], ...] = (
+        {"features": []},
+        {"rule": {"kind": "or"}},
+        {"source": 3},
+        {"classes": [1]},
+    )
+    for broken in damages:
         path.write_text(json.dumps(content | broken))
         with pytest.raises(BadFile, match="damaged"):
             FeatureRuleClassifier.load(path)
@@ -240,7 +246,7 @@ def test_bad_input() -> None:
         {"at_least": 0},
     ):
         with pytest.raises(BadPlan):
-            FeatureRuleClassifier(**wrong).fit(X, y)  # type: ignore[arg-type]
+            FeatureRuleClassifier(**wrong).fit(X, y)
     with pytest.raises(ValueError, match="inconsistent"):
         FeatureRuleClassifier().fit(X, y[:-1])
 

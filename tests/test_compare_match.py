@@ -68,8 +68,8 @@ def test_unrelated_directions_match_at_the_null_s_level() -> None:
     assert (found.assigned >= 0).mean() < 0.1
     # Cosines that would look like agreement if the common directions were not in the null.
     rng = torch.Generator().manual_seed(4)
-    plain = [torch.randn(N, D, generator=rng) for _ in range(2)]
-    random = match_decoders(*plain).score
+    one, other = (torch.randn(N, D, generator=rng) for _ in range(2))
+    random = match_decoders(one, other).score
     assert np.median(random) < 0.45
     assert np.median(found.score) > 0.65
 
@@ -273,7 +273,7 @@ def two_stores(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         texts.append(f"{n:04d}" + "ab" * 8)  # 20 characters
         tokens = [{}, *({int(f): float(s)} for f, s in zip(fires, strength, strict=True)), {}]
         left.append(tokens)  # 10 tokens of two characters
-        other = [{}, {}, {}, {}]
+        other: list[dict[int, float]] = [{}, {}, {}, {}]
         for f, s in zip(fires, strength, strict=True):
             other += [{}, {int(f) + 100: float(s)}]
         right.append([*other[2:], {}, {}])  # 20 tokens of one character

@@ -146,7 +146,7 @@ def test_where_nothing_is_nothing_passes(levels: bool) -> None:
         tested = sums.documents >= 3
         labels = np.stack([rng.permutation(n) < 48 for _ in range(25)], axis=1)
         p = sums.test(labels)[1]
-        passed += sum((q_values(p[:, run], tested) <= 0.05).any() for run in range(25))
+        passed += sum(bool((q_values(p[:, run], tested) <= 0.05).any()) for run in range(25))
     assert passed <= 5
 
 

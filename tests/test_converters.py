@@ -90,7 +90,7 @@ def test_half_precision_is_rounded_once(out: Path, dtype: str) -> None:
         "local/mine",
         out,
         layers=[0],
-        dtype=dtype,  # type: ignore[arg-type]
+        dtype=dtype,
         progress=False,
     )
     stored = load_file(folder / "sae_weights.safetensors")

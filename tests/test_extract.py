@@ -268,7 +268,8 @@ def test_one_sae_at_a_time_makes_the_same_store(
     """Residuals of a shard, of two, of all four wait for each of the two SAEs."""
     from qwen_scope_lens.saes import load
 
-    read, load_sae = [], load.load_sae
+    read: list[Callable[[], Any]] = []
+    load_sae = load.load_sae
 
     def loading(name: str, **options: Any) -> Any:
         assert not [sae for sae in read if sae() is not None], "two SAEs in memory"

@@ -44,7 +44,9 @@ def test_the_form_of_a_capture(model: Any, tokenizer: Any) -> None:
     assert found.doc_rows().tolist() == [i for i, n in enumerate(lengths) for _ in range(n)]
     one = found.doc(2)
     assert one.texts == ("été 字",)
-    assert [one.texts[0][a:b] for a, b in one.char_spans[0]] == [
+    spans = one.char_spans[0]
+    assert spans is not None
+    assert [one.texts[0][a:b] for a, b in spans] == [
         *[*"éété", " ", *"字字字"][0:2],
         *"téé",
         " ",

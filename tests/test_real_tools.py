@@ -92,7 +92,7 @@ def test_texts_are_mixed_split_by_group_and_counted(work: Path) -> None:
     for text in train[:20]:
         assert text.tokens == len(count(text.text)["input_ids"])
     # A functionality stands on one side, in all languages.
-    sides = {}
+    sides: dict[int, str] = {}
     for side, found in (("train", train), ("heldout", heldout)):
         for text in found:
             if "hatecheck" in text.source:

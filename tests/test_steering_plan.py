@@ -21,7 +21,7 @@ def test_the_text_form_says_everything() -> None:
     edit = Edit.parse(f"{REF}:add:+2.0sigma@generation,class=han")
     assert (str(edit.ref), edit.op, edit.strength, edit.unit) == (REF, "add", 2.0, "sigma")
     assert edit.where == Where("generation", classes=("han",))
-    assert Edit.parse(f"{REF}:ablate") == Edit(REF, "ablate")  # type: ignore[arg-type]
+    assert Edit.parse(f"{REF}:ablate") == Edit(REF, "ablate")
     assert Edit.parse(f"{REF}:add:-0.1norm").unit == "norm"
     assert Edit.parse(f"{REF}:set:.5e1").strength == 5
 
@@ -103,7 +103,7 @@ def test_every_edit_survives_text_and_json(edit: Edit) -> None:
 
 
 def test_a_plan_survives_a_file(tmp_path: Path) -> None:
-    plan = Plan([f"{REF}:add:2sigma", Edit(OTHER, "ablate", where="generation")])  # type: ignore[arg-type]
+    plan = Plan([f"{REF}:add:2sigma", Edit(OTHER, "ablate", where="generation")])
     plan = plan.calibrated({REF: 1.5})
     plan.save(tmp_path / "plan.json")
     assert Plan.load(tmp_path / "plan.json") == plan
@@ -141,7 +141,7 @@ def test_plans_are_scaled_whole() -> None:
 
 def test_positions_in_python() -> None:
     assert Where(positions=range(3, 9)).positions == ((3, 9),)
-    assert Where(positions=[0, slice(4, None), -1]).positions == ((0, 1), (4, None), (-1, 0))  # type: ignore[arg-type]
+    assert Where(positions=[0, slice(4, None), -1]).positions == ((0, 1), (4, None), (-1, 0))
     assert Where.mask([0, 1, 1, 0, 1]).positions == ((1, 2), (2, 3), (4, 5))
     with pytest.raises(BadPlan):
-        Where(positions=range(0, 9, 2))  # type: ignore[arg-type]
+        Where(positions=range(0, 9, 2))

@@ -36,7 +36,6 @@ from qwen_scope_lens.synth.filters import (
     Duplicates,
     check_reply,
     check_text,
-    clean,
     jaccard,
     ngrams,
 )
@@ -46,7 +45,7 @@ from qwen_scope_lens.synth.recipe import FAC, RECIPES, SCOPE, read_recipe, write
 from qwen_scope_lens.synth.run import check_settings, read_rows, save, settings_of
 from qwen_scope_lens.synth.targets import Target, coverage, documents_firing, fac
 from qwen_scope_lens.writers import Ledger, Local, Prices, Push, Request, Templates
-from qwen_scope_lens.writers.generator import Book, Completion, Sampling
+from qwen_scope_lens.writers.generator import Book, Completion, Sampling, clean
 
 SAE = LayerRef.parse("mini-qwen3/w1k-l0-16/6")
 

@@ -423,8 +423,8 @@ def test_an_answer_is_measured_unpacked(tmp_path: Path, monkeypatch: pytest.Monk
         Server(lambda call: (200, {"Content-Encoding": "gzip"}, whole[call.number])) as server,
         Ledger.open(tmp_path / "2") as ledger,
     ):
-        found = ledger.ask(endpoint(server, concurrency=1, timeout=20.0), requests(2))
-        assert [one.text for one in found if one] == ["packed"] * 2
+        answers = ledger.ask(endpoint(server, concurrency=1, timeout=20.0), requests(2))
+        assert [one.text for one in answers if one] == ["packed"] * 2
         assert ledger.spent.troubles == {"an answer that cannot be unpacked": 1}
 
 

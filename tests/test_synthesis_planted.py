@@ -63,7 +63,8 @@ def frequency(feature: int) -> float:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, list[str], list[str]]:
     model = qsl.load_model("mini-qwen3", up_to_layer=0)
-    tokenizer, inner = model.tokenizer, unwrap(model)
+    tokenizer = model.tokenizer
+    inner: Any = unwrap(model)
     rng = torch.Generator().manual_seed(0)
     table = inner.get_input_embeddings().weight
     with torch.no_grad():

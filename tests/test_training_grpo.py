@@ -28,7 +28,7 @@ def reward(completions: Sequence[str], **_: Any) -> list[float]:
 
 
 def plan(strength: float, where: str = "generation") -> Plan:
-    return Plan([Edit(FeatureRef(GROUP, 5, 7), "add", strength, where=where)])  # type: ignore[arg-type]
+    return Plan([Edit(FeatureRef(GROUP, 5, 7), "add", strength, where=where)])
 
 
 def run(folder: Path, strength: float | None, rewards: Any = reward, **changes: Any) -> Any:
@@ -214,9 +214,9 @@ def test_wrong_arguments_are_named(tmp_path: Path) -> None:
     with pytest.raises(WrongModel, match="RareNegativeGRPOConfig"):
         RareNegativeGRPOTrainer(
             None, reward, GRPOConfig(**settings(tmp_path, num_generations=2)), plan=plan(1.0)
-        )  # type: ignore[arg-type]
+        )
     with pytest.raises(ValueError, match="behaviour 'other'"):
-        RareNegativeGRPOConfig(**settings(tmp_path, num_generations=2), behaviour="other")
+        RareNegativeGRPOConfig(**settings(tmp_path, num_generations=2), behaviour="other")  # type: ignore[arg-type]
 
 
 def test_a_reward_of_ours_goes_through_trls_loop(tmp_path: Path) -> None:

@@ -237,7 +237,8 @@ def test_rewards_by_name_and_of_ones_own(tmp_path: Path) -> None:
     for wrong in ("no_such", "json:no_such", "no.such.module:f"):
         with pytest.raises(UnknownName, match="reward"):
             _rewards(read_run(write_run(tmp_path, rewards=[wrong]), GRPO))
-    for odd in ([], 5, [5], [{}], {"no_repetition": 1, "no_script": "zh"}):
+    odds: tuple[Any, ...] = ([], 5, [5], [{}], {"no_repetition": 1, "no_script": "zh"})
+    for odd in odds:
         with pytest.raises(BadFile, match="expected names"):
             _rewards(read_run(write_run(tmp_path, rewards=odd), GRPO))
     for rule in ({"min_time": 3}, {"min_times": 1}, {"value": "low"}, {"min_times": "x"}):

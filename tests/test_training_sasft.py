@@ -300,9 +300,9 @@ def test_wrong_data_and_wrong_settings_are_named(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="lam"):
             SASFTConfig(**settings(tmp_path), lam=wrong)
     with pytest.raises(ValueError, match="whole numbers"):
-        SASFTConfig(**settings(tmp_path), layers=[1.5])
+        SASFTConfig(**settings(tmp_path), layers=[1.5])  # type: ignore[list-item]
     with pytest.raises(ValueError, match="positions 'all'"):
-        SASFTConfig(**settings(tmp_path), positions="all")
+        SASFTConfig(**settings(tmp_path), positions="all")  # type: ignore[arg-type]
     with pytest.raises(WrongModel, match="width 128"):
         build_penalty(
             make_model(num_hidden_layers=8),

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from qwen_scope_lens.address import FeatureRef
 from qwen_scope_lens.errors import BadFile, BadPlan, ScopeError
@@ -113,6 +113,18 @@ class Edit:
     unit: str = "raw"
     where: Where = EVERYWHERE
     typical: float | None = None
+
+    if TYPE_CHECKING:  # what a caller may hand over; the fields say what it becomes
+
+        def __init__(
+            self,
+            ref: FeatureRef | str,
+            op: str = "add",
+            strength: float | None = None,
+            unit: str = "raw",
+            where: Where | str = EVERYWHERE,
+            typical: float | None = None,
+        ) -> None: ...
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ref", FeatureRef.parse(self.ref))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from qwen_scope_lens.errors import BadPlan
 
@@ -58,6 +58,18 @@ class Where:
     token_ids: tuple[int, ...] = ()  # or any of these tokens
     roles: tuple[str, ...] = ()  # chat roles: the content of their messages
     skip_first: bool = True  # without `positions`, which say themselves what they want
+
+    if TYPE_CHECKING:  # what a caller may hand over; the fields say what it becomes
+
+        def __init__(
+            self,
+            phase: Phase = "both",
+            positions: Positions | Iterable[Positions] | None = None,
+            classes: str | Iterable[str] = (),
+            token_ids: int | Iterable[int] = (),
+            roles: str | Iterable[str] = (),
+            skip_first: bool = True,
+        ) -> None: ...
 
     def __post_init__(self) -> None:
         if self.phase not in PHASES:
