@@ -89,7 +89,9 @@ def test_an_edited_layer_drifts_there_and_beyond_and_not_before(
 
 def test_a_model_does_not_drift_from_itself(stores: tuple[Path, Path]) -> None:
     store = FeatureStore.open(stores[0])
-    for one in drift(store, store).layers.values():
+    layers = drift(store, store).layers
+    assert set(layers) == set(LAYERS)
+    for one in layers.values():
         assert (one.overlap, one.changed.sum(), len(one.pairs)) == (1.0, 0, 0)
 
 

@@ -149,6 +149,7 @@ def test_promoted_tokens_are_those_of_the_model(site: Path, frequent: list[int])
     model = qsl.load_model("mini-qwen3")
     sae = qsl.load_sae(f"{GROUP}/{LAYER}")
     inner = model.original_model
+    assert len(frequent) >= 3
     for feature in frequent[:3]:
         with torch.no_grad():
             logits = model.unembed(inner.model.norm(sae.direction([feature]))[None])[0, 0]

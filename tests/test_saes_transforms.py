@@ -99,6 +99,7 @@ def test_functional_call_differentiates_the_weights(pair: Pair) -> None:
         )
         for sae in pair
     ]
+    assert set(of_weights[1]) == {"W_enc", "W_dec", "b_enc", "b_dec"}
     for name, gradient in of_weights[1].items():
         close(of_weights[0][name], gradient)
 

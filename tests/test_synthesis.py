@@ -270,9 +270,18 @@ def test_duplicates() -> None:
     assert exact.find(f" {base.lower()}") == ("base", 1.0)
 
 
-@settings(max_examples=30, deadline=None)
-@given(st.text(max_size=40), st.text(max_size=40))
-def test_near_duplicates_have_the_true_similarity(one: str, other: str) -> None:
+@st.composite
+def nearly_equal(draw: st.DrawFn) -> tuple[str, str]:
+    """A text, and the same with one stretch of it written anew."""
+    text = draw(st.text(st.characters(codec="utf-8"), min_size=30, max_size=60))
+    at = draw(st.integers(0, len(text)))
+    return text, text[:at] + draw(st.text(max_size=4)) + text[at + draw(st.integers(0, 4)) :]
+
+
+@settings(max_examples=60, deadline=None)
+@given(nearly_equal() | st.tuples(st.text(max_size=40), st.text(max_size=40)))
+def test_near_duplicates_have_the_true_similarity(texts: tuple[str, str]) -> None:
+    one, other = texts
     seen = Duplicates(0.5)
     seen.add("one", one)
     found = seen.find(other)

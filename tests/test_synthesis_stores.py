@@ -159,7 +159,10 @@ def test_passages_mark_what_fires(anchor: FeatureStore) -> None:
     facts = statistics(anchor, LAYER, examples=3, sample=4)
     source = Passages(anchor, before=5, after=3)
     texts = anchor.documents(["text"])["text"].to_pylist()
-    for feature in np.flatnonzero(facts.doc_count > 2)[:8].tolist():
+    features = np.flatnonzero(facts.doc_count > 2)[:8].tolist()
+    assert len(features) == 8
+    for feature in features:
+        assert len(facts.top_examples(feature)) == 3
         for example in facts.top_examples(feature):
             marked = source.marked(LAYER, feature, example)
             plain = source.plain(example.doc, example.position)

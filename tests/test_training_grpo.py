@@ -120,6 +120,7 @@ def test_the_ratio_may_use_the_policy_that_wrote(tmp_path: Path) -> None:
     found = trainer._behaviour_logprobs(output)
     model = trainer.model.eval()
     direction = 100.0 * _direction()
+    assert set(trainer._steered_rows(4)) == {True, False}
     for row, ids in enumerate(rows):
         tokens = torch.tensor([[*ids, *reply[row].tolist()]])
         start = len(ids)
