@@ -59,9 +59,12 @@ def test_read_says_what_fires_on_every_token(bench: Workbench) -> None:
 
 def test_saes_in_memory_are_few(bench: Workbench) -> None:
     small = Workbench(bench.model, bench.group, most_saes=2)
-    for layer in (0, 1, 2, 0, 3):
-        small.sae(layer)
-    assert list(small._saes) == [0, 3]
+    zero, one, two, again, three = (small.sae(layer) for layer in (0, 1, 2, 0, 3))
+    assert again is not zero  # 1 and 2 had pushed it out
+    assert small.sae(0) is again
+    assert small.sae(3) is three
+    assert small.sae(2) is not two
+    assert small.sae(1) is not one
 
 
 def test_compare_is_the_difference_of_rates(bench: Workbench) -> None:

@@ -61,6 +61,7 @@ def test_codes_are_the_model_cards_formula_on_real_residuals(group: qsl.Group) -
     torch.testing.assert_close(found.to_dense().double(), expected, atol=1e-3, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_tour(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It runs, and steering by the features does what the control does not."""
     site = tmp_path / "site"

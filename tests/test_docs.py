@@ -177,6 +177,7 @@ def test_the_pages_have_snippets_and_outputs() -> None:
     assert set(STAND_INS) == set(DECLARED)
 
 
+@pytest.mark.slow
 def test_snippets_pass_the_type_checker(tmp_path: Path) -> None:
     """With the types that users get. The cache is that of `make lint`: the first run is slow."""
     modules = []

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import planted
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -203,9 +204,10 @@ def test_a_tiny_sae_is_trained_and_exported(
     data = (codes @ rng.normal(size=(40, 16)) * 30 + 100).astype(np.float16)
     tensors = sae_module.train_layer(data, samples=400_000)
     x = torch.from_numpy(data.astype(np.float32))
-    fvu, silent = sae_module._quick_fvu(tensors, x)
-    assert fvu < 0.3
-    assert silent < 0.2
+    acts = planted.model_card_encode(tensors, x, 8).float()
+    errors = acts @ tensors["W_dec"].T + tensors["b_dec"] - x
+    assert errors.pow(2).sum() < 0.3 * (x - x.mean(0)).pow(2).sum()
+    assert (acts == 0).all(0).float().mean() < 0.2
     spec = SPECS["mini-qwen3"]
     sae_module.export(spec, [tensors], tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "topk_sae"

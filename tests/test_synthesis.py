@@ -6,6 +6,7 @@ ledger. The real client is tested in test_synthesis_endpoint.py.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -536,8 +537,7 @@ def test_a_chat_is_read_with_its_template(
         [values] = reader.read_features([one.messages(chat=True)[:1]], [one.ref])
         assert one.activation == pytest.approx(values[one.ref], rel=1e-4)
     assert any(
-        one.activation
-        != pytest.approx(reader.read_features([run._text(one)], [one.ref])[0][one.ref])
+        one.activation != pytest.approx(reader.read_features([one.prompt], [one.ref])[0][one.ref])
         for one in run.kept
     )
 
@@ -680,10 +680,9 @@ def test_chats_need_a_chat_template(tmp_path: Path, model: Any) -> None:
     with Ledger.open(tmp_path) as ledger:
         [found] = ledger.ask(Local(model, "mini"), [request])
         assert found is not None
-        bare = Local(model, "bare")
-        bare._tokenizer = type(
-            "T", (), {"chat_template": None, "pad_token_id": 0}
-        )()  # a tokenizer without one
+        tokenizer = copy.deepcopy(model.tokenizer)
+        tokenizer.chat_template = None
+        bare = Local(model, "bare", tokenizer=tokenizer)
         with pytest.raises(WrongTokenizer, match="no chat template"):
             ledger.ask(bare, [request])
 

@@ -450,6 +450,7 @@ def test_the_whole_way_on_the_command_line(
         assert "another recipe (language zh there, language en here)" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_killed_it_continues_and_pays_for_nothing_twice(
     folder: Path, tmp_path: Path, chinese: list[str]
 ) -> None:
