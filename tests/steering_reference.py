@@ -76,12 +76,9 @@ def steered_token(x: Tensor, edits: Sequence[Edit], weights: Weights) -> Tensor:
 
 
 def run(
-    model: Any,
-    rows: Sequence[Sequence[int]],
-    edits: Sequence[Edit],
-    by_layer: dict[int, Weights],
+    model: Any, rows: Sequence[Sequence[int]], edits: Sequence[Edit], by_layer: dict[int, Weights],
     chosen: Chosen,
-) -> list[Tensor]:
+) -> list[Tensor]:  # fmt: skip
     """Logits of every row, run alone, without cache or pads, on a float64 model."""
     results = []
     for row, ids in enumerate(rows):
@@ -112,17 +109,12 @@ def run(
 
 
 def generate(
-    model: Any,
-    rows: Sequence[Sequence[int]],
-    edits: Sequence[Edit],
-    by_layer: dict[int, Weights],
-    chosen: Chosen,
-    new: int,
-) -> list[list[int]]:
+    model: Any, rows: Sequence[Sequence[int]], edits: Sequence[Edit], by_layer: dict[int, Weights],
+    chosen: Chosen, new: int,
+) -> list[list[int]]:  # fmt: skip
     """Greedy continuations, every step from the start."""
-    whole = [list(ids) for ids in rows]
-    begun = [len(ids) for ids in whole]
+    texts = [list(ids) for ids in rows]
     for _ in range(new):
-        for ids, logits in zip(whole, run(model, whole, edits, by_layer, chosen), strict=True):
+        for ids, logits in zip(texts, run(model, texts, edits, by_layer, chosen), strict=True):
             ids.append(int(logits[-1].argmax()))
-    return [ids[n:] for ids, n in zip(whole, begun, strict=True)]
+    return [ids[len(row) :] for ids, row in zip(texts, rows, strict=True)]

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qwen_scope_lens.address import FeatureRef
 from qwen_scope_lens.errors import BadFile, BadPlan, LayerOutOfRange, UnknownName
 from qwen_scope_lens.steering import OPERATIONS, Edit, Plan, Where
 from qwen_scope_lens.steering.where import TOKEN_CLASSES
@@ -62,6 +63,15 @@ def test_bad_addresses_are_refused_as_addresses() -> None:
         Edit.parse("nobody/nothing/6/42:ablate")
     with pytest.raises(LayerOutOfRange):
         Edit.parse("mini-qwen3/w1k-l0-16/6/1024:ablate")
+
+
+def test_addresses_and_places_are_texts_or_objects() -> None:
+    """Both are in the declared types, which a type checker reads."""
+    place = Where("generation", classes="han", positions=range(3, 9))
+    by_text = Edit(REF, "add", 2.0, where=str(place))
+    assert by_text == Edit(FeatureRef.parse(REF), "add", 2.0, where=place)
+    assert isinstance(by_text.ref, FeatureRef)
+    assert by_text.where.positions == ((3, 9),)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), True, "3"])

@@ -18,12 +18,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from endpoint_server import Call, Server, answer
 
 import qwen_scope_lens as qsl
 from qwen_scope_lens.address import FeatureRef
 from qwen_scope_lens.cli import main
-from qwen_scope_lens.errors import BadPlan, GeneratorFailed, StoreMismatch, TooLittleData
+from qwen_scope_lens.errors import (
+    BadFile,
+    BadPlan,
+    GeneratorFailed,
+    StoreMismatch,
+    TooLittleData,
+)
 from qwen_scope_lens.features import pool
 from qwen_scope_lens.labels import Label, LabelPack, describe
 from qwen_scope_lens.labels.describe import (
@@ -33,11 +40,13 @@ from qwen_scope_lens.labels.describe import (
 )
 from qwen_scope_lens.labels.passages import Passages
 from qwen_scope_lens.mini import heldout
+from qwen_scope_lens.steering.calibrate import calibrate_from_store
 from qwen_scope_lens.stores import FeatureStore, extract
 from qwen_scope_lens.synth import TargetSet, find_targets
 from qwen_scope_lens.synth.find import features_to_describe
 from qwen_scope_lens.synth.relevance import by_judge, by_labels, choose_relevance, parse_answer
 from qwen_scope_lens.synth.run import read_rows
+from qwen_scope_lens.synth.targets import Target
 from qwen_scope_lens.writers import Ledger, Request, Templates
 from qwen_scope_lens.writers.generator import Book, Completion
 
@@ -106,13 +115,33 @@ def test_targets_are_what_the_formulas_say(seed: FeatureStore, anchor: FeatureSt
         assert {t.ref.feature for t in found.missing} == {f for f in wanted if s[f] == 0}
         assert found.seed_coverage == pytest.approx((s[wanted] > 0).mean())
         assert found.seed_fac == pytest.approx((s[wanted] > 0).mean())
-        first = found.targets[0]
-        values = in_anchor[:, first.ref.feature]
-        assert first.typical == pytest.approx(values[values > 0].mean(), rel=1e-5)
     assert found.seed_size == 15
     assert len(found.openings) == len(set(found.openings)) > 20
     texts = anchor.documents(["text"])["text"].to_pylist()
     assert all(any(text.startswith(opening) for text in texts) for opening in found.openings)
+
+
+def test_a_typical_activation_is_the_same_number_in_every_room(anchor: FeatureStore) -> None:
+    """The mean over the tokens where the feature fires; here against a sum over dense codes."""
+    found = find_targets(anchor, anchor, passages=0)
+    assert len(found) > 20
+    dense = torch.cat([b.codes.to_dense() for b in anchor.iter_blocks(LAYER, keep=True)]).double()
+    by_hand = dense.sum(0) / (dense > 0).sum(0)
+    calibration = calibrate_from_store(anchor, found.refs)
+    for target in found.targets:
+        assert target.typical == pytest.approx(float(by_hand[target.ref.feature]), rel=1e-9)
+        assert target.typical == calibration[target.ref]
+
+
+def test_targets_of_an_older_version_are_refused_with_the_way_out(tmp_path: Path) -> None:
+    """In version 1 `typical` was another quantity; a push by it would be too strong."""
+    path = tmp_path / "targets.json"
+    ref = qsl.FeatureRef.parse("mini-qwen3/w1k-l0-16/6/7")
+    TargetSet((Target(ref, typical=50.0),)).save(path)
+    assert TargetSet.load(path).targets[0].typical == 50.0
+    path.write_text(path.read_text().replace('"version": 2', '"version": 1'))
+    with pytest.raises(BadFile, match=r"version 1, .* again with `qsl synth targets`"):
+        TargetSet.load(path)
 
 
 def test_relevance_decides_and_weak_ones_follow(seed: FeatureStore, anchor: FeatureStore) -> None:
