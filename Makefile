@@ -13,9 +13,12 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 demo: .venv/installed
 	$(BIN)/qsl demo
 
+# One file of tests stays on one core. `make test TESTS="-m 'not slow' tests/test_rank.py"` runs fewer.
+TESTS ?=
+test: export OMP_NUM_THREADS ?= 1
 test: .venv/ready
 	$(BIN)/python -m tools.browser
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(TESTS)
 
 # Upstream's own tests on our bridge, fetched by version into build/upstream: minutes, see docs/models.md.
 upstream: .venv/ready

@@ -110,9 +110,16 @@ def train_saes(model: Any, train: Sequence[dict[str, Any]], work: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         plain = {key: tensor.detach().float().clone() for key, tensor in tensors.items()}
         torch.save(plain, folder / f"layer{LAYER}.sae.pt")
-        settings = {"model_type": "topk_sae", "base_model": f"qwen-scope-lens/{BASE}",
-                    "d_model": data.shape[1], "d_sae": d_sae, "k": 16, "num_layers": 8,
-                    "hook_point": "resid_post", "dtype": "float32"}  # fmt: skip
+        settings = {
+            "model_type": "topk_sae",
+            "base_model": f"qwen-scope-lens/{BASE}",
+            "d_model": data.shape[1],
+            "d_sae": d_sae,
+            "k": 16,
+            "num_layers": 8,
+            "hook_point": "resid_post",
+            "dtype": "float32",
+        }
         (folder / "config.json").write_text(json.dumps(settings))
     print(f"trained {', '.join(wanted)} on {len(data):,} tokens, {SAMPLES:,} samples each\n")
 
@@ -153,8 +160,15 @@ def fine_tune(model: Any, train: Sequence[dict[str, Any]], work: Path) -> Any:
 def store(
     test: Sequence[dict[str, Any]], model: Any, group: str, layers: Sequence[int], out: Path
 ) -> FeatureStore:
-    return extract(test, model=model, group=group, layers=list(layers), out=out,
-                   max_tokens=MAX_TOKENS, progress=False)  # fmt: skip
+    return extract(
+        test,
+        model=model,
+        group=group,
+        layers=list(layers),
+        out=out,
+        max_tokens=MAX_TOKENS,
+        progress=False,
+    )
 
 
 def match_all(stores: dict[str, FeatureStore]) -> dict[str, Matching]:
@@ -187,8 +201,13 @@ def draw_matchings(found: dict[str, Matching]) -> Any:
         for name, one in found.items():
             score = np.sort(one.score)
             [line] = axes.plot(score, np.linspace(1, 0, len(score)), label=name, linewidth=1.3)
-            axes.plot(one.null, np.linspace(1, 0, len(one.null)), linestyle=":", linewidth=1,
-                      color=line.get_color())  # fmt: skip
+            axes.plot(
+                one.null,
+                np.linspace(1, 0, len(one.null)),
+                linestyle=":",
+                linewidth=1,
+                color=line.get_color(),
+            )
         axes.set_xlabel("score of the best partner (dotted: against a shuffled B)")
         axes.set_ylabel("share of features above")
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
@@ -233,16 +252,25 @@ def show_drift(
 def draw_drift(found: Drift) -> Any:
     def draw(axes: Any) -> None:
         layers = list(found.layers)
-        for kind, colour in (("more", "#c0504d"), ("less", "#4a7ebb"), ("stronger", "#d99694"),
-                             ("weaker", "#95b3d7")):  # fmt: skip
+        for kind, colour in (
+            ("more", "#c0504d"),
+            ("less", "#4a7ebb"),
+            ("stronger", "#d99694"),
+            ("weaker", "#95b3d7"),
+        ):
             counts = [one.count(kind) for one in found.layers.values()]
             axes.plot(layers, counts, "o-", color=colour, label=kind, linewidth=1.2)
         axes.set_xlabel("layer")
         axes.set_ylabel("features that changed")
         axes.legend(loc="upper left")
         overlap = axes.twinx()
-        overlap.plot(layers, [one.overlap for one in found.layers.values()], "s--",
-                     color="#808080", linewidth=1)  # fmt: skip
+        overlap.plot(
+            layers,
+            [one.overlap for one in found.layers.values()],
+            "s--",
+            color="#808080",
+            linewidth=1,
+        )
         overlap.set_ylabel("overlap of active sets (dashed)")
         overlap.set_ylim(0, 1.02)
 

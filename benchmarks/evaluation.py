@@ -96,8 +96,10 @@ def interval_coverage() -> None:
         for values in ([r.auc for r in rows], [r.r_hat for r in rows], [p.overlap for p in pairs]):
             expected = np.mean([v.value for v in values])
             shares.append(np.mean([v.low <= expected <= v.high for v in values]))
-        print(f"  {n_items} items, {n_features} features: AUC {shares[0]:.2f}, R-hat"
-              f" {shares[1]:.2f}, overlap {shares[2]:.2f}")  # fmt: skip
+        print(
+            f"  {n_items} items, {n_features} features: AUC {shares[0]:.2f}, R-hat"
+            f" {shares[1]:.2f}, overlap {shares[2]:.2f}"
+        )
 
 
 def main() -> None:

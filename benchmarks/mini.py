@@ -113,9 +113,13 @@ def language_table(
 
 
 def contrast_table(
-    model: Any, saes: list[ScopeSAE], train: Split, test: Split, tokens: Any,
+    model: Any,
+    saes: list[ScopeSAE],
+    train: Split,
+    test: Split,
+    tokens: Any,
     say: Callable[[str], None],
-) -> None:  # fmt: skip
+) -> None:
     say("\n### One feature for each contrast, and several (chosen on discovery documents)\n")
     say(f"| contrast | documents | F1 of always yes {RULE_HEAD} {SEVERAL} features, held-out F1 |")
     say(f"|---|---|---{RULE_LINE}---|")
@@ -126,9 +130,12 @@ def contrast_table(
         return part[0], rows
 
     def line(
-        name: str, keep: Callable[[dict[str, Any]], bool], yes: Callable[[dict[str, Any]], bool],
-        change: Callable[[Split], Split] = lambda part: part, sizes: Sequence[int] = (700, 500),
-    ) -> None:  # fmt: skip
+        name: str,
+        keep: Callable[[dict[str, Any]], bool],
+        yes: Callable[[dict[str, Any]], bool],
+        change: Callable[[Split], Split] = lambda part: part,
+        sizes: Sequence[int] = (700, 500),
+    ) -> None:
         known, held = change(select(train, keep, sizes[0])), change(select(test, keep, sizes[1]))
         shares = tuple(firing_shares(model, saes, part[1]) for part in (known, held))
         truth = tuple(torch.tensor([yes(record) for record in part[0]]) for part in (known, held))
@@ -147,13 +154,20 @@ def contrast_table(
 
     line("rude (all six languages)", of("tone"), labelled("rude"))
     for lang in TONES:
-        line(f"rude, {lang}", lambda r, g=lang: r["domain"] == "tone" and r["lang"] == g,
-             labelled("rude"), sizes=(400, 200))  # fmt: skip
+        line(
+            f"rude, {lang}",
+            lambda r, g=lang: r["domain"] == "tone" and r["lang"] == g,
+            labelled("rude"),
+            sizes=(400, 200),
+        )
     line("harmful request (question alone)", of("request"), labelled("harmful"), questions)
     line("reply switches language", of("switching"), labelled("zh", "ru", "ko"))
     line("text loops", of("repetition"), labelled("loop"))
-    line("code, against prose", lambda r: r["domain"] in ("code", "prose"),
-         lambda r: bool(r["domain"] == "code"))  # fmt: skip
+    line(
+        "code, against prose",
+        lambda r: r["domain"] in ("code", "prose"),
+        lambda r: bool(r["domain"] == "code"),
+    )
 
 
 def main() -> None:

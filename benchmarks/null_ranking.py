@@ -77,8 +77,10 @@ def measure(shape: Shape) -> None:
     tested = sums.documents >= LEAST
     rng = np.random.default_rng(1)
     n = shape.n_positive + shape.n_negative
-    kinds = {"exact tail": lambda labels: sums.test(labels)[1],
-             "normal only": lambda labels: normal_only(sums, labels)}  # fmt: skip
+    kinds = {
+        "exact tail": lambda labels: sums.test(labels)[1],
+        "normal only": lambda labels: normal_only(sums, labels),
+    }
     passed: dict[str, dict[str, list[int]]] = {k: {"bh": [], "by": []} for k in kinds}
     below = {kind: np.zeros(len(LIMITS)) for kind in kinds}
     seconds = dict.fromkeys(kinds, 0.0)
@@ -94,9 +96,11 @@ def measure(shape: Shape) -> None:
                 q = false_discovery_control(p, axis=0, method=method)
                 counts += (q <= 0.05).sum(0).tolist()
     low, high = shape.rates
-    print(f"\n{shape.n_positive} against {shape.n_negative:,}, {int(tested.sum()):,} tested"
-          f" features of {shape.features:,}, rates {low:g} to {high:g}, {shape.values};"
-          f" {shape.labellings} labellings")  # fmt: skip
+    print(
+        f"\n{shape.n_positive} against {shape.n_negative:,}, {int(tested.sum()):,} tested"
+        f" features of {shape.features:,}, rates {low:g} to {high:g}, {shape.values};"
+        f" {shape.labellings} labellings"
+    )
     for kind in kinds:
         cells = "  ".join(
             f"{method.upper()}: any in {np.mean(np.array(counts) > 0):6.1%}, at most {max(counts)}"
@@ -104,9 +108,11 @@ def measure(shape: Shape) -> None:
         )
         allowed = int(tested.sum()) * shape.labellings * np.array(LIMITS)
         times = "  ".join(f"{x:.2f}" for x in below[kind] / allowed)
-        print(f"  {kind:12} {cells}\n{'':15}p below {', '.join(f'{x:g}' for x in LIMITS)}:"
-              f" {times} times what is allowed; {seconds[kind] / shape.labellings:.3f} s"
-              " per labelling")  # fmt: skip
+        print(
+            f"  {kind:12} {cells}\n{'':15}p below {', '.join(f'{x:g}' for x in LIMITS)}:"
+            f" {times} times what is allowed; {seconds[kind] / shape.labellings:.3f} s"
+            " per labelling"
+        )
         sys.stdout.flush()
 
 

@@ -60,10 +60,15 @@ def saelens_evals(model: Any, sae: Any) -> None:
     )
     for name, one in (("the SAE", sae), ("a random one", random_sae(sae))):
         store = ActivationsStore.from_sae(
-            model, one, dataset=datasets.Dataset.from_list(texts), context_size=96,
-            store_batch_size_prompts=8, n_batches_in_buffer=2, train_batch_size_tokens=768,
+            model,
+            one,
+            dataset=datasets.Dataset.from_list(texts),
+            context_size=96,
+            store_batch_size_prompts=8,
+            n_batches_in_buffer=2,
+            train_batch_size_tokens=768,
             streaming=False,
-        )  # fmt: skip
+        )
         found, _ = run_evals(one, store, model, ActivationScaler(), eval_config=config)
         kept, quality = found["model_performance_preservation"], found["reconstruction_quality"]
         print(
@@ -77,9 +82,20 @@ def saelens_evals(model: Any, sae: Any) -> None:
 def saelens_shell() -> None:
     """The same from SAELens's command line, with and without `install()`."""
     release = qsl.find_group(GROUP).release
-    words = [release, f"layer{LAYER}", "--batch_size_prompts", "4", "--ctx_lens", "64",
-             "--n_eval_reconstruction_batches", "1", "--n_eval_sparsity_variance_batches", "1",
-             "--datasets", "nowhere"]  # fmt: skip
+    words = [
+        release,
+        f"layer{LAYER}",
+        "--batch_size_prompts",
+        "4",
+        "--ctx_lens",
+        "64",
+        "--n_eval_reconstruction_batches",
+        "1",
+        "--n_eval_sparsity_variance_batches",
+        "1",
+        "--datasets",
+        "nowhere",
+    ]
     plain = [sys.executable, "-W", "ignore", "-m", "sae_lens.evals", *words]
     program = (
         "import sys, qwen_scope_lens as qsl; qsl.install();"
@@ -116,10 +132,17 @@ def sparse_probing(model: Any, sae: Any, names: list[str]) -> None:
             out = Path(scratch) / name
             with contextlib.redirect_stdout(sys.stderr):
                 sae_probes.run_sae_evals(
-                    sae=one, model_name=MODEL, hook_name=hook, reg_type="l1", setting="normal",
-                    ks=KS, results_path=out, model_cache_path=cache, datasets=list(names),
+                    sae=one,
+                    model_name=MODEL,
+                    hook_name=hook,
+                    reg_type="l1",
+                    setting="normal",
+                    ks=KS,
+                    results_path=out,
+                    model_cache_path=cache,
+                    datasets=list(names),
                     device="cpu",
-                )  # fmt: skip
+                )
             for dataset in names:
                 [path] = out.rglob(f"{dataset}_*.json")
                 rows = json.loads(path.read_text())

@@ -116,18 +116,27 @@ def panel_results(suites: Suites, tokenizer: Any, work: Path) -> tuple[list[str]
 
 def read_suite(suites: Suites, work: Path) -> Suite:
     """The benchmarks through mini-qwen3 and all its SAEs, by the package's own way."""
-    parts = [file_sha256(path) for path in (
-        model_path(MODEL) / "model.safetensors", *sorted(sae_folder(MODEL).glob("*.pt")),
-    )]  # fmt: skip
+    parts = [
+        file_sha256(path)
+        for path in (
+            model_path(MODEL) / "model.safetensors",
+            *sorted(sae_folder(MODEL).glob("*.pt")),
+        )
+    ]
     stamp = hashlib.sha256((repr(suites) + repr(parts)).encode()).hexdigest()[:12]
     documents = {
         name: [Document(str(i), item.prompt, None, {}) for i, item in enumerate(items)]
         for name, items in suites.items()
     }
     return extract_suite(
-        documents, MODEL, GROUP, "all", work / f"stores-{stamp}",
-        say=lambda line: print(line, file=sys.stderr), progress=False,
-    )  # fmt: skip
+        documents,
+        MODEL,
+        GROUP,
+        "all",
+        work / f"stores-{stamp}",
+        say=lambda line: print(line, file=sys.stderr),
+        progress=False,
+    )
 
 
 def token_footprints(suites: Suites, tokenizer: Any) -> list[Footprint]:
@@ -213,13 +222,17 @@ def redundancy_part(
     size = min(len(f) for f in footprints)
     equal_r = [r_at(results[name], size, name) for name in names]
     say(f"\n## Redundancy (R and R-hat; the last two columns for {size} random items of each)\n")
-    say(f"{'benchmark':20} {'items':>5} {'|F|':>4}  {'accuracy':11}  {'R':20}  {'R-hat':22}"
-        f"  {'R':>5}  {'R-hat':>5}")  # fmt: skip
+    say(
+        f"{'benchmark':20} {'items':>5} {'|F|':>4}  {'accuracy':11}  {'R':20}  {'R-hat':22}"
+        f"  {'R':>5}  {'R-hat':>5}"
+    )
     equal_hat = [redundancy_at(f, size) for f in footprints]
     for row, truth, r, hat in zip(rows, truths, equal_r, equal_hat, strict=True):
         low, high = truth.accuracy
-        say(f"{row.name:20} {row.n_items:5} {row.n_features:4}  {low:.2f} - {high:.2f}"
-            f"  {truth.r!s:20}  {row.r_hat!s:22}  {r:5.3f}  {hat:5.3f}")  # fmt: skip
+        say(
+            f"{row.name:20} {row.n_items:5} {row.n_features:4}  {low:.2f} - {high:.2f}"
+            f"  {truth.r!s:20}  {row.r_hat!s:22}  {r:5.3f}  {hat:5.3f}"
+        )
     check = rank_check(rows, truths)
     r = np.array([truth.r.value for truth in truths])
     log_hat = np.log([row.r_hat.value for row in rows])
@@ -304,8 +317,12 @@ def similarity_part(
         pairs = int(np.triu(telling, 1).sum())
         compare(f"{title}, {pairs} of them that tell models apart", overlap, truth, telling)
         compare(f"{title}, {size} items each, none common", equal, truth, apart)
-        compare(f"{title}, tokens, {size} items each, none common", equal_overlap(tokens, size),
-                truth, apart)  # fmt: skip
+        compare(
+            f"{title}, tokens, {size} items each, none common",
+            equal_overlap(tokens, size),
+            truth,
+            apart,
+        )
     say("(paper, 28 pairs: raw 0.684 / 0.607, MMLU taken out 0.755 / 0.713)")
     say("By layer, control taken out, none common:")
     for layer in suite.layers:

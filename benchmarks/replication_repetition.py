@@ -65,14 +65,27 @@ def sampled(temperature: float, seed: int = 0) -> Sampling:
 
 
 def loops(
-    model: Any, tokenizer: Any, prompts: Sequence[str], samples: int, plan: Plan | None = None,
-    *, temperature: float, seed: int = 0,
-) -> list[bool]:  # fmt: skip
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    samples: int,
+    plan: Plan | None = None,
+    *,
+    temperature: float,
+    seed: int = 0,
+) -> list[bool]:
     """Whether each continuation ends in a loop, prompt by prompt. `[prompts x samples]`"""
     asked = [text for text in prompts for _ in range(samples)]
     model.eval()
-    found = generate(model, asked, plan, tokenizer=tokenizer, batch=240,
-                     sampling=sampled(temperature, seed), must_fire=False)  # fmt: skip
+    found = generate(
+        model,
+        asked,
+        plan,
+        tokenizer=tokenizer,
+        batch=240,
+        sampling=sampled(temperature, seed),
+        must_fire=False,
+    )
     return [find_repeats(reply.ids) is not None for reply in found]
 
 
@@ -91,16 +104,31 @@ def trained(plan: Plan | None, prompts: Sequence[str], seed: int, steps: int) ->
     some = plan or amplified([FeatureRef(GROUP, LAYERS[0], 0)], 0.0)
     with tempfile.TemporaryDirectory() as folder:
         args = RareNegativeGRPOConfig(
-            output_dir=folder, max_steps=steps, num_generations=GROUP_SIZE,
-            per_device_train_batch_size=GROUP_SIZE * PROMPTS_A_STEP, max_completion_length=TOKENS,
-            temperature=TRAIN, learning_rate=2e-4, lr_scheduler_type="constant", bf16=False,
-            use_cpu=True, disable_tqdm=True, gradient_checkpointing=False, logging_steps=1,
-            save_strategy="no", seed=seed, steered_per_group=0 if plan is None else 1,
-        )  # fmt: skip
+            output_dir=folder,
+            max_steps=steps,
+            num_generations=GROUP_SIZE,
+            per_device_train_batch_size=GROUP_SIZE * PROMPTS_A_STEP,
+            max_completion_length=TOKENS,
+            temperature=TRAIN,
+            learning_rate=2e-4,
+            lr_scheduler_type="constant",
+            bf16=False,
+            use_cpu=True,
+            disable_tqdm=True,
+            gradient_checkpointing=False,
+            logging_steps=1,
+            save_strategy="no",
+            seed=seed,
+            steered_per_group=0 if plan is None else 1,
+        )
         trainer = RareNegativeGRPOTrainer(
-            model, no_repetition(), args, plan=some, processing_class=tokenizer,
+            model,
+            no_repetition(),
+            args,
+            plan=some,
+            processing_class=tokenizer,
             train_dataset=Dataset.from_list([{"prompt": text} for text in prompts]),
-        )  # fmt: skip
+        )
         trainer.train()
         log = trainer.state.log_history
     return model, tokenizer, log
@@ -161,13 +189,24 @@ def main() -> int:
     training = training[:120]
     model, tokenizer = mini()
 
-    written = cells("own loops", lambda: [
-        prompt + reply.text
-        for prompt, reply in own_loops(model, training, samples=4, tokenizer=tokenizer,
-                                       sampling=sampled(COLLECT), batch=120)
-    ])  # fmt: skip
-    say(f"{len(written)} of {4 * len(training)} continuations of mini-qwen3 end in a loop"
-        f" (temperature {COLLECT}, {TOKENS} tokens)")  # fmt: skip
+    written = cells(
+        "own loops",
+        lambda: [
+            prompt + reply.text
+            for prompt, reply in own_loops(
+                model,
+                training,
+                samples=4,
+                tokenizer=tokenizer,
+                sampling=sampled(COLLECT),
+                batch=120,
+            )
+        ],
+    )
+    say(
+        f"{len(written)} of {4 * len(training)} continuations of mini-qwen3 end in a loop"
+        f" (temperature {COLLECT}, {TOKENS} tokens)"
+    )
 
     def candidates() -> list[Any]:
         with tempfile.TemporaryDirectory() as folder:
@@ -182,27 +221,45 @@ def main() -> int:
     refs = [FeatureRef.parse(row[0]) for row in listed]
 
     def screen() -> Any:
-        found = screen_causes(model, refs, dev, strength=STRENGTH, samples=3, controls=4,
-                              tokenizer=tokenizer, sampling=sampled(SCREEN), batch=180)  # fmt: skip
+        found = screen_causes(
+            model,
+            refs,
+            dev,
+            strength=STRENGTH,
+            samples=3,
+            controls=4,
+            tokenizer=tokenizer,
+            sampling=sampled(SCREEN),
+            batch=180,
+        )
         return [str(found), [str(ref) for ref in found.kept]]
 
     table, kept_names = cells("causes", screen)
-    say(f"\namplified by {STRENGTH} of the residual's length at temperature {SCREEN}, {len(dev)}"
-        f" other prompts x 3\n{table}")  # fmt: skip
+    say(
+        f"\namplified by {STRENGTH} of the residual's length at temperature {SCREEN}, {len(dev)}"
+        f" other prompts x 3\n{table}"
+    )
     kept = [FeatureRef.parse(name) for name in kept_names][:FEATURES]
     rng = np.random.default_rng(0)
     free = [n for n in range(1024) if n not in {ref.feature for ref in refs}]
     chance = [FeatureRef(GROUP, ref.layer, int(rng.choice(free))) for ref in kept or refs[:1]]
-    plans = {"untouched": None, "steered": amplified(kept or refs[:1], STRENGTH),
-             "random features": amplified(chance, STRENGTH)}  # fmt: skip
+    plans = {
+        "untouched": None,
+        "steered": amplified(kept or refs[:1], STRENGTH),
+        "random features": amplified(chance, STRENGTH),
+    }
     asked = {
-        name: cells(f"gate {name} {TRAIN}", lambda plan=plan: loops(
-            model, tokenizer, gate, 4, plan, temperature=TRAIN))
+        name: cells(
+            f"gate {name} {TRAIN}",
+            lambda plan=plan: loops(model, tokenizer, gate, 4, plan, temperature=TRAIN),
+        )
         for name, plan in plans.items()
-    }  # fmt: skip
+    }
     shares = {name: ratio(flags, 4, len(gate)) for name, flags in asked.items()}
-    say(f"\ngates, {len(gate)} prompts x 4 at temperature {TRAIN}: "
-        + "; ".join(f"{name} {interval(found)}" for name, found in shares.items()))  # fmt: skip
+    say(
+        f"\ngates, {len(gate)} prompts x 4 at temperature {TRAIN}: "
+        + "; ".join(f"{name} {interval(found)}" for name, found in shares.items())
+    )
     reasons = gates(kept, shares["untouched"], shares["steered"], shares["random features"])
     if reasons:
         say("\nNot trained, since it could not succeed: " + "; ".join(reasons))
@@ -233,11 +290,15 @@ def main() -> int:
 def report(
     say: Any, rows: dict[str, list[Any]], before: list[bool], prompts: int, steps: int
 ) -> None:
-    say(f"\nGRPO at temperature {TRAIN}, {steps} steps of {PROMPTS_A_STEP} prompts x {GROUP_SIZE}"
-        " rollouts, reward -1 for a loop;")  # fmt: skip
+    say(
+        f"\nGRPO at temperature {TRAIN}, {steps} steps of {PROMPTS_A_STEP} prompts x {GROUP_SIZE}"
+        " rollouts, reward -1 for a loop;"
+    )
     say(f"then {prompts} unseen prompts x 4 at temperature {MEASURE}")
-    say(f"{'':16} {'seeds':>5} {'repeat ratio':>22} {'less plain DAPO':>26}"
-        "  loss   loops in rollouts: own, steered")  # fmt: skip
+    say(
+        f"{'':16} {'seeds':>5} {'repeat ratio':>22} {'less plain DAPO':>26}"
+        "  loss   loops in rollouts: own, steered"
+    )
     say(f"{'before':16} {'':5} {interval(ratio(before, 4, prompts)):>22}")
     picks = np.random.default_rng(0).integers(prompts, size=(4000, prompts))
 
@@ -255,13 +316,17 @@ def report(
         own = np.mean([cell["own"] for cell in cells])
         steered = [cell["steered"] for cell in cells if cell["steered"] is not None]
         shown = f"{own:.3f}" + (f", {np.mean(steered):.3f}" if steered else "")
-        say(f"{kind:16} {len(cells):5} {interval(ratio(flags, 4, prompts)):>22} {against:>26}"
-            f"  {np.mean([cell['loss'] for cell in cells]):.3f}  {shown}")  # fmt: skip
+        say(
+            f"{kind:16} {len(cells):5} {interval(ratio(flags, 4, prompts)):>22} {against:>26}"
+            f"  {np.mean([cell['loss'] for cell in cells]):.3f}  {shown}"
+        )
     gap = by_prompt(rows["rare negatives"]) - by_prompt(rows["plain DAPO"])
     seen = 2.8 * float(gap[picks].mean(axis=1).std())
-    say(f"power: a difference of {seen:.3f} between rare negatives and plain DAPO is seen four"
+    say(
+        f"power: a difference of {seen:.3f} between rare negatives and plain DAPO is seen four"
         " times in five. Intervals: 95%, bootstrap over prompts, differences paired; they do not"
-        " hold how far other seeds lie apart.")  # fmt: skip
+        " hold how far other seeds lie apart."
+    )
 
 
 if __name__ == "__main__":

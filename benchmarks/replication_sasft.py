@@ -54,9 +54,16 @@ ASK = ("Explain this to me:", "Tell me more.", "Please go on from here:", "What 
 PENALTY = 1.0
 EXAMPLES, SWITCHED, EPOCHS = 120, 0.5, 2
 PROMPTS, SAMPLES, TOKENS, CONVERSATIONS = 60, 4, 32, 40
-SWEEP = [("SFT", 0.0), ("SASFT", 0.1), ("SASFT", 0.01), ("random features", 0.1),
-         ("SASFT", 0.001), ("random features", 0.01), ("SASFT", 0.03),
-         ("SASFT", 0.003)]  # fmt: skip
+SWEEP = [
+    ("SFT", 0.0),
+    ("SASFT", 0.1),
+    ("SASFT", 0.01),
+    ("random features", 0.1),
+    ("SASFT", 0.001),
+    ("random features", 0.01),
+    ("SASFT", 0.03),
+    ("SASFT", 0.003),
+]
 FIRST_SEED_ONLY = [("before", 0.0), ("penalty", 0.0)]
 OTHER_TARGETS = [("SFT", 0.0), ("SASFT", 0.03), ("random features", 0.03)]
 
@@ -76,8 +83,9 @@ def data(lines: dict[str, list[str]], target: str, seed: int) -> Dataset:
             cut = rng.randint(2, max(3, len(words) - 2))
             foreign = rng.choice(lines[target])[: rng.randint(15, 50)]
             reply = " ".join([*words[:cut], foreign, *words[cut:]])
-        rows.append({"prompt": prompt(question(rng, lines["en"])), "completion": reply,
-                     "language": "en"})  # fmt: skip
+        rows.append(
+            {"prompt": prompt(question(rng, lines["en"])), "completion": reply, "language": "en"}
+        )
     for language in LANGUAGES:
         for _ in range(EXAMPLES // 24):
             question_, reply = rng.choice(lines[language]), rng.choice(lines[language])
@@ -88,11 +96,21 @@ def data(lines: dict[str, list[str]], target: str, seed: int) -> Dataset:
 
 def settings(seed: int, folder: str) -> dict[str, Any]:
     return {
-        "output_dir": folder, "num_train_epochs": EPOCHS, "per_device_train_batch_size": 12,
-        "learning_rate": 1e-3, "lr_scheduler_type": "linear", "logging_steps": 1000,
-        "save_strategy": "no", "bf16": False, "use_cpu": True, "disable_tqdm": True,
-        "gradient_checkpointing": False, "report_to": "none", "seed": seed, "max_length": 120,
-    }  # fmt: skip
+        "output_dir": folder,
+        "num_train_epochs": EPOCHS,
+        "per_device_train_batch_size": 12,
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "linear",
+        "logging_steps": 1000,
+        "save_strategy": "no",
+        "bf16": False,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "gradient_checkpointing": False,
+        "report_to": "none",
+        "seed": seed,
+        "max_length": 120,
+    }
 
 
 class PenaltyTrainer(SFTTrainer):
@@ -144,8 +162,13 @@ def trained(kind: str, lam: float, target: str, chosen: Any, rows: Dataset, seed
     with tempfile.TemporaryDirectory() as folder:
         common = {"train_dataset": rows, "processing_class": tokenizer}
         if kind in ("SASFT", "random features"):
-            args = SASFTConfig(**settings(seed, folder), lam=lam, layers=list(LAYERS),
-                               targets=[target], below_chance=kind != "SASFT")  # fmt: skip
+            args = SASFTConfig(
+                **settings(seed, folder),
+                lam=lam,
+                layers=list(LAYERS),
+                targets=[target],
+                below_chance=kind != "SASFT",
+            )
             trainer: Any = SASFTTrainer(model, args, language_features=chosen, **common)
         elif kind == "penalty":
             script = script_tokens(tokenizer, model.config.vocab_size, target)
@@ -160,8 +183,16 @@ def trained(kind: str, lam: float, target: str, chosen: Any, rows: Dataset, seed
 
 def measured(model: Any, tokenizer: Any, target: str, second: Any, prompts: Any, seed: int) -> Any:
     """Which replies switch, and the held-out loss of each conversation, by language."""
-    _, found, _ = replies(model, tokenizer, prompts, samples=SAMPLES, tokens=TOKENS,
-                          temperature=1.0, top_p=0.8, seed=seed)  # fmt: skip
+    _, found, _ = replies(
+        model,
+        tokenizer,
+        prompts,
+        samples=SAMPLES,
+        tokens=TOKENS,
+        temperature=1.0,
+        top_p=0.8,
+        seed=seed,
+    )
     return {
         "switched": [has_script(reply, target) for reply in found],
         "loss": {
@@ -208,29 +239,42 @@ def report(say: Any, target: str, rows: dict[tuple[str, float], Row]) -> None:
     all_texts = np.arange(CONVERSATIONS)
     others = [name for name in LANGUAGES if name not in ("en", target)]
     base = rows["SFT", 0.0]
-    say(f"{'':16} {'lambda':>6} {'seeds':>5}  {'ratio':21}  {'ratio - SFT':24}"
-        f"  {f'loss of {target} - SFT':24}  loss - SFT: en, others")  # fmt: skip
+    say(
+        f"{'':16} {'lambda':>6} {'seeds':>5}  {'ratio':21}  {'ratio - SFT':24}"
+        f"  {f'loss of {target} - SFT':24}  loss - SFT: en, others"
+    )
     order = ["before", "SFT", "penalty", "SASFT", "random features"]
     for (kind, lam), row in sorted(rows.items(), key=lambda r: (order.index(r[0][0]), r[0][1])):
-        same = Row(base.switched[: len(row.switched)],
-                   {n: x[: len(row.switched)] for n, x in base.loss.items()})  # fmt: skip
+        same = Row(
+            base.switched[: len(row.switched)],
+            {n: x[: len(row.switched)] for n, x in base.loss.items()},
+        )
         shown = spread(float(row.ratio(every)), row.ratio(prompts))
         against, price, more = "", "", []
         if kind != "SFT":
-            against = spread(float(row.ratio(every) - same.ratio(every)),
-                             row.ratio(prompts) - same.ratio(prompts), "+")  # fmt: skip
+            against = spread(
+                float(row.ratio(every) - same.ratio(every)),
+                row.ratio(prompts) - same.ratio(prompts),
+                "+",
+            )
             price = spread(
                 float(row.nats(target, all_texts) - same.nats(target, all_texts)),
-                row.nats(target, texts) - same.nats(target, texts), "+")  # fmt: skip
+                row.nats(target, texts) - same.nats(target, texts),
+                "+",
+            )
             more = [
                 float(np.mean([row.nats(n, all_texts) - same.nats(n, all_texts) for n in names]))
                 for names in (["en"], others)
             ]
-        say(f"{kind:16} {lam or '':>6} {len(row.switched):5}  {shown:21}  {against:24}  {price:24}"
-            f"  {' '.join(f'{x:+.3f}' for x in more)}")  # fmt: skip
+        say(
+            f"{kind:16} {lam or '':>6} {len(row.switched):5}  {shown:21}  {against:24}  {price:24}"
+            f"  {' '.join(f'{x:+.3f}' for x in more)}"
+        )
     half = np.std(base.ratio(prompts)) * 2**0.5 * 2.8
-    say(f"power: with these prompts and seeds a change of the ratio by {half:.3f} is seen four"
-        " times in five (were the two runs' replies independent)")  # fmt: skip
+    say(
+        f"power: with these prompts and seeds a change of the ratio by {half:.3f} is seen four"
+        " times in five (were the two runs' replies independent)"
+    )
 
 
 def main() -> None:
@@ -263,12 +307,16 @@ def main() -> None:
             for target in targets
             for seed in range(arguments.seeds)
         }
-    say(f"SASFT on mini-qwen3: layers {LAYERS}, {EXAMPLES} English replies of which {SWITCHED:.0%}"
-        f" switch, {EPOCHS} epochs, up to {arguments.seeds} seeds")  # fmt: skip
+    say(
+        f"SASFT on mini-qwen3: layers {LAYERS}, {EXAMPLES} English replies of which {SWITCHED:.0%}"
+        f" switch, {EPOCHS} epochs, up to {arguments.seeds} seeds"
+    )
     for f in table.features:
         used = "used" if f.stands_out else "below chance: left out"
-        say(f"  {f.ref}  {f.language}  monolinguality {f.monolinguality:.2f}, held out"
-            f" {f.held_out:.2f}, chance {f.chance:.2f}  {used}")  # fmt: skip
+        say(
+            f"  {f.ref}  {f.language}  monolinguality {f.monolinguality:.2f}, held out"
+            f" {f.held_out:.2f}, chance {f.chance:.2f}  {used}"
+        )
     seeds, (target, *others) = range(arguments.seeds), targets
     wanted = [
         *((target, *each, seed) for seed in seeds for each in SWEEP),
@@ -295,8 +343,10 @@ def main() -> None:
         if ("SFT", 0.0) in rows:
             say(f"\n{target} in English replies, {PROMPTS} prompts x {SAMPLES} samples a seed")
             report(say, target, {key: Row.of(cell) for key, cell in rows.items()})
-    say(f"\nin brackets: 95%, bootstrap over prompts, for losses over {CONVERSATIONS} held-out"
-        " conversations; differences are paired. Loss in nats per token.")  # fmt: skip
+    say(
+        f"\nin brackets: 95%, bootstrap over prompts, for losses over {CONVERSATIONS} held-out"
+        " conversations; differences are paired. Loss in nats per token."
+    )
     say(stamp())
     say.save(arguments.out)
 

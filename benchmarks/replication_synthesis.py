@@ -51,8 +51,18 @@ LEAST_DOCUMENTS = 3  # of the anchor data on which a target exceeds it
 STRENGTH = 8.0
 LEARNING_RATE, STEPS, BATCH = 3e-4, 60, 16
 POINTS = (10, 20, 50, 100, 200, 400)
-DOMAINS = ("prose", "code", "tone", "request", "switching", "knowledge", "spelling", "chat",
-           "arithmetic", "translation")  # fmt: skip
+DOMAINS = (
+    "prose",
+    "code",
+    "tone",
+    "request",
+    "switching",
+    "knowledge",
+    "spelling",
+    "chat",
+    "arithmetic",
+    "translation",
+)
 
 
 @dataclass(frozen=True)
@@ -115,19 +125,34 @@ def _split(seed: int) -> dict[str, list[str]]:
     own = [r["text"] for r in docs if r["lang"] == "en" and r["domain"] == "prose"]
     rest = [r["text"] for r in docs if not (r["lang"] == "en" and r["domain"] == "prose")]
     random.Random(seed).shuffle(rest)
-    return {"seed": own, "anchor": rest[:ANCHOR], "test": rest[ANCHOR : ANCHOR + TEST],
-            "pool": rest[ANCHOR + TEST :]}  # fmt: skip
+    return {
+        "seed": own,
+        "anchor": rest[:ANCHOR],
+        "test": rest[ANCHOR : ANCHOR + TEST],
+        "pool": rest[ANCHOR + TEST :],
+    }
 
 
 def _targets(model: Any, texts: dict[str, list[str]], folder: Path) -> TargetSet:
     stores = {
-        name: extract(texts[name], model=model, group=GROUP, layers=[LAYER], out=folder / name,
-                      max_tokens=TOKENS, progress=False)
+        name: extract(
+            texts[name],
+            model=model,
+            group=GROUP,
+            layers=[LAYER],
+            out=folder / name,
+            max_tokens=TOKENS,
+            progress=False,
+        )
         for name in ("seed", "anchor")
-    }  # fmt: skip
+    }
     threshold = float(np.quantile(pool(stores["anchor"], LAYER).data, QUANTILE))
-    return find_targets(stores["seed"], stores["anchor"], threshold=round(threshold, 1),
-                        least_documents=LEAST_DOCUMENTS)  # fmt: skip
+    return find_targets(
+        stores["seed"],
+        stores["anchor"],
+        threshold=round(threshold, 1),
+        least_documents=LEAST_DOCUMENTS,
+    )
 
 
 def _arms(
@@ -140,8 +165,15 @@ def _arms(
     seed: int,
 ) -> dict[str, Arm]:
     rng = random.Random(seed)
-    recipe = replace(TEXT, threshold=targets.threshold, count_others=True, attempts=8,
-                     prompt_tokens=TOKENS, seed=seed, examples_shown=1)  # fmt: skip
+    recipe = replace(
+        TEXT,
+        threshold=targets.threshold,
+        count_others=True,
+        attempts=8,
+        prompt_tokens=TOKENS,
+        seed=seed,
+        examples_shown=1,
+    )
     typical = {target.ref: target.typical for target in targets.targets}
     plain = Local(model, MODEL, batch=32)
     steered = Local(model, MODEL, batch=32, push=Push(STRENGTH, typical))
@@ -159,10 +191,12 @@ def _arms(
         ("steered", targets, steered, recipe.for_steering()),
     ):
         arms[name] = _feature_driven(folder / name, given, how, writer, reader, budget)
-    arms["random"] = _undirected(folder / "random", targets, recipe.for_steering(), plain, reader,
-                                 budget)  # fmt: skip
-    arms["random passages"] = _undirected(folder / "passages", shuffled, recipe, plain, reader,
-                                          budget)  # fmt: skip
+    arms["random"] = _undirected(
+        folder / "random", targets, recipe.for_steering(), plain, reader, budget
+    )
+    arms["random passages"] = _undirected(
+        folder / "passages", shuffled, recipe, plain, reader, budget
+    )
     natural = [_cut(model, text) for text in texts["pool"][:budget]]
     found = _fires(reader, natural, targets)
     arms["natural"] = Arm(natural, found, found)
@@ -175,8 +209,9 @@ def _feature_driven(
     with Ledger.open(folder) as ledger:
         run = Synthesis(targets, recipe, writer, reader, ledger, Templates()).run(budget)
     fires = [set(one.fires) if one.outcome == "kept" else set() for one in run.candidates]
-    hit = np.mean([one.activation is not None and one.activation > recipe.threshold
-                   for one in run.candidates])  # fmt: skip
+    hit = np.mean(
+        [one.activation is not None and one.activation > recipe.threshold for one in run.candidates]
+    )
     note = f" kept of {len(run.candidates)}, own feature fires in {hit:.1%}"
     anyway = [set(one.fires) for one in run.candidates]
     return Arm([one.prompt for one in run.kept], fires, anyway, note)
@@ -192,10 +227,11 @@ def _undirected(
         for i in range(budget):
             target = targets.missing[i % len(targets.missing)]
             values = {
-                "examples": "\n\n".join(target.examples[: recipe.examples_shown]).replace("<<", "")
+                "examples": "\n\n".join(target.examples[: recipe.examples_shown])
+                .replace("<<", "")
                 .replace(">>", ""),
                 "opening": targets.openings[i % len(targets.openings)],
-            }  # fmt: skip
+            }
             messages = template.fill(**values, task="", language="", description="")
             requests.append(
                 Request(messages, "prompt", recipe.seed * budget + i, recipe.sampling(), raw=True)
@@ -251,11 +287,18 @@ def _train(
         batch = rng.choices(seed_texts, k=BATCH // 2) + rng.choices(
             more or seed_texts, k=BATCH // 2
         )
-        rows = tokenizer(batch, return_tensors="pt", padding=True, truncation=True,
-                         max_length=TOKENS, padding_side="right")  # fmt: skip
+        rows = tokenizer(
+            batch,
+            return_tensors="pt",
+            padding=True,
+            truncation=True,
+            max_length=TOKENS,
+            padding_side="right",
+        )
         labels = rows.input_ids.masked_fill(rows.attention_mask == 0, -100)
-        loss = network(input_ids=rows.input_ids, attention_mask=rows.attention_mask,
-                       labels=labels).loss  # fmt: skip
+        loss = network(
+            input_ids=rows.input_ids, attention_mask=rows.attention_mask, labels=labels
+        ).loss
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -302,8 +345,10 @@ def _print_losses(losses: dict[str, list[tuple[float, float]]], steps: int) -> N
         values = np.array(runs)
         change = values - base
         by_seed = " ".join(f"{one:+.3f}" for one in change[:, 0])
-        print(f"{name:18}{values[:, 0].mean():>9.3f}{change[:, 0].mean():>+9.3f}"
-              f"{values[:, 1].mean():>11.3f}{change[:, 1].mean():>+9.3f}  {by_seed}")  # fmt: skip
+        print(
+            f"{name:18}{values[:, 0].mean():>9.3f}{change[:, 0].mean():>+9.3f}"
+            f"{values[:, 1].mean():>11.3f}{change[:, 1].mean():>+9.3f}  {by_seed}"
+        )
 
 
 if __name__ == "__main__":

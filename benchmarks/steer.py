@@ -68,14 +68,24 @@ def main() -> None:
 
 def write_saes(folder: Path) -> None:
     folder.mkdir()
-    settings = {"model_type": "topk_sae", "base_model": "random/mid", "num_layers": LAYERS,
-                "d_model": WIDTH, "d_sae": D_SAE, "k": K}  # fmt: skip
+    settings = {
+        "model_type": "topk_sae",
+        "base_model": "random/mid",
+        "num_layers": LAYERS,
+        "d_model": WIDTH,
+        "d_sae": D_SAE,
+        "k": K,
+    }
     (folder / "config.json").write_text(json.dumps(settings))
     for layer in (4, 8, 12):
         torch.manual_seed(layer)
         rows = torch.nn.functional.normalize(torch.randn(D_SAE, WIDTH), dim=-1)
-        weights = {"W_enc": rows, "W_dec": rows.T.contiguous(), "b_enc": torch.zeros(D_SAE),
-                   "b_dec": torch.zeros(WIDTH)}  # fmt: skip
+        weights = {
+            "W_enc": rows,
+            "W_dec": rows.T.contiguous(),
+            "b_enc": torch.zeros(D_SAE),
+            "b_dec": torch.zeros(WIDTH),
+        }
         torch.save(weights, folder / f"layer{layer}.sae.pt")
 
 
@@ -118,9 +128,11 @@ def measure(rounds: int, new_tokens: int) -> None:
         with variants[name]():
             start = time.process_time()
             out = model.generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens,
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=new_tokens,
                 do_sample=False,
-            )  # fmt: skip
+            )
             took = time.process_time() - start
         produced[name] = out[0].tolist()
         return took

@@ -97,9 +97,13 @@ def main() -> None:
 
 
 def report(
-    model: Any, saes: dict[str, Any], found: list[str], typical: Calibration, language: str,
+    model: Any,
+    saes: dict[str, Any],
+    found: list[str],
+    typical: Calibration,
+    language: str,
     count: int,
-) -> None:  # fmt: skip
+) -> None:
     print(f"\n{language}: {', '.join(ref.split('/', 2)[2] for ref in found)}")
     for job, broken, sign in (("suppress", True, -1), ("amplify", False, +1)):
         tuning, test = switching(language, broken), prompts(language, broken, count)
@@ -174,9 +178,14 @@ def plan(refs: Sequence[str], typical: Calibration, strength: float) -> Plan:
 
 
 def choose(
-    model: Any, saes: dict[str, Any], found: Sequence[str], typical: Calibration, language: str,
-    tuning: Sequence[str], sign: int,
-) -> float:  # fmt: skip
+    model: Any,
+    saes: dict[str, Any],
+    found: Sequence[str],
+    typical: Calibration,
+    language: str,
+    tuning: Sequence[str],
+    sign: int,
+) -> float:
     """The coherent strength with the largest effect; the weakest where none is coherent."""
     plain = outcome(model, language, [run(model, saes, tuning)])
     best, effect = STRENGTHS[0], -1.0
@@ -191,9 +200,12 @@ def choose(
 
 
 def run(
-    model: Any, saes: dict[str, Any], texts: Sequence[str], plan: Plan | None = None,
+    model: Any,
+    saes: dict[str, Any],
+    texts: Sequence[str],
+    plan: Plan | None = None,
     control: int | None = None,
-) -> list[Continuation]:  # fmt: skip
+) -> list[Continuation]:
     return generate(
         model, texts, plan, saes, sampling=SAMPLING, batch=50, control=control, must_fire=False
     )

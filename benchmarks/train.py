@@ -20,9 +20,15 @@ from qwen_scope_lens.train import FeatureRows, Penalty, record_residuals
 def wide() -> Any:
     torch.manual_seed(0)
     config = Qwen3Config(
-        vocab_size=8000, hidden_size=2048, intermediate_size=6144, num_hidden_layers=3,
-        num_attention_heads=16, num_key_value_heads=8, head_dim=128, tie_word_embeddings=True,
-    )  # fmt: skip
+        vocab_size=8000,
+        hidden_size=2048,
+        intermediate_size=6144,
+        num_hidden_layers=3,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=128,
+        tie_word_embeddings=True,
+    )
     return Qwen3ForCausalLM(config).train()
 
 
@@ -57,8 +63,10 @@ def main() -> None:
     for name, model, shape in cases:
         times = interleaved(steps(model, shape), repeats=15 if shape[0] > 1 else 5)
         base, ours = times["step"], times["step with SASFT"]
-        print(f"{name}: {base * 1e3:.0f} ms a step, with SASFT {ours * 1e3:.0f} ms: "
-              f"{ours / base - 1:+.1%}")  # fmt: skip
+        print(
+            f"{name}: {base * 1e3:.0f} ms a step, with SASFT {ours * 1e3:.0f} ms: "
+            f"{ours / base - 1:+.1%}"
+        )
 
 
 if __name__ == "__main__":

@@ -168,7 +168,7 @@ def _check_range(rounded: torch.Tensor, dtype: torch.dtype) -> None:
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    return memoryview(tensor.contiguous().view(torch.uint8).numpy()).cast("B")
+    return tensor.contiguous().view(torch.uint8).numpy().data.cast("B")
 
 
 def _pwrite(fd: int, data: memoryview, offset: int) -> None:

@@ -37,8 +37,12 @@ def output_of(command: str, folder: Path) -> str:
     environment = {**os.environ, "PATH": path, "COLUMNS": "100", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         ["bash", "-c", f"set -o pipefail; {command}"],
-        cwd=folder, env=environment, capture_output=True, text=True, timeout=1800,
-    )  # fmt: skip
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=1800,
+    )
     if done.returncode not in (0, 141):  # 141: `| head` closed the pipe
         raise SystemExit(f"{command}\nended with {done.returncode}:\n{done.stdout}{done.stderr}")
     return "\n".join(line.rstrip() for line in done.stdout.strip().splitlines())

@@ -1,5 +1,7 @@
 """Feature stores for tests: planted codes without any model, or a few documents of a mini model.
 
+All are real stores on disk, so that a test of what reads stores reads what users have.
+
     documents = [[{5: 2.0}, {5: 1.0, 7: 3.0}], [{9: 1.5}]]
     store = build_store(tmp_path / "store", documents, {"lang": ["a", "b"]})
 
@@ -116,6 +118,56 @@ def build_store(
         first, end = corpus.span(shard)
         write_shard(folder, shard, manifest, coded[first:end])
     return FeatureStore.open(folder)
+
+
+def store_of_dense(
+    folder: Path,
+    dense: Mapping[int, np.ndarray],
+    lengths: Sequence[int],
+    labels: Mapping[str, Sequence[Any]] | None = None,
+    *,
+    extreme: np.ndarray | None = None,
+    k: int = 8,
+    shard_docs: int = 16,
+) -> FeatureStore:
+    """A store of `{layer: [n_tokens, d_sae]}`, dealt out to documents of the lengths given.
+
+    Every document has a text of its own. `extreme` marks tokens `[n_tokens]` that are to be left
+    out, beside every first one.
+    """
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    codes = {n: qsl.SparseCodes.from_dense(torch.from_numpy(x), k) for n, x in dense.items()}
+    documents = [
+        {n: x[start:end] for n, x in codes.items()}
+        for start, end in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)
+    ]
+    marked = np.flatnonzero(np.zeros(0) if extreme is None else extreme)
+    doc = np.searchsorted(offsets, marked, side="right") - 1
+    return build_store(
+        folder,
+        documents,
+        labels,
+        texts=[f"document {number}" for number in range(len(lengths))],
+        extreme=zip(doc.tolist(), (marked - offsets[doc]).tolist(), strict=True),
+        layers=sorted(dense),
+        shard_docs=shard_docs,
+        saes={n: SAEFacts(f"{GROUP}/{n}", x.shape[1], k, "0" * 64) for n, x in dense.items()},
+    )
+
+
+def random_codes(
+    seed: int, n_tokens: int, d_sae: int, k: int = 8, popular: float = 1.0
+) -> np.ndarray:
+    """At most k features per token, some far more common than others. `[n_tokens, d_sae]`"""
+    rng = np.random.default_rng(seed)
+    weights = rng.exponential(size=d_sae) ** popular
+    dense = np.zeros((n_tokens, d_sae), np.float32)
+    for row in dense:
+        chosen = rng.choice(
+            d_sae, size=rng.integers(1, k + 1), replace=False, p=weights / weights.sum()
+        )
+        row[chosen] = np.round(rng.gamma(2.0, size=len(chosen)) + 0.1, 2)  # rounded: ties
+    return dense
 
 
 def random_documents(

@@ -113,9 +113,8 @@ def generate(
     chosen: Chosen, new: int,
 ) -> list[list[int]]:  # fmt: skip
     """Greedy continuations, every step from the start."""
-    rows = [list(ids) for ids in rows]
-    begun = [len(ids) for ids in rows]
+    texts = [list(ids) for ids in rows]
     for _ in range(new):
-        for ids, logits in zip(rows, run(model, rows, edits, by_layer, chosen), strict=True):
+        for ids, logits in zip(texts, run(model, texts, edits, by_layer, chosen), strict=True):
             ids.append(int(logits[-1].argmax()))
-    return [ids[n:] for ids, n in zip(rows, begun, strict=True)]
+    return [ids[len(row) :] for ids, row in zip(texts, rows, strict=True)]

@@ -28,6 +28,8 @@ from qwen_scope_lens.models import unwrap
 from qwen_scope_lens.site.build import site_of_documents
 from qwen_scope_lens.steering import Plan, Sampling
 
+pytestmark = pytest.mark.browser
+
 LAYER = 6
 LABEL = "<b>bold</b><img src=x onerror=alert(1)>"
 SLOW = 60_000

@@ -64,7 +64,8 @@ def suite(model: object, tmp_path_factory: pytest.TempPathFactory) -> Suite:
 
 def test_footprints_are_those_of_the_encoder(suite: Suite, model: object) -> None:
     """Last token, one before it, and any token, against `capture` and the SAE's own encoding."""
-    texts = [document.text for document in benchmarks()["capitals"]]
+    texts = [document.text or "" for document in benchmarks()["capitals"]]
+    assert all(texts)
     read = qsl.capture(model, texts, layers=[3])
     codes = qsl.load_sae(f"{GROUP}/3").encode_sparse(read.residuals[3]).to_scipy_csr() > 0
     ends = read.offsets[1:].numpy()
@@ -77,7 +78,7 @@ def test_footprints_are_those_of_the_encoder(suite: Suite, model: object) -> Non
     anywhere = suite["capitals"].footprint(3, "any")
     for i in range(len(texts)):
         rows = np.arange(ends[i] - read.doc(i).n_tokens, ends[i])
-        expected = codes[rows[keep[rows]]].sum(0).A1 > 0  # type: ignore[attr-defined]
+        expected = codes[rows[keep[rows]]].sum(0).A1 > 0
         assert (anywhere.items[i].toarray()[0] > 0).tolist() == expected.tolist()
 
 
@@ -118,9 +119,13 @@ def test_what_a_suite_refuses(suite: Suite, model: object, tmp_path: Path) -> No
 def test_a_suite_grows_and_is_not_made_again(suite: Suite, model: object) -> None:
     stamp = {path: path.stat().st_mtime_ns for path in suite.folder.rglob("*.parquet")}
     grown = extract_suite(
-        {**benchmarks(), "more": items(["a b c", "a b c"])}, model, GROUP, LAYERS, suite.folder,
+        {**benchmarks(), "more": items(["a b c", "a b c"])},
+        model,
+        GROUP,
+        LAYERS,
+        suite.folder,
         progress=False,
-    )  # fmt: skip
+    )
     assert "more" in grown.names
     assert grown["more"].footprint().keys == ("0", "1")
     assert all(path.stat().st_mtime_ns == before for path, before in stamp.items())
@@ -210,11 +215,21 @@ def test_scores_belong_to_the_items_that_were_read(suite: Suite) -> None:
     for wrong, message in (
         # without ids only the number can be compared
         (Scores(models, names, table, results), r"has 50 items, the scores 55"),
-        (Scores(models, names, table, results | {first: results[first][:, :30]},
-                ids | {first: ids[first][:30]}), r"50 items, the scores 30, and 20 items"),
-        (Scores(models, names, table, results, ids | {first: tuple(f"q{i}" for i in range(55))}),
-         r"50 items of the footprint have no result, the first of them '0'.*'q0'"),
-    ):  # fmt: skip
+        (
+            Scores(
+                models,
+                names,
+                table,
+                results | {first: results[first][:, :30]},
+                ids | {first: ids[first][:30]},
+            ),
+            r"50 items, the scores 30, and 20 items",
+        ),
+        (
+            Scores(models, names, table, results, ids | {first: tuple(f"q{i}" for i in range(55))}),
+            r"50 items of the footprint have no result, the first of them '0'.*'q0'",
+        ),
+    ):
         with pytest.raises(StoreMismatch, match=message):
             analyse(suite, 6, scores=wrong, draws=5)
     several = Scores(("m", "n"), ("x",), np.zeros((2, 1)), {"x": np.eye(2)}, {"x": ("3", "4")})
@@ -225,11 +240,24 @@ def test_a_limit_draws_by_lot(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     """Seeded, from the whole file, with the items' own ids; the draw is kept with the benchmark."""
     source = tmp_path / "many.jsonl"
     source.write_text("\n".join(json.dumps({"prompt": f"{i} + 1 ="}) for i in range(80)), "utf-8")
-    keys = []
+    keys: list[list[int]] = []
     for seed in (0, 0, 1):
         out = tmp_path / f"s{len(keys)}"
-        words = ["bench", "extract", str(source), "--model", "mini-qwen3", "--sae", GROUP,
-                 "--layer", "0", "--out", str(out), "--limit", "9"]  # fmt: skip
+        words = [
+            "bench",
+            "extract",
+            str(source),
+            "--model",
+            "mini-qwen3",
+            "--sae",
+            GROUP,
+            "--layer",
+            "0",
+            "--out",
+            str(out),
+            "--limit",
+            "9",
+        ]
         assert main([*words, "--seed", str(seed), "--quiet"]) == 0
         one = open_benchmark(out / "many")
         assert (one.facts["limit"], one.facts["seed"], one.facts["drawn_from"]) == (9, seed, 80)

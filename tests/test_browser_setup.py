@@ -34,7 +34,12 @@ def test_a_browser_that_is_there_is_used(monkeypatch: pytest.MonkeyPatch, tmp_pa
 def test_a_wrong_path_is_named_and_nothing_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CHROMIUM", "/nowhere/chromium")
     ran: list[Sequence[str]] = []
-    path, line = browser.get_browser(lambda command: not ran.append(command))
+
+    def run(command: Sequence[str]) -> bool:
+        ran.append(command)
+        return True
+
+    path, line = browser.get_browser(run)
     assert path is None
     assert "CHROMIUM names /nowhere/chromium" in line
     assert ran == []

@@ -6,7 +6,14 @@ import pytest
 from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 
 from qwen_scope_lens.address import FeatureRef, LayerRef
-from qwen_scope_lens.catalog import BACKBONES, GROUPS, NOT_TOPK, find_group, local_groups
+from qwen_scope_lens.catalog import (
+    BACKBONES,
+    GROUPS,
+    NOT_TOPK,
+    Group,
+    find_group,
+    local_groups,
+)
 from qwen_scope_lens.errors import LayerOutOfRange, UnknownName, UnsupportedSAE, WrongSettings
 
 OFFICIAL = [group for group in GROUPS if group.origin == "official"]
@@ -73,8 +80,9 @@ def test_saelens_release_for_qwen2_5_is_refused_by_name(name: str) -> None:
 
 
 @pytest.mark.parametrize("group", GROUPS, ids=lambda g: g.short)
-def test_every_name_resolves_to_one_row(group: object) -> None:
-    for name in group.names:  # type: ignore[attr-defined]
+def test_every_name_resolves_to_one_row(group: Group) -> None:
+    assert group.short in group.names
+    for name in group.names:
         assert find_group(name) is group
         assert find_group(name.upper()) is group
 

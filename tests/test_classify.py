@@ -142,6 +142,7 @@ def test_reasons(
     assert text.score == pytest.approx(found.score, rel=1e-3)
     assert [one.position for one in text.evidence] == [one.position for one in found.evidence]
     assert str(found).startswith("True (score")
+    assert fitted.source_ is not None
     quiet = fitted.explain("x", open_reader(fitted.source_))
     assert "no feature of the rule fires" in str(quiet)
     with pytest.raises(BadText, match="of which store"):
@@ -154,7 +155,7 @@ def test_other_saes_and_layers_are_refused(
     records: list[dict[str, Any]],
     tmp_path: Path,
 ) -> None:
-    options = {"model": MODEL, "group": GROUP, "progress": False}
+    options: dict[str, Any] = {"model": MODEL, "group": GROUP, "progress": False}
     other = extract(records[:4], layers=[5], out=tmp_path / "one", max_tokens=64, **options)
     with pytest.raises(StoreMismatch, match="layer 2 too"):
         fitted.predict(other)
@@ -288,9 +289,12 @@ def lines_of(path: Path) -> list[str]:
 
 
 def test_what_users_get_wrong(
-    corpus: Path, store: FeatureStore, fitted: FeatureRuleClassifier, tmp_path: Path,
+    corpus: Path,
+    store: FeatureStore,
+    fitted: FeatureRuleClassifier,
+    tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     out = tmp_path / "clf.json"
     with pytest.raises(SystemExit, match="2"):
         command("fit", store.path, "--label", "chinese", "--top-k", "0", "--out", out)

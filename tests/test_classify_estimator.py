@@ -191,7 +191,13 @@ def test_saving_is_json_and_brings_back_the_same(rule: str, tmp_path: Path) -> N
     content = json.loads(path.read_text())
     assert content["format"] == "qwen-scope-classifier"
     assert all(address.startswith(SAE) for address in content["features"])
-    for broken in ({"features": []}, {"rule": {"kind": "or"}}, {"source": 3}, {"classes": [1]}):
+    damages: tuple[dict[str, Any], ...] = (
+        {"features": []},
+        {"rule": {"kind": "or"}},
+        {"source": 3},
+        {"classes": [1]},
+    )
+    for broken in damages:
         path.write_text(json.dumps(content | broken))
         with pytest.raises(BadFile, match="damaged"):
             FeatureRuleClassifier.load(path)
@@ -240,7 +246,7 @@ def test_bad_input() -> None:
         {"at_least": 0},
     ):
         with pytest.raises(BadPlan):
-            FeatureRuleClassifier(**wrong).fit(X, y)  # type: ignore[arg-type]
+            FeatureRuleClassifier(**wrong).fit(X, y)
     with pytest.raises(ValueError, match="inconsistent"):
         FeatureRuleClassifier().fit(X, y[:-1])
 
@@ -281,8 +287,10 @@ def untidy(dense: np.ndarray, seed: int = 0) -> csr_matrix:
     starts = np.concatenate([[0], np.bincount(rows, minlength=len(dense)).cumsum()])
     found = csr_matrix(dense.shape, dtype=dense.dtype)
     found.data, found.indices, found.indptr = (
-        values[order], columns[order].astype(np.int64), starts.astype(np.int64),
-    )  # fmt: skip
+        values[order],
+        columns[order].astype(np.int64),
+        starts.astype(np.int64),
+    )
     np.testing.assert_array_equal(found.toarray(), dense)
     return found
 

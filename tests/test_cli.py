@@ -33,6 +33,7 @@ def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> N
     assert f"  {verb}" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_every_converter_runs_by_itself() -> None:
     code = "import runpy, sys\n"
     for name in CONVERTERS:

@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from feature_stores import GROUP, build_store
@@ -23,7 +24,7 @@ DIGITS = "9" * 5000
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("files")
-    labels = {"toxic": [True, False] * 8, "name": [ESCAPE] * 16}
+    labels: dict[str, list[Any]] = {"toxic": [True, False] * 8, "name": [ESCAPE] * 16}
     build_store(folder / "store", [[{5: 1.0, 7 + n % 2: 2.0}] for n in range(16)], labels)
     row = {"address": f"{GROUP}/6/1", "text": ESCAPE}
     (folder / "labels.jsonl").write_text(json.dumps(row) + "\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from qwen_scope_lens.compare.side_by_side import sign_test
 from qwen_scope_lens.compare.transfer import load_related
 from qwen_scope_lens.errors import StoreMismatch, TooLittleData, WrongModel
 from qwen_scope_lens.mini import heldout, model_path
-from qwen_scope_lens.models import decoder_layers
+from qwen_scope_lens.models import ScopeBridge, decoder_layers
 from qwen_scope_lens.stores import FeatureStore, extract
 
 GROUP, LAYERS, EDITED = "mini-qwen3/w1k-l0-16", (1, 3, 5), 3
@@ -41,9 +42,10 @@ def edited_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("edited") / "edited"
     model = qsl.load_model("mini-qwen3")
     tokenizer = model.tokenizer
-    hf = model.release()
+    hf: Any = model.release()
     with torch.no_grad():
-        decoder_layers(hf)[EDITED].mlp.down_proj.weight *= 2
+        edited: Any = decoder_layers(hf)[EDITED]
+        edited.mlp.down_proj.weight *= 2
     hf.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -51,20 +53,30 @@ def edited_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def stores(
-    texts: list[str], base_model: object, edited_folder: Path,
+    texts: list[str],
+    base_model: ScopeBridge,
+    edited_folder: Path,
     tmp_path_factory: pytest.TempPathFactory,
-) -> tuple[Path, Path]:  # fmt: skip
+) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("drift")
     for name, model in (("base", base_model), ("tuned", str(edited_folder))):
-        extract(texts, model=model, group=GROUP, layers=LAYERS, out=folder / name,
-                max_tokens=48, progress=False)  # fmt: skip
+        extract(
+            texts,
+            model=model,
+            group=GROUP,
+            layers=LAYERS,
+            out=folder / name,
+            max_tokens=48,
+            progress=False,
+        )
     return folder / "base", folder / "tuned"
 
 
 def test_an_edited_layer_drifts_there_and_beyond_and_not_before(
     stores: tuple[Path, Path],
 ) -> None:
-    found = drift(*map(FeatureStore.open, stores))
+    a, b = map(FeatureStore.open, stores)
+    found = drift(a, b)
     before, there, beyond = (found.layers[layer] for layer in LAYERS)
     assert (before.overlap, before.changed.sum(), len(before.pairs)) == (1.0, 0, 0)
     assert before.cosine == pytest.approx(1.0)
@@ -77,7 +89,9 @@ def test_an_edited_layer_drifts_there_and_beyond_and_not_before(
 
 def test_a_model_does_not_drift_from_itself(stores: tuple[Path, Path]) -> None:
     store = FeatureStore.open(stores[0])
-    for one in drift(store, store).layers.values():
+    layers = drift(store, store).layers
+    assert set(layers) == set(LAYERS)
+    for one in layers.values():
         assert (one.overlap, one.changed.sum(), len(one.pairs)) == (1.0, 0, 0)
 
 
@@ -133,13 +147,16 @@ def test_the_same_noise_drawn_twice_is_no_drift(tmp_path: Path) -> None:
     pair = [
         build_store(
             tmp_path / name,
-            [[{int(f): 1 + rng.random() for f in rng.integers(0, 40, 4)} for _ in range(8)]
-             for _ in range(60)],
+            [
+                [{int(f): 1 + rng.random() for f in rng.integers(0, 40, 4)} for _ in range(8)]
+                for _ in range(60)
+            ],
             texts=[f"t{n:03d}aaaa" for n in range(60)],
         )
         for name in "ab"
-    ]  # fmt: skip
-    [one] = drift(*pair).layers.values()
+    ]
+    a, b = pair
+    [one] = drift(a, b).layers.values()
     assert one.changed.sum() <= 2
     assert one.overlap < 0.5  # and yet hardly a token has the same features
 
@@ -182,14 +199,15 @@ def test_other_texts_and_other_saes_are_refused(
         drift(few, few)
 
 
-def test_fidelity_is_that_of_a_plain_loop(base_model: object, texts: list[str]) -> None:
+def test_fidelity_is_that_of_a_plain_loop(base_model: ScopeBridge, texts: list[str]) -> None:
     """Against the formula on one text at a time, in float64, with hooks of our own."""
     sae, layer, some = qsl.load_sae(f"{GROUP}/4"), 4, texts[:5]
     found = fidelity(base_model, {layer: sae}, some, max_tokens=40)[layer]
-    hf = base_model.original_model  # type: ignore[attr-defined]
-    rows, errors, nlls = [], [], {"loss": [], "spliced": [], "zeroed": []}
+    hf = base_model.original_model
+    rows, errors = [], []
+    nlls: dict[str, list[torch.Tensor]] = {"loss": [], "spliced": [], "zeroed": []}
     for text in some:
-        ids = base_model.tokenizer(text, return_tensors="pt")["input_ids"][:, :40]  # type: ignore[attr-defined]
+        ids = base_model.tokenizer(text, return_tensors="pt")["input_ids"][:, :40]
         one = qsl.capture(base_model, [ids[0].tolist()], [layer])
         kept, x = one.keep(layer), one.residuals[layer]
         out = sae.decode(sae.encode(x[kept]))
@@ -197,7 +215,13 @@ def test_fidelity_is_that_of_a_plain_loop(base_model: object, texts: list[str]) 
         errors.append((out - x[kept]).double().pow(2).sum())
         for name, new in (("loss", None), ("spliced", out), ("zeroed", torch.zeros_like(out))):
 
-            def hook(module, args, output, new=new, kept=kept):  # type: ignore[no-untyped-def]
+            def hook(
+                module: torch.nn.Module,
+                args: object,
+                output: Any,
+                new: torch.Tensor | None = new,
+                kept: torch.Tensor = kept,
+            ) -> Any:
                 changed = (output[0] if isinstance(output, tuple) else output).clone()
                 changed[0, kept] = new
                 return (changed, *output[1:]) if isinstance(output, tuple) else changed
@@ -218,7 +242,7 @@ def test_fidelity_is_that_of_a_plain_loop(base_model: object, texts: list[str]) 
 
 
 def test_transfer_orders_own_model_edited_model_and_random_sae(
-    base_model: object, edited_folder: Path, texts: list[str]
+    base_model: ScopeBridge, edited_folder: Path, texts: list[str]
 ) -> None:
     saes = {layer: qsl.load_sae(f"{GROUP}/{layer}") for layer in (1, 5)}
     models = {"own": base_model, "edited": lambda: load_related(str(edited_folder))}
@@ -227,8 +251,11 @@ def test_transfer_orders_own_model_edited_model_and_random_sae(
     assert own[1].fvu == pytest.approx(edited[1].fvu)  # before the edit
     assert own[5].fvu < edited[5].fvu
     for layer in (1, 5):
+        lost, nothing = own[layer].recovered, floor[layer].recovered
+        assert lost is not None
+        assert nothing is not None
         assert own[layer].fvu < floor[layer].fvu < 1.2
-        assert own[layer].recovered > floor[layer].recovered
+        assert lost > nothing
         assert own[layer].loss == floor[layer].loss
     assert "random SAE" in found.table()
 
@@ -272,8 +299,20 @@ def test_the_commands_run_on_files(
     texts = tmp_path / "texts.jsonl"
     texts.write_text("\n".join(json.dumps({"text": f"Some words, {n} of them"}) for n in range(6)))
     out = tmp_path / "transfer.json"
-    words = ["compare", "transfer", "--sae", GROUP, "--layers", "2", "--models", "mini-qwen3",
-             "--texts", str(texts), "--out", str(out)]  # fmt: skip
+    words = [
+        "compare",
+        "transfer",
+        "--sae",
+        GROUP,
+        "--layers",
+        "2",
+        "--models",
+        "mini-qwen3",
+        "--texts",
+        str(texts),
+        "--out",
+        str(out),
+    ]
     assert main(words) == 0
     rows = json.loads(out.read_text())["rows"]
     assert [row["model"] for row in rows] == ["mini-qwen3", "random SAE"]
@@ -281,7 +320,7 @@ def test_the_commands_run_on_files(
     assert "layer 9 is not in" in capsys.readouterr().err
 
 
-def test_an_sae_of_another_width_is_refused(base_model: object, home: Path) -> None:
+def test_an_sae_of_another_width_is_refused(base_model: ScopeBridge, home: Path) -> None:
     with pytest.raises(WrongModel, match="made for another model"):
         fidelity(base_model, {1: qsl.load_sae("local/mine/1")}, ["some text"])
     with pytest.raises(TooLittleData):

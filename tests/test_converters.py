@@ -90,7 +90,7 @@ def test_half_precision_is_rounded_once(out: Path, dtype: str) -> None:
         "local/mine",
         out,
         layers=[0],
-        dtype=dtype,  # type: ignore[arg-type]
+        dtype=dtype,
         progress=False,
     )
     stored = load_file(folder / "sae_weights.safetensors")
@@ -135,6 +135,7 @@ def test_finished_layers_are_left_alone(out: Path) -> None:
     assert SAE.load_from_disk(first).W_dec.dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_nothing_half_is_visible_and_it_goes_on(
     tmp_path: Path, out: Path
 ) -> None:
@@ -178,6 +179,7 @@ def test_killed_in_the_middle_nothing_half_is_visible_and_it_goes_on(
         )
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("home")
 def test_full_disk_leaves_nothing_and_says_so(out: Path) -> None:
     """The kernel refuses to let the file grow, as it does on a full disk."""

@@ -18,6 +18,8 @@ from qwen_scope_lens.site import build_site, make_server
 from qwen_scope_lens.site.build import Sources
 from qwen_scope_lens.stores import FeatureStore
 
+pytestmark = pytest.mark.browser
+
 REF = f"{GROUP}/{LAYER}"
 FOLDER = "mini-qwen3_w1k-l0-16_6"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -60,6 +61,7 @@ def test_codes_are_the_model_cards_formula_on_real_residuals(group: qsl.Group) -
     torch.testing.assert_close(found.to_dense().double(), expected, atol=1e-3, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_tour(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It runs, and steering by the features does what the control does not."""
     site = tmp_path / "site"
@@ -107,7 +109,7 @@ def test_the_bridge_is_the_plain_model(group: qsl.Group) -> None:
         assert torch.equal(logits, expected)
         for name, residual in seen.items():
             assert torch.equal(cache[name], residual)
-        options = {"max_new_tokens": 12, "do_sample": False}
+        options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
         theirs = plain.generate(ids, **options)
         ours = bridge.generate(ids, verbose=False, **options)
     assert ours[0].tolist()[: theirs.shape[1]] == theirs[0].tolist()

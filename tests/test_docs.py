@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from subprocess import run
 
 import planted
 import pytest
@@ -21,6 +23,15 @@ from qwen_scope_lens.synth.targets import Target
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def snippets_of(page: Path) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", page.read_text("utf-8"), re.DOTALL | re.MULTILINE)
+
+
+WITH_SNIPPETS = [page for page in PAGES if snippets_of(page)]
+STEP = re.compile(r"<!-- *(?:run|first)\b")
+WITH_OUTPUTS = [page for page in PAGES if STEP.search(page.read_text("utf-8"))]
 
 
 @pytest.fixture(scope="module")
@@ -106,20 +117,82 @@ STAND_INS: dict[str, Callable[[Path], dict[str, object]]] = {
 }
 
 
+# The types of those names, as a reader would have them.
+DECLARED = {
+    "bench.md": "from pathlib import Path\nfolder: Path",
+    "classify.md": "from pathlib import Path\nfolder: Path",
+    "compare.md": """
+from qwen_scope_lens.models import ScopeBridge
+from qwen_scope_lens.saes import ScopeSAE
+sae_a: ScopeSAE
+sae_b: ScopeSAE
+sae: ScopeSAE
+model: ScopeBridge
+texts: list[str]
+""",
+    "encode.md": """
+import torch
+from qwen_scope_lens.saes import ScopeSAE
+sae: ScopeSAE
+x: torch.Tensor
+""",
+    "models.md": """
+from qwen_scope_lens.saes import ScopeSAE
+name: str
+sae: ScopeSAE
+corpus: list[str]
+max_fvu: float
+""",
+    "rank.md": "from pathlib import Path\npath: Path",
+    "synth.md": "import qwen_scope_lens as qsl",
+    "train.md": """
+from typing import Any
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+model: PreTrainedModel
+tokenizer: PreTrainedTokenizerBase
+settings: dict[str, Any]
+""",
+}
+
+
 @pytest.mark.filterwarnings("ignore:You are loading an SAE using")
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", WITH_SNIPPETS, ids=lambda page: page.name)
 def test_snippets_run(
     page: Path, layer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("QWEN_SCOPE_HOME", str(layer_folder))
     monkeypatch.chdir(tmp_path)
-    snippets = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
     namespace = STAND_INS.get(page.name, lambda folder: {})(tmp_path)
     try:
-        for snippet in snippets:
+        for snippet in snippets_of(page):
             exec(compile(snippet, str(page), "exec"), namespace)
     finally:
         qsl.uninstall()
+
+
+def test_the_pages_have_snippets_and_outputs() -> None:
+    """Without them, the tests of this file would check nothing."""
+    assert {"README.md", "rank.md", "steer.md", "store.md"} <= {page.name for page in WITH_SNIPPETS}
+    assert {"store.md", "synth.md", "train.md"} <= {page.name for page in WITH_OUTPUTS}
+    assert set(STAND_INS) == set(DECLARED)
+
+
+@pytest.mark.slow
+def test_snippets_pass_the_type_checker(tmp_path: Path) -> None:
+    """With the types that users get. The cache is that of `make lint`: the first run is slow."""
+    modules = []
+    for page in WITH_SNIPPETS:
+        module = tmp_path / f"page_{page.stem.lower()}.py"
+        parts = ["# mypy: allow-redefinition-new", DECLARED.get(page.name, ""), *snippets_of(page)]
+        module.write_text("\n".join(parts), "utf-8")
+        modules.append(str(module))
+    wrong = tmp_path / "page_wrong.py"  # without it, a package of Any would pass, too
+    wrong.write_text('import qwen_scope_lens as qsl\nqsl.load_sae(7)\nqsl.Edit(8, "add")\n')
+    command = [sys.executable, "-m", "mypy", "--no-pretty", *modules, str(wrong)]
+    found = run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    errors = [line for line in found.stdout.splitlines() if ": error: " in line]
+    assert all(wrong.name in line for line in errors), found.stdout
+    assert len(errors) == 2, found.stdout + found.stderr
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -141,14 +214,19 @@ def test_the_first_screen_is_short() -> None:
     assert any("SAE.from_pretrained" in line for line in first)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", WITH_OUTPUTS, ids=lambda page: page.name)
 def test_outputs_can_be_made_again(page: Path) -> None:
     """Every command that a page gives for a block is one of ours, and a block follows."""
     from qwen_scope_lens.cli.verbs import VERBS
 
-    text = page.read_text()
-    for step in re.finditer(r"^<!-- *(run|first): *(.+?) *-->\n", text, re.MULTILINE):
+    text = page.read_text("utf-8")
+    steps = list(re.finditer(r"^<!-- (run|first): (.+?) -->\n", text, re.MULTILINE))
+    assert len(steps) == len(STEP.findall(text)), "a step that is not read"
+    assert any("qsl " in step[2] for step in steps), f"{page.name} runs no command of ours"
+    for step in steps:
         verbs = re.findall(r"(?:^|[;&|] *)qsl (\w+)", step[2])
         assert set(verbs) <= set(VERBS), f"{page.name}: {step[2]}"
-        assert step[1] == "first" or text[step.end() :].startswith("```"), f"{page.name}: {step[2]}"
-    assert text.count("<!-- run") == len(re.findall(r"^<!-- run: .+ -->$", text, re.MULTILINE))
+        if step[1] == "run":
+            block = re.match(r"```\w*\n(.+?)^```$", text[step.end() :], re.DOTALL | re.MULTILINE)
+            assert block is not None, f"{page.name}: no output follows {step[2]}"
+            assert block[1].strip()

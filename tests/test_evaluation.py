@@ -35,7 +35,9 @@ from qwen_scope_lens.bench.panel import ranking_curve
 from qwen_scope_lens.errors import BadFile, StoreMismatch, TooLittleData, UnknownName
 
 
-def draw(n_items: int, d_sae: int = 40, seed: int = 0, name: str = "b", rate: float = 0.1):
+def draw(
+    n_items: int, d_sae: int = 40, seed: int = 0, name: str = "b", rate: float = 0.1
+) -> Footprint:
     """Items that activate features at rates falling like those of real ones."""
     rng = np.random.default_rng(seed)
     rates = np.minimum(1.0, 4 * rate / (1 + np.arange(d_sae) * rate))
@@ -138,7 +140,7 @@ def test_tau_curve_against_scipy_on_all_subsets() -> None:
     for n in sizes:
         taus = [
             kendalltau(correct[:, list(s)].mean(1), whole).statistic
-            for s in combinations(range(6), n)
+            for s in combinations(range(6), int(n))
         ]
         exact.append(np.mean(np.nan_to_num(taus)))
     found = ranking_curve(correct, sizes, 4000, np.random.default_rng(1))
@@ -173,7 +175,7 @@ def test_overlap_is_asymmetric_and_its_own_is_one() -> None:
     own = overlap(large, large)
     assert (own.overlap.value, own.overlap.low, own.overlap_min.low, own.equal) == (1, 1, 1, 1)
     table = overlap_matrix([small, large])
-    np.testing.assert_allclose(table, [[1, 1], [back.overlap.value, 1]], rtol=1e-6)
+    np.testing.assert_allclose(table, np.array([[1, 1], [back.overlap.value, 1]]), rtol=1e-6)
     np.testing.assert_allclose(overlap_matrix([small, large], smallest=True), 1.0)
 
 
@@ -182,8 +184,8 @@ def test_equal_size_overlap_and_ceiling_against_sampling() -> None:
     rng = np.random.default_rng(0)
     both, ones = [], []
     for _ in range(3000):
-        s = a.items[rng.choice(50, 20, replace=False)].sum(0).A1 > 0  # type: ignore[attr-defined]
-        t = b.items[rng.choice(90, 20, replace=False)].sum(0).A1 > 0  # type: ignore[attr-defined]
+        s = a.items[rng.choice(50, 20, replace=False)].sum(0).A1 > 0
+        t = b.items[rng.choice(90, 20, replace=False)].sum(0).A1 > 0
         both.append((s & t).sum())
         ones.append(s.sum())
     found = overlap(a, b, draws=20, at=20)
@@ -201,8 +203,8 @@ def test_partial_correlation_is_that_of_residuals() -> None:
     rng = np.random.default_rng(0)
     m = rng.normal(size=50)
     x, y = m + rng.normal(size=50), 2 * m + rng.normal(size=50)
-    rest = [v - np.polyval(np.polyfit(m, v, 1), m) for v in (x, y)]
-    expected = np.corrcoef(*rest)[0, 1]
+    of_x, of_y = (v - np.polyval(np.polyfit(m, v, 1), m) for v in (x, y))
+    expected = np.corrcoef(of_x, of_y)[0, 1]
     assert partial(pearson(x, y), pearson(x, m), pearson(y, m)) == pytest.approx(expected)
     table = similarity(np.stack([x, y], axis=1), ["x", "y"], m)
     assert table[0, 1] == pytest.approx(expected)

@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from feature_stores import GROUP, LAYER
+from tiny_models import before_each_run
 
 import qwen_scope_lens as qsl
 from qwen_scope_lens.errors import (
@@ -216,20 +217,12 @@ def test_a_full_disk_loses_nothing_finished(
     assert files_of(out) == files_of(store.path)
 
 
-def test_out_of_memory_halves_the_batch(
-    store: FeatureStore, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from qwen_scope_lens.models import residuals as capture
-
-    forward = capture._forward
-
-    def small(model: Any, batch: Any, layers: Any) -> Any:
-        if len(batch) > 1:
+def test_out_of_memory_halves_the_batch(store: FeatureStore, model: Any, tmp_path: Path) -> None:
+    def small(texts: int, tokens: int) -> None:
+        if texts > 1:
             raise MemoryError
-        return forward(model, batch, layers)
 
-    monkeypatch.setattr(capture, "_forward", small)
-    with pytest.warns(UserWarning, match="out of memory"):
+    with before_each_run(model, small), pytest.warns(UserWarning, match="out of memory"):
         alone = run(model, tmp_path / "store")
     assert alone.is_complete
     one, other = (
@@ -268,7 +261,8 @@ def test_one_sae_at_a_time_makes_the_same_store(
     """Residuals of a shard, of two, of all four wait for each of the two SAEs."""
     from qwen_scope_lens.saes import load
 
-    read, load_sae = [], load.load_sae
+    read: list[Callable[[], Any]] = []
+    load_sae = load.load_sae
 
     def loading(name: str, **options: Any) -> Any:
         assert not [sae for sae in read if sae() is not None], "two SAEs in memory"

@@ -17,6 +17,8 @@ from qwen_scope_lens.stores.extract_ray import extract_on_ray
 psutil = pytest.importorskip("psutil")
 pytest.importorskip("ray")
 
+pytestmark = pytest.mark.ray
+
 TEXTS = [f"Document {n} says {n * n} 并且 {'again ' * n}" for n in range(14)]
 JOB: dict[str, Any] = {"model": "mini-qwen3", "group": GROUP, "layers": [LAYER], "shard_docs": 1}
 

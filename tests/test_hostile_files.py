@@ -37,6 +37,7 @@ from qwen_scope_lens.labels import LabelPack
 from qwen_scope_lens.models import load_model
 from qwen_scope_lens.models.tokenize import encode
 from qwen_scope_lens.stores import FeatureStore, Manifest, extract, merge
+from qwen_scope_lens.stores.corpus import as_corpus, survey
 from qwen_scope_lens.stores.fingerprints import fingerprint, is_sample, sampled_fingerprint
 from qwen_scope_lens.stores.merge import check
 from qwen_scope_lens.stores.shard_files import NAME as SHARD
@@ -275,9 +276,14 @@ def test_views_that_contradict_each_other_are_found(name: str, store: Path, tmp_
 
 @pytest.mark.parametrize(
     ("header", "size"),
-    [(b"\x93NUMPY\x01\x00\xff\xff" + b"(" * 200, None), (b"\x93NUMPY\x01\x00", None), (b"", None),
-     (b"\x80\x04K\x01.", None), (None, 10)],
-)  # fmt: skip
+    [
+        (b"\x93NUMPY\x01\x00\xff\xff" + b"(" * 200, None),
+        (b"\x93NUMPY\x01\x00", None),
+        (b"", None),
+        (b"\x80\x04K\x01.", None),
+        (None, 10),
+    ],
+)
 def test_damaged_headers_of_arrays(header: bytes | None, size: int | None, store: Path) -> None:
     for name in ("offsets.npy", "layer6/values.npy"):
         path = store / "shards" / "00000" / name
@@ -446,9 +452,14 @@ def test_damaged_model_folders_have_a_named_error(
 
 @pytest.mark.parametrize(
     "template",
-    ["{{ raise_exception('only users') }}", "{% for", "{{ messages.x.y }}", "{{ 1 / 0 }}",
-     "{{ ''.__class__.__mro__ }}{{ messages[0].__class__.__mro__[1].__subclasses__() }}"],
-)  # fmt: skip
+    [
+        "{{ raise_exception('only users') }}",
+        "{% for",
+        "{{ messages.x.y }}",
+        "{{ 1 / 0 }}",
+        "{{ ''.__class__.__mro__ }}{{ messages[0].__class__.__mro__[1].__subclasses__() }}",
+    ],
+)
 def test_chat_templates_that_fail_have_a_named_error(template: str) -> None:
     tokenizer = make_tokenizer()
     tokenizer.chat_template = template
@@ -468,7 +479,7 @@ def test_half_a_character_is_refused_by_name() -> None:
 def test_labels_that_differ_only_in_case(tmp_path: Path) -> None:
     for row in ({"text": "a", "lang": "x", "Lang": "y"}, {"text": "a", "Doc": 7}):
         with pytest.raises(BadCorpus, match="differ only in case"):
-            qsl.features.corpus.survey(qsl.features.corpus.as_corpus([row]), "corpus")
+            survey(as_corpus([row]), "corpus")
     mixed = build_store(
         tmp_path / "store", random_documents(2), {"lang": ["a", "b"], "Lang": ["c", "d"]}
     )

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import planted
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -79,12 +80,15 @@ def test_generated_documents_are_seeded_and_varied(kind: str) -> None:
 
 
 def test_arithmetic_lines_are_right() -> None:
+    seen = 0
     for n in range(200):
         document = KINDS["arithmetic"][1](random.Random(n), PROSE)
         if document.extra["form"] == "lines":
             for line in document.text.splitlines():
                 task, answer = line.split(" = ")
                 assert eval(task) == int(answer)
+                seen += 1
+    assert seen > 100
 
 
 def test_ngrams_are_distributions() -> None:
@@ -172,6 +176,8 @@ def test_firing_shares_count_tokens_but_the_first(mini_rows: tuple[Any, list[lis
     model, rows = mini_rows
     saes = load_saes("mini-qwen3")
     shares = firing_shares(model, saes, rows[:5])
+    assert len(rows) >= 5
+    assert (shares > 0).any(-1).all()
     for number, row in enumerate(rows[:5]):
         with torch.no_grad():
             hidden = model(torch.tensor([row]), output_hidden_states=True).hidden_states[1]
@@ -198,9 +204,10 @@ def test_a_tiny_sae_is_trained_and_exported(
     data = (codes @ rng.normal(size=(40, 16)) * 30 + 100).astype(np.float16)
     tensors = sae_module.train_layer(data, samples=400_000)
     x = torch.from_numpy(data.astype(np.float32))
-    fvu, silent = sae_module._quick_fvu(tensors, x)
-    assert fvu < 0.3
-    assert silent < 0.2
+    acts = planted.model_card_encode(tensors, x, 8).float()
+    errors = acts @ tensors["W_dec"].T + tensors["b_dec"] - x
+    assert errors.pow(2).sum() < 0.3 * (x - x.mean(0)).pow(2).sum()
+    assert (acts == 0).all(0).float().mean() < 0.2
     spec = SPECS["mini-qwen3"]
     sae_module.export(spec, [tensors], tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "topk_sae"

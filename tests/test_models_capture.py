@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import make_model, make_tokenizer
+from tiny_models import before_each_run, make_model, make_tokenizer
 from torch import Tensor
 
 from qwen_scope_lens.errors import BadText, LayerOutOfRange, WrongModel, WrongTokenizer
 from qwen_scope_lens.models import Capture, capture, decoder_layers, iter_captures, load_model
-from qwen_scope_lens.models import residuals as module
 
 TEXTS = ["one", "a much longer text than one", "été 字", "x", "middle sized"]
 
@@ -44,7 +43,9 @@ def test_the_form_of_a_capture(model: Any, tokenizer: Any) -> None:
     assert found.doc_rows().tolist() == [i for i, n in enumerate(lengths) for _ in range(n)]
     one = found.doc(2)
     assert one.texts == ("été 字",)
-    assert [one.texts[0][a:b] for a, b in one.char_spans[0]] == [
+    spans = one.char_spans[0]
+    assert spans is not None
+    assert [one.texts[0][a:b] for a, b in spans] == [
         *[*"éété", " ", *"字字字"][0:2],
         *"téé",
         " ",
@@ -84,22 +85,8 @@ def test_layers_that_return_tuples(tokenizer: Any) -> None:
     assert torch.equal(capture(model, TEXTS, [1], tokenizer=tokenizer).residuals[1], truth)
 
 
-def seen_shapes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+def test_a_corpus_is_read_in_bounded_pieces(model: Any, tokenizer: Any) -> None:
     shapes: list[tuple[int, int]] = []
-    run = module._forward
-
-    def spy(model: Any, batch: Any, layers: Any) -> Any:
-        shapes.append((len(batch), max(map(len, batch))))
-        return run(model, batch, layers)
-
-    monkeypatch.setattr(module, "_forward", spy)
-    return shapes
-
-
-def test_a_corpus_is_read_in_bounded_pieces(
-    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shapes = seen_shapes(monkeypatch)
     read = 0
 
     def corpus() -> Iterator[str]:
@@ -111,12 +98,14 @@ def test_a_corpus_is_read_in_bounded_pieces(
     pieces = iter_captures(
         model, corpus(), [0], tokenizer=tokenizer, token_budget=64, window=16, max_tokens=40
     )
-    first = next(pieces)
-    assert read == 16  # one window ahead, not the corpus
-    numbers = list(first.doc_ids)
-    for piece in pieces:
-        numbers += piece.doc_ids
+    with before_each_run(model, lambda texts, tokens: shapes.append((texts, tokens))):
+        first = next(pieces)
+        assert read == 16  # one window ahead, not the corpus
+        numbers = list(first.doc_ids)
+        for piece in pieces:
+            numbers += piece.doc_ids
     assert sorted(numbers) == list(range(1000))
+    assert len(shapes) > 1000 / 16
     assert all(count * longest <= 64 for count, longest in shapes)
     padded = sum(count * longest for count, longest in shapes)
     assert padded < 1.25 * sum(5 * (1 + i % 7) for i in range(1000))  # sorted by length
@@ -131,9 +120,13 @@ def test_batches_do_not_change_flags(model: Any, tokenizer: Any) -> None:
 
 
 def test_extreme_and_first_tokens(model: Any, tokenizer: Any) -> None:
-    norms = torch.tensor([900.0, 1.0, 2.0, 1.5, 30.0, 5.0, 7.0])
-    flags = module._extreme(norms, [5, 1, 1], 10.0)
-    assert flags.tolist() == [True, False, False, False, True, False, False]
+    found = capture(model, TEXTS, [1], tokenizer=tokenizer, extreme_norm_ratio=1.1)
+    flags = []
+    for norms in (found.doc(i).norms[1] for i in range(len(found))):
+        median = (norms[1:] if len(norms) > 1 else norms).median()
+        flags += (norms > 1.1 * median).tolist()
+    assert found.extreme[1].tolist() == flags
+    assert set(flags) == {True, False}
     found = capture(model, TEXTS, [1], tokenizer=tokenizer, extreme_norm_ratio=1e-9)
     assert not found.keep(1).any()
     found = capture(model, TEXTS, [1], tokenizer=tokenizer, extreme_norm_ratio=1e9)
@@ -149,41 +142,38 @@ def test_extreme_and_first_tokens(model: Any, tokenizer: Any) -> None:
     ],
 )
 def test_out_of_memory_halves_the_batch_and_says_so(
-    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, error: Exception
+    model: Any, tokenizer: Any, error: Exception
 ) -> None:
     truth = capture(model, TEXTS, [1], tokenizer=tokenizer)
-    run, sizes = module._forward, []
+    sizes: list[int] = []
 
-    def small_card(model: Any, batch: Any, layers: Any) -> Any:
-        if len(batch) > 2:
+    def small_card(texts: int, tokens: int) -> None:
+        if texts > 2:
             raise error
-        sizes.append(len(batch))
-        return run(model, batch, layers)
+        sizes.append(texts)
 
-    monkeypatch.setattr(module, "_forward", small_card)
-    with pytest.warns(UserWarning, match="out of memory with 5 documents"):
+    with (
+        before_each_run(model, small_card),
+        pytest.warns(UserWarning, match="out of memory with 5 documents"),
+    ):
         found = capture(model, TEXTS, [1], tokenizer=tokenizer)
     assert found.doc_ids == truth.doc_ids
     torch.testing.assert_close(found.residuals[1], truth.residuals[1], rtol=1e-4, atol=1e-4)
     assert max(sizes) <= 2
 
-    def no_card(*args: Any) -> Any:
+    def no_card(texts: int, tokens: int) -> None:
         raise error
 
-    monkeypatch.setattr(module, "_forward", no_card)
-    with pytest.raises(type(error)) as raised:
+    with before_each_run(model, no_card), pytest.raises(type(error)) as raised:
         capture(model, TEXTS[:1], [1], tokenizer=tokenizer)
     assert "does not fit into memory" in raised.value.__notes__[-1]
 
 
-def test_other_errors_are_not_swallowed(
-    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def broken(*args: Any) -> Any:
+def test_other_errors_are_not_swallowed(model: Any, tokenizer: Any) -> None:
+    def broken(texts: int, tokens: int) -> None:
         raise RuntimeError("something else")
 
-    monkeypatch.setattr(module, "_forward", broken)
-    with pytest.raises(RuntimeError, match="something else"):
+    with before_each_run(model, broken), pytest.raises(RuntimeError, match="something else"):
         capture(model, TEXTS, [1], tokenizer=tokenizer)
 
 

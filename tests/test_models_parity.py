@@ -148,6 +148,7 @@ def test_gradients_equal_plain_hf(kind: str) -> None:
     for runs in (lambda: model(ids).logits, lambda: bridge(ids)):
         runs().float().logsumexp(-1).sum().backward()
     plain = dict(model.named_parameters())
+    assert any(parameter.grad is not None for parameter in plain.values())
     for name, parameter in bridge.release().named_parameters():
         assert (parameter.grad is None) == (plain[name].grad is None)
         if parameter.grad is not None:

@@ -66,6 +66,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     assert {top for top in tops if not top.endswith(".dist-info")} == {"qwen_scope_lens"}
 
 
+@pytest.mark.slow
 def test_it_installs_into_an_empty_environment_and_imports(wheel: Path, tmp_path: Path) -> None:
     """Empty but for the dependencies, which are lent by path instead of being downloaded again."""
     venv.create(tmp_path / "venv", with_pip=False)

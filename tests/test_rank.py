@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any, get_args
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from feature_stores import build_store
-from planted_store import PlantedStore, random_codes
+from feature_stores import build_store, random_codes, store_of_dense
 
 import qwen_scope_lens as qsl
 from qwen_scope_lens.cli import main
 from qwen_scope_lens.errors import BadFile, LayerOutOfRange, TooLittleData, UnknownName, WrongShape
 from qwen_scope_lens.features import Ranking, rank
-from qwen_scope_lens.stores import extract
+from qwen_scope_lens.features.contrast import Correction
+from qwen_scope_lens.features.rank import How
+from qwen_scope_lens.stores import FeatureStore, extract
 from qwen_scope_lens.stores.reread import pooled_residuals
 
 D_SAE, N_DOCS, TOKENS = 300, 240, 12
@@ -23,7 +25,7 @@ PLANT, ANTI = 250, 17
 
 
 @pytest.fixture(scope="module")
-def store() -> PlantedStore:
+def store(tmp_path_factory: pytest.TempPathFactory) -> FeatureStore:
     """Layer 2 is noise. In layer 5 a feature fires on half the `zh` documents, one on others."""
     rng = np.random.default_rng(0)
     lang = np.array(["zh", "en", "fr", None], dtype=object)[rng.integers(0, 4, N_DOCS)]
@@ -33,37 +35,42 @@ def store() -> PlantedStore:
         at = doc * TOKENS + 1 + rng.integers(0, TOKENS - 1)
         if lang[doc] is not None and rng.random() < 0.6:
             codes[5][at, PLANT if lang[doc] == "zh" else ANTI] = 50.0
-    keep = np.arange(N_DOCS * TOKENS) % TOKENS > 0
-    return PlantedStore(codes, [TOKENS] * N_DOCS, {"lang": lang.tolist()}, keep=keep)
+    folder = tmp_path_factory.mktemp("rank") / "planted"
+    return store_of_dense(folder, codes, [TOKENS] * N_DOCS, {"lang": lang.tolist()})
 
 
-def test_the_plant_is_found_and_holds_on_new_documents(store: PlantedStore) -> None:
+def test_the_plant_is_found_and_holds_on_new_documents(store: FeatureStore) -> None:
     ranking = rank(store, "zh", label="lang")
     assert [row.ref for row in ranking.rows] == [f"mini-qwen3/w1k-l0-16/5/{PLANT}"]
     [row] = ranking.rows
     assert 0.4 < row.rate_difference < 0.85
+    assert row.auroc is not None
     assert row.auroc > 0.7
+    assert row.held_out_auroc is not None
     assert row.held_out_auroc > 0.65
     assert row.rate_negative < 0.1
     winners, chance, alike = ranking.baselines
     assert winners.mean_auroc == row.held_out_auroc
+    assert chance.mean_auroc is not None
     assert abs(chance.mean_auroc - 0.5) < 0.06
     assert alike.features >= 1
+    assert alike.mean_auroc is not None
+    assert winners.mean_auroc is not None
     assert alike.mean_auroc < winners.mean_auroc
     assert ranking.documents["positive_held_out"] == round(
         0.3 * (store.labels("lang") == "zh").sum()
     )
 
 
-def test_both_sides_and_an_order_by_rate(store: PlantedStore) -> None:
+def test_both_sides_and_an_order_by_rate(store: FeatureStore) -> None:
     ranking = rank(store, "zh", label="lang", both_sides=True, by="rate_difference", layer=5)
     assert {row.ref.split("/")[-1] for row in ranking.rows} == {str(PLANT), str(ANTI)}
     differences = [abs(row.rate_difference) for row in ranking.rows]
     assert differences == sorted(differences, reverse=True)
 
 
-@pytest.mark.parametrize("correction", ["bh", "by"])
-def test_shuffled_labels_find_nothing(store: PlantedStore, correction: str) -> None:
+@pytest.mark.parametrize("correction", get_args(Correction))
+def test_shuffled_labels_find_nothing(store: FeatureStore, correction: Correction) -> None:
     """The whole call on labels that mean nothing, and the shuffles that every call makes."""
     rng = np.random.default_rng(3)
     passed = []
@@ -77,23 +84,26 @@ def test_shuffled_labels_find_nothing(store: PlantedStore, correction: str) -> N
     assert controls.ceiling < 0.8
 
 
-@pytest.mark.parametrize("how", ["max", "mean", "any", "last"])
-def test_every_pooling_of_documents(store: PlantedStore, how: str) -> None:
+@pytest.mark.parametrize("how", get_args(How))
+def test_every_pooling_of_documents(store: FeatureStore, how: How) -> None:
     ranking = rank(store, "zh", label="lang", layer=5, pool=how)
     found = {row.ref.split("/")[-1] for row in ranking.rows}
     assert found == (set() if how == "last" else {str(PLANT)})
 
 
-def test_a_plant_on_left_out_tokens_is_left_out() -> None:
+@pytest.mark.parametrize("where", ["first", "extreme"])
+def test_a_plant_on_left_out_tokens_is_left_out(where: str, tmp_path: Path) -> None:
     codes = random_codes(1, 60 * 4, 50)
-    codes[::4, 3] = np.where(np.arange(60) < 30, 40.0, 0.0)  # first tokens only
-    keep = np.arange(240) % 4 > 0
-    store = PlantedStore({1: codes}, [4] * 60, keep=keep)
+    planted = np.arange(240) % 4 == (0 if where == "first" else 2)
+    codes[planted, 3] = np.where(np.arange(60) < 30, 40.0, 0.0)  # and nowhere else
+    codes[~planted, 3] = 0
+    extreme = planted if where == "extreme" else None
+    store = store_of_dense(tmp_path / "store", {1: codes}, [4] * 60, extreme=extreme)
     assert rank(store, np.arange(30)).found == 0
     assert rank(store, np.arange(30), keep=False).rows[0].ref.endswith("/1/3")
 
 
-def test_probes_stand_beside_the_features(store: PlantedStore) -> None:
+def test_probes_stand_beside_the_features(store: FeatureStore) -> None:
     rng = np.random.default_rng(1)
     told = (store.labels("lang") == "zh")[:, None]
     residual = rng.normal(size=(N_DOCS, 16)) + told * rng.normal(size=16)
@@ -113,7 +123,7 @@ def test_probes_stand_beside_the_features(store: PlantedStore) -> None:
         rank(store, "zh", label="lang", layer=5, residuals={5: residual[:3]})
 
 
-def test_the_file_says_what_was_asked_and_comes_back(store: PlantedStore, tmp_path: Path) -> None:
+def test_the_file_says_what_was_asked_and_comes_back(store: FeatureStore, tmp_path: Path) -> None:
     ranking = rank(store, "zh", ["en"], label="lang", layer=5, both_sides=True)
     path = tmp_path / "zh.json"
     ranking.save(path)
@@ -128,15 +138,15 @@ def test_the_file_says_what_was_asked_and_comes_back(store: PlantedStore, tmp_pa
 
 
 def test_a_perfect_feature_survives_the_file(tmp_path: Path) -> None:
-    codes = np.zeros((40, 8), np.float32)
-    codes[:20, 2], codes[:, 1] = 1.0, 1.0
-    ranking = rank(PlantedStore({1: codes}, [1] * 40), np.arange(20))
+    documents = [[{}, {1: 1.0, 2: 1.0} if n < 20 else {1: 1.0}] for n in range(40)]
+    texts = [f"text {n}" for n in range(40)]
+    ranking = rank(build_store(tmp_path / "store", documents, texts=texts), np.arange(20))
     assert ranking.rows[0].effect == np.inf
     ranking.save(tmp_path / "r.json")
     assert Ranking.load(tmp_path / "r.json") == ranking
 
 
-def test_the_table_names_features_and_controls(store: PlantedStore) -> None:
+def test_the_table_names_features_and_controls(store: FeatureStore) -> None:
     text = rank(store, "zh", label="lang").table()
     assert f"mini-qwen3/w1k-l0-16/5/{PLANT}" in text
     assert "shuffled labels" in text
@@ -153,7 +163,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         [{}, {60: 1.0 + rng.random()} | ({50: 3.0} if n < 25 else {}), {int(rng.integers(8)): 1.0}]
         for n in range(80)
     ]
-    labels = {"lang": ["zh"] * 25 + ["en"] * 55, "good": [n % 2 == 0 for n in range(80)]}
+    labels: dict[str, list[Any]] = {
+        "lang": ["zh"] * 25 + ["en"] * 55,
+        "good": [n % 2 == 0 for n in range(80)],
+    }
     path = tmp_path_factory.mktemp("rank") / "store"
     build_store(path, documents, labels, texts=[f"字{n}個word" for n in range(80)])
     return path
@@ -193,8 +206,15 @@ def test_the_command_counts_a_store(
 
 def test_residuals_of_the_store_s_own_model_are_pooled(tmp_path: Path) -> None:
     texts = ["今天天气很好。" * 3, "The weather is fine today, said the man.", "x"]
-    store = extract(texts, model="mini-qwen3", group="mini-qwen3/w1k-l0-16", layers=[1],
-                    out=tmp_path / "s", max_tokens=12, progress=False)  # fmt: skip
+    store = extract(
+        texts,
+        model="mini-qwen3",
+        group="mini-qwen3/w1k-l0-16",
+        layers=[1],
+        out=tmp_path / "s",
+        max_tokens=12,
+        progress=False,
+    )
     found = pooled_residuals(store, [1])[1]
     last = pooled_residuals(store, [1], last=True)[1]
     model = qsl.load_model("mini-qwen3", up_to_layer=1)
@@ -207,13 +227,13 @@ def test_residuals_of_the_store_s_own_model_are_pooled(tmp_path: Path) -> None:
         np.testing.assert_allclose(last[doc], x[-1], rtol=1e-4, atol=1e-4)
 
 
-def test_fdr_one_shows_the_best_anyway(store: PlantedStore) -> None:
+def test_fdr_one_shows_the_best_anyway(store: FeatureStore) -> None:
     ranking = rank(store, np.arange(40), layer=2, fdr=1.0, top=5)
     assert len(ranking.rows) == 5
     assert ranking.found > 5
 
 
-def test_what_cannot_be_ranked_says_why(store: PlantedStore) -> None:
+def test_what_cannot_be_ranked_says_why(store: FeatureStore) -> None:
     with pytest.raises(UnknownName, match="no label 'language'"):
         rank(store, "zh", label="language")
     with pytest.raises(UnknownName, match=r"lang = 中文: there are en, fr, zh"):
@@ -227,4 +247,4 @@ def test_what_cannot_be_ranked_says_why(store: PlantedStore) -> None:
     with pytest.raises(LayerOutOfRange):
         rank(store, "zh", label="lang", layer=3)
     with pytest.raises(TooLittleData, match="auroc"):
-        rank(store, "zh", label="lang", by="magic")
+        rank(store, "zh", label="lang", by="magic")  # type: ignore[arg-type]

@@ -7,6 +7,7 @@ import os
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import planted
@@ -36,7 +37,7 @@ def repack(layer: Path, change: Change = lambda entry, data: data) -> None:
             archive.writestr(entry, change(entry, data))
 
 
-def readers(tmp_path: Path) -> dict[str, Callable[[], object]]:
+def readers(tmp_path: Path) -> dict[str, Callable[[], Any]]:
     """Whatever opens a published layer."""
     return {
         "load": lambda: qsl.load_sae("local/mine/1"),

@@ -83,7 +83,8 @@ def test_threads_share_an_sae() -> None:
     xs = [0.3 * torch.randn(100, 64) + mean for mean in far]
     want = [sae.prepare().encode_sparse(x) for x in xs]
     sae.prepare()
-    barrier, right = threading.Barrier(len(xs)), []
+    barrier = threading.Barrier(len(xs))
+    right: list[bool] = []
 
     def work(i: int) -> None:
         barrier.wait()

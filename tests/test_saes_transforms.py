@@ -6,6 +6,7 @@ SAELens's own SAE with the same weights says what is right.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ Pair = tuple[ScopeSAE, TopKSAE]
 @pytest.fixture
 def pair() -> Pair:
     torch.manual_seed(0)
-    sizes = {"d_in": 24, "d_sae": 96, "k": 6}
+    sizes: dict[str, Any] = {"d_in": 24, "d_sae": 96, "k": 6}
     ours = ScopeSAE(ScopeSAEConfig(**sizes))
     with torch.no_grad():
         ours.b_enc.normal_(0, 0.1)
@@ -51,16 +52,14 @@ def decoders(pair: Pair, indices: torch.Tensor) -> list[Callable[[torch.Tensor],
 
 
 @pytest.mark.parametrize("transform", [grad, hessian, jacrev, jacfwd])
-def test_functorch_through_a_decode(pair: Pair, transform: Callable[..., object]) -> None:
+def test_functorch_through_a_decode(pair: Pair, transform: Callable[..., Any]) -> None:
     codes = pair[0].encode_sparse(torch.randn(4, 24))
     close(*(transform(f)(codes.values) for f in decoders(pair, codes.indices)))
 
 
 @pytest.mark.parametrize("transform", [jacrev, jacfwd])
 @pytest.mark.parametrize("path", ["encode", "forward"])
-def test_functorch_through_an_encode(
-    pair: Pair, transform: Callable[..., object], path: str
-) -> None:
+def test_functorch_through_an_encode(pair: Pair, transform: Callable[..., Any], path: str) -> None:
     x = torch.randn(4, 24)
     close(*(vmap(transform(getattr(sae, path)))(x) for sae in pair))
     cubes = [lambda row, sae=sae: getattr(sae, path)(row).pow(3).sum() for sae in pair]
@@ -100,6 +99,7 @@ def test_functional_call_differentiates_the_weights(pair: Pair) -> None:
         )
         for sae in pair
     ]
+    assert set(of_weights[1]) == {"W_enc", "W_dec", "b_enc", "b_dec"}
     for name, gradient in of_weights[1].items():
         close(of_weights[0][name], gradient)
 
@@ -132,8 +132,9 @@ def test_forward_mode_without_functorch(pair: Pair) -> None:
 
 @pytest.mark.parametrize("product", [_Gather, _Dots, _Scatter])
 def test_each_product_is_the_others_derivative(product: type[torch.autograd.Function]) -> None:
-    draw = {"dtype": torch.float64, "requires_grad": True}
-    values, grads, rows = (torch.randn(*s, **draw) for s in ((3, 2), (3, 4), (5, 4)))
+    values, grads, rows = (
+        torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((3, 2), (3, 4), (5, 4))
+    )
     indices = torch.tensor([[0, 4], [1, 1], [0, 0]])
     call, inputs = {
         _Gather: (lambda v, r: _Gather.apply(v, indices, r), (values, rows)),
@@ -166,10 +167,11 @@ def test_a_compiled_sae_gives_the_same(pair: Pair, trains: bool) -> None:
     assert torch.compile(ours.encode_sparse, backend="eager")(x) == ours.encode_sparse(x)
     acts = theirs.encode(x)
     close(torch.compile(ours.decode, backend="eager")(acts), ours.decode(acts))
-    grads = []
+    grads: list[torch.Tensor] = []
     for sae in (compiled, theirs):
         leaf = x.clone().requires_grad_()
         sae(leaf).square().sum().backward()
+        assert leaf.grad is not None
         grads.append(leaf.grad)
     close(*grads)
 

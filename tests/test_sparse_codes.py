@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -38,7 +40,7 @@ KEYS += [torch.tensor([[True, False, True], [False, False, True]]), (1, torch.te
 
 
 @pytest.mark.parametrize("key", KEYS, ids=repr)
-def test_slicing_follows_the_positions(codes: SparseCodes, key: object) -> None:
+def test_slicing_follows_the_positions(codes: SparseCodes, key: Any) -> None:
     has_ellipsis = isinstance(key, tuple) and any(part is ... for part in key)
     dense = codes.to_dense()
     expected = dense[(*key, slice(None))] if has_ellipsis else dense[key]
@@ -103,6 +105,7 @@ def test_empty_batches(codes: SparseCodes) -> None:
 def test_gradients_reach_the_values(codes: SparseCodes) -> None:
     values = codes.values.clone().requires_grad_()
     SparseCodes(values, codes.indices, 5).to_dense().sum().backward()
+    assert values.grad is not None
     assert torch.equal(values.grad, torch.ones_like(values))
 
 

@@ -2,62 +2,96 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
+
 import numpy as np
 import pytest
-from planted_store import PlantedStore, random_codes
+from feature_stores import random_codes, store_of_dense
 
 from qwen_scope_lens.errors import LayerOutOfRange, TooLittleData
 from qwen_scope_lens.features import statistics
 from qwen_scope_lens.features.best_entries import Best, place_hash
 from qwen_scope_lens.features.cofiring import LEAST, Cofiring
 from qwen_scope_lens.features.statistics import BIN_EDGES
+from qwen_scope_lens.stores import FeatureStore, blocks
 
 D_SAE = 40
 
 
-@pytest.fixture(scope="module")
-def dense() -> np.ndarray:
-    codes = random_codes(0, 400, D_SAE, popular=2.0)
-    codes[:, 7] = 0  # dead
-    return codes
+@dataclass(frozen=True)
+class Planted:
+    """What was put into the store, token by token."""
+
+    dense: np.ndarray  # float32 [n_tokens, d_sae], as float16 keeps it
+    lengths: list[int]
+    doc: np.ndarray
+    position: np.ndarray
+    keep: np.ndarray
+
+    @property
+    def counted(self) -> np.ndarray:
+        """The rows that count, the others zero."""
+        return np.where(self.keep[:, None], self.dense, 0)
 
 
 @pytest.fixture(scope="module")
-def store(dense: np.ndarray) -> PlantedStore:
+def planted() -> Planted:
     rng = np.random.default_rng(1)
+    dense = random_codes(0, 400, D_SAE, popular=2.0).astype(np.float16).astype(np.float32)
+    dense[:, 7] = 0  # dead
     lengths = [100, 1, 1, 50, *rng.multinomial(248, [1 / 20] * 20).tolist()]
-    keep = rng.random(400) > 0.1
-    return PlantedStore({6: dense}, lengths, keep=keep, block=37)
+    position = np.concatenate([np.arange(n) for n in lengths])
+    keep = (rng.random(400) > 0.1) & (position > 0)
+    return Planted(dense, lengths, np.repeat(np.arange(len(lengths)), lengths), position, keep)
 
 
-def counted(dense: np.ndarray, store: PlantedStore) -> np.ndarray:
-    """What the store holds: the rows that count, others zero."""
-    return np.where(store.keep[:, None], store.codes[6].to_dense().numpy(), 0)
+@pytest.fixture(scope="module")
+def store(planted: Planted, tmp_path_factory: pytest.TempPathFactory) -> FeatureStore:
+    folder = tmp_path_factory.mktemp("statistics") / "store"
+    extreme = ~planted.keep & (planted.position > 0)
+    return store_of_dense(folder, {6: planted.dense}, planted.lengths, extreme=extreme)
 
 
-def test_counts_are_those_of_the_dense_matrix(dense: np.ndarray, store: PlantedStore) -> None:
+def test_counts_are_those_of_the_dense_matrix(planted: Planted, store: FeatureStore) -> None:
     found = statistics(store, 6, examples=5)
-    x = counted(dense, store)
+    x = planted.counted
     fires = x > 0
-    assert found.n_tokens == store.keep.sum()
+    assert found.n_tokens == planted.keep.sum()
     assert (found.token_count == fires.sum(0)).all()
     np.testing.assert_allclose(found.total, x.sum(0), rtol=1e-6)
     assert (found.maximum == x.max(0)).all()
-    docs = [[fires[store.doc == d, f].any() for d in range(store.n_docs)] for f in range(D_SAE)]
+    docs = [[fires[planted.doc == d, f].any() for d in range(store.n_docs)] for f in range(D_SAE)]
     assert (found.doc_count == np.sum(docs, axis=1)).all()
     assert found.dead[7]
     assert found.mean_active[7] == 0
     assert (found.dead == (fires.sum(0) == 0)).all()
-    assert found.l0 == pytest.approx(fires.sum() / store.keep.sum())
+    assert found.l0 == pytest.approx(fires.sum() / planted.keep.sum())
     for f in range(D_SAE):
         expected = np.histogram(x[fires[:, f], f].astype(np.float32), BIN_EDGES)[0]
         assert (found.histogram[f] == expected).all()
 
 
-@pytest.mark.parametrize("block", [1, 13, 1000])
-def test_block_borders_change_nothing(dense: np.ndarray, store: PlantedStore, block: int) -> None:
-    other = PlantedStore({6: dense}, store.lengths, keep=store.keep, block=block)
-    a, b = statistics(store, 6, examples=4), statistics(other, 6, examples=4)
+@pytest.mark.parametrize(("block", "shard_docs"), [(1, 16), (13, 1), (37, 7), (1000, 1000)])
+def test_block_borders_change_nothing(
+    planted: Planted,
+    store: FeatureStore,
+    block: int,
+    shard_docs: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    a = statistics(store, 6, examples=4)
+    monkeypatch.setattr(blocks, "BLOCK_TOKENS", block)
+    extreme = ~planted.keep & (planted.position > 0)
+    other = store_of_dense(
+        tmp_path / "other",
+        {6: planted.dense},
+        planted.lengths,
+        extreme=extreme,
+        shard_docs=shard_docs,
+    )
+    b = statistics(other, 6, examples=4)
     for name, value in vars(a).items():
         if name == "total":  # a sum, in another order
             np.testing.assert_allclose(value, getattr(b, name), rtol=1e-12)
@@ -66,15 +100,15 @@ def test_block_borders_change_nothing(dense: np.ndarray, store: PlantedStore, bl
 
 
 def test_top_examples_are_the_strongest_token_of_each_document(
-    dense: np.ndarray, store: PlantedStore
+    planted: Planted, store: FeatureStore
 ) -> None:
     found = statistics(store, 6, examples=5)
-    x = counted(dense, store)
+    x = planted.counted
     for f in range(D_SAE):
-        best = {}
+        best: dict[int, tuple[float, int]] = {}
         for row in np.flatnonzero(x[:, f]):
-            place = (-x[row, f], store.position[row])
-            doc = int(store.doc[row])
+            place = (-float(x[row, f]), int(planted.position[row]))
+            doc = int(planted.doc[row])
             best[doc] = min(best.get(doc, place), place)
         expected = sorted((value, doc, position) for doc, (value, position) in best.items())[:5]
         shown = [(-e.value, e.doc, e.position) for e in found.top_examples(f)]
@@ -114,7 +148,7 @@ def test_the_sample_is_uniform_and_the_same_in_any_order() -> None:
     assert drawn.std() == pytest.approx(2.31, abs=0.25)
 
 
-def test_quantile_examples_run_from_the_weakest_to_the_strongest(store: PlantedStore) -> None:
+def test_quantile_examples_run_from_the_weakest_to_the_strongest(store: FeatureStore) -> None:
     found = statistics(store, 6, sample=10)
     busy = int(found.token_count.argmax())
     low, middle, high = (e.value for e in found.quantile_examples(busy, [0, 0.5, 1]))
@@ -122,9 +156,9 @@ def test_quantile_examples_run_from_the_weakest_to_the_strongest(store: PlantedS
     assert found.quantile_examples(7, [0.5]) == []
 
 
-def test_partners_are_those_of_brute_force(dense: np.ndarray, store: PlantedStore) -> None:
+def test_partners_are_those_of_brute_force(planted: Planted, store: FeatureStore) -> None:
     found = statistics(store, 6, partners=6)
-    fires = counted(dense, store)[store.keep] > 0
+    fires = planted.counted[planted.keep] > 0
     both = fires.T.astype(int) @ fires.astype(int)
     alone = np.diag(both)
     for f in range(D_SAE):
@@ -157,10 +191,10 @@ def test_pairs_on_a_sample_of_tokens_stay_bounded_and_close() -> None:
     assert count.max() <= 1000
 
 
-def test_some_documents_only_and_what_is_refused(store: PlantedStore) -> None:
+def test_some_documents_only_and_what_is_refused(planted: Planted, store: FeatureStore) -> None:
     part = statistics(store, 6, docs=[0, 3])
     assert part.n_docs == 2
-    assert part.n_tokens == store.keep[np.isin(store.doc, [0, 3])].sum()
+    assert part.n_tokens == planted.keep[np.isin(planted.doc, [0, 3])].sum()
     assert set(part.top_doc[part.top_doc >= 0]) <= {0, 3}
     with pytest.raises(TooLittleData):
         statistics(store, 6, docs=[])

@@ -168,7 +168,7 @@ def test_compiled_models_are_steered_read_and_hooked(
 
 
 def test_a_decode_step_that_generate_compiles_is_steered(graphs: Graphs) -> None:
-    config = CompileConfig(fullgraph=False, backend=lambda *a, **k: graphs(*a, **k))  # type: ignore[arg-type]
+    config = CompileConfig(fullgraph=False, backend=lambda *a, **k: graphs(*a, **k))
     config._compile_all_devices = True  # as on a GPU
     static = {"cache_implementation": "static", "compile_config": config}
     ids = torch.tensor([[256] * (len(LONG) - len(SHORT)) + SHORT, LONG])
@@ -215,7 +215,7 @@ def test_passes_that_the_plan_did_not_see_are_an_error() -> None:
             model.generate(ids, max_new_tokens=NEW, do_sample=False)
     for module in (model, model.model, layers[0]):
         module._compiled_call_impl = None
-    whole = torch.compile(model, backend="eager")
+    whole: Any = torch.compile(model, backend="eager")
     whole.forward = lambda ids: None  # a graph that was exported
     with (
         pytest.raises(PlanBypassed, match="did nothing"),
@@ -299,7 +299,7 @@ def test_threads_generate_under_one_plan(where: str) -> None:
         counts += report.edits[0].selected
     step = InStep(model)
     with allowed(model, plan, tokenizer=make_tokenizer()) as report:
-        found = step.run({n: lambda ids=ids: continued(model, ids) for n, ids in prompts.items()})
+        found = step.run({n: partial(continued, model, ids) for n, ids in prompts.items()})
     assert found == truth
     assert report.edits[0].selected == counts
 
@@ -350,7 +350,7 @@ def test_layers_that_run_again_belong_to_their_own_pass(reentrant: bool) -> None
         if checkpointing:
             for layer in decoder_layers(model):
                 layer.__class__ = _checkpointed(type(layer), reentrant)
-                layer.gradient_checkpointing = True
+                layer.gradient_checkpointing = True  # type: ignore[assignment]
         with allowed(model, Plan([f"{ref(1, 3)}:add:60@pos=1-2"])) as report:
             texts = [model.get_input_embeddings()(torch.tensor([SHORT])) for _ in range(2)]
             masks = [[0, 0, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1, 1]]
@@ -360,16 +360,17 @@ def test_layers_that_run_again_belong_to_their_own_pass(reentrant: bool) -> None
                 .sum()
                 for text, mask in zip(texts, masks, strict=True)
             )
-            thread = threading.Thread(target=loss.backward)  # type: ignore[union-attr]
+            thread = threading.Thread(target=loss.backward)
             thread.start()
             thread.join()
         assert report.passes == (4 if checkpointing else 2)
-        grads.append(decoder_layers(model)[0].mlp.down_proj.weight.grad)
+        first: Any = decoder_layers(model)[0]
+        grads.append(first.mlp.down_proj.weight.grad)
     torch.testing.assert_close(grads[1], grads[0])
 
 
 def _checkpointed(cls: Any, reentrant: bool) -> Any:
-    class Again(cls):  # type: ignore[misc]
+    class Again(cls):
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
             again = partial(super().__call__, **kwargs)
             return checkpoint(again, *args, use_reentrant=reentrant)
@@ -440,7 +441,7 @@ def test_an_sae_serves_its_own_address_only() -> None:
     with pytest.raises(BadPlan, match="d_in, d_sae and k"):
         by_address(two)
     with pytest.raises(BadPlan, match="found TopKSAE"):
-        by_address([make_sae(1)])  # type: ignore[list-item]
+        by_address([make_sae(1)])
 
 
 SHORTS = {group.backbone.key: group.short for group in GROUPS}
@@ -513,9 +514,9 @@ MINE = ref(1, 3)
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: Edit(MINE, "add", 10**400),  # type: ignore[arg-type]
-        lambda: Edit(MINE, "add", 10**5000),  # type: ignore[arg-type]
-        lambda: Edit(MINE, "add", 1.0, "sigma", typical=10**400),  # type: ignore[arg-type]
+        lambda: Edit(MINE, "add", 10**400),
+        lambda: Edit(MINE, "add", 10**5000),
+        lambda: Edit(MINE, "add", 1.0, "sigma", typical=10**400),
         lambda: Plan([f"{MINE}:add:1"]).times(10**400),
         lambda: Plan.from_dict({"edits": [{"ref": MINE, "op": "add", "strength": 10**5000}]}),
         lambda: Plan.from_dict({"edits": [{"op": "add", "strength": 10**5000}]}),

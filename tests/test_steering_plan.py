@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qwen_scope_lens.address import FeatureRef
 from qwen_scope_lens.errors import BadFile, BadPlan, LayerOutOfRange, UnknownName
 from qwen_scope_lens.steering import OPERATIONS, Edit, Plan, Where
 from qwen_scope_lens.steering.where import TOKEN_CLASSES
@@ -21,7 +22,7 @@ def test_the_text_form_says_everything() -> None:
     edit = Edit.parse(f"{REF}:add:+2.0sigma@generation,class=han")
     assert (str(edit.ref), edit.op, edit.strength, edit.unit) == (REF, "add", 2.0, "sigma")
     assert edit.where == Where("generation", classes=("han",))
-    assert Edit.parse(f"{REF}:ablate") == Edit(REF, "ablate")  # type: ignore[arg-type]
+    assert Edit.parse(f"{REF}:ablate") == Edit(REF, "ablate")
     assert Edit.parse(f"{REF}:add:-0.1norm").unit == "norm"
     assert Edit.parse(f"{REF}:set:.5e1").strength == 5
 
@@ -64,6 +65,15 @@ def test_bad_addresses_are_refused_as_addresses() -> None:
         Edit.parse("mini-qwen3/w1k-l0-16/6/1024:ablate")
 
 
+def test_addresses_and_places_are_texts_or_objects() -> None:
+    """Both are in the declared types, which a type checker reads."""
+    place = Where("generation", classes="han", positions=range(3, 9))
+    by_text = Edit(REF, "add", 2.0, where=str(place))
+    assert by_text == Edit(FeatureRef.parse(REF), "add", 2.0, where=place)
+    assert isinstance(by_text.ref, FeatureRef)
+    assert by_text.where.positions == ((3, 9),)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), True, "3"])
 def test_a_strength_is_a_finite_number(bad: object) -> None:
     with pytest.raises(BadPlan, match="finite"):
@@ -103,7 +113,7 @@ def test_every_edit_survives_text_and_json(edit: Edit) -> None:
 
 
 def test_a_plan_survives_a_file(tmp_path: Path) -> None:
-    plan = Plan([f"{REF}:add:2sigma", Edit(OTHER, "ablate", where="generation")])  # type: ignore[arg-type]
+    plan = Plan([f"{REF}:add:2sigma", Edit(OTHER, "ablate", where="generation")])
     plan = plan.calibrated({REF: 1.5})
     plan.save(tmp_path / "plan.json")
     assert Plan.load(tmp_path / "plan.json") == plan
@@ -141,7 +151,7 @@ def test_plans_are_scaled_whole() -> None:
 
 def test_positions_in_python() -> None:
     assert Where(positions=range(3, 9)).positions == ((3, 9),)
-    assert Where(positions=[0, slice(4, None), -1]).positions == ((0, 1), (4, None), (-1, 0))  # type: ignore[arg-type]
+    assert Where(positions=[0, slice(4, None), -1]).positions == ((0, 1), (4, None), (-1, 0))
     assert Where.mask([0, 1, 1, 0, 1]).positions == ((1, 2), (2, 3), (4, 5))
     with pytest.raises(BadPlan):
-        Where(positions=range(0, 9, 2))  # type: ignore[arg-type]
+        Where(positions=range(0, 9, 2))

@@ -43,6 +43,7 @@ from qwen_scope_lens.steering import (
 from qwen_scope_lens.steering.blame import Case, read_cases
 from qwen_scope_lens.steering.calibrate import calibrate_from_store
 from qwen_scope_lens.steering.plan import parse_open_edit, parse_strengths
+from qwen_scope_lens.steering.report import EditReport
 from qwen_scope_lens.steering.side_by_side import SideBySide, display_width, stream, wrap
 from qwen_scope_lens.steering.sweep import CONTROL, PLAN, Dose, Guard
 from qwen_scope_lens.steering.sweep_page import sweep_page
@@ -176,7 +177,7 @@ def test_surprisals_are_the_models_own(model: Any) -> None:
 
 def test_repetition() -> None:
     assert repetition([1, 2, 3]) is None
-    assert repetition(range(20)) == 0  # type: ignore[arg-type]
+    assert repetition(range(20)) == 0
     assert repetition([1, 2, 3, 4] * 5) == pytest.approx(1 - 4 / 17)
 
 
@@ -192,21 +193,24 @@ def test_measures() -> None:
 
 def test_a_control_pushes_as_hard_elsewhere(model: Any, world: Any) -> None:
     plan = Plan([f"{ref(1, 3)}:set:4", f"{ref(1, 5)}:add:2"])
-    seen = {}
+    seen: dict[int | None, torch.Tensor] = {}
+    reports: dict[int | None, tuple[EditReport, ...]] = {}
     for control in (None, 0, 1):
         with steer(model, plan, control=control) as report, torch.no_grad():
             model.run_with_hooks(
                 torch.tensor([list(b"some text")]),
                 fwd_hooks=[
-                    ("blocks.1.hook_resid_post",
-                     lambda x, hook, c=control: seen.setdefault(c, x.clone())),
+                    (
+                        "blocks.1.hook_resid_post",
+                        lambda x, hook, c=control: seen.setdefault(c, x.clone()),
+                    ),
                 ],
-            )  # fmt: skip
-        seen["report", control] = report.edits
+            )
+        reports[control] = report.edits
     plain = qsl.capture(model, [list(b"some text")], [1]).residuals[1]
     pushes = {c: (seen[c][0] - plain)[1:] for c in (None, 0, 1)}
     for i in range(2):
-        assert seen["report", 0][i].moved == pytest.approx(seen["report", None][i].moved, rel=1e-5)
+        assert reports[0][i].moved == pytest.approx(reports[None][i].moved, rel=1e-5)
     d = world[1]["W_dec"][:, [3, 5]]
     along = torch.linalg.lstsq(d, pushes[None].T).solution
     torch.testing.assert_close(d @ along, pushes[None].T, rtol=1e-3, atol=1e-3)
@@ -287,8 +291,14 @@ def test_the_guard_refuses_broken_text() -> None:
     def dose(strength: float, height: float | None, repeats: float, effect: float = 0) -> Dose:
         return Dose(PLAN, strength, effect, 0, 0, height, repeats, "")
 
-    doses = (dose(0, 10, 0.1), dose(1, 19, 0.2, 0.3), dose(2, 21, 0.1, 0.9), dose(3, 9, 0.3, 1),
-             dose(4, None, 0, 1), dose(-1, 10, 0, -0.2))  # fmt: skip
+    doses = (
+        dose(0, 10, 0.1),
+        dose(1, 19, 0.2, 0.3),
+        dose(2, 21, 0.1, 0.9),
+        dose(3, 9, 0.3, 1),
+        dose(4, None, 0, 1),
+        dose(-1, 10, 0, -0.2),
+    )
     found = Sweep("p", "raw", "change", "", {}, doses, Guard())
     assert [d.strength for d in found.doses if found.coherent(d)] == [0, 1, -1]
     assert [d.strength for d in found.best() if d] == [-1, 1]
@@ -307,16 +317,18 @@ def test_blame_finds_what_is_stronger_on_the_bad_tokens(model: Any, world: Any) 
     found = blame(model, ["local/tiny/1", "local/tiny/2"], cases, classes=["digit"], top=500)
     tokenizer = make_tokenizer()
     for layer in (1, 2):
-        bad, other = [], []
+        bad: list[torch.Tensor] = []
+        other: list[torch.Tensor] = []
         for case in cases:
-            text = case.prompt + case.reply  # type: ignore[operator]
+            assert isinstance(case.prompt, str)
+            text = case.prompt + case.reply
             ids = tokenizer(text)["input_ids"]
             read = qsl.capture(model, [ids], [layer])
             codes = reference.planted.model_card_encode(
                 world[layer], read.residuals[layer], reference.K
             )
             for at in range(1, len(ids)):  # the first token is left out
-                digit = text[at].isdigit() and at >= len(case.prompt) and case.bad  # type: ignore[arg-type]
+                digit = text[at].isdigit() and at >= len(case.prompt) and case.bad
                 (bad if digit else other).append(codes[at])
         difference = torch.stack(bad).mean(0) - torch.stack(other).mean(0)
         own = {s.ref.feature: s for s in found if s.ref.layer == layer}
@@ -335,8 +347,10 @@ def test_blame_refuses_what_it_cannot_answer(model: Any, tmp_path: Path) -> None
     with pytest.raises(TooLittleData, match="class han"):
         blame(model, ["local/tiny/1"], [Case("a", "b")], classes=["han"])
     path = tmp_path / "cases.jsonl"
-    rows = [{"prompt": "a", "reply": "b"}, {"messages": [{"role": "user", "content": "c"}],
-             "reply": "d", "bad": False}]  # fmt: skip
+    rows = [
+        {"prompt": "a", "reply": "b"},
+        {"messages": [{"role": "user", "content": "c"}], "reply": "d", "bad": False},
+    ]
     path.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
     assert [case.bad for case in read_cases(path)] == [True, False]
     odd = '{"prompt": "a", "reply": "b", "bad": "no"}'

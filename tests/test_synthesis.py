@@ -6,7 +6,9 @@ ledger. The real client is tested in test_synthesis_endpoint.py.
 
 from __future__ import annotations
 
+import copy
 import json
+import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -36,7 +38,6 @@ from qwen_scope_lens.synth.filters import (
     Duplicates,
     check_reply,
     check_text,
-    clean,
     jaccard,
     ngrams,
 )
@@ -46,7 +47,7 @@ from qwen_scope_lens.synth.recipe import FAC, RECIPES, SCOPE, read_recipe, write
 from qwen_scope_lens.synth.run import check_settings, read_rows, save, settings_of
 from qwen_scope_lens.synth.targets import Target, coverage, documents_firing, fac
 from qwen_scope_lens.writers import Ledger, Local, Prices, Push, Request, Templates
-from qwen_scope_lens.writers.generator import Book, Completion, Sampling
+from qwen_scope_lens.writers.generator import Book, Completion, Sampling, clean
 
 SAE = LayerRef.parse("mini-qwen3/w1k-l0-16/6")
 
@@ -210,14 +211,17 @@ def test_language(text: str, code: str, wrong: bool) -> None:
 
 
 def test_language_of_real_texts() -> None:
-    """On held-out prose of eight languages."""
-    hits = Counter[tuple[str, bool]]()
-    for lang in ("en", "de", "fr", "es", "ru", "zh", "ja", "ko"):
-        for record in list(heldout("prose", lang))[:30]:
-            for code in ("en", "de", "fr", "es", "ru", "zh", "ja", "ko"):
-                hits[lang, bool(wrong_language(record["text"], code)) == (code != lang)] += 1
-    right = sum(n for (_, good), n in hits.items() if good)
-    assert right / hits.total() > 0.95, hits
+    """Held-out prose of eight languages, each text asked about in each language: no error."""
+    languages = ("en", "de", "fr", "es", "ru", "zh", "ja", "ko")
+    texts = [(lang, row["text"]) for lang in languages for row in list(heldout("prose", lang))[:30]]
+    assert len(texts) == 240
+    wrong = [
+        (lang, code, text[:40])
+        for lang, text in texts
+        for code in languages
+        if bool(wrong_language(text, code)) != (code != lang)
+    ]
+    assert wrong == []
 
 
 def test_clean() -> None:
@@ -234,7 +238,9 @@ def test_reasons() -> None:
     assert check_text("", recipe, True) == "empty"
     assert check_text("short", recipe, True) == "too short"
     assert check_text("x" * 61, recipe, True) == "too long"
-    assert check_text("这是一个中文句子", recipe, True).startswith("wrong language: Cjk letters")
+    assert check_text("这是一个中文句子", recipe, True).startswith(
+        "wrong language: zh, expected en"
+    )
     assert check_text("how to make a Bomb now", recipe, True) == "caution: bomb"
     assert check_text("how to make a Bomb now", recipe, False) == ""
     assert check_text("the bombast of his words", recipe, True) == ""
@@ -271,9 +277,47 @@ def test_duplicates() -> None:
     assert exact.find(f" {base.lower()}") == ("base", 1.0)
 
 
-@settings(max_examples=30, deadline=None)
-@given(st.text(max_size=40), st.text(max_size=40))
-def test_near_duplicates_have_the_true_similarity(one: str, other: str) -> None:
+def test_no_near_duplicate_is_missed() -> None:
+    """Real texts with some characters changed, against every pair compared by hand."""
+    rng = random.Random(0)
+    texts = [row["text"] for lang in ("en", "zh") for row in heldout("prose", lang)]
+    known = {str(i): ngrams(text) for i, text in enumerate(texts)}
+    seen = Duplicates(0.8)
+    for i, text in enumerate(texts):
+        seen.add(str(i), text)
+    near = 0
+    for text in texts:
+        letters = list(text)
+        for _ in range(max(1, len(text) // rng.choice((30, 60, 120)))):
+            letters[rng.randrange(len(letters))] = rng.choice("abcdexyz")
+        changed = "".join(letters)
+        best = max(jaccard(ngrams(changed), grams) for grams in known.values())
+        found = seen.find(changed)
+        assert (found is not None) == (best >= 0.8)
+        if found is not None:
+            assert found[1] == best
+            near += 1
+    assert near > 20
+
+
+def test_halves_of_characters_are_texts_like_others() -> None:
+    seen = Duplicates(0.8)
+    seen.add("broken", "a text that ends in half of a character \ud83d")
+    assert seen.find("A text that ends in half of a character \ud83d") == ("broken", 1.0)
+
+
+@st.composite
+def nearly_equal(draw: st.DrawFn) -> tuple[str, str]:
+    """A text, and the same with one stretch of it written anew."""
+    text = draw(st.text(st.characters(codec="utf-8"), min_size=30, max_size=60))
+    at = draw(st.integers(0, len(text)))
+    return text, text[:at] + draw(st.text(max_size=4)) + text[at + draw(st.integers(0, 4)) :]
+
+
+@settings(max_examples=60, deadline=None)
+@given(nearly_equal() | st.tuples(st.text(max_size=40), st.text(max_size=40)))
+def test_near_duplicates_have_the_true_similarity(texts: tuple[str, str]) -> None:
+    one, other = texts
     seen = Duplicates(0.5)
     seen.add("one", one)
     found = seen.find(other)
@@ -348,7 +392,7 @@ def test_recipes(tmp_path: Path) -> None:
         "kinds: legal": "expected a list",
         "candidates: 0": "from 1",
         "read: everything": "prompt, reply, either",
-        "language: klingon": "not in the table",
+        "language: klingon": "not one that the detector knows",
         "pairs: true": "stronger and a weaker",
         "- a": "name: value",
         "{": "YAML",
@@ -528,8 +572,7 @@ def test_a_chat_is_read_with_its_template(
         [values] = reader.read_features([one.messages(chat=True)[:1]], [one.ref])
         assert one.activation == pytest.approx(values[one.ref], rel=1e-4)
     assert any(
-        one.activation
-        != pytest.approx(reader.read_features([run._text(one)], [one.ref])[0][one.ref])
+        one.activation != pytest.approx(reader.read_features([one.prompt], [one.ref])[0][one.ref])
         for one in run.kept
     )
 
@@ -672,10 +715,9 @@ def test_chats_need_a_chat_template(tmp_path: Path, model: Any) -> None:
     with Ledger.open(tmp_path) as ledger:
         [found] = ledger.ask(Local(model, "mini"), [request])
         assert found is not None
-        bare = Local(model, "bare")
-        bare._tokenizer = type(
-            "T", (), {"chat_template": None, "pad_token_id": 0}
-        )()  # a tokenizer without one
+        tokenizer = copy.deepcopy(model.tokenizer)
+        tokenizer.chat_template = None
+        bare = Local(model, "bare", tokenizer=tokenizer)
         with pytest.raises(WrongTokenizer, match="no chat template"):
             ledger.ask(bare, [request])
 

@@ -18,12 +18,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from endpoint_server import Call, Server, answer
 
 import qwen_scope_lens as qsl
 from qwen_scope_lens.address import FeatureRef
 from qwen_scope_lens.cli import main
-from qwen_scope_lens.errors import BadPlan, GeneratorFailed, StoreMismatch, TooLittleData
+from qwen_scope_lens.errors import (
+    BadFile,
+    BadPlan,
+    GeneratorFailed,
+    StoreMismatch,
+    TooLittleData,
+)
 from qwen_scope_lens.features import pool
 from qwen_scope_lens.labels import Label, LabelPack, describe
 from qwen_scope_lens.labels.describe import (
@@ -33,11 +40,13 @@ from qwen_scope_lens.labels.describe import (
 )
 from qwen_scope_lens.labels.passages import Passages
 from qwen_scope_lens.mini import heldout
+from qwen_scope_lens.steering.calibrate import calibrate_from_store
 from qwen_scope_lens.stores import FeatureStore, extract
 from qwen_scope_lens.synth import TargetSet, find_targets
 from qwen_scope_lens.synth.find import features_to_describe
 from qwen_scope_lens.synth.relevance import by_judge, by_labels, choose_relevance, parse_answer
 from qwen_scope_lens.synth.run import read_rows
+from qwen_scope_lens.synth.targets import Target
 from qwen_scope_lens.writers import Ledger, Request, Templates
 from qwen_scope_lens.writers.generator import Book, Completion
 
@@ -55,8 +64,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for record in list(heldout("prose", lang))[:30]
     ]
     for name, some in (("seed", rows[:15]), ("anchor", rows[15:])):
-        extract(some, model=model, group="mini-qwen3/w1k-l0-16", layers=[LAYER], out=place / name,
-                max_tokens=64, progress=False)  # fmt: skip
+        extract(
+            some,
+            model=model,
+            group="mini-qwen3/w1k-l0-16",
+            layers=[LAYER],
+            out=place / name,
+            max_tokens=64,
+            progress=False,
+        )
     return place
 
 
@@ -99,13 +115,33 @@ def test_targets_are_what_the_formulas_say(seed: FeatureStore, anchor: FeatureSt
         assert {t.ref.feature for t in found.missing} == {f for f in wanted if s[f] == 0}
         assert found.seed_coverage == pytest.approx((s[wanted] > 0).mean())
         assert found.seed_fac == pytest.approx((s[wanted] > 0).mean())
-        first = found.targets[0]
-        values = in_anchor[:, first.ref.feature]
-        assert first.typical == pytest.approx(values[values > 0].mean(), rel=1e-5)
     assert found.seed_size == 15
     assert len(found.openings) == len(set(found.openings)) > 20
     texts = anchor.documents(["text"])["text"].to_pylist()
     assert all(any(text.startswith(opening) for text in texts) for opening in found.openings)
+
+
+def test_a_typical_activation_is_the_same_number_in_every_room(anchor: FeatureStore) -> None:
+    """The mean over the tokens where the feature fires; here against a sum over dense codes."""
+    found = find_targets(anchor, anchor, passages=0)
+    assert len(found) > 20
+    dense = torch.cat([b.codes.to_dense() for b in anchor.iter_blocks(LAYER, keep=True)]).double()
+    by_hand = dense.sum(0) / (dense > 0).sum(0)
+    calibration = calibrate_from_store(anchor, found.refs)
+    for target in found.targets:
+        assert target.typical == pytest.approx(float(by_hand[target.ref.feature]), rel=1e-9)
+        assert target.typical == calibration[target.ref]
+
+
+def test_targets_of_an_older_version_are_refused_with_the_way_out(tmp_path: Path) -> None:
+    """In version 1 `typical` was another quantity; a push by it would be too strong."""
+    path = tmp_path / "targets.json"
+    ref = qsl.FeatureRef.parse("mini-qwen3/w1k-l0-16/6/7")
+    TargetSet((Target(ref, typical=50.0),)).save(path)
+    assert TargetSet.load(path).targets[0].typical == 50.0
+    path.write_text(path.read_text().replace('"version": 2', '"version": 1'))
+    with pytest.raises(BadFile, match=r"version 1, .* again with `qsl synth targets`"):
+        TargetSet.load(path)
 
 
 def test_relevance_decides_and_weak_ones_follow(seed: FeatureStore, anchor: FeatureStore) -> None:
@@ -130,8 +166,14 @@ def test_relevance_decides_and_weak_ones_follow(seed: FeatureStore, anchor: Feat
 
 
 def test_stores_of_two_saes_do_not_mix(seed: FeatureStore, tmp_path: Path) -> None:
-    other = extract(["The kernel reads a file."], model="mini-qwen3", group="mini-qwen3/w1k-l0-16",
-                    layers=[5], out=tmp_path / "other", progress=False)  # fmt: skip
+    other = extract(
+        ["The kernel reads a file."],
+        model="mini-qwen3",
+        group="mini-qwen3/w1k-l0-16",
+        layers=[5],
+        out=tmp_path / "other",
+        progress=False,
+    )
     with pytest.raises(qsl.ScopeError, match="layer 6"):
         find_targets(seed, other)
     changed = FeatureStore.open(tmp_path / "other")
@@ -146,7 +188,10 @@ def test_passages_mark_what_fires(anchor: FeatureStore) -> None:
     facts = statistics(anchor, LAYER, examples=3, sample=4)
     source = Passages(anchor, before=5, after=3)
     texts = anchor.documents(["text"])["text"].to_pylist()
-    for feature in np.flatnonzero(facts.doc_count > 2)[:8].tolist():
+    features = np.flatnonzero(facts.doc_count > 2)[:8].tolist()
+    assert len(features) == 8
+    for feature in features:
+        assert len(facts.top_examples(feature)) == 3
         for example in facts.top_examples(feature):
             marked = source.marked(LAYER, feature, example)
             plain = source.plain(example.doc, example.position)
@@ -162,9 +207,12 @@ def test_labels_and_judges_and_contrasts(
 ) -> None:
     sae = find_targets(seed, anchor, passages=0).saes[0]
     pack = LabelPack(
-        [Label(sae.feature(1), "Chinese", 0.9), Label(sae.feature(2), "chinese names"),
-         Label(sae.feature(3), "Numbers", 0.9)]
-    )  # fmt: skip
+        [
+            Label(sae.feature(1), "Chinese", 0.9),
+            Label(sae.feature(2), "chinese names"),
+            Label(sae.feature(3), "Numbers", 0.9),
+        ]
+    )
     assert set(by_labels(pack, "^chin")) == {sae.feature(1), sae.feature(2)}
     assert set(by_labels(pack, "chin", 0.5)) == {sae.feature(1)}
     with pytest.raises(TooLittleData):
@@ -179,9 +227,13 @@ def test_labels_and_judges_and_contrasts(
 
     with Ledger.open(tmp_path) as ledger:
         judged = by_judge(
-            Scripted(say), ledger, Templates(), "speak Chinese",
-            {ref: label.text for ref, label in pack.items()}, {},
-        )  # fmt: skip
+            Scripted(say),
+            ledger,
+            Templates(),
+            "speak Chinese",
+            {ref: label.text for ref, label in pack.items()},
+            {},
+        )
         assert [judged[sae.feature(i)] for i in (1, 2, 3)] == [1.0, 0.67, 0.0]
         with pytest.raises(GeneratorFailed, match="no usable answer for 3 of 3"):
             by_judge(
@@ -194,8 +246,17 @@ def test_labels_and_judges_and_contrasts(
             )
         with pytest.raises(BadPlan, match="--task"):
             by_judge(Scripted(say), ledger, Templates(), "", {}, {})
-    for text, value in {"yes": 1, "Maybe, but": 0.33, "0.8": 0.8, ".5": 0.5, "1.5": None, "": None,
-                        "nothing": None, "I say yes": None, "**No**": 0.0}.items():  # fmt: skip
+    for text, value in {
+        "yes": 1,
+        "Maybe, but": 0.33,
+        "0.8": 0.8,
+        ".5": 0.5,
+        "1.5": None,
+        "": None,
+        "nothing": None,
+        "I say yes": None,
+        "**No**": 0.0,
+    }.items():
         assert parse_answer(text) == value
     found = choose_relevance(anchor, None, layers=[LAYER], contrast="lang=zh")
     assert found
@@ -294,8 +355,11 @@ def write_chinese(texts: list[str]) -> Callable[[Call], Any]:
             return answer(texts[call.body["seed"] % len(texts)])
         if "Rewrite the message" in content:
             return answer("请问 " + content.rpartition("Message:\n")[2])
-        return answer("抱歉，我不能帮助你。" if "careful" in call.body["messages"][0]["content"]
-                      else "好的，这是一个回答。")  # fmt: skip
+        return answer(
+            "抱歉，我不能帮助你。"
+            if "careful" in call.body["messages"][0]["content"]
+            else "好的，这是一个回答。"
+        )
 
     return behave
 
@@ -307,16 +371,46 @@ def chinese(anchor: FeatureStore) -> list[str]:
 
 
 def run_words(folder: Path, out: Path, server: Server, *more: str) -> list[str]:
-    return ["synth", "run", str(folder / "targets.json"), "--out", str(out),
-            "--generator", f"openai:{server.url}#writer", "--budget", "16", "--attempts", "2",
-            "--timeout", "5", "--backoff", "0.01", "--wave", "6",
-            "--price-prompt", "1", "--price-completion", "2", *more]  # fmt: skip
+    return [
+        "synth",
+        "run",
+        str(folder / "targets.json"),
+        "--out",
+        str(out),
+        "--generator",
+        f"openai:{server.url}#writer",
+        "--budget",
+        "16",
+        "--attempts",
+        "2",
+        "--timeout",
+        "5",
+        "--backoff",
+        "0.01",
+        "--wave",
+        "6",
+        "--price-prompt",
+        "1",
+        "--price-completion",
+        "2",
+        *more,
+    ]
 
 
 def words_for_targets(folder: Path) -> list[str]:
-    return ["synth", "targets", str(folder / "seed"), "--reference", str(folder / "anchor"),
-            "--contrast", "lang=zh", "--kind", "harmful",
-            "--out", str(folder / "targets.json")]  # fmt: skip
+    return [
+        "synth",
+        "targets",
+        str(folder / "seed"),
+        "--reference",
+        str(folder / "anchor"),
+        "--contrast",
+        "lang=zh",
+        "--kind",
+        "harmful",
+        "--out",
+        str(folder / "targets.json"),
+    ]
 
 
 def test_a_run_without_any_answer_fails(
@@ -357,8 +451,20 @@ def test_the_whole_way_on_the_command_line(
     assert rows
     assert {row["generator"] for row in rows} == {"openai:writer"}
     assert all(row["activation"] > 0 for row in rows)
-    assert main(["synth", "report", str(out), "--targets", str(targets), "--html",
-                 str(tmp_path / "report.html")]) == 0  # fmt: skip
+    assert (
+        main(
+            [
+                "synth",
+                "report",
+                str(out),
+                "--targets",
+                str(targets),
+                "--html",
+                str(tmp_path / "report.html"),
+            ]
+        )
+        == 0
+    )
     printed = capsys.readouterr().out
     assert f"{len(rows)} kept of" in printed
     assert (tmp_path / "report.html").stat().st_size > 3000
@@ -373,6 +479,7 @@ def test_the_whole_way_on_the_command_line(
         assert "another recipe (language zh there, language en here)" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_killed_it_continues_and_pays_for_nothing_twice(
     folder: Path, tmp_path: Path, chinese: list[str]
 ) -> None:
@@ -449,9 +556,11 @@ def test_describe_and_label_on_the_command_line(
     assert LabelPack.read(merged).text(address) == "mine"
     assert main(["label", "check", str(merged), "--store", str(folder / "anchor")]) == 0
     assert f"{len(LabelPack.read(merged))} labels" in capsys.readouterr().out
-    for wrong in (["show", str(out), "mini-qwen3/w1k-l0-16/6/1000"],
-                  ["list", str(out), "--match", "("],
-                  ["check", str(tmp_path / "none.jsonl")]):  # fmt: skip
+    for wrong in (
+        ["show", str(out), "mini-qwen3/w1k-l0-16/6/1000"],
+        ["list", str(out), "--match", "("],
+        ["check", str(tmp_path / "none.jsonl")],
+    ):
         assert main(["label", *wrong]) == 1
         assert len(capsys.readouterr().err.strip().splitlines()) == 1
 

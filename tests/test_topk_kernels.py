@@ -13,6 +13,8 @@ import pytest
 
 pytest.importorskip("triton")
 
+pytestmark = pytest.mark.slow
+
 COMMON = """
 import torch
 torch.manual_seed(0)

@@ -24,7 +24,7 @@ from qwen_scope_lens.train import (
 )
 from qwen_scope_lens.train.sasft import build_penalty
 
-EDIT = Edit(f"{GROUP}/5/7", "add", 1.0)  # type: ignore[arg-type]
+EDIT = Edit(f"{GROUP}/5/7", "add", 1.0)
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ def reward(completions: Sequence[str], **_: Any) -> list[float]:
 
 
 def plan(strength: float, where: str = "generation") -> Plan:
-    return Plan([Edit(FeatureRef(GROUP, 5, 7), "add", strength, where=where)])  # type: ignore[arg-type]
+    return Plan([Edit(FeatureRef(GROUP, 5, 7), "add", strength, where=where)])
 
 
 def run(folder: Path, strength: float | None, rewards: Any = reward, **changes: Any) -> Any:
@@ -120,6 +120,7 @@ def test_the_ratio_may_use_the_policy_that_wrote(tmp_path: Path) -> None:
     found = trainer._behaviour_logprobs(output)
     model = trainer.model.eval()
     direction = 100.0 * _direction()
+    assert set(trainer._steered_rows(4)) == {True, False}
     for row, ids in enumerate(rows):
         tokens = torch.tensor([[*ids, *reply[row].tolist()]])
         start = len(ids)
@@ -214,9 +215,9 @@ def test_wrong_arguments_are_named(tmp_path: Path) -> None:
     with pytest.raises(WrongModel, match="RareNegativeGRPOConfig"):
         RareNegativeGRPOTrainer(
             None, reward, GRPOConfig(**settings(tmp_path, num_generations=2)), plan=plan(1.0)
-        )  # type: ignore[arg-type]
+        )
     with pytest.raises(ValueError, match="behaviour 'other'"):
-        RareNegativeGRPOConfig(**settings(tmp_path, num_generations=2), behaviour="other")
+        RareNegativeGRPOConfig(**settings(tmp_path, num_generations=2), behaviour="other")  # type: ignore[arg-type]
 
 
 def test_a_reward_of_ours_goes_through_trls_loop(tmp_path: Path) -> None:

@@ -149,9 +149,12 @@ def test_a_grpo_run(tmp_path: Path) -> None:
     Plan([Edit(FeatureRef(GROUP, 5, 7), "add", 200.0)]).save(tmp_path / "plan.json")
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "Use the"}\n{"prompt": "A file"}\n')
     trainer = settings(
-        Path("out"), max_steps=1, num_generations=2, per_device_train_batch_size=2,
+        Path("out"),
+        max_steps=1,
+        num_generations=2,
+        per_device_train_batch_size=2,
         max_completion_length=4,
-    )  # fmt: skip
+    )
     path = write_run(
         tmp_path,
         model="mini-qwen3",
@@ -234,7 +237,8 @@ def test_rewards_by_name_and_of_ones_own(tmp_path: Path) -> None:
     for wrong in ("no_such", "json:no_such", "no.such.module:f"):
         with pytest.raises(UnknownName, match="reward"):
             _rewards(read_run(write_run(tmp_path, rewards=[wrong]), GRPO))
-    for odd in ([], 5, [5], [{}], {"no_repetition": 1, "no_script": "zh"}):
+    odds: tuple[Any, ...] = ([], 5, [5], [{}], {"no_repetition": 1, "no_script": "zh"})
+    for odd in odds:
         with pytest.raises(BadFile, match="expected names"):
             _rewards(read_run(write_run(tmp_path, rewards=odd), GRPO))
     for rule in ({"min_time": 3}, {"min_times": 1}, {"value": "low"}, {"min_times": "x"}):

@@ -151,7 +151,7 @@ def test_saes_that_would_be_misjudged_are_refused(
         with pytest.raises(UnsupportedSAE, match=next(iter(changes))):
             qsl.verify(planted.saelens_sae(weights, **changes), x)
     with pytest.raises(UnsupportedSAE, match="StandardSAE"):
-        qsl.verify(StandardSAE(StandardSAEConfig(d_in=8, d_sae=16)), x)  # type: ignore[arg-type]
+        qsl.verify(StandardSAE(StandardSAEConfig(d_in=8, d_sae=16)), x)
 
 
 def test_meaningless_settings_are_refused(sae: qsl.ScopeSAE, x: torch.Tensor) -> None:

@@ -5,6 +5,8 @@ Nothing is downloaded. The weights are drawn large enough that layers differ vis
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +14,8 @@ import transformers
 from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+
+from qwen_scope_lens.models import decoder_layers
 
 torch.set_num_threads(1)  # tiny matrices: more threads only wait for each other
 
@@ -151,3 +155,18 @@ def make_sae(layer: int = 1, d_in: int = D_MODEL, d_sae: int = 64, k: int = 8) -
         sae.W_dec.copy_(torch.randn(d_sae, d_in) / d_in**0.5)
         sae.b_dec.copy_(torch.randn(d_in) * 0.1)
     return sae
+
+
+@contextmanager
+def before_each_run(model: Any, do: Callable[[int, int], None]) -> Iterator[None]:
+    """Call `do(texts, tokens per text)` whenever the model's first layer is about to run."""
+
+    def hook(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        do(*hidden.shape[:2])
+
+    handle = decoder_layers(model)[0].register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()

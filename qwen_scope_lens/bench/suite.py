@@ -120,7 +120,7 @@ def extract_suite(
         say(f"{name}: {len(documents):,} items")
         try:
             extract(
-                _unique(name, documents),
+                _unique(documents),
                 model=model,
                 group=group,
                 layers=wanted,
@@ -235,7 +235,7 @@ def _check_name(name: str) -> None:
         )
 
 
-def _unique(name: str, documents: Sequence[Document]) -> list[Document]:
+def _unique(documents: Sequence[Document]) -> list[Document]:
     """The same with unique keys: a repeated key gets the item's number."""
     seen: set[str] = set()
     found = []

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,12 +88,12 @@ def transfer(
     with tqdm(total=total, unit="doc", desc="transfer", disable=None) as bar:
         for model_name, given in models.items():
             model = given() if callable(given) and not isinstance(given, torch.nn.Module) else given
-            measure = partial(fidelity, model, losses=losses, progress=bar.update, **options)
-            rows[model_name] = measure(saes, texts)
+            settled = {"losses": losses, "progress": bar.update, **options}
+            rows[model_name] = fidelity(model, saes, texts, **settled)
             if not floor:
                 noise = {layer: random_sae(sae, seed + layer) for layer, sae in saes.items()}
-                floor = measure(noise, texts)
-            del model, measure
+                floor = fidelity(model, noise, texts, **settled)
+            del model
     rows[FLOOR] = floor
     plain = {k: v for k, v in options.items() if isinstance(v, (int, float, str, type(None)))}
     settings = {"losses": losses, "seed": seed, "reference": next(iter(models)), **plain}

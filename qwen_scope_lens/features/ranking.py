@@ -135,12 +135,12 @@ def _controls(ranking: Ranking) -> list[str]:
         f" exceeded by {beyond} of {len(ranking.rows)} rows",
         "held-out AUROC            features   mean  highest",
     ]
-    for line in ranking.baselines:
-        if line.mean_auroc is not None:
-            lines.append(
-                f"{_short(line.name):25} {line.features:8}  {line.mean_auroc:5.3f}"
-                f"    {line.highest_auroc:5.3f}"
-            )
+    lines.extend(
+        f"{_short(line.name):25} {line.features:8}  {line.mean_auroc:5.3f}"
+        f"    {line.highest_auroc:5.3f}"
+        for line in ranking.baselines
+        if line.mean_auroc is not None
+    )
     for probe in ranking.probes:
         name = f"{probe.name}, {probe.on}"
         lines.append(f"{name:35} {probe.auroc:5.3f}   (layer {probe.layer})")

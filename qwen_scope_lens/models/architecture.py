@@ -121,7 +121,8 @@ def unwrap(model: Any) -> nn.Module:
                 "a prompt-learning PEFT adapter puts virtual tokens before the text, so positions"
                 " would not be those of the text: use a LoRA-like adapter or merge it"
             )
-        return unwrap(model.get_base_model())
+        base: Any = model
+        return unwrap(base.get_base_model())
     for attribute in ("_orig_mod", "module"):  # torch.compile, DataParallel
         inner = vars(model).get("_modules", {}).get(attribute)
         if inner is not None:
@@ -212,7 +213,7 @@ def is_quantised(model: Any) -> bool:
 
 def input_device(model: Any) -> torch.device:
     """Where token ids have to be, also when the weights are offloaded to another place."""
-    embed = part(model, places_of(model).embed)
+    embed: Any = part(model, places_of(model).embed)
     while hasattr(embed, "original_component"):  # of a bridge
         embed = embed.original_component
     hook = getattr(embed, "_hf_hook", None)  # accelerate's

@@ -37,7 +37,7 @@ class Extent:
         height, width = rows.stop - rows.start, columns.stop - columns.start
         buffer = torch.empty(height * width, dtype=self.dtype) if into is None else into
         tile = buffer[: height * width]
-        data = memoryview(tile.view(torch.uint8).numpy()).cast("B")
+        data = tile.view(torch.uint8).numpy().data.cast("B")
         size, stride = width * self.dtype.itemsize, self.shape[1] * self.dtype.itemsize
         start = self.offset + rows.start * stride + columns.start * self.dtype.itemsize
         if size == stride:

@@ -193,6 +193,7 @@ def _load_pt(path: Path) -> object:
     try:
         found = stored_tensors(path)
         whole = torch.UntypedStorage.from_file(str(path), False, path.stat().st_size)
+        assert isinstance(whole, torch.UntypedStorage)
         if isinstance(found, Stored):
             return found.view(whole)
         return {name: stored.view(whole) for name, stored in found.items()}

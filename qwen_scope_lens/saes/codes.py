@@ -137,7 +137,9 @@ class SparseCodes:
         )
 
     def to(
-        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+        self,
+        device: torch.device | str | torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
     ) -> SparseCodes:
         """Move to a device, or give the values another dtype. Indices stay int32."""
         if isinstance(device, torch.dtype):

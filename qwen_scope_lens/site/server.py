@@ -56,7 +56,6 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
 
     def list_directory(self, path):  # type: ignore[no-untyped-def]
         self.send_error(404)
-        return None
 
     def log_message(self, format: str, *args: object) -> None:
         pass

@@ -63,13 +63,11 @@ def write_site(
 ) -> Path:
     """Write the site whole. `documents` are key and labels of every document of the store."""
     check_target(out)
-    facts = []
     with whole_folder(out) as folder:
         for name in VIEWER:
             source = resources.files("qwen_scope_lens.site") / "viewer" / name
             (folder / name).write_bytes(source.read_bytes())
-        for pages in layers:
-            facts.append(_write_layer(folder / "data", pages, documents, progress))
+        facts = [_write_layer(folder / "data", pages, documents, progress) for pages in layers]
         site = {
             "format": FORMAT,
             "version": VERSION,

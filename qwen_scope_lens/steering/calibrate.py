@@ -1,8 +1,8 @@
-"""Typical activations, so that a strength has a unit: `+2 sigma` is twice what is usual.
+"""Typical activations, which give strengths a unit: `+2sigma` is twice the typical activation.
 
-The typical activation of a feature is its mean over the tokens where it fires, in texts of one's
-own or in a store, without the first and the extreme-norm token. What is done with it is `Plan`'s
-business.
+The typical activation of a feature is its mean over the tokens where it fires. First tokens and
+tokens of extreme norm are left out. It is measured on texts that a model reads, or read from a
+feature store; both go through `Activity`, so the word means one number in the whole project.
 """
 
 from __future__ import annotations
@@ -29,7 +29,15 @@ from qwen_scope_lens.stores.facts import model_facts, versions
 if TYPE_CHECKING:
     from qwen_scope_lens.stores.store import FeatureStore
 
-__all__ = ["Calibration", "Typical", "calibrate", "calibrate_from_store", "split_refs"]
+__all__ = [
+    "Activity",
+    "Calibration",
+    "Typical",
+    "activity_in_store",
+    "calibrate",
+    "calibrate_from_store",
+    "split_refs",
+]
 
 FORMAT, VERSION = "qsl-calibration", 1
 
@@ -38,10 +46,10 @@ FORMAT, VERSION = "qsl-calibration", 1
 class Typical:
     """One feature over the calibration texts."""
 
-    mean: float  # over the tokens where it fires
+    mean: float  # over the tokens where the feature fires: its typical activation
     largest: float
-    fired: int  # tokens
-    rate: float  # share of all tokens
+    fired: int  # the number of tokens where it fires
+    rate: float  # their share of all tokens
 
 
 @dataclass(frozen=True)
@@ -86,9 +94,10 @@ def calibrate(
     allow_other_model: bool = False,
     **options: Any,
 ) -> Calibration:
-    """Run texts through a model. `refs` are features, or SAEs for all their features that fire.
+    """Run texts through a model and count how features fire.
 
-    `options` are those of `iter_captures`.
+    `refs` are features, or SAEs, which stand for all of their features that fire. `options` are
+    those of `iter_captures`.
     """
     wanted = split_refs(refs)
     for row in dict.fromkeys(sae.row for sae in wanted):
@@ -99,7 +108,7 @@ def calibrate(
         layers.setdefault(sae.layer, []).append(sae)
         if str(sae) not in known:
             known[str(sae)] = load_sae(sae)
-    sums = {sae: _Sums(sae.row.d_sae) for sae in wanted}
+    sums = {sae: Activity(sae.row.d_sae) for sae in wanted}
     documents = 0
     for read in iter_captures(model, texts, layers, **options):
         documents += len(read)
@@ -115,16 +124,17 @@ def calibrate(
 def calibrate_from_store(
     store: FeatureStore, refs: Iterable[FeatureRef | LayerRef | str]
 ) -> Calibration:
-    """The same from codes that are stored already."""
+    """The same as `calibrate`, from the codes of a feature store; no model is run."""
     wanted = split_refs(refs)
     sums = {}
     for sae in wanted:
         stored = str(store.sae(sae.layer).ref)
         if stored != str(sae):
-            raise StoreMismatch(f"the store has codes of {stored} at that layer, not of {sae}")
-        sums[sae] = _Sums(sae.row.d_sae)
-        for block in store.iter_blocks(sae.layer, keep=True):
-            sums[sae].add(block.codes)
+            raise StoreMismatch(
+                f"the store holds codes of {stored} at layer {sae.layer}, not of {sae}: extract"
+                f" with {sae}, or calibrate features of {stored}"
+            )
+        sums[sae] = activity_in_store(store, sae.layer)
     facts = asdict(store.manifest.model)
     return _result(wanted, sums, {"model": facts, "documents": store.n_docs})
 
@@ -141,7 +151,7 @@ def split_refs(
         elif (listed := found.setdefault(one.sae, [])) is not None:
             listed.append(one.feature)
     if not found:
-        raise BadPlan("no feature and no SAE was named")
+        raise BadPlan("there is nothing to calibrate: name at least one feature or SAE")
     return found  # type: ignore[return-value]
 
 
@@ -154,8 +164,8 @@ def _parse(ref: FeatureRef | LayerRef | str) -> FeatureRef | LayerRef:
         return LayerRef.parse(ref)
 
 
-class _Sums:
-    """Running sums over codes, for all features of one SAE."""
+class Activity:
+    """How all features of one SAE fire on some tokens. Every attribute is `[d_sae]` float64."""
 
     def __init__(self, d_sae: int) -> None:
         self.tokens = 0
@@ -164,6 +174,7 @@ class _Sums:
         self.largest = torch.zeros(d_sae, dtype=torch.float64)
 
     def add(self, codes: SparseCodes) -> None:
+        """Count the codes `[.., k]` of more tokens."""
         flat = codes.flatten().detach()
         self.tokens += len(flat)
         index = flat.indices[flat.active].long().cpu()
@@ -172,24 +183,41 @@ class _Sums:
         self.count.index_add_(0, index, torch.ones_like(values))
         self.largest.scatter_reduce_(0, index, values, "amax")
 
+    @property
+    def typical(self) -> Tensor:
+        """The typical activation: the mean over the tokens where the feature fires, else 0."""
+        return self.sum / self.count.clamp(min=1)
+
+
+def activity_in_store(store: FeatureStore, layer: int) -> Activity:
+    """How the features of a layer fire in a store, without first and extreme-norm tokens."""
+    found = Activity(store.sae(layer).d_sae)
+    for block in store.iter_blocks(layer, keep=True):
+        found.add(block.codes)
+    return found
+
 
 def _result(
     wanted: Mapping[LayerRef, Sequence[int] | None],
-    sums: Mapping[LayerRef, _Sums],
+    sums: Mapping[LayerRef, Activity],
     provenance: dict[str, Any],
 ) -> Calibration:
     tokens = max(one.tokens for one in sums.values())
     if not tokens:
-        raise TooLittleData("the texts have no token that counts: only first or extreme ones")
+        raise TooLittleData(
+            "the texts have no token that counts: every token is the first of its text or has an"
+            " extreme norm. Give longer texts"
+        )
     facts = {}
     for sae, features in wanted.items():
         own = sums[sae]
+        typical = own.typical
         listed = own.count.nonzero().flatten().tolist() if features is None else sorted(features)
         for feature in listed:
             fired = int(own.count[feature])
             if fired:
                 facts[str(sae.feature(feature))] = Typical(
-                    mean=float(own.sum[feature]) / fired,
+                    mean=float(typical[feature]),
                     largest=float(own.largest[feature]),
                     fired=fired,
                     rate=fired / own.tokens,

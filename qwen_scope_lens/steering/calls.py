@@ -99,7 +99,7 @@ class Watch(OfOneModel):
 
     def __init__(self, model: Any, root: nn.Module, layers: Sequence[int] = ()) -> None:
         self.name = describe(model)
-        self._root = root  # the text model, which runs the layers
+        self._root: Any = root  # the text model, which runs the layers
         self._layers = frozenset(layers)
         self._texts: WeakKeyDictionary[Any, _Text] = WeakKeyDictionary()
         self._recomputed = WeakTensorKeyDictionary()

@@ -158,7 +158,7 @@ def continue_batch(
     on_step: OnStep | None = None,
 ) -> list[Continuation]:
     """One call of the model's `generate`, under whatever plan is active."""
-    inner = unwrap(model)
+    inner: Any = unwrap(model)
     if places_of(inner).head is None or not hasattr(inner, "generate"):
         raise WrongModel(f"{describe(inner)} has no unembedding: it cannot generate")
     ends = _end_tokens(inner)

@@ -100,7 +100,7 @@ EVERYWHERE = Where()
 
 @dataclass(frozen=True)
 class Edit:
-    """One operation on one feature.
+    """One operation on one feature, given by its address as text or as a `FeatureRef`.
 
     `strength` is v of the operation's formula, in `unit`: raw activations, `sigma` (multiples of
     `typical`, the feature's typical activation, which `Plan.calibrated` fills in) or `norm`
@@ -108,32 +108,42 @@ class Edit:
     """
 
     ref: FeatureRef
-    op: str = "add"
-    strength: float | None = None
-    unit: str = "raw"
-    where: Where = EVERYWHERE
-    typical: float | None = None
+    op: str
+    strength: float | None
+    unit: str
+    where: Where
+    typical: float | None
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "ref", FeatureRef.parse(self.ref))
-        object.__setattr__(self, "where", Where.of(self.where))
-        row = find_operation(self.op)
-        if row.takes_strength != (self.strength is not None):
+    def __init__(
+        self,
+        ref: FeatureRef | str,
+        op: str = "add",
+        strength: float | None = None,
+        unit: str = "raw",
+        where: Where | str = EVERYWHERE,
+        typical: float | None = None,
+    ) -> None:
+        given = {"ref": FeatureRef.parse(ref), "op": op, "strength": strength, "unit": unit}
+        for name, value in (given | {"where": Where.of(where), "typical": typical}).items():
+            object.__setattr__(self, name, value)
+        row = find_operation(op)
+        if row.takes_strength != (strength is not None):
             wants = "needs a strength" if row.takes_strength else "takes no strength"
-            raise BadPlan(f"{self.ref}: {row.name} {wants}; found {shown(self.strength)}")
-        if self.strength is not None:
-            object.__setattr__(self, "strength", _number(self.strength, self.ref))
-            if row.least is not None and self.strength < row.least:
+            raise BadPlan(f"{self.ref}: {row.name} {wants}; found {shown(strength)}")
+        if strength is not None:
+            number = _number(strength, self.ref)
+            object.__setattr__(self, "strength", number)
+            if row.least is not None and number < row.least:
                 raise BadPlan(
-                    f"{self.ref}: {row.name} at {self.strength:g} makes no sense, activations are"
+                    f"{self.ref}: {row.name} at {number:g} makes no sense, because activations are"
                     f" never negative: expected {row.least:g} or more"
                 )
-        if self.unit not in row.units:
+        if unit not in row.units:
             raise BadPlan(
-                f"{self.ref}: unit {self.unit!r} for {row.name}: expected {' or '.join(row.units)}"
+                f"{self.ref}: unit {unit!r} for {row.name}: expected {' or '.join(row.units)}"
             )
-        if self.typical is not None and not _number(self.typical, self.ref) > 0:
-            raise BadPlan(f"{self.ref}: typical activation {shown(self.typical)} is not above 0")
+        if typical is not None and not _number(typical, self.ref) > 0:
+            raise BadPlan(f"{self.ref}: typical activation {shown(typical)} is not above 0")
 
     @property
     def operation(self) -> Operation:

@@ -49,8 +49,7 @@ def directions_of(edits: Sequence[Edit], saes: SAEs = None) -> Tensor:
         features = [edits[i].ref.feature for i in at]
         sae = known.get(str(ref))
         found = load_directions(ref, features) if sae is None else sae.direction(features)
-        for i, row in zip(at, found.detach().float().cpu(), strict=True):
-            rows[i] = row
+        rows.update(zip(at, found.detach().float().cpu(), strict=True))
     return torch.stack([rows[i] for i in range(len(edits))])
 
 

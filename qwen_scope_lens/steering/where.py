@@ -1,8 +1,8 @@
-"""Where: which tokens an edit touches. Pure data with a text form; no model and no tensor here.
+"""Where: which tokens an edit acts on, as pure data with a text form.
 
-The default is every token of the prompt and of the generation except the first of the text, whose
-residual is an outlier in every Qwen model. What a selection picks in a running model is
-`token_masks.py`.
+The default is every token of the prompt and of the generation except the first token of the text,
+whose residual is an outlier in every Qwen model. `token_masks.py` finds the selected tokens in a
+running model.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 from qwen_scope_lens.errors import BadPlan
 
 __all__ = ["TOKEN_CLASSES", "Positions", "Where", "shown"]
 
 Phase = Literal["both", "prompt", "generation"]
-PHASES = ("both", "prompt", "generation")
+PHASES: tuple[Phase, ...] = get_args(Phase)
 MOST = 2**31
 
 TOKEN_CLASSES: dict[str, str] = {
@@ -28,56 +28,83 @@ TOKEN_CLASSES: dict[str, str] = {
     "digit": "has a digit",
     "letter": "has a letter of any script",
     "latin": "has a letter of the Latin script",
-    "cyrillic": "the same for Cyrillic",
-    "greek": "for Greek",
-    "arabic": "for Arabic",
-    "hebrew": "for Hebrew",
-    "devanagari": "for Devanagari",
-    "thai": "for Thai",
-    "han": "for Chinese characters",
-    "kana": "for Japanese kana",
-    "hangul": "for Korean",
-    "fragment": "part of a character that several tokens spell",
+    "cyrillic": "has a Cyrillic letter",
+    "greek": "has a Greek letter",
+    "arabic": "has an Arabic letter",
+    "hebrew": "has a Hebrew letter",
+    "devanagari": "has a Devanagari letter",
+    "thai": "has a Thai letter",
+    "han": "has a Chinese character",
+    "kana": "has a Japanese hiragana or katakana",
+    "hangul": "has a Korean letter",
+    "fragment": "holds only a part of a character, which several tokens spell together",
 }
-"""Kinds of tokens, by the text of the token alone; a token can be of several."""
+"""Classes of tokens, by the text of the token alone; one token can be of several classes."""
 
 Positions: TypeAlias = "int | range | slice | tuple[int, int | None]"
-"""One position, or a half-open range of them; counted from 0 in the row's own text, pads left out.
-A negative start counts from the end of the prompt: -1 is its last token."""
+"""One position, or a half-open range of positions. They count from 0 in the text of a row, without
+its pads; a negative start counts from the end of the prompt, so -1 is its last token."""
 
 Span: TypeAlias = "tuple[int, int | None]"
 
 
 @dataclass(frozen=True)
 class Where:
-    """All conditions have to hold. Text form: `prompt,class=han,pos=3-8+-1,role=user,first`."""
+    """Which tokens an edit acts on: all conditions have to hold.
 
-    phase: Phase = "both"
-    positions: tuple[Span, ...] | None = None
-    classes: tuple[str, ...] = ()  # names of TOKEN_CLASSES; any of them
-    token_ids: tuple[int, ...] = ()  # or any of these tokens
-    roles: tuple[str, ...] = ()  # chat roles: the content of their messages
-    skip_first: bool = True  # without `positions`, which say themselves what they want
+    `phase`: both, prompt or generation. `positions`: single ones or ranges. `classes`: names of
+    `TOKEN_CLASSES`, any of them. `token_ids`: or any of these tokens. `roles`: chat roles, which
+    stand for the content of their messages. `skip_first`: leave out the first token of the text,
+    where no `positions` are given. Text form: `prompt,class=han,pos=3-8+-1,role=user,first`.
+    """
 
-    def __post_init__(self) -> None:
-        if self.phase not in PHASES:
-            raise BadPlan(f"phase {self.phase!r}: expected one of {', '.join(PHASES)}")
-        if self.positions is not None:
-            spans = tuple(_span(one) for one in _listed(self.positions))
+    phase: Phase
+    positions: tuple[Span, ...] | None
+    classes: tuple[str, ...]
+    token_ids: tuple[int, ...]
+    roles: tuple[str, ...]
+    skip_first: bool
+
+    def __init__(
+        self,
+        phase: Phase = "both",
+        positions: Positions | Iterable[Positions] | None = None,
+        classes: str | Iterable[str] = (),
+        token_ids: int | Iterable[int] = (),
+        roles: str | Iterable[str] = (),
+        skip_first: bool = True,
+    ) -> None:
+        if phase not in PHASES:
+            raise BadPlan(f"phase {phase!r}: expected one of {', '.join(PHASES)}")
+        spans: tuple[Span, ...] | None = None
+        if positions is not None:
+            spans = tuple(_span(one) for one in _listed(positions))
             if not spans:
-                raise BadPlan("positions are empty: the edit would touch nothing")
-            object.__setattr__(self, "positions", spans)
-        for name in ("classes", "token_ids", "roles"):
-            object.__setattr__(self, name, tuple(_listed(getattr(self, name))))
+                raise BadPlan("positions are empty: the edit would act on no token")
+        given = {
+            "phase": phase,
+            "positions": spans,
+            "classes": tuple(_listed(classes)),
+            "token_ids": tuple(_listed(token_ids)),
+            "roles": tuple(_listed(roles)),
+            "skip_first": skip_first,
+        }
+        for name, value in given.items():
+            object.__setattr__(self, name, value)
         for token in self.token_ids:
             if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < MOST:
-                raise BadPlan("a token id is a whole number from 0 to 2^31 - 1: found another")
+                raise BadPlan(
+                    f"token id {shown(token)}: expected a whole number from 0 to 2^31 - 1"
+                )
         for role in self.roles:
             if not isinstance(role, str) or not role.isprintable():
                 raise BadPlan(f"role {shown(role)}: expected a name such as user or assistant")
         for name in self.classes:
             if name not in TOKEN_CLASSES:
-                raise BadPlan(f"no token class {name!r}: there are {', '.join(TOKEN_CLASSES)}")
+                raise BadPlan(
+                    f"token class {shown(name)} does not exist: there are"
+                    f" {', '.join(TOKEN_CLASSES)}"
+                )
 
     @classmethod
     def of(cls, value: Where | str) -> Where:
@@ -107,7 +134,7 @@ class Where:
         return ",".join(terms)
 
     def apart(self, other: Where) -> bool:
-        """Whether the two certainly never touch the same token."""
+        """Whether the two can never select the same token."""
         return {self.phase, other.phase} == {"prompt", "generation"}
 
 
@@ -131,17 +158,17 @@ def _parse(text: str) -> Where:
             key, found = "token_ids", tuple(map(int, values))
         else:
             raise BadPlan(
-                f"{shown(term)} in {shown(text)} says no place: expected prompt, generation, both,"
-                " first, pos=3-8+-1, class=han, role=user or token=42, joined by commas"
+                f"{shown(term)} in {shown(text)} is not a condition: expected prompt, generation,"
+                " both, first, pos=3-8+-1, class=han, role=user or token=42, joined by commas"
             )
         if key in given:
-            raise BadPlan(f"{text!r} says {key} twice: join values with +, as in pos=1+3")
+            raise BadPlan(f"{shown(text)} gives {key} twice: join values with +, as in pos=1+3")
         given[key] = found
     return Where(**given)
 
 
 def _parse_span(text: str) -> Span:
-    """`3` or `3-8` (both ends meant) or `3-` (to the end); each number may be negative."""
+    """`3`, `3-8` (both ends included) or `3-` (to the end); each number may be negative."""
     found = re.fullmatch(r"(-?\d{1,10})(?:(-)(-?\d{1,10})?)?", text)
     if found is None:
         raise BadPlan(f"position {shown(text)}: expected 3, 3-8, 3- or -1")
@@ -160,8 +187,9 @@ def _shown(span: Span) -> str:
 
 def _span(value: Any) -> Span:
     if isinstance(value, slice):
-        value = range(value.start or 0, value.stop, value.step or 1) if value.stop is not None \
-            else (value.start or 0, None) if value.step in (None, 1) else None  # fmt: skip
+        start, stop, step = value.start or 0, value.stop, value.step or 1
+        value = (start, stop) if stop is None and step == 1 else value
+        value = range(start, stop, step) if stop is not None else value
     if isinstance(value, range):
         value = (value.start, value.stop) if value.step == 1 else None
     if isinstance(value, int) and not isinstance(value, bool):
@@ -178,7 +206,7 @@ def _span(value: Any) -> Span:
 
 
 def shown(value: object) -> str:
-    """A value for a message; of a number with thousands of digits only how long it is."""
+    """A value as messages show it; of a number with thousands of digits only its length."""
     if isinstance(value, int) and value.bit_length() > 128:
         return f"a number of {value.bit_length()} bits"
     try:

@@ -69,7 +69,7 @@ def _tensors(module: nn.Module, model: str) -> Iterator[torch.Tensor]:
     seen: set[int] = set()
     for inner in module.modules():
         passing = inner._non_persistent_buffers_set
-        own = [*inner._parameters.items()]
+        own: list[tuple[str, torch.Tensor | None]] = [*inner._parameters.items()]
         own += [item for item in inner._buffers.items() if item[0] not in passing]
         for name, tensor in own:
             if tensor is None or id(tensor) in seen:
@@ -112,5 +112,5 @@ def _hash(tensor: torch.Tensor) -> str:
     flat = tensor.detach().reshape(-1)
     for start in range(0, flat.numel(), _BLOCK):
         block = flat[start : start + _BLOCK].cpu().contiguous()
-        digest.update(memoryview(block.view(torch.uint8).numpy()))
+        digest.update(block.view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -1,24 +1,20 @@
-"""Why a text is not kept: what it says, its language, and duplicates.
+"""Why a text is not kept: its length, its language, words that ask for caution, and repetition.
 
-Length, language, refusals where there should be none and none where there should be, words that ask
-for caution. Near-duplicates are `duplicates.py`. A filter reads one text and decides nothing else.
-
-Works without words, so for Chinese as for English. MinHash only proposes candidates (banded, so
-that a text is compared with a few others); what counts is the exact Jaccard similarity.
+A reply also has to decline where its prompt is harmful, and may not where it is benign. Each check
+looks at one text and says why it fails, or nothing.
 """
 
 from __future__ import annotations
 
-import hashlib
 import re
 import unicodedata
-from collections import defaultdict
 from collections.abc import Sequence
 
-import numpy as np
+from rensa import RMinHash, RMinHashLSH
 
 from qwen_scope_lens.synth.language import wrong_language
 from qwen_scope_lens.synth.recipe import Recipe
+from qwen_scope_lens.writers.masking import whole_characters
 
 __all__ = [
     "REFUSES",
@@ -34,11 +30,14 @@ REFUSES = {"harmful": True, "benign": False}
 """Kind of prompt -> whether the reply has to decline. Replies to other kinds are not checked."""
 
 BEGINNING = 240
-"""Characters of a reply in which a refusal shows."""
+"""A refusal is looked for in this many characters at the beginning of a reply."""
 
 
 def check_text(text: str, recipe: Recipe, caution: bool) -> str:
-    """Why a prompt, a reply or a text is refused."""
+    """Why a prompt, a reply or a text is not kept; empty where nothing speaks against it.
+
+    With `caution` the recipe's words of caution count, too.
+    """
     if not text:
         return "empty"
     if len(text) < recipe.least_characters:
@@ -53,14 +52,14 @@ def check_text(text: str, recipe: Recipe, caution: bool) -> str:
 
 
 def check_reply(reply: str, kind: str, refusals: Sequence[str]) -> str:
-    """Why a reply does not go with the kind of its prompt."""
+    """Why a reply does not fit the kind of its prompt; empty where it does."""
     if kind not in REFUSES or REFUSES[kind] == is_refusal(reply, refusals):
         return ""
     return "a harmful prompt was answered" if REFUSES[kind] else "a benign prompt was refused"
 
 
 def is_refusal(reply: str, refusals: Sequence[str]) -> bool:
-    """Whether it begins by declining, by a list of phrases. A heuristic, as in the field."""
+    """Whether a reply begins by declining, by a list of phrases: the heuristic of the field."""
     start = reply[:BEGINNING].casefold().replace("’", "'")
     return any(phrase in start for phrase in refusals)
 
@@ -77,45 +76,48 @@ def _word_in(text: str, words: Sequence[str]) -> str:
 
 
 GRAM = 4
-PRIME = np.uint64((1 << 61) - 1)
-HASHES, BAND = 128, 4
-"""32 bands of 4: a pair of similarity 0.8 is missed once in twenty million, of 0.6 once in 85."""
+HASHES, BANDS = 128, 32
+"""32 bands of 4 hashes: a pair of similarity 0.8 is missed once in twenty million, of 0.6 once in
+85."""
 
 
 def normal(text: str) -> str:
-    """Without differences that no reader sees: form, case, spaces."""
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    """The text without differences that no reader sees: Unicode form, case, spaces."""
+    return " ".join(unicodedata.normalize("NFKC", whole_characters(text)).casefold().split())
 
 
 def ngrams(text: str) -> frozenset[str]:
+    """All runs of four characters."""
     clean = normal(text)
     return frozenset(clean[i : i + GRAM] for i in range(max(1, len(clean) - GRAM + 1)))
 
 
 def jaccard(one: frozenset[str], other: frozenset[str]) -> float:
+    """The share of the n-grams of either text that both have."""
     union = len(one | other)
     return len(one & other) / union if union else 1.0
 
 
 class Duplicates:
-    """Texts seen so far; `find` names the one that a new text repeats."""
+    """Texts seen so far; `find` names the one that a new text repeats.
+
+    MinHash only proposes candidates, so that a text is compared with a few others; what counts is
+    the exact Jaccard similarity of character n-grams. That needs no words, and so works for
+    Chinese as well as for English.
+    """
 
     def __init__(self, threshold: float = 0.8, seed: int = 0) -> None:
-        self.threshold = threshold
-        rng = np.random.default_rng(seed)
-        self._a = rng.integers(1, 1 << 31, HASHES, dtype=np.uint64)
-        self._b = rng.integers(0, 1 << 31, HASHES, dtype=np.uint64)
+        self.threshold, self._seed = threshold, seed
         self._exact: dict[str, str] = {}
-        self._grams: dict[str, frozenset[str]] = {}
-        self._bands: dict[tuple[int, bytes], list[str]] = defaultdict(list)
+        self._known: list[tuple[str, frozenset[str]]] = []
+        self._candidates = RMinHashLSH(threshold, HASHES, BANDS)
 
     def add(self, name: str, text: str) -> None:
         self._exact.setdefault(normal(text), name)
         if self.threshold < 1:
             grams = ngrams(text)
-            self._grams[name] = grams
-            for key in self._keys(grams):
-                self._bands[key].append(name)
+            self._candidates.insert(len(self._known), self._hashes(grams))
+            self._known.append((name, grams))
 
     def find(self, text: str) -> tuple[str, float] | None:
         """(name, similarity) of the most similar text at or above the threshold."""
@@ -124,21 +126,11 @@ class Duplicates:
         if self.threshold >= 1:
             return None
         grams = ngrams(text)
-        near = {name for key in self._keys(grams) for name in self._bands.get(key, ())}
-        best = max(((jaccard(grams, self._grams[name]), name) for name in near), default=None)
+        near = (self._known[i] for i in self._candidates.query(self._hashes(grams)))
+        best = max(((jaccard(grams, other), name) for name, other in near), default=None)
         return (best[1], best[0]) if best is not None and best[0] >= self.threshold else None
 
-    def _keys(self, grams: frozenset[str]) -> list[tuple[int, bytes]]:
-        hashes = np.array(
-            [
-                int.from_bytes(
-                    hashlib.blake2b(gram.encode("utf-8", "replace"), digest_size=4).digest()
-                )
-                for gram in grams
-            ],
-            dtype=np.uint64,
-        )
-        # Numbers below 2^32 times numbers below 2^31: no overflow of 64 bits.
-        signature = ((hashes[:, None] * self._a + self._b) % PRIME).min(axis=0)
-        bands = signature.reshape(-1, BAND)
-        return [(i, band.tobytes()) for i, band in enumerate(bands)]
+    def _hashes(self, grams: frozenset[str]) -> RMinHash:
+        hashes = RMinHash(HASHES, self._seed)
+        hashes.update(list(grams))
+        return hashes

@@ -18,6 +18,7 @@ from qwen_scope_lens.errors import BadPlan, StoreMismatch, TooLittleData
 from qwen_scope_lens.features.pool import firing, pool
 from qwen_scope_lens.labels.packs import LabelPack
 from qwen_scope_lens.labels.passages import Passages
+from qwen_scope_lens.steering.calibrate import activity_in_store
 from qwen_scope_lens.stores.store import FeatureStore
 from qwen_scope_lens.synth.targets import Target, TargetSet, documents_firing
 
@@ -73,8 +74,7 @@ def find_targets(
         if reference is not None:
             maxima = pool(reference, layer)
             in_reference = documents_firing(maxima, threshold)
-            count = documents_firing(maxima)
-            typical = np.asarray(maxima.sum(axis=0)).ravel() / np.maximum(count, 1)
+            typical = activity_in_store(reference, layer).typical.numpy()
         for feature in range(sae.row.d_sae):
             ref = sae.feature(feature) if relevance is not None else None
             score = relevance.get(ref, 0.0) if relevance is not None and ref else 1.0

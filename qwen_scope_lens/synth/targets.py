@@ -74,7 +74,9 @@ def curve(targets: Iterable[Any], fired: Sequence[Iterable[Any]]) -> Array:
     return np.array(found) / len(wanted)
 
 
-FORMAT, VERSION, MADE_BY = "qsl-targets", 1, "qsl synth targets"
+FORMAT, VERSION, MADE_BY = "qsl-targets", 2, "qsl synth targets"
+"""Version 2 changed `typical` from a mean of documents' maxima to the mean over tokens where the
+feature fires. Files of version 1 are refused: a push by their `typical` would be too strong."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ class Target:
     relevance: float = 1.0  # s_f
     seed_documents: int = 0  # of the seed data, on how many it fires
     reference_documents: int | None = None  # of the anchor data; None: there is none
-    typical: float = 0.0  # mean activation where it fires in the anchor data; 0: unknown
+    typical: float = 0.0  # typical activation (mean where it fires) in the anchor data; 0: unknown
     description: str = ""
     kind: str = ""  # z, the risk category that it expresses: harmful, benign; empty: unknown
     examples: tuple[str, ...] = ()  # passages of the anchor data, the feature's tokens in << >>

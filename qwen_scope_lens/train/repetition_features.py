@@ -124,17 +124,17 @@ def find_repetition_features(
         z = _z(first)
         signs = rng.choice([-1.0, 1.0], size=(shuffles, len(first)))
         chance = float(np.quantile([_z(first * sign[:, None]).max() for sign in signs], 0.95))
-        for feature in np.argsort(-first.mean(axis=0), kind="stable")[:top].tolist():
-            found.append(
-                RepetitionFeature(
-                    LayerRef.parse(store.sae(layer).ref).feature(feature),
-                    float(first[:, feature].mean()),
-                    float(second[:, feature].mean()),
-                    float(z[feature]),
-                    float(lasts[:, feature].mean()),
-                    chance,
-                )
+        found.extend(
+            RepetitionFeature(
+                LayerRef.parse(store.sae(layer).ref).feature(feature),
+                float(first[:, feature].mean()),
+                float(second[:, feature].mean()),
+                float(z[feature]),
+                float(lasts[:, feature].mean()),
+                chance,
             )
+            for feature in np.argsort(-first.mean(axis=0), kind="stable")[:top].tolist()
+        )
     found.sort(key=lambda feature: (-feature.rise, feature.ref))
     return RepetitionFeatures(
         tuple(found),

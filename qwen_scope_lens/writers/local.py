@@ -115,7 +115,7 @@ class Local:
     def _answers(
         self, requests: Sequence[Request], ids: Sequence[list[int]]
     ) -> Iterator[Completion]:
-        inner = unwrap(self._model)
+        inner: Any = unwrap(self._model)  # which generates
         device = input_device(self._model)
         pad = self._tokenizer.pad_token_id or 0
         width = max(map(len, ids))

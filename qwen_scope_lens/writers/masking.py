@@ -78,13 +78,13 @@ def _writings(key: str) -> str:
     text makes the search slow."""
     if len(key) < SHORT:
         return re.escape(key)
-    plain = "".join(_character(c, {c.lower(), c.upper()}) for c in key)
+    plain = "".join(_character({c.lower(), c.upper()}) for c in key)
     encoded = [plain, f"(?i:{key.encode().hex()})"]
     for before in range(3):  # base64 has three writings, by where in its text the key begins
         code = base64.b64encode(b"\0" * before + key.encode()).decode()
         first = -(-before * 8 // 6)  # characters that also depend on what stands before or behind
         last = (before + len(key)) * 8 // 6
-        same = "".join(_character(c, {c, *_URL_SAFE.get(c, "")}) for c in code[first:last])
+        same = "".join(_character({c, *_URL_SAFE.get(c, "")}) for c in code[first:last])
         encoded.append(f"[A-Za-z0-9+/_-]{{0,2}}{same}[A-Za-z0-9+/_=-]{{0,3}}")
     return "|".join(encoded)
 
@@ -92,7 +92,7 @@ def _writings(key: str) -> str:
 _URL_SAFE = {"+": "-", "/": "_"}
 
 
-def _character(character: str, same: set[str]) -> str:
+def _character(same: set[str]) -> str:
     """One character of a key, as it is or escaped. `same`: the characters that stand for it."""
     ways = []
     for one in sorted(same):

@@ -21,7 +21,7 @@ from qwen_scope_lens.writers.generator import Messages
 
 __all__ = ["HOME", "NAMES", "Template", "Templates"]
 
-HOME = Path(__file__).parent / "templates"
+HOME = Path(__file__).parent / "prompts"
 
 _FEATURE = ("description", "examples", "language", "task")
 NAMES: Mapping[str, tuple[str, ...]] = {

@@ -83,8 +83,8 @@ def best_rule(
                 best = (float(f1[top]), layer, top, threshold)
     found, layer, feature, threshold = best
     column = held[layer, :, feature : feature + 1] > threshold
-    f1, precision, recall = (float(value[0]) for value in _scores(column, held_truth))
-    return Rule(layer, feature, threshold, found, f1, precision, recall)
+    on_held = (float(value[0]) for value in _scores(column, held_truth))
+    return Rule(layer, feature, threshold, found, *on_held)
 
 
 def several(

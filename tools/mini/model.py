@@ -145,11 +145,11 @@ def train(spec: ModelSpec, work: Path, rows: Sequence[Sequence[int]] | None = No
                 print(f"  held-out {held_out_loss(model.eval(), valid):.3f}", flush=True)
                 model.train()
     print(f"{spec.name}: held-out loss {held_out_loss(model.eval(), valid):.3f} nats", flush=True)
-    _finish(model, spec, work, final)
+    _finish(model, work, final)
     return final
 
 
-def _finish(model: Any, spec: ModelSpec, work: Path, final: Path) -> None:
+def _finish(model: Any, work: Path, final: Path) -> None:
     """Write the checkpoint as Transformers expects it: bfloat16 on disk, float32 to run."""
     partial = final.with_suffix(".partial")
     model.generation_config.eos_token_id = [6002, 6000]

@@ -90,7 +90,7 @@ def select(encoder: Snapshot, x: torch.Tensor, k: int, precision: torch.dtype) -
         pairs, settled = _kernel_candidates(encoder, rest, outliers, precision, reach, k, cap)
     else:
         approx = approximate(encoder, rest, outliers, precision)
-        pairs, settled = _candidates(approx, reach.worst(), slope, k, encoder.d_sae, cap)
+        pairs, settled = _candidates(approx, reach.worst(), slope, k, cap)
         del approx
     crowding = len(pairs.token) / max(1, len(x) * k) if bool(settled.all()) else 1e9
     indices, dots = _decide(encoder, x, rest, outliers, pairs, reach, k)
@@ -213,7 +213,7 @@ class _Reach:
 
 
 def _candidates(
-    approx: torch.Tensor, bound: torch.Tensor, slope: float, k: int, d_sae: int, cap: int
+    approx: torch.Tensor, bound: torch.Tensor, slope: float, k: int, cap: int
 ) -> tuple[Pairs, torch.Tensor]:
     """Every pair that may belong to the top k, and whether there are at most `cap` of them."""
     n, width = approx.shape

@@ -119,7 +119,7 @@ def _half_from(device: str, keeps_half: bool) -> int:
     if device != "cpu":
         return _ON_GPU
     with torch.no_grad():
-        kind = {"dtype": torch.float32, "device": device}
+        kind: dict[str, Any] = {"dtype": torch.float32, "device": device}
         rows, bias = torch.ones(8192, 1024, **kind), torch.zeros(8192, **kind)
         encoder = Encoder(rows, bias, keeps_half).snapshot
         found = _NEVER
