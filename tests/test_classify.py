@@ -299,7 +299,7 @@ def test_what_users_get_wrong(
     for said, words in (
         ("has no column 'toxic': it has chinese, lang", [corpus, "--label", "toxic", *read]),
         ("is no feature store", [corpus, "--label", "chinese"]),
-        ("never is 'fr'", [store.path, "--label", "lang", "--positive", "fr"]),
+        ("lang = fr: there are", [store.path, "--label", "lang", "--positive", "fr"]),
         ("not true or false", [store.path, "--label", "lang"]),
         ("no label 'toxic'", [store.path, "--label", "toxic"]),
         ("layer 3 is not", [store.path, "--label", "chinese", "--layer", "3"]),
