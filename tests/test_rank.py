@@ -15,8 +15,7 @@ import qwen_scope_lens as qsl
 from qwen_scope_lens.cli import main
 from qwen_scope_lens.errors import BadFile, LayerOutOfRange, TooLittleData, UnknownName, WrongShape
 from qwen_scope_lens.features import Ranking, rank
-from qwen_scope_lens.stores import extract
-from qwen_scope_lens.stores.reread import pooled_residuals
+from qwen_scope_lens.stores import extract, pooled_residuals
 
 D_SAE, N_DOCS, TOKENS = 300, 240, 12
 PLANT, ANTI = 250, 17

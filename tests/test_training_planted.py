@@ -135,8 +135,15 @@ def test_planted_language_features_through_sasft_in_closed_form(group: str, tmp_
         return [own | ({9: chance[doc]} if doc in chance else {})] * 8
 
     facts = {LAYER: _facts(group)}
-    store = build_store(tmp_path / "store", [document(doc) for doc in range(32)], {"lang": langs},
-                        group=group, layers=(LAYER,), saes=facts)  # fmt: skip
+    store = build_store(
+        tmp_path / "store",
+        [document(doc) for doc in range(32)],
+        {"lang": langs},
+        texts=[f"the text of document {doc}" for doc in range(32)],
+        group=group,
+        layers=(LAYER,),
+        saes=facts,
+    )
     model, _ = mini()
     table = find_language_features(store, ["zh"], model=model.eval(), shuffles=40)
     assert table.features[0].ref.feature == 5

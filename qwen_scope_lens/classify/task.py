@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from qwen_scope_lens.classify.methods import Documents
-from qwen_scope_lens.classify.pooled import pool_layers, source_of_store
-from qwen_scope_lens.classify.read import mean_residuals
+from qwen_scope_lens.classify.pooled import pool_layers
 from qwen_scope_lens.errors import BadCorpus, BadPlan, TooLittleData
 from qwen_scope_lens.features.document_sets import DocumentLabel, held_out_texts
+from qwen_scope_lens.stores.reread import Reading
 from qwen_scope_lens.stores.store import FeatureStore
 
 __all__ = ["Task", "by_language", "documents_of", "open_data", "residuals_of", "split"]
@@ -120,7 +120,7 @@ def residuals_of(
     documents: Documents, store: FeatureStore, layers: Sequence[int], model: Any
 ) -> Documents:
     """The same with mean residuals, which `model` reads the texts again for."""
-    found = mean_residuals(model, documents.texts, layers, source_of_store(store, layers))
+    found = Reading.of(store, layers).document_residuals(model, documents.texts)
     return replace(documents, residuals=found)
 
 

@@ -157,6 +157,12 @@ class FeatureStore:
         shard, rows = self._place(doc)
         return spans_of(shard.some_tokens(rows.start, rows.stop))
 
+    def token_ids(self, doc: int) -> np.ndarray:
+        """The token ids of one document, as the model read them. int64 `[n]`"""
+        shard, rows = self._place(doc)
+        ids: np.ndarray = shard.tokens["token_id"][rows].to_numpy().astype(np.int64)
+        return ids
+
     # Codes.
 
     def iter_blocks(
