@@ -80,9 +80,13 @@ class PlantedStore:
 
     def documents(self, columns: list[str] | None = None) -> pa.Table:
         table = pa.table(
-            {"doc": range(self.n_docs), "text": self.texts, "n_tokens": self.lengths,
-             **self._labels}
-        )  # fmt: skip
+            {
+                "doc": range(self.n_docs),
+                "text": self.texts,
+                "n_tokens": self.lengths,
+                **self._labels,
+            }
+        )
         return table if columns is None else table.select(columns)
 
     def iter_blocks(
@@ -95,9 +99,12 @@ class PlantedStore:
         for start in range(0, len(rows), self.block):
             at = rows[start : start + self.block]
             yield PlantedBlock(
-                self.doc[at], self.position[at], self.position[at], self.keep[at],
+                self.doc[at],
+                self.position[at],
+                self.position[at],
+                self.keep[at],
                 self.codes[layer][torch.from_numpy(at)],
-            )  # fmt: skip
+            )
 
 
 def random_codes(
@@ -108,7 +115,8 @@ def random_codes(
     weights = rng.exponential(size=d_sae) ** popular
     dense = np.zeros((n_tokens, d_sae), np.float32)
     for row in dense:
-        chosen = rng.choice(d_sae, size=rng.integers(1, k + 1), replace=False,
-                            p=weights / weights.sum())  # fmt: skip
+        chosen = rng.choice(
+            d_sae, size=rng.integers(1, k + 1), replace=False, p=weights / weights.sum()
+        )
         row[chosen] = np.round(rng.gamma(2.0, size=len(chosen)) + 0.1, 2)  # rounded: ties
     return dense

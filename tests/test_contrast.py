@@ -118,10 +118,12 @@ def test_without_ties_the_tail_is_not_below_scipys_exact_one() -> None:
     positive = np.arange(60) < 12
     x = rng.random((60, 40)) + positive[:, None] * np.linspace(0, 1.2, 40)
     p = contrast(csr_matrix(x), positive).p_value
-    exact = np.array([
-        stats.mannwhitneyu(x[positive, f], x[~positive, f], method="exact").pvalue
-        for f in range(40)
-    ])  # fmt: skip
+    exact = np.array(
+        [
+            stats.mannwhitneyu(x[positive, f], x[~positive, f], method="exact").pvalue
+            for f in range(40)
+        ]
+    )
     assert (p >= 0.97 * exact)[exact < 0.05].all()
     assert (p <= 3 * exact)[exact > 1e-4].all()  # and not far above where it matters
 
@@ -134,9 +136,9 @@ def test_where_nothing_is_nothing_passes(levels: bool) -> None:
     n, passed = 2048, 0
     for _ in range(4):
         rates = np.exp(rng.uniform(np.log(0.001), np.log(0.8), 1500))
-        fires = np.concatenate([
-            f * n + rng.choice(n, rng.binomial(n, r), replace=False) for f, r in enumerate(rates)
-        ])  # fmt: skip
+        fires = np.concatenate(
+            [f * n + rng.choice(n, rng.binomial(n, r), replace=False) for f, r in enumerate(rates)]
+        )
         values = rng.gamma(2.0, size=len(fires)) + 0.01
         if levels:
             values = np.where(rng.random(len(fires)) < 0.97, 1.0, 2.0)

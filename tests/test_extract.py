@@ -387,7 +387,7 @@ def test_too_long_is_refused_when_asked(model: Any, tmp_path: Path) -> None:
 
 
 def test_shard_size_is_the_stores(store: FeatureStore, model: Any) -> None:
-    with pytest.raises(StoreMismatch, match="3 documents a shard"):
+    with pytest.raises(StoreMismatch, match="3 documents per shard"):
         run(model, store.path, shard_docs=4)
 
 

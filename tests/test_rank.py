@@ -192,8 +192,15 @@ def test_the_command_counts_a_store(
 
 def test_residuals_of_the_store_s_own_model_are_pooled(tmp_path: Path) -> None:
     texts = ["今天天气很好。" * 3, "The weather is fine today, said the man.", "x"]
-    store = extract(texts, model="mini-qwen3", group="mini-qwen3/w1k-l0-16", layers=[1],
-                    out=tmp_path / "s", max_tokens=12, progress=False)  # fmt: skip
+    store = extract(
+        texts,
+        model="mini-qwen3",
+        group="mini-qwen3/w1k-l0-16",
+        layers=[1],
+        out=tmp_path / "s",
+        max_tokens=12,
+        progress=False,
+    )
     found = pooled_residuals(store, [1])[1]
     last = pooled_residuals(store, [1], last=True)[1]
     model = qsl.load_model("mini-qwen3", up_to_layer=1)

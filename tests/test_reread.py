@@ -123,10 +123,9 @@ def test_unexplained_variance_is_that_of_the_store_s_tokens(
 
 def test_candidates_of_a_benchmark_are_read_like_it(model: Any, tmp_path: Path) -> None:
     items = {"own": [Document(str(n), text) for n, text in enumerate(TEXTS[:3])]}
-    extract_suite(
-        items, model, GROUP, [6], tmp_path / "suite", {"own": {"template": "{text}"}},
-        max_tokens=LIMIT, truncate=True, extreme_norm_ratio=RATIO, progress=False,
-    )  # fmt: skip
+    how = {"max_tokens": LIMIT, "truncate": True, "extreme_norm_ratio": RATIO}
+    facts = {"own": {"template": "{text}"}}
+    extract_suite(items, model, GROUP, [6], tmp_path / "suite", facts, progress=False, **how)
     path = tmp_path / "again.jsonl"
     path.write_text("\n".join(json.dumps({"text": text}) for text in TEXTS[:3]), "utf-8")
     own = open_benchmark(tmp_path / "suite" / "own")
