@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from feature_stores import GROUP, LAYER
+from torch import nn
 
 import qwen_scope_lens as qsl
 from qwen_scope_lens.errors import BadCorpus, LayerOutOfRange, WrongModel
@@ -71,4 +72,4 @@ def test_refusals_need_no_cluster(tmp_path: Path) -> None:
     with pytest.raises(LayerOutOfRange):
         extract_on_ray(["a"], replace(request, layers=[8]))
     with pytest.raises(WrongModel, match="name it"):
-        extract_on_ray(["a"], replace(request, model=object()))
+        extract_on_ray(["a"], replace(request, model=nn.Identity()))

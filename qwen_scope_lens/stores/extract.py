@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from tqdm.auto import tqdm
 
 from qwen_scope_lens.address import LayerRef
@@ -53,7 +54,7 @@ TOKEN_BUDGET = 4096
 class Request:
     """What to extract and where to put it, as a caller says it; nothing is loaded yet."""
 
-    model: Any  # a name, or a model in memory
+    model: str | Path | nn.Module  # a name, or a model in memory
     group: str
     layers: Sequence[int]
     out: str | os.PathLike[str]
@@ -70,7 +71,7 @@ class Request:
 def extract(
     documents: Any,
     *,
-    model: Any,
+    model: str | Path | nn.Module,
     group: str,
     layers: Sequence[int],
     out: str | os.PathLike[str],

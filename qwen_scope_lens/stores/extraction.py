@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from qwen_scope_lens.address import LayerRef
@@ -28,6 +28,7 @@ from qwen_scope_lens.errors import TooLittleData
 from qwen_scope_lens.files import exclusive
 from qwen_scope_lens.models.architecture import input_device
 from qwen_scope_lens.models.residuals import Capture, iter_captures
+from qwen_scope_lens.saes.sae import ScopeSAE
 from qwen_scope_lens.stores.codec import Packed, pack
 from qwen_scope_lens.stores.corpus import Corpus, Document
 from qwen_scope_lens.stores.manifest import CorpusFacts, Manifest
@@ -55,7 +56,7 @@ class Encoder:
     """
 
     def __init__(
-        self, load: Callable[[int], Any], layers: Sequence[int], room: int | None = None
+        self, load: Callable[[int], ScopeSAE], layers: Sequence[int], room: int | None = None
     ) -> None:
         self._load, self._layers, self._room = load, tuple(layers), room
         self._saes = {layer: load(layer) for layer in layers} if room is None else {}
@@ -87,7 +88,7 @@ class Encoder:
             del sae
 
 
-def _encode(sae: Any, residual: Tensor) -> Packed:
+def _encode(sae: ScopeSAE, residual: Tensor) -> Packed:
     return pack(sae.encode_sparse(residual.to(sae.W_enc.device)))
 
 
@@ -137,7 +138,7 @@ class Job:
     corpus: Corpus
     facts: CorpusFacts
     manifest: Manifest
-    model: Any
+    model: nn.Module
     tokenizer: Any
     token_budget: int
     sae_folder: str | os.PathLike[str] | None
@@ -184,7 +185,7 @@ class Job:
         if truncated:
             self.say(f"{truncated:,} documents were cut to their first tokens (see `truncated`)")
 
-    def _read(self, shards: Sequence[int], encoder: Encoder, bar: Any) -> Iterator[_Read]:
+    def _read(self, shards: Sequence[int], encoder: Encoder, bar: tqdm[Any]) -> Iterator[_Read]:
         """Run the model over the documents of each shard."""
         settings = self.manifest.settings
         ahead: deque[Document] = deque()
@@ -229,7 +230,7 @@ class Job:
                 ahead.append(document)
                 yield document.content
 
-    def _load(self, layer: int) -> Any:
+    def _load(self, layer: int) -> ScopeSAE:
         from qwen_scope_lens.saes.load import load_sae
 
         return load_sae(

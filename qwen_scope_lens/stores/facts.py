@@ -14,6 +14,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from qwen_scope_lens.address import LayerRef
 from qwen_scope_lens.catalog import MINI_HOME, Group, bundled_model
 from qwen_scope_lens.errors import WrongModel
@@ -63,7 +65,7 @@ def check_config(model: str, group: Group) -> None:
     _check_sizes(model, text_config(config), group, cut=False)
 
 
-def check_model(model: Any, group: Group) -> None:
+def check_model(model: nn.Module, group: Group) -> None:
     """Raise for a model in memory that has another width or depth than the SAEs'."""
     cut = getattr(model, "up_to_layer", None) is not None
     _check_sizes(describe(model), text_config(model), group, cut)
@@ -100,7 +102,7 @@ def model_note(facts: ModelFacts, group: Group) -> str | None:
     return "; ".join(said) or None
 
 
-def model_facts(model: Any, layers: Iterable[int]) -> ModelFacts:
+def model_facts(model: nn.Module, layers: Iterable[int]) -> ModelFacts:
     config = unwrap(model).config
     name = describe(model)
     if Path(name).parent == MINI_HOME:

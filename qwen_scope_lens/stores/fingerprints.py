@@ -27,7 +27,7 @@ _BLOCK = 1 << 24  # numbers of a weight that are copied to the CPU at a time
 _SAMPLE = 64
 
 
-def fingerprint(model: Any, last: int) -> str:
+def fingerprint(model: nn.Module, last: int) -> str:
     """The hash over the embedding and the layers 0..last, in memory, quantised or offloaded.
 
     It covers parameters and persistent buffers, in their order, with shape and dtype. Names are not
@@ -45,7 +45,7 @@ def is_sample(found: str) -> bool:
 
 
 @torch.no_grad()
-def sampled_fingerprint(model: Any, last: int) -> str:
+def sampled_fingerprint(model: nn.Module, last: int) -> str:
     """The fingerprint that older versions wrote, for going on with one of their stores."""
     digest = hashlib.sha256()
     for module in _modules(model, last):
@@ -60,7 +60,7 @@ def sampled_fingerprint(model: Any, last: int) -> str:
     return digest.hexdigest()
 
 
-def _modules(model: Any, last: int) -> list[nn.Module]:
+def _modules(model: nn.Module, last: int) -> list[nn.Module]:
     return [part(model, places_of(model).embed), *list(decoder_layers(model))[: last + 1]]
 
 

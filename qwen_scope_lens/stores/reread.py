@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qwen_scope_lens.errors import BadFile
 from qwen_scope_lens.models.load import load_model
@@ -65,7 +65,7 @@ class Reading:
 
     def captures(
         self,
-        model: Any,
+        model: nn.Module,
         texts: Iterable[Content],
         layers: Iterable[int] | None = None,
         **options: Any,
@@ -76,7 +76,7 @@ class Reading:
 
     def document_residuals(
         self,
-        model: Any,
+        model: nn.Module,
         texts: Sequence[Content],
         *,
         last: bool = False,
@@ -131,7 +131,7 @@ def document_means(x: Tensor, doc: Tensor, n_docs: int) -> Tensor:
 def pooled_residuals(
     store: FeatureStore,
     layers: Iterable[int] | None = None,
-    model: Any = None,
+    model: nn.Module | None = None,
     *,
     last: bool = False,
     keep: bool = True,
