@@ -6,6 +6,7 @@ import errno
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import time
 import weakref
@@ -19,10 +20,12 @@ import pytest
 from feature_stores import GROUP, LAYER
 
 import qwen_scope_lens as qsl
+from qwen_scope_lens.catalog import bundled_model
 from qwen_scope_lens.errors import (
     BadCorpus,
     BadText,
     CannotWrite,
+    CheckpointMissing,
     LayerOutOfRange,
     StoreMismatch,
     TooLittleData,
@@ -30,6 +33,7 @@ from qwen_scope_lens.errors import (
 )
 from qwen_scope_lens.features import pool
 from qwen_scope_lens.mini import heldout
+from qwen_scope_lens.models.architecture import decoder_layers
 from qwen_scope_lens.stores import FeatureStore, merge
 from qwen_scope_lens.stores import shard_files as shards
 from qwen_scope_lens.stores.codec import stored_values
@@ -216,21 +220,22 @@ def test_a_full_disk_loses_nothing_finished(
     assert files_of(out) == files_of(store.path)
 
 
-def test_out_of_memory_halves_the_batch(
-    store: FeatureStore, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from qwen_scope_lens.models import residuals as capture
+def test_out_of_memory_halves_the_batch(store: FeatureStore, model: Any, tmp_path: Path) -> None:
+    refused = []
 
-    forward = capture._forward
-
-    def small(model: Any, batch: Any, layers: Any) -> Any:
-        if len(batch) > 1:
+    def small(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if len(hidden) > 1:
+            refused.append(len(hidden))
             raise MemoryError
-        return forward(model, batch, layers)
 
-    monkeypatch.setattr(capture, "_forward", small)
-    with pytest.warns(UserWarning, match="out of memory"):
-        alone = run(model, tmp_path / "store")
+    handle = decoder_layers(model)[0].register_forward_pre_hook(small, with_kwargs=True)
+    try:
+        with pytest.warns(UserWarning, match="out of memory"):
+            alone = run(model, tmp_path / "store")
+    finally:
+        handle.remove()
+    assert refused
     assert alone.is_complete
     one, other = (
         np.concatenate([b.codes.to_dense().numpy() for b in s.iter_blocks(LAYER)])
@@ -333,26 +338,28 @@ def test_append_needs_a_finished_store(model: Any, tmp_path: Path) -> None:
 
 
 def test_what_does_not_belong_is_refused_before_the_model_loads(
-    store: FeatureStore, monkeypatch: pytest.MonkeyPatch
+    store: FeatureStore, tmp_path: Path
 ) -> None:
-    from qwen_scope_lens.stores import extract
-
-    def load(*args: Any, **kwargs: Any) -> Any:
-        raise AssertionError("a model was loaded")
-
-    monkeypatch.setattr(extract, "load_model", load)
+    """The model has a configuration but no weights, so loading it would be another error."""
+    bundled = bundled_model("mini-qwen3")
+    assert bundled is not None
+    name = str(shutil.copytree(bundled, tmp_path / "model"))
+    for weights in (tmp_path / "model").glob("*.safetensors*"):
+        weights.unlink()
+    with pytest.raises(CheckpointMissing):
+        run(name, tmp_path / "new")
     with pytest.raises(StoreMismatch, match=r"another SAE: .*layer 2"):
-        run("mini-qwen3", store.path, layers=[LAYER])
+        run(name, store.path, layers=[LAYER])
     with pytest.raises(StoreMismatch, match="max_tokens 10 against 48"):
-        run("mini-qwen3", store.path, max_tokens=10)
+        run(name, store.path, max_tokens=10)
     with pytest.raises(StoreMismatch, match="other documents"):
-        run("mini-qwen3", store.path, ROWS[:4])
+        run(name, store.path, ROWS[:4])
     with pytest.raises(LayerOutOfRange):
-        run("mini-qwen3", store.path, layers=[8])
+        run(name, store.path, layers=[8])
     with pytest.raises(BadCorpus, match="no documents"):
-        run("mini-qwen3", store.path, [])
+        run(name, store.path, [])
     with pytest.raises(BadCorpus, match="say enable_thinking"):
-        run("mini-qwen3", store.path, [[{"role": "user", "content": "hi"}]])
+        run(name, store.path, [[{"role": "user", "content": "hi"}]])
 
 
 def test_another_model_is_refused(store: FeatureStore, tmp_path: Path) -> None:
