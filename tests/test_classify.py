@@ -23,7 +23,6 @@ from qwen_scope_lens.classify import (
 from qwen_scope_lens.classify import predict as predict_module
 from qwen_scope_lens.classify.pooled import source_of_store
 from qwen_scope_lens.classify.predict import Stream
-from qwen_scope_lens.classify.read import mean_residuals
 from qwen_scope_lens.classify.rules import RULES
 from qwen_scope_lens.cli import main
 from qwen_scope_lens.errors import BadText, StoreMismatch
@@ -93,7 +92,7 @@ def test_reading_texts_is_reading_a_store(
     there = pool_layers(store)
     assert (pooled.matrix != there.matrix).nnz == 0
     assert pooled.source == there.source
-    again = mean_residuals(reader.model, texts, LAYERS, reader.source)
+    again = reader.source.reading.document_residuals(reader.model, texts)
     [batch] = reader.captures(texts[3:4])
     for layer in LAYERS:
         assert np.allclose(means[layer], again[layer], atol=1e-4)
@@ -303,7 +302,7 @@ def test_what_users_get_wrong(
     for said, words in (
         ("has no column 'toxic': it has chinese, lang", [corpus, "--label", "toxic", *read]),
         ("is no feature store", [corpus, "--label", "chinese"]),
-        ("never is 'fr'", [store.path, "--label", "lang", "--positive", "fr"]),
+        ("lang = fr: there are", [store.path, "--label", "lang", "--positive", "fr"]),
         ("not true or false", [store.path, "--label", "lang"]),
         ("no label 'toxic'", [store.path, "--label", "toxic"]),
         ("layer 3 is not", [store.path, "--label", "chinese", "--layer", "3"]),

@@ -38,7 +38,7 @@ from qwen_scope_lens.classify.pooled import LayerFacts, Source, stack_layers
 from qwen_scope_lens.classify.report import report_page
 from qwen_scope_lens.classify.rules import f1_of
 from qwen_scope_lens.classify.scores import cut_for, difference
-from qwen_scope_lens.errors import BadPlan, TooLittleData
+from qwen_scope_lens.errors import BadPlan, TooLittleData, UnknownName
 
 LAYERS = (3, 6)
 LANGUAGES = ("en", "ru", "zh")
@@ -205,7 +205,7 @@ def test_labels_become_a_truth_or_a_clear_error() -> None:
     truth, _ = Task("lang", "de").truth(["de", "en", "de"])
     assert truth.tolist() == [True, False, True]
     assert Task("n", "3").truth([3, 4])[0].tolist() == [True, False]
-    with pytest.raises(BadPlan, match=r"never is 'fr': it has de \(1\), en \(1\)"):
+    with pytest.raises(UnknownName, match=r"lang = fr: there are de \(1\), en \(1\)"):
         Task("lang", "fr").truth(["de", "en"])
     with pytest.raises(BadPlan, match="not true or false"):
         Task("lang").truth(["de", "en"])

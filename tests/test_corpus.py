@@ -98,7 +98,7 @@ def test_splits(tmp_path: Path) -> None:
 
 
 BAD = {
-    "broken.jsonl": (b'{"text": "a"}\n{"text": \n', "line 2 is no JSON"),
+    "broken.jsonl": (b'{"text": "a"}\n{"text": \n', "line 2 is not JSON"),
     "list.jsonl": (b"[1]\n", "line 1 is a list"),
     "number.jsonl": (b'{"text": 3}\n', "text is a int"),
     "empty.jsonl": (b'{"text": "a"}\n{"text": ""}\n', "line 2 is empty"),
@@ -106,11 +106,11 @@ BAD = {
     "column.jsonl": (b'{"body": "a"}\n', "no column 'text' or 'messages': it has body"),
     "latin.jsonl": ('{"text": "é"}'.encode("latin-1"), "not UTF-8"),
     "latin.csv": ("text\né\n".encode("latin-1"), "UTF-8 CSV"),
-    "fields.csv": (b"text,lang\na,en\nb,en,extra\n", "line 3 has another number of fields"),
+    "fields.csv": (b"text,lang\na,en\nb,en,extra\n", "line 3 has a different number of fields"),
     "chat.jsonl": (b'{"messages": [{"role": "user"}]}\n', "needs a role and a content"),
     "object.json": (b'{"text": "a"}', "holds a dict"),
     "broken.parquet": (b"PAR1 no", "cannot be read as Parquet"),
-    "what.docx": (b"x", "what format is .docx"),
+    "what.docx": (b"x", ".docx is not a known format"),
     "none.jsonl": (b"\n\n", "has no documents"),
     "none.txt": (b"", "has no documents"),
     "keys.jsonl": (b'{"id": 1, "text": "a"}\n{"id": 1, "text": "b"}\n', "the key of another"),

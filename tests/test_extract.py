@@ -6,6 +6,7 @@ import errno
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import time
 import weakref
@@ -20,10 +21,12 @@ from feature_stores import GROUP, LAYER
 from tiny_models import before_each_run
 
 import qwen_scope_lens as qsl
+from qwen_scope_lens.catalog import bundled_model
 from qwen_scope_lens.errors import (
     BadCorpus,
     BadText,
     CannotWrite,
+    CheckpointMissing,
     LayerOutOfRange,
     StoreMismatch,
     TooLittleData,
@@ -327,26 +330,28 @@ def test_append_needs_a_finished_store(model: Any, tmp_path: Path) -> None:
 
 
 def test_what_does_not_belong_is_refused_before_the_model_loads(
-    store: FeatureStore, monkeypatch: pytest.MonkeyPatch
+    store: FeatureStore, tmp_path: Path
 ) -> None:
-    from qwen_scope_lens.stores import extract
-
-    def load(*args: Any, **kwargs: Any) -> Any:
-        raise AssertionError("a model was loaded")
-
-    monkeypatch.setattr(extract, "load_model", load)
+    """The model has a configuration but no weights, so loading it would be another error."""
+    bundled = bundled_model("mini-qwen3")
+    assert bundled is not None
+    name = str(shutil.copytree(bundled, tmp_path / "model"))
+    for weights in (tmp_path / "model").glob("*.safetensors*"):
+        weights.unlink()
+    with pytest.raises(CheckpointMissing):
+        run(name, tmp_path / "new")
     with pytest.raises(StoreMismatch, match=r"another SAE: .*layer 2"):
-        run("mini-qwen3", store.path, layers=[LAYER])
+        run(name, store.path, layers=[LAYER])
     with pytest.raises(StoreMismatch, match="max_tokens 10 against 48"):
-        run("mini-qwen3", store.path, max_tokens=10)
+        run(name, store.path, max_tokens=10)
     with pytest.raises(StoreMismatch, match="other documents"):
-        run("mini-qwen3", store.path, ROWS[:4])
+        run(name, store.path, ROWS[:4])
     with pytest.raises(LayerOutOfRange):
-        run("mini-qwen3", store.path, layers=[8])
+        run(name, store.path, layers=[8])
     with pytest.raises(BadCorpus, match="no documents"):
-        run("mini-qwen3", store.path, [])
+        run(name, store.path, [])
     with pytest.raises(BadCorpus, match="say enable_thinking"):
-        run("mini-qwen3", store.path, [[{"role": "user", "content": "hi"}]])
+        run(name, store.path, [[{"role": "user", "content": "hi"}]])
 
 
 def test_another_model_is_refused(store: FeatureStore, tmp_path: Path) -> None:
@@ -381,7 +386,7 @@ def test_too_long_is_refused_when_asked(model: Any, tmp_path: Path) -> None:
 
 
 def test_shard_size_is_the_stores(store: FeatureStore, model: Any) -> None:
-    with pytest.raises(StoreMismatch, match="3 documents a shard"):
+    with pytest.raises(StoreMismatch, match="3 documents per shard"):
         run(model, store.path, shard_docs=4)
 
 

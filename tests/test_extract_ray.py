@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from feature_stores import GROUP, LAYER
+from torch import nn
 
 import qwen_scope_lens as qsl
-from qwen_scope_lens.errors import BadCorpus, LayerOutOfRange
+from qwen_scope_lens.errors import BadCorpus, LayerOutOfRange, WrongModel
 from qwen_scope_lens.stores import Settings
+from qwen_scope_lens.stores.extract import Request
 from qwen_scope_lens.stores.extract_ray import extract_on_ray
 
 psutil = pytest.importorskip("psutil")
@@ -49,9 +52,8 @@ def test_a_killed_worker_changes_nothing(tmp_path: Path) -> None:
     killer = threading.Thread(target=kill_one, args=(tmp_path / "ray" / "shards", seen, over))
     killer.start()
     settings = Settings(max_tokens=40)
-    on_ray = extract_on_ray(
-        TEXTS, out=tmp_path / "ray", settings=settings, progress=False, workers=2, **JOB
-    )
+    request = Request(out=tmp_path / "ray", settings=settings, **JOB)
+    on_ray = extract_on_ray(TEXTS, request, progress=False, workers=2)
     over.set()
     killer.join()
     assert seen
@@ -59,15 +61,17 @@ def test_a_killed_worker_changes_nothing(tmp_path: Path) -> None:
     assert on_ray.is_complete
     single = qsl.extract(TEXTS, out=tmp_path / "single", max_tokens=40, progress=False, **JOB)
     assert files_of(on_ray.path) == files_of(single.path)
-    again = {"settings": settings, "progress": False, **JOB}  # nothing to do: no cluster starts
-    assert extract_on_ray(TEXTS, out=on_ray.path, **again).n_docs == len(TEXTS)
+    # There is nothing to do, so no cluster starts.
+    assert extract_on_ray(TEXTS, request, progress=False).n_docs == len(TEXTS)
 
 
 def test_refusals_need_no_cluster(tmp_path: Path) -> None:
-    job = {"settings": Settings(), "progress": False, **JOB}
+    request = Request(out=tmp_path, **JOB)
     with pytest.raises(BadCorpus, match="no documents"):
-        extract_on_ray([], out=tmp_path, **job)
+        extract_on_ray([], request)
     with pytest.raises(BadCorpus, match="0 workers"):
-        extract_on_ray(["a"], out=tmp_path, **{**job, "workers": 0})
+        extract_on_ray(["a"], request, workers=0)
     with pytest.raises(LayerOutOfRange):
-        extract_on_ray(["a"], out=tmp_path, **{**job, "layers": [8]})
+        extract_on_ray(["a"], replace(request, layers=[8]))
+    with pytest.raises(WrongModel, match="name it"):
+        extract_on_ray(["a"], replace(request, model=nn.Identity()))

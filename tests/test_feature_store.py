@@ -210,7 +210,7 @@ def test_an_edited_manifest_is_named(store: FeatureStore, tmp_path: Path) -> Non
 
 
 def test_no_store(tmp_path: Path) -> None:
-    with pytest.raises(BadFile, match="no feature store"):
+    with pytest.raises(BadFile, match="not a feature store"):
         FeatureStore.open(tmp_path)
 
 

@@ -49,7 +49,8 @@ def test_a_planted_language_feature_is_found_and_chance_is_not(
     )
     langs = [LANGUAGES[doc % 3] for doc in range(60)]
     documents = random_documents(60, plant=lambda doc: {77: 2.0} if langs[doc] == "zh" else {})
-    store = build_store(tmp_path / "store", documents, {"lang": langs})
+    texts = [f"document number {doc}" for doc in range(60)]
+    store = build_store(tmp_path / "store", documents, {"lang": langs}, texts=texts)
     table = find_language_features(store, ["zh"], shuffles=10)
     best, second = table.features
     assert best.ref == qsl.FeatureRef(GROUP, LAYER, 77)
@@ -63,9 +64,9 @@ def test_a_planted_language_feature_is_found_and_chance_is_not(
     nothing = LanguageFeatures(table.model, (second,), {})
     with pytest.raises(TooLittleData, match=r"'zh' in layer 6 stands out.*below_chance"):
         nothing.of(LAYER, ["zh"], 2)
-    with pytest.raises(UnknownName, match=r"'ko'.*en, ru, zh"):
+    with pytest.raises(UnknownName, match=r"lang = ko: there are en \(20\), ru \(20\), zh \(20\)"):
         find_language_features(store, ["ko"])
-    few = build_store(tmp_path / "few", documents[:7], {"lang": langs[:7]})
+    few = build_store(tmp_path / "few", documents[:7], {"lang": langs[:7]}, texts=texts[:7])
     with pytest.raises(TooLittleData, match="four are the least"):
         find_language_features(few, ["zh"])
 

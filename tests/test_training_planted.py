@@ -161,6 +161,7 @@ def test_planted_language_features_through_sasft_in_closed_form(group: str, tmp_
         tmp_path / "store",
         [document(doc) for doc in range(32)],
         {"lang": langs},
+        texts=[f"the text of document {doc}" for doc in range(32)],
         group=group,
         layers=(LAYER,),
         saes=facts,

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from qwen_scope_lens.bench.prompts import PromptFormat, read_prompts
 from qwen_scope_lens.bench.suite import Benchmark, extract_suite, read_footprint
 from qwen_scope_lens.errors import BadFile
 from qwen_scope_lens.stores.manifest import Manifest
+from qwen_scope_lens.stores.reread import Reading
 from qwen_scope_lens.stores.store import FeatureStore
 
 __all__ = ["Screened", "footprint_like", "own_novelty", "screen"]
@@ -51,21 +52,18 @@ def footprint_like(
         raise BadFile(
             f"{place} is a folder, but no feature store: expected one, or a file of items"
         )
-    manifest = benchmark.store.manifest
+    reading = Reading.of(benchmark.store, [chosen])
     sae = LayerRef.parse(benchmark.store.sae(chosen).ref)
     prompts = list(read_prompts(path, _own_format(benchmark) if how is None else how))
-    say(f"{place.name}: {len(prompts):,} items through {manifest.model.id}")
+    say(f"{place.name}: {len(prompts):,} items through {reading.model}")
     with tempfile.TemporaryDirectory() as folder:
         suite = extract_suite(
             {place.stem: prompts},
-            model=manifest.model.id if model is None else model,
+            model=reading.open_model() if model is None else model,
             group=sae.group,
             layers=[chosen],
             out=folder,
-            max_tokens=manifest.settings.max_tokens,
-            truncate=manifest.settings.truncate,
-            enable_thinking=manifest.settings.enable_thinking,
-            add_generation_prompt=manifest.settings.add_generation_prompt,
+            **asdict(reading.settings),
         )
         return suite[place.stem].footprint(chosen, position)
 

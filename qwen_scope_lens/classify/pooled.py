@@ -15,6 +15,8 @@ import numpy as np
 
 from qwen_scope_lens.errors import LayerOutOfRange, StoreMismatch
 from qwen_scope_lens.features.pool import canonical, pool
+from qwen_scope_lens.stores.manifest import Settings
+from qwen_scope_lens.stores.reread import Reading
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
@@ -75,6 +77,12 @@ class Source:
 
     def only(self, positions: Sequence[int]) -> Source:
         return replace(self, layers=tuple(self.layers[i] for i in positions))
+
+    @property
+    def reading(self) -> Reading:
+        """The same, for reading texts with the model."""
+        layers = tuple(facts.layer for facts in self.layers)
+        return Reading(self.model, layers, Settings(**self.settings), self.dtype, self.revision)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

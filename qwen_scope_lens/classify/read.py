@@ -15,16 +15,16 @@ import torch
 
 from qwen_scope_lens.address import LayerRef
 from qwen_scope_lens.classify.pooled import LayerFacts, Pooled, Source, stack_layers
-from qwen_scope_lens.models.load import load_model
-from qwen_scope_lens.models.residuals import Capture, iter_captures
+from qwen_scope_lens.models.residuals import Capture
 from qwen_scope_lens.models.tokenize import Content
 from qwen_scope_lens.saes.load import load_sae
 from qwen_scope_lens.saes.sae import ScopeSAE
 from qwen_scope_lens.stores.codec import stored_values
 from qwen_scope_lens.stores.facts import sae_facts
 from qwen_scope_lens.stores.manifest import Settings
+from qwen_scope_lens.stores.reread import document_means, kept_rows
 
-__all__ = ["Reader", "mean_residuals", "open_model", "open_reader", "read_documents", "source_of"]
+__all__ = ["Reader", "open_reader", "read_documents", "source_of"]
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,8 @@ class Reader:
 
     def captures(self, texts: Iterable[Content]) -> Iterator[Capture]:
         """Residuals of every layer in float32, batch by batch, in no promised order."""
-        return iter_captures(
-            self.model, texts, list(self.saes), dtype=torch.float32, **self.source.settings
-        )
+        reading = self.source.reading
+        return reading.captures(self.model, texts, list(self.saes), dtype=torch.float32)
 
 
 def source_of(
@@ -61,14 +60,7 @@ def open_reader(source: Source, model: Any = None) -> Reader:
         here = LayerFacts(found.ref, found.d_sae, found.k, found.sha256)
         facts.check_same(here, "this machine")
         saes[facts.layer] = load_sae(facts.ref)
-    return Reader(model or open_model(source), saes, source)
-
-
-def open_model(source: Source) -> Any:
-    """The model of `source`, in its dtype, only as deep as its layers need."""
-    dtype = None if source.dtype is None else getattr(torch, source.dtype)
-    last = max(facts.layer for facts in source.layers)
-    return load_model(source.model, up_to_layer=last, dtype=dtype, revision=source.revision)
+    return Reader(model or source.reading.open_model(), saes, source)
 
 
 @torch.no_grad()
@@ -89,9 +81,9 @@ def read_documents(
     for batch in _progress(reader.captures(texts), len(texts)):
         numbers = np.array(batch.doc_ids)
         for layer, sae in reader.saes.items():
-            x, doc = _kept(batch, layer, reader.source.keep)
+            x, doc = kept_rows(batch, layer, reader.source.keep)
             if residuals:
-                means[layer][numbers] = _means(x, doc, len(batch))
+                means[layer][numbers] = document_means(x, doc, len(batch)).numpy()
             codes = sae.encode_sparse(x)
             active = codes.active
             key = (doc[:, None] * sae.cfg.d_sae + codes.indices)[active]
@@ -107,37 +99,6 @@ def read_documents(
         shape = (len(texts), reader.saes[layer].cfg.d_sae)
         blocks.append(csr_matrix((values, (rows, columns)), shape=shape))
     return stack_layers(blocks, reader.source), means if residuals else {}
-
-
-@torch.no_grad()
-def mean_residuals(
-    model: Any, texts: Sequence[Content], layers: Sequence[int], source: Source
-) -> dict[int, np.ndarray]:
-    """Mean residual of every document over the tokens that count. layer -> `[n_docs, d_model]`"""
-    found: dict[int, np.ndarray] = {}
-    batches = iter_captures(model, texts, layers, dtype=torch.float32, **source.settings)
-    for batch in _progress(batches, len(texts)):
-        for layer in layers:
-            x, doc = _kept(batch, layer, source.keep)
-            if layer not in found:
-                found[layer] = np.zeros((len(texts), x.shape[1]), dtype=np.float32)
-            found[layer][list(batch.doc_ids)] = _means(x, doc, len(batch))
-    return found
-
-
-def _kept(batch: Capture, layer: int, keep: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """The residuals that count and their document's place in the batch, on the CPU."""
-    x, doc = batch.residuals[layer], batch.doc_rows()
-    if keep:
-        rows = batch.keep(layer)
-        x, doc = x[rows], doc[rows.cpu()]
-    return x.cpu(), doc
-
-
-def _means(x: torch.Tensor, doc: torch.Tensor, n_docs: int) -> np.ndarray:
-    total = x.new_zeros((n_docs, x.shape[1])).index_add_(0, doc, x)
-    count = torch.bincount(doc, minlength=n_docs).clamp_min(1)
-    return (total / count[:, None]).numpy()
 
 
 def _progress(batches: Iterator[Capture], total: int) -> Iterator[Capture]:

@@ -6,7 +6,6 @@ exist, and which one is meant, is checked here; nothing is learned.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,15 +14,13 @@ from typing import Any
 import numpy as np
 
 from qwen_scope_lens.classify.methods import Documents
-from qwen_scope_lens.classify.pooled import pool_layers, source_of_store
-from qwen_scope_lens.classify.read import mean_residuals
+from qwen_scope_lens.classify.pooled import pool_layers
 from qwen_scope_lens.errors import BadCorpus, BadPlan, TooLittleData
+from qwen_scope_lens.features.document_sets import DocumentLabel, held_out_texts
+from qwen_scope_lens.stores.reread import Reading
 from qwen_scope_lens.stores.store import FeatureStore
 
 __all__ = ["Task", "by_language", "documents_of", "open_data", "residuals_of", "split"]
-
-YES, NO = ("1", "1.0", "true", "yes"), ("0", "0.0", "false", "no")
-MOST_SHOWN = 12
 
 
 @dataclass(frozen=True)
@@ -35,34 +32,22 @@ class Task:
 
     def truth(self, values: Sequence[Any] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Which documents are positive, and which have a label at all. bool `[n]` both."""
-        known = np.array([value is not None for value in values], dtype=bool)
-        texts = np.array([_name(value) for value in values], dtype=object)
-        counts = Counter(texts[known].tolist())
-        shown = ", ".join(f"{value} ({n:,})" for value, n in counts.most_common(MOST_SHOWN))
+        label = DocumentLabel(self.label, values)
+        known = label.known
         if not known.any():
             raise TooLittleData(f"no document has the label {self.label!r}")
-        if self.positive is not None:
-            wanted = _name(self.positive)
-            if wanted not in counts:
-                raise BadPlan(
-                    f"label {self.label!r} never is {self.positive!r}: it has {shown}. Pass one"
-                    " of these as --positive"
-                )
-            truth = texts == wanted
-        else:
-            lower = [text.lower() for text in texts]
-            if not set(np.array(lower)[known]) <= {*YES, *NO}:
-                raise BadPlan(
-                    f"label {self.label!r} is not true or false: it has {shown}. Say with"
-                    " --positive which of them is the positive class"
-                )
-            truth = np.array([text in YES for text in lower])
+        if self.positive is None and not label.is_truth:
+            raise BadPlan(
+                f"label {self.label!r} is not true or false: it has {label.shown}. Say with"
+                " --positive which of them is the positive class"
+            )
+        truth = label.truth() if self.positive is None else label.isin(self.positive)
         if len(np.unique(truth[known])) < 2:
             raise TooLittleData(
-                f"every document has the same answer to {self}: label {self.label!r} has {shown}."
-                " Documents of both classes are needed"
+                f"every document has the same answer to {self}: label {self.label!r} has"
+                f" {label.shown}. Documents of both classes are needed"
             )
-        return truth & known, known
+        return truth, known
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -119,7 +104,8 @@ def documents_of(
     rows = np.nonzero(known)[0]
     languages = None
     if language is not None:
-        languages = np.array([_name(value) for value in store.labels(language)], dtype=object)[rows]
+        named = [str(text) for text in DocumentLabel.of(store, language).texts]
+        languages = np.array(named, dtype=object)[rows]
     texts = store.documents(["text"])["text"].to_pylist()
     return Documents(
         tuple(texts[i] or "" for i in rows),
@@ -134,7 +120,7 @@ def residuals_of(
     documents: Documents, store: FeatureStore, layers: Sequence[int], model: Any
 ) -> Documents:
     """The same with mean residuals, which `model` reads the texts again for."""
-    found = mean_residuals(model, documents.texts, layers, source_of_store(store, layers))
+    found = Reading.of(store, layers).document_residuals(model, documents.texts)
     return replace(documents, residuals=found)
 
 
@@ -143,19 +129,13 @@ def split(documents: Documents, share: float = 0.2, seed: int = 0) -> tuple[Docu
 
     Equal texts stay together: a copy on both sides would be recognised, not classified.
     """
-    rng = np.random.default_rng(seed)
-    _, first, text_of = np.unique(documents.texts, return_index=True, return_inverse=True)
-    held = np.zeros(len(first), dtype=bool)
-    languages = documents.languages if documents.languages is not None else documents.truth * 0
-    for language in sorted(set(languages.tolist()), key=str):
-        for value in (False, True):
-            mine = (languages[first] == language) & (documents.truth[first] == value)
-            [rows] = np.nonzero(mine)
-            held[rng.permutation(rows)[: round(share * len(rows))]] = True
-    test = held[text_of]
+    kind = documents.truth.astype(np.int64)
+    if documents.languages is not None:
+        kind += 2 * np.unique(list(map(str, documents.languages)), return_inverse=True)[1]
+    test = held_out_texts(documents.texts, kind, share, seed)
     if not test.any() or test.all():
         raise TooLittleData(
-            f"{len(first)} different texts are too few to hold out {share:.0%}"
+            f"{len(set(documents.texts))} different texts are too few to hold out {share:.0%}"
             " of every class: add documents, or pass test documents of their own"
         )
     return documents.take(~test), documents.take(test)
@@ -188,11 +168,3 @@ def _check_column(corpus: Any, column: str | None, data: str) -> None:
             )
         return
     raise BadCorpus(f"{data} has no documents")
-
-
-def _name(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    return str(value)

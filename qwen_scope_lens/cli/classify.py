@@ -167,9 +167,8 @@ def _read(
     arguments: argparse.Namespace, residuals: bool = False
 ) -> tuple[Documents, Documents, str, FeatureStore]:
     """Discovery and test documents, a line that says what they are, and the store of the test."""
-    from qwen_scope_lens.classify.pooled import source_of_store
-    from qwen_scope_lens.classify.read import open_model
     from qwen_scope_lens.classify.task import Task, documents_of, residuals_of, split
+    from qwen_scope_lens.stores.reread import Reading
 
     model: Any = None
     task = Task(arguments.label, arguments.positive)
@@ -181,7 +180,7 @@ def _read(
         layers = arguments.layers or list(store.layers)
         documents = documents_of(store, task, layers=layers, language=arguments.language)
         if residuals:
-            model = model or open_model(source_of_store(store, layers))
+            model = model or Reading.of(store, layers).open_model()
             documents = residuals_of(documents, store, layers, model)
         found.append(documents)
     discovery, test = found if len(found) == 2 else split(found[0])

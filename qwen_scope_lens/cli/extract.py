@@ -13,7 +13,6 @@ again with the same command, it goes on where it was. `qsl store info` shows wha
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict
 from pathlib import Path
 
 from qwen_scope_lens.cli.options import count, layer_list, memory, rank
@@ -64,6 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
     from qwen_scope_lens.cli.store import describe
     from qwen_scope_lens.cli.terminal import plain
     from qwen_scope_lens.stores.corpus import read_corpus
+    from qwen_scope_lens.stores.extract import Request, extract_request
     from qwen_scope_lens.stores.manifest import Settings
 
     labels = arguments.label_columns
@@ -81,27 +81,26 @@ def run(arguments: argparse.Namespace) -> int:
         enable_thinking=arguments.thinking,
         add_generation_prompt=arguments.generation_prompt,
     )
-    job = {
-        "model": arguments.model or find_group(arguments.sae).backbone.model_id,
-        "group": arguments.sae,
-        "layers": arguments.layers,
-        "out": arguments.out,
-        "token_budget": arguments.token_budget,
-        "shard_docs": arguments.shard_docs,
-        "append": arguments.append,
-        "sae_memory": arguments.sae_memory,
-        "sae_folder": arguments.folder,
-        "sae_revision": arguments.revision,
-        "device": arguments.device,
-        "progress": not arguments.quiet,
-    }
+    request = Request(
+        model=arguments.model or find_group(arguments.sae).backbone.model_id,
+        group=arguments.sae,
+        layers=arguments.layers,
+        out=arguments.out,
+        settings=settings,
+        token_budget=arguments.token_budget,
+        shard_docs=arguments.shard_docs,
+        append=arguments.append,
+        sae_memory=arguments.sae_memory,
+        sae_folder=arguments.folder,
+        sae_revision=arguments.revision,
+        device=arguments.device,
+    )
+    progress = not arguments.quiet
     if arguments.ray is not None:
         from qwen_scope_lens.stores.extract_ray import extract_on_ray
 
-        store = extract_on_ray(corpus, settings=settings, workers=arguments.ray, **job)
+        store = extract_on_ray(corpus, request, workers=arguments.ray, progress=progress)
     else:
-        from qwen_scope_lens.stores.extract import extract
-
-        store = extract(corpus, rank=arguments.rank, **asdict(settings), **job)
+        store = extract_request(corpus, request, rank=arguments.rank, progress=progress)
     print(plain(describe(store)))
     return 0

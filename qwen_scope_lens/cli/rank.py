@@ -68,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
 
         residuals = pooled_residuals(
             store,
-            arguments.layers or store.layers,
+            arguments.layers,
             load_model(arguments.residuals) if arguments.residuals else None,
             last=arguments.pool == "last",
             keep=not arguments.all_tokens,

@@ -163,6 +163,7 @@ def _repetition(arguments: argparse.Namespace) -> int:
     import numpy as np
 
     from qwen_scope_lens.errors import BadCorpus
+    from qwen_scope_lens.features.document_sets import DocumentLabel
     from qwen_scope_lens.stores.store import FeatureStore
     from qwen_scope_lens.train.repetition_features import find_repetition_features
 
@@ -171,13 +172,8 @@ def _repetition(arguments: argparse.Namespace) -> int:
     store = FeatureStore.open(arguments.store)
     docs = None
     if arguments.label is not None:
-        values = store.labels(arguments.label)
-        docs = np.flatnonzero([str(value) == arguments.positive for value in values]).tolist()
-        if not docs:
-            there = ", ".join(sorted({str(value) for value in values})[:20])
-            raise BadCorpus(
-                f"no document has {arguments.label} = {arguments.positive}: there are {there}"
-            )
+        label = DocumentLabel.of(store, arguments.label)
+        docs = np.flatnonzero(label.isin(arguments.positive)).tolist()
     found = find_repetition_features(
         store,
         docs=docs,

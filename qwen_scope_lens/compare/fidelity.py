@@ -67,6 +67,7 @@ def fidelity(
     tokenizer: Any = None,
     max_tokens: int | None = None,
     token_budget: int = TOKEN_BUDGET,
+    extreme_norm_ratio: float = EXTREME_NORM_RATIO,
     progress: Callable[[int], Any] | None = None,
     **encode_options: Any,
 ) -> dict[int, Fidelity]:
@@ -84,7 +85,7 @@ def fidelity(
     if not rows:
         raise TooLittleData("no text has two tokens: there is nothing to predict or reconstruct")
     sums = {layer: _Sums() for layer in saes}
-    clean, predicted = 0.0, 0
+    clean, predicted, ratio = 0.0, 0, extreme_norm_ratio
     for ids, mask in _batches(rows, token_budget, input_device(model)):
         found: dict[int, Tensor] = {}
         with _hooks(model, {layer: _reader(found, layer) for layer in saes}):
@@ -92,9 +93,10 @@ def fidelity(
         clean += _loss(logits, ids, mask) if losses else 0.0
         predicted += int(mask[:, 1:].sum())
         for layer, sae in saes.items():
-            sums[layer].add(sae, found[layer][_kept(found[layer], mask)])
+            sums[layer].add(sae, found[layer][_kept(found[layer], mask, ratio)])
         for layer, sae in saes.items() if losses else ():
-            for name, change in (("spliced", _splice(sae, mask)), ("zeroed", _zero(mask))):
+            changes = {"spliced": _splice(sae, mask, ratio), "zeroed": _zero(mask, ratio)}
+            for name, change in changes.items():
                 with _hooks(model, {layer: change}):
                     loss = _loss(_logits(model, ids, mask), ids, mask)
                 setattr(sums[layer], name, getattr(sums[layer], name) + loss)
@@ -133,13 +135,13 @@ class _Sums:
         return Fidelity(layer, self.n, fvu, self.active / self.n, *per_token)
 
 
-def _kept(x: Tensor, mask: Tensor) -> Tensor:
+def _kept(x: Tensor, mask: Tensor, ratio: float) -> Tensor:
     """`[b, t, d] -> bool [b, t]`: no pad, not first, not of extreme norm, as `capture` decides."""
     norms = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32)
     later = mask.to(x.device).clone()
     later[:, 0] = False
     median = norms.masked_fill(~later, torch.nan).nanmedian(dim=1, keepdim=True).values
-    return later & (norms <= EXTREME_NORM_RATIO * median)
+    return later & (norms <= ratio * median)
 
 
 def _reader(found: dict[int, Tensor], layer: int) -> Callable[[Tensor], None]:
@@ -149,9 +151,9 @@ def _reader(found: dict[int, Tensor], layer: int) -> Callable[[Tensor], None]:
     return read
 
 
-def _splice(sae: ScopeSAE, mask: Tensor) -> Callable[[Tensor], Tensor]:
+def _splice(sae: ScopeSAE, mask: Tensor, ratio: float) -> Callable[[Tensor], Tensor]:
     def change(x: Tensor) -> Tensor:
-        kept, out = _kept(x, mask), x.clone()
+        kept, out = _kept(x, mask, ratio), x.clone()
         rows = x[kept].float().to(sae.W_enc.device)
         out[kept] = sae.decode_sparse(sae.encode_sparse(rows)).to(x.device, x.dtype)
         return out
@@ -159,8 +161,8 @@ def _splice(sae: ScopeSAE, mask: Tensor) -> Callable[[Tensor], Tensor]:
     return change
 
 
-def _zero(mask: Tensor) -> Callable[[Tensor], Tensor]:
-    return lambda x: x.masked_fill(_kept(x, mask).unsqueeze(-1), 0)
+def _zero(mask: Tensor, ratio: float) -> Callable[[Tensor], Tensor]:
+    return lambda x: x.masked_fill(_kept(x, mask, ratio).unsqueeze(-1), 0)
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from qwen_scope_lens.compare.fidelity import fidelity
 from qwen_scope_lens.compare.match import Matching, match_activations, match_decoders
 from qwen_scope_lens.errors import StoreMismatch, TooLittleData, UnknownName
 from qwen_scope_lens.saes.load import load_sae
+from qwen_scope_lens.stores.reread import Reading
 
 if TYPE_CHECKING:
     from qwen_scope_lens.stores.store import FeatureStore
@@ -87,16 +88,14 @@ def both_fvu(
     wanted = list(layers) if layers is not None else [n for n in base.layers if n in tuned.layers]
     sample = [t for t in base.documents(["text"])["text"].to_pylist()[:texts] if t]
     saes = {layer: load_sae(base.sae(layer).ref) for layer in wanted}
-    found = [
-        fidelity(
-            load_related(store.manifest.model.id),
-            saes,
-            sample,
-            losses=False,
-            max_tokens=store.manifest.settings.max_tokens,
-        )
-        for store in (base, tuned)
-    ]
+    found = []
+    for reading in (Reading.of(store, wanted) for store in (base, tuned)):
+        model = load_related(reading.model, **reading.load_options)
+        limits = {
+            "max_tokens": reading.settings.max_tokens,
+            "extreme_norm_ratio": reading.settings.extreme_norm_ratio,
+        }
+        found.append(fidelity(model, saes, sample, losses=False, **limits))
     return {layer: (found[0][layer].fvu, found[1][layer].fvu) for layer in wanted}
 
 

@@ -1,4 +1,5 @@
 from .contrast import RankSums as RankSums
+from .document_sets import DocumentLabel as DocumentLabel
 from .nearest import nearest_by_correlation as nearest_by_correlation
 from .nearest import nearest_by_cosine as nearest_by_cosine
 from .pool import pool as pool

@@ -1,8 +1,9 @@
-"""The few best entries of every feature, kept while a corpus goes by in bounded memory.
+"""The few best entries of every feature, collected in bounded memory while a corpus is read.
 
-`Best` holds at most `size` (document, position, value) entries a feature, of highest priority, ties
-by document, then position. With the value as priority these are top examples; with a hash of the
-place they are a uniform sample, the same whatever the order in which the corpus was read.
+`Best` holds at most `size` (document, position, value) entries per feature: those of the highest
+priority, ties in order of document and position. With the value as the priority, these are the top
+examples. With a hash of the place they are a uniform sample, which does not depend on the order in
+which the corpus is read.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ __all__ = ["Best", "place_hash", "rank_within"]
 Array = np.ndarray[Any, Any]
 
 PENDING = 2_000_000
-"""Candidates that may wait before they are merged: about 60 MB."""
+"""How many candidates may wait before they are merged: about 60 MB."""
 
 ENTRY = np.dtype(
     [("feature", "i4"), ("position", "i4"), ("doc", "i8"), ("value", "f4"), ("priority", "f8")]
@@ -24,14 +25,14 @@ ENTRY = np.dtype(
 
 
 class Best:
-    """The entries of highest priority of every feature; `one_per_doc`: a document counts once."""
+    """The entries of highest priority of every feature; with `one_per_doc` one per document."""
 
     def __init__(self, d_sae: int, size: int, one_per_doc: bool, pending: int = PENDING) -> None:
         self._d_sae, self._size, self._one_per_doc = d_sae, size, one_per_doc
         self._held = np.zeros(0, dtype=ENTRY)
         self._waiting: list[Array] = []
         self._count, self._most = 0, max(1, pending)
-        self._floor = np.full(d_sae, -np.inf)  # a new entry below it is not among the best
+        self._floor = np.full(d_sae, -np.inf)  # a new entry below this is not among the best
 
     def add(
         self, feature: Array, doc: Array, position: Array, value: Array, priority: Array
@@ -70,7 +71,7 @@ class Best:
             )
         ]
         if self._one_per_doc and len(entries):
-            # Stable by (feature, doc): the first of each pair is its best.
+            # The sort is stable, so the first entry of each (feature, document) is its best.
             order = np.lexsort((entries["doc"], entries["feature"]))
             same = np.zeros(len(entries), dtype=bool)
             same[1:] = (np.diff(entries["feature"][order]) == 0) & (
@@ -86,7 +87,7 @@ class Best:
 
 
 def place_hash(doc: Array, position: Array, salt: Array | int = 0) -> Array:
-    """A number in [0, 1) that only the place decides (splitmix64), for sampling without order."""
+    """A number in [0, 1) that depends on nothing but the place (splitmix64), for sampling."""
     with np.errstate(over="ignore"):
         x = doc.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
         x ^= position.astype(np.uint64) * np.uint64(0xC2B2AE3D27D4EB4F)
@@ -99,7 +100,7 @@ def place_hash(doc: Array, position: Array, salt: Array | int = 0) -> Array:
 
 
 def rank_within(group: Array) -> Array:
-    """The place of each entry within its run of equal values of a sorted array."""
+    """The place of each entry within its run of equal values, for a sorted array."""
     if not len(group):
         return np.zeros(0, dtype=np.int64)
     new = np.ones(len(group), dtype=bool)

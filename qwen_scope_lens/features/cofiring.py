@@ -1,8 +1,8 @@
 """Which features fire on the same tokens: the closest partners of every feature.
 
-Counts are exact over the tokens they were made on: all of them, or, when there are more than
-`most_tokens`, a sample that the places decide. The product of the 0/1 matrix with itself is taken
-in blocks of features, so memory does not grow with d_sae squared.
+The counts are exact for the tokens that are counted: all tokens, or a sample that depends on their
+places alone when there are more than `most_tokens`. The product of the 0/1 matrix with itself is
+computed in blocks of features, so memory does not grow with the square of d_sae.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ __all__ = ["PAIR_TOKENS", "Cofiring"]
 Array = np.ndarray[Any, Any]
 
 PAIR_TOKENS = 100_000
-"""Tokens on which pairs are counted at most; at k = 50 about 20 MB of indices."""
+"""The most tokens on which pairs are counted; at k = 50 about 20 MB of indices."""
 
 LEAST = 5
-"""Features that fire together on fewer tokens are no partners: most pairs meet once or twice."""
+"""Features that fire together on fewer tokens are not partners: most pairs meet once or twice."""
 
 BLOCK = 1024
 
 
 class Cofiring:
-    """Collects token rows; `partners` counts."""
+    """Collects the features that fire on each token; `partners` counts the pairs."""
 
     def __init__(self, d_sae: int, most_tokens: int = PAIR_TOKENS) -> None:
         self._d_sae, self._most = d_sae, most_tokens
@@ -36,7 +36,7 @@ class Cofiring:
         self._ceiling = 2.0
 
     def add(self, doc: Array, position: Array, indices: Array, active: Array) -> None:
-        """Rows of a block: `[n]`, `[n]`, `[n, k]`, `[n, k]`."""
+        """Add the tokens of a block: `[n]`, `[n]`, `[n, k]`, `[n, k]`."""
         key = place_hash(doc, position)
         mine = key < self._ceiling
         rows = np.where(active[mine], indices[mine], -1).astype(np.int32)
@@ -46,10 +46,10 @@ class Cofiring:
             self._prune()
 
     def partners(self, size: int) -> tuple[Array, Array, Array, int]:
-        """For every feature the `size` others of highest Jaccard index, ties by number.
+        """For every feature, the `size` other features of highest Jaccard index, ties by number.
 
-        `partner [d_sae, size]` (-1 where fewer), `count` of tokens on which both fire, `jaccard`,
-        and the number of tokens counted on.
+        Returns `partner [d_sae, size]` (-1 where there are fewer), the `count` of tokens on which
+        both fire, their `jaccard` index, and the number of tokens that were counted.
         """
         from scipy.sparse import csr_matrix
 

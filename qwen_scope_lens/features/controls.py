@@ -1,7 +1,7 @@
-"""What makes a ranking believable: shuffled labels, other features, and probes beside it.
+"""What a ranking has to be compared with: shuffled labels, other features, and probes.
 
-Every figure here is on documents that the ranking did not see, except the shuffles, which repeat
-the ranking itself on labels that mean nothing.
+Every figure is measured on documents that the ranking did not see, except for the shuffles, which
+repeat the ranking itself on labels that mean nothing.
 """
 
 from __future__ import annotations
@@ -33,30 +33,30 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class Shuffles:
-    """The same ranking on shuffled labels, some times over."""
+    """The same ranking repeated on shuffled labels."""
 
     found: tuple[int, ...]  # features that passed, in each run
     largest_auroc: tuple[float, ...]  # the best feature of each run, turned to its better side
 
     @property
     def ceiling(self) -> float:
-        """An AUROC that no feature reached on labels that mean nothing."""
+        """The highest AUROC that any feature reached on labels that mean nothing."""
         return max(self.largest_auroc, default=0.5)
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """Held-out AUROCs of some features, each turned to the side it had on discovery."""
+    """Held-out AUROCs of some features, each turned to the side that it had in discovery."""
 
     name: str
     features: int
-    mean_auroc: float | None  # None where there are none
+    mean_auroc: float | None  # None where there are no features
     highest_auroc: float | None
 
 
 @dataclass(frozen=True)
 class Probe:
-    """A direction fitted on the discovery documents; its AUROC on the held-out ones."""
+    """A direction fitted on the discovery documents, and its AUROC on the held-out ones."""
 
     name: str  # "difference of means" or "linear probe"
     on: str  # "features" or "residual"
@@ -67,7 +67,7 @@ class Probe:
 def shuffled_tests(sums: RankSums, positive: Array, runs: int, seed: int) -> tuple[Array, Array]:
     """AUROC and p-value of every feature on shuffled labels: `[d_sae, runs]` each.
 
-    The permutations depend on the seed alone, so that all layers see the same.
+    The permutations depend on the seed alone, so that they are the same for all layers.
     """
     rng = np.random.default_rng(seed)
     labels = np.stack([rng.permutation(positive) for _ in range(runs)], axis=1)
@@ -77,7 +77,7 @@ def shuffled_tests(sums: RankSums, positive: Array, runs: int, seed: int) -> tup
 def summarise_shuffles(
     auroc: Array, p: Array, tested: Array, fdr: float, correction: Correction
 ) -> Shuffles:
-    """`[n_features, runs]` of all layers together, and which features were tested."""
+    """Summarise `[n_features, runs]` of all layers together, over the features that were tested."""
     found, largest = [], []
     for run in range(p.shape[1]):
         found.append(int((q_values(p[:, run], tested, correction) <= fdr).sum()))
@@ -92,6 +92,7 @@ def oriented(discovery: Array, held_out: Array) -> Array:
 
 
 def baseline(name: str, features: Array, discovery: Array, held_out: Array) -> Baseline:
+    """The held-out AUROCs of some features (by number), summarised."""
     if not len(features):
         return Baseline(name, 0, None, None)
     scores = oriented(discovery[features], held_out[features])
@@ -99,8 +100,11 @@ def baseline(name: str, features: Array, discovery: Array, held_out: Array) -> B
 
 
 def matched(winners: Array, others: Array, found: Contrast, each: int = 3) -> Array:
-    """For every winner the `each` other features most like it in how often and how strongly they
-    fire, whatever the group. Indices into the features; one may serve several winners."""
+    """For every winner, the `each` other features that fire most nearly as often and as strongly.
+
+    Which group they fire in does not count. Returns indices of features; one feature may match
+    several winners.
+    """
     from scipy.spatial import cKDTree
 
     if not len(winners) or not len(others):
@@ -139,7 +143,7 @@ def probes(
         StandardScaler(with_mean=not issparse(x)), LogisticRegression(C=0.1, max_iter=300, tol=1e-3)
     )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # a baseline need not be at its best
+        warnings.simplefilter("ignore", ConvergenceWarning)  # a baseline need not have converged
         probe.fit(known, labels)
     scores = {
         "difference of means": np.asarray(new @ direction).ravel(),

@@ -1,9 +1,9 @@
-"""The largest and smallest entries of a product of two large matrices, without ever holding it.
+"""The largest and smallest entries of a product of two large matrices, which is never held whole.
 
-Both questions of a feature page are this one: which tokens a direction promotes or suppresses
-(directions times the unembedding), and which other directions point the same way (directions times
-themselves). Blocked; where the product is large, candidates come from bfloat16 and are re-scored in
-float32, which is several times as fast and leaves the shown values exact to float32.
+A feature page asks this twice: which tokens a direction promotes or suppresses (directions times
+the unembedding), and which other directions point the same way (directions times themselves). The
+product is computed in blocks. Where it is large, candidates are found in bfloat16 and scored again
+in float32, which is several times as fast and leaves the values that are shown exact to float32.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from qwen_scope_lens.saes.exact.dots import pair_dots
 __all__ = ["Extremes", "extremes"]
 
 SIDE = 4096
-"""Rows and columns of the product held at a time: 32 MiB in bfloat16."""
+"""Rows and columns of the product that are held at a time: 32 MiB in bfloat16."""
 
 HALF_FROM = 2**36
-"""Multiplications from which the candidates come from bfloat16."""
+"""From this many multiplications on, the candidates are found in bfloat16."""
 
 CANDIDATES = 2
-"""How many candidates a wanted entry has, and `SPARE` more."""
+"""How many candidates there are per wanted entry; `SPARE` more are added."""
 SPARE = 8
 
 
 @dataclass(frozen=True)
 class Extremes:
-    """Per row the entries wanted: `values` float32 and `indices` int64, both `[rows, count]`."""
+    """The wanted entries of each row: `values` float32, `indices` int64, both `[rows, count]`."""
 
     values: Tensor
     indices: Tensor
@@ -53,10 +53,10 @@ def extremes(
 ) -> list[Extremes]:
     """The `count` largest entries of every row of `rows @ columns.T`, in descending order.
 
-    With `smallest` a second result holds the smallest, in ascending order. `without_self` leaves
-    out the diagonal. `half` says whether candidates come from bfloat16 (None: where it pays).
-    `transform` is applied to the rows, block by block, and column j counts `column_scale[j]` times,
-    so that no second copy in float32 is made of either.
+    With `smallest`, a second result holds the smallest entries in ascending order. `without_self`
+    leaves out the diagonal. `half` says whether candidates are found in bfloat16 (None: where it is
+    faster). `transform` is applied to the rows block by block, and column j is multiplied by
+    `column_scale[j]`, so that neither needs a second copy in float32.
     """
     count = max(0, min(count, len(columns) - int(without_self)))
     if half is None:
@@ -96,9 +96,9 @@ def _candidates(
     half: bool,
     own: int | None,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """At each end the `wanted` outermost entries of a block of rows: values and indices of each.
+    """The `wanted` outermost entries at each end of a block of rows: their values and indices.
 
-    `own` is the first row's own column: the diagonal from there on is left out.
+    `own` is the column that belongs to the first row: the diagonal from there on is left out.
     """
     dtype = torch.bfloat16 if half else torch.float32
     block = block.to(dtype)

@@ -1,8 +1,8 @@
 """The best partners of every row among all rows of another matrix, exactly, in bounded memory.
 
-Two kinds of score: the cosine of dense rows (decoder directions), and the correlation of sparse
-columns (activations on the same tokens). Both are gone through in tiles; of each tile only the best
-per row and per column is kept. What a score means is `match.py`.
+There are two kinds of score: the cosine of dense rows (decoder directions), and the correlation of
+sparse columns (activations on the same tokens). Both are computed tile by tile, and only the best
+entries per row and per column are kept. `compare/match.py` says what a score means.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ TILE = 4096
 
 @dataclass(frozen=True)
 class Nearest:
-    """For every row of A its best rows of B, and the other way round; descending, -1 is none."""
+    """For every row of A its best rows of B, and the other way round; descending, -1 where none."""
 
     of_a: Array  # int64 [n_a, m]
     score_a: Array  # float32 [n_a, m]
@@ -46,10 +46,10 @@ def nearest_by_cosine(
     tile: int = TILE,
     progress: Callable[[int], Any] | None = None,
 ) -> Nearest:
-    """Rows of `a [n_a, d]` and `b [n_b, d]`; a row of zeros has cosine 0 with everything.
+    """Compare rows of `a [n_a, d]` and `b [n_b, d]`; a row of zeros has cosine 0 with all others.
 
-    Time grows with n_a n_b d, memory with tile^2 + (n_a + n_b) m; the matrices may be mapped files
-    of any float dtype, of which one tile at a time is made unit-length float32.
+    Time grows with n_a n_b d, memory with tile^2 + (n_a + n_b) m. The matrices may be mapped files
+    of any float dtype: one tile at a time becomes float32 of unit length.
     """
     of_a, score_a = _empty(len(a), m)
     of_b, score_b = _empty(len(b), m)
@@ -69,8 +69,8 @@ def nearest_by_correlation(
 ) -> Nearest:
     """Pearson's correlation of the columns of `a [n, d_a]` and `b [n, d_b]`, sparse and >= 0.
 
-    Columns that fire together on fewer than `least` rows have no score: on few tokens a perfect
-    correlation is an accident. Only pairs that fire together are looked at; the others correlate
+    Columns that fire together on fewer than `least` rows have no score, because on a few tokens a
+    perfect correlation is chance. Only pairs that fire together are computed: all others correlate
     negatively.
     """
     n = a.shape[0]
@@ -120,7 +120,7 @@ def _merge(best: torch.Tensor, score: torch.Tensor, tile: torch.Tensor, offset: 
 def _merge_pairs(
     best: torch.Tensor, score: torch.Tensor, row: Array, column: Array, value: Array
 ) -> None:
-    """The same for scattered pairs."""
+    """Put scattered pairs into `best` and `score`, in place."""
     m = best.shape[1]
     order = np.lexsort((column, -value, row))
     row, column, value = row[order], column[order], value[order]

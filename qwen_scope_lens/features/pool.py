@@ -1,7 +1,6 @@
-"""From tokens to documents: one row of features per document.
+"""From tokens to documents: one row of feature values per document, read from a store.
 
-Reads a store, block by block; what a row is then used for is not decided here. Whatever takes such
-rows as a matrix from a user takes them through `canonical`.
+Code that takes such rows as a matrix from a user passes them through `canonical` first.
 """
 
 from __future__ import annotations
@@ -29,12 +28,12 @@ def pool(
     keep: bool = True,
     docs: Iterable[int] | None = None,
 ) -> csr_matrix:
-    """Each document's features. `-> [n_docs, d_sae]` float32
+    """One value per document and feature. `-> [n_docs, d_sae]` float32
 
-    `max` and `mean` (over all its tokens, zeros included) of the values, `any`: 1 where it fires at
-    all, `last`: the values on its last token. `keep` leaves out first and extreme-norm tokens; the
-    last token counts always. With `docs` there is one row for each of them, in the order given.
-    A document without a token that counts has an empty row.
+    `how` is `max` or `mean` (over all tokens of the document, zeros included), `any` (1 where the
+    feature fires at all) or `last` (the value on the last token). `keep` leaves out first tokens
+    and tokens of extreme norm, but `last` always reads the last token. With `docs` there is one row
+    for each of them, in the order given. A document without a token that counts has an empty row.
     """
     if how not in get_args(How):
         raise UnknownName(f"pooling {how!r}: expected one of {', '.join(get_args(How))}")
@@ -54,13 +53,13 @@ def pool(
 
 
 def canonical(matrix: Any) -> csr_matrix:
-    """Rows as CSR with one stored value per cell, ascending, none of them zero.
+    """The same matrix as CSR, with one stored value per cell, in order, none of them zero.
 
-    SciPy lets a sparse matrix hold a cell several times (its value is their sum), hold zeros, and
-    hold a row in any order; what counts stored values would count wrongly. The caller's matrix
-    stays as it is.
+    SciPy allows a sparse matrix to hold a cell several times (the value is the sum), to hold zeros,
+    and to hold a row in any order; code that counts stored values would then count wrongly. The
+    caller's matrix is not changed.
     """
-    found = csr_matrix(matrix)  # of a CSR matrix: the same arrays
+    found = csr_matrix(matrix)  # a CSR matrix shares its arrays
     if found.has_canonical_format and found.data.all():
         return found
     found = found.copy()
@@ -73,7 +72,7 @@ _NOTHING = (np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32
 
 
 def _pooled(block: Block, how: How, d_sae: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """document, feature, value of a block; a block holds whole documents."""
+    """The document, feature and value of each pooled entry of a block of whole documents."""
     if not len(block):
         return _NOTHING
     starts = np.nonzero(np.concatenate([[True], block.doc[1:] != block.doc[:-1]]))[0]
@@ -84,7 +83,7 @@ def _pooled(block: Block, how: How, d_sae: int) -> tuple[np.ndarray, np.ndarray,
         starts = np.arange(len(docs))
     active = codes.active.numpy()
     before = np.concatenate([[0], np.cumsum(active.sum(1))])
-    entries = csr_matrix(  # a row a document, features repeated and unsorted
+    entries = csr_matrix(  # one row per document; features repeat and are not in order
         (
             codes.values.numpy()[active],
             codes.indices.numpy()[active],

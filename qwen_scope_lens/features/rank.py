@@ -1,9 +1,9 @@
-"""Which features tell one group of documents from another, and whether to believe it.
+"""Which features tell one group of documents from another, and how far that can be believed.
 
-A part of the documents is for discovery: every feature of every layer is tested there, with the
-false-discovery rate controlled over all of them. The winners are scored again on the part held out,
-beside the controls of `controls.py`. The arithmetic is `contrast.py`, the choice of documents
-`document_sets.py`.
+One part of the documents is for discovery: every feature of every layer is tested there, and the
+false-discovery rate is controlled over all of them. The winners are scored again on the held-out
+part, beside the controls of `controls.py`. `document_sets.py` chooses the documents, `contrast.py`
+computes the tests, and `ranking.py` holds the result.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from qwen_scope_lens.features import controls
 from qwen_scope_lens.features.contrast import Contrast, Correction, RankSums, contrast, q_values
 from qwen_scope_lens.features.controls import Probe
 from qwen_scope_lens.features.document_sets import Groups, by_documents, by_label, split
+from qwen_scope_lens.features.pool import How
 from qwen_scope_lens.features.ranking import RankedFeature, Ranking
 from qwen_scope_lens.stores.facts import versions
 
@@ -34,7 +35,8 @@ TEST = (
 )
 
 Measure = Literal["auroc", "effect", "mean_difference", "rate_difference"]
-How = Literal["max", "mean", "any", "last"]
+MEASURES = get_args(Measure)
+DETAILS = ("mean_positive", "mean_negative", "rate_positive", "rate_negative", "p_value")
 
 
 @dataclass(frozen=True)
@@ -70,17 +72,17 @@ def rank(
     """Rank the features of some layers by how well they tell positive from negative documents.
 
     Args:
-        positive, negative: with `label` values of that label, else document numbers or masks.
-            Without `negative`: all other documents (that have the label).
-        layer: one, several, or None for all that the store has; the false-discovery rate is
+        positive, negative: with `label`, values of that label; without it, document numbers or
+            masks. By default the negatives are all other documents (that have the label).
+        layer: one layer, several, or None for all that the store has. The false-discovery rate is
             controlled over all of them together.
-        pool: how a document's tokens become one number: max, mean, any, or last.
-        keep: leave out first tokens and tokens of extreme norm (never `last`).
-        by: the measure that orders the winners; ties by AUROC, effect, then address.
-        both_sides: also features that are higher in the negatives.
-        fdr, correction: q-values of the test must not exceed `fdr`; "bh" is Benjamini-Hochberg,
-            "by" Benjamini-Yekutieli: stricter, without an assumption about how features depend on
-            each other.
+        pool: how the tokens of a document become one number: max, mean, any, or last.
+        keep: leave out first tokens and tokens of extreme norm (`last` always reads the last).
+        by: the measure that orders the winners; ties are ordered by AUROC, effect, then address.
+        both_sides: rank features that are higher in the negatives, too.
+        fdr, correction: q-values of the test must not exceed `fdr`. "bh" is Benjamini-Hochberg,
+            "by" Benjamini-Yekutieli, which is stricter and needs no assumption about how features
+            depend on each other.
         min_documents: features that fire on fewer discovery documents are not tested.
         held_out: the share of documents on which the winners are scored again.
         shuffles: how often the whole ranking is repeated on shuffled labels.
@@ -154,7 +156,7 @@ def _ranking(
     top: int,
     provenance: dict[str, Any],
 ) -> Ranking:
-    """All layers together: control of false discoveries, order, controls."""
+    """Put all layers together: control the false-discovery rate, order the winners, compare."""
 
     def joined(part: str, name: str) -> np.ndarray[Any, Any]:
         return np.concatenate([getattr(getattr(result, part), name) for result in results])
@@ -185,18 +187,10 @@ def _ranking(
             RankedFeature(
                 ref=str(LayerRef.parse(refs[layer_of[at]]).feature(feature)),
                 q_value=float(q[at]),
-                **{
-                    name: float(getattr(here, name)[feature])
-                    for name in ("auroc", "effect", "mean_difference", "rate_difference",
-                                 "mean_positive", "mean_negative", "rate_positive",
-                                 "rate_negative", "p_value")
-                },
-                **{
-                    f"held_out_{name}": float(getattr(there, name)[feature])
-                    for name in ("auroc", "effect", "mean_difference", "rate_difference")
-                },
+                **{name: float(getattr(here, name)[feature]) for name in (*MEASURES, *DETAILS)},
+                **{f"held_out_{name}": float(getattr(there, name)[feature]) for name in MEASURES},
             )
-        )  # fmt: skip
+        )
     held_auroc = joined("held_out", "auroc")
     rng = np.random.default_rng(settings["seed"] + 2)
     others = np.flatnonzero(tested & ~differs)
@@ -256,9 +250,9 @@ def _require_enough(groups: Groups, discovery: Any, held: Any) -> None:
         outside = int((mask & ~groups.positive).sum())
         if min(inside, outside) < 2:
             raise TooLittleData(
-                f"{inside} positive and {outside} negative documents in the part for {part}: both"
-                " need at least 2 (documents with the same text stay in one part). Add documents,"
-                " or change held_out"
+                f"{inside} positive and {outside} negative documents in the part for {part}: at"
+                " least 2 of each are needed (documents with the same text stay in one part). Add"
+                " documents, or change held_out"
             )
 
 

@@ -1,6 +1,6 @@
-"""The outcome of a ranking: rows, controls and provenance, as an object, a JSON file and a table.
+"""The result of a ranking: rows, controls and provenance, as an object, a JSON file and a table.
 
-How it is found is `rank.py`.
+`rank.py` finds it.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from qwen_scope_lens.files import read_json, write_json
 __all__ = ["RankedFeature", "Ranking"]
 
 FORMAT, VERSION = "qwen-scope-ranking", 1
+MAY_BE_INFINITE = ("effect", "held_out_effect")
 
 
 @dataclass(frozen=True)
 class RankedFeature:
-    """One feature that passed; `held_out_*` are on documents that the choice did not see."""
+    """One feature that passed the test; `held_out_*` are measured on documents it did not see."""
 
     ref: str
     auroc: float
@@ -42,7 +43,7 @@ class RankedFeature:
 
 @dataclass(frozen=True)
 class Ranking:
-    """The features that passed, best first, with what is needed to judge and to repeat it."""
+    """The features that passed, best first, with all that is needed to judge and repeat it."""
 
     rows: tuple[RankedFeature, ...]
     found: int  # how many passed; `rows` holds the best of them
@@ -57,8 +58,8 @@ class Ranking:
     def save(self, path: str | Path) -> None:
         content = asdict(self)
         for row in content["rows"]:
-            for name in ("effect", "held_out_effect"):
-                if not math.isfinite(row[name]):  # JSON knows no infinity
+            for name in MAY_BE_INFINITE:
+                if not math.isfinite(row[name]):  # JSON has no infinity
                     row[name] = "inf" if row[name] > 0 else "-inf"
         write_json(Path(path), FORMAT, VERSION, content)
 
@@ -67,10 +68,9 @@ class Ranking:
         content = read_json(Path(path), FORMAT, VERSION, "qsl rank")
         try:
             rows = [
-                {**row, "effect": float(row["effect"]),
-                 "held_out_effect": float(row["held_out_effect"])}
+                {**row, **{name: float(row[name]) for name in MAY_BE_INFINITE}}
                 for row in content["rows"]
-            ]  # fmt: skip
+            ]
             shuffled = {name: tuple(values) for name, values in content["shuffled"].items()}
             return cls(
                 **{
@@ -85,7 +85,7 @@ class Ranking:
             raise BadFile(f"{path} is a damaged ranking ({error}): make it again") from error
 
     def table(self, most: int = 20) -> str:
-        """What a person reads: the best features and the controls, as text."""
+        """The best features and the controls, as text for a terminal."""
         return "\n".join([*_head(self), *_rows(self, most), *_controls(self)])
 
 

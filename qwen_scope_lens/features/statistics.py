@@ -1,9 +1,10 @@
-"""Everything that is worth knowing about all features of a layer, from one pass over a store.
+"""Statistics of all features of a layer, from one pass over a store.
 
-How often each fires, on how many documents, how strongly (sum, maximum, histogram), on which tokens
-(top examples and a uniform sample), and with which others. Memory is a few hundred bytes a feature
-plus a bounded buffer, however large the store. Texts stay in the store: an example is a document
-and a position, `store.spans(doc)[position]` its place in the text.
+They say how often each feature fires, on how many documents, how strongly (sum, maximum,
+histogram), on which tokens (top examples and a uniform sample), and together with which others.
+Memory is a few hundred bytes per feature plus a bounded buffer, however large the store is. Texts
+stay in the store: an example is a document and a position, and `store.spans(doc)[position]` is its
+place in the text.
 """
 
 from __future__ import annotations
@@ -27,8 +28,10 @@ Array = np.ndarray[Any, Any]
 
 LOWEST, BINS = -16, 56
 BIN_EDGES = 2.0 ** (np.arange(LOWEST, LOWEST + BINS + 1) / 2)
-"""Edges of the histogram's bins, half an octave each, from 2^-8 to 2^20. What lies outside is
-counted in the first or last bin."""
+"""The edges of the histogram's bins, half an octave each, from 2^-8 to 2^20.
+
+Values outside are counted in the first or the last bin.
+"""
 
 
 @dataclass(frozen=True)
@@ -42,12 +45,15 @@ class Example:
 
 @dataclass(frozen=True, eq=False)
 class FeatureStatistics:
-    """Statistics of all features of one layer; arrays have one row a feature, numbered as in the
-    SAE. Entries of the example arrays that do not exist are -1 (documents, positions, partners)."""
+    """Statistics of all features of one layer; arrays have one row per feature, as in the SAE.
+
+    Entries of the example and partner arrays that do not exist are -1 (documents, positions,
+    partners).
+    """
 
     sae: str  # address of the layer, GROUP/LAYER
-    n_docs: int  # read
-    n_tokens: int  # counted: first and extreme ones are left out unless keep=False
+    n_docs: int  # documents that were read
+    n_tokens: int  # tokens that were counted: without first and extreme ones, unless keep=False
     kept_only: bool
     token_count: Array  # int64 [d_sae], tokens on which the feature fires
     doc_count: Array  # int64 [d_sae]
@@ -87,12 +93,12 @@ class FeatureStatistics:
 
     @property
     def dead(self) -> Array:
-        """Features that fired on no token that was read. bool `[d_sae]`"""
+        """Dead features: those that fired on none of the tokens. bool `[d_sae]`"""
         return self.token_count == 0
 
     @property
     def l0(self) -> float:
-        """How many features fire on a token, on average."""
+        """How many features fire per token, on average."""
         return float(self.token_count.sum() / max(1, self.n_tokens))
 
     def top_examples(self, feature: int) -> list[Example]:
@@ -104,7 +110,7 @@ class FeatureStatistics:
         return self._examples(feature, self.sample_doc, self.sample_position, self.sample_value)
 
     def quantile_examples(self, feature: int, quantiles: Iterable[float]) -> list[Example]:
-        """For each quantile of its activations (1 the strongest) an example near it."""
+        """An example near each quantile of its activations (1 is the strongest)."""
         sample = self.sample_examples(feature)
         if not sample:
             return []
@@ -114,7 +120,7 @@ class FeatureStatistics:
     def top_pairs(self, n: int = 50, least: int = 10) -> list[tuple[int, int, int, float]]:
         """The closest pairs among every feature's partners: feature, feature, tokens, Jaccard.
 
-        Only pairs that fire together on `least` tokens or more: rare ones agree by chance.
+        Only pairs that fire together on `least` tokens or more count: rare ones agree by chance.
         """
         a = np.repeat(np.arange(self.d_sae), self.partner.shape[1])
         b, count, score = (
@@ -152,11 +158,11 @@ def statistics(
 
     Args:
         keep: leave out first tokens and tokens of extreme norm, as every statistic does by default.
-        docs: only these documents.
-        examples: documents whose strongest token is kept, a feature.
-        sample: tokens kept at random, a feature: what quantile examples are taken from.
-        partners: co-firing features kept, a feature.
-        pair_tokens: more tokens than these are sampled for counting pairs.
+        docs: read only these documents.
+        examples: the number of documents per feature whose strongest token is kept.
+        sample: the number of tokens per feature that are kept at random, for quantile examples.
+        partners: the number of co-firing features that are kept per feature.
+        pair_tokens: if there are more tokens than this, pairs are counted on a sample of them.
     """
     from tqdm import tqdm
 
@@ -177,12 +183,12 @@ def statistics(
             counts.add(block, feature, doc, value)
             top.add(feature, doc, position, value, value.astype(np.float64))
             uniform.add(feature, doc, position, value, place_hash(doc, position, feature))
-            pairs.add(np.asarray(block.doc), np.asarray(block.position),
-                      block.codes.indices.numpy(), active)  # fmt: skip
+            places = np.asarray(block.doc), np.asarray(block.position)
+            pairs.add(*places, block.codes.indices.numpy(), active)
             bar.update(len(block.doc))
     if not counts.n_tokens:
         raise TooLittleData(
-            f"layer {layer} of this store has no token to count (first and extreme ones are left"
+            f"layer {layer} of this store has no tokens to count (first and extreme ones are left"
             " out by default: keep=False counts them)"
         )
     top_doc, top_position, top_value = top.result()
@@ -222,7 +228,7 @@ class _Counts:
         self.maximum = np.zeros(d_sae, dtype=np.float32)
         self.histogram = np.zeros((d_sae, BINS), dtype=np.int64)
         self._last_doc = -1
-        self._seen = np.zeros(d_sae, dtype=bool)  # in the document that the last block ended with
+        self._seen = np.zeros(d_sae, dtype=bool)  # in the last document of the last block
 
     def add(self, block: Block, feature: Array, doc: Array, value: Array) -> None:
         d_sae = len(self.tokens)
@@ -235,7 +241,7 @@ class _Counts:
         if not len(block.doc):
             return
         on_doc, fires = np.divmod(np.unique(doc * d_sae + feature), d_sae)
-        # A document's tokens stand together, but a block may end in the middle of one.
+        # The tokens of a document are consecutive, but a block may end in the middle of one.
         again = (on_doc == self._last_doc) & self._seen[fires]
         self.docs += np.bincount(fires[~again], minlength=d_sae)
         last = int(np.asarray(block.doc)[-1])

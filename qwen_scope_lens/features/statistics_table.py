@@ -1,6 +1,6 @@
-"""Statistics as text for people and as a Parquet table for everything else.
+"""Statistics as text for a terminal, and as a Parquet table.
 
-Counting is `statistics.py`.
+`statistics.py` counts.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SHORT = (0.01, 0.1, 0.5, 0.9, 0.99)
 
 
 def to_table(found: FeatureStatistics) -> pa.Table:
-    """One row a feature: its address, counts, and the example and partner arrays as lists."""
+    """One row per feature: its address, its counts, and its examples and partners as lists."""
     import pyarrow as pa
 
     layer = LayerRef.parse(found.sae)
@@ -43,9 +43,8 @@ def to_table(found: FeatureStatistics) -> pa.Table:
         "mean_active": found.mean_active,
         "maximum": found.maximum,
     }
-    lists = ("histogram", "top_doc", "top_position", "top_value", "partner", "partner_count",
-             "partner_jaccard")  # fmt: skip
-    for name in lists:
+    examples = ("top_doc", "top_position", "top_value")
+    for name in ("histogram", *examples, "partner", "partner_count", "partner_jaccard"):
         rows = getattr(found, name)
         columns[name] = pa.FixedSizeListArray.from_arrays(pa.array(rows.ravel()), rows.shape[1])
     facts = {
@@ -67,17 +66,17 @@ def save_table(found: FeatureStatistics, path: str | Path) -> None:
 
 
 def summary(found: FeatureStatistics, pairs: int = 10) -> str:
-    """The layer as a whole, and the features that fire together most."""
+    """The layer as a whole, and the features that most often fire together."""
     alive = ~found.dead
     lines = [
         f"{found.sae}: {found.n_tokens:,} tokens of {found.n_docs:,} documents"
         + (" (first and extreme ones left out)" if found.kept_only else ""),
-        f"features that fire: {int(alive.sum()):,} of {found.d_sae:,}; {found.l0:.1f} on a token",
+        f"features that fire: {int(alive.sum()):,} of {found.d_sae:,}; {found.l0:.1f} per token",
     ]
     if alive.any():
         shares = np.quantile(found.density[alive], SHORT)
         lines.append(
-            "share of tokens a feature fires on, by quantile: "
+            "share of tokens that a feature fires on, by quantile: "
             + ", ".join(f"{q:.0%} {share:.2%}" for q, share in zip(SHORT, shares, strict=True))
         )
         often = np.argsort(-found.density, kind="stable")[:5]
@@ -122,7 +121,7 @@ def feature_text(found: FeatureStatistics, feature: int, store: FeatureStore, mo
 
 
 def snippet(store: FeatureStore, doc: int, position: int, text: str | None) -> str:
-    """The token in its document's text, between 《 and 》; without spans, the token alone."""
+    """The token in its text, between 《 and 》; the token alone where there is no text."""
     start, end = store.spans(doc)[position].tolist()
     if start < 0 or text is None:
         return f"《{store.by_token(doc).tokens[position]}》"

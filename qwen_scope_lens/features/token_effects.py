@@ -1,8 +1,8 @@
-"""What a feature writes: the tokens it promotes and suppresses, and the features that write alike.
+"""The logit lens of features: the tokens that each promotes and suppresses, and its neighbours.
 
 The direction of a feature (its decoder row) is read as if it were the whole residual at the end of
-the model: through the last norm, which for RMSNorm is exact up to its length, and the unembedding.
-Effects of the layers between are left out, so for early layers this is a hint and no more.
+the model: through the last norm (for RMSNorm this is exact up to the length) and the unembedding.
+The effects of the layers in between are left out, so for early layers this is only a hint.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["Neighbours", "TokenEffects", "nearest", "token_effects"]
 
 @dataclass(frozen=True)
 class TokenEffects:
-    """Per feature, tokens and their logits less the vocabulary's mean; `[features, count]`."""
+    """Tokens per feature, and their logits minus the vocabulary's mean; `[features, count]`."""
 
     promoted: np.ndarray
     promoted_by: np.ndarray
@@ -32,7 +32,7 @@ class TokenEffects:
 
 @dataclass(frozen=True)
 class Neighbours:
-    """Per feature the others with the largest cosine of directions; `[features, count]`."""
+    """The other features of the largest decoder cosine, per feature; `[features, count]`."""
 
     features: np.ndarray
     cosines: np.ndarray
@@ -47,8 +47,11 @@ def token_effects(
     half: bool | None = None,
     progress: bool = False,
 ) -> TokenEffects:
-    """`directions [features, d_model]`; only the first `vocabulary` tokens compete, because models
-    embed a few ids that the tokenizer never makes."""
+    """The tokens that `directions [features, d_model]` promote and suppress most.
+
+    Only the first `vocabulary` tokens take part, because models embed some ids that the tokenizer
+    never makes.
+    """
     if directions.shape[-1] != out.weight.shape[-1]:
         raise WrongModel(
             f"the directions have {directions.shape[-1]} dimensions, the unembedding"
@@ -79,7 +82,7 @@ def token_effects(
 def nearest(
     directions: Tensor, count: int = 8, half: bool | None = None, progress: bool = False
 ) -> Neighbours:
-    """`directions [features, d_model]`; a zero direction is near to nothing (cosine 0)."""
+    """The nearest others of `directions [features, d_model]`; a zero direction has cosine 0."""
     norms = torch.cat([rows.float().norm(dim=-1) for rows in directions.split(4096)])
     [found] = extremes(
         directions,

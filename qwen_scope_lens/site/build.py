@@ -11,6 +11,7 @@ from typing import Any
 from qwen_scope_lens.address import LayerRef
 from qwen_scope_lens.catalog import bundled_model
 from qwen_scope_lens.errors import ScopeError, StoreMismatch, WrongTokenizer
+from qwen_scope_lens.features.document_sets import label_text
 from qwen_scope_lens.labels.packs import LabelPack
 from qwen_scope_lens.models.checkpoint import open_tokenizer
 from qwen_scope_lens.models.token_text import Vocabulary
@@ -174,6 +175,6 @@ def document_heads(store: FeatureStore) -> Sequence[tuple[str, list[tuple[str, s
     columns = [table[name].to_pylist() for name in names]
     heads = []
     for key, *values in zip(keys, *columns, strict=True):
-        known = [(n, v) for n, v in zip(names, values, strict=True) if v is not None and v == v]
-        heads.append((key, [(name, str(value)[:60]) for name, value in known]))
+        texts = [(name, label_text(value)) for name, value in zip(names, values, strict=True)]
+        heads.append((key, [(name, text[:60]) for name, text in texts if text is not None]))
     return heads

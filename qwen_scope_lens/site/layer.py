@@ -15,6 +15,7 @@ import torch
 
 from qwen_scope_lens.address import LayerRef
 from qwen_scope_lens.errors import StoreMismatch
+from qwen_scope_lens.features.document_sets import DocumentLabel
 from qwen_scope_lens.features.statistics import Example, FeatureStatistics, statistics
 from qwen_scope_lens.features.token_effects import Neighbours, TokenEffects, nearest, token_effects
 from qwen_scope_lens.models.token_text import Vocabulary
@@ -67,9 +68,8 @@ def break_down(store: FeatureStore, layer: int) -> list[Breakdown]:
     codes_of: dict[str, np.ndarray] = {}
     found: dict[str, Breakdown] = {}
     for name in store.label_names:
-        column = [None if value is None else str(value) for value in store.labels(name)]
-        values = sorted({value for value in column if value is not None})
-        known = sum(value is not None for value in column)
+        label = DocumentLabel.of(store, name)
+        column, values, known = label.texts, sorted(label.counts), label.counts.total()
         if not 2 <= len(values) <= min(MOST_VALUES, known // 2):
             continue
         number = {value: i for i, value in enumerate(values)} | {None: -1}

@@ -1,8 +1,9 @@
-"""Sparse codes in four or five bytes an entry, as a store keeps them.
+"""Sparse codes in four or five bytes per entry, as a store keeps them.
 
-Values are float16, rounded to nearest; the few that overflow it (Qwen's sink tokens) stand in a
-list beside, rounded to the same eleven bits but with float32's range. Indices are uint16, with one
-more byte where an SAE has more than 65,536 features. Files are `shard_files.py`.
+Values are float16, rounded to nearest. The few values that are too large for float16 (on Qwen's
+sink tokens) are in a separate list, rounded to the same eleven bits but with the range of float32.
+Indices are uint16, with one more byte where an SAE has more than 65,536 features. `shard_files.py`
+writes the files.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from qwen_scope_lens.saes.codes import SparseCodes
 
 __all__ = ["OVERFLOW", "REPAIR", "Packed", "pack", "stored_values"]
 
-REPAIR = "`qsl store check` finds all damage, the same `qsl extract` again makes it anew"
+REPAIR = "`qsl store check` finds all damage, and running the same `qsl extract` again repairs it"
 
 OVERFLOW = np.dtype([("at", "<i8"), ("value", "<f4")])
 """An entry that float16 cannot hold: its place in the flattened `[n, k]`, and its value."""
@@ -29,7 +30,7 @@ _LEAST = np.float16(6e-8)  # the least positive float16
 
 @dataclass(frozen=True)
 class Packed:
-    """`[n, k]` entries. Where `values` says infinity, `overflow` has the value."""
+    """`[n, k]` entries. Where `values` is infinite, `overflow` has the value."""
 
     low: np.ndarray  # uint16 [n, k]
     high: np.ndarray | None  # uint8 [n, k]: index >> 16
@@ -53,7 +54,7 @@ class Packed:
         return Packed(self.low[start:end], high, self.values[start:end], overflow, self.d_sae)
 
     def take(self, rows: np.ndarray) -> Packed:
-        """Chosen positions, in the order given."""
+        """Some positions, in the order given."""
         values = self.values[rows]
         at = []
         for row in np.unique(np.nonzero(np.isinf(values))[0]):  # rare
@@ -83,20 +84,23 @@ class Packed:
         )
 
     def indices(self) -> np.ndarray:
-        """int32 `[n, k]`, below d_sae: a file that says otherwise raises, as compiled code that
-        trusts such a number would write over memory."""
+        """int32 `[n, k]`, all below d_sae.
+
+        A file with a larger index raises here, because compiled code that trusted it would write
+        outside its memory.
+        """
         indices = self.low.astype(np.int32)
         if self.high is not None:
             indices |= self.high.astype(np.int32) << 16
         if indices.size and (most := int(indices.max())) >= self.d_sae:
             raise StoreDamaged(
-                f"feature {most} stands in a file of codes whose SAE has 0..{self.d_sae - 1}."
+                f"a file of codes names feature {most}, but its SAE has 0..{self.d_sae - 1}."
                 f" {REPAIR}"
             )
         return indices
 
     def numbers(self) -> np.ndarray:
-        """float32 `[n, k]`, exactly as stored: finite, 0 or more."""
+        """float32 `[n, k]`, exactly as stored: finite and not negative."""
         values = self.values.astype(np.float32)
         if len(self.overflow):
             values.reshape(-1)[self.overflow["at"]] = self.overflow["value"]
@@ -113,12 +117,12 @@ class Packed:
 
 
 def pack(codes: SparseCodes) -> Packed:
-    """`SparseCodes [n, k]`, rounded to what a store keeps; the order of entries is kept legal."""
+    """Round `SparseCodes [n, k]` to what a store keeps, and order the entries again."""
     codes = codes.detach().to("cpu")
     values = codes.values.to(torch.float32).numpy()
     indices = codes.indices.numpy()
     stored = stored_values(values)
-    # Rounding makes ties, and ties stand by ascending index: order by (value down, index up).
+    # Rounding makes ties, and ties are in order of the index: sort by descending value, then index.
     key = (~stored.view(np.uint32)).astype(np.int64) << 20 | indices
     key = np.where(stored > 0, key, np.iinfo(np.int64).max)
     order = np.argsort(key, axis=-1, kind="stable")
@@ -135,7 +139,7 @@ def pack(codes: SparseCodes) -> Packed:
 
 
 def stored_values(values: np.ndarray) -> np.ndarray:
-    """float32 values as a store gives them back: eleven significant bits, never a zero made."""
+    """Values as a store returns them: eleven significant bits; a value above zero stays so."""
     values = np.ascontiguousarray(values, dtype=np.float32)
     with np.errstate(over="ignore"):
         half = values.astype(np.float16)

@@ -1,8 +1,8 @@
 """Corpora: files of documents with a key, a text or a chat, and labels.
 
-JSON Lines, plain text (a document a line), CSV and TSV, Parquet, and Hugging Face datasets (a
-folder of `save_to_disk`, or a name on the hub). Read as a stream, as often as needed. What a corpus
-is for is not decided here; tokens come from `models/tokenize.py`.
+The formats are JSON Lines, plain text (one document per line), CSV and TSV, Parquet, and Hugging
+Face datasets (a folder of `save_to_disk`, or a name on the hub). A corpus is read as a stream, as
+often as needed. `corpus_formats.py` reads the files; `models/tokenize.py` makes the tokens.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ class Document:
 
     @property
     def content(self) -> str | list[Mapping[str, Any]]:
-        """What `iter_captures` takes."""
+        """The text or the messages, as `iter_captures` takes them."""
         return self.text if self.text is not None else list(self.messages or ())
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents that can be gone through again and again."""
+    """Documents that can be iterated over any number of times."""
 
     name: str
     source: _Source
@@ -62,7 +62,7 @@ class Corpus:
 
 @dataclass(frozen=True)
 class Survey:
-    """What one pass over a corpus finds out."""
+    """The facts that one pass over a corpus finds out."""
 
     n_docs: int
     characters: int
@@ -80,13 +80,14 @@ def read_corpus(
     split: str | None = None,
     skip_empty: bool = False,
 ) -> Corpus:
-    """A file, a folder of `datasets`, or a dataset on the hub, `owner/name` or `owner/name:config`.
+    """Open a corpus: a file, a folder of `datasets`, or a dataset on the hub.
 
-    `text` is the column of the text or of the chat messages (else `text`, else `messages`), `key`
-    that of the documents' names (else `key`, else `id`, else their numbers). `labels` are the
-    columns carried along: without it, every other column whose values are plain (texts, numbers,
-    truth values). Empty texts are an error unless `skip_empty`. Unpaired surrogates, which no
-    tokenizer takes, become U+FFFD.
+    A dataset on the hub is `owner/name` or `owner/name:config`. `text` names the column of the text
+    or of the chat messages (by default `text`, else `messages`), `key` the column of the documents'
+    names (by default `key`, else `id`, else the documents are numbered). `labels` names the columns
+    to keep; by default these are all other columns with plain values (texts, numbers, booleans).
+    Empty texts are an error unless `skip_empty`. Unpaired surrogates, which tokenizers refuse,
+    become U+FFFD.
     """
     columns = _Columns(text, None if labels is None else tuple(labels), key, skip_empty)
     place, reader = _opened(path, split)
@@ -97,20 +98,20 @@ def read_corpus(
 def read_rows(
     path: str | os.PathLike[str], *, split: str | None = None
 ) -> Iterator[tuple[str, Row]]:
-    """The rows of whatever `read_corpus` reads, with where each stands, for messages."""
+    """The rows of anything that `read_corpus` reads, each with its place for error messages."""
     place, reader = _opened(path, split)
     yield from reader(place)
 
 
 def _opened(path: str | os.PathLike[str], split: str | None) -> tuple[Any, Reader]:
-    """What a path or name stands for, and how it is read."""
+    """The file, folder or hub name that is meant, and its reader."""
     place = Path(path).expanduser()
     if place.is_file():
         suffix = place.suffix.lower()
         if suffix not in READERS:
             raise BadCorpus(
-                f"{place}: what format is {suffix or 'a file without an ending'}? Expected one of"
-                f" {', '.join(READERS)}, a folder of datasets.save_to_disk or a hub name"
+                f"{place}: {suffix or 'a file without an ending'} is not a known format. Expected"
+                f" one of {', '.join(READERS)}, a folder of datasets.save_to_disk or a hub name"
             )
         return place, READERS[suffix]
     if place.is_dir():
@@ -126,7 +127,7 @@ def _opened(path: str | os.PathLike[str], split: str | None) -> tuple[Any, Reade
 
 
 def as_corpus(documents: Any, name: str = "documents given in Python") -> Corpus:
-    """A corpus of whatever holds documents: texts, chats, rows (mappings) or Documents."""
+    """Make a corpus of a sequence of texts, chats, rows (mappings) or Documents."""
     if isinstance(documents, Corpus):
         return documents
     if isinstance(documents, (str, os.PathLike)):
@@ -138,7 +139,7 @@ def as_corpus(documents: Any, name: str = "documents given in Python") -> Corpus
 
 
 def survey(corpus: Iterable[Document], name: str) -> Survey:
-    """Go through a corpus once: count, hash, and find the labels' types and every bad row."""
+    """Go through a corpus once: count, hash, find the types of the labels, refuse bad rows."""
     digest = hashlib.sha256()
     labels: dict[str, str] = {}
     count = characters = 0
@@ -165,8 +166,8 @@ def survey(corpus: Iterable[Document], name: str) -> Survey:
         raise BadCorpus(f"{name} has no documents")
     if len(keys) < count:
         raise BadCorpus(
-            f"{name}: {count - len(keys):,} documents have the key of another one. Keys name"
-            " documents: pass key=... (--key) with a column of unique values"
+            f"{name}: {count - len(keys):,} documents have the same key as another one. A key must"
+            " name one document: pass key=... (--key) with a column of unique values"
         )
     for label in labels:
         for other in (*RESERVED, *labels):
@@ -245,13 +246,14 @@ def _labels(
             continue
         if not isinstance(name, str) or not name or _whole(name) != name:
             if wanted is None:
-                continue  # a column without a name, or with one that no file can hold
+                continue  # a column without a name, or with a name that a file cannot hold
             raise BadCorpus(f"{name!r} cannot be the name of a label: rename the column")
         if name not in row:
             raise BadCorpus(f"{where} has no column {name!r}: it has {', '.join(map(str, row))}")
         if name in RESERVED:
             raise BadCorpus(
-                f"a label cannot be called {name!r}, the store has such a column: rename it"
+                f"a label cannot be called {name!r}, because every store has a column of that name:"
+                " rename it"
             )
         value = row[name]
         if hasattr(value, "item") and not isinstance(value, (str, bytes)):  # numpy scalars
@@ -279,7 +281,7 @@ def _checked(document: Document, where: str, columns: _Columns) -> Document | No
 
 
 def _whole(text: str) -> str:
-    """Without unpaired surrogates (halves of a character beyond U+FFFF)."""
+    """The text with unpaired surrogates (halves of a character beyond U+FFFF) replaced."""
     if text.isascii():
         return text
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

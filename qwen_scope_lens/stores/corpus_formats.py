@@ -1,6 +1,7 @@
-"""The formats of corpora: each reader yields (where it stands, row) from a file or dataset.
+"""The formats of corpora: each reader yields (place, row) pairs from a file or a dataset.
 
-A row is a mapping of columns; what its text, key and labels are is decided in `corpus.py`.
+The place is for error messages. A row is a mapping of columns; `corpus.py` decides which of them
+are the text, the key and the labels.
 """
 
 from __future__ import annotations
@@ -23,14 +24,16 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
             try:
                 yield f"{path}, line {number}", json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise BadCorpus(f"{path}, line {number} is no JSON: {error}") from error
+                raise BadCorpus(f"{path}, line {number} is not JSON: {error}") from error
 
 
 def _json(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         rows = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise BadCorpus(f"{path} is no JSON ({error}); JSON Lines end in .jsonl") from error
+        raise BadCorpus(
+            f"{path} is not JSON ({error}); files of JSON Lines end in .jsonl"
+        ) from error
     if not isinstance(rows, list):
         raise BadCorpus(f"{path} holds a {type(rows).__name__}: expected a list of objects")
     yield from ((f"{path}, entry {number}", row) for number, row in enumerate(rows))
@@ -53,7 +56,7 @@ def _csv(path: Path) -> Iterator[tuple[str, Any]]:
                 where = f"{path}, line {rows.line_num}"
                 if None in row or None in row.values():
                     raise BadCorpus(
-                        f"{where} has another number of fields than the header"
+                        f"{where} has a different number of fields than the header"
                         f" ({len(rows.fieldnames or ())}): quote texts that hold the separator"
                     )
                 yield where, row
@@ -86,6 +89,8 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 @dataclass(frozen=True)
 class Given:
+    """Reads documents that are in memory."""
+
     rows: list[Any]
 
     def __call__(self, name: Any) -> Iterator[tuple[str, Any]]:
@@ -101,6 +106,8 @@ class Given:
 
 @dataclass(frozen=True)
 class Datasets:
+    """Reads a dataset of Hugging Face, from a folder or from the hub."""
+
     split: str | None
     on_hub: bool
 
@@ -116,9 +123,9 @@ class Datasets:
         except (ConnectionError, OSError) as error:
             if self.on_hub:
                 raise HubUnreachable(
-                    f"{place} is no file here, and as a dataset it cannot be fetched: {error}"
+                    f"{place} is not a file here, and it cannot be fetched as a dataset: {error}"
                 ) from error
-            raise BadCorpus(f"{place} is no folder of datasets.save_to_disk: {error}") from error
+            raise BadCorpus(f"{place} is not a folder of datasets.save_to_disk: {error}") from error
         except ValueError as error:
             raise BadCorpus(f"{place} cannot be read as a dataset: {error}") from error
         if isinstance(found, dict):

@@ -1,9 +1,9 @@
-"""From a corpus to a store: documents through model and SAEs, shard by shard.
+"""From a corpus to a store: documents through the model and the SAEs, shard by shard.
 
-`extract` can be killed at any instant and called again: finished shards stay, the rest is made as
-it would have been. Batches never cross a shard's border, so a shard's bytes do not depend on where
-a run stopped. `models/residuals.py` reads residuals, `saes/` encodes them, `shard_files.py` writes
-the codes; here is the order in which that happens. `extract_ray.py` does the same on a cluster.
+`extract` can be killed at any instant and called again: finished shards stay, and the rest is made
+as it would have been made without the interruption. A `Request` says what is wanted, `check`
+refuses everything that can be refused before a weight is read, `prepare` loads the model and writes
+the manifest, and `extraction.py` does the work. `extract_ray.py` does the same on a cluster.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from tqdm.auto import tqdm
 
 from qwen_scope_lens.address import LayerRef
@@ -35,16 +36,42 @@ from qwen_scope_lens.stores.fingerprints import is_sample, sampled_fingerprint
 from qwen_scope_lens.stores.manifest import CorpusFacts, Manifest, SAEFacts, Settings
 from qwen_scope_lens.stores.store import FeatureStore
 
-__all__ = ["SHARD_DOCS", "Checked", "check", "extract", "prepare"]
+__all__ = [
+    "SHARD_DOCS",
+    "Checked",
+    "Request",
+    "check",
+    "extract",
+    "extract_request",
+    "prepare",
+]
 
 SHARD_DOCS = 512
 TOKEN_BUDGET = 4096
 
 
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What to extract and where to put it, as a caller says it; nothing is loaded yet."""
+
+    model: str | Path | nn.Module  # a name, or a model in memory
+    group: str
+    layers: Sequence[int]
+    out: str | os.PathLike[str]
+    settings: Settings = field(default_factory=Settings)
+    token_budget: int | None = None
+    shard_docs: int | None = None
+    append: bool = False
+    sae_memory: int | None = None
+    sae_folder: str | os.PathLike[str] | None = None
+    sae_revision: str | None = None
+    device: str | None = None
+
+
 def extract(
     documents: Any,
     *,
-    model: Any,
+    model: str | Path | nn.Module,
     group: str,
     layers: Sequence[int],
     out: str | os.PathLike[str],
@@ -65,31 +92,28 @@ def extract(
     progress: bool = True,
     **model_options: Any,
 ) -> FeatureStore:
-    """The sparse features of every document, in a store on disk.
+    """Write the sparse features of every document into a store on disk.
 
     Args:
-        documents: of `read_corpus`, or a list of texts, chats, mappings (`text`, labels) or
-            Documents.
+        documents: what `read_corpus` returns, or a list of texts, chats, mappings (with `text` and
+            labels) or Documents.
         model: a name for `load_model` (only the layers needed are read), or a model in memory.
-        group: the SAEs, `qwen3-8b-base/w64k-l0-50`; `layers` are those to store.
-        max_tokens: (else the model's context) cuts longer documents, or refuses them with
-            `truncate=False`.
-        enable_thinking: has to be said for chats.
-        token_budget: tokens of a batch, pads included (4096).
-        shard_docs: documents of a shard (512): what a killed run loses at most.
+        group: the SAEs, such as `qwen3-8b-base/w64k-l0-50`; `layers` are the layers to store.
+        max_tokens: longer documents are cut to this many tokens (by default to the model's
+            context), or refused with `truncate=False`.
+        enable_thinking: must be given for chats.
+        token_budget: the most tokens per batch, pads included (4096).
+        shard_docs: documents per shard (512). A killed run loses at most one shard.
         append: add the documents to a store that has others.
         sae_memory: bytes for SAE weights. Where not all SAEs fit, the residuals of some shards are
             kept and the SAEs go over them one by one.
-        rank: (i, n) makes every n-th shard from i: n processes share the work.
+        rank: (i, n) makes every n-th shard, beginning with shard i, so that n processes share the
+            work.
     """
-    i, n = rank
-    if not 0 <= i < n:
-        raise BadCorpus(f"rank {i}/{n}: expected 0/{n}..{n - 1}/{n}")
     settings = Settings(
         max_tokens, truncate, enable_thinking, add_generation_prompt, extreme_norm_ratio
     )
-    checked = check(
-        documents,
+    request = Request(
         model=model,
         group=group,
         layers=layers,
@@ -98,17 +122,37 @@ def extract(
         token_budget=token_budget,
         shard_docs=shard_docs,
         append=append,
+        sae_memory=sae_memory,
         sae_folder=sae_folder,
         sae_revision=sae_revision,
+        device=device,
     )
-    say = _say if progress else _silent
-    job = prepare(checked, model, tokenizer, device, say, **model_options)
+    return extract_request(
+        documents, request, tokenizer=tokenizer, rank=rank, progress=progress, **model_options
+    )
+
+
+def extract_request(
+    documents: Any,
+    request: Request,
+    *,
+    tokenizer: Any = None,
+    rank: tuple[int, int] = (0, 1),
+    progress: bool = True,
+    **model_options: Any,
+) -> FeatureStore:
+    """Do what `extract` does, for a request."""
+    i, n = rank
+    if not 0 <= i < n:
+        raise BadCorpus(f"rank {i}/{n}: expected 0/{n}..{n - 1}/{n}")
+    checked = check(documents, request)
+    job = prepare(checked, tokenizer, _say if progress else _silent, **model_options)
     lock = job.out if n == 1 else job.out / ".ranks" / f"{i}-of-{n}"
     if lock != job.out:
         refuse_link(lock)
     with exclusive(lock):
         if missing := job.missing(i, n):
-            job.run(missing, job.encoder(sae_memory), progress)
+            job.run(missing, job.encoder(request.sae_memory), progress)
         else:
             job.say("nothing to do: every shard is there")
     return FeatureStore.open(job.out)
@@ -116,103 +160,76 @@ def extract(
 
 @dataclass(frozen=True)
 class Checked:
-    """A job of which everything is known but the model."""
+    """A request that was checked: everything is known but the model."""
 
+    request: Request
     group: Group
     corpus: Corpus
     survey: Survey
     saes: dict[int, SAEFacts]
-    settings: Settings
-    facts: CorpusFacts  # in an existing store: as it stands there, or would stand
+    facts: CorpusFacts  # as they are in the existing store, or as they would be there
     folder: Path
-    append: bool
-    token_budget: int | None
-    sae_folder: str | os.PathLike[str] | None
-    sae_revision: str | None
 
 
-def check(
-    documents: Any,
-    *,
-    model: Any,
-    group: str,
-    layers: Sequence[int],
-    out: str | os.PathLike[str],
-    settings: Settings,
-    token_budget: int | None = None,
-    shard_docs: int | None = None,
-    append: bool = False,
-    sae_folder: str | os.PathLike[str] | None = None,
-    sae_revision: str | None = None,
-) -> Checked:
-    """Refuse what needs no model to be refused: bad rows, other SAEs, settings or documents."""
-    row = find_group(group)
-    wanted = sorted({row.check_layer(layer) for layer in layers})
+def check(documents: Any, request: Request) -> Checked:
+    """Refuse bad rows and other SAEs, settings or documents before a model is loaded."""
+    row = find_group(request.group)
+    wanted = sorted({row.check_layer(layer) for layer in request.layers})
     if not wanted:
         raise BadCorpus("no layer was asked for: pass layers=[...]")
-    if isinstance(model, (str, Path)):
-        facts.check_config(str(model), row)
+    if isinstance(request.model, (str, Path)):
+        facts.check_config(str(request.model), row)
     corpus = as_corpus(documents)
     found = survey(corpus, corpus.name)
-    if found.has_chats and settings.enable_thinking is None:
+    if found.has_chats and request.settings.enable_thinking is None:
         raise BadCorpus(
             f"{corpus.name} holds chats: say enable_thinking=True or False (--thinking,"
-            " --no-thinking), the template changes the text with it"
+            " --no-thinking), because the template changes the text with it"
         )
-    saes = {n: facts.sae_facts(LayerRef(row.short, n), sae_folder, sae_revision) for n in wanted}
+    saes = {
+        n: facts.sae_facts(LayerRef(row.short, n), request.sae_folder, request.sae_revision)
+        for n in wanted
+    }
     mine = CorpusFacts(
         name=corpus.name,
         n_docs=found.n_docs,
         sha256=found.sha256,
-        shard_docs=shard_docs or SHARD_DOCS,
-        token_budget=token_budget or TOKEN_BUDGET,
+        shard_docs=request.shard_docs or SHARD_DOCS,
+        token_budget=request.token_budget or TOKEN_BUDGET,
         size=corpus.size,
     )
-    folder = Path(out).expanduser()
+    folder = Path(request.out).expanduser()
     for name in (".manifest", ".ranks", "shards"):
         refuse_link(folder / name)
     if Manifest.exists(folder):
-        likely = replace(Manifest.read(folder), saes=saes, settings=settings)
-        mine = _current(_joined(folder, likely, mine, found.labels, append), mine)
-    if shard_docs not in (None, mine.shard_docs):
+        likely = replace(Manifest.read(folder), saes=saes, settings=request.settings)
+        mine = _current(_joined(folder, likely, mine, found.labels, request.append), mine)
+    if request.shard_docs not in (None, mine.shard_docs):
         raise StoreMismatch(
-            f"{folder} has {mine.shard_docs} documents a shard, {shard_docs} were asked for:"
-            " leave shard_docs out to go on"
+            f"{folder} has {mine.shard_docs} documents per shard, {request.shard_docs} were asked"
+            " for: leave shard_docs out to go on"
         )
-    return Checked(
-        group=row,
-        corpus=corpus,
-        survey=found,
-        saes=saes,
-        settings=settings,
-        facts=mine,
-        folder=folder,
-        append=append,
-        token_budget=token_budget,
-        sae_folder=sae_folder,
-        sae_revision=sae_revision,
-    )
+    return Checked(request, row, corpus, found, saes, mine, folder)
 
 
 def prepare(
     checked: Checked,
-    model: Any,
     tokenizer: Any = None,
-    device: str | None = None,
     say: Callable[[str], None] = lambda line: None,
     **model_options: Any,
 ) -> Job:
-    """Load the model, compare it with the store's, write the manifest."""
-    wanted, folder, found = sorted(checked.saes), checked.folder, checked.survey
+    """Load the model, compare it with the store's model, and write the manifest."""
+    request, folder, found = checked.request, checked.folder, checked.survey
+    wanted, model = sorted(checked.saes), request.model
     if isinstance(model, (str, Path)):
-        model = load_model(model, up_to_layer=wanted[-1], device=device, **model_options)
+        model = load_model(model, up_to_layer=wanted[-1], device=request.device, **model_options)
     facts.check_model(model, checked.group)
     tokenizer = find_tokenizer(model, tokenizer)
     mine = Manifest(
         model=facts.model_facts(model, wanted),
         tokenizer=facts.tokenizer_facts(tokenizer),
         saes=checked.saes,
-        settings=checked.settings,
+        settings=request.settings,
         labels={},
         corpora=(),
         versions=facts.versions(),
@@ -227,15 +244,16 @@ def prepare(
     if note := facts.model_note(mine.model, checked.group):
         say(f"NOTE: {note}")
     with exclusive(folder / ".manifest", wait=True):
-        manifest = _joined(folder, mine, checked.facts, found.labels, checked.append)
+        manifest = _joined(folder, mine, checked.facts, found.labels, request.append)
         if not Manifest.exists(folder) or Manifest.read(folder) != manifest:
             manifest.write(folder)
     current = _current(manifest, checked.facts)
-    budget = checked.token_budget or current.token_budget
+    budget = request.token_budget or current.token_budget
     if budget != current.token_budget:
         say(
-            f"NOTE: {budget} tokens a batch, the store was begun with {current.token_budget}: in"
-            " floating point, values may differ in their last digit from an undisturbed run's"
+            f"NOTE: {budget} tokens per batch, but the store was begun with {current.token_budget}:"
+            " in floating point, values may differ in their last digit from those of an"
+            " undisturbed run"
         )
     return Job(
         out=folder,
@@ -245,8 +263,8 @@ def prepare(
         model=model,
         tokenizer=tokenizer,
         token_budget=budget,
-        sae_folder=checked.sae_folder,
-        sae_revision=checked.sae_revision,
+        sae_folder=request.sae_folder,
+        sae_revision=request.sae_revision,
         say=say,
     )
 

@@ -1,11 +1,11 @@
 """One job of extraction: documents of some shards through the model, encoded and written.
 
-Either every SAE stays in memory and a batch's residuals are gone once encoded, or (`sae_memory`)
-the residuals of some shards are kept and the SAEs go over them one after the other. The codes are
-the same, bit for bit: encoding looks at one token at a time.
+Either all SAEs stay in memory and the residuals of a batch are dropped once they are encoded, or
+(with `sae_memory`) the residuals of some shards are kept and the SAEs go over them one by one. The
+codes are the same, bit for bit, because encoding looks at one token at a time.
 
-Batches never cross a shard's border, so a shard's bytes do not depend on where a run stopped or on
-who makes it. What is checked before a job exists is `extract.py`; encoding is `extraction.py`.
+A batch never crosses the border of a shard, so the bytes of a shard do not depend on where a run
+stopped or on which process makes it. `extract.py` checks everything before there is a job.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from qwen_scope_lens.address import LayerRef
@@ -28,6 +28,7 @@ from qwen_scope_lens.errors import TooLittleData
 from qwen_scope_lens.files import exclusive
 from qwen_scope_lens.models.architecture import input_device
 from qwen_scope_lens.models.residuals import Capture, iter_captures
+from qwen_scope_lens.saes.sae import ScopeSAE
 from qwen_scope_lens.stores.codec import Packed, pack
 from qwen_scope_lens.stores.corpus import Corpus, Document
 from qwen_scope_lens.stores.manifest import CorpusFacts, Manifest
@@ -38,7 +39,7 @@ __all__ = ["Encoder", "Job", "Piece", "coded_documents"]
 
 @dataclass
 class Piece:
-    """One batch: what was captured, without the residuals of layers that are encoded."""
+    """One batch: what was captured, without the residuals of layers that are encoded already."""
 
     capture: Capture
     codes: dict[int, Packed]
@@ -49,30 +50,34 @@ class Piece:
 
 
 class Encoder:
-    """The SAEs of some layers. With `room` (bytes of residuals that may wait) only one of them is
-    in memory at a time."""
+    """The SAEs of some layers.
+
+    With `room` (the bytes of residuals that may wait) only one SAE is in memory at a time.
+    """
 
     def __init__(
-        self, load: Callable[[int], Any], layers: Sequence[int], room: int | None = None
+        self, load: Callable[[int], ScopeSAE], layers: Sequence[int], room: int | None = None
     ) -> None:
         self._load, self._layers, self._room = load, tuple(layers), room
         self._saes = {layer: load(layer) for layer in layers} if room is None else {}
 
     def read(self, capture: Capture) -> Piece:
-        """A batch as it comes: encoded at once, or put aside (in main memory)."""
+        """Take a new batch: encode it at once, or put its residuals aside in main memory."""
         if self._room is None:
             codes = {n: _encode(self._saes[n], capture.residuals[n]) for n in self._layers}
             return Piece(replace(capture, residuals={}), codes)
-        return Piece(replace(capture, residuals={n: x.cpu() for n, x in _own(capture)}), {})
+        return Piece(
+            replace(capture, residuals={n: x.cpu() for n, x in capture.residuals.items()}), {}
+        )
 
     def is_full(self, pieces: Sequence[Piece]) -> bool:
-        """Whether what waits should be settled now."""
+        """Whether the waiting batches should be encoded now."""
         if self._room is None:
             return True
         return sum(piece.residual_bytes for piece in pieces) * 2 > self._room
 
     def settle(self, pieces: Sequence[Piece]) -> None:
-        """Encode what waits, layer by layer."""
+        """Encode the waiting batches, layer by layer."""
         if self._room is None:
             return
         for layer in self._layers:
@@ -83,18 +88,14 @@ class Encoder:
             del sae
 
 
-def _own(capture: Capture) -> list[tuple[int, Tensor]]:
-    return list(capture.residuals.items())
-
-
-def _encode(sae: Any, residual: Tensor) -> Packed:
+def _encode(sae: ScopeSAE, residual: Tensor) -> Packed:
     return pack(sae.encode_sparse(residual.to(sae.W_enc.device)))
 
 
 def coded_documents(
     pieces: Sequence[Piece], documents: Sequence[Document], first: int, tokenizer: Any
 ) -> list[CodedDocument]:
-    """The documents of one shard in order; `first` is the stream's number of `documents[0]`."""
+    """The documents of one shard in order; `first` is the number of the first in the stream."""
     found: dict[int, CodedDocument] = {}
     for piece in pieces:
         capture = piece.capture
@@ -123,7 +124,7 @@ def coded_documents(
 
 
 def _strings(text: str | None, spans: Any, ids: np.ndarray, tokenizer: Any) -> list[str]:
-    """Each token's characters; a token that is part of a character shows the whole character."""
+    """The characters of each token; for a part of a character, the whole character."""
     if text is None or spans is None:
         return [tokenizer.decode([token]) for token in ids.tolist()]
     return [text[start:end] for start, end in spans]
@@ -131,13 +132,13 @@ def _strings(text: str | None, spans: Any, ids: np.ndarray, tokenizer: Any) -> l
 
 @dataclass(frozen=True)
 class Job:
-    """Everything that is settled before the first forward."""
+    """Everything that is decided before the model runs for the first time."""
 
     out: Path
     corpus: Corpus
     facts: CorpusFacts
     manifest: Manifest
-    model: Any
+    model: nn.Module
     tokenizer: Any
     token_budget: int
     sae_folder: str | os.PathLike[str] | None
@@ -145,7 +146,7 @@ class Job:
     say: Callable[[str], None]
 
     def missing(self, i: int = 0, n: int = 1) -> list[int]:
-        """The shards that rank i of n has to make: not there, or damaged."""
+        """The shards that process i of n has to make: those that are missing or damaged."""
         first = self.facts.first_shard
         shards = []
         for shard in range(first + i, first + self.facts.n_shards, n):
@@ -158,11 +159,11 @@ class Job:
         return shards
 
     def encoder(self, sae_memory: int | None) -> Encoder:
-        """The SAEs, loaded; or one at a time where they do not fit. Says what that costs."""
+        """The SAEs, all loaded, or one at a time where they do not fit; says what that costs."""
         return Encoder(self._load, self.manifest.layers, self._room(sae_memory))
 
     def run(self, shards: Sequence[int], encoder: Encoder, progress: bool) -> None:
-        """Make the given shards."""
+        """Make these shards."""
         total = sum(end - start for start, end in map(self.facts.span, shards))
         waiting: list[_Read] = []
         truncated = 0
@@ -184,7 +185,7 @@ class Job:
         if truncated:
             self.say(f"{truncated:,} documents were cut to their first tokens (see `truncated`)")
 
-    def _read(self, shards: Sequence[int], encoder: Encoder, bar: Any) -> Iterator[_Read]:
+    def _read(self, shards: Sequence[int], encoder: Encoder, bar: tqdm[Any]) -> Iterator[_Read]:
         """Run the model over the documents of each shard."""
         settings = self.manifest.settings
         ahead: deque[Document] = deque()
@@ -217,7 +218,7 @@ class Job:
             first += end - start
 
     def _stream(self, shards: Sequence[int], ahead: deque[Document]) -> Iterator[Any]:
-        """The contents of the documents of some shards, remembered until they are written."""
+        """The contents of some shards' documents; `ahead` keeps them until they are written."""
         spans = map(self.facts.span, shards)
         start, end = next(spans)
         for number, document in enumerate(self.corpus, start=self.facts.first_doc):
@@ -229,7 +230,7 @@ class Job:
                 ahead.append(document)
                 yield document.content
 
-    def _load(self, layer: int) -> Any:
+    def _load(self, layer: int) -> ScopeSAE:
         from qwen_scope_lens.saes.load import load_sae
 
         return load_sae(
@@ -240,7 +241,7 @@ class Job:
         )
 
     def _room(self, sae_memory: int | None) -> int | None:
-        """Bytes of residuals that may wait, or None where all SAEs fit. Says what it costs."""
+        """The bytes of residuals that may wait, or None where all SAEs fit; says what it costs."""
         one = LayerRef.parse(next(iter(self.manifest.saes.values())).ref).row.bytes_per_layer
         count = len(self.manifest.layers)
         if sae_memory is None or count * one <= sae_memory:
@@ -257,16 +258,16 @@ class Job:
             f"{count} SAEs need {count * one / 1e9:,.2f} GB, sae_memory is {sae_memory / 1e9:,.2f}"
             f" GB: they are loaded one at a time, {count * one / 1e9:,.2f} GB read again for every"
             f" {max(1, room // (2 * width)):,} tokens (or every shard of {self.facts.shard_docs}"
-            f" documents, where that is more). A token's residuals wait in {width:,} bytes"
+            f" documents, where that is more). The residuals of a token take {width:,} bytes"
         )
         return room
 
 
 @dataclass(frozen=True)
 class _Read:
-    """One shard's documents after the forward."""
+    """The documents of one shard after the model has read them."""
 
     shard: int
-    first: int  # the stream's number of its first document
+    first: int  # the number of its first document in the stream
     documents: list[Document]
     pieces: list[Piece]

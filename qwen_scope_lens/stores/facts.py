@@ -1,6 +1,6 @@
-"""Finds out what a manifest says: which model, tokenizer, SAEs and versions are at work.
+"""Finds out the facts of a manifest: which model, tokenizer, SAEs and versions are used.
 
-Also refuses, before any work, a model to which the SAEs cannot belong.
+It also refuses a model to which the SAEs cannot belong, before any work is done.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from qwen_scope_lens.address import LayerRef
 from qwen_scope_lens.catalog import MINI_HOME, Group, bundled_model
@@ -55,7 +57,7 @@ _BLOB = re.compile(r"[0-9a-f]{64}")
 
 
 def check_config(model: str, group: Group) -> None:
-    """Raise for a checkpoint of another width or depth, before any weight is read."""
+    """Raise for a checkpoint of another width or depth than the SAEs', before reading weights."""
     try:
         config = open_config(str(bundled_model(model) or model))
     except (OSError, ValueError):
@@ -63,8 +65,8 @@ def check_config(model: str, group: Group) -> None:
     _check_sizes(model, text_config(config), group, cut=False)
 
 
-def check_model(model: Any, group: Group) -> None:
-    """The same for a model in memory."""
+def check_model(model: nn.Module, group: Group) -> None:
+    """Raise for a model in memory that has another width or depth than the SAEs'."""
     cut = getattr(model, "up_to_layer", None) is not None
     _check_sizes(describe(model), text_config(model), group, cut)
 
@@ -84,7 +86,7 @@ def _check_sizes(name: str, config: Any, group: Group, cut: bool) -> None:
 
 
 def other_model(name: str, group: Group) -> str | None:
-    """A remark where the SAEs were trained on a model of another name."""
+    """A remark if the SAEs were trained on a model of another name, else None."""
     parts = name.rstrip("/").split("/")
     cached = [part.split("--")[-1] for part in parts if part.startswith("models--")]  # of the hub
     if (cached or parts)[-1].lower() == group.backbone.key:
@@ -93,14 +95,14 @@ def other_model(name: str, group: Group) -> str | None:
 
 
 def model_note(facts: ModelFacts, group: Group) -> str | None:
-    """A remark where the names say that the SAEs were trained on another model."""
+    """A remark if the SAEs were trained on another model or on unquantised weights, else None."""
     said = [note] if (note := other_model(facts.id, group)) else []
     if facts.quantised:
         said.append("the model's weights are quantised, the SAEs were trained on unquantised ones")
     return "; ".join(said) or None
 
 
-def model_facts(model: Any, layers: Iterable[int]) -> ModelFacts:
+def model_facts(model: nn.Module, layers: Iterable[int]) -> ModelFacts:
     config = unwrap(model).config
     name = describe(model)
     if Path(name).parent == MINI_HOME:
@@ -138,7 +140,7 @@ def sae_facts(
     ref: LayerRef, folder: str | os.PathLike[str] | None = None, revision: str | None = None
 ) -> SAEFacts:
     file = locate(ref, folder, HubOptions(revision))
-    # The hub's cache names a large file by its sha256, which saves reading gigabytes.
+    # The hub's cache names a large file by its sha256, so that it need not be read again.
     name = file.path.resolve().name
     return SAEFacts(
         ref=str(ref),
@@ -151,7 +153,7 @@ def sae_facts(
 
 
 def versions(*more: str) -> dict[str, str]:
-    """Of the packages that every artefact names, and of `more`."""
+    """The versions of the packages that every artefact names, and of `more` packages."""
     found = {}
     for package in (*PACKAGES, *more):
         try:

@@ -1,7 +1,7 @@
 """A model's fingerprint: one hash over every weight that takes part in its residuals.
 
 Two models that differ in a single number have different fingerprints, so that their codes never
-stand in one store. Loading a model anew costs more than hashing it, so nothing is remembered.
+stand in one store. Hashing a model costs less than loading it, so no hash is cached.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from qwen_scope_lens.models.architecture import decoder_layers, describe, part, 
 __all__ = ["fingerprint", "is_sample", "sampled_fingerprint"]
 
 ALL = "all-weights:"
-"""Before a hash over all weights. Older stores have a hash of a sample, without such a word."""
+"""Stands before a hash over all weights. Older stores have a hash of a sample, without it."""
 
 _BLOCK = 1 << 24  # numbers of a weight that are copied to the CPU at a time
 _SAMPLE = 64
 
 
-def fingerprint(model: Any, last: int) -> str:
-    """Over the embedding and the layers 0..last, in memory, quantised or offloaded.
+def fingerprint(model: nn.Module, last: int) -> str:
+    """The hash over the embedding and the layers 0..last, in memory, quantised or offloaded.
 
-    Parameters and persistent buffers count, in their order and with shape and dtype; names do not,
-    so that a bridge has the fingerprint of the model inside.
+    It covers parameters and persistent buffers, in their order, with shape and dtype. Names are not
+    covered, so that a bridge has the same fingerprint as the model inside it.
     """
     tensors = [t for module in _modules(model, last) for t in _tensors(module, describe(model))]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
@@ -40,13 +40,13 @@ def fingerprint(model: Any, last: int) -> str:
 
 
 def is_sample(found: str) -> bool:
-    """Whether a fingerprint is one of older versions, which saw 64 numbers of each weight."""
+    """Whether a fingerprint is of an older version, which looked at 64 numbers per weight."""
     return not found.startswith(ALL)
 
 
 @torch.no_grad()
-def sampled_fingerprint(model: Any, last: int) -> str:
-    """What older versions wrote, to go on with a store of theirs."""
+def sampled_fingerprint(model: nn.Module, last: int) -> str:
+    """The fingerprint that older versions wrote, for going on with one of their stores."""
     digest = hashlib.sha256()
     for module in _modules(model, last):
         for weight in module.parameters():
@@ -60,12 +60,12 @@ def sampled_fingerprint(model: Any, last: int) -> str:
     return digest.hexdigest()
 
 
-def _modules(model: Any, last: int) -> list[nn.Module]:
+def _modules(model: nn.Module, last: int) -> list[nn.Module]:
     return [part(model, places_of(model).embed), *list(decoder_layers(model))[: last + 1]]
 
 
 def _tensors(module: nn.Module, model: str) -> Iterator[torch.Tensor]:
-    """Every stored tensor of a module, in the order of its modules; a shared one once."""
+    """Every stored tensor of a module, in the order of its modules; shared tensors once."""
     seen: set[int] = set()
     for inner in module.modules():
         passing = inner._non_persistent_buffers_set
@@ -88,13 +88,13 @@ def _offloaded(module: nn.Module, name: str, model: str) -> torch.Tensor:
         if weights is not None:
             return torch.as_tensor(weights[name])
     raise WrongModel(
-        f"the weight {name} of {model} is nowhere to be read (it is on the meta device): without"
-        " all of them nobody can tell which model it is. Load the model again"
+        f"the weight {name} of {model} cannot be read (it is on the meta device), and without all"
+        " weights it cannot be told which model this is. Load the model again"
     )
 
 
 def _plain(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The tensors of which a quantised one consists; a plain one is itself."""
+    """The tensors that a quantised tensor consists of; for a plain tensor, the tensor itself."""
     if hasattr(tensor, "__tensor_flatten__"):
         for name in tensor.__tensor_flatten__()[0]:
             yield from _plain(getattr(tensor, name))

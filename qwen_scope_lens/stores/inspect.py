@@ -1,8 +1,8 @@
 """`qsl store check`: everything that is wrong with a store, by its checksums and by its content.
 
-Checksums find what changed since it was written. The content is compared as well, because a store
-may come from somebody who made the checksums anew: numbers within their bounds, and both views of
-the codes, the documents and the tokens saying the same.
+Checksums find what changed after it was written. A store may also come from somebody who computed
+the checksums again after a change, so the content is checked, too: numbers must be within their
+bounds, and the two views of the codes, the documents and the tokens must agree.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MOST_MISSING = 1000
 def check(path: str | os.PathLike[str], checksums: bool = True) -> list[str]:
     """Everything that is wrong with a store, one line each; empty when it is whole.
 
-    Without `checksums` only names and sizes are compared and no file is read.
+    Without `checksums` only names and sizes are compared, and the files are not read.
     """
     folder = Path(path).expanduser()
     manifest = Manifest.read(folder)
@@ -48,7 +48,7 @@ def check(path: str | os.PathLike[str], checksums: bool = True) -> list[str]:
 
 
 def _contradiction(folder: Path, number: int, manifest: Manifest) -> str | None:
-    """What in a shard cannot be so, whatever its checksums say."""
+    """What contradicts itself in a shard, whatever the checksums say, or None."""
     try:
         shard = Shard(folder, number, manifest)
         lengths = np.diff(shard.offsets)
@@ -72,7 +72,7 @@ def _contradiction(folder: Path, number: int, manifest: Manifest) -> str | None:
 
 
 def _views_differ(shard: Shard, layer: int, doc: np.ndarray, position: np.ndarray) -> str | None:
-    """Whether a layer's codes by token and its `features.parquet` are not the same entries."""
+    """How a layer's codes by token differ from its `features.parquet`, or None."""
     path = shard.features_path(layer)
     packed = shard.packed(layer)
     index, values = packed.indices().reshape(-1), packed.numbers().reshape(-1)

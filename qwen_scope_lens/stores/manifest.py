@@ -1,7 +1,7 @@
-"""The facts with which a feature store can be reproduced, or refused: `manifest.json`.
+"""The facts with which a feature store can be made again, or refused: `manifest.json`.
 
-Which model, tokenizer and SAEs made it, with which settings and versions, from which corpora. How
-such facts are found out is `facts.py`; the codes themselves are in `shard_files.py`.
+It says which model, tokenizer and SAEs made the store, with which settings and versions, and from
+which corpora. `facts.py` finds these facts out; `shard_files.py` writes the codes.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ NAME = "manifest.json"
 LABEL_TYPES = ("bool", "int", "float", "str")
 
 MOST_FEATURES = 1 << 24
-"""The indices of codes have three bytes."""
+"""The indices of codes have three bytes each."""
 MOST_DOCS = 1 << 31
-"""The column `doc` of the files has four."""
+"""The column `doc` of the files has four bytes per entry."""
 
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """The model whose residuals were encoded."""
+    """The model whose residual streams were encoded."""
 
     id: str
     revision: str | None
     dtype: str
     d_model: int
-    fingerprint: str  # of the weights that take part, see `fingerprints.py`
+    fingerprint: str  # of the weights that take part: see `fingerprints.py`
     quantised: bool = False
 
 
@@ -72,7 +72,7 @@ class SAEFacts:
 
 @dataclass(frozen=True)
 class Settings:
-    """How documents became tokens, and tokens codes."""
+    """How documents became tokens, and how tokens became codes."""
 
     max_tokens: int | None = None
     truncate: bool = True
@@ -83,7 +83,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class CorpusFacts:
-    """One run's documents. Appending adds another."""
+    """The documents of one run. Appending to a store adds another corpus."""
 
     name: str
     n_docs: int
@@ -93,14 +93,14 @@ class CorpusFacts:
     shard_docs: int = 512
     token_budget: int = 4096
     size: int | None = None  # bytes of the file
-    labels: tuple[str, ...] = ()  # their types are the store's
+    labels: tuple[str, ...] = ()  # their types are in the manifest
 
     @property
     def n_shards(self) -> int:
         return -(-self.n_docs // self.shard_docs)
 
     def span(self, shard: int) -> tuple[int, int]:
-        """First and last + 1 document of a shard, by their numbers in the store."""
+        """The first document of a shard, and the first one after it, by number in the store."""
         start = (shard - self.first_shard) * self.shard_docs
         end = min(start + self.shard_docs, self.n_docs)
         return self.first_doc + start, self.first_doc + end
@@ -122,7 +122,7 @@ class Manifest:
 
     @property
     def n_docs(self) -> int:
-        """Documents when all corpora are finished."""
+        """The number of documents once all corpora are finished."""
         return sum(corpus.n_docs for corpus in self.corpora)
 
     @property
@@ -136,7 +136,7 @@ class Manifest:
         raise StoreDamaged(f"shard {shard} belongs to no corpus of the manifest")
 
     def require_same(self, other: Manifest, mine: str, theirs: str) -> None:
-        """Raise where codes of the two may not stand in one store."""
+        """Raise where the codes of both must not stand in one store."""
         for what in ("saes", "settings", "tokenizer", "model"):
             left, right = getattr(self, what), getattr(other, what)
             if left == right:
@@ -151,7 +151,7 @@ class Manifest:
             )
 
     def with_corpus(self, corpus: CorpusFacts, labels: dict[str, str]) -> Manifest:
-        """The same store, with one more corpus after the others."""
+        """The manifest of the same store with one more corpus after the others."""
         corpus = replace(
             corpus, first_doc=self.n_docs, first_shard=self.n_shards, labels=tuple(labels)
         )
@@ -199,7 +199,7 @@ class Manifest:
 
 
 def _typed(kind: type[Any], content: Any) -> Any:
-    """A dataclass of facts, each of its own type."""
+    """Make a dataclass of facts; raise TypeError for a fact of another type than declared."""
     found = kind(**content)
     for name, hint in get_type_hints(kind).items():
         value = getattr(found, name)
@@ -214,7 +214,7 @@ def _typed(kind: type[Any], content: Any) -> Any:
 
 
 def _check_numbers(manifest: Manifest) -> None:
-    """Raise ValueError for sizes that no store can have."""
+    """Raise ValueError for sizes that cannot be those of a store."""
     docs = shards = 0
     for corpus in manifest.corpora:
         if min(corpus.n_docs, corpus.shard_docs, corpus.token_budget) < 1:
@@ -235,7 +235,7 @@ def _check_numbers(manifest: Manifest) -> None:
 
 
 def join_label_types(one: str, other: str) -> str:
-    """The type that holds values of both: whole numbers become floats, anything else text."""
+    """The type that can hold the values of both: int and float give float, all else gives str."""
     if one == other:
         return one
     return "float" if {one, other} == {"int", "float"} else "str"
@@ -254,7 +254,10 @@ def _different_saes(
 
 
 def _require_same_kind(left: ModelFacts, right: ModelFacts, mine: str, theirs: str) -> None:
-    """Fingerprints over all weights have a word before them, those of older versions none."""
+    """Raise where one fingerprint is of all weights and the other, of an older version, is not.
+
+    A fingerprint of all weights begins with a word and a colon.
+    """
     for facts, name in ((left, mine), (right, theirs)):
         if ":" not in facts.fingerprint:
             raise StoreMismatch(

@@ -1,8 +1,9 @@
-"""Stores put together.
+"""Several stores merged into one.
 
-Two cases of merging: parts of one job (`--rank` on machines that share no disk) are joined by
-copying their shards; stores of different corpora follow each other, and their documents are
-numbered anew. Nothing is encoded again, and what was made differently is refused.
+There are two cases. The parts of one job (`--rank` on machines that do not share a disk) are joined
+by copying their shards. Stores of different corpora are put one after the other, and their
+documents get new numbers. Nothing is encoded again. Stores that were made with different models,
+SAEs or settings are refused.
 """
 
 from __future__ import annotations
@@ -37,15 +38,15 @@ def merge(
     out: str | os.PathLike[str],
     shard_docs: int | None = None,
 ) -> FeatureStore:
-    """One store of several. Parts of one job are joined; other stores follow each other.
+    """Merge stores into `out`. Parts of one job are joined; others are put one after the other.
 
-    `shard_docs` documents a shard (else what each corpus had); larger shards answer questions about
-    one feature faster. Can be stopped and called again.
+    `shard_docs` is the number of documents per shard (by default what each corpus had); larger
+    shards answer questions about one feature faster. The call can be stopped and repeated.
     """
     folders = [Path(store).expanduser() for store in stores]
     target = Path(out).expanduser()
     if shard_docs is not None and shard_docs < 1:
-        raise TooLittleData(f"shard_docs={shard_docs}: expected 1 or more documents a shard")
+        raise TooLittleData(f"shard_docs={shard_docs}: expected 1 or more documents per shard")
     if len(folders) < 2 and shard_docs is None:
         raise TooLittleData(
             "merging takes at least two stores, or one and shard_docs (--shard-docs)"
@@ -84,7 +85,7 @@ def _join(folders: Sequence[Path], manifest: Manifest, target: Path) -> None:
         sources = [shard_folder(folder, shard) for folder in folders]
         whole = [source for source in sources if source.is_dir() and damage(source) is None]
         if not whole:
-            continue  # `check` names it, and the rank that was to make it can still be run
+            continue  # `check` names it, and the process that lacks it can still be run
         refuse_link(place.parent)
         with whole_folder(place) as partial:
             shutil.copytree(whole[0], partial, dirs_exist_ok=True)
@@ -116,7 +117,7 @@ def _concatenate(folders: Sequence[Path], target: Path, shard_docs: int | None) 
 
 
 def _documents(store: FeatureStore) -> Iterator[CodedDocument]:
-    """Everything a store has of each document, in order."""
+    """Everything that a store keeps of each document, in order."""
     for shard in store.shards:
         yield from _documents_of(shard, store)
         shard.forget_tokens()

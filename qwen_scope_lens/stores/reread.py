@@ -1,62 +1,151 @@
-"""Pooled residuals of a store's documents: the model is read again, for probes beside a ranking.
+"""Read documents again, or read other texts, in the way in which a store was made.
 
-A store keeps sparse codes only. Reading tokens is `models/residuals.py`.
+A store keeps sparse codes only. Whoever needs residuals, or codes of texts that are not in the
+store, needs the same model (its revision and dtype), the same token limit and the same rule for
+tokens of extreme norm. `Reading` holds all of that. Reading tokens is `models/residuals.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+from torch import Tensor, nn
+
+from qwen_scope_lens.errors import BadFile
+from qwen_scope_lens.models.load import load_model
+from qwen_scope_lens.models.residuals import Capture, iter_captures
+from qwen_scope_lens.models.tokenize import Content
+from qwen_scope_lens.stores.manifest import Settings
 
 if TYPE_CHECKING:
+    from qwen_scope_lens.models.load import ScopeBridge
     from qwen_scope_lens.stores.store import FeatureStore
 
-__all__ = ["pooled_residuals"]
+__all__ = ["Reading", "document_means", "kept_rows", "pooled_residuals"]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The model and the settings with which a store's documents were read."""
+
+    model: str
+    layers: tuple[int, ...]
+    settings: Settings = field(default_factory=Settings)
+    dtype: str | None = None  # of the model's weights; None: as in the checkpoint
+    revision: str | None = None  # of the model
+
+    @classmethod
+    def of(cls, store: FeatureStore, layers: Iterable[int] | None = None) -> Reading:
+        """How a store was made, for all or some of its layers."""
+        wanted = store.layers if layers is None else tuple(sorted(set(layers)))
+        for layer in wanted:
+            store.sae(layer)  # raises for a layer that was not stored
+        made = store.manifest
+        return cls(made.model.id, wanted, made.settings, made.model.dtype, made.model.revision)
+
+    @property
+    def load_options(self) -> dict[str, Any]:
+        """What `load_model` needs beside the name, so that it loads the same weights."""
+        dtype = None if self.dtype is None else getattr(torch, self.dtype, None)
+        if self.dtype is not None and not isinstance(dtype, torch.dtype):
+            raise BadFile(f"{self.dtype!r:.60} is not a dtype of torch: the manifest was edited")
+        # The weights of a quantised model may be stored as whole numbers: they stay as they are.
+        if dtype is not None and not dtype.is_floating_point:
+            dtype = None
+        return {"dtype": dtype, "revision": self.revision}
+
+    def open_model(self, **options: Any) -> ScopeBridge:
+        """The same model, read only as deep as the layers need. Options as of `load_model`."""
+        options = {"up_to_layer": max(self.layers), **self.load_options, **options}
+        return load_model(self.model, **options)
+
+    def captures(
+        self,
+        model: nn.Module,
+        texts: Iterable[Content],
+        layers: Iterable[int] | None = None,
+        **options: Any,
+    ) -> Iterator[Capture]:
+        """The residuals of some texts, batch by batch. Options as of `iter_captures`."""
+        wanted = self.layers if layers is None else layers
+        return iter_captures(model, texts, wanted, **{**asdict(self.settings), **options})
+
+    def document_residuals(
+        self,
+        model: nn.Module,
+        texts: Sequence[Content],
+        *,
+        last: bool = False,
+        keep: bool = True,
+        **options: Any,
+    ) -> dict[int, np.ndarray[Any, Any]]:
+        """`{layer: [n_docs, d_model]}`: the mean residual of each document's tokens, or its last.
+
+        `keep` leaves out first and extreme-norm tokens (never the last one with `last`). A document
+        without a kept token has a row of zeros, as it has no features. Options as of
+        `iter_captures`.
+        """
+        from tqdm import tqdm
+
+        found: dict[int, np.ndarray[Any, Any]] = {}
+        options = {"dtype": torch.float32, **options}
+        with (
+            torch.no_grad(),
+            tqdm(total=len(texts), unit="doc", desc="residuals", leave=False, disable=None) as bar,
+        ):
+            for batch in self.captures(model, texts, **options):
+                for layer in self.layers:
+                    if last:
+                        rows = batch.residuals[layer][batch.offsets[1:] - 1].cpu()
+                    else:
+                        rows = document_means(*kept_rows(batch, layer, keep), len(batch))
+                    if layer not in found:
+                        found[layer] = np.zeros((len(texts), rows.shape[1]), dtype=np.float32)
+                    found[layer][list(batch.doc_ids)] = rows.numpy()
+                bar.update(len(batch))
+        return found
+
+
+def kept_rows(batch: Capture, layer: int, keep: bool) -> tuple[Tensor, Tensor]:
+    """The residuals of the tokens that count, and the place of each token's document in the batch.
+
+    `-> [n, d_model], [n]`, both on the CPU.
+    """
+    x, doc = batch.residuals[layer], batch.doc_rows()
+    if keep:
+        rows = batch.keep(layer)
+        x, doc = x[rows], doc[rows.cpu()]
+    return x.cpu(), doc
+
+
+def document_means(x: Tensor, doc: Tensor, n_docs: int) -> Tensor:
+    """The mean row of each document; zeros where it has none. `[n, d], [n] -> [n_docs, d]`"""
+    total = x.new_zeros((n_docs, x.shape[1])).index_add_(0, doc, x)
+    return total / torch.bincount(doc, minlength=n_docs).clamp_min(1)[:, None]
 
 
 def pooled_residuals(
     store: FeatureStore,
-    layers: Iterable[int],
-    model: Any = None,
+    layers: Iterable[int] | None = None,
+    model: nn.Module | None = None,
     *,
     last: bool = False,
     keep: bool = True,
-    **capture_options: Any,
+    **options: Any,
 ) -> dict[int, np.ndarray[Any, Any]]:
-    """`{layer: [n_docs, d_model]}`: the mean residual of each document's tokens, or its last one.
+    """The residuals of a store's documents: see `Reading.document_residuals`.
 
-    `model` is the store's own unless given. Documents are cut where the store cut them. A document
-    without a kept token has a row of zeros, as it has no features.
+    The store's own model reads the store's own token ids. Another `model` reads the texts.
     """
-    from tqdm import tqdm
-
-    from qwen_scope_lens.models.load import load_model
-    from qwen_scope_lens.models.residuals import iter_captures
-
-    wanted = sorted(set(layers))
-    table = store.documents(["text", "n_tokens"])
-    texts, lengths = table["text"].to_pylist(), table["n_tokens"].to_pylist()
+    reading = Reading.of(store, layers)
+    texts: list[Content]
     if model is None:
-        model = load_model(store.manifest.model.id, up_to_layer=max(wanted))
-    out: dict[int, np.ndarray[Any, Any]] = {}
-    captures = iter_captures(
-        model, texts, wanted, max_tokens=max(lengths), truncate=True, **capture_options
-    )
-    with tqdm(total=len(texts), unit="doc", desc="residuals", disable=None) as bar:
-        for batch in captures:
-            starts, ends = batch.offsets[:-1].tolist(), batch.offsets[1:].tolist()
-            for layer in wanted:
-                x = batch.residuals[layer].float().cpu().numpy()
-                kept = batch.keep(layer).cpu().numpy()
-                rows = out.setdefault(layer, np.zeros((len(texts), x.shape[1]), np.float32))
-                for doc, start, end in zip(batch.doc_ids, starts, ends, strict=True):
-                    if last:
-                        rows[doc] = x[end - 1]
-                        continue
-                    mine = x[start:end][kept[start:end]] if keep else x[start:end]
-                    if len(mine):
-                        rows[doc] = mine.mean(0)
-            bar.update(len(batch))
-    return out
+        model = reading.open_model()
+        texts = [store.token_ids(doc).tolist() for doc in range(store.n_docs)]
+    else:
+        texts = store.documents(["text"])["text"].to_pylist()
+    return reading.document_residuals(model, texts, last=last, keep=keep, **options)

@@ -1,4 +1,4 @@
-"""Shards: a fixed number of consecutive documents in one folder that is never changed.
+"""Shards: a fixed number of consecutive documents, in one folder that is never changed again.
 
     documents.parquet   doc, key, text, n_tokens, truncated, labels
     tokens.parquet      doc, position, token_id, token, start, end, extreme_<layer>
@@ -7,8 +7,8 @@
     layer<n>/features.parquet   layer, feature, doc, position, value, in this order
     shard.json          counts, sizes, checksums
 
-Everything but `offsets.npy` and the token-major arrays is plain Parquet. What a store of many
-shards answers is `store.py`.
+Everything except `offsets.npy` and the token-major arrays is plain Parquet. `shard_reader.py` reads
+one shard, `store.py` a store of many.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ NAME = "shard.json"
 SHARD_FORMAT = ("qwen-scope-shard", 1)
 
 RESERVED = ("doc", "key", "text", "n_tokens", "truncated")
-"""Columns of `documents` that are no labels."""
+"""The columns of `documents` that are not labels."""
 
 _ROW_GROUP = 16384  # one feature is read from one or two of them
 _TOKEN_GROUP = 4096
@@ -57,7 +57,7 @@ _ARROW = {"bool": pa.bool_(), "int": pa.int64(), "float": pa.float64(), "str": p
 
 @dataclass(frozen=True)
 class CodedDocument:
-    """All that a store keeps of one document."""
+    """Everything that a store keeps of one document."""
 
     key: str
     text: str | None
@@ -77,7 +77,7 @@ def shard_folder(store: Path, shard: int) -> Path:
 def write_shard(
     store: Path, shard: int, manifest: Manifest, documents: Sequence[CodedDocument]
 ) -> None:
-    """Write one shard, whole or not at all. The bytes follow from the content alone."""
+    """Write one shard, whole or not at all. The bytes depend on nothing but the content."""
     corpus = manifest.corpus_of(shard)
     first, end = corpus.span(shard)
     labels = {name: manifest.labels[name] for name in corpus.labels}
@@ -169,7 +169,7 @@ def _write_tokens(
 def _write_codes(
     folder: Path, layer: int, codes: Packed, doc: np.ndarray, position: np.ndarray
 ) -> int:
-    """Both views of one layer. Returns how many entries are active."""
+    """Write both views of one layer. Returns how many entries are active."""
     place = layer_folder(folder, layer)
     place.mkdir()
     np.save(place / "indices.npy", codes.low)
@@ -219,7 +219,7 @@ def layer_folder(folder: Path, layer: int) -> Path:
 
 
 def damage(folder: Path, checksums: bool = True) -> str | None:
-    """What is wrong with a shard, or None. Without checksums only names and sizes are compared."""
+    """What is wrong with a shard, or None. Without `checksums` only names and sizes count."""
     try:
         facts = read_json(folder / NAME, *SHARD_FORMAT, "qsl extract")
         files = facts["files"]
@@ -230,7 +230,7 @@ def damage(folder: Path, checksums: bool = True) -> str | None:
             if path.stat().st_size != expected["size"]:
                 return f"{path} has {path.stat().st_size} bytes, {expected['size']} were written"
             if checksums and file_sha256(path) != expected["sha256"]:
-                return f"{path} has the right size, but another content than was written"
+                return f"{path} has the right size, but not the content that was written"
     except (BadFile, KeyError, TypeError, AttributeError) as error:
         return f"{folder / NAME}: {error}"
     return None

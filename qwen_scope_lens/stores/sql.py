@@ -1,4 +1,4 @@
-"""SQL over a store: DuckDB on its Parquet files, reading only.
+"""SQL over a store: DuckDB reads its Parquet files and can change nothing.
 
 The views: `features` (layer, feature, doc, position, value), `documents` (doc, key, text, n_tokens,
 truncated, labels) and `tokens` (doc, position, token_id, token, start, end, extreme_<layer>).
@@ -47,7 +47,7 @@ def run_query(store: FeatureStore, query: str) -> pa.Table:
             kind = statements[0].type
             if kind != duckdb.StatementType.SELECT:
                 raise BadQuery(
-                    f"a store is only read: expected a SELECT over {VIEWS}, found"
+                    f"SQL can only read a store: expected a SELECT over {VIEWS}, found"
                     f" {str(kind).rpartition('.')[2]}"
                 )
             return connection.sql(query).to_arrow_table()
@@ -57,7 +57,7 @@ def run_query(store: FeatureStore, query: str) -> pa.Table:
 
 
 def _mixed_labels(store: FeatureStore) -> tuple[str, str] | None:
-    """Two columns of `documents` whose names SQL would take for one (stores made by others)."""
+    """Two columns of `documents` whose names are the same for SQL (in stores made elsewhere)."""
     seen: dict[str, str] = {}
     for name in (*RESERVED, *store.label_names):
         if (other := seen.setdefault(name.casefold(), name)) != name:
@@ -87,7 +87,7 @@ def _register(connection: object, store: FeatureStore, documents: bool) -> None:
         except duckdb.Error as error:
             words = " ".join(str(error).split())
             raise StoreDamaged(f"{store.path}: {view} cannot be read: {words}. {REPAIR}") from error
-    # From here on: nothing outside the store can be read, nothing at all can be changed.
+    # From here on, nothing outside the store can be read and nothing can be changed.
     connection.execute(  # type: ignore[attr-defined]
         f"set allowed_directories = [{_quoted(store.path)}]; set enable_external_access = false;"
         " set lock_configuration = true"

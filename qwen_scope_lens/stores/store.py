@@ -1,8 +1,9 @@
 """FeatureStore: the sparse features of a corpus, read by token, by feature or with SQL.
 
-A view of what is finished: shards appear whole, so a store can be opened while another process
-writes it, and holds the documents 0..n_docs-1 in the corpus's order. It never writes; that is
-`extract.py` and `merge.py`. The files are `shard_files.py`, the facts about them `manifest.py`.
+An open store shows what was finished when it was opened. Shards appear whole, so a store can be
+opened while another process writes it; it then holds the first n_docs documents of the corpus, in
+order. This module only reads: `extract.py` and `merge.py` write. The files are described in
+`shard_files.py`, the facts about them in `manifest.py`.
 """
 
 from __future__ import annotations
@@ -27,16 +28,22 @@ from qwen_scope_lens.errors import (
     UnknownName,
 )
 from qwen_scope_lens.saes.codes import SparseCodes
-from qwen_scope_lens.stores.blocks import Block, DocumentBlock, blocks_of, document_block
 from qwen_scope_lens.stores.codec import Packed
 from qwen_scope_lens.stores.manifest import Manifest, SAEFacts
 from qwen_scope_lens.stores.shard_files import RESERVED, shard_folder
-from qwen_scope_lens.stores.shard_reader import Shard, spans_of
+from qwen_scope_lens.stores.shard_reader import (
+    Block,
+    DocumentBlock,
+    Shard,
+    blocks_of,
+    document_block,
+    spans_of,
+)
 
 __all__ = ["Block", "DocumentBlock", "FeatureStore", "Hits"]
 
 RECENT_TOKENS, RECENT_MAPS = 8, 1024
-"""How many shards keep their tokens in memory, and their arrays mapped."""
+"""How many shards keep their tokens in memory, and how many keep their arrays mapped."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +66,7 @@ class Hits:
 
 
 class FeatureStore:
-    """A store on disk. `FeatureStore.open(path)` makes one."""
+    """A store on disk, opened by `FeatureStore.open(path)`."""
 
     def __init__(self, path: Path, manifest: Manifest, shards: Sequence[Shard]) -> None:
         self.path, self.manifest, self._shards = path, manifest, list(shards)
@@ -72,8 +79,8 @@ class FeatureStore:
         folder = Path(path).expanduser()
         if not folder.is_dir() or not Manifest.exists(folder):
             raise BadFile(
-                f"{folder} is no feature store (no manifest.json in it): `qsl extract CORPUS --out"
-                f" {folder}` makes one"
+                f"{folder} is not a feature store (it has no manifest.json): `qsl extract CORPUS"
+                f" --out {folder}` makes one"
             )
         manifest = Manifest.read(folder)
         shards = []
@@ -88,7 +95,7 @@ class FeatureStore:
         size = f"{self.n_docs:,} documents, {self.n_tokens:,} tokens"
         return f"FeatureStore({self.path}: {size}, {saes})"
 
-    # What there is.
+    # What the store holds.
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -109,7 +116,7 @@ class FeatureStore:
 
     @property
     def is_complete(self) -> bool:
-        """Whether every document of its corpora is there, and not only the first ones."""
+        """Whether all documents of its corpora are finished, not only the first ones."""
         return len(self._shards) == self.manifest.n_shards
 
     @property
@@ -132,7 +139,7 @@ class FeatureStore:
         return tuple(self.manifest.labels)
 
     def documents(self, columns: Sequence[str] | None = None) -> pa.Table:
-        """doc, key, text, n_tokens, truncated and one column a label; one row a document."""
+        """One row per document: doc, key, text, n_tokens, truncated and one column per label."""
         known = (*RESERVED, *self.label_names)
         for name in columns or ():
             if name not in known:
@@ -143,7 +150,7 @@ class FeatureStore:
         return pa.concat_tables(tables, promote_options="permissive")
 
     def labels(self, name: str) -> np.ndarray:
-        """The label of every document, None where it has none. object `[n_docs]`"""
+        """The label of every document, None where a document has none. object `[n_docs]`"""
         if name not in self.manifest.labels:
             have = ", ".join(self.label_names) or "no labels"
             raise UnknownName(f"no label {name!r} in {self.path}: it has {have}")
@@ -153,19 +160,25 @@ class FeatureStore:
         return labels
 
     def spans(self, doc: int) -> np.ndarray:
-        """Characters of the document's text per token. int64 `[n, 2]`"""
+        """Where each token stands in the document's text, in characters. int64 `[n, 2]`"""
         shard, rows = self._place(doc)
         return spans_of(shard.some_tokens(rows.start, rows.stop))
+
+    def token_ids(self, doc: int) -> np.ndarray:
+        """The token ids of one document, as the model read them. int64 `[n]`"""
+        shard, rows = self._place(doc)
+        ids: np.ndarray = shard.tokens["token_id"][rows].to_numpy().astype(np.int64)
+        return ids
 
     # Codes.
 
     def iter_blocks(
         self, layer: int, keep: bool = False, docs: Iterable[int] | None = None
     ) -> Iterator[Block]:
-        """The whole corpus in row order, in blocks of whole documents; memory stays bounded.
+        """The whole corpus in order, in blocks of whole documents; memory stays bounded.
 
-        `keep` leaves out first and extreme-norm tokens; `docs` are the only documents to visit
-        (still in the corpus's order).
+        `keep` leaves out first tokens and tokens of extreme norm. With `docs` only these documents
+        are visited, still in the corpus's order.
         """
         self.sae(layer)
         wanted = None if docs is None else np.unique(np.fromiter(map(int, docs), np.int64))
@@ -186,9 +199,10 @@ class FeatureStore:
             yield from blocks_of(shard, layer, local, keep)
 
     def by_token(self, doc: int, layer: int | None = None) -> DocumentBlock:
-        """One document: what fires on each of its tokens.
+        """One document: which features fire on each of its tokens.
 
-        `.codes` are those of `layer`, or of the last stored layer; `.layers` has every layer's.
+        `.codes` are the codes of `layer` (by default the last stored layer); `.layers` has the
+        codes of every layer.
         """
         layer = self.layers[-1] if layer is None else layer
         self.sae(layer)
@@ -196,7 +210,7 @@ class FeatureStore:
         return document_block(shard, doc, layer, self.layers)
 
     def codes_at(self, layer: int, doc: Sequence[int], position: Sequence[int]) -> SparseCodes:
-        """The codes of chosen tokens, in the order given. `[n] -> SparseCodes [n]`"""
+        """The codes of some tokens, in the order given. `[n] -> SparseCodes [n]`"""
         facts = self.sae(layer)
         docs, positions = np.asarray(doc, dtype=np.int64), np.asarray(position, dtype=np.int64)
         parts, order = [], []
@@ -209,7 +223,7 @@ class FeatureStore:
         return Packed.cat(parts).take(back).unpack()
 
     def keep_at(self, layer: int, doc: np.ndarray, position: np.ndarray) -> np.ndarray:
-        """Whether chosen tokens are neither first nor of extreme norm. bool `[n]`"""
+        """Whether each of some tokens is neither first nor of extreme norm. bool `[n]`"""
         self.sae(layer)
         found = np.zeros(len(doc), dtype=bool)
         for shard, chosen, rows in self._places(doc, position):
@@ -217,7 +231,7 @@ class FeatureStore:
         return found
 
     def by_feature(self, feature: str | FeatureRef | tuple[int, int]) -> Hits:
-        """Where one feature fires: its address, or (layer, number)."""
+        """Where one feature fires. It is named by its address, or by (layer, number)."""
         layer, number = self.feature(feature)
         parts = [shard.hits(layer, number) for shard in self._shards]
         empty = (np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32))
@@ -227,7 +241,7 @@ class FeatureStore:
         return Hits(doc, position, value, self, layer)
 
     def feature(self, feature: str | FeatureRef | tuple[int, int]) -> tuple[int, int]:
-        """(layer, number) of a feature's address; raises for one of another SAE."""
+        """(layer, number) of a feature; raises for an address of another SAE."""
         if isinstance(feature, tuple):
             layer, number = feature
             if not 0 <= number < self.sae(layer).d_sae:
@@ -246,12 +260,12 @@ class FeatureStore:
         return ref.layer, ref.feature
 
     def sql(self, query: str) -> pa.Table:
-        """DuckDB over the views `features`, `documents` and `tokens`; reads only."""
+        """Ask DuckDB about the views `features`, `documents` and `tokens`; it can only read."""
         from qwen_scope_lens.stores.sql import run_query
 
         return run_query(self, query)
 
-    # Where documents and tokens are.
+    # Where documents and tokens stand.
 
     def _use(self, shard: Shard) -> None:
         self._with_tokens.use(shard)
@@ -274,7 +288,7 @@ class FeatureStore:
     def _places(
         self, docs: np.ndarray, positions: np.ndarray
     ) -> Iterator[tuple[Shard, np.ndarray, np.ndarray]]:
-        """For every shard concerned: which of the tokens are in it, and in which of its rows."""
+        """For every shard that has some of the tokens: which tokens, and in which of its rows."""
         if not len(docs):
             return
         self._check_doc(int(docs.min()))
@@ -294,7 +308,7 @@ class FeatureStore:
 
 
 class _Recent:
-    """The shards used last; an older one forgets what it holds in memory."""
+    """The shards that were used last; when there are too many, the oldest frees its memory."""
 
     def __init__(self, most: int, forget: Callable[[Shard], None]) -> None:
         self._most, self._forget, self._shards = most, forget, OrderedDict[int, Shard]()
@@ -307,7 +321,7 @@ class _Recent:
 
 
 def _with_all(shard: Shard, manifest: Manifest, columns: Sequence[str] | None) -> pa.Table:
-    """A shard's documents; labels that only later corpora have are null."""
+    """The documents of a shard; labels that only later corpora have are null."""
     wanted = list(columns) if columns is not None else [*RESERVED, *manifest.labels]
     table = shard.table("documents.parquet")
     for name in wanted:

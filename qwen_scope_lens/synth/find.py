@@ -170,6 +170,8 @@ def _provenance(
     return {
         "model": manifest.model.id,
         "revision": manifest.model.revision,
+        "dtype": manifest.model.dtype,
+        "extreme_norm_ratio": manifest.settings.extreme_norm_ratio,
         "saes": {facts.ref: facts.sha256 for facts in manifest.saes.values()},
         "seed": [corpus.sha256 for corpus in manifest.corpora],
         "reference": [c.sha256 for c in reference.manifest.corpora] if reference else None,

@@ -19,7 +19,7 @@ from scipy.sparse import csr_matrix
 from qwen_scope_lens.address import FeatureRef, LayerRef
 from qwen_scope_lens.errors import StoreMismatch, WrongModel
 from qwen_scope_lens.models.architecture import context_length, d_model, decoder_layers, describe
-from qwen_scope_lens.models.residuals import iter_captures
+from qwen_scope_lens.models.residuals import EXTREME_NORM_RATIO, iter_captures
 from qwen_scope_lens.models.tokenize import Content
 from qwen_scope_lens.saes.codes import SparseCodes
 from qwen_scope_lens.saes.sae import ScopeSAE
@@ -95,6 +95,7 @@ class Reader:
         tokenizer: Any = None,
         max_tokens: int | None = None,
         keep: bool = True,
+        extreme_norm_ratio: float = EXTREME_NORM_RATIO,
     ) -> None:
         layers = [ref.layer for ref in saes]
         if len(set(layers)) < len(layers):
@@ -110,12 +111,14 @@ class Reader:
                 )
         self._model, self._saes, self._tokenizer = model, dict(saes), tokenizer
         self._max_tokens = max_tokens or context_length(model)
-        self._keep = keep
+        self._keep, self._ratio = keep, extreme_norm_ratio
 
     @property
     def identity(self) -> str:
         """Changes with whatever changes the numbers; the key of kept measurements."""
         facts = [*sorted(map(str, self._saes)), describe(self._model), self._max_tokens, self._keep]
+        if self._ratio != EXTREME_NORM_RATIO:  # runs of older versions have it unsaid
+            facts.append(self._ratio)
         return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
     def read(self, texts: Sequence[Content]) -> dict[LayerRef, csr_matrix]:
@@ -133,6 +136,7 @@ class Reader:
             max_tokens=self._max_tokens,
             truncate=True,
             enable_thinking=False,
+            extreme_norm_ratio=self._ratio,
         )
         for read in captures:
             for ref, sae in self._saes.items():

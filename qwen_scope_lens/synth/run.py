@@ -17,8 +17,10 @@ from typing import Any
 from qwen_scope_lens.address import FeatureRef, LayerRef
 from qwen_scope_lens.errors import BadFile, StoreMismatch
 from qwen_scope_lens.files import read_json, whole_file, write_json
+from qwen_scope_lens.models.residuals import EXTREME_NORM_RATIO
 from qwen_scope_lens.saes.sae import ScopeSAE
 from qwen_scope_lens.stores import corpus
+from qwen_scope_lens.stores.reread import Reading
 from qwen_scope_lens.synth.pipeline import Counts, Synthesis
 from qwen_scope_lens.synth.reader import Reader
 from qwen_scope_lens.synth.recipe import SCOPE, Recipe
@@ -31,6 +33,7 @@ __all__ = [
     "amount_of",
     "check_settings",
     "known_texts",
+    "made_with",
     "open_reader",
     "read_rows",
     "read_settings",
@@ -215,7 +218,16 @@ def open_reader(
 
     refs = sorted({*targets.saes, *(ref.sae for ref in more)})
     saes = {ref: load_sae(ref, device=device) for ref in refs}
-    return Reader(model, saes), saes
+    ratio = float(targets.provenance.get("extreme_norm_ratio", EXTREME_NORM_RATIO))
+    return Reader(model, saes, extreme_norm_ratio=ratio), saes
+
+
+def made_with(targets: TargetSet) -> Reading:
+    """How the texts were read in which the targets were looked for."""
+    made, layers = targets.provenance, tuple(sorted({ref.layer for ref in targets.saes}))
+    return Reading(
+        str(made["model"]), layers, dtype=made.get("dtype"), revision=made.get("revision")
+    )
 
 
 def known_texts(corpus: Path) -> list[str]:

@@ -16,6 +16,7 @@ import numpy as np
 
 from qwen_scope_lens.address import FeatureRef, LayerRef
 from qwen_scope_lens.errors import BadFile, ScopeError, TooLittleData, UnknownName
+from qwen_scope_lens.features.document_sets import DocumentLabel, halves
 from qwen_scope_lens.files import read_json, write_json
 from qwen_scope_lens.train.thresholds import mean_pre_activations
 
@@ -235,7 +236,9 @@ def find_language_features(
     the store was made with.
     """
     rng = np.random.default_rng(seed)
-    first, second = _halves(store, label, targets, texts, rng)
+    column = DocumentLabel.of(store, label)
+    targets = list(dict.fromkeys(v for target in targets for v in sorted(column.find(target))))
+    first, second = _halves(store, column, texts, rng)
     languages = list(first)
     wanted = tuple(layers) if layers is not None else store.layers
     chosen: list[LanguageFeature] = []
@@ -265,26 +268,22 @@ def find_language_features(
 
 
 def _halves(
-    store: FeatureStore, label: str, targets: Sequence[str], texts: int, rng: np.random.Generator
+    store: FeatureStore, label: DocumentLabel, texts: int, rng: np.random.Generator
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """The documents of each language that choose, and those that score."""
-    values = store.labels(label)
-    languages = sorted({str(value) for value in values if value is not None})
-    for target in targets:
-        if target not in languages:
-            raise UnknownName(
-                f"no document has {label} {target!r}: the store has {', '.join(languages)}"
-            )
+    """The documents of each language that choose, and those that score; equal texts together."""
+    content = store.documents(["text"])["text"].to_pylist()
     first, second = {}, {}
-    for language in languages:
-        docs = np.flatnonzero([value is not None and str(value) == language for value in values])
-        if len(docs) < 4:
+    for language in sorted(label.counts):
+        docs = rng.permutation(np.flatnonzero([text == language for text in label.texts]))[:texts]
+        here = [content[doc] for doc in docs.tolist()]
+        different = len({text for text in here if text is not None}) + here.count(None)
+        if different < 4:
             raise TooLittleData(
-                f"{label} {language!r} has {len(docs)} documents: half of them choose and half"
-                " score, so four are the least. Leave it out or add texts"
+                f"{label.name} {language!r} has {different} different documents: half of them"
+                " choose and half score, so four are the least. Leave it out or add texts"
             )
-        docs = rng.permutation(docs)[:texts]
-        first[language], second[language] = np.sort(docs[::2]), np.sort(docs[1::2])
+        chosen = halves(here)
+        first[language], second[language] = np.sort(docs[chosen]), np.sort(docs[~chosen])
     return first, second
 
 

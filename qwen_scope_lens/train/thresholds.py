@@ -15,10 +15,9 @@ import torch
 from qwen_scope_lens.address import FeatureRef
 from qwen_scope_lens.errors import TooLittleData
 from qwen_scope_lens.models.backbone import check_backbone
-from qwen_scope_lens.models.load import load_model
-from qwen_scope_lens.models.residuals import iter_captures
 from qwen_scope_lens.saes.load import load_sae
 from qwen_scope_lens.stores.facts import check_model
+from qwen_scope_lens.stores.reread import Reading
 from qwen_scope_lens.train.penalty import FeatureRows
 
 if TYPE_CHECKING:
@@ -43,8 +42,9 @@ def mean_pre_activations(
         layer: list(dict.fromkeys(ref.feature for ref in refs if ref.layer == layer))
         for layer in layers
     }
+    reading = Reading.of(store, layers)
     if model is None:
-        model = load_model(store.manifest.model.id, up_to_layer=layers[-1])
+        model = reading.open_model()
     check_model(model, refs[0].sae.row)  # the width
     check_backbone(model, refs[0].sae.row)
     rows = {
@@ -54,10 +54,8 @@ def mean_pre_activations(
     for language, docs in docs_of.items():
         sums = {layer: torch.zeros(len(numbers[layer]), dtype=torch.float64) for layer in layers}
         tokens = dict.fromkeys(layers, 0)
-        ratio = store.manifest.settings.extreme_norm_ratio
-        for read in iter_captures(
-            model, _token_ids(store, layers[0], docs), layers, extreme_norm_ratio=ratio
-        ):
+        ids = [found for doc in docs if len(found := store.token_ids(int(doc)).tolist())]
+        for read in reading.captures(model, ids):
             for layer in layers:
                 x = read.residuals[layer][read.keep(layer)]
                 found = rows[layer].to(x.device).pre_activations(x)
@@ -70,12 +68,3 @@ def mean_pre_activations(
             at = numbers[ref.layer].index(ref.feature)
             means[ref][language] = float(sums[ref.layer][at] / count)
     return means
-
-
-def _token_ids(store: FeatureStore, layer: int, docs: np.ndarray) -> list[list[int]]:
-    """The token ids of some documents, as the store read them."""
-    found: list[list[int]] = []
-    for block in store.iter_blocks(layer, docs=docs.tolist()):
-        cuts = np.flatnonzero(np.diff(block.doc)) + 1
-        found += [ids.tolist() for ids in np.split(np.asarray(block.token_ids), cuts) if len(ids)]
-    return found

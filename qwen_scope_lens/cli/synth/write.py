@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from qwen_scope_lens.cli.options import count, from_zero, output
 from qwen_scope_lens.cli.synth.generators import add_generator_arguments, prices, roles
@@ -78,7 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
     from qwen_scope_lens.models.load import load_model
     from qwen_scope_lens.synth.recipe import read_recipe, read_words
     from qwen_scope_lens.synth.report import make_report
-    from qwen_scope_lens.synth.run import known_texts, open_reader, synthesise
+    from qwen_scope_lens.synth.run import known_texts, made_with, open_reader, synthesise
     from qwen_scope_lens.synth.targets import TargetSet
     from qwen_scope_lens.writers.templates import Templates
 
@@ -93,8 +94,13 @@ def run(arguments: argparse.Namespace) -> int:
         caution=words, read=arguments.verify, **{name: getattr(arguments, name) for name in changes}
     )
     templates = Templates(arguments.templates)
-    load = lru_cache(lambda name: load_model(name, device=arguments.device))
     name = arguments.model or targets.provenance["model"]
+    same = {} if arguments.model else made_with(targets).load_options
+
+    @lru_cache
+    def load(wanted: str) -> Any:
+        return load_model(wanted, device=arguments.device, **(same if wanted == name else {}))
+
     pack = LabelPack.read(arguments.caution_features) if arguments.caution_features else ()
     caution = dict.fromkeys(pack, arguments.caution_above)
     reader, saes = open_reader(targets, load(name), arguments.device, caution)
