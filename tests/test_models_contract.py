@@ -14,8 +14,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.exceptions import StopAtLayerException
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
-from qwen_scope_lens.models import load_model
-from qwen_scope_lens.models import thin_adapter as adapter
+from qwen_scope_lens.models import adapters, load_model
 
 
 def test_saelens_wrapper() -> None:
@@ -84,14 +83,14 @@ def test_transformer_lens_components() -> None:
     assert callable(GeneralizedComponent.set_original_component)
     assert HookPoint().ctx == {}
     for name in ("supports_hf_output_attentions", "supports_compatibility_mode"):
-        assert getattr(adapter.ResidualAdapter, name) is False
+        assert getattr(adapters.ResidualAdapter, name) is False
 
 
 def test_registration_touches_our_names_only() -> None:
     before = dict(ArchitectureAdapterFactory._adapters)
-    adapter.register_adapters()
+    adapters.register_adapters()
     once = dict(ArchitectureAdapterFactory._adapters)
-    adapter.register_adapters()
+    adapters.register_adapters()
     assert once == ArchitectureAdapterFactory._adapters
     for name, found in before.items():
         assert once[name] is found

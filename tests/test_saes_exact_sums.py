@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from qwen_scope_lens.saes.exact.dots import rounded_sums
 from qwen_scope_lens.saes.exact.encoder import Encoder
-from qwen_scope_lens.saes.exact.exact_sums import rounded_sums
 from qwen_scope_lens.saes.exact.topk import encode_topk
 
 

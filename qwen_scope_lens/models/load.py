@@ -2,7 +2,7 @@
 
 Checkpoints are opened by transformers alone: no image processor is touched, nothing is installed,
 and the dtype is the checkpoint's. With `up_to_layer` only the embedding and the first layers are
-read. What the bridge then does is `bridge.py`, which modules it wraps `thin_adapter.py`.
+read. What the bridge then does is `bridge.py`, which modules it wraps `adapters.py`.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from qwen_scope_lens.errors import (
     WrongModel,
 )
 from qwen_scope_lens.files import read_text
+from qwen_scope_lens.models.adapters import prepare_full, register_adapters, residual_name
 from qwen_scope_lens.models.architecture import (
     PLACES,
     describe,
@@ -45,8 +46,6 @@ from qwen_scope_lens.models.architecture import (
 )
 from qwen_scope_lens.models.bridge import RepairedBridge
 from qwen_scope_lens.models.checkpoint import TRUST, in_short, open_config, open_tokenizer
-from qwen_scope_lens.models.full_adapter import prepare_full
-from qwen_scope_lens.models.thin_adapter import register_adapters, residual_name
 
 __all__ = ["ScopeBridge", "fetch_file", "files_of", "load_model"]
 

@@ -6,18 +6,30 @@ small machine be) as large as the file. Reading known byte ranges does not.
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import os
-from collections.abc import Iterable, Sequence
+import pickle
+import sys
+import zipfile
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from qwen_scope_lens.errors import WrongKeys, WrongShape
-from qwen_scope_lens.saes.pt_archive import Unknown, stored_tensors
+from qwen_scope_lens.errors import (
+    CheckpointError,
+    NotACheckpoint,
+    TruncatedCheckpoint,
+    WrongKeys,
+    WrongShape,
+)
+from qwen_scope_lens.files import open_regular
 
-__all__ = ["Extent", "extents"]
+__all__ = ["Extent", "Stored", "Unknown", "extents", "refuse_expanded", "stored_tensors"]
 
 _SAFETENSORS_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -109,3 +121,191 @@ def _pread(fd: int, data: memoryview, offset: int) -> None:
         if count == 0:
             raise EOFError("the file ended while it was being read: was it replaced?")
         data, offset = data[count:], offset + count
+
+
+_LOCAL = 30
+"""Bytes of a zip entry's local header before its name."""
+
+_PICKLE_BYTES = 2**24
+
+_AGAIN = "torch.save(torch.load(path, weights_only=True), path)"
+
+_DTYPES = {
+    "DoubleStorage": torch.float64,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file: its numbers begin at byte `offset`."""
+
+    offset: int
+    record: tuple[int, int]  # first byte and size of the record that it is a part of
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def is_contiguous(self) -> bool:
+        size = 1
+        for length, stride in zip(reversed(self.shape), reversed(self.stride), strict=True):
+            if length != 1 and stride != size:
+                return False
+            size *= length
+        return True
+
+    def view(self, file: torch.UntypedStorage) -> torch.Tensor:
+        """The tensor in the mapped file; copied where its numbers do not lie on their own grid."""
+        start, size = self.record
+        storage = file[start : start + size] if size else torch.UntypedStorage(0)
+        first = (self.offset - start) // self.dtype.itemsize
+        tensor = torch.empty(0, dtype=self.dtype, device="cpu")
+        tensor.set_(storage, first, self.shape, self.stride)
+        return tensor.clone() if start % self.dtype.itemsize else tensor
+
+
+class Unknown(Exception):
+    """The pickle holds something else than a tensor or a dict of tensors."""
+
+
+def stored_tensors(path: Path) -> Stored | dict[str, Stored]:
+    """The one tensor, or the tensors by name, of a torch zip checkpoint.
+
+    Raises `Unknown` for anything else; records that cannot be taken as they are, and tensors that
+    reach beyond theirs, are refused by name.
+    """
+    try:
+        with open_regular(path) as file, zipfile.ZipFile(file) as archive:
+            return _read(path, file, archive)
+    except (CheckpointError, Unknown):
+        raise
+    except Exception as error:  # a damaged archive fails in as many ways as it has bytes
+        raise NotACheckpoint(f"{path} cannot be read as a torch checkpoint: {error}") from error
+
+
+def refuse_expanded(path: Path, name: str, tensor: torch.Tensor | Stored, numbers: int) -> None:
+    """Raise where a tensor claims more numbers than are stored for it."""
+    claimed = math.prod(tensor.shape)
+    strides = tensor.stride if isinstance(tensor, Stored) else tensor.stride()
+    repeats = any(n > 1 and s == 0 for n, s in zip(tensor.shape, strides, strict=True))
+    if claimed and (claimed > numbers or repeats):
+        raise WrongShape(
+            f"{path}: {name} claims {' x '.join(map(str, tensor.shape))} numbers, but the file"
+            f" holds {numbers:,} for it: a stored number stands for many; save it .contiguous()"
+        )
+
+
+def _read(path: Path, file: Any, archive: zipfile.ZipFile) -> Stored | dict[str, Stored]:
+    records: dict[str, tuple[int, int]] = {}
+    whole = path.stat().st_size
+    for entry in archive.infolist():
+        if entry.filename in records:
+            raise NotACheckpoint(f"{path} holds two records {entry.filename}: fetch it again")
+        if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
+            raise NotACheckpoint(
+                f"{path}: the record {entry.filename} is compressed or encrypted, which torch.save"
+                f" never does and a mapped file cannot be: write it again, {_AGAIN}"
+            )
+        file.seek(entry.header_offset)
+        header = file.read(_LOCAL)
+        if header[:4] != b"PK\x03\x04":
+            raise NotACheckpoint(f"{path}: no record where {entry.filename} should begin")
+        names = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+        start = entry.header_offset + _LOCAL + names
+        if start + entry.file_size > whole:
+            raise TruncatedCheckpoint(f"{path} ends within {entry.filename}: fetch it again")
+        records[entry.filename] = (start, entry.file_size)
+    pickles = [name for name in records if name.count("/") == 1 and name.endswith("/data.pkl")]
+    if len(pickles) != 1:
+        raise NotACheckpoint(f"{path} is a zip file without a torch checkpoint's data.pkl in it")
+    folder = pickles[0].removesuffix("data.pkl")
+    if f"{folder}byteorder" in records:
+        order = archive.read(f"{folder}byteorder")
+        if order != sys.byteorder.encode():
+            raise NotACheckpoint(
+                f"{path} was written in byte order {order[:9]!r}, this machine reads"
+                f" {sys.byteorder}: write it again here, {_AGAIN}"
+            )
+    if records[pickles[0]][1] > _PICKLE_BYTES:
+        raise Unknown(f"a data.pkl of {records[pickles[0]][1]:,} bytes")
+    try:
+        found = _Reader(path, records, folder, archive.read(pickles[0])).load()
+    except CheckpointError:
+        raise
+    except Exception as error:  # torch's own reader says what is wrong with it
+        raise Unknown(str(error)) from error
+    if isinstance(found, dict) and all(
+        isinstance(name, str) and isinstance(value, Stored) for name, value in found.items()
+    ):
+        return found
+    if isinstance(found, Stored):
+        return found
+    raise Unknown(type(found).__name__)
+
+
+class _Reader(pickle._Unpickler):
+    """In Python, because the one in C reserves whatever memory a file asks for."""
+
+    def __init__(
+        self, path: Path, records: dict[str, tuple[int, int]], folder: str, data: bytes
+    ) -> None:
+        super().__init__(io.BytesIO(data))
+        self.path, self.records, self.folder = path, records, folder
+
+    def find_class(self, module: str, name: str) -> Callable[..., Any] | torch.dtype:
+        if module == "torch" and name in _DTYPES:
+            return _DTYPES[name]
+        if (module, name) == ("collections", "OrderedDict"):
+            return dict
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return self.tensor
+        if (module, name) == ("torch._utils", "_rebuild_parameter"):
+            return lambda data, *_: data
+        raise Unknown(f"{module}.{name}")
+
+    def persistent_load(self, saved: Any) -> tuple[str, torch.dtype, int, int]:
+        kind, dtype, key, _, count = saved
+        if kind != "storage" or not isinstance(dtype, torch.dtype) or not isinstance(key, str):
+            raise Unknown(kind)
+        name = f"{self.folder}data/{key}"
+        if name not in self.records:
+            raise NotACheckpoint(f"{self.path}: the record {name} is missing: fetch it again")
+        start, size = self.records[name]
+        if not _whole(count) or size != count * dtype.itemsize:
+            raise NotACheckpoint(
+                f"{self.path}: the record {name} has {size:,} bytes, but data.pkl says"
+                f" {count!r:.40} numbers of {dtype}: the file contradicts itself, fetch it again"
+            )
+        return name, dtype, start, size
+
+    def tensor(self, storage: Any, first: Any, shape: Any, stride: Any, *_: Any) -> Stored:
+        name, dtype, start, size = storage
+        if not (
+            isinstance(shape, tuple) and isinstance(stride, tuple) and len(shape) == len(stride)
+        ):
+            raise Unknown("a tensor's shape")
+        if not all(map(_whole, (first, *shape, *stride))):
+            raise Unknown("a tensor's shape")
+        numbers = size // dtype.itemsize - first
+        place = Stored(start + first * dtype.itemsize, (start, size), shape, stride, dtype)
+        refuse_expanded(self.path, name, place, max(0, numbers))
+        last = sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
+        if math.prod(shape) and last >= numbers:
+            raise WrongShape(
+                f"{self.path}: {name} holds {max(0, numbers):,} numbers, but a tensor of shape"
+                f" {shape} reaches to number {last + 1:,}: the file contradicts itself"
+            )
+        return place
+
+
+def _whole(number: Any) -> bool:
+    return type(number) is int and 0 <= number < 2**62

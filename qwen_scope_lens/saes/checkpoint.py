@@ -28,8 +28,8 @@ from qwen_scope_lens.errors import (
     WrongSettings,
     WrongShape,
 )
+from qwen_scope_lens.saes.byte_ranges import Stored, Unknown, refuse_expanded, stored_tensors
 from qwen_scope_lens.saes.locate import LayerFile, read_config
-from qwen_scope_lens.saes.pt_archive import Stored, Unknown, refuse_expanded, stored_tensors
 
 __all__ = [
     "LAYOUTS",

@@ -6,13 +6,12 @@ Which pairs, and what the scores decide, is `certified.py`.
 from __future__ import annotations
 
 import warnings
+from fractions import Fraction
 from functools import cache
 
 import torch
 
-from qwen_scope_lens.saes.exact.exact_sums import rounded_sums
-
-__all__ = ["all_dots", "exact_scores", "exact_topk", "pair_dots"]
+__all__ = ["all_dots", "exact_scores", "exact_topk", "pair_dots", "rounded_sums"]
 
 _ELEMENTS = 2**20
 """Numbers per working buffer: 8 MiB in float64."""
@@ -122,7 +121,7 @@ def exact_scores(
 ) -> torch.Tensor:
     """Exact dots plus bias, rounded once to float32 and held in float64. `[p]`
 
-    Whatever cancels: `exact_sums.py` says how.
+    Whatever cancels: see `rounded_sums`.
     """
     out = torch.empty(len(token), dtype=torch.float64, device=x.device)
     step = max(1, _ELEMENTS // 16 // x.shape[1])  # stays in cache
@@ -170,3 +169,65 @@ def exact_topk(
         values.append(best.relu())
         indices.append(where.masked_fill(best <= 0, -1))
     return torch.cat(values), torch.cat(indices)
+
+
+def rounded_sums(terms: torch.Tensor) -> torch.Tensor:
+    """float64 `[p, n]`, each the product of two float32 numbers or one -> float32 sums `[p]`."""
+    rough, size = terms.sum(-1), terms.abs().sum(-1)
+    error = size * (terms.shape[-1] * 2.0**-53 * 1.01)
+    low, high = (rough - error).float(), (rough + error).float()
+    out = rough.float()
+    open_ = (low != high) & rough.isfinite()
+    if not bool(open_.any()):
+        return out
+    where = open_.nonzero().squeeze(1)
+    chosen = terms[where]
+    total, lost = _sum_of_pairs(chosen)
+    error = size[where] * (terms.shape[-1] * 2.0**-100)
+    low, high = _rounded(total, lost - error), _rounded(total, lost + error)
+    out[where] = low
+    for place in (low != high).nonzero().squeeze(1).tolist():
+        exact = sum(map(Fraction, chosen[place].tolist()), Fraction())
+        out[where[place]] = _of_fraction(exact)
+    return out
+
+
+def _sum_of_pairs(terms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sum of `[p, n]` in float64, and what rounding took from it. `[p]` both."""
+    lost = terms.new_zeros(len(terms))
+    while terms.shape[1] > 1:
+        if terms.shape[1] % 2:
+            terms = torch.cat([terms, terms.new_zeros((len(terms), 1))], 1)
+        a, b = terms[:, ::2], terms[:, 1::2]
+        terms, less = _two_sum(a, b)
+        lost = lost + less.sum(-1)
+    return terms[:, 0], lost
+
+
+def _two_sum(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`a + b` rounded, and exactly what the rounding took."""
+    total = a + b
+    other = total - a
+    return total, (a - (total - other)) + (b - other)
+
+
+def _rounded(total: torch.Tensor, lost: torch.Tensor) -> torch.Tensor:
+    """`total + lost` rounded once to float32: first to float64 with an odd last bit where that is
+    inexact, which no later rounding to fewer bits can mistake for the middle of two numbers."""
+    near, rest = _two_sum(total, lost)
+    bits = near.view(torch.int64)
+    step = torch.where((rest > 0) == (near > 0), 1, -1)
+    nudged = (rest != 0) & (bits % 2 == 0)
+    return torch.where(nudged, bits + step, bits).view(torch.float64).float()
+
+
+def _of_fraction(exact: Fraction) -> float:
+    """Rounded once to float32, ties to even."""
+    near = float(exact)  # correctly rounded to float64
+    rest = exact - Fraction(near)
+    sign = (rest > 0) - (rest < 0)
+    parts = (
+        torch.tensor([number], dtype=torch.float64)
+        for number in (near, sign * abs(near) * 2.0**-60)
+    )
+    return float(_rounded(*parts)) if near else 0.0
