@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 
 from qwen_scope_lens.address import FeatureRef, LayerRef
-from qwen_scope_lens.catalog import BACKBONES, GROUPS, NOT_TOPK, find_group, local_groups
+from qwen_scope_lens.catalog import BACKBONES, GROUPS, NOT_TOPK, Group, find_group, local_groups
 from qwen_scope_lens.errors import LayerOutOfRange, UnknownName, UnsupportedSAE, WrongSettings
 
 OFFICIAL = [group for group in GROUPS if group.origin == "official"]
@@ -73,8 +75,8 @@ def test_saelens_release_for_qwen2_5_is_refused_by_name(name: str) -> None:
 
 
 @pytest.mark.parametrize("group", GROUPS, ids=lambda g: g.short)
-def test_every_name_resolves_to_one_row(group: object) -> None:
-    for name in group.names:  # type: ignore[attr-defined]
+def test_every_name_resolves_to_one_row(group: Group) -> None:
+    for name in group.names:
         assert find_group(name) is group
         assert find_group(name.upper()) is group
 
@@ -149,7 +151,7 @@ def test_ones_own_saes_are_a_group() -> None:
         find_group("local/../mine")
 
 
-def test_damaged_settings_of_ones_own(home: object) -> None:
-    (home / "mine" / "config.json").write_text('{"model_type": "topk_sae"}')  # type: ignore[operator]
+def test_damaged_settings_of_ones_own(home: Path) -> None:
+    (home / "mine" / "config.json").write_text('{"model_type": "topk_sae"}')
     with pytest.raises(WrongSettings, match="num_layers"):
         find_group("local/mine")

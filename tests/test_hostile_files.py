@@ -275,9 +275,14 @@ def test_views_that_contradict_each_other_are_found(name: str, store: Path, tmp_
 
 @pytest.mark.parametrize(
     ("header", "size"),
-    [(b"\x93NUMPY\x01\x00\xff\xff" + b"(" * 200, None), (b"\x93NUMPY\x01\x00", None), (b"", None),
-     (b"\x80\x04K\x01.", None), (None, 10)],
-)  # fmt: skip
+    [
+        (b"\x93NUMPY\x01\x00\xff\xff" + b"(" * 200, None),
+        (b"\x93NUMPY\x01\x00", None),
+        (b"", None),
+        (b"\x80\x04K\x01.", None),
+        (None, 10),
+    ],
+)
 def test_damaged_headers_of_arrays(header: bytes | None, size: int | None, store: Path) -> None:
     for name in ("offsets.npy", "layer6/values.npy"):
         path = store / "shards" / "00000" / name
@@ -446,9 +451,14 @@ def test_damaged_model_folders_have_a_named_error(
 
 @pytest.mark.parametrize(
     "template",
-    ["{{ raise_exception('only users') }}", "{% for", "{{ messages.x.y }}", "{{ 1 / 0 }}",
-     "{{ ''.__class__.__mro__ }}{{ messages[0].__class__.__mro__[1].__subclasses__() }}"],
-)  # fmt: skip
+    [
+        "{{ raise_exception('only users') }}",
+        "{% for",
+        "{{ messages.x.y }}",
+        "{{ 1 / 0 }}",
+        "{{ ''.__class__.__mro__ }}{{ messages[0].__class__.__mro__[1].__subclasses__() }}",
+    ],
+)
 def test_chat_templates_that_fail_have_a_named_error(template: str) -> None:
     tokenizer = make_tokenizer()
     tokenizer.chat_template = template

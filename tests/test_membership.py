@@ -82,7 +82,8 @@ def test_any_input(seed: int, n: int, n_docs: int, whole: bool) -> None:
     x = x.round() if whole else x
     document = torch.randint(0, n_docs, (n,), generator=rng)
     member = Membership(sae, [seed % D_SAE, 5])
-    member._encode(torch.randn(WARM_UP, D_IN, generator=rng))  # witnesses from the start
+    member.values(torch.randn(4 * WARM_UP, D_IN, generator=rng))
+    assert member.settled["encoded"] >= WARM_UP  # so there are witnesses from the start
     found = member.maxima(x, document, n_docs)
     values, rows = slow_maxima(sae, [seed % D_SAE, 5], x, document, n_docs)
     assert torch.equal(found.values, values)
@@ -95,9 +96,9 @@ def test_planted_features_and_few_full_encodes(home: Path) -> None:
     x = planted.activations(planted.tensors(seed=1), tokens=4000)
     member = Membership(sae, [7])
     member.values(x[:1000])
-    before = member._encoded
+    before = member.settled["encoded"]  # of one feature: the number of positions
     assert torch.equal(member.values(x), sae.encode_sparse(x).to_dense()[:, [7]])
-    assert member._encoded - before < len(x) / 4
+    assert 0 < member.settled["encoded"] - before < len(x) / 4
 
 
 def test_nothing_and_nonsense() -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -12,7 +13,6 @@ from torch import Tensor
 
 from qwen_scope_lens.errors import BadText, LayerOutOfRange, WrongModel, WrongTokenizer
 from qwen_scope_lens.models import Capture, capture, decoder_layers, iter_captures, load_model
-from qwen_scope_lens.models import residuals as module
 
 TEXTS = ["one", "a much longer text than one", "été 字", "x", "middle sized"]
 
@@ -84,22 +84,22 @@ def test_layers_that_return_tuples(tokenizer: Any) -> None:
     assert torch.equal(capture(model, TEXTS, [1], tokenizer=tokenizer).residuals[1], truth)
 
 
-def seen_shapes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+@contextmanager
+def before_each_run(model: Any, look: Callable[[int, int], None]) -> Iterator[None]:
+    """Call `look` with the number of documents and the padded length of each forward pass."""
+
+    def before(module: Any, args: Any, options: dict[str, Any]) -> None:
+        look(*options["input_ids"].shape)
+
+    handle = model.register_forward_pre_hook(before, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def test_a_corpus_is_read_in_bounded_pieces(model: Any, tokenizer: Any) -> None:
     shapes: list[tuple[int, int]] = []
-    run = module._forward
-
-    def spy(model: Any, batch: Any, layers: Any) -> Any:
-        shapes.append((len(batch), max(map(len, batch))))
-        return run(model, batch, layers)
-
-    monkeypatch.setattr(module, "_forward", spy)
-    return shapes
-
-
-def test_a_corpus_is_read_in_bounded_pieces(
-    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shapes = seen_shapes(monkeypatch)
     read = 0
 
     def corpus() -> Iterator[str]:
@@ -111,11 +111,12 @@ def test_a_corpus_is_read_in_bounded_pieces(
     pieces = iter_captures(
         model, corpus(), [0], tokenizer=tokenizer, token_budget=64, window=16, max_tokens=40
     )
-    first = next(pieces)
-    assert read == 16  # one window ahead, not the corpus
-    numbers = list(first.doc_ids)
-    for piece in pieces:
-        numbers += piece.doc_ids
+    with before_each_run(model, lambda count, longest: shapes.append((count, longest))):
+        first = next(pieces)
+        assert read == 16  # one window ahead, not the corpus
+        numbers = list(first.doc_ids)
+        for piece in pieces:
+            numbers += piece.doc_ids
     assert sorted(numbers) == list(range(1000))
     assert all(count * longest <= 64 for count, longest in shapes)
     padded = sum(count * longest for count, longest in shapes)
@@ -131,9 +132,18 @@ def test_batches_do_not_change_flags(model: Any, tokenizer: Any) -> None:
 
 
 def test_extreme_and_first_tokens(model: Any, tokenizer: Any) -> None:
-    norms = torch.tensor([900.0, 1.0, 2.0, 1.5, 30.0, 5.0, 7.0])
-    flags = module._extreme(norms, [5, 1, 1], 10.0)
-    assert flags.tolist() == [True, False, False, False, True, False, False]
+    norms = torch.ones(3, 5)  # of the longest document, and of two with one token and pads
+    norms[0] = torch.tensor([900.0, 1.0, 2.0, 1.5, 30.0])
+    norms[1, 0], norms[2, 0] = 5.0, 7.0
+
+    def planted(module: Any, args: Any, output: Tensor) -> Tensor:
+        return output / output.norm(dim=-1, keepdim=True) * norms[..., None]
+
+    handle = decoder_layers(model)[1].register_forward_hook(planted)
+    found = capture(model, [torch.arange(5), torch.tensor([7]), torch.tensor([8])], [1])
+    handle.remove()
+    assert found.extreme[1].tolist() == [True, False, False, False, True, False, False]
+    assert found.keep(1).tolist() == [False, True, True, True, False, False, False]
     found = capture(model, TEXTS, [1], tokenizer=tokenizer, extreme_norm_ratio=1e-9)
     assert not found.keep(1).any()
     found = capture(model, TEXTS, [1], tokenizer=tokenizer, extreme_norm_ratio=1e9)
@@ -149,40 +159,37 @@ def test_extreme_and_first_tokens(model: Any, tokenizer: Any) -> None:
     ],
 )
 def test_out_of_memory_halves_the_batch_and_says_so(
-    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, error: Exception
+    model: Any, tokenizer: Any, error: Exception
 ) -> None:
     truth = capture(model, TEXTS, [1], tokenizer=tokenizer)
-    run, sizes = module._forward, []
+    sizes: list[int] = []
 
-    def small_card(model: Any, batch: Any, layers: Any) -> Any:
-        if len(batch) > 2:
+    def small_card(count: int, longest: int) -> None:
+        if count > 2:
             raise error
-        sizes.append(len(batch))
-        return run(model, batch, layers)
+        sizes.append(count)
 
-    monkeypatch.setattr(module, "_forward", small_card)
-    with pytest.warns(UserWarning, match="out of memory with 5 documents"):
+    with (
+        before_each_run(model, small_card),
+        pytest.warns(UserWarning, match="out of memory with 5 documents"),
+    ):
         found = capture(model, TEXTS, [1], tokenizer=tokenizer)
     assert found.doc_ids == truth.doc_ids
     torch.testing.assert_close(found.residuals[1], truth.residuals[1], rtol=1e-4, atol=1e-4)
     assert max(sizes) <= 2
 
-    def no_card(*args: Any) -> Any:
+    def no_card(count: int, longest: int) -> None:
         raise error
 
-    monkeypatch.setattr(module, "_forward", no_card)
-    with pytest.raises(type(error)) as raised:
+    with before_each_run(model, no_card), pytest.raises(type(error)) as raised:
         capture(model, TEXTS[:1], [1], tokenizer=tokenizer)
     assert "does not fit into memory" in raised.value.__notes__[-1]
 
 
-def test_other_errors_are_not_swallowed(
-    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def broken(*args: Any) -> Any:
+def test_other_errors_are_not_swallowed(model: Any, tokenizer: Any) -> None:
+    def broken(count: int, longest: int) -> None:
         raise RuntimeError("something else")
 
-    monkeypatch.setattr(module, "_forward", broken)
     with pytest.raises(RuntimeError, match="something else"):
         capture(model, TEXTS, [1], tokenizer=tokenizer)
 

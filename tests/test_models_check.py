@@ -83,13 +83,13 @@ def test_a_base_sae_on_an_instruct_or_quantised_model() -> None:
     model, sae, tokenizer = make_model(), make_sae(), make_tokenizer()
     sae.cfg.metadata.model_name = "Qwen/Qwen3-8B-Base"
     model.config._name_or_path = "Qwen/Qwen3-8B"
-    notes = check._notes(model, sae)
+    notes = verify_model(model, sae, tokenizer=tokenizer).notes
     assert "trained on Qwen/Qwen3-8B-Base, this is Qwen/Qwen3-8B, its instruct version" in notes[0]
     model.is_quantized = True
     with pytest.raises(VerificationFailed, match=r"(?s)above 0\.1.*instruct version.*quantised"):
         verify_model(model, sae, tokenizer=tokenizer, max_fvu=0.1)
     model.config._name_or_path = "/models/Qwen3-8B-Base/"
-    assert check._notes(model, sae) == (
+    assert verify_model(model, sae, tokenizer=tokenizer).notes == (
         "the model's weights are quantised, the SAE was trained on unquantised ones",
     )
     assert torch.is_tensor(calls[0]["activations"])

@@ -15,6 +15,7 @@ from transformer_lens.model_bridge.exceptions import StopAtLayerException
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
 from qwen_scope_lens.models import adapters, load_model
+from qwen_scope_lens.models.architecture import PLACES
 
 
 def test_saelens_wrapper() -> None:
@@ -94,4 +95,6 @@ def test_registration_touches_our_names_only() -> None:
     assert once == ArchitectureAdapterFactory._adapters
     for name, found in before.items():
         assert once[name] is found
-    assert all(name.endswith("/residual") for name in set(once) - set(before))
+    ours = {adapters.residual_name(row.hf_class) for row in PLACES}
+    assert ours <= set(once)
+    assert set(once) - set(before) <= ours

@@ -200,7 +200,7 @@ def test_a_moved_extension_point_fails_with_one_sentence(monkeypatch: pytest.Mon
         qsl.install()
 
 
-# What register.py, load.py and sae.py lean on without SAELens promising it.
+# Details of SAELens on which saelens_plugin.py, load.py and sae.py rely, though it promises none.
 
 
 def test_contract_loader_tables() -> None:
@@ -251,10 +251,11 @@ def test_contract_topk_sae_takes_views(home: Path) -> None:
 
 def test_an_inner_install_gives_back_the_outer_pins() -> None:
     qsl.install(revisions={REPO: "outer"})
+    loaders = upstream.NAMED_PRETRAINED_SAE_LOADERS
     with qsl.install(revisions={RELEASE: "inner"}):
-        assert register._loader_in_use().revisions == {SHORT: "inner"}  # type: ignore[union-attr]
+        assert loaders["qwen_scope"].revisions == {SHORT: "inner"}
     assert qsl.is_installed()
-    assert register._loader_in_use().revisions == {SHORT: "outer"}  # type: ignore[union-attr]
+    assert loaders["qwen_scope"].revisions == {SHORT: "outer"}
 
 
 def test_each_layer_is_listed_once() -> None:

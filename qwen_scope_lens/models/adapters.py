@@ -1,16 +1,20 @@
-"""The thin adapter: TransformerLens hook points around HF layers that are left alone.
+"""Which modules of an HF model a bridge wraps: a few (our thin adapter) or all (TransformerLens's).
 
-Only the embedding, the decoder layers and the unembedding are wrapped, so attention, linear
-attention and experts run HF's own kernels, and the hook points are those a residual SAE needs:
-`hook_embed`, `blocks.L.hook_resid_pre`, `blocks.L.hook_resid_post`. No norm is wrapped, hence no
-norm hook that could give wrong values. What a bridge does with hook points is `bridge.py`.
+The thin adapter wraps only the embedding, the decoder layers and the unembedding. Attention, linear
+attention and experts run HF's own kernels, and the hook points are those that a residual SAE needs:
+`hook_embed`, `blocks.L.hook_resid_pre`, `blocks.L.hook_resid_post`. Norms are not wrapped, so there
+is no norm hook that could give wrong values.
+
+TransformerLens's full adapter rebuilds attention in eager mode and also wraps norms and
+projections. `prepare_full` makes up for its known defects on Qwen, or refuses the model. Every
+change that it makes comes with a function that undoes it.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -22,28 +26,37 @@ from transformer_lens.model_bridge.generalized_components.base import Generalize
 from qwen_scope_lens.errors import WrongModel
 from qwen_scope_lens.models.architecture import PLACES, Places
 
-__all__ = ["ResidualAdapter", "ResidualBlock", "prepare_full", "register_adapters", "residual_name"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = [
+    "ResidualAdapter",
+    "ResidualBlock",
+    "prepare_full",
+    "register_adapters",
+    "residual_name",
+]
 
 SUFFIX = "/residual"
 _BY_NAME = {row.hf_class + SUFFIX: row for row in PLACES}
 
 
 def residual_name(hf_class: str) -> str:
-    """The architecture name under which an HF class's thin adapter is registered."""
+    """The name under which the thin adapter of an HF class is registered."""
     return hf_class + SUFFIX
 
 
 def register_adapters() -> None:
-    """Make the thin adapters known to TransformerLens, under names of our own.
+    """Register the thin adapters with TransformerLens, under names of our own.
 
-    No name of TransformerLens is replaced. Calling it again changes nothing.
+    No name of TransformerLens is replaced, and a second call changes nothing.
     """
     for name in _BY_NAME:
         ArchitectureAdapterFactory.register_adapter(name, ResidualAdapter)
 
 
 class ResidualAdapter(ArchitectureAdapter):
-    """Maps embed, blocks and unembed of any supported class, and nothing else."""
+    """Maps the embedding, the layers and the unembedding of any supported class, and no more."""
 
     applicable_phases: list[int] = []  # noqa: RUF012 (upstream's declaration)
     supports_compatibility_mode = False
@@ -66,7 +79,7 @@ class ResidualAdapter(ArchitectureAdapter):
 
 
 class Embedding(EmbeddingBridge):
-    """The token embedding with its hooks; a quantised one keeps its output dtype."""
+    """The token embedding with its hooks. A quantised one keeps its output dtype."""
 
     def forward(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Token ids `[batch, pos]` -> `[batch, pos, d_model]`."""
@@ -75,7 +88,7 @@ class Embedding(EmbeddingBridge):
 
 
 class Unembedding(UnembeddingBridge):
-    """The unembedding with its hooks; unlike upstream's it adds no bias to the HF module."""
+    """The unembedding with its hooks. Unlike upstream's, it adds no bias to the HF module."""
 
     def set_original_component(self, original_component: nn.Module) -> None:
         GeneralizedComponent.set_original_component(self, original_component)
@@ -92,7 +105,7 @@ class ResidualBlock(GeneralizedComponent):
     }
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """`[batch, pos, d_model]` in and out; whatever else HF's layer returns is passed on."""
+        """`[batch, pos, d_model] -> [batch, pos, d_model]`, with HF's other results passed on."""
         entering = same_dtype(self.hook_in(hidden_states), hidden_states)
         output = self._modules["_original_component"](entering, *args, **kwargs)
         if isinstance(output, tuple):
@@ -101,12 +114,12 @@ class ResidualBlock(GeneralizedComponent):
 
 
 def same_dtype(hooked: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
-    """What a hook returned, in the residual's dtype: float32 arithmetic in a hook is welcome."""
+    """A hook's result in the residual's dtype, so that a hook may compute in float32."""
     return hooked if hooked.dtype == before.dtype else hooked.to(before.dtype)
 
 
-def prepare_full(model: Any, places: Places) -> list[Callable[[], None]]:
-    """Make a model ready for the full adapter; returns what has to be called to undo it."""
+def prepare_full(model: PreTrainedModel, places: Places) -> list[Callable[[], None]]:
+    """Make a model ready for the full adapter. Returns the functions that undo the changes."""
     if places.kind != "causal":
         raise WrongModel(
             f"full_hooks takes a CausalLM, not {places.hf_class}: TransformerLens's multimodal"
@@ -115,8 +128,8 @@ def prepare_full(model: Any, places: Places) -> list[Callable[[], None]]:
         )
     if any(getattr(getattr(m, "_hf_hook", None), "offload", False) for m in model.modules()):
         raise WrongModel(
-            "full_hooks reads weights that are offloaded to CPU or disk, and fails or gives"
-            " garbage: leave full_hooks out, the thin adapter works with offloading"
+            "full_hooks would read weights that are offloaded to CPU or disk, and fail or give"
+            " wrong values: leave full_hooks out, the thin adapter works with offloading"
         )
     undo: list[Callable[[], None]] = []
     attention = model.config._attn_implementation
@@ -132,14 +145,14 @@ def prepare_full(model: Any, places: Places) -> list[Callable[[], None]]:
 
 
 def _restore_kernels(linear_attention: nn.Module) -> list[Callable[[], None]]:
-    """Give back two attributes that transformers moved to module level and the adapter reads.
+    """Set two attributes that the adapter reads, and that transformers has moved to module level.
 
-    Without them the adapter crashes whenever no cache is in use.
+    Without them the adapter crashes when no cache is used.
     """
     source = sys.modules[type(linear_attention).__module__]
     undo: list[Callable[[], None]] = []
     wanted = {
-        "causal_conv1d_fn": None,  # None: the adapter convolves by the module's own conv1d
+        "causal_conv1d_fn": None,  # with None, the adapter uses the module's own conv1d
         "chunk_gated_delta_rule": getattr(source, "torch_chunk_gated_delta_rule", None),
     }
     for name, value in wanted.items():

@@ -1,7 +1,14 @@
-"""Where each tensor's bytes lie in a checkpoint file, for readers that must not map all of it.
+"""Find where each tensor's bytes are in a checkpoint file, and read only those.
 
-Mapping is enough for use; copying gigabytes through a mapping makes the process look (and on a
-small machine be) as large as the file. Reading known byte ranges does not.
+To use an SAE it is enough to map its file into memory. Copying gigabytes through a mapping,
+however, makes the process look as large as the file (and on a small machine it is). Reading known
+byte ranges does not.
+
+Where the numbers of a `.pt` file are is read from the archive itself and never calculated. torch's
+own reader, when it maps a file, takes whatever bytes stand where it expects those of a tensor:
+compressed bytes, bytes in another order, or those of the next record. So everything is checked here
+before a byte of data is used. The pickle inside is read by an interpreter that knows a dozen names
+and calls nothing else.
 """
 
 from __future__ import annotations
@@ -45,11 +52,11 @@ class Extent:
     def read_tile(
         self, fd: int, rows: slice, columns: slice, into: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """A rectangle of a matrix, read straight from the file. `into`: a buffer to reuse."""
+        """Read a rectangle of a matrix straight from the file. `into` is a buffer to reuse."""
         height, width = rows.stop - rows.start, columns.stop - columns.start
         buffer = torch.empty(height * width, dtype=self.dtype) if into is None else into
         tile = buffer[: height * width]
-        data = memoryview(tile.view(torch.uint8).numpy()).cast("B")
+        data = tile.view(torch.uint8).numpy().data.cast("B")
         size, stride = width * self.dtype.itemsize, self.shape[1] * self.dtype.itemsize
         start = self.offset + rows.start * stride + columns.start * self.dtype.itemsize
         if size == stride:
@@ -60,13 +67,16 @@ class Extent:
         return tile.view(height, width)
 
     def read_rows(self, fd: int, rows: Sequence[int]) -> torch.Tensor:
-        """`[m] -> [m, width]`"""
+        """Read chosen rows. `[m] -> [m, width]`"""
         whole = slice(0, self.shape[1])
         found = [self.read_tile(fd, slice(row, row + 1), whole) for row in rows]
         return torch.cat([torch.empty((0, self.shape[1]), dtype=self.dtype), *found])
 
     def read_columns(self, fd: int, columns: Sequence[int]) -> torch.Tensor:
-        """`[m] -> [m, height]`: one number from each row, so the disk reads a page for it."""
+        """Read chosen columns. `[m] -> [m, height]`
+
+        Each number is in another row of the file, so the disk reads a page for each.
+        """
         out = torch.empty((len(columns), self.shape[0]), dtype=self.dtype)
         size, stride = self.dtype.itemsize, self.shape[1] * self.dtype.itemsize
         data = bytearray(size * self.shape[0])
@@ -79,7 +89,7 @@ class Extent:
 
 
 def extents(path: Path, names: Iterable[str]) -> dict[str, Extent]:
-    """The extents of some tensors of a valid `.pt` or safetensors checkpoint."""
+    """Where some tensors of a valid `.pt` or safetensors checkpoint are in its file, by name."""
     read = _of_safetensors if path.suffix == ".safetensors" else _of_pt
     return read(path, set(names))
 
@@ -124,7 +134,7 @@ def _pread(fd: int, data: memoryview, offset: int) -> None:
 
 
 _LOCAL = 30
-"""Bytes of a zip entry's local header before its name."""
+"""The length of a zip entry's local header before the entry's name, in bytes."""
 
 _PICKLE_BYTES = 2**24
 
@@ -146,16 +156,17 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a file: its numbers begin at byte `offset`."""
+    """A tensor in a `.pt` file. Its numbers begin at byte `offset` of the file."""
 
     offset: int
-    record: tuple[int, int]  # first byte and size of the record that it is a part of
+    record: tuple[int, int]  # the first byte and the size of the record that contains it
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
 
     @property
     def is_contiguous(self) -> bool:
+        """Whether the numbers follow each other in row-major order."""
         size = 1
         for length, stride in zip(reversed(self.shape), reversed(self.stride), strict=True):
             if length != 1 and stride != size:
@@ -164,7 +175,10 @@ class Stored:
         return True
 
     def view(self, file: torch.UntypedStorage) -> torch.Tensor:
-        """The tensor in the mapped file; copied where its numbers do not lie on their own grid."""
+        """The tensor, as a view of the mapped file.
+
+        It is a copy where the numbers do not begin at a multiple of their own size.
+        """
         start, size = self.record
         storage = file[start : start + size] if size else torch.UntypedStorage(0)
         first = (self.offset - start) // self.dtype.itemsize
@@ -174,14 +188,14 @@ class Stored:
 
 
 class Unknown(Exception):
-    """The pickle holds something else than a tensor or a dict of tensors."""
+    """The pickle does not hold a tensor or a dict of tensors."""
 
 
 def stored_tensors(path: Path) -> Stored | dict[str, Stored]:
-    """The one tensor, or the tensors by name, of a torch zip checkpoint.
+    """The single tensor of a torch zip checkpoint, or its tensors by name.
 
-    Raises `Unknown` for anything else; records that cannot be taken as they are, and tensors that
-    reach beyond theirs, are refused by name.
+    Anything else in it raises `Unknown`. A record that cannot be used as it is, and a tensor that
+    reaches beyond its record, are refused with the name of the record.
     """
     try:
         with open_regular(path) as file, zipfile.ZipFile(file) as archive:
@@ -193,14 +207,14 @@ def stored_tensors(path: Path) -> Stored | dict[str, Stored]:
 
 
 def refuse_expanded(path: Path, name: str, tensor: torch.Tensor | Stored, numbers: int) -> None:
-    """Raise where a tensor claims more numbers than are stored for it."""
+    """Raise when a tensor claims more numbers than the file stores for it."""
     claimed = math.prod(tensor.shape)
     strides = tensor.stride if isinstance(tensor, Stored) else tensor.stride()
     repeats = any(n > 1 and s == 0 for n, s in zip(tensor.shape, strides, strict=True))
     if claimed and (claimed > numbers or repeats):
         raise WrongShape(
             f"{path}: {name} claims {' x '.join(map(str, tensor.shape))} numbers, but the file"
-            f" holds {numbers:,} for it: a stored number stands for many; save it .contiguous()"
+            f" holds {numbers:,} for it: a stored number stands for many. Save it .contiguous()"
         )
 
 
@@ -212,13 +226,13 @@ def _read(path: Path, file: Any, archive: zipfile.ZipFile) -> Stored | dict[str,
             raise NotACheckpoint(f"{path} holds two records {entry.filename}: fetch it again")
         if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
             raise NotACheckpoint(
-                f"{path}: the record {entry.filename} is compressed or encrypted, which torch.save"
-                f" never does and a mapped file cannot be: write it again, {_AGAIN}"
+                f"{path}: the record {entry.filename} is compressed or encrypted. torch.save never"
+                f" writes such a record, and it cannot be mapped: write the file again, {_AGAIN}"
             )
         file.seek(entry.header_offset)
         header = file.read(_LOCAL)
         if header[:4] != b"PK\x03\x04":
-            raise NotACheckpoint(f"{path}: no record where {entry.filename} should begin")
+            raise NotACheckpoint(f"{path}: there is no record where {entry.filename} should begin")
         names = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
         start = entry.header_offset + _LOCAL + names
         if start + entry.file_size > whole:
@@ -226,7 +240,9 @@ def _read(path: Path, file: Any, archive: zipfile.ZipFile) -> Stored | dict[str,
         records[entry.filename] = (start, entry.file_size)
     pickles = [name for name in records if name.count("/") == 1 and name.endswith("/data.pkl")]
     if len(pickles) != 1:
-        raise NotACheckpoint(f"{path} is a zip file without a torch checkpoint's data.pkl in it")
+        raise NotACheckpoint(
+            f"{path} is a zip file, but not a torch checkpoint: it has no data.pkl"
+        )
     folder = pickles[0].removesuffix("data.pkl")
     if f"{folder}byteorder" in records:
         order = archive.read(f"{folder}byteorder")
@@ -253,7 +269,7 @@ def _read(path: Path, file: Any, archive: zipfile.ZipFile) -> Stored | dict[str,
 
 
 class _Reader(pickle._Unpickler):
-    """In Python, because the one in C reserves whatever memory a file asks for."""
+    """An unpickler in Python: the one in C reserves as much memory as a file asks for."""
 
     def __init__(
         self, path: Path, records: dict[str, tuple[int, int]], folder: str, data: bytes
