@@ -1,4 +1,4 @@
-"""Converters: bit-exact, bounded, resumable, whole or not at all."""
+"""Converters are exact to the bit, use bounded memory, can go on, and write whole files only."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_half_precision_is_rounded_once(out: Path, dtype: str) -> None:
 
 
 def test_tiles_of_every_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Edges: matrices smaller than, equal to, and not a multiple of a tile."""
+    """Matrices that are smaller than a tile, equal to one, and not a multiple of one."""
     from qwen_scope_lens.converters import _saelens_folder
 
     for number, (d_model, d_sae, tile) in enumerate([(5, 7, 3), (6, 9, 3), (4, 4, 4), (1, 8, 16)]):
@@ -138,7 +138,7 @@ def test_finished_layers_are_left_alone(out: Path) -> None:
 def test_killed_in_the_middle_nothing_half_is_visible_and_it_goes_on(
     tmp_path: Path, out: Path
 ) -> None:
-    """A real process, killed with SIGKILL while the second layer is being written."""
+    """A real process is killed with SIGKILL while it writes the second layer."""
     home = tmp_path / "big"
     folder = planted.write_group(home / "big", range(0), d_model=1024, d_sae=16384, k=8)
     for layer in range(3):
@@ -223,7 +223,7 @@ def test_damaged_source_leaves_no_folder(home: Path, out: Path) -> None:
 
 
 def test_openinterp_to_saelens(tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The true layout of file names and axes; a smaller group stands in for 2.7 GB of weights."""
+    """The real file names and axes, in a smaller group instead of 2.7 GB of weights."""
     from dataclasses import replace
 
     from qwen_scope_lens import catalog
@@ -319,7 +319,7 @@ def test_other_saes_are_refused(out: Path) -> None:
 def test_the_converted_convention_is_used(
     tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where the catalog does not know, the converted folder decides, for load_sae too."""
+    """Where the catalog does not know, the converted folder decides, also in `load_sae`."""
     from dataclasses import replace
 
     from qwen_scope_lens import catalog

@@ -1,4 +1,4 @@
-"""Private names of upstream that we lean on: a new version that moves one fails here by name."""
+"""Private names of upstream on which we rely. If a new version moves one, a test here fails."""
 
 from __future__ import annotations
 

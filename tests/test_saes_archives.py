@@ -1,4 +1,4 @@
-"""`.pt` files that other hands have packed: their numbers are read right, or refused by name."""
+"""`.pt` files that other programs have packed are read right, or refused with a named error."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def layer(home: Path) -> Path:
 
 
 def repack(layer: Path, change: Change = lambda entry, data: data) -> None:
-    """Unpack a checkpoint and pack it again, as any zip program might."""
+    """Unpack a checkpoint and pack it again, as a zip program may do."""
     with zipfile.ZipFile(layer) as archive:
         entries = [(entry, archive.read(entry)) for entry in archive.infolist()]
     with zipfile.ZipFile(layer, "w") as archive:
@@ -37,7 +37,7 @@ def repack(layer: Path, change: Change = lambda entry, data: data) -> None:
 
 
 def readers(tmp_path: Path) -> dict[str, Callable[[], object]]:
-    """Whatever opens a published layer."""
+    """The functions that open a published layer, by name."""
     return {
         "load": lambda: qsl.load_sae("local/mine/1"),
         "directions": lambda: qsl.load_directions("local/mine/1", [3, 111]),
@@ -52,7 +52,7 @@ def test_packed_again_by_another_writer(layer: Path, tmp_path: Path) -> None:
     weights = torch.load(layer, weights_only=True)
     repack(layer)
     places = [zipfile.ZipFile(layer).getinfo(name) for name in zipfile.ZipFile(layer).namelist()]
-    assert any(entry.header_offset % 4 for entry in places)  # floats between the grid's lines
+    assert any(entry.header_offset % 4 for entry in places)  # some floats are not aligned
     sae = qsl.load_sae("local/mine/1")
     for name in ("W_enc", "W_dec"):
         assert torch.equal(getattr(sae, name), weights[name].T)
@@ -81,7 +81,7 @@ def big_endian(entry: zipfile.ZipInfo, data: bytes) -> bytes:
 
 
 def short(entry: zipfile.ZipInfo, data: bytes) -> bytes:
-    """One record holds half of what data.pkl says: the rest would be the next record's bytes."""
+    """One record is half as long as data.pkl says. The rest would be bytes of the next record."""
     return data[: len(data) // 2] if entry.filename.endswith("data/0") else data
 
 

@@ -1,4 +1,4 @@
-"""Encode and decode: exact against float64, equal to SAELens, bounded in memory."""
+"""Encode and decode are exact, agree with SAELens, and need bounded memory."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PASSES = [torch.bfloat16, torch.float32]
 
 
 def reference(x, rows, bias, k):
-    """The definition in plain words: float64 dots, rounded to float32, stable sort."""
+    """The definition: float64 dots, rounded to float32 and sorted stably."""
     scores = (x.double() @ rows.double().T + bias.double()).float()
     values, indices = scores.sort(dim=1, descending=True, stable=True)
     values, indices = values[:, :k], indices[:, :k]
@@ -33,7 +33,7 @@ def reference(x, rows, bias, k):
 
 
 def check(x, rows, bias, k):
-    """Same sets as the reference, values within float32 rounding, bit-equal for every pass."""
+    """The same sets as the reference, with values within rounding and bit-equal for every pass."""
     values, indices = reference(x, rows, bias, k)
     found = [
         encode_topk(x, Encoder(rows, bias, half), k, precision)
@@ -106,7 +106,7 @@ def test_exact_at_odd_widths(d_sae, k):
 @settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_exact_on_small_integers(data):
-    """Integers tie all the time and every product is exact: nothing hides a wrong tie."""
+    """Small integers are often equal and their products exact, so a wrong tie shows."""
     seed, span = data.draw(st.integers(0, 10**6)), data.draw(st.integers(1, 4))
     n, d, d_sae = (data.draw(st.integers(1, m)) for m in (6, 20, 300))
     k = data.draw(st.integers(1, d_sae))
@@ -135,7 +135,7 @@ def test_result_does_not_depend_on_company_or_blocks(monkeypatch):
 
 
 def test_realistic_residuals_are_certified():
-    """A mean and outlier columns: without centring the bfloat16 bound settles far fewer."""
+    """Residuals with a mean and outlier columns. Without centring, far fewer would be settled."""
     x, rows, bias = problem(n=200, d=512, d_sae=8192)
     mean = 10 * torch.randn(512)
     x = x + mean
@@ -148,7 +148,7 @@ def test_realistic_residuals_are_certified():
 
 
 class _OnlyExactProducts(TorchDispatchMode):
-    """Refuses products of float32 matrices: which of them a setting reaches differs by machine."""
+    """Refuses float32 matrix products. Which of them a setting changes depends on the machine."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function._schema.name in ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm"):
@@ -159,7 +159,7 @@ class _OnlyExactProducts(TorchDispatchMode):
 @pytest.mark.parametrize("setting", ["medium", "high", "variable"])
 @pytest.mark.parametrize("n", [1, 40])
 def test_exact_where_torch_may_multiply_in_fewer_bits(monkeypatch, setting, n):
-    """Machines differ in what they make of these settings, so no such product is made at all."""
+    """Machines react differently to these settings, so no such product may be made at all."""
     x, rows, bias = problem(n=n, d=512, d_sae=4096)
     x = shifted(x) if n == 40 else x  # with outlier columns, once a centre is found
     if setting == "variable":
@@ -364,7 +364,7 @@ def test_gradients_of_the_weights_when_asked():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("shape", [(2, 3), (40,), (0,)], ids=str)
 def test_decode_sparse_gradients(trains, dtype, shape):
-    """Of a few entries and of more than there are features, with padding, frozen rows or not."""
+    """With few entries, with more than features, with padding, with frozen rows and without."""
     ours, _ = pair(dtype)
     codes = ours.encode_sparse(torch.randn(*shape, 24))
     keep = torch.rand(codes.values.shape) < 0.7
