@@ -259,7 +259,7 @@ def test_openinterp_to_saelens(tmp_path: Path, out: Path, monkeypatch: pytest.Mo
 def test_openinterp_takes_the_publishers_other_group_and_no_others(out: Path) -> None:
     with pytest.raises(LayerOutOfRange, match=r"layer 31 is not in qwen3\.6-27b/w40k"):
         openinterp_to_saelens.convert(out, group="qwen3.6-27b/w40k-l0-128", layers=[31])
-    with pytest.raises(UnknownName, match="not of this publisher"):
+    with pytest.raises(UnknownName, match="not a group of this publisher"):
         openinterp_to_saelens.convert(out, group="qwen3-8b-base/w64k-l0-50")
 
 
@@ -360,7 +360,7 @@ def test_a_converted_folder_of_something_else(home: Path) -> None:
 def test_a_layer_without_its_weights_is_not_done(out: Path) -> None:
     (folder,) = official_to_saelens.convert("local/mine", out, layers=[0], progress=False)
     (folder / "sae_weights.safetensors").unlink()
-    with pytest.raises(CannotWrite, match="no converted layer"):
+    with pytest.raises(CannotWrite, match="not a converted layer"):
         official_to_saelens.convert("local/mine", out, layers=[0], progress=False)
     official_to_saelens.convert("local/mine", out, layers=[0], overwrite=True, progress=False)
     assert (folder / "sae_weights.safetensors").exists()

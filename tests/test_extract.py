@@ -351,7 +351,7 @@ def test_what_does_not_belong_is_refused_before_the_model_loads(
         run("mini-qwen3", store.path, layers=[8])
     with pytest.raises(BadCorpus, match="no documents"):
         run("mini-qwen3", store.path, [])
-    with pytest.raises(BadCorpus, match="say enable_thinking"):
+    with pytest.raises(BadCorpus, match="pass enable_thinking"):
         run("mini-qwen3", store.path, [[{"role": "user", "content": "hi"}]])
 
 

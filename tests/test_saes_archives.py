@@ -163,7 +163,7 @@ def test_damaged_headers_of_arrays(tmp_path: Path, content: bytes) -> None:
     np.save(path, np.zeros((3, 4), np.float32))
     data = path.read_bytes()
     path.write_bytes(data.replace(b"(3, 4)", content.ljust(6)))
-    with pytest.raises(errors.NotACheckpoint, match="no plain array"):
+    with pytest.raises(errors.NotACheckpoint, match="not a plain array"):
         read_activations(path)
     torch.save(torch.zeros(1).expand(2**40), tmp_path / "x.pt")
     with pytest.raises(errors.WrongShape, match="stands for many"):
