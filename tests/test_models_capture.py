@@ -190,7 +190,7 @@ def test_other_errors_are_not_swallowed(model: Any, tokenizer: Any) -> None:
     def broken(count: int, longest: int) -> None:
         raise RuntimeError("something else")
 
-    with pytest.raises(RuntimeError, match="something else"):
+    with before_each_run(model, broken), pytest.raises(RuntimeError, match="something else"):
         capture(model, TEXTS, [1], tokenizer=tokenizer)
 
 
