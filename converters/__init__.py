@@ -1,2 +1,4 @@
-"""One module per foreign format, importable as `qwen_scope_lens.converters.<name>` and runnable
-with `python -m` or through `qsl convert`."""
+"""Converters, one module per file format.
+
+Import them as `qwen_scope_lens.converters.<name>`, or run them with `python -m` or `qsl convert`.
+"""

@@ -1,7 +1,7 @@
-"""The bytes of a SAELens folder, written from a checkpoint of any size in bounded memory.
+"""Write a SAELens folder from a checkpoint of any size in bounded memory.
 
-Shared by the converters. It writes into the folder it is given; `files.whole_folder` makes that
-folder appear whole or not at all.
+The converters share this module. It writes into the folder that it is given; their callers use
+`files.whole_folder`, so that the folder appears whole or not at all.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from qwen_scope_lens.saes.locate import LayerFile
 
 __all__ = ["HASHES_NAME", "write_saelens_folder"]
 
-HASHES_NAME = "SHA256SUMS"  # readable by `sha256sum --check`
+HASHES_NAME = "SHA256SUMS"  # as `sha256sum --check` reads it
 PAGE = 4096
 TILE = 2048  # a float32 tile is 16 MB, and its runs are two pages long
 SAFETENSORS_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
-Progress = Callable[[int], object]  # told how many bytes were written since the last call
+Progress = Callable[[int], object]  # it is called with the bytes written since the last call
 
 
 def write_saelens_folder(
@@ -40,10 +40,10 @@ def write_saelens_folder(
     dtype: torch.dtype,
     progress: Progress = lambda count: None,
 ) -> None:
-    """`cfg.json`, `sae_weights.safetensors` and their hashes, as `SAE.load_from_disk` reads them.
+    """Write `cfg.json`, `sae_weights.safetensors` and their hashes, for `SAE.load_from_disk`.
 
-    The source is validated, then copied tile by tile, so its size does not matter. Its own hash
-    (the one that the hub shows) is computed beside the copying and kept in the metadata.
+    The source is validated and then copied tile by tile, so memory does not grow with its size. Its
+    own hash (the one that the hub shows) is computed during the copying and kept in the metadata.
     """
     tensors = open_layer(source)
     weights = folder / SAE_WEIGHTS_FILENAME
@@ -67,7 +67,7 @@ def write_saelens_folder(
 
 
 class _Follower:
-    """Hashes a file behind its writer, in another thread: one piece whenever one is finished."""
+    """Hashes a file while it is written: another thread reads each piece once it is finished."""
 
     def __init__(self, path: Path, pool: ThreadPoolExecutor) -> None:
         self._path, self._pool = path, pool
@@ -75,11 +75,12 @@ class _Follower:
         self._pieces: list[Future[None]] = []
 
     def reach(self, end: int) -> None:
-        """Everything before `end` is written."""
+        """Hash up to byte `end`: everything before it is written."""
         self._pieces.append(self._pool.submit(self._read, self._end, end))
         self._end = end
 
     def hexdigest(self) -> str:
+        """Wait for all pieces and return the hash."""
         for piece in self._pieces:
             piece.result()
         return self._hash.hexdigest()
@@ -117,7 +118,7 @@ def _write_safetensors(
     with path.open("wb") as target, source.open("rb") as read:
         target.write(len(text).to_bytes(8, "little") + text)
         target.flush()
-        os.posix_fallocate(target.fileno(), 0, base + end)  # a full disk is found out now
+        os.posix_fallocate(target.fileno(), 0, base + end)  # fails now if the disk is too full
         for name, tensor in wanted.items():
             place = base + header[name]["data_offsets"][0]
             if tensor.ndim == 1:
@@ -132,7 +133,7 @@ def _write_safetensors(
 
 
 class _Matrix:
-    """A matrix on its way from one file to another."""
+    """A matrix that is copied from one file to another."""
 
     def __init__(self, extent: Extent, transposed: bool) -> None:
         self.extent, self.transposed = extent, transposed
@@ -140,7 +141,7 @@ class _Matrix:
     def copy(
         self, source: int, target: int, place: int, dtype: torch.dtype, progress: Progress
     ) -> None:
-        """Tile by tile: read as short runs, turned in memory, written as short runs."""
+        """Copy tile by tile. Each is read in short runs, transposed in memory, written in runs."""
         height, width = self.extent.shape
         row_bytes = (height if self.transposed else width) * dtype.itemsize
         read_buffer = torch.empty(TILE * TILE, dtype=self.extent.dtype)

@@ -1,10 +1,11 @@
-"""Published layer files -> SAELens folders, one a layer, that load anywhere without this package.
+"""Convert published layer files to SAELens folders, which load anywhere without this package.
 
     qsl convert official-to-saelens qwen3-8b-base/w64k-l0-50 --out converted/ --layers 18-22
 
-The result is `OUT/<repository name>/layer{n}/`, so `QWEN_SCOPE_HOME=OUT` finds it. W_dec is stored
-row-major: a few feature directions are then a few kilobytes of reading. Float32 is kept bit by bit.
-A killed run goes on where it stopped: a layer's folder is there whole or not at all.
+Each layer becomes a folder `OUT/<repository name>/layer{n}/`, so `QWEN_SCOPE_HOME=OUT` finds it.
+W_dec is stored row-major, so that a few feature directions can be read from a few kilobytes.
+Float32 is kept bit by bit. A folder is written whole or not at all, so a run that was killed can be
+started again and goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ def convert(
 ) -> list[Path]:
     """Convert layers of a group (all by default) and return their folders.
 
-    Layers that are there already, of the same dtype, convention and revision, are left alone; their
-    sources are not read again (`overwrite` does, and replaces the whole folder of the layer).
+    A layer that is already there, with the same dtype, convention and revision, is left as it is,
+    and its source is not read again. With `overwrite` the whole folder of the layer is replaced.
     """
     dtype = check_dtype(dtype)
     row = find_group(group) if isinstance(group, str) else group
@@ -82,7 +83,7 @@ def _is_done(target: Path, config: dict[str, Any], revision: str | None) -> bool
         size = (target / SAE_WEIGHTS_FILENAME).stat().st_size
     except (CheckpointError, OSError) as error:
         raise CannotWrite(
-            f"{target} exists and is no converted layer ({error}): choose another --out, or"
+            f"{target} exists and is not a converted layer ({error}): choose another --out, or pass"
             " --overwrite"
         ) from error
     wanted = {
@@ -97,8 +98,9 @@ def _is_done(target: Path, config: dict[str, Any], revision: str | None) -> bool
     for name, value in wanted.items():
         if found.get(name) != value or size < least:
             raise CannotWrite(
-                f"{target} exists and holds something else ({name}: {found.get(name)!r:.60}, wanted"
-                f" {value!r}; {size:,} bytes of weights): choose another --out, or --overwrite"
+                f"{target} exists and holds something else ({name}: expected {value!r}, found"
+                f" {found.get(name)!r:.60}; {size:,} bytes of weights): choose another --out, or"
+                " pass --overwrite"
             )
     return True
 
@@ -130,6 +132,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments that both converters to SAELens folders take."""
     from qwen_scope_lens.cli.options import layer_list
 
     parser.add_argument("--out", type=Path, required=True, help="folder to write into")
@@ -138,15 +141,17 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
         default="float32",
-        help="of the result",
+        help="the dtype of the result",
     )
-    parser.add_argument("--folder", type=Path, help="read the published files from here only")
+    parser.add_argument(
+        "--folder", type=Path, help="read the published files from this folder only"
+    )
     parser.add_argument("--revision", help="commit, tag or branch on the hub")
     parser.add_argument("--overwrite", action="store_true", help="replace layers that exist")
 
 
 def common_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What `add_common_arguments` read, as keywords of `convert`."""
+    """The arguments of `add_common_arguments`, as keywords of `convert`."""
     return {
         "layers": arguments.layers,
         "folder": arguments.folder,

@@ -1,10 +1,10 @@
-"""OpenInterpretability's Qwen3.6-27B safetensors -> SAELens folders.
+"""Convert OpenInterpretability's Qwen3.6-27B safetensors to SAELens folders.
 
     qsl convert openinterp-to-saelens --out converted/ --folder downloads/
     qsl convert openinterp-to-saelens qwen3.6-27b/w40k-l0-128 --out converted/ --folder downloads/
 
-Whether these SAEs subtract `b_dec` before encoding is not said on their cards. Convert, run
-`qsl verify`, and convert again with `--subtract-b-dec` if it says so.
+The model cards do not say whether these SAEs subtract `b_dec` before encoding. Convert them, run
+`qsl verify`, and if its report says that they do, convert them again with `--subtract-b-dec`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from qwen_scope_lens.saes.locate import HubOptions
 __all__ = ["convert"]
 
 GROUP = THIRD_PARTY_GROUPS[0]
-"""The one that is meant where none is named."""
+"""The group that is converted if none is named."""
 
 
 def convert(
@@ -41,7 +41,7 @@ def convert(
 ) -> list[Path]:
     """Convert all layers of a group, or some of them, and return their folders.
 
-    `group` is a name of another of the publisher's groups; without one it is `GROUP`.
+    `group` is the name of one of the publisher's groups. Without a name it is `GROUP`.
     """
     return official_to_saelens.convert(
         _group(group),
@@ -60,15 +60,15 @@ def _group(name: str | None) -> Group:
     row = GROUP if name is None else find_group(name)
     if row is not GROUP and row not in THIRD_PARTY_GROUPS:
         raise UnknownName(
-            f"{row.short} is not of this publisher: expected one of"
+            f"{row.short} is not a group of this publisher: expected one of"
             f" {', '.join(group.short for group in THIRD_PARTY_GROUPS)}; `qsl convert"
-            " official-to-saelens` takes the others"
+            " official-to-saelens` takes the other groups"
         )
     return row
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("group", nargs="?", help=f"a group's name; without one {GROUP.short}")
+    parser.add_argument("group", nargs="?", help=f"the name of a group (default: {GROUP.short})")
     official_to_saelens.add_common_arguments(parser)
     parser.add_argument(
         "--subtract-b-dec", action="store_true", help="the SAEs subtract b_dec before encoding"

@@ -1,10 +1,10 @@
-"""A SAELens TopK SAE -> the published layout, for people who train their own and publish it so.
+"""Convert a SAELens TopK SAE to the published layout, for people who publish an SAE of their own.
 
     qsl convert saelens-to-official my_sae/ --out my-repo/ --num-layers 28
 
-The result is `OUT/layer{n}.sae.pt` beside one `config.json` for all layers. Float32 is kept bit
-by bit. The layout has no place for an input bias or decoder-norm rescaling: such SAEs are
-refused, or rewritten exactly in arithmetic (not in bits) with `--fold`.
+The result is `OUT/layer{n}.sae.pt`, with one `config.json` for all layers. Float32 is kept bit by
+bit. The layout cannot express an input bias or decoder-norm rescaling. Such an SAE is refused, or,
+with `--fold`, rewritten into an equivalent one, whose numbers differ by rounding.
 """
 
 from __future__ import annotations
@@ -46,9 +46,11 @@ def convert(
 
     Args:
         sae: the SAE, or a folder that `SAE.load_from_disk` reads.
-        num_layers: of the backbone, for `config.json`.
-        layer, base_model: default to the SAE's metadata (`hook_name`, `model_name`).
-        fold: rewrite what the layout cannot express into the weights.
+        num_layers: the number of layers of the model, for `config.json`.
+        layer, base_model: by default they are taken from the SAE's metadata (`hook_name`,
+            `model_name`).
+        fold: fold an input bias or a norm rescaling, which the layout cannot express, into the
+            weights.
     """
     loaded = sae if isinstance(sae, SAE) else _load(Path(sae))
     plain = _as_published(loaded, fold)
@@ -58,8 +60,8 @@ def convert(
     base_model = base_model or metadata.model_name
     if layer is None or base_model is None:
         raise UnsupportedSAE(
-            f"the SAE's metadata (hook {metadata.hook_name!r}, model {base_model!r}) name no"
-            " residual stream after a layer, or no model: give layer and base_model"
+            f"the SAE's metadata (hook {metadata.hook_name!r}, model {base_model!r}) do not name a"
+            " residual stream after a layer, or do not name a model: give layer and base_model"
         )
     if not 0 <= layer < num_layers:
         raise UnsupportedSAE(f"layer {layer} does not exist in a model of {num_layers} layers")
@@ -91,12 +93,12 @@ def convert(
 
 def _load(folder: Path) -> SAE[Any]:
     read_config(folder / SAE_CFG_FILENAME)
-    if not (folder / SAE_WEIGHTS_FILENAME).is_file():  # a FIFO would be waited for
+    if not (folder / SAE_WEIGHTS_FILENAME).is_file():  # opening a FIFO would wait forever
         raise NotACheckpoint(f"{folder} has no file {SAE_WEIGHTS_FILENAME}")
     try:
         return SAE.load_from_disk(folder)
-    except Exception as error:  # a damaged cfg.json fails in as many ways as it has fields
-        raise NotACheckpoint(f"{folder} is no SAE as save_model writes it: {error}") from error
+    except Exception as error:  # a damaged cfg.json raises errors of many kinds
+        raise NotACheckpoint(f"{folder} is not an SAE as save_model writes it: {error}") from error
 
 
 def _write_settings(path: Path, settings: dict[str, Any]) -> None:
@@ -113,7 +115,7 @@ def _write_settings(path: Path, settings: dict[str, Any]) -> None:
 
 
 def _as_published(sae: SAE[Any], fold: bool) -> TopKSAE:
-    """The same function in the published convention; raises where that needs `fold`."""
+    """An SAE with the same function in the published convention. Raises if that needs `fold`."""
     if not isinstance(sae, TopKSAE):
         raise UnsupportedSAE(
             f"this is a {type(sae).__name__} ({sae.cfg.architecture()}): the layout holds TopK SAEs"
@@ -131,8 +133,8 @@ def _as_published(sae: SAE[Any], fold: bool) -> TopKSAE:
         return sae
     if not fold:
         raise UnsupportedSAE(
-            f"the SAE has {' and '.join(to_fold)}: the layout cannot say so. Fold it into the"
-            " weights with fold=True (--fold), which keeps the function and changes the numbers"
+            f"the SAE has {' and '.join(to_fold)}, which the layout cannot express. Fold it into"
+            " the weights with fold=True (--fold), which keeps the function and changes the numbers"
         )
     sae = copy.deepcopy(sae)
     with torch.no_grad():
@@ -147,13 +149,17 @@ def _as_published(sae: SAE[Any], fold: bool) -> TopKSAE:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="FOLDER", help="written by save_model of SAELens")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the published layout")
-    parser.add_argument("--num-layers", type=int, required=True, help="of the backbone")
-    parser.add_argument("--layer", type=int, help="default: from the SAE's hook name")
-    parser.add_argument("--base-model", help="default: from the SAE's metadata")
+    parser.add_argument("source", metavar="FOLDER", help="a folder that SAELens's save_model wrote")
     parser.add_argument(
-        "--fold", action="store_true", help="rewrite an input bias or norm rescaling"
+        "--out", type=Path, required=True, help="the folder to write in the published layout"
+    )
+    parser.add_argument(
+        "--num-layers", type=int, required=True, help="the number of layers of the model"
+    )
+    parser.add_argument("--layer", type=int, help="the layer (default: from the SAE's hook name)")
+    parser.add_argument("--base-model", help="the model (default: from the SAE's metadata)")
+    parser.add_argument(
+        "--fold", action="store_true", help="fold an input bias or norm rescaling into the weights"
     )
 
 

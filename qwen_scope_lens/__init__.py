@@ -1,8 +1,9 @@
 """Qwen-Scope for SAELens and TransformerLens.
 
-Importing this package changes nothing elsewhere; `install()` does, and `uninstall()` undoes it. The
-names are listed once, in `__init__.pyi`, and imported on first use, so that `qsl --help` and
-`import qwen_scope_lens` do not wait seconds for torch, SAELens and TransformerLens.
+Importing this package changes nothing in other packages. `install()` adds our releases to SAELens,
+and `uninstall()` undoes that. The public names are listed once, in `__init__.pyi`, and each is
+imported on first use, so that `qsl --help` and `import qwen_scope_lens` do not wait seconds for
+torch, SAELens and TransformerLens.
 """
 
 import lazy_loader

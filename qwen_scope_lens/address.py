@@ -1,7 +1,7 @@
 """The one address of an SAE and of a feature, as an object and as a string.
 
-Labels, plans, stores, dashboards and reports all use it; an unknown or out-of-range address raises.
-What the groups are is `catalog.py`.
+Labels, plans, stores, pages and reports all use it. An unknown or out-of-range address raises.
+The groups themselves are listed in `catalog.py`.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ class LayerRef:
 
     @classmethod
     def parse(cls, text: str | LayerRef) -> LayerRef:
-        """From `GROUP/LAYER`: any name of the group, any id of the layer."""
+        """Read `GROUP/LAYER`, with any name of the group and any id of the layer."""
         if isinstance(text, LayerRef):
             return text
         group, slash, layer = str(text).rpartition("/")
         if not slash or not isinstance(text, str):
             raise UnknownName(
-                f"{text!r:.80} is no SAE address: expected GROUP/LAYER, {EXAMPLE_LAYER}"
+                f"{text!r:.80} is not an SAE address: expected GROUP/LAYER, {EXAMPLE_LAYER}"
             )
         if is_known(text):
             raise UnknownName(f"{text!r:.80} names a whole group: add a layer, such as {text}/0")
@@ -43,9 +43,11 @@ class LayerRef:
 
     @property
     def row(self) -> Group:
+        """The group's row in the catalog."""
         return find_group(self.group)
 
     def feature(self, feature: int) -> FeatureRef:
+        """The address of one feature of this SAE. Raises when it is out of range."""
         return FeatureRef(self.group, self.layer, feature)
 
     def __str__(self) -> str:
@@ -71,12 +73,13 @@ class FeatureRef:
 
     @classmethod
     def parse(cls, text: str | FeatureRef) -> FeatureRef:
+        """Read `GROUP/LAYER/FEATURE`. An address that is parsed already is returned as it is."""
         if isinstance(text, FeatureRef):
             return text
         sae, slash, feature = str(text).rpartition("/")
         if not slash or not feature.isdecimal() or len(feature) > 18 or "/" not in sae:
             raise UnknownName(
-                f"{text!r:.80} is no feature address: expected GROUP/LAYER/FEATURE,"
+                f"{text!r:.80} is not a feature address: expected GROUP/LAYER/FEATURE,"
                 f" {EXAMPLE_LAYER}/6159"
             )
         layer = LayerRef.parse(sae)
@@ -93,7 +96,7 @@ class FeatureRef:
 
 def _whole(number: object, what: str) -> int:
     if not isinstance(number, int) or isinstance(number, bool):
-        raise UnknownName(f"{what} {number!r} is no whole number")
+        raise UnknownName(f"{what} {number!r} is not a whole number")
     return number
 
 

@@ -1,8 +1,9 @@
 """The groups of SAEs as one table of facts.
 
-Every consumer (loader, SAELens releases, command line, stores) derives what it needs from a row
-here: a new group is a new row. SAEs of one's own, in the published layout under `QWEN_SCOPE_HOME`,
-are rows too, read from their `config.json`; no other file and no tensor is opened here.
+The loader, the SAELens releases, the command line and the stores take all they need to know about a
+group from its row, so a new group is a new row. A user's own SAEs, in the published layout under
+`QWEN_SCOPE_HOME`, are rows as well; they are read from their `config.json`. This module opens no
+other file and no tensor.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ __all__ = [
 Origin = Literal["official", "third-party", "mini", "local"]
 
 HOME_VARIABLE = "QWEN_SCOPE_HOME"
-"""Names a folder that holds `<repository name>/layer{n}.sae.pt`, or the same converted."""
+"""The environment variable that names a folder of SAEs. The folder holds
+`<repository name>/layer{n}.sae.pt`, or the converted form of those files."""
 
 NOTICE_OFFICIAL = (
     "Qwen-Scope weights carry Qwen's own licence (see LICENSE in the repository) and a caution: "
@@ -60,21 +62,22 @@ NOTICE_THIRD_PARTY = (
 
 @dataclass(frozen=True)
 class Backbone:
-    """A language model whose residual stream was dictionary-learned."""
+    """A language model on whose residual stream SAEs were trained."""
 
     model_id: str  # on the hub
-    family: str | None  # a name in FAMILIES; None: not said (SAEs of one's own)
+    family: str | None  # a name in FAMILIES; None where it is unknown (a user's own SAEs)
     num_layers: int
     d_model: int
     tuning: Literal["base", "instruct", "unknown"]
 
     @property
     def key(self) -> str:
-        """First part of every address (`address.py`), e.g. `qwen3-8b-base`."""
+        """The first part of every address (see `address.py`), for example `qwen3-8b-base`."""
         return self.model_id.split("/")[-1].lower()
 
     @property
     def is_moe(self) -> bool:
+        """Whether the model is a mixture of experts."""
         return self.family is not None and FAMILIES[self.family].is_moe
 
     @property
@@ -85,29 +88,29 @@ class Backbone:
 
 @dataclass(frozen=True)
 class Group:
-    """One repository of SAEs: the same backbone, width and k, one file a layer."""
+    """One repository of SAEs: one backbone, one width, one k, and one file per layer."""
 
     backbone: Backbone
     d_sae: int
     k: int
-    layers: tuple[int, ...]  # from 0, as the files count
+    layers: tuple[int, ...]  # counted from 0, as in the file names
     repo_id: str
     release: str  # the name in SAELens's directory
     origin: Origin
     file_pattern: str = "layer{n}.sae.pt"
-    subtracts_b_dec: bool | None = False  # before encoding; None: not documented
+    subtracts_b_dec: bool | None = False  # before encoding; None where it is not documented
     notice: str = NOTICE_OFFICIAL
 
     @property
     def short(self) -> str:
-        """The short form, e.g. `qwen3-8b-base/w64k-l0-50`; `local/<folder>` for one's own."""
+        """The short form, such as `qwen3-8b-base/w64k-l0-50`, or `local/<folder>` for own SAEs."""
         if self.origin == "local":
             return self.repo_id
         return f"{self.backbone.key}/w{self.d_sae // 1024}k-l0-{self.k}"
 
     @property
     def repo_name(self) -> str:
-        """The repository without its owner: the folder's name under `QWEN_SCOPE_HOME`."""
+        """The repository's name without its owner, and its folder's name in `QWEN_SCOPE_HOME`."""
         return self.repo_id.split("/")[-1]
 
     @property
@@ -116,15 +119,16 @@ class Group:
 
     @property
     def bytes_per_layer(self) -> int:
-        """Of one float32 layer: both matrices and both biases."""
+        """The size of one float32 layer: both matrices and both biases."""
         return 4 * (2 * self.d_sae * self.d_model + self.d_sae + self.d_model)
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Every name that leads to this row."""
+        """Every name by which this group can be found."""
         return (self.short, self.release, self.repo_id, self.repo_name)
 
     def file_name(self, layer: int) -> str:
+        """The published file of a layer. Raises for a layer that the group does not have."""
         return self.file_pattern.format(n=self.check_layer(layer))
 
     def sae_ids(self, layer: int) -> tuple[str, ...]:
@@ -132,17 +136,18 @@ class Group:
         return tuple(dict.fromkeys((f"layer{layer}", self.file_name(layer), str(layer))))
 
     def layer_of(self, sae_id: str) -> int:
-        """The layer that an id or a file name means; raises for anything else."""
+        """The layer that an id or a file name stands for. Anything else raises."""
         file_name = re.escape(self.file_pattern).replace(re.escape("{n}"), r"(\d{1,9})")
         for pattern in (r"(?:layer)?(\d{1,9})", file_name):
             if found := re.fullmatch(pattern, sae_id):
                 return self.check_layer(int(found[1]))
         raise UnknownName(
-            f"{sae_id!r:.80} names no layer of {self.short}: expected one of"
+            f"{sae_id!r:.80} does not name a layer of {self.short}: expected one of"
             f" {', '.join(self.sae_ids(self.layers[0]))}"
         )
 
     def check_layer(self, layer: int) -> int:
+        """Return the layer, or raise `LayerOutOfRange` when the group does not have it."""
         if layer not in self.layers:
             have = (
                 f"{self.layers[0]}..{self.layers[-1]}"
@@ -161,7 +166,7 @@ class Group:
         return f"blocks.{self.check_layer(layer)}.hook_resid_post"
 
     def hf_hook_name(self, layer: int, multimodal: bool = False) -> str:
-        """The module whose output that is, in the text-only or the multimodal HF class."""
+        """The HF module with that output, in the text-only or in the multimodal class."""
         root = "model.language_model.layers" if multimodal else "model.layers"
         return f"{root}.{self.check_layer(layer)}"
 
@@ -231,10 +236,10 @@ NOT_TOPK: dict[str, str] = {
     "qwen2.5-7b-instruct-andyrdt": "BatchTopK with one threshold, which SAELens reads as JumpReLU",
     "andyrdt/saes-qwen2.5-7b-instruct": "see the release qwen2.5-7b-instruct-andyrdt",
 }
-"""Releases for Qwen models that SAELens knows and whose arithmetic is not that of a row here."""
+"""Releases for Qwen models that SAELens knows, but that do not encode with TopK."""
 
 MINI_HOME = Path(__file__).parent / "mini"
-"""Holds the models and SAEs that come with the package, in the published layout."""
+"""The folder of the models and SAEs that come with the package, in the published layout."""
 
 MINI_BACKBONES: tuple[Backbone, ...] = (
     _B("qwen-scope-lens/mini-qwen3", "qwen3", 8, 128, "base"),
@@ -261,8 +266,11 @@ _BY_NAME: dict[str, Group] = {name.lower(): row for row in GROUPS for name in ro
 
 
 def find_group(name: str) -> Group:
-    """The row that a short form, SAELens release or repository id names (in any case), or
-    `local/<folder>` for SAEs of one's own in `$QWEN_SCOPE_HOME/<folder>/config.json`."""
+    """The row with this short form, SAELens release or repository id, in upper or lower case.
+
+    `local/<folder>` stands for a user's own SAEs, described in
+    `$QWEN_SCOPE_HOME/<folder>/config.json`. An unknown name raises and lists the nearest names.
+    """
     row = _BY_NAME.get(name.lower())
     if row is None and name.lower().startswith("local/"):
         row = _local_group(name[len("local/") :])
@@ -281,13 +289,15 @@ def find_group(name: str) -> Group:
 
 
 def is_known(name: str) -> bool:
-    """Whether this is some name of a group in the table."""
+    """Whether the table has a group of this name."""
     return name.lower() in _BY_NAME
 
 
 def local_groups() -> tuple[Group, ...]:
-    """SAEs of one's own: the folders under `QWEN_SCOPE_HOME` whose `config.json` describes TopK
-    SAEs and that have no published repository's name. A damaged description raises."""
+    """The user's own SAEs: folders under `QWEN_SCOPE_HOME` whose `config.json` describes TopK SAEs.
+
+    Folders with the name of a published repository are left out. A damaged description raises.
+    """
     home = home_folder()
     if home is None or not home.is_dir():
         return ()
@@ -297,14 +307,14 @@ def local_groups() -> tuple[Group, ...]:
 
 
 def bundled_model(name: str) -> Path | None:
-    """The folder of a model that comes with the package: `mini-qwen3`, `mini-qwen3.5`."""
+    """The folder of `mini-qwen3` or `mini-qwen3.5`, which come with the package. Else None."""
     key = name.lower().removeprefix("qwen-scope-lens/")
     found = any(key == backbone.key for backbone in MINI_BACKBONES)
     return MINI_HOME / key if found else None
 
 
 def home_folder() -> Path | None:
-    """`QWEN_SCOPE_HOME`, if it says anything."""
+    """The folder in `QWEN_SCOPE_HOME`, or None when the variable is not set."""
     home = os.environ.get(HOME_VARIABLE)
     return Path(home).expanduser() if home else None
 

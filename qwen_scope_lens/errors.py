@@ -1,8 +1,9 @@
 """The named errors of the project.
 
-Every message says what was expected, what was found and the way out. `ScopeError` is the common
-ancestor: the command line prints one as a single line. Where Python has a built-in meaning for the
-failure (a missing file, a bad value) the error is that too, so existing `except` clauses work.
+Every message says what was expected, what was found, and what to do. `ScopeError` is the base class
+of all; the command line prints such an error without a traceback. Where Python has a built-in error
+for the failure (a missing file, a bad value), ours is a subclass of it too, so that existing
+`except` clauses work.
 """
 
 from __future__ import annotations
@@ -45,31 +46,31 @@ __all__ = [
 
 
 class ScopeError(Exception):
-    """Anything this package refuses to do, with the way out in the message."""
+    """The base class: something that this package refuses to do. The message says what to do."""
 
 
 class UnknownName(ScopeError, ValueError):
-    """A group, release, address or device that is not known here."""
+    """The name of a group, release, address or device is not known."""
 
 
 class LayerOutOfRange(ScopeError, ValueError):
-    """A layer or feature number that the named group does not have."""
+    """The named group does not have this layer or feature."""
 
 
 class CheckpointError(ScopeError):
-    """A checkpoint file cannot be used as it stands."""
+    """A checkpoint file cannot be used as it is."""
 
 
 class CheckpointMissing(CheckpointError, FileNotFoundError):
-    """No file where the checkpoint should be."""
+    """There is no file where the checkpoint should be."""
 
 
 class NotACheckpoint(CheckpointError, ValueError):
-    """The file is something else than a checkpoint of a known format."""
+    """The file is not a checkpoint in a known format."""
 
 
 class TruncatedCheckpoint(CheckpointError, ValueError):
-    """The file ends too early: an interrupted download or copy."""
+    """The file ends too early, as after an interrupted download or copy."""
 
 
 class UnsafeCheckpoint(CheckpointError, ValueError):
@@ -77,23 +78,23 @@ class UnsafeCheckpoint(CheckpointError, ValueError):
 
 
 class WrongKeys(CheckpointError, ValueError):
-    """The checkpoint lacks a tensor, or has one too many."""
+    """The checkpoint lacks a tensor, or has one that does not belong there."""
 
 
 class WrongShape(CheckpointError, ValueError):
-    """A tensor's shape, orientation or dtype does not belong to the named group."""
+    """A tensor's shape, orientation or dtype does not fit the named group."""
 
 
 class NotFinite(CheckpointError, ValueError):
-    """NaN or infinity where a finite number is needed."""
+    """There is NaN or infinity where a finite number is needed."""
 
 
 class WrongSettings(CheckpointError, ValueError):
-    """k, width or depth in `config.json` or the folder name disagree with the catalog."""
+    """`config.json` or the folder's name contradicts the catalog (k, width, depth, model)."""
 
 
 class HubUnreachable(ScopeError, ConnectionError):
-    """The hub did not answer and the file is in no local place."""
+    """The hub did not answer, and no local folder has the file."""
 
 
 class CannotWrite(ScopeError, OSError):
@@ -101,7 +102,7 @@ class CannotWrite(ScopeError, OSError):
 
 
 class UnsupportedSAE(ScopeError, ValueError):
-    """An SAE whose arithmetic the wanted file format cannot express."""
+    """This package, or the wanted file format, cannot express the arithmetic of the SAE."""
 
 
 class UnsupportedSAELens(ScopeError, RuntimeError):
@@ -109,30 +110,30 @@ class UnsupportedSAELens(ScopeError, RuntimeError):
 
 
 class VerificationFailed(ScopeError):
-    """The SAE does not reconstruct these activations, or another convention fits better."""
+    """The SAE does not reconstruct these activations, or another convention reconstructs better."""
 
 
 class WrongModel(ScopeError, ValueError):
-    """A model of another family or width, or a way of using one that would give wrong values."""
+    """The model has another family or width, or this way of using it would give wrong values."""
 
 
 class WrongState(ScopeError, RuntimeError):
-    """A state dict that lacks tensors of the model, or has some that the model does not know."""
+    """A state dict lacks tensors of the model, or has some that the model does not have."""
 
 
 class WrongTokenizer(ScopeError, ValueError):
-    """No tokenizer, or one that does not belong to the model."""
+    """There is no tokenizer, or it does not belong to the model."""
 
 
 class UnknownHook(ScopeError, KeyError):
-    """A hook name that the model does not have, or that this run would never reach."""
+    """The model does not have a hook of this name, or this run would never reach it."""
 
     def __str__(self) -> str:  # KeyError would print the quoted repr
         return str(self.args[0]) if self.args else ""
 
 
 class BadText(ScopeError, ValueError):
-    """An empty text, one longer than the context, or something that is no text."""
+    """A text is empty, longer than the context, or not a text at all."""
 
 
 class BadCorpus(ScopeError, ValueError):
@@ -140,19 +141,20 @@ class BadCorpus(ScopeError, ValueError):
 
 
 class BadFile(ScopeError, ValueError):
-    """A file that a user gave is of another format or version, damaged, or lacks a field."""
+    """A given file has another format or version, is damaged, or lacks a field."""
 
 
 class BadPlan(ScopeError, ValueError):
-    """An edit that cannot be done: unknown operation, missing strength, a feature elsewhere."""
+    """An edit cannot be done. The operation is unknown, the strength is missing, or the feature
+    belongs to another SAE, for example."""
 
 
 class BadQuery(ScopeError, ValueError):
-    """SQL that DuckDB does not understand, or that would do more than read."""
+    """DuckDB does not understand this SQL, or it would do more than read."""
 
 
 class GeneratorFailed(ScopeError, RuntimeError):
-    """A text generator refused, timed out or answered nonsense more often than allowed."""
+    """A text generator refused, timed out or gave unusable answers more often than allowed."""
 
 
 class MissingExtra(ScopeError, ImportError):
@@ -160,20 +162,20 @@ class MissingExtra(ScopeError, ImportError):
 
 
 class PlanBypassed(ScopeError, RuntimeError):
-    """A plan was active and the model ran where its hooks were not called."""
+    """A plan was active, but the model ran in a way that did not call its hooks."""
 
 
 class PlanNeverFired(ScopeError, RuntimeError):
-    """A plan was active and no edit of it ever touched a residual."""
+    """A plan was active, but none of its edits ever changed a residual."""
 
 
 class StoreDamaged(ScopeError, ValueError):
-    """A feature store lacks files, or they do not fit together."""
+    """A feature store lacks files, or its files do not fit together."""
 
 
 class StoreMismatch(ScopeError, ValueError):
-    """Stores, rules or plans that were made with another SAE, layer, model or tokenizer."""
+    """A store, rule or plan was made with another SAE, layer, model or tokenizer."""
 
 
 class TooLittleData(ScopeError, ValueError):
-    """Too few samples, classes or features for the question that was asked."""
+    """There are too few samples, classes or features for this question."""

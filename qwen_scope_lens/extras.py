@@ -1,4 +1,4 @@
-"""Optional packages: imported where they are needed; a missing one says how to get it."""
+"""Optional packages are imported where they are needed; the error says how to install one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["require"]
 
 
 def require(module: str, extra: str) -> Any:
-    """`require("ray", "ray")` imports a module of an optional extra of this package."""
+    """Import a module that belongs to one of this package's extras: `require("ray", "ray")`."""
     try:
         return import_module(module)
     except ImportError as error:

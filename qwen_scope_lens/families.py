@@ -1,7 +1,8 @@
-"""The families of Qwen models as one table of facts: a new family is a new row.
+"""The families of Qwen models as one table of facts. A new family is a new row.
 
-How its HF classes are named and built, and what other programs call it. Where the parts of a class
-lie follows from this (`models/architecture.py`); which SAEs belong to which model is `catalog.py`.
+A row says how the family's HF classes are named and built, and what other programs call the family.
+`models/architecture.py` derives from it where the parts of each class are. Which SAEs belong to
+which model is listed in `catalog.py`.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ __all__ = ["FAMILIES", "SUPPORTED", "Family"]
 class Family:
     """Models that share their HF classes."""
 
-    name: str  # as in a backbone of the catalog; HF's model_type, of the wrapper if there is one
+    name: str  # HF's model_type (that of the multimodal wrapper if there is one)
     titles: tuple[str, ...]  # what people call the models
-    prefix: str  # of the HF classes
-    llama_name: str  # llama.cpp's architecture
+    prefix: str  # how the names of the HF classes begin
+    llama_name: str  # the name of the architecture in llama.cpp
     is_moe: bool = False
     is_hybrid: bool = False
-    """Three layers of four are linear attention, norms multiply by 1 + weight, and checkpoints on
-    the hub are image-text wrappers around the text model."""
+    """Three of four layers are linear attention, the norms multiply by 1 + weight, and the
+    checkpoints on the hub are image-text wrappers around the text model."""
 
 
 FAMILIES: dict[str, Family] = {
@@ -45,4 +46,4 @@ FAMILIES: dict[str, Family] = {
 
 _TITLES = [title for row in FAMILIES.values() for title in row.titles]
 SUPPORTED = f"{', '.join(_TITLES[:-1])} and {_TITLES[-1]}"
-"""For messages: what can be used here."""
+"""The supported families, as messages list them."""

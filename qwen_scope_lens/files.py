@@ -1,11 +1,12 @@
-"""Writing whole or not at all, and reading what is a file: locks, hashes, JSON with a name.
+"""Files are written whole or not at all; locks, hashes, and JSON that names its own format.
 
-A name appears only when everything under it is written; what a killed run left behind is hidden,
-harmless and removed by the next. Every failure of the disk becomes `CannotWrite`.
+A file or folder gets its name only when everything in it is written. What a killed run leaves
+behind is hidden and harmless, and the next run removes it. Every failure of the disk becomes
+`CannotWrite`.
 
-A folder may come from somebody else. So nothing is written through a link that stands under one of
-our own names, a lock is never emptied, and only regular files are read: opening a FIFO would wait
-for ever.
+A folder may come from somebody else. So we never write through a link that stands under one of our
+own names, we never empty a lock file, and we read regular files only: opening a FIFO would wait
+forever.
 """
 
 from __future__ import annotations
@@ -49,17 +50,19 @@ _FULL = (
     "file write failed",
     "embedded null",
 )
-"""How libraries that raise no OSError say that a disk is full, or that a name is impossible."""
+"""Some libraries do not raise OSError when a disk is full or a name is impossible. Their messages
+contain one of these phrases."""
 
 
 @contextlib.contextmanager
 def exclusive(
     folder: Path, wait: bool = False, part: int | None = None, name: str = ".lock"
 ) -> Iterator[None]:
-    """One writer for a folder. The lock goes with the process, so a killed one leaves none.
+    """Lock a folder, so that one process writes into it at a time.
 
-    Where another has it: wait for it, or raise. `part` locks one part of the folder only, by its
-    number.
+    The lock ends with the process, so a killed process leaves no lock behind. When another process
+    holds it, `wait` decides whether to wait or to raise. `part` is a number, and locks only that
+    part of the folder.
     """
     lock = folder / name
     with _named_errors(folder):
@@ -86,10 +89,12 @@ def exclusive(
 
 @contextlib.contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """A place to fill; it takes the name `folder` (replacing what was there) at the end."""
+    """Yield a new folder to fill. At the end it takes the name `folder`, also from an older one."""
     partial = _partial(folder)
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        raise CannotWrite(f"{folder} is a link or a file: a folder of that name is to be written")
+        raise CannotWrite(
+            f"{folder} is a link or a file: expected a folder, or a name that is free"
+        )
     with _named_errors(folder):
         _remove(partial)
         partial.mkdir(parents=True)
@@ -105,10 +110,10 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A path to write to; it takes the name `path` (replacing what was there) at the end.
+    """Yield a path to write to. At the end the file takes the name `path`, also from an older one.
 
-    The path lies in a new folder that only this user can enter, so that whatever writes to it by
-    name meets no link of somebody else's.
+    The path is in a new folder that only this user can enter, so nobody else can have put a link
+    there.
     """
     partial = _partial(path)
     refuse_target(path)
@@ -124,7 +129,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def refuse_target(path: Path) -> None:
-    """Raise where a file cannot take this name: it is a link, a folder, a device or a FIFO."""
+    """Raise when no file can be written as `path`: it is a link, a folder, a device or a FIFO."""
     with _named_errors(path):
         try:
             mode = path.lstat().st_mode
@@ -132,12 +137,12 @@ def refuse_target(path: Path) -> None:
             return
     if not stat.S_ISREG(mode):
         raise CannotWrite(
-            f"{path} is {_kind(mode)}: expected the name of a file, or one that is still free"
+            f"{path} is {_kind(mode)}: expected the name of a file, or a name that is free"
         )
 
 
 def refuse_link(path: Path) -> None:
-    """Raise where one of our own folders inside an output folder is a link to elsewhere."""
+    """Raise when one of our own folders inside an output folder is a link."""
     if path.is_symlink():
         raise CannotWrite(
             f"{path} is a link to {os.readlink(path)}: nothing is written through it. Make a link"
@@ -146,9 +151,10 @@ def refuse_link(path: Path) -> None:
 
 
 def open_own(path: Path, mode: str, buffering: int = -1) -> IO[Any]:
-    """A file that we keep and change in place, made if it is not there: `r+b`, `a` or `ab`.
+    """Open a file that we keep and change in place, with mode `r+b`, `a` or `ab`.
 
-    Nothing is emptied, and neither a link is followed nor anything else than a file opened.
+    The file is made if it does not exist. It is never emptied, links are not followed, and only a
+    regular file is opened.
     """
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
     if mode.startswith("a"):
@@ -164,7 +170,7 @@ def open_own(path: Path, mode: str, buffering: int = -1) -> IO[Any]:
 
 
 def open_regular(path: Path) -> io.BufferedReader:
-    """A file for reading, links followed; a FIFO, a socket or a device raises, nothing waits."""
+    """Open a file for reading; links are followed. A FIFO, a socket or a device raises at once."""
     mode = path.stat().st_mode
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
         raise BadFile(f"{path} is {_kind(mode)}: expected a file")
@@ -176,25 +182,27 @@ def open_regular(path: Path) -> io.BufferedReader:
 
 
 def read_text(path: Path, encoding: str = "utf-8") -> str:
-    """All of a text file."""
+    """The whole text of a file."""
     with open_regular(path) as file:
         return file.read().decode(encoding).replace("\r\n", "\n")
 
 
 def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal digits."""
     with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_json(path: Path, format: str, version: int, content: Mapping[str, Any]) -> None:
-    """A JSON file that names its own format and version, so that no other is taken for it."""
+    """Write a JSON file that names its own format and version, so that no other file is mistaken
+    for it."""
     text = json_text(format, version, content)
     with whole_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 def json_text(format: str, version: int, content: Mapping[str, Any]) -> str:
-    """What such a file has in it."""
+    """The content of a file as `write_json` writes it."""
     whole = {"format": format, "version": version, **content}
     text = json.dumps(whole, ensure_ascii=False, indent=1, allow_nan=False)
     try:
@@ -205,7 +213,10 @@ def json_text(format: str, version: int, content: Mapping[str, Any]) -> str:
 
 
 def read_json(path: Path, format: str, version: int, made_by: str) -> dict[str, Any]:
-    """What `write_json` wrote, else an error. `made_by` is the command that makes such a file."""
+    """Read what `write_json` wrote; anything else raises `BadFile`.
+
+    `made_by` is the command that makes such a file, for the message.
+    """
     try:
         text = read_text(path)
     except FileNotFoundError as error:
@@ -218,7 +229,7 @@ def read_json(path: Path, format: str, version: int, made_by: str) -> dict[str, 
 def parse_json(
     text: str, path: Path | str, format: str, version: int, made_by: str
 ) -> dict[str, Any]:
-    """The same for a text that was read already; `path` is what messages call it."""
+    """As `read_json`, for a text that was read already. Messages call it `path`."""
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -226,7 +237,7 @@ def parse_json(
     found = content.get("format") if isinstance(content, dict) else None
     if found != format:
         raise BadFile(
-            f"{path} is no {format} file (its format says {found!r:.60}): `{made_by}` makes one"
+            f"{path} is not a {format} file (its format is {found!r:.60}): `{made_by}` makes one"
         )
     if content.get("version") != version:
         raise BadFile(
@@ -241,7 +252,7 @@ def _partial(path: Path) -> Path:
 
 
 def _remove(partial: Path) -> None:
-    """What a killed run left under our own hidden name, or somebody else put there."""
+    """Remove what stands under our own hidden name: a killed run or somebody else left it there."""
     if partial.is_dir() and not partial.is_symlink():
         shutil.rmtree(partial, ignore_errors=True)
     else:

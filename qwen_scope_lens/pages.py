@@ -1,7 +1,8 @@
 """Self-contained report pages: headings, tables and pictures in one HTML file.
 
-No script, no outside request, light and dark; every text is escaped, so nothing from a corpus can
-run. What a report says is its own room's business; the feature site is made in `dashboards`.
+A page has no script and makes no outside request; it suits a light and a dark screen. Every text is
+escaped, so nothing from a corpus can run. What a report says is decided in the room that makes it;
+the site of all features is made in `site`.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ svg { max-width: 100%; height: auto; } code, pre { font-size: .88em; } pre { ove
 
 @dataclass(frozen=True)
 class Link:
-    """A cell of a table that leads somewhere: a file beside the page, or a web address."""
+    """A cell of a table that links to a file beside the page or to a web address."""
 
     text: str
     target: str
@@ -46,35 +47,40 @@ class Link:
     def __post_init__(self) -> None:
         scheme, colon, _ = self.target.partition(":")
         if colon and scheme.lower() not in ("http", "https"):
-            raise BadText(f"{self.target!r} is no link: expected a relative path or https://")
+            raise BadText(
+                f"{self.target!r} cannot be a link here: expected a relative path or https://"
+            )
 
 
 class Page:
-    """One report, filled from the top and written whole by `save`."""
+    """One report. Add its parts from the top down, then write the file with `save`."""
 
     def __init__(self, title: str) -> None:
         self.title = title
         self._parts: list[str] = []
 
     def heading(self, text: str) -> Page:
+        """Add a heading."""
         return self._add(f"<h2>{html.escape(text)}</h2>")
 
     def text(self, text: str, quiet: bool = False) -> Page:
-        """A paragraph."""
+        """Add a paragraph."""
         return self._add(f"<p{' class=quiet' if quiet else ''}>{html.escape(text)}</p>")
 
     def verbatim(self, text: str) -> Page:
+        """Add a text with its line breaks and spaces as they are."""
         return self._add(f'<pre dir="auto">{html.escape(text)}</pre>')
 
     def table(self, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Page:
-        """Numbers stand to the right; floats are shown to three places, None as a dash."""
+        """Add a table: numbers to the right, floats with three decimals, None as a dash."""
         return self._add(table_html(columns, rows))
 
     def figure(self, svg: str, caption: str = "") -> Page:
-        """A picture made by `chart`."""
+        """Add a picture made by `chart`."""
         return self._add(f"<figure>{svg}<figcaption>{html.escape(caption)}</figcaption></figure>")
 
     def render(self) -> str:
+        """The page as HTML."""
         title = html.escape(self.title)
         return (
             f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>\n'
@@ -87,6 +93,7 @@ class Page:
         )
 
     def save(self, path: Path) -> Path:
+        """Write the page as one file and return its path."""
         with whole_file(path) as partial:
             partial.write_text(self.render(), encoding="utf-8")
         return path
@@ -97,7 +104,7 @@ class Page:
 
 
 def table_html(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A table as HTML, every text escaped."""
+    """A table as HTML, with every text escaped."""
     body = [[(_shown(cell), isinstance(cell, (int, float))) for cell in row] for row in rows]
     right = [
         bool(body) and all(row[i][1] or row[i][0] == "–" for row in body)
@@ -119,14 +126,14 @@ def table_html(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def chart(draw: Callable[[Any], None], width: float = 7.0, height: float = 3.6) -> str:
-    """What `draw(axes)` draws with matplotlib, as SVG that reads on light and dark ground."""
+    """What `draw(axes)` draws with matplotlib, as SVG for light and dark backgrounds."""
     return _drawn(draw, width, height).getvalue().decode("utf-8").split("?>", 1)[-1].strip()
 
 
 def save_chart(
     draw: Callable[[Any], None], path: Path, width: float = 7.0, height: float = 3.6
 ) -> Path:
-    """The same as a file: a picture for the documentation."""
+    """Save the picture that `chart` makes as a file, for the documentation."""
     with whole_file(path) as partial:
         partial.write_bytes(_drawn(draw, width, height).getvalue())
     return path
@@ -139,7 +146,8 @@ def _drawn(draw: Callable[[Any], None], width: float, height: float) -> io.Bytes
     grey = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
     style = {
         "svg.fonttype": "none",
-        "svg.hashsalt": "qsl",  # with no date below: the same numbers give the same file
+        # A fixed salt here and no date below: the same numbers give the same file.
+        "svg.hashsalt": "qsl",
         "font.size": 9,
         "axes.spines.top": False,
         "axes.spines.right": False,
@@ -151,7 +159,7 @@ def _drawn(draw: Callable[[Any], None], width: float, height: float) -> io.Bytes
         axes = figure.subplots()
         draw(axes)
         out = io.BytesIO()
-        # Text stays text, so the reader's fonts count and not those of this machine.
+        # Text stays text in the SVG: the reader's fonts are used, so a font missing here is fine.
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Glyph .* missing from font")
             figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})

@@ -1,4 +1,4 @@
-"""The one version number of the package: everything else asks here."""
+"""The version number of the package. Everything else takes it from here."""
 
 __all__ = ["__version__"]
 

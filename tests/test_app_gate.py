@@ -76,7 +76,7 @@ def test_what_the_page_asks_for_is_answered_and_leaves_no_file(port: int) -> Non
         text = json.dumps(saved)
         assert predict(port, "load", [None, text])[1]["data"][1]["data"][0][0] == address
     assert "another format" not in str(predict(port, "load", [None, "{}"])[1])
-    assert "is no qsl-plan file" in str(predict(port, "load", [None, "{}"])[1])
+    assert "is not a qsl-plan file" in str(predict(port, "load", [None, "{}"])[1])
     new = set(os.listdir(tempfile.gettempdir())) - before
     assert not [name for name in new if name.startswith("qsl-")]
     assert not list(Path(os.environ["GRADIO_TEMP_DIR"]).rglob("plan.json"))

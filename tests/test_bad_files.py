@@ -1,4 +1,4 @@
-"""Each way a file can be wrong has its own error, which names the file and the way out."""
+"""Each way in which a file can be wrong has its own error, which says what to do."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_missing_file(layer: Path) -> None:
     layer.unlink()
     with pytest.raises(errors.CheckpointMissing, match=r"layer1\.sae\.pt"):
         load(layer)
-    with pytest.raises(FileNotFoundError):  # which it is, too
+    with pytest.raises(FileNotFoundError):  # the error is one of Python's, too
         load(layer)
 
 
@@ -208,12 +208,13 @@ def test_another_models_folder_of_the_same_shape(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_flipped_bytes_never_give_a_raw_error(layer: Path, seed: int) -> None:
-    """Damage anywhere in the archive's bookkeeping: it loads, or says what is wrong."""
+    """An archive with damaged headers loads, or raises a named error."""
     import random
 
     rng = random.Random(seed)
     data = layer.read_bytes()
     places = [*range(700), *range(len(data) - 1200, len(data))]
+    refused = 0
     for _ in range(60):
         damaged = bytearray(data)
         for place in rng.sample(places, 3):
@@ -222,7 +223,8 @@ def test_flipped_bytes_never_give_a_raw_error(layer: Path, seed: int) -> None:
         try:
             load(layer)
         except errors.CheckpointError:
-            continue
+            refused += 1
+    assert refused > 0
 
 
 def test_sparse_tensors(layer: Path) -> None:

@@ -1,6 +1,8 @@
-"""The table of groups, against what SAELens registers, and the addresses."""
+"""The table of groups agrees with what SAELens registers; addresses are parsed and checked."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
@@ -62,14 +64,14 @@ def test_the_stack_of_eleven_layers_stands_beside_it() -> None:
     assert group.repo_id == "caiovicentino1/qwen36-27b-sae-fullstack"
     assert group.backbone is other.backbone
     assert not set(group.layers) & set(other.layers)
-    # Every fourth layer, full attention in this hybrid; together all of them from 11 on.
+    # Every fourth layer of this hybrid has full attention. Together the groups have all from 11 on.
     assert sorted(group.layers + other.layers) == list(range(11, 64, 4))
     assert (group.d_sae, group.k) == (40960, 128)
 
 
 @pytest.mark.parametrize("name", NOT_TOPK)
 def test_saelens_release_for_qwen2_5_is_refused_by_name(name: str) -> None:
-    """It is there, for a model that `load_model` takes, and encodes otherwise than TopK."""
+    """The release is for a model that `load_model` takes, but it does not encode with TopK."""
     [(release, row)] = [
         (n, r) for n, r in get_pretrained_saes_directory().items() if "qwen2.5" in n.lower()
     ]
@@ -120,9 +122,9 @@ def test_feature_address_round_trip() -> None:
     [
         ("qwen3-8b-base/w64k-l0-50/36/0", LayerOutOfRange),  # layers are 0..35
         ("qwen3-8b-base/w64k-l0-50/20/65536", LayerOutOfRange),
-        ("qwen3-1.7b-base/w32k-l0-50/20/36398", LayerOutOfRange),  # another width's feature
-        ("qwen3-30b-a3b-base/w32k-l0-100/20/1", UnknownName),  # the crossed group does not exist
-        ("qwen3-8b-base/w64k-l0-50/20", UnknownName),  # no feature
+        ("qwen3-1.7b-base/w32k-l0-50/20/36398", LayerOutOfRange),  # a feature of another width
+        ("qwen3-30b-a3b-base/w32k-l0-100/20/1", UnknownName),  # width and k of two groups
+        ("qwen3-8b-base/w64k-l0-50/20", UnknownName),  # without a feature
         ("qwen3-8b-base/w64k-l0-50/20/-1", UnknownName),
         ("6159", UnknownName),
         ("", UnknownName),
@@ -157,7 +159,7 @@ def test_ones_own_saes_are_a_group() -> None:
         find_group("local/../mine")
 
 
-def test_damaged_settings_of_ones_own(home: object) -> None:
-    (home / "mine" / "config.json").write_text('{"model_type": "topk_sae"}')  # type: ignore[operator]
+def test_damaged_settings_of_ones_own(home: Path) -> None:
+    (home / "mine" / "config.json").write_text('{"model_type": "topk_sae"}')
     with pytest.raises(WrongSettings, match="num_layers"):
         find_group("local/mine")

@@ -245,7 +245,7 @@ def test_thinking_wants_a_chat(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["--device", "banana"], "device 'banana' cannot be used here"),
         (["--device", "cuda:99"], "device 'cuda:99' cannot be used here"),
-        (["--model", "."], "no model that transformers can open"),
+        (["--model", "."], "not a model that transformers can open"),
     ],
 )
 def test_devices_and_folders_that_are_none_are_one_line(

@@ -1,4 +1,4 @@
-"""Converters: bit-exact, bounded, resumable, whole or not at all."""
+"""Converters are exact to the bit, use bounded memory, can go on, and write whole files only."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_half_precision_is_rounded_once(out: Path, dtype: str) -> None:
 
 
 def test_tiles_of_every_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Edges: matrices smaller than, equal to, and not a multiple of a tile."""
+    """Matrices that are smaller than a tile, equal to one, and not a multiple of one."""
     from qwen_scope_lens.converters import _saelens_folder
 
     for number, (d_model, d_sae, tile) in enumerate([(5, 7, 3), (6, 9, 3), (4, 4, 4), (1, 8, 16)]):
@@ -139,7 +139,7 @@ def test_finished_layers_are_left_alone(out: Path) -> None:
 def test_killed_in_the_middle_nothing_half_is_visible_and_it_goes_on(
     tmp_path: Path, out: Path
 ) -> None:
-    """A real process, killed with SIGKILL while the second layer is being written."""
+    """A real process is killed with SIGKILL while it writes the second layer."""
     home = tmp_path / "big"
     folder = planted.write_group(home / "big", range(0), d_model=1024, d_sae=16384, k=8)
     for layer in range(3):
@@ -225,7 +225,7 @@ def test_damaged_source_leaves_no_folder(home: Path, out: Path) -> None:
 
 
 def test_openinterp_to_saelens(tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The true layout of file names and axes; a smaller group stands in for 2.7 GB of weights."""
+    """The real file names and axes, in a smaller group instead of 2.7 GB of weights."""
     from dataclasses import replace
 
     from qwen_scope_lens import catalog
@@ -261,7 +261,7 @@ def test_openinterp_to_saelens(tmp_path: Path, out: Path, monkeypatch: pytest.Mo
 def test_openinterp_takes_the_publishers_other_group_and_no_others(out: Path) -> None:
     with pytest.raises(LayerOutOfRange, match=r"layer 31 is not in qwen3\.6-27b/w40k"):
         openinterp_to_saelens.convert(out, group="qwen3.6-27b/w40k-l0-128", layers=[31])
-    with pytest.raises(UnknownName, match="not of this publisher"):
+    with pytest.raises(UnknownName, match="not a group of this publisher"):
         openinterp_to_saelens.convert(out, group="qwen3-8b-base/w64k-l0-50")
 
 
@@ -321,7 +321,7 @@ def test_other_saes_are_refused(out: Path) -> None:
 def test_the_converted_convention_is_used(
     tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where the catalog does not know, the converted folder decides, for load_sae too."""
+    """Where the catalog does not know, the converted folder decides, also in `load_sae`."""
     from dataclasses import replace
 
     from qwen_scope_lens import catalog
@@ -362,7 +362,7 @@ def test_a_converted_folder_of_something_else(home: Path) -> None:
 def test_a_layer_without_its_weights_is_not_done(out: Path) -> None:
     (folder,) = official_to_saelens.convert("local/mine", out, layers=[0], progress=False)
     (folder / "sae_weights.safetensors").unlink()
-    with pytest.raises(CannotWrite, match="no converted layer"):
+    with pytest.raises(CannotWrite, match="not a converted layer"):
         official_to_saelens.convert("local/mine", out, layers=[0], progress=False)
     official_to_saelens.convert("local/mine", out, layers=[0], overwrite=True, progress=False)
     assert (folder / "sae_weights.safetensors").exists()

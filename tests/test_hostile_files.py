@@ -1,4 +1,4 @@
-"""Folders and files of somebody else's: links, FIFOs, numbers out of bounds, code, full disks."""
+"""Files and folders from somebody else: links, FIFOs, numbers out of bounds, code, full disks."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ PRECIOUS = b"precious\n" * 100
 
 @pytest.fixture
 def victim(tmp_path: Path) -> Iterator[Path]:
-    """A file that must stay as it is, whatever links to it."""
+    """A file that must not change, whatever links to it."""
     path = tmp_path / "victim"
     path.write_bytes(PRECIOUS)
     yield path
@@ -76,7 +76,9 @@ def test_a_lock_is_not_taken_through_a_link(tmp_path: Path, victim: Path) -> Non
     with pytest.raises(CannotWrite, match="is a link"), exclusive(folder):
         pass
     (folder / ".lock").unlink()
-    os.link(victim, folder / ".lock")  # a second name for it: locked, but never emptied
+    os.link(
+        victim, folder / ".lock"
+    )  # a second name of the same file: it is locked, but never emptied
     with exclusive(folder):
         pass
     (folder / ".lock").unlink()
@@ -160,7 +162,7 @@ def full(*args: Any, **options: Any) -> None:
 
 
 def short_write(*args: Any, **options: Any) -> None:
-    raise OSError("4096 requested and 10 written")  # as numpy says it, without a number
+    raise OSError("4096 requested and 10 written")  # numpy raises this without an errno
 
 
 @pytest.mark.parametrize("fails", [full, short_write])
@@ -185,7 +187,7 @@ def test_a_full_disk_in_the_words_of_other_libraries(tmp_path: Path) -> None:
 
 
 def refreshed(shard: Path) -> None:
-    """Checksums made anew, as somebody does who wants the damage not to be seen."""
+    """Make the checksums anew, as somebody would who wants to hide the damage."""
     facts = json.loads((shard / SHARD).read_text())
     for name in facts["files"]:
         path = shard / name

@@ -1,4 +1,4 @@
-"""load_sae and ScopeSAE: the right numbers, views of the file, SAELens's behaviour."""
+"""`load_sae` gives the right numbers as views of the file; ScopeSAE behaves as SAELens's SAE."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_metadata_says_what_is_known(sae: qsl.ScopeSAE) -> None:
     assert metadata.hook_name == "blocks.1.hook_resid_post"
     assert metadata.hf_hook_name == "model.layers.1"
     assert metadata.prepend_bos is False
-    assert metadata.context_size == 1024  # as SAELens's own loader: its stores need a number
+    assert metadata.context_size == 1024  # as in SAELens's own loader
     assert metadata.qwen_scope_ref == "local/mine/1"
     assert sae.cfg.apply_b_dec_to_input is False
 
@@ -115,7 +115,7 @@ def test_metadata_says_what_is_known(sae: qsl.ScopeSAE) -> None:
 def test_hub_cache_with_a_pinned_revision(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: dict[str, torch.Tensor]
 ) -> None:
-    """The layout that huggingface_hub itself keeps, with two commits; nothing is downloaded."""
+    """The layout of huggingface_hub's cache, with two commits. Nothing is downloaded."""
     import huggingface_hub.constants as constants
 
     group = qsl.find_group("qwen3-1.7b-base/w32k-l0-50")
@@ -127,7 +127,7 @@ def test_hub_cache_with_a_pinned_revision(
         snapshot = repo / "snapshots" / commit
         snapshot.mkdir(parents=True)
         shapes = {"W_enc": (32768, 2048), "W_dec": (2048, 32768), "b_enc": (32768,)}
-        # one float each, broadcast: small files would not do, but they need not be full either
+        # Of full size, because shapes are checked; in float16, to be quick to write.
         tensors = {n: torch.zeros(s, dtype=torch.float16) for n, s in shapes.items()}
         tensors["b_dec"] = torch.full((2048,), float(number), dtype=torch.float16)
         torch.save(tensors, snapshot / "layer0.sae.pt")
@@ -192,7 +192,7 @@ def test_error_term_and_hooks_as_in_saelens(
 
 
 def test_gradients_as_in_saelens(sae: qsl.ScopeSAE, weights: dict[str, torch.Tensor]) -> None:
-    """Of the input always; of the weights after requires_grad_(), as for any frozen module."""
+    """The input always gets gradients; the weights get them after `requires_grad_()`."""
     plain = planted.saelens_sae(weights)
     x = torch.randn(9, planted.D_MODEL)
     assert not any(p.requires_grad for p in sae.parameters())

@@ -1,4 +1,4 @@
-"""Whether chosen features are in the top k: the certificates agree with a full encode, always."""
+"""Membership finds the values of chosen features exactly as a full encode does."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ D_IN, D_SAE, K = 12, 96, 5
 
 
 def random_sae(seed: int = 0, subtract: bool = False, whole: bool = False) -> ScopeSAE:
-    """A dense random SAE; with `whole`, small whole numbers, so that scores tie all the time."""
+    """A random SAE. With `whole` its weights are small whole numbers, so scores are often equal."""
     rng = torch.Generator().manual_seed(seed)
     sae = ScopeSAE(
         ScopeSAEConfig(d_in=D_IN, d_sae=D_SAE, k=K, apply_b_dec_to_input=subtract, device="cpu")
@@ -34,7 +34,7 @@ def random_sae(seed: int = 0, subtract: bool = False, whole: bool = False) -> Sc
 def slow_maxima(
     sae: ScopeSAE, features: list[int], x: torch.Tensor, document: torch.Tensor, n_docs: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """From a full encode, one document and feature after the other."""
+    """The maxima from a full encode, one document and feature at a time."""
     dense = sae.encode_sparse(x).to_dense()[:, features]
     values = torch.zeros(n_docs, len(features))
     rows = torch.full((n_docs, len(features)), -1)
@@ -82,7 +82,8 @@ def test_any_input(seed: int, n: int, n_docs: int, whole: bool) -> None:
     x = x.round() if whole else x
     document = torch.randint(0, n_docs, (n,), generator=rng)
     member = Membership(sae, [seed % D_SAE, 5])
-    member._encode(torch.randn(WARM_UP, D_IN, generator=rng))  # witnesses from the start
+    member.values(torch.randn(4 * WARM_UP, D_IN, generator=rng))
+    assert member.settled["encoded"] >= WARM_UP  # so there are witnesses from the start
     found = member.maxima(x, document, n_docs)
     values, rows = slow_maxima(sae, [seed % D_SAE, 5], x, document, n_docs)
     assert torch.equal(found.values, values)
@@ -90,7 +91,7 @@ def test_any_input(seed: int, n: int, n_docs: int, whole: bool) -> None:
 
 
 def test_planted_features_and_few_full_encodes(home: Path) -> None:
-    """Four of 160 features fire on a token: most positions need no full encode."""
+    """Four of 160 features fire per token, so most positions need no full encode."""
     sae = load_sae("local/mine/1")
     x = planted.activations(planted.tensors(seed=1), tokens=4000)
     member = Membership(sae, [7])

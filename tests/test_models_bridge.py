@@ -1,4 +1,4 @@
-"""TransformerLens's defects D1 to D14 on Qwen: each repaired or refused, one test or more each."""
+"""TransformerLens's defects D1 to D14 on Qwen are repaired or refused; each has a test."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_d1_d2_a_wrapper_needs_no_torchvision_and_installs_nothing(
     monkeypatch.setattr(builtins, "__import__", no_vision)
     monkeypatch.setattr(subprocess, "Popen", never)
     assert torch.equal(load_model(model)(IDS), truth)
-    # Mapped weights lie at other addresses, so that HF itself differs by a rounding.
+    # Mapped weights are at other addresses, so that HF itself differs by rounding.
     torch.testing.assert_close(load_model(tmp_path)(IDS), truth, rtol=1e-5, atol=1e-5)
     assert torch.allclose(load_model(tmp_path, full_hooks=True)(IDS), truth, atol=1e-4)
 

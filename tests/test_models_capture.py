@@ -1,4 +1,4 @@
-"""`capture`: what it returns, what bounds it, and what it refuses."""
+"""`capture`: what it returns, how it bounds memory, and what it refuses."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def tokenizer() -> Any:
 
 def test_the_form_of_a_capture(model: Any, tokenizer: Any) -> None:
     found = capture(model, TEXTS, [2, 0, 2], tokenizer=tokenizer)
-    lengths = [len(text.encode()) for text in TEXTS]  # a token a byte
+    lengths = [len(text.encode()) for text in TEXTS]  # one token per byte
     assert found.layers == (0, 2)
     assert found.doc_ids == (0, 1, 2, 3, 4)
     assert found.offsets.diff().tolist() == lengths

@@ -1,4 +1,4 @@
-"""`verify_model`: the model's side of verification, around `saes.verify.verify`."""
+"""`verify_model`: the checks of the model, around `saes.verify.verify`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ calls: list[dict[str, Any]] = []
 
 
 def stand_in(sae: Any, activations: Any, *, mask: Any = None, max_fvu: float = 0.8) -> str:
-    """The signature of `saes.verify.verify`; the measurement has tests of its own."""
+    """A stand-in for `saes.verify.verify`, which has tests of its own."""
     calls.append({"activations": activations, "mask": mask})
     if max_fvu < FVU:
         raise VerificationFailed(f"FVU {FVU} is above {max_fvu}")

@@ -1,4 +1,4 @@
-"""Private names of upstream that we lean on: a new version that moves one fails here by name."""
+"""Private names of upstream on which we rely. If a new version moves one, a test here fails."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.exceptions import StopAtLayerException
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
-from qwen_scope_lens.models import load_model
-from qwen_scope_lens.models import thin_adapter as adapter
+from qwen_scope_lens.models import adapters, load_model
+from qwen_scope_lens.models.architecture import PLACES
 
 
 def test_saelens_wrapper() -> None:
@@ -84,15 +84,17 @@ def test_transformer_lens_components() -> None:
     assert callable(GeneralizedComponent.set_original_component)
     assert HookPoint().ctx == {}
     for name in ("supports_hf_output_attentions", "supports_compatibility_mode"):
-        assert getattr(adapter.ResidualAdapter, name) is False
+        assert getattr(adapters.ResidualAdapter, name) is False
 
 
 def test_registration_touches_our_names_only() -> None:
     before = dict(ArchitectureAdapterFactory._adapters)
-    adapter.register_adapters()
+    adapters.register_adapters()
     once = dict(ArchitectureAdapterFactory._adapters)
-    adapter.register_adapters()
+    adapters.register_adapters()
     assert once == ArchitectureAdapterFactory._adapters
     for name, found in before.items():
         assert once[name] is found
-    assert all(name.endswith("/residual") for name in set(once) - set(before))
+    ours = {adapters.residual_name(row.hf_class) for row in PLACES}
+    assert ours <= set(once)
+    assert set(once) - set(before) <= ours

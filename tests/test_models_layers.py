@@ -1,4 +1,4 @@
-"""The table of places: every class, the real backbones on the meta device, and what is refused."""
+"""The table of places: every class, the real models on the meta device, and what is refused."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_every_row_is_a_class_of_transformers() -> None:
 
 
 def test_a_family_is_a_row_and_a_tiny_model() -> None:
-    """Whoever adds a family finds here what the parity tests need, and nothing else is to do."""
+    """A new family needs a class for the parity tests, and nothing else."""
     tiny = {row.family for row in layers.PLACES if row.hf_class in CLASSES}
     assert tiny == FAMILIES.keys()
     assert {backbone.family for backbone in BACKBONES} <= FAMILIES.keys()
@@ -85,7 +85,7 @@ def test_a_subclass_finds_its_row() -> None:
     assert layers.places_of(Mine(make_config("Qwen3ForCausalLM"))).hf_class == "Qwen3ForCausalLM"
 
 
-# What the catalog does not hold, from the published configurations.
+# Facts of the published configurations that the catalog does not have.
 REAL: dict[str, dict[str, Any]] = {
     "qwen3-1.7b-base": {"intermediate_size": 6144, "num_attention_heads": 16},
     "qwen3-8b-base": {"intermediate_size": 12288, "num_attention_heads": 32},

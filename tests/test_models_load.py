@@ -1,4 +1,4 @@
-"""`load_model`: by name and from memory, first layers only, adapters, and what is refused."""
+"""`load_model`: by name, from memory, first layers only, with adapters, and what is refused."""
 
 from __future__ import annotations
 

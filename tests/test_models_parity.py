@@ -91,7 +91,7 @@ def test_capture_equals_the_layers_of_the_same_batch(kind: str) -> None:
 
 @no_grad
 def test_capture_does_not_depend_on_the_batch(kind: str) -> None:
-    """Padding and neighbours change nothing but rounding (other shapes, other kernels)."""
+    """Padding and neighbours change rounding only (other shapes use other kernels)."""
     model, tokenizer = make_model(kind), make_tokenizer()
     together = capture(model, TEXTS, [2], tokenizer=tokenizer)
     for i, text in enumerate(TEXTS):
@@ -103,7 +103,7 @@ def test_capture_does_not_depend_on_the_batch(kind: str) -> None:
 
 
 def until_end(row: Tensor, start: int) -> list[int]:
-    """New tokens up to and with the first end token; what fills up behind it differs."""
+    """The new tokens up to the first end token. The tokens that fill up after it differ."""
     tokens = row[start:].tolist()
     ends = [i for i, token in enumerate(tokens) if token in (256, 258)]
     return tokens[: ends[0] + 1] if ends else tokens

@@ -87,7 +87,7 @@ def test_1_run_evals(bridge: ScopeBridge) -> None:
 
 @no_grad
 def test_1_the_activation_store_and_its_bos(bridge: ScopeBridge) -> None:
-    """Also defect 8: metadata says prepend_bos=True, no token is put before the text."""
+    """Also defect 8: although metadata says prepend_bos=True, no token is put before the text."""
     sae = make_sae()
     store = make_store(bridge, sae)
     tokens = store.get_batch_tokens()

@@ -1,4 +1,4 @@
-"""What SAELens and TransformerLens promise of a bridge, on ours: state dicts, names, norms."""
+"""Our bridge keeps what SAELens and TransformerLens promise: state dicts, names, norms."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""install() and uninstall(): what changes in SAELens, what does not, and what we lean on."""
+"""`install()` and `uninstall()`: what changes in SAELens, what does not, and what we rely on."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _uninstalled() -> Any:
 
 @pytest.fixture
 def official(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """One official layer of the true shape (half precision, to be quick to write)."""
+    """One official layer in its real shape (in half precision, to be quick to write)."""
     folder = tmp_path / REPO.split("/")[-1]
     folder.mkdir()
     rng = torch.Generator().manual_seed(0)
@@ -203,7 +203,7 @@ def test_a_moved_extension_point_fails_with_one_sentence(monkeypatch: pytest.Mon
         qsl.install()
 
 
-# What register.py, load.py and sae.py lean on without SAELens promising it.
+# Details of SAELens on which saelens_plugin.py, load.py and sae.py rely, though it promises none.
 
 
 def test_contract_loader_tables() -> None:
@@ -236,7 +236,7 @@ def test_contract_directory_is_one_cached_dict() -> None:
 
 
 def test_contract_architecture_name_chooses_the_class() -> None:
-    """`from_pretrained` asks the configuration for its architecture and looks the class up."""
+    """`from_pretrained` looks the class up by the architecture in the configuration."""
     assert qsl.ScopeSAE is not TopKSAE
     with qsl.install():
         assert SAE_CLASS_REGISTRY["qwen_scope_topk"][0] is qsl.ScopeSAE
@@ -245,7 +245,7 @@ def test_contract_architecture_name_chooses_the_class() -> None:
 
 
 def test_contract_topk_sae_takes_views(home: Path) -> None:
-    """`load_state_dict(assign=True)` keeps the file's views; the sae is built on meta."""
+    """The SAE is built on the meta device, and `load_state_dict(assign=True)` keeps the views."""
     sae = qsl.load_sae("local/mine/0")
     assert not sae.W_enc.is_contiguous()
     assert sae.W_enc.T.is_contiguous()
@@ -260,6 +260,7 @@ def revisions_in_use() -> dict[str, str]:
 
 def test_an_inner_install_gives_back_the_outer_pins() -> None:
     qsl.install(revisions={REPO: "outer"})
+    loaders = upstream.NAMED_PRETRAINED_SAE_LOADERS
     with qsl.install(revisions={RELEASE: "inner"}):
         assert revisions_in_use() == {SHORT: "inner"}
     assert qsl.is_installed()
@@ -267,7 +268,7 @@ def test_an_inner_install_gives_back_the_outer_pins() -> None:
 
 
 def test_each_layer_is_listed_once() -> None:
-    """Under the release; the other names list none, and find every layer by every id."""
+    """The release lists each layer once. The other names list none, but find every layer."""
     with qsl.install():
         directory = get_pretrained_saes_directory()
         assert list(directory[RELEASE].saes_map) == [f"layer{n}" for n in range(28)]
@@ -299,7 +300,7 @@ def test_a_broad_pattern_of_the_evals_selects_each_layer_once() -> None:
 
 
 def test_every_entry_says_of_every_layer_whether_neuronpedia_has_it() -> None:
-    """SAELens's own test of the directory makes a table of these maps: none may be empty."""
+    """SAELens's own test of the directory makes a table of these maps, so none may be empty."""
     with qsl.install():
         for name, entry in get_pretrained_saes_directory().items():
             assert entry.neuronpedia_id, name

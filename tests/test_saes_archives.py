@@ -1,4 +1,4 @@
-"""`.pt` files that other hands have packed: their numbers are read right, or refused by name."""
+"""`.pt` files that other programs have packed are read right, or refused with a named error."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def layer(home: Path) -> Path:
 
 
 def repack(layer: Path, change: Change = lambda entry, data: data) -> None:
-    """Unpack a checkpoint and pack it again, as any zip program might."""
+    """Unpack a checkpoint and pack it again, as a zip program may do."""
     with zipfile.ZipFile(layer) as archive:
         entries = [(entry, archive.read(entry)) for entry in archive.infolist()]
     with zipfile.ZipFile(layer, "w") as archive:
@@ -53,7 +53,7 @@ def test_packed_again_by_another_writer(layer: Path, tmp_path: Path) -> None:
     weights = torch.load(layer, weights_only=True)
     repack(layer)
     places = [zipfile.ZipFile(layer).getinfo(name) for name in zipfile.ZipFile(layer).namelist()]
-    assert any(entry.header_offset % 4 for entry in places)  # floats between the grid's lines
+    assert any(entry.header_offset % 4 for entry in places)  # some floats are not aligned
     sae = qsl.load_sae("local/mine/1")
     for name in ("W_enc", "W_dec"):
         assert torch.equal(getattr(sae, name), weights[name].T)
@@ -82,7 +82,7 @@ def big_endian(entry: zipfile.ZipInfo, data: bytes) -> bytes:
 
 
 def short(entry: zipfile.ZipInfo, data: bytes) -> bytes:
-    """One record holds half of what data.pkl says: the rest would be the next record's bytes."""
+    """One record is half as long as data.pkl says. The rest would be bytes of the next record."""
     return data[: len(data) // 2] if entry.filename.endswith("data/0") else data
 
 
@@ -164,7 +164,7 @@ def test_damaged_headers_of_arrays(tmp_path: Path, content: bytes) -> None:
     np.save(path, np.zeros((3, 4), np.float32))
     data = path.read_bytes()
     path.write_bytes(data.replace(b"(3, 4)", content.ljust(6)))
-    with pytest.raises(errors.NotACheckpoint, match="no plain array"):
+    with pytest.raises(errors.NotACheckpoint, match="not a plain array"):
         read_activations(path)
     torch.save(torch.zeros(1).expand(2**40), tmp_path / "x.pt")
     with pytest.raises(errors.WrongShape, match="stands for many"):

@@ -1,4 +1,4 @@
-"""An SAE that is shared by threads, or whose weights change: the codes are those of the weights."""
+"""Codes belong to the current weights, also when threads share an SAE or weights change."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def make(d_in: int = 24, d_sae: int = 96, k: int = 6) -> ScopeSAE:
 
 
 def check(sae: ScopeSAE, x: torch.Tensor) -> None:
-    """That the codes are those of the weights as they are."""
+    """Check that the codes are those of the current weights."""
     with torch.no_grad():
         want = exact_topk(x, sae.W_enc.T, sae.b_enc, sae.cfg.k)
         got = sae.encode_sparse(x)
@@ -35,7 +35,7 @@ def check(sae: ScopeSAE, x: torch.Tensor) -> None:
 
 
 def means(d: int, count: int) -> torch.Tensor:
-    """Far from zero, each in a direction that the weights of `blind` do not read."""
+    """Points far from zero, each in a direction that the weights of `blind` do not read."""
     return 3000 * torch.linalg.qr(torch.randn(d, count))[0].T
 
 
@@ -49,7 +49,7 @@ def blind(rows: torch.Tensor, far: torch.Tensor) -> torch.Tensor:
 def test_a_recentring_in_the_middle_of_an_encode(
     monkeypatch: pytest.MonkeyPatch, half_copy: bool, precision: torch.dtype
 ) -> None:
-    """What another thread may do at any time, done at the two worst ones."""
+    """Another thread may recentre at any time; here it does so at the two worst moments."""
     torch.manual_seed(0)
     far = means(64, 3)
     encoder = Encoder(blind(torch.randn(2048, 64), far), torch.randn(2048), half_copy)
@@ -114,10 +114,10 @@ def test_one_thread_recentres_and_the_others_go_on() -> None:
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
 @pytest.mark.parametrize("how", ["encode while it trains", "freeze again", "freeze by hand"])
 def test_fused_optimizers(optimizer: Callable[..., torch.optim.Optimizer], how: str) -> None:
-    """They change weights and count no version."""
+    """Fused optimizers change weights without changing torch's version counter."""
     sae, x = make(), torch.randn(20, 24)
     with torch.no_grad():
-        sae.b_enc[:24] = -100  # never fire, never change: a look at a few numbers sees nothing
+        sae.b_enc[:24] = -100  # they never fire or change, so comparing a few numbers shows nothing
         sae.W_enc.data = sae.W_enc.data.T.contiguous().T
         sae.W_dec.data = sae.W_dec.data.T.contiguous().T
     check(sae, x)
@@ -221,7 +221,7 @@ def test_another_default_dtype(home: Path, dtype: torch.dtype) -> None:
 
 
 def test_another_default_device(home: Path) -> None:
-    """`meta` holds no numbers: whatever went there would fail."""
+    """Tensors on `meta` have no numbers, so any tensor made there would fail."""
     x = torch.randn(40, 64)
     sae = qsl.load_sae("local/mine/1")
     want, out = sae.encode_sparse(x), sae(x)

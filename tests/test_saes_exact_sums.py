@@ -1,4 +1,4 @@
-"""Exact sums: rounded once, whatever cancels."""
+"""Exact sums are rounded once, however much cancels."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
+from qwen_scope_lens.saes.exact.dots import rounded_sums
 from qwen_scope_lens.saes.exact.encoder import Encoder
-from qwen_scope_lens.saes.exact.exact_sums import rounded_sums
 from qwen_scope_lens.saes.exact.topk import encode_topk
 
 
 def rounded(exact: Fraction) -> float:
-    """The nearest float32, ties to even, by trying the neighbours of a guess."""
+    """The nearest float32, with ties to even, found among the neighbours of a guess."""
     guess = np.float32(float(exact))
     around = [np.nextafter(guess, np.float32(s * np.inf), dtype=np.float32) for s in (-1, 1)]
     near = [guess, *(np.nextafter(a, guess, dtype=np.float32) for a in around), *around]
@@ -44,7 +44,7 @@ def test_sums_are_rounded_once(cancels: float) -> None:
 
 
 def test_between_two_numbers() -> None:
-    """Exactly in the middle, and by less than float64 can tell off it."""
+    """Sums exactly in the middle of two numbers, or off it by less than float64 can show."""
     half, rows = 2.0**-24, []
     for little in (0.0, 2.0**-80, -(2.0**-80), 2.0**-140, -(2.0**-140)):
         rows += [[1.0, half, little], [1.0, 3 * half, little], [-1.0, -half, little]]

@@ -1,4 +1,4 @@
-"""SparseCodes against what dense tensors do."""
+"""SparseCodes behave as the dense tensors that they stand for."""
 
 from __future__ import annotations
 

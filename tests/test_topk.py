@@ -1,4 +1,4 @@
-"""Encode and decode: exact against float64, equal to SAELens, bounded in memory."""
+"""Encode and decode are exact, agree with SAELens, and need bounded memory."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def test_realistic_residuals_are_certified() -> None:
 
 
 class _OnlyExactProducts(TorchDispatchMode):
-    """Refuses products of float32 matrices: which of them a setting reaches differs by machine."""
+    """Refuses float32 matrix products. Which of them a setting changes depends on the machine."""
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

@@ -1,4 +1,4 @@
-"""verify(): the right convention passes, each wrong one is named and refused."""
+"""`verify` accepts the right convention, and names and refuses each wrong one."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_fvu_against_a_direct_float64_computation(
 
 
 def test_pre_subtracted_sae_used_as_if_it_were_not(weights: dict[str, torch.Tensor]) -> None:
-    """Trained with x - b_dec, loaded without: the report says which fits better."""
+    """An SAE trained with x - b_dec and loaded without: the report says which fits better."""
     theirs = dict(weights, b_enc=torch.zeros(planted.D_SAE))
     x = planted.activations(weights)
     with pytest.raises(VerificationFailed, match=r"'b_dec subtracted before encoding' fits better"):
@@ -71,7 +71,9 @@ def test_decode_bias_that_should_not_be_there(weights: dict[str, torch.Tensor]) 
 
 def test_wrong_k_shows_as_relu_fitting_better(weights: dict[str, torch.Tensor]) -> None:
     x = planted.activations(weights, k=planted.K)
-    theirs = dict(weights, b_enc=weights["b_enc"] - 2.5)  # a threshold: ReLU alone is near right
+    theirs = dict(
+        weights, b_enc=weights["b_enc"] - 2.5
+    )  # works as a threshold: ReLU alone is nearly right
     with pytest.raises(VerificationFailed, match="ReLU without top-k"):
         qsl.verify(planted.saelens_sae(theirs, k=1), x)
 

@@ -1,4 +1,4 @@
-"""Qwen models with hook points, their tokenizers, and residual streams read from them."""
+"""Load Qwen models with hook points, and read their residual streams."""
 
 import lazy_loader
 

@@ -1,5 +1,7 @@
+from .architecture import Model as Model
 from .architecture import decoder_layers as decoder_layers
 from .architecture import unwrap as unwrap
+from .checkpoint import Tokenizer as Tokenizer
 from .load import ScopeBridge as ScopeBridge
 from .load import load_model as load_model
 from .residuals import Capture as Capture

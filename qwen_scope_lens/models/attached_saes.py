@@ -1,8 +1,8 @@
-"""SAEs on a bridge: attached at hook points, for one run or until they are reset.
+"""Attach SAEs to a bridge at hook points, for one run or until they are reset.
 
-As in SAELens, the wrapper stands in the module tree where the hook point was. Unlike there, it
-holds that point and runs it, so that hooks at it keep firing, now and after a reset. Names and
-plain hooks are in `hook_names.py`.
+As in SAELens, a wrapper takes the place of the hook point in the module tree. Unlike in SAELens,
+the wrapper keeps that hook point and runs it, so hooks at it keep firing, also after a reset. Names
+and plain hooks are in `hook_names.py`.
 """
 
 from __future__ import annotations
@@ -27,19 +27,20 @@ __all__ = ["AttachedSAE", "AttachesSAEs"]
 
 
 class AttachedSAE(_SAEWrapper):
-    """SAELens's wrapper (error term, inner hooks), computing in the SAE's dtype and device.
+    """SAELens's wrapper with error term and inner hooks. It computes in the SAE's dtype and device.
 
-    Whatever the residual's dtype is, it gets it back: a float32 SAE serves a bfloat16 model.
+    The residual goes on in its own dtype, so a float32 SAE can be attached to a bfloat16 model.
     """
 
-    def __init__(self, sae: Any, use_error_term: bool, special: Tensor | None) -> None:
+    def __init__(self, sae: SAE[Any], use_error_term: bool, special: Tensor | None) -> None:
         super().__init__(sae, use_error_term=use_error_term)
-        self.special = special  # token ids that bypass the SAE, or None
+        self.special = special  # ids of tokens that bypass the SAE, or None
         self.handles: list[RemovableHandle] = []
-        self.__dict__["point"] = None  # what stood here: not a submodule, its name stays its own
+        # The module whose place this takes. Not a submodule, so that its name stays the same.
+        self.__dict__["point"] = None
 
     def __getattr__(self, name: str) -> Any:
-        """What a hook point has (`add_hook`, `ctx`, ...) is that of the point which stood here."""
+        """Attributes of a hook point (`add_hook`, `ctx`, ...) come from the point that is kept."""
         point = self.__dict__.get("point")
         if point is None or name in self.__dict__.get("_modules", {}):
             return super().__getattr__(name)
@@ -49,7 +50,7 @@ class AttachedSAE(_SAEWrapper):
             return getattr(point, name)
 
     def forward(self, original_output: Tensor) -> Tensor:
-        """The residual `[..., d_in]` -> its reconstruction `[..., d_in]`, after the hooks here."""
+        """Reconstruct a residual, and run the hooks here. `[..., d_in] -> [..., d_in]`"""
         weight = self.sae.W_dec
         replaced = super().forward(original_output.to(weight.device, weight.dtype))
         replaced = replaced.to(original_output.device, original_output.dtype)
@@ -59,9 +60,10 @@ class AttachedSAE(_SAEWrapper):
     def attach(
         self, holder: nn.Module, key: str, embed: nn.Module, input_at: HookPoint | None
     ) -> None:
-        """Stand where `holder` has its hook point `key`: hooks at the point see what flows on.
+        """Take the place of hook point `key` of `holder`. Its hooks then see the reconstruction.
 
-        `input_at` is where a transcoder reads; None when it reads where it writes.
+        `input_at` is the hook point that a transcoder reads, or None for an SAE, which reads and
+        writes at the same point.
         """
         self.__dict__["point"] = holder._modules[key]
         self.__dict__["place"] = (holder, key)
@@ -72,7 +74,7 @@ class AttachedSAE(_SAEWrapper):
             self.handles.append(embed.register_forward_pre_hook(self._find_special))
 
     def detach(self) -> None:
-        """Put back what stood here, also from under an SAE that was attached later."""
+        """Put the hook point back, also when another SAE was attached on top of this one."""
         while self.handles:
             self.handles.pop().remove()
         holder, key = self.__dict__["place"]
@@ -87,14 +89,14 @@ class AttachedSAE(_SAEWrapper):
             standing = standing.__dict__["point"]
 
     def inner_hooks(self) -> dict[str, HookPoint]:
-        """`hook_sae_input`, `hook_sae_acts_post`, ... of this SAE."""
+        """The hook points of this SAE: `hook_sae_input`, `hook_sae_acts_post` and so on."""
         return {name: hook for name, hook in self.named_modules() if isinstance(hook, HookPoint)}
 
-    def _keep_input(self, module: Any, args: Any, output: Tensor) -> None:
+    def _keep_input(self, module: nn.Module, args: Any, output: Tensor) -> None:
         weight = self.sae.W_dec
         self.capture_input(output.to(weight.device, weight.dtype))
 
-    def _find_special(self, module: Any, args: Any) -> None:
+    def _find_special(self, module: nn.Module, args: Any) -> None:
         ids = args[0]
         assert self.special is not None
         mask = torch.isin(ids, self.special.to(ids.device))
@@ -102,7 +104,7 @@ class AttachedSAE(_SAEWrapper):
 
 
 class AttachesSAEs(NamedHooks):
-    """SAELens's methods for SAEs, on hook points that stay in place."""
+    """SAELens's methods for attaching SAEs, with hook points that keep working."""
 
     def add_sae(
         self,
@@ -110,10 +112,11 @@ class AttachesSAEs(NamedHooks):
         use_error_term: bool | None = None,
         exclude_special_tokens: bool | Sequence[int] = False,
     ) -> None:
-        """Attach an SAE at its hook until `reset_saes`; one already there is replaced.
+        """Attach an SAE at its hook until `reset_saes`. It replaces an SAE that is already there.
 
-        Hooks at that point see what flows on, the reconstruction; what came in is its
-        `hook_sae_input`. With the error term and no edit, what flows on is what came in.
+        Hooks at that point then see the SAE's reconstruction, which flows on; the SAE's own
+        `hook_sae_input` sees the residual that came in. With the error term and no edit, the two
+        are the same.
         """
         name = sae.cfg.metadata.hook_name
         out = sae.cfg.metadata.hook_name_out or name
@@ -147,7 +150,7 @@ class AttachesSAEs(NamedHooks):
         self._acts_to_saes[name] = wrapper
 
     def _reset_sae(self, act_name: str, prev_wrapper: Any = None) -> None:
-        """Detach, and put a previous one back."""
+        """Detach the SAE at a hook, and attach a previous one again."""
         wrapper = self._acts_to_saes.pop(act_name, None)
         if wrapper is None:
             logger.warning(f"No SAE is attached to {act_name}. There's nothing to reset.")
@@ -178,7 +181,7 @@ class AttachesSAEs(NamedHooks):
         use_error_term: bool | None = None,
         exclude_special_tokens: bool | Sequence[int] = False,
     ) -> Iterator[AttachesSAEs]:
-        """SAEs for the time of a block; those that were there before come back."""
+        """Attach SAEs while a `with` block runs. SAEs that they replaced come back afterwards."""
         before = dict(self._acts_to_saes)
         added: list[str] = []
         try:
@@ -191,23 +194,29 @@ class AttachesSAEs(NamedHooks):
                 for name in dict.fromkeys(added):
                     self._reset_sae(name, before.get(name))
 
-    def run_with_saes(self, *args: Any, saes: Any = (), **kwargs: Any) -> Any:
-        """`forward` with SAEs attached; `use_error_term` and the like as of `saes`."""
+    def run_with_saes(
+        self, *args: Any, saes: SAE[Any] | Sequence[SAE[Any]] = (), **kwargs: Any
+    ) -> Any:
+        """`forward` with SAEs attached. It also takes the options of `saes`."""
         with self.saes(saes, **_sae_options(kwargs)):
             return self(*args, **kwargs)
 
-    def run_with_cache_with_saes(self, *args: Any, saes: Any = (), **kwargs: Any) -> Any:
+    def run_with_cache_with_saes(
+        self, *args: Any, saes: SAE[Any] | Sequence[SAE[Any]] = (), **kwargs: Any
+    ) -> Any:
         """`run_with_cache` with SAEs attached."""
         with self.saes(saes, **_sae_options(kwargs)):
             return self.run_with_cache(*args, **kwargs)
 
-    def run_with_hooks_with_saes(self, *args: Any, saes: Any = (), **kwargs: Any) -> Any:
+    def run_with_hooks_with_saes(
+        self, *args: Any, saes: SAE[Any] | Sequence[SAE[Any]] = (), **kwargs: Any
+    ) -> Any:
         """`run_with_hooks` with SAEs attached."""
         with self.saes(saes, **_sae_options(kwargs)):
             return self.run_with_hooks(*args, **kwargs)
 
 
 def _sae_options(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Take what concerns SAEs out of the arguments of a run."""
+    """Take the options of `saes` out of the arguments of a run."""
     names = ("reset_saes_end", "use_error_term", "exclude_special_tokens")
     return {name: kwargs.pop(name) for name in names if name in kwargs}

@@ -1,8 +1,9 @@
 """RepairedBridge: SAELens's SAETransformerBridge, with its silent failures repaired or refused.
 
-Texts keep their tokens (no BOS is ever put first), generation ends where the model ends, and the
-HF model can be had back. `hook_names.py` checks names, `attached_saes.py` attaches SAEs, `load.py`
-builds a bridge, and `thin_adapter.py` says which modules are wrapped.
+Texts keep their tokens (no BOS is put before them), generation stops at all of the model's end
+tokens, a state dict is whole or refused, and the HF model can be taken out again. `hook_names.py`
+checks names, `attached_saes.py` attaches SAEs, `load.py` builds a bridge, and `adapters.py` says
+which modules are wrapped.
 """
 
 from __future__ import annotations
@@ -14,14 +15,16 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
+from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge.component_setup import refresh_container_state_owners
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
-from qwen_scope_lens.errors import BadText, WrongModel, WrongTokenizer
+from qwen_scope_lens.errors import BadText, WrongModel, WrongState, WrongTokenizer
+from qwen_scope_lens.models.adapters import ResidualAdapter
 from qwen_scope_lens.models.architecture import describe
 from qwen_scope_lens.models.attached_saes import AttachesSAEs
+from qwen_scope_lens.models.checkpoint import Tokenizer
 from qwen_scope_lens.models.eager import eagerly
-from qwen_scope_lens.models.state import check_nested, load_whole, whole_state
-from qwen_scope_lens.models.thin_adapter import ResidualAdapter
 from qwen_scope_lens.models.tokenize import check_tokenizer
 
 __all__ = ["RepairedBridge"]
@@ -30,11 +33,11 @@ __all__ = ["RepairedBridge"]
 class RepairedBridge(AttachesSAEs):
     """A Qwen model with TransformerLens hook points, to which SAEs can be attached.
 
-    `blocks.L.hook_resid_post` is the output of decoder layer L, unprocessed. It owns the HF model
-    from which it was made, until `release()`.
+    `blocks.L.hook_resid_post` is the unprocessed output of decoder layer L. The bridge owns the HF
+    model from which it was made, until `release()`.
     """
 
-    up_to_layer: int | None = None  # the last layer loaded, where not all were
+    up_to_layer: int | None = None  # the last layer that was loaded, if not all were
 
     @torch.compiler.disable
     def forward(
@@ -45,13 +48,13 @@ class RepairedBridge(AttachesSAEs):
         stop_at_layer: int | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Run the model; `stop_at_layer=n` runs layers 0..n-1 and returns the residual `[b, p, d]`.
+        """Run the model. `stop_at_layer=n` runs layers 0..n-1 and returns the residual `[b, p, d]`.
 
-        A list of texts is padded with its mask. Without `past_key_values` or `use_cache` no cache
-        is built. What was compiled, the bridge or the model inside, runs eagerly: hooks act.
+        A list of texts is padded and masked. No cache is built unless `past_key_values` or
+        `use_cache` asks for one. A compiled bridge or model runs eagerly, so that hooks act.
         """
         if "_released" in self.__dict__:
-            raise WrongModel("this bridge gave its model back: build another with load_model()")
+            raise WrongModel("this bridge gave its model back: make a new one with load_model()")
         stop = self._stop(stop_at_layer)
         if stop is None and return_type is not None and "unembed" not in self._modules:
             raise WrongModel(
@@ -79,16 +82,14 @@ class RepairedBridge(AttachesSAEs):
         eos_token_id: int | Sequence[int] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Continue a text; stops at any end token of the model's generation settings."""
-        self._check_generates()
-        if stop_at_eos and eos_token_id is None:
-            eos_token_id = self.end_tokens() or None
+        """Continue a text, up to any end token in the model's generation settings."""
+        eos_token_id = self._ends(stop_at_eos, eos_token_id)
         if isinstance(input, list) and len(input) > 1 and "attention_mask" not in kwargs:
             input, kwargs["attention_mask"] = self._tokens_and_mask(input, "left")
             if kwargs.get("return_type", "input") == "input":
                 kwargs["return_type"] = "str"
         elif _is_text(input):
-            self._run_tokens(input)  # upstream would cut a text that is too long
+            self._run_tokens(input)  # refuses a text that is too long; upstream would cut it
         return super().generate(input, max_new_tokens, stop_at_eos, eos_token_id, **kwargs)
 
     def generate_stream(
@@ -100,10 +101,8 @@ class RepairedBridge(AttachesSAEs):
         eos_token_id: int | Sequence[int] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As `generate`, in pieces."""
-        self._check_generates()
-        if stop_at_eos and eos_token_id is None:
-            eos_token_id = self.end_tokens() or None
+        """As `generate`, but yield the text in pieces."""
+        eos_token_id = self._ends(stop_at_eos, eos_token_id)
         if _is_text(input):
             self._run_tokens(input)
         return super().generate_stream(
@@ -111,29 +110,33 @@ class RepairedBridge(AttachesSAEs):
         )
 
     def hf_generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The HF model's own `generate`, as upstream's; nothing in it is compiled, so hooks act."""
+        """The HF model's own `generate`. It runs eagerly, so that hooks act."""
         with eagerly():
             return super().hf_generate(*args, **kwargs)
 
     def end_tokens(self) -> list[int]:
-        """The ids at which this model ends: a chat model has several."""
+        """The ids of the model's end tokens. A chat model has several."""
         for holder in ("generation_config", "config"):
             found = getattr(getattr(self.original_model, holder, None), "eos_token_id", None)
             if found is not None:
                 return [found] if isinstance(found, int) else list(found)
         return []
 
-    def _check_generates(self) -> None:
+    def _ends(
+        self, stop_at_eos: bool, given: int | Sequence[int] | None
+    ) -> int | Sequence[int] | None:
+        """The end tokens for a generation. Raises for a model that cannot generate."""
         if "unembed" not in self._modules:
-            raise WrongModel(f"{describe(self)} has no unembedding here: it cannot generate")
+            raise WrongModel(f"{describe(self)} has no unembedding here, so it cannot generate")
+        return (self.end_tokens() or None) if stop_at_eos and given is None else given
 
     @property
-    def tokenizer(self) -> Any:
-        """The tokenizer as it was given: no BOS is invented for it."""
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer as it was given. No BOS token is made up for it."""
         return self._tokenizer
 
     @tokenizer.setter
-    def tokenizer(self, value: Any) -> None:
+    def tokenizer(self, value: Tokenizer | None) -> None:
         if value is not None:
             check_tokenizer(value, self)
             self.cfg.tokenizer_prepends_bos = False
@@ -148,11 +151,11 @@ class RepairedBridge(AttachesSAEs):
         move_to_device: bool = True,
         truncate: bool | None = None,
     ) -> Tensor:
-        """Token ids `[batch, pos]`. `prepend_bos` has no effect: Qwen has no BOS.
+        """Token ids `[batch, pos]`. `prepend_bos` has no effect, because Qwen has no BOS token.
 
-        Upstream would put `<|endoftext|>` first, on a bridge and not on the HF model. As upstream,
-        a text longer than the context is cut to its beginning (with a warning, unless
-        `truncate=True` asks for it), and comes whole with `truncate=False`. A run never cuts one.
+        Upstream would put `<|endoftext|>` first. As upstream, a text longer than the context is cut
+        to its beginning, with a warning unless `truncate=True` asks for it; `truncate=False`
+        returns all its tokens. A run never cuts a text.
         """
         texts = [input] if isinstance(input, str) else input
         if self._tokenizer is None:
@@ -172,10 +175,11 @@ class RepairedBridge(AttachesSAEs):
         return super().to_tokens(texts, False, padding_side, move_to_device, cut)
 
     def _token_counts(self, texts: list[str]) -> list[int]:
+        assert self._tokenizer is not None  # `to_tokens` has refused a bridge without one
         return [len(ids) for ids in self._tokenizer(texts, add_special_tokens=False)["input_ids"]]
 
     def _run_tokens(self, texts: str | list[str], side: str | None = None) -> Tensor:
-        """The tokens of texts that are to be run; refuses one longer than the context."""
+        """The tokens of texts for a run. Refuses a text longer than the context."""
         tokens = self.to_tokens(texts, padding_side=side, truncate=False)
         if tokens.shape[-1] > self.cfg.n_ctx:
             raise BadText(
@@ -199,9 +203,9 @@ class RepairedBridge(AttachesSAEs):
         prefix: str = "",
         keep_vars: bool = False,
     ) -> dict[str, Any]:
-        """Every tensor of the model: by HF's names, or with `full_hooks` by TransformerLens's.
+        """Every tensor of the model, by HF's names, or with `full_hooks` by TransformerLens's.
 
-        Refused where it would be without some: for offloaded weights, and inside another module.
+        It is refused where it would lack tensors: for offloaded weights, and inside another module.
         """
         if destination is not None or prefix:
             check_nested(self, super().state_dict(destination={}, prefix="m.", keep_vars=True))
@@ -213,7 +217,7 @@ class RepairedBridge(AttachesSAEs):
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """Load what `state_dict` gave, or an HF model's own; `strict` refuses a part of it."""
+        """Load a state dict of this bridge or of an HF model. With `strict` it must be complete."""
         lists = load_whole(
             self, state_dict, strict=strict, assign=assign, upstream_names=self._is_full
         )
@@ -224,22 +228,22 @@ class RepairedBridge(AttachesSAEs):
         return not isinstance(self.adapter, ResidualAdapter)
 
     def enable_compatibility_mode(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refused: it folds and centres weights, SAEs read the unprocessed residual."""
+        """Refused: it folds and centres weights, but SAEs read the unprocessed residual."""
         raise WrongModel(
             "compatibility mode rewrites the weights and shifts the residuals (by 2e-2 to 1.6e-1 in"
-            " bfloat16): SAEs read unprocessed ones. The hook names work without it"
+            " bfloat16), but SAEs read unprocessed residuals. The hook names work without it"
         )
 
     def process_weights(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refused, as `enable_compatibility_mode`."""
+        """Refused, for the same reason as `enable_compatibility_mode`."""
         self.enable_compatibility_mode()
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refused: the bridge's modules stand inside the HF model, its files would not load."""
+        """Refused: the bridge's modules are inside the HF model, so its files would not load."""
         raise WrongModel("call release() first: it gives the HF model back, which can be saved")
 
     def release(self) -> nn.Module:
-        """Give the HF model back as it was; the bridge cannot be used any more."""
+        """Give the HF model back as it was. The bridge cannot be used afterwards."""
         self.reset_saes()
         self.reset_hooks(including_permanent=True)
         model: nn.Module = self.original_model
@@ -257,10 +261,92 @@ def _is_text(input: Any) -> bool:
 
 
 def _unbridge(module: nn.Module) -> None:
-    """Put the HF modules back where a bridge's components stand."""
+    """Put the HF modules back in place of a bridge's components."""
     for name, child in list(module._modules.items()):
         while isinstance(child, GeneralizedComponent):
             child = child._modules.get("_original_component")
         if child is not None:
             module._modules[name] = child
             _unbridge(child)
+
+
+def whole_state(bridge: TransformerBridge, *, upstream_names: bool) -> dict[str, Tensor]:
+    """Every tensor of the HF model by name. Shared tensors have each of HF's names.
+
+    Upstream names only the modules that its adapter wraps. Here every tensor has a name: with
+    `upstream_names` upstream's if it has one, else HF's own, which an HF model can load, too.
+    """
+    model = bridge.original_model
+    if any(tensor.is_meta for tensor in model.state_dict(keep_vars=True).values()):
+        raise WrongModel(
+            f"weights of {describe(bridge)} are offloaded, so a state dict would lack them: load"
+            " the model without offloading, or save it with HF's own save_pretrained() after"
+            " release()"
+        )
+    state: dict[str, Tensor] = {}
+    if upstream_names:
+        state |= TransformerBridge.state_dict(bridge, keep_vars=True)
+    covered = {id(tensor) for tensor in state.values()}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in covered:
+            state.setdefault(_plain(name), tensor)
+    return state
+
+
+def load_whole(
+    bridge: TransformerBridge,
+    given: Mapping[str, Any],
+    *,
+    strict: bool,
+    assign: bool,
+    upstream_names: bool,
+) -> tuple[list[str], list[str]]:
+    """Write a state dict into the HF model, and return the missing and the unexpected names.
+
+    A tensor may have the bridge's name, HF's name or upstream's name. With `strict`, both lists
+    must be empty; otherwise `WrongState` is raised and nothing is written.
+    """
+    model = bridge.original_model
+    paths: dict[int, list[str]] = {}  # a tensor -> its places in the HF model
+    known: dict[str, int] = {}
+    for path, tensor in model.state_dict(keep_vars=True).items():
+        paths.setdefault(id(tensor), []).append(path)
+        known[path] = known[_plain(path)] = id(tensor)
+    for name, found in bridge._tl_key_to_actual_keys().items():
+        known.setdefault(name, known[found[0]])
+    own = whole_state(bridge, upstream_names=upstream_names)
+
+    unexpected = [name for name in given if name not in known]
+    arrived = {known[name] for name in given if name in known}
+    missing = [name for name, tensor in own.items() if id(tensor) not in arrived]
+    if strict and (missing or unexpected):
+        raise WrongState(
+            f"the state dict does not fit {describe(bridge)}: {len(missing)} of {len(own)} tensors"
+            f" are missing{_first(missing)}, {len(unexpected)} are not known here"
+            f"{_first(unexpected)}. Nothing was loaded; strict=False loads what fits"
+        )
+    wanted = {p: given[name] for name in given if name in known for p in paths[known[name]]}
+    model.load_state_dict(wanted, strict=False, assign=assign)
+    if assign:  # upstream's components have their own references to some parameters
+        refresh_container_state_owners(bridge)
+    return missing, unexpected
+
+
+def check_nested(bridge: TransformerBridge, nested: Mapping[str, Any]) -> None:
+    """Refuse a state dict of a module around the bridge if it lacks tensors of the model."""
+    have = {id(tensor) for tensor in nested.values()}
+    model = bridge.original_model.state_dict(keep_vars=True)
+    if lacking := [_plain(name) for name, tensor in model.items() if id(tensor) not in have]:
+        raise WrongModel(
+            f"the state dict of a module that holds this bridge would lack {len(lacking)} of its"
+            f" tensors{_first(lacking)}: call state_dict() on the bridge itself"
+        )
+
+
+def _plain(path: str) -> str:
+    """HF's own name of a tensor, without the bridge's components in the path."""
+    return path.replace("_original_component.", "")
+
+
+def _first(names: list[str]) -> str:
+    return f" (the first is {names[0]})" if names else ""

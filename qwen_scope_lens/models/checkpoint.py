@@ -1,14 +1,14 @@
-"""A model's configuration and tokenizer, by folder or name, opened without running any of its code.
+"""Open a model's configuration and tokenizer, by folder or name, without running its code.
 
-Whoever opens either goes through here: a folder that brings Python code of its own is refused and
-nobody is asked, what is damaged has a named error, and only regular files are opened.
+All of the package opens them through this module. A folder that brings Python code of its own is
+refused without asking, damaged files raise a named error, and only regular files are opened.
 """
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from qwen_scope_lens.errors import (
     CheckpointMissing,
@@ -18,14 +18,42 @@ from qwen_scope_lens.errors import (
     WrongTokenizer,
 )
 
-__all__ = ["check_folder", "in_short", "open_config", "open_tokenizer"]
+__all__ = ["Tokenizer", "check_folder", "in_short", "open_config", "open_tokenizer"]
 
 TRUST = "trust_remote_code"
 _FOLDERS = (".", "additional_chat_templates")
 
 
+class Tokenizer(Protocol):
+    """The methods of a tokenizer that this package calls. Those of transformers have them."""
+
+    @property
+    def all_special_ids(self) -> list[int]: ...
+
+    @property
+    def added_tokens_decoder(self) -> dict[int, Any]: ...
+
+    @property
+    def eos_token_id(self) -> int | None: ...
+
+    @property
+    def pad_token_id(self) -> int | None: ...
+
+    def __len__(self) -> int: ...
+
+    def __call__(self, text: Any, **options: Any) -> Any: ...
+
+    def apply_chat_template(self, conversation: Any, **options: Any) -> Any: ...
+
+    def convert_ids_to_tokens(self, ids: Any) -> Any: ...
+
+    def convert_tokens_to_ids(self, tokens: Any) -> Any: ...
+
+    def decode(self, token_ids: Any, **options: Any) -> str: ...
+
+
 def open_config(name: str, **source: Any) -> Any:
-    """transformers' configuration of a model. `source` may have `trust_remote_code=True`."""
+    """The model's configuration, by transformers. `source` may have `trust_remote_code=True`."""
     import transformers
 
     check_folder(name)
@@ -38,32 +66,33 @@ def open_config(name: str, **source: Any) -> Any:
         raise CheckpointMissing(
             f"{name} cannot be loaded as a model, from a folder or from the hub: {in_short(error)}"
         ) from error
-    except Exception as error:  # libraries raise every kind here: KeyError, their own, ...
+    except Exception as error:  # transformers raises errors of many kinds here
         _refuse_code(name, TRUST in str(error))
         raise NotACheckpoint(
-            f"{name} is no model that transformers can open: expected a hub name, or a folder with"
-            f" the config.json of a Qwen model ({in_short(error)})"
+            f"{name} is not a model that transformers can open: expected a hub name, or a folder"
+            f" with the config.json of a Qwen model ({in_short(error)})"
         ) from error
     _refuse_code(name, bool(getattr(config, "auto_map", None)) and not source[TRUST])
     kernel = getattr(config, "_attn_implementation_internal", None)
-    _refuse_code(name, "/" in str(kernel) and not source[TRUST])  # a repository of compiled code
+    # A kernel with a slash in its name is a repository of compiled code.
+    _refuse_code(name, "/" in str(kernel) and not source[TRUST])
     return config
 
 
-def open_tokenizer(name: str, **source: Any) -> Any:
-    """transformers' tokenizer of a model; OSError where there is none."""
+def open_tokenizer(name: str, **source: Any) -> Tokenizer:
+    """The model's tokenizer, by transformers. Raises OSError if there is none."""
     import transformers
 
     check_folder(name)
     source = {TRUST: False, **source}
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, **source)
+        tokenizer: Tokenizer = transformers.AutoTokenizer.from_pretrained(name, **source)
     except OSError:
         raise
     except Exception as error:
         _refuse_code(name, TRUST in str(error))
         raise WrongTokenizer(
-            f"the tokenizer of {name} is damaged, or none that transformers can open"
+            f"the tokenizer of {name} is damaged, or transformers cannot open it"
             f" ({in_short(error)}): fetch its files again"
         ) from error
     own = getattr(tokenizer, "init_kwargs", {}).get("auto_map")
@@ -72,7 +101,7 @@ def open_tokenizer(name: str, **source: Any) -> Any:
 
 
 def check_folder(name: str) -> None:
-    """Raise where a model's folder holds a FIFO, a socket or a device under the name of a file."""
+    """Raise when a model's folder holds a FIFO, a socket or a device in place of a file."""
     for inner in _FOLDERS:
         folder = Path(name) / inner
         if not folder.is_dir():
@@ -88,7 +117,7 @@ def check_folder(name: str) -> None:
 
 
 def in_short(error: BaseException) -> str:
-    """What a library says, on one line."""
+    """The message of an error on one line, at most 200 characters."""
     said = " ".join(str(error).split())
     return said[:200] or type(error).__name__
 
@@ -96,7 +125,7 @@ def in_short(error: BaseException) -> str:
 def _refuse_code(name: str, has_code: bool) -> None:
     if has_code:
         raise UnsafeCheckpoint(
-            f"{name} brings Python code of its own, and nothing of it was run. Where you have read"
-            " that code and trust it: load_model(..., trust_remote_code=True) in Python; where it"
-            " is a plain Qwen model: remove auto_map from the files of a copy"
+            f"{name} brings Python code of its own, and nothing of it was run. If you have read"
+            " that code and trust it, call load_model(..., trust_remote_code=True) in Python. If it"
+            " is a plain Qwen model, copy it and remove auto_map from the files of the copy"
         )

@@ -1,8 +1,8 @@
-"""`load_model`: a checkpoint, or an HF model in memory, becomes a bridge with hook points.
+"""`load_model` makes a bridge with hook points from a checkpoint or from an HF model in memory.
 
-Checkpoints are opened by transformers alone: no image processor is touched, nothing is installed,
-and the dtype is the checkpoint's. With `up_to_layer` only the embedding and the first layers are
-read. What the bridge then does is `bridge.py`, which modules it wraps `thin_adapter.py`.
+Checkpoints are opened by transformers alone. No image processor is needed, nothing is installed,
+and the dtype is that of the checkpoint. With `up_to_layer`, only the embedding and the first layers
+are read. The methods of a bridge are in `bridge.py`; which modules it wraps is in `adapters.py`.
 """
 
 from __future__ import annotations
@@ -34,8 +34,10 @@ from qwen_scope_lens.errors import (
     WrongModel,
 )
 from qwen_scope_lens.files import read_text
+from qwen_scope_lens.models.adapters import prepare_full, register_adapters, residual_name
 from qwen_scope_lens.models.architecture import (
     PLACES,
+    Model,
     describe,
     input_device,
     places_of,
@@ -44,9 +46,13 @@ from qwen_scope_lens.models.architecture import (
     unwrap,
 )
 from qwen_scope_lens.models.bridge import RepairedBridge
-from qwen_scope_lens.models.checkpoint import TRUST, in_short, open_config, open_tokenizer
-from qwen_scope_lens.models.full_adapter import prepare_full
-from qwen_scope_lens.models.thin_adapter import register_adapters, residual_name
+from qwen_scope_lens.models.checkpoint import (
+    TRUST,
+    Tokenizer,
+    in_short,
+    open_config,
+    open_tokenizer,
+)
 
 __all__ = ["ScopeBridge", "fetch_file", "files_of", "load_model"]
 
@@ -66,9 +72,9 @@ class ScopeBridge(RepairedBridge):
 
 
 def load_model(
-    name_or_model: str | Path | nn.Module,
+    name_or_model: str | Path | Model,
     *,
-    tokenizer: Any = None,
+    tokenizer: Tokenizer | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     device_map: Any = None,
@@ -78,21 +84,24 @@ def load_model(
     local_files_only: bool = False,
     **hf_options: Any,
 ) -> ScopeBridge:
-    """A Qwen model of a family in `families.py`, with TransformerLens hook points.
+    """Load a Qwen model of a family in `families.py`, with TransformerLens hook points.
 
-    `name_or_model` is a hub name, a folder, a model of the package's own (`mini-qwen3`), or an HF
-    model in memory (plain, quantised, spread over devices, or with a LoRA-like adapter); the bridge
-    then owns it until `release()`. The default hook points are the residual stream's, around HF's
-    own layers. `full_hooks` takes TransformerLens's whole adapter instead: all hook points, eager
-    attention, slower.
+    `name_or_model` is a hub name, a folder, a model that comes with the package (`mini-qwen3`), or
+    an HF model in memory: plain, quantised, spread over devices, or with a LoRA-like adapter. The
+    bridge owns a model from memory until `release()`.
 
-    `up_to_layer=L` reads layers 0..L of a checkpoint and nothing behind them: residuals, no
-    logits. `dtype` is the checkpoint's unless given. `hf_options` go to `from_pretrained`.
+    By default, the hook points are those of the residual stream, around HF's own layers.
+    `full_hooks` uses TransformerLens's complete adapter instead. It has all hook points, but
+    attention is eager and slower.
+
+    `up_to_layer=L` reads layers 0..L of a checkpoint and no later weights, so the model has
+    residuals and no logits. The dtype is that of the checkpoint unless `dtype` is given. All
+    `hf_options` go to `from_pretrained`.
     """
     if isinstance(name_or_model, ScopeBridge):
         return name_or_model
     if isinstance(name_or_model, TransformerBridge):
-        raise WrongModel("this is a bridge already: load the model again, or use it as it is")
+        raise WrongModel("this is a bridge already: use it as it is, or load the model again")
     if isinstance(name_or_model, nn.Module):
         given = {
             "dtype": dtype,
@@ -104,11 +113,11 @@ def load_model(
         }
         if named := [name for name, value in given.items() if value is not None]:
             raise WrongModel(
-                f"{', '.join(named)}: for loading by name; a model in memory is taken as it is"
+                f"{', '.join(named)}: only for loading by name; a model in memory is taken as it is"
             )
         return _bridge(name_or_model, tokenizer, full_hooks)
     if full_hooks and up_to_layer is not None:
-        raise WrongModel("up_to_layer has the residual hooks only: leave full_hooks out")
+        raise WrongModel("with up_to_layer there are residual hooks only: leave full_hooks out")
     name = str(bundled_model(str(name_or_model)) or name_or_model)
     source: dict[str, Any] = {"revision": revision, "local_files_only": local_files_only}
     trusted = {TRUST: bool(hf_options.pop(TRUST, False))}
@@ -158,20 +167,20 @@ def _require_device(device: str | torch.device) -> None:
         ) from error
 
 
-def _tokenizer(name: str, source: dict[str, Any]) -> Any:
+def _tokenizer(name: str, source: dict[str, Any]) -> Tokenizer | None:
     folder = Path(name)
     if folder.is_dir() and not any(folder.glob("tokenizer*")):
-        return None  # transformers would invent an empty one
+        return None  # transformers would make up an empty one
     return open_tokenizer(name, **source)
 
 
 def _load(loader: Any, name: str | None, **options: Any) -> Any:
-    """`from_pretrained`, refusing a checkpoint that leaves weights at random values."""
+    """Call `from_pretrained`, and refuse a checkpoint that would leave weights at random values."""
     try:
         model, info = loader.from_pretrained(name, output_loading_info=True, **options)
     except (torch.OutOfMemoryError, ImportError, OSError, ScopeError):
         raise
-    except Exception as error:  # a file that is cut off, sizes that contradict config.json, ...
+    except Exception as error:  # such as for a truncated file or sizes that contradict config.json
         raise NotACheckpoint(
             f"the weights of {name or options['config']._name_or_path} are damaged or do not fit"
             f" its config.json ({in_short(error)}): fetch the model again"
@@ -192,11 +201,11 @@ def _load_first_layers(
     source: dict[str, Any],
     **options: Any,
 ) -> Any:
-    """The text model without head, cut after layer `last`; other tensors are never read."""
+    """The text model up to layer `last`, without head. Other tensors are never read."""
     from safetensors import safe_open
 
     if getattr(config, "quantization_config", None):
-        raise WrongModel("up_to_layer reads plain checkpoints; this one is stored quantised")
+        raise WrongModel("up_to_layer reads plain checkpoints, but this one is stored quantised")
     family = places_of_config(config).family
     text = text_config(config)
     if not 0 <= last < text.num_hidden_layers:
@@ -251,7 +260,7 @@ def _is_wanted(key: str, last: int) -> bool:
 
 
 def files_of(name: str, source: dict[str, Any]) -> dict[str, list[str] | None]:
-    """The checkpoint's files and the tensors in each, or None where there is no index."""
+    """The checkpoint's files and the names of the tensors in each, or None without an index."""
     try:
         index = Path(fetch_file(name, "model.safetensors.index.json", source))
     except OSError:
@@ -284,13 +293,13 @@ def fetch_file(name: str, file: str, source: dict[str, Any]) -> str:
     return str(hf_hub_download(name, file, **source))
 
 
-def _bridge(model: nn.Module, tokenizer: Any, full_hooks: bool) -> ScopeBridge:
+def _bridge(model: Model, tokenizer: Tokenizer | None, full_hooks: bool) -> ScopeBridge:
     """Wrap an HF model, with the thin or the full adapter."""
     inner = unwrap(model)
     places = places_of(inner)
     if any(isinstance(module, GeneralizedComponent) for module in inner.modules()):
         raise WrongModel(
-            f"{describe(inner)} stands inside a bridge already: use that one, or release() it"
+            f"{describe(inner)} is inside a bridge already: use that bridge, or release() it"
         )
     undo: list[Callable[[], None]] = []
     if full_hooks:

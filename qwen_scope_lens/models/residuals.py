@@ -1,9 +1,10 @@
-"""Reads residual streams: the only place of the package that does.
+"""Read residual streams. All of the package reads them through this module.
 
-`iter_captures` goes through a corpus of any length in bounded memory, `capture` collects a small
-one. Documents are batched by length, padded on the right, never packed into one row (the linear
-attention of Qwen3.5 would leak from one to the next), and the forward pass ends after the last
-wanted layer. What is done with the residuals is not decided here: nothing is pooled or encoded.
+`iter_captures` goes through a corpus of any length in bounded memory, and `capture` collects the
+residuals of a small one. Documents are batched by length and padded on the right. They are never
+packed into one row, because the linear attention of Qwen3.5 would carry information from one to the
+next. The forward pass ends after the last wanted layer. This module only reads residuals; it
+neither pools nor encodes them.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qwen_scope_lens.errors import BadText, WrongModel
 from qwen_scope_lens.models.architecture import (
+    Model,
     check_layer,
     context_length,
     decoder_layers,
@@ -30,6 +32,7 @@ from qwen_scope_lens.models.architecture import (
     text_config,
     unwrap,
 )
+from qwen_scope_lens.models.checkpoint import Tokenizer
 from qwen_scope_lens.models.eager import eagerly
 from qwen_scope_lens.models.tokenize import (
     Content,
@@ -43,15 +46,17 @@ from qwen_scope_lens.models.tokenize import (
 __all__ = ["EXTREME_NORM_RATIO", "Capture", "capture", "iter_captures"]
 
 EXTREME_NORM_RATIO = 10.0
-"""Our own default: a token is extreme when its norm exceeds this many times the median norm of its
-document (the first token left out). Sink tokens of Qwen are a hundred times the median and more."""
+"""A token is extreme when its norm is more than this many times the median norm of its document
+(without the first token). The default is our own. Attention sinks of Qwen models reach a hundred
+times the median and more."""
 
 
 @dataclass(frozen=True)
 class Capture:
-    """Residuals of some documents, one row a token, documents one after the other.
+    """The residuals of some documents, one row per token, one document after the other.
 
-    `residuals[layer][offsets[i]:offsets[i + 1]]` are those of document `doc_ids[i]`. No pads.
+    `residuals[layer][offsets[i]:offsets[i + 1]]` are those of document `doc_ids[i]`. There are no
+    pads.
     """
 
     layers: tuple[int, ...]
@@ -61,8 +66,8 @@ class Capture:
     first: Tensor  # [n_tokens], bool: the first token of its document
     token_ids: Tensor  # [n_tokens], int64, on the CPU
     offsets: Tensor  # [n_docs + 1], int64, on the CPU
-    doc_ids: tuple[int, ...]  # positions in the sequence that was given
-    texts: tuple[str | None, ...]  # as tokenised; None for a document given as token ids
+    doc_ids: tuple[int, ...]  # the documents' positions in the input
+    texts: tuple[str | None, ...]  # as tokenised; None for a document of token ids
     char_spans: tuple[tuple[tuple[int, int], ...] | None, ...]  # per document, per token
     truncated: tuple[bool, ...]
 
@@ -71,19 +76,20 @@ class Capture:
 
     @property
     def n_tokens(self) -> int:
+        """The number of tokens of all documents."""
         return int(self.offsets[-1])
 
     def keep(self, layer: int) -> Tensor:
-        """Tokens that count in statistics: neither first nor extreme. `[n_tokens]`, bool."""
+        """The tokens that count in statistics, neither first nor extreme. `[n_tokens]`, bool."""
         extreme = self.extreme[layer]
         return ~(self.first.to(extreme.device) | extreme)
 
     def doc_rows(self) -> Tensor:
-        """The document's position in `doc_ids`, for every token. `[n_tokens]`, int64."""
+        """For every token, its document's position in `doc_ids`. `[n_tokens]`, int64."""
         return torch.repeat_interleave(torch.arange(len(self)), self.offsets.diff())
 
     def doc(self, i: int) -> Capture:
-        """The i-th document alone (views of the same tensors)."""
+        """The i-th document by itself, as views of the same tensors."""
         i = range(len(self))[i]
         rows = slice(int(self.offsets[i]), int(self.offsets[i + 1]))
         return replace(
@@ -102,21 +108,23 @@ class Capture:
 
 
 @torch.no_grad()
-def capture(model: Any, texts: Sequence[Content], layers: Iterable[int], **options: Any) -> Capture:
-    """The residuals of all documents, in the order given. Options as of `iter_captures`."""
+def capture(
+    model: Model, texts: Sequence[Content], layers: Iterable[int], **options: Any
+) -> Capture:
+    """The residuals of all documents, in their order. It takes the options of `iter_captures`."""
     if isinstance(texts, (str, torch.Tensor)):
-        raise BadText("expected a sequence of documents, found one: put it into a list")
+        raise BadText("expected a sequence of documents, found a single one: put it into a list")
     if len(texts) == 0:
         raise BadText("no documents were given")
     return _join(list(iter_captures(model, texts, layers, **options)))
 
 
 def iter_captures(
-    model: Any,
+    model: Model,
     texts: Iterable[Content],
     layers: Iterable[int],
     *,
-    tokenizer: Any = None,
+    tokenizer: Tokenizer | None = None,
     token_budget: int = 4096,
     window: int = 512,
     max_tokens: int | None = None,
@@ -127,20 +135,20 @@ def iter_captures(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> Iterator[Capture]:
-    """Yield the residuals of a corpus batch by batch; memory does not grow with the corpus.
+    """Yield the residuals of a corpus batch by batch. Memory does not grow with the corpus.
 
-    The model is an HF model of a supported class (also quantised, spread over devices, or with a
-    PEFT adapter) or a TransformerBridge; hooks and SAEs attached to a bridge take part. `layers`
-    count from 0: the residual is the output of that decoder layer, `blocks.L.hook_resid_post`.
+    The model is an HF model of a supported class (it may be quantised, spread over devices, or have
+    a PEFT adapter) or a TransformerBridge. Hooks and SAEs attached to a bridge act. `layers` count
+    from 0: the residual is the output of that decoder layer, `blocks.L.hook_resid_post`.
 
-    `window` documents are read ahead and sorted by length, so batches come in another order than
-    the texts do: see `Capture.doc_ids`. A batch has at most `token_budget` tokens, pads included
-    (one longer text forms its own batch). When memory runs out, the batch is halved with a
-    warning and the budget stays halved.
+    `window` documents are read ahead and sorted by length, so batches are not in the order of the
+    texts: see `Capture.doc_ids`. A batch has at most `token_budget` tokens, pads included, unless a
+    single text is longer. When memory runs out, the batch is halved with a warning, and the budget
+    stays halved.
 
-    `max_tokens` (else the model's context) limits a document; a longer one raises unless
-    `truncate`. A chat needs `enable_thinking` said. Residuals keep the model's dtype and device
-    unless `dtype` or `device` ask otherwise.
+    A document longer than `max_tokens` (by default the model's context) raises, unless `truncate`
+    is set. A chat needs `enable_thinking`. Residuals keep the model's dtype and device unless
+    `dtype` or `device` is given.
     """
     places_of(model)
     if unwrap(model).training:
@@ -152,7 +160,7 @@ def iter_captures(
     if not wanted:
         raise BadText("no layer was asked for: pass layers=[...]")
     if min(token_budget, window, max_tokens or 1) < 1:
-        raise ValueError("token_budget, window and max_tokens have to be positive")
+        raise ValueError("token_budget, window and max_tokens must be positive")
     if tokenizer is not None:
         check_tokenizer(tokenizer, model)
     prepare = partial(
@@ -167,22 +175,22 @@ def iter_captures(
 
 
 def _batches(
-    model: Any,
+    model: Model,
     stream: Iterator[Content],
     wanted: tuple[int, ...],
-    tokenizer: Any,
+    tokenizer: Tokenizer | None,
     budget: int,
     window: int,
     prepare: Callable[..., list[Encoded]],
     finish: Callable[..., Capture],
 ) -> Iterator[Capture]:
-    """The loop of `iter_captures`, after its arguments were checked."""
+    """The loop of `iter_captures`, once the arguments are checked."""
     number = 0
     while documents := list(islice(stream, window)):
         if tokenizer is None and not all(map(is_ids, documents)):
             tokenizer = find_tokenizer(model)
         encoded = prepare(documents, tokenizer, first_number=number)
-        # Longest first: what does not fit shows at once, not after hours.
+        # The longest come first, so a document that does not fit shows at once, not after hours.
         waiting = sorted(enumerate(encoded, start=number), key=lambda pair: -len(pair[1]))
         number += len(documents)
         while waiting:
@@ -201,11 +209,12 @@ def _batches(
                     )
                     raise
                 residuals = None
-            if residuals is None:  # outside the handler, which keeps the failed tensors alive
+            # Not inside the handler: the error would keep the failed run's tensors alive.
+            if residuals is None:
                 budget = max(1, (len(batch) // 2) * longest)
                 warnings.warn(
                     f"out of memory with {len(batch)} documents of up to {longest} tokens: going on"
-                    f" with at most {budget} tokens a batch",
+                    f" with at most {budget} tokens per batch",
                     stacklevel=2,
                 )
                 if torch.cuda.is_available():
@@ -216,11 +225,11 @@ def _batches(
 
 
 class _EnoughLayers(Exception):
-    """The last wanted layer has run."""
+    """Ends a forward pass after the last wanted layer."""
 
 
 @torch.no_grad()
-def _forward(model: Any, batch: Sequence[Encoded], layers: tuple[int, ...]) -> dict[int, Tensor]:
+def _forward(model: Model, batch: Sequence[Encoded], layers: tuple[int, ...]) -> dict[int, Tensor]:
     """Run layers 0..max(layers) on one padded batch. `-> {layer: [n_tokens, d_model]}`"""
     inner = unwrap(model)
     device = input_device(model)
@@ -231,11 +240,13 @@ def _forward(model: Any, batch: Sequence[Encoded], layers: tuple[int, ...]) -> d
     ids[mask] = torch.tensor([token for document in batch for token in document.ids])
     vocabulary = int(text_config(model).vocab_size)
     if not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
-        raise BadText(f"token ids outside 0..{vocabulary - 1}, the vocabulary of {describe(model)}")
+        raise BadText(
+            f"there are token ids outside 0..{vocabulary - 1}, the vocabulary of {describe(model)}"
+        )
     found: dict[int, Tensor] = {}
     mine = threading.get_ident()
 
-    def read(layer: int, module: Any, args: Any, output: Any) -> None:
+    def read(layer: int, module: nn.Module, args: Any, output: Any) -> None:
         if threading.get_ident() != mine:
             return  # another thread's run of the same model
         found[layer] = output[0] if isinstance(output, tuple) else output
@@ -254,8 +265,8 @@ def _forward(model: Any, batch: Sequence[Encoded], layers: tuple[int, ...]) -> d
             handle.remove()
     if missed := [layer for layer in layers if layer not in found]:
         raise WrongModel(
-            f"{describe(model)} ran and its layers {missed} were not seen: they run from a graph"
-            " that knows no hooks. Pass the model as it was before it was compiled"
+            f"{describe(model)} ran, but its layers {missed} were not seen: they run from a graph"
+            " without our hooks. Pass the model as it was before it was compiled"
         )
     if bool(mask.all()):
         return {layer: x.flatten(0, 1) for layer, x in found.items()}
@@ -271,7 +282,7 @@ def _finish(
     dtype: torch.dtype | None,
     device: torch.device | str | None,
 ) -> Capture:
-    """Flags, norms and bookkeeping of one batch."""
+    """Make a Capture of one batch, with norms and flags."""
     documents = [document for _, document in batch]
     lengths = [len(document) for document in documents]
     offsets = torch.tensor([0, *lengths]).cumsum(0)
@@ -302,9 +313,9 @@ def _finish(
 
 
 def _extreme(norms: Tensor, lengths: list[int], ratio: float) -> Tensor:
-    """Flags by the median of the own document, so that they do not depend on the batch.
+    """Flag extreme tokens by the median of their own document, whatever the batch.
 
-    The median is over the tokens after the first, or over all where there is only one.
+    The median leaves out the first token, unless it is the only one.
     """
     flags = []
     for rows in norms.split(lengths):
@@ -314,7 +325,7 @@ def _extreme(norms: Tensor, lengths: list[int], ratio: float) -> Tensor:
 
 
 def _join(parts: Sequence[Capture]) -> Capture:
-    """One Capture of several, documents in the order of `doc_ids`."""
+    """Join several Captures into one, with the documents in the order of `doc_ids`."""
     docs = sorted((d for part in parts for d in map(part.doc, range(len(part)))), key=_number)
     layers = docs[0].layers
     lengths = torch.tensor([0, *(d.n_tokens for d in docs)])
@@ -338,7 +349,7 @@ def _number(document: Capture) -> int:
 
 
 def _out_of_memory(error: Exception) -> bool:
-    """Whether an allocator gave up, on a GPU or on the CPU."""
+    """Whether an allocation failed, on a GPU or on the CPU."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(

@@ -1,8 +1,8 @@
-"""Tokens as readers should see them: whole characters joined, half ones shown as bytes.
+"""Show tokens as text: tokens that share a character are joined, incomplete ones become bytes.
 
-Qwen's tokens are byte strings: a character outside the vocabulary is spread over several tokens,
-none of which is text by itself. In running text those are joined with their neighbours into one
-piece; alone, bytes that are no whole character are written `<0xE4>`, as other tools do.
+Qwen's tokens are byte strings. A character that is not in the vocabulary is spread over several
+tokens, none of which is text by itself. In running text, such tokens are joined into one piece. By
+themselves, bytes that are not a whole character are written as `<0xE4>`, as in other tools.
 """
 
 from __future__ import annotations
@@ -11,35 +11,35 @@ import codecs
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
 from qwen_scope_lens.errors import WrongTokenizer
+from qwen_scope_lens.models.checkpoint import Tokenizer
 
 __all__ = ["Piece", "Vocabulary", "readable"]
 
 MOST_JOINED = 4
-"""A character has at most four bytes, so at most so many tokens."""
+"""The largest number of tokens in a piece: a character has at most four bytes."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """What is shown as one unit: usually one token, more where they share a character."""
+    """A unit of running text: usually one token, or several that share a character."""
 
     text: str
     tokens: int
 
 
 class Vocabulary:
-    """The byte strings of a byte-level tokenizer, by token id."""
+    """The byte string of each token of a byte-level tokenizer."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None or "ByteLevel" not in str(backend.decoder):
             raise WrongTokenizer(
-                f"{type(tokenizer).__name__} is no fast byte-level tokenizer, as Qwen's are: load"
-                " the tokenizer of the model's own repository"
+                f"{type(tokenizer).__name__} is not a fast byte-level tokenizer, as Qwen's are:"
+                " load the tokenizer of the model's own repository"
             )
         self._tokenizer = tokenizer
 
@@ -58,27 +58,27 @@ class Vocabulary:
 
     @cached_property
     def continues(self) -> np.ndarray:
-        """Which tokens begin inside a character. bool `[n_tokens]`"""
+        """Which tokens begin in the middle of a character. bool `[n_tokens]`"""
         return np.array([b is not None and 0x80 <= (b + b" ")[0] < 0xC0 for b in self._bytes])
 
     @cached_property
     def _whole(self) -> list[str | None]:
-        """The text of every token that is whole characters, None of the others."""
+        """The text of each token, or None if it is not whole characters."""
         return [None if found is None else _decoded(found) for found in self._bytes]
 
     def bytes_of(self, token: int) -> bytes | None:
-        """None for an id that the tokenizer never makes."""
+        """The bytes of a token, or None for an id that the tokenizer never produces."""
         return self._bytes[token] if 0 <= token < len(self._bytes) else None
 
     def text(self, token: int) -> str:
-        """One token alone, as a list of tokens shows it."""
+        """The text of one token by itself, as for a list of tokens."""
         found = self.bytes_of(int(token))
         return f"<unused {token}>" if found is None else readable(found)
 
     def pieces(self, tokens: Sequence[int]) -> list[Piece]:
-        """Running text: every token in order, those that share a character as one piece."""
+        """Tokens as running text. Tokens that share a character are one piece."""
         alone = [self._whole[t] if 0 <= t < len(self._whole) else None for t in tokens]
-        if None not in alone:  # the usual case, and much faster
+        if None not in alone:  # the usual case; this way is much faster
             return [Piece(text, 1) for text in alone if text is not None]
         out: list[Piece] = []
         waiting: list[int] = []
@@ -105,7 +105,7 @@ class Vocabulary:
 
 
 def readable(found: bytes) -> str:
-    """Text where the bytes are text; what is no whole character as `<0xE4>`."""
+    """Bytes as text. Bytes that are not a whole character are written as `<0xE4>`."""
     return found.decode("utf-8", errors="qsl-bytes")
 
 
@@ -126,7 +126,7 @@ def _decoded(found: bytes) -> str | None:
 
 
 def _is_begun(found: bytes) -> bool:
-    """Whether the bytes are text but for a character that has not ended yet."""
+    """Whether the bytes are text except for a last character that is not complete yet."""
     try:
         found.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -135,12 +135,12 @@ def _is_begun(found: bytes) -> bool:
 
 
 def _may_follow(held: bytes, more: bytes) -> bool:
-    """Whether what is begun can go on with the next token's bytes."""
+    """Whether the next token's bytes can continue the bytes so far."""
     return not held or _decoded(held + more) is not None or _is_begun(held + more)
 
 
 def _letters() -> dict[str, int]:
-    """GPT-2's byte alphabet: the printable bytes stand for themselves, the rest from U+0100 on."""
+    """GPT-2's alphabet for bytes: printable bytes are themselves, others begin at U+0100."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     letters = {chr(byte): byte for byte in printable}
     others = [byte for byte in range(256) if byte not in set(printable)]
@@ -155,5 +155,5 @@ def _to_bytes(name: str | None) -> bytes | None:
         return None
     try:
         return bytes(_LETTERS[letter] for letter in name)
-    except KeyError:  # an added token: plain text
+    except KeyError:  # an added token is plain text
         return name.encode()

@@ -1,7 +1,7 @@
-"""Texts, chats and token ids become checked token sequences with character spans.
+"""Turn texts, chats and token ids into checked token sequences with character spans.
 
-Nothing is ever put before the first token: Qwen has no BOS. This module knows tokenizers and
-looks at a model only to see whether a tokenizer belongs to it.
+Nothing is put before the first token, because Qwen has no BOS token. This module looks at a model
+only to check that a tokenizer belongs to it.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any, TypeAlias
 import torch
 
 from qwen_scope_lens.errors import BadText, WrongTokenizer
-from qwen_scope_lens.models.architecture import describe, places_of, text_config, unwrap
-from qwen_scope_lens.models.checkpoint import in_short, open_tokenizer
+from qwen_scope_lens.models.architecture import Model, describe, places_of, text_config, unwrap
+from qwen_scope_lens.models.checkpoint import Tokenizer, in_short, open_tokenizer
 
 __all__ = ["Content", "Encoded", "check_tokenizer", "encode", "find_tokenizer", "is_ids"]
 
@@ -22,10 +22,10 @@ Content: TypeAlias = str | Sequence[Mapping[str, Any]] | Sequence[int] | torch.T
 """A text, a chat (messages with `role` and `content`), or token ids `[n]`."""
 
 LEAST_SHARE = 0.9
-"""A tokenizer with fewer ids than this share of the model's vocabulary belongs elsewhere.
+"""A tokenizer with fewer ids than this share of the model's vocabulary belongs to another model.
 
-The published Qwen3 and Qwen3.5 models have under 1% unused rows; Qwen3's tokenizer fills 61% of
-Qwen3.5's vocabulary, so every one of its ids would pass as a token of the wrong text.
+In the published Qwen3 and Qwen3.5 models, less than 1% of the rows are unused. Qwen3's tokenizer
+fills 61% of Qwen3.5's vocabulary: each of its ids would be accepted, as a token of another text.
 """
 
 
@@ -34,21 +34,21 @@ class Encoded:
     """One document, ready for a model."""
 
     ids: tuple[int, ...]
-    text: str | None  # as tokenised: a chat after its template; None for token ids
-    spans: tuple[tuple[int, int], ...] | None  # characters of `text` per token, [start, end)
+    text: str | None  # as tokenised (a chat after its template); None for token ids
+    spans: tuple[tuple[int, int], ...] | None  # per token, its characters in `text`: [start, end)
     truncated: bool
 
     def __len__(self) -> int:
         return len(self.ids)
 
 
-def find_tokenizer(model: Any, tokenizer: Any = None) -> Any:
-    """The tokenizer given, the bridge's, or the one beside the model's local files; checked.
+def find_tokenizer(model: Model, tokenizer: Tokenizer | None = None) -> Tokenizer:
+    """The given tokenizer, that of the bridge, or that beside the model's local files, checked.
 
-    Nothing is downloaded: a model from memory without local files needs `tokenizer=`.
+    Nothing is downloaded, so a model from memory without local files needs `tokenizer=`.
     """
     if tokenizer is None:
-        tokenizer = vars(model).get("_tokenizer")  # a TransformerBridge
+        tokenizer = vars(model).get("_tokenizer")  # of a TransformerBridge
     name = getattr(getattr(unwrap(model), "config", None), "_name_or_path", "")
     if tokenizer is None and name:
         try:
@@ -61,19 +61,19 @@ def find_tokenizer(model: Any, tokenizer: Any = None) -> Any:
     return tokenizer
 
 
-def check_tokenizer(tokenizer: Any, model: Any) -> None:
-    """Raise where the ids of a tokenizer cannot be those of the model."""
+def check_tokenizer(tokenizer: Tokenizer, model: Model) -> None:
+    """Raise when the ids of a tokenizer cannot be those of the model."""
     places_of(model)
     vocabulary = int(text_config(model).vocab_size)
     known = len(tokenizer)
     if known > vocabulary:
         raise WrongTokenizer(
-            f"the tokenizer makes ids up to {known - 1}, {describe(model)} embeds only"
+            f"the tokenizer makes ids up to {known - 1}, but {describe(model)} embeds only"
             f" {vocabulary}: load the tokenizer of the same repository"
         )
     if known < LEAST_SHARE * vocabulary:
         raise WrongTokenizer(
-            f"the tokenizer knows {known} ids, {describe(model)} embeds {vocabulary}: it belongs"
+            f"the tokenizer has {known} ids, but {describe(model)} embeds {vocabulary}: it belongs"
             " to another model (Qwen3's and Qwen3.5's differ). Load that of the same repository"
         )
     settings = (unwrap(model).config, text_config(model), _generation_config(model))
@@ -86,16 +86,16 @@ def check_tokenizer(tokenizer: Any, model: Any) -> None:
                 if token is not None and token not in special:
                     raise WrongTokenizer(
                         f"{name} of {describe(model)} is {token}, which is no special token of"
-                        " this tokenizer: they do not belong together"
+                        " this tokenizer: the two do not belong together"
                     )
 
 
-def _generation_config(model: Any) -> Any:
+def _generation_config(model: Model) -> Any:
     return getattr(unwrap(model), "generation_config", None)
 
 
 def is_ids(document: Any) -> bool:
-    """Whether a document is token ids already, so that no tokenizer is needed."""
+    """Whether a document consists of token ids, so that it needs no tokenizer."""
     if isinstance(document, torch.Tensor):
         return document.ndim == 1 and not document.is_floating_point()
     return (
@@ -107,7 +107,7 @@ def is_ids(document: Any) -> bool:
 
 def encode(
     documents: Sequence[Content],
-    tokenizer: Any,
+    tokenizer: Tokenizer | None,
     *,
     limit: int,
     truncate: bool = False,
@@ -115,10 +115,10 @@ def encode(
     add_generation_prompt: bool = False,
     first_number: int = 0,
 ) -> list[Encoded]:
-    """Tokenise a list of documents, in one call of the tokenizer.
+    """Tokenise a list of documents, with one call of the tokenizer.
 
-    `limit` is the most tokens of one document; a longer one raises, or loses its end when
-    `truncate` says so. `first_number` is what the first document is called in messages.
+    `limit` is the largest number of tokens of a document. A longer one raises, or is cut at its end
+    if `truncate` is set. Messages count the documents from `first_number`.
     """
     texts: dict[int, str] = {}
     ready: dict[int, tuple[int, ...]] = {}
@@ -139,6 +139,8 @@ def encode(
     for i, text in texts.items():
         _check_surrogates(text, f"document {first_number + i}")
     if texts:
+        if tokenizer is None:
+            raise WrongTokenizer("texts need a tokenizer: pass `tokenizer=`, or token ids")
         fast = bool(getattr(tokenizer, "is_fast", False))
         found = tokenizer(
             list(texts.values()),
@@ -155,7 +157,7 @@ def encode(
     for i in range(len(documents)):
         ids = ready[i]
         if not ids:
-            raise BadText(f"document {first_number + i} is empty: there is no token to read")
+            raise BadText(f"document {first_number + i} is empty: it has no token to read")
         if len(ids) > limit and not truncate:
             raise BadText(
                 f"document {first_number + i} has {len(ids)} tokens, the limit is {limit}: pass"
@@ -173,17 +175,21 @@ def encode(
 
 
 def _render(
-    messages: Any, tokenizer: Any, enable_thinking: bool | None, add_prompt: bool, where: str
+    messages: Any,
+    tokenizer: Tokenizer | None,
+    enable_thinking: bool | None,
+    add_prompt: bool,
+    where: str,
 ) -> str:
-    """A chat as the text that the template makes of it."""
+    """Turn a chat into the text that the tokenizer's template makes of it."""
     if enable_thinking is None:
         raise BadText(
-            f"{where} is a chat: say enable_thinking=True or False, the template changes the text"
-            " with it and the default differs between Qwen models"
+            f"{where} is a chat: pass enable_thinking=True or False. The template's text depends on"
+            " it, and the default differs between Qwen models"
         )
     if not messages:
-        raise BadText(f"{where} is empty: a chat without messages")
-    if not getattr(tokenizer, "chat_template", None):
+        raise BadText(f"{where} is empty: it is a chat without messages")
+    if tokenizer is None or not getattr(tokenizer, "chat_template", None):
         raise WrongTokenizer(f"{where} is a chat, but this tokenizer has no chat template")
     try:
         return str(
@@ -194,11 +200,11 @@ def _render(
                 enable_thinking=enable_thinking,
             )
         )
-    except Exception as error:  # a template is a program: it raises what it likes
+    except Exception as error:  # a template is a program, and may raise any error
         roles = ", ".join(f"{message.get('role')!r:.20}" for message in messages[:8])
         raise BadText(
-            f"{where} is a chat with the roles {roles}, which the chat template of the tokenizer"
-            f" does not take ({in_short(error)}): change the messages, or give the text itself"
+            f"{where} is a chat with the roles {roles}. The chat template of the tokenizer does not"
+            f" take it ({in_short(error)}): change the messages, or give the text itself"
         ) from error
 
 
@@ -207,6 +213,6 @@ def _check_surrogates(text: str, where: str) -> None:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise BadText(
-            f"{where} has half of a surrogate pair at character {error.start}, which no tokenizer"
-            " takes: remove it, or decode the text from its bytes again"
+            f"{where} has half of a surrogate pair at character {error.start}, and no tokenizer"
+            " takes it: remove it, or decode the text from its bytes again"
         ) from error

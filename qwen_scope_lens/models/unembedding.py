@@ -1,7 +1,7 @@
-"""The way out of the residual stream: the last norm and the unembedding, without the rest.
+"""The last norm and the unembedding of a model, without the rest of it (for the logit lens).
 
-`read_unembedding` takes them from a model in memory or reads just these tensors of a checkpoint: a
-gigabyte of an 8B model instead of sixteen. What is asked of them is the caller's business.
+`read_unembedding` takes them from a model in memory, or reads only these tensors of a checkpoint:
+one gigabyte of an 8B model instead of sixteen.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from qwen_scope_lens.catalog import bundled_model
 from qwen_scope_lens.errors import CheckpointMissing, ScopeError, WrongKeys, WrongModel
 from qwen_scope_lens.models.architecture import (
+    Model,
     describe,
     part,
     places_of,
@@ -37,26 +38,26 @@ _EMBED = re.compile(_ROOT + r"embed_tokens\.weight$")
 
 @dataclass(frozen=True, eq=False)
 class Unembedding:
-    """`logits = RMSNorm(x) * scale @ weight.T`, as the model ends."""
+    """The end of a model: `logits = RMSNorm(x) * scale @ weight.T`."""
 
     weight: Tensor  # [vocabulary, d_model], in the checkpoint's dtype
-    scale: Tensor  # [d_model], float32; Qwen3.5's norms store it less one
+    scale: Tensor  # [d_model], float32; Qwen3.5's norms store it minus one
     eps: float
 
     def normed(self, x: Tensor) -> Tensor:
-        """The last norm, in float32. `[.., d_model] -> [.., d_model]`"""
+        """Apply the last norm, in float32. `[.., d_model] -> [.., d_model]`"""
         x = x.float()
         return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * self.scale
 
     def logits(self, x: Tensor) -> Tensor:
-        """`[.., d_model] -> [.., vocabulary]`, float32."""
+        """The logits of residuals, in float32. `[.., d_model] -> [.., vocabulary]`"""
         return self.normed(x) @ self.weight.float().T
 
 
 def read_unembedding(
-    model: str | Path | nn.Module, *, revision: str | None = None, local_files_only: bool = False
+    model: str | Path | Model, *, revision: str | None = None, local_files_only: bool = False
 ) -> Unembedding:
-    """From a model or bridge in memory, or from a checkpoint by name or folder."""
+    """Take it from a model or bridge in memory, or from a checkpoint by name or folder."""
     if isinstance(model, nn.Module):
         return _of_model(model)
     from safetensors import SafetensorError, safe_open
@@ -82,18 +83,18 @@ def read_unembedding(
     weight = found.get("embed" if tied and "head" not in found else "head")
     if weight is None or "norm" not in found:
         raise WrongKeys(
-            f"{name} has no {'last norm' if weight is not None else 'unembedding'}: it is stored"
-            " without head, or under names that are not Qwen's"
+            f"{name} has no {'last norm' if weight is not None else 'unembedding'}: its checkpoint"
+            " has no head, or uses names that are not Qwen's"
         )
     return _unembedding(weight, found["norm"], places.is_hybrid, text)
 
 
-def _of_model(model: Any) -> Unembedding:
+def _of_model(model: Model) -> Unembedding:
     places = places_of(model)
     if places.head is None:
         raise WrongModel(
-            f"{describe(model)} ends with the last norm: tokens need the unembedding, which the"
-            " class for causal language models has"
+            f"{describe(model)} ends with the last norm, but tokens need the unembedding: load the"
+            " class for causal language models"
         )
     weight = getattr(_plain(part(model, places.head)), "weight", None)
     if not isinstance(weight, Tensor) or weight.device.type == "meta":

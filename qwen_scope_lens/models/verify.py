@@ -1,8 +1,8 @@
-"""Does this SAE belong to this model? The model's side of verification.
+"""Verify that an SAE belongs to a model.
 
-Checked here: the hook reads the output of the right module, the widths agree, and what the names
-say about model and SAE. How well the SAE reconstructs is `saes/verify.py`, on residuals of a small
-bundled sample (or of texts that are given).
+This module checks that the hook reads the output of the right module, that the widths agree, and
+what the names say about model and SAE. Then `saes/verify.py` measures how well the SAE reconstructs
+the residuals of a small bundled sample (or of given texts).
 """
 
 from __future__ import annotations
@@ -15,18 +15,21 @@ from importlib.resources import files
 from typing import Any
 
 import torch
+from sae_lens.saes.topk_sae import TopKSAE
 from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 
 from qwen_scope_lens.catalog import BACKBONES
 from qwen_scope_lens.errors import UnknownHook, VerificationFailed, WrongModel
 from qwen_scope_lens.models.architecture import (
+    Model,
     check_layer,
     d_model,
     decoder_layers,
     describe,
     is_quantised,
 )
+from qwen_scope_lens.models.checkpoint import Tokenizer
 from qwen_scope_lens.models.residuals import capture
 from qwen_scope_lens.models.tokenize import Content, find_tokenizer
 from qwen_scope_lens.saes.verify import Verification, verify
@@ -36,16 +39,16 @@ __all__ = ["ModelCheck", "check_width", "hook_difference", "sample_texts", "veri
 
 @dataclass(frozen=True)
 class ModelCheck:
-    """What was found. `str()` of it is the report."""
+    """The result of `verify_model`. `str()` of it is the report."""
 
     model: str
-    sae_model: str | None  # on which the SAE was trained, by its own metadata
+    sae_model: str | None  # the model of the SAE, by its own metadata
     layer: int
     hook_name: str
     d_model: int
-    hook_difference: float  # |hook - layer output|, at most; 0 when the right module is hooked
+    hook_difference: float  # the largest |hook - layer output|; 0 if the right module is hooked
     tokens: int
-    left_out: int  # first and extreme-norm tokens among them
+    left_out: int  # how many of them are first or extreme-norm tokens
     notes: tuple[str, ...]
     verification: Verification
 
@@ -62,19 +65,20 @@ class ModelCheck:
 
 
 def verify_model(
-    model: Any,
-    sae: Any,
+    model: Model,
+    sae: TopKSAE,
     texts: Sequence[Content] | None = None,
     *,
-    tokenizer: Any = None,
+    tokenizer: Tokenizer | None = None,
     token_budget: int = 4096,
     **thresholds: Any,
 ) -> ModelCheck:
-    """Run a sample through model and SAE; raise when they do not belong together.
+    """Run a sample through model and SAE, and raise when they do not belong together.
 
     `thresholds` (such as `max_fvu`) go to `saes.verify.verify`, which raises `VerificationFailed`
-    with its whole report. A base SAE on an instruct or quantised model is noted, and judged by the
-    same threshold. First and extreme-norm tokens are left out.
+    with the whole report. If the SAE is of a base model and this is an instruct or quantised
+    version, the report notes it; the threshold is the same. First and extreme-norm tokens are left
+    out.
     """
     layer, hook_name = _layer_of(sae)
     check_layer(model, layer)
@@ -117,8 +121,8 @@ def sample_texts() -> list[str]:
     return [part.strip("\n") for part in text.split("\n%%\n")]
 
 
-def check_width(model: Any, sae: Any) -> None:
-    """Raise for an SAE that reads vectors of another width than the residual's."""
+def check_width(model: Model, sae: TopKSAE) -> None:
+    """Raise when the SAE reads vectors of another width than that of the residuals."""
     if sae.cfg.d_in != d_model(model):
         raise WrongModel(
             f"the SAE reads d_in={sae.cfg.d_in}, the residual of {describe(model)} has d_model="
@@ -127,17 +131,20 @@ def check_width(model: Any, sae: Any) -> None:
 
 
 @torch.no_grad()
-def hook_difference(model: Any, layer: int, text: Content, tokenizer: Any = None) -> float:
-    """How far the named hook is from the output of HF's own layer: 0.0 when all is right.
+def hook_difference(
+    model: Model, layer: int, text: Content, tokenizer: Tokenizer | None = None
+) -> float:
+    """The largest difference between the named hook and the output of HF's own layer.
 
-    On a bridge the hook point's value is compared, on an HF model what `capture` reads.
+    It is 0.0 when all is right. On a bridge the hook point is compared, and on both kinds of model
+    the residuals that `capture` reads.
     """
     seen: list[Tensor] = []
     module: nn.Module = decoder_layers(model)[layer]
     while isinstance(inner := getattr(module, "original_component", None), nn.Module):
-        module = inner  # of a bridge: HF's own layer
+        module = inner  # HF's own layer inside that of a bridge
 
-    def look(module: Any, args: Any, output: Any) -> None:
+    def look(module: nn.Module, args: Any, output: Any) -> None:
         seen.append(output[0] if isinstance(output, tuple) else output)
 
     hooked: list[Tensor] = []
@@ -154,19 +161,19 @@ def hook_difference(model: Any, layer: int, text: Content, tokenizer: Any = None
     return max(float((x - truth.to(x.device)).abs().max()) for x in values)
 
 
-def _layer_of(sae: Any) -> tuple[int, str]:
+def _layer_of(sae: TopKSAE) -> tuple[int, str]:
     name = sae.cfg.metadata.hook_name or ""
     found = re.fullmatch(r"blocks\.(\d+)\.(?:hook_resid_post|hook_out)", name)
     if found is None:
         raise UnknownHook(
-            f"the SAE reads {name or 'no named hook'}: Qwen-Scope SAEs read"
-            " blocks.LAYER.hook_resid_post, and only that can be verified"
+            f"the SAE reads {name or 'no named hook'}: expected blocks.LAYER.hook_resid_post, which"
+            " Qwen-Scope SAEs read. Only that can be verified"
         )
     return int(found[1]), name
 
 
-def _notes(model: Any, sae: Any) -> tuple[str, ...]:
-    """What the names say: another model than the SAE's, instruct for base, quantised weights."""
+def _notes(model: Model, sae: TopKSAE) -> tuple[str, ...]:
+    """Notes on the names and the weights: another model, an instruct version, quantised weights."""
     notes = []
     mine, trained_on = describe(model), sae.cfg.metadata.model_name
     if trained_on is None:
@@ -177,7 +184,7 @@ def _notes(model: Any, sae: Any) -> tuple[str, ...]:
         notes.append(
             f"the SAE was trained on {trained_on}, this is {mine}"
             + (", its instruct version" if tuned else "")
-            + ": features may fire on other things, read the FVU below"
+            + ": features may fire on other things, see the FVU below"
         )
     if is_quantised(model):
         notes.append("the model's weights are quantised, the SAE was trained on unquantised ones")

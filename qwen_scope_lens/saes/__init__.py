@@ -1,4 +1,4 @@
-"""SAE layers: found, loaded, encoded exactly, verified."""
+"""Find, load, encode exactly and verify the SAE of a layer."""
 
 import lazy_loader
 

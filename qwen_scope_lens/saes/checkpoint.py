@@ -1,7 +1,7 @@
-"""Open, validate and memory-map one layer's tensors, whatever the file format.
+"""Open, validate and memory-map the tensors of one layer, in any of the known file formats.
 
-Every tensor returned is a view of the file (private, copy on write: nothing ever reaches the disk)
-in SAELens's orientation. Pickles are never executed: `.pt` files are read with `weights_only=True`.
+Every tensor returned is a view of the file in SAELens's orientation. The view is private and copied
+on write, so nothing is ever written to the disk. Pickles are never executed.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from qwen_scope_lens.errors import (
     WrongSettings,
     WrongShape,
 )
+from qwen_scope_lens.saes.byte_ranges import Stored, Unknown, refuse_expanded, stored_tensors
 from qwen_scope_lens.saes.locate import LayerFile, read_config
-from qwen_scope_lens.saes.pt_archive import Stored, Unknown, refuse_expanded, stored_tensors
 
 __all__ = [
     "LAYOUTS",
@@ -47,13 +47,14 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Layout:
-    """How a published format orients its matrices: the names of the axes of each tensor."""
+    """How a published format orients its matrices, by the names of their axes."""
 
     name: str
     W_enc: tuple[str, str]
     W_dec: tuple[str, str]
 
     def shapes(self, group: Group) -> dict[str, tuple[int, ...]]:
+        """The shape that each tensor of a group has in this layout."""
         size = {"d_sae": group.d_sae, "d_model": group.d_model}
         return {
             "W_enc": (size[self.W_enc[0]], size[self.W_enc[1]]),
@@ -70,7 +71,7 @@ LAYOUTS = (OFFICIAL, SAELENS, OPENINTERP)
 
 
 def layout_of(path: Path) -> Layout:
-    """Which layout a file has, by its name."""
+    """The layout of a file, known from its name."""
     if path.name == SAE_WEIGHTS_FILENAME:
         return SAELENS
     if path.suffix == ".safetensors":
@@ -87,9 +88,9 @@ class SAETensors:
     b_enc: torch.Tensor  # [d_sae]
     b_dec: torch.Tensor  # [d_model]
 
-    @torch.inference_mode(False)  # tensors made inside it would hide their changes
+    @torch.inference_mode(False)  # torch does not count the changes of inference tensors
     def state_dict(self, dtype: torch.dtype, device: str) -> dict[str, torch.Tensor]:
-        """Views of the file where dtype and device allow, copies otherwise."""
+        """The tensors by name: views of the file where dtype and device allow it, else copies."""
         state = {
             name: getattr(self, name).to(device=device, dtype=dtype)
             for name in ("W_enc", "W_dec", "b_enc", "b_dec")
@@ -102,7 +103,7 @@ class SAETensors:
 
 
 def open_layer(file: LayerFile) -> SAETensors:
-    """The validated tensors of a located layer, as views of its file."""
+    """Open a located layer, check it, and return its tensors as views of the file."""
     layout = layout_of(file.path)
     _check_settings(file, layout)
     tensors = read_tensors(file.path)
@@ -118,7 +119,7 @@ def open_layer(file: LayerFile) -> SAETensors:
 
 @torch.inference_mode(False)
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a `.pt` or safetensors file, memory-mapped."""
+    """All tensors of a `.pt` or safetensors file, mapped into memory."""
     if path.is_dir():
         raise NotACheckpoint(f"{path} is a folder: expected a file")
     if not path.is_file():
@@ -131,15 +132,15 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def read_activations(path: Path) -> torch.Tensor:
-    """The one tensor in a `.npy`, `.safetensors` or `.pt` file."""
+    """The single tensor in a `.npy`, `.safetensors` or `.pt` file of activations."""
     if not path.is_file():
         raise CheckpointMissing(f"no such file: {path}")
     if path.suffix.lower() == ".npy":
         try:
-            # Mapped, so that an array is no larger than its file, whatever its header says.
+            # The array is mapped, so it is never larger than its file, whatever its header says.
             return torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False))
         except Exception as error:  # numpy parses a damaged header as Python
-            raise NotACheckpoint(f"{path} is no plain array: {_first_line(error)}") from error
+            raise NotACheckpoint(f"{path} is not a plain array: {_first_line(error)}") from error
     loaded = _read_safetensors(path) if path.suffix == ".safetensors" else _load_pt(path)
     tensors = list(loaded.values()) if isinstance(loaded, dict) else [loaded]
     if len(tensors) != 1 or not isinstance(tensors[0], torch.Tensor):
@@ -198,16 +199,16 @@ def _load_pt(path: Path) -> object:
             return found.view(whole)
         return {name: stored.view(whole) for name, stored in found.items()}
     except Unknown:
-        pass  # torch says what it is
+        pass  # torch's own reader says what is in it
     try:
         loaded: object = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         return loaded
     except pickle.UnpicklingError as error:
         raise UnsafeCheckpoint(
-            f"{path} is a pickle that asks to run code or build other objects than tensors;"
-            f" refused, nothing was executed ({_first_line(error)})"
+            f"{path} is a pickle that asks to run code or to build objects other than tensors. It"
+            f" is refused, and nothing was executed ({_first_line(error)})"
         ) from error
-    except Exception as error:  # a damaged archive fails in as many ways as it has bytes
+    except Exception as error:  # a damaged archive raises errors of many kinds
         raise NotACheckpoint(
             f"{path} cannot be read as a torch checkpoint: {_first_line(error)}"
         ) from error
@@ -221,7 +222,7 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         kind = TruncatedCheckpoint if "incomplete" in str(error).lower() else NotACheckpoint
-        raise kind(f"{path} is no whole safetensors file: {_first_line(error)}") from error
+        raise kind(f"{path} is not a complete safetensors file: {_first_line(error)}") from error
 
 
 def _check_tensors(
@@ -260,7 +261,7 @@ def _check_tensors(
 
 
 def _check_settings(file: LayerFile, layout: Layout) -> None:
-    """`config.json` (or a converted folder's `cfg.json`) and the folder's name, against the row."""
+    """Compare `config.json` (or a converted `cfg.json`) and the folder's name with the catalog."""
     group, path = file.group, file.config
     found: dict[str, Any] = {}
     wanted: dict[str, Any] = {
@@ -288,7 +289,7 @@ def _check_settings(file: LayerFile, layout: Layout) -> None:
         }
         if group.subtracts_b_dec is not None:
             wanted["apply_b_dec_to_input"] = group.subtracts_b_dec
-        found = dict.fromkeys(wanted) | found  # all of them must be there
+        found = dict.fromkeys(wanted) | found  # a converted folder must say all of these
     elif path is not None:
         found = read_config(path)
         _check_base_model(found.get("base_model"), path, group)
@@ -296,25 +297,25 @@ def _check_settings(file: LayerFile, layout: Layout) -> None:
         if name in found and found[name] != value:
             raise WrongSettings(
                 f"{path} says {name} = {found[name]!r:.60}, but {file.ref} has {value!r}:"
-                " the files belong to something else, name that"
+                " the files belong to another group, ask for that one"
             )
     folder = file.path.parent.parent if layout is SAELENS else file.path.parent
     _check_folder_name(folder.name, group)
 
 
 def _check_base_model(name: object, path: Path, group: Group) -> None:
-    """Four backbones share one shape, so the name must tell them apart. Only another backbone's
-    name is wrong: how the published files spell their own is not known for all of them."""
+    """Refuse the name of another backbone. Four backbones share one shape, so only the name tells
+    them apart. Other spellings pass: how each published file spells its own name is not known."""
     key = str(name).rstrip("/").split("/")[-1].lower()
     if key != group.backbone.key and any(key == backbone.key for backbone in BACKBONES):
         raise WrongSettings(
             f"{path} says base_model = {name!r:.60}, but {group.short} is of"
-            f" {group.backbone.model_id}: the files belong to another model, name that"
+            f" {group.backbone.model_id}: the files belong to another model, ask for that one"
         )
 
 
 def _check_folder_name(name: str, group: Group) -> None:
-    """A folder that is called like a published repository must be of that one."""
+    """Check that a folder with the name of a published repository is that repository."""
     named = re.search(r"(?:SAE-Res-(.+))?-W(\d+)K-L0_(\d+)$", name)
     if named is None or group.origin == "local":
         return
@@ -328,8 +329,10 @@ def _check_folder_name(name: str, group: Group) -> None:
 
 
 def subtracts_b_dec(file: LayerFile) -> bool:
-    """The convention of a located layer: the catalog's, or where that does not know, what the
-    converted folder was told."""
+    """Whether a located layer subtracts `b_dec` before encoding.
+
+    The catalog says so. Where it does not know, the converted folder's `cfg.json` does.
+    """
     if file.group.subtracts_b_dec is not None or layout_of(file.path) is not SAELENS:
         return bool(file.group.subtracts_b_dec)
     return bool(read_config(file.path.parent / SAE_CFG_FILENAME).get("apply_b_dec_to_input"))

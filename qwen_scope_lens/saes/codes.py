@@ -1,8 +1,7 @@
-"""SparseCodes: for every position, the k features that fire and how strongly.
+"""SparseCodes: which k features fire at each position, and how strongly.
 
-The project's currency. Encoders make it, decoders, stores and every application read it; nothing
-else keeps its own copy of these operations. No SAE and no arithmetic of encoding lives here
-(`topk.py`), and no file format.
+Encoders make these codes; decoders, stores and every application read them. How codes are computed
+is in `topk.py`, and how they are stored is in `codec.py`.
 """
 
 from __future__ import annotations
@@ -22,12 +21,12 @@ __all__ = ["SparseCodes"]
 
 @dataclass(frozen=True, eq=False, repr=False)
 class SparseCodes:
-    """`values [.., k]` and `indices [.., k]` (int32) out of `d_sae` features.
+    """The k features of each position: `values [.., k]` and `indices [.., k]` (int32).
 
-    Within a position the entries stand in descending value, equal values by ascending index. A
-    position with fewer than k positive pre-activations ends in *padding*: value 0, index 0.
-    Padding is not feature 0 firing: `active` tells the two apart, and everything here that counts
-    or writes entries (`l0`, `to_dense`, `to_scipy_csr`) leaves padding out.
+    `d_sae` is the number of features that the SAE has. The entries of a position are ordered by
+    descending value, and equal values by ascending index. A position with fewer than k positive
+    pre-activations ends in *padding*, with value 0 and index 0. Padding does not mean that feature
+    0 fires: `active` tells the two apart; `l0`, `to_dense` and `to_scipy_csr` leave padding out.
     """
 
     values: torch.Tensor
@@ -47,12 +46,12 @@ class SparseCodes:
 
     @property
     def k(self) -> int:
-        """Entries per position, padding included."""
+        """The number of entries per position, padding included."""
         return self.values.shape[-1]
 
     @property
     def shape(self) -> torch.Size:
-        """The shape of the positions, without k."""
+        """The shape of the positions, without the last axis of k entries."""
         return self.values.shape[:-1]
 
     @property
@@ -65,12 +64,12 @@ class SparseCodes:
 
     @property
     def active(self) -> torch.Tensor:
-        """Which entries are features that fire, and not padding. bool `[.., k]`"""
+        """Which entries are features that fire, as opposed to padding. bool `[.., k]`"""
         return self.values > 0
 
     @property
     def l0(self) -> torch.Tensor:
-        """How many features fire at each position. int `[..]`"""
+        """The number of features that fire at each position. int `[..]`"""
         return self.active.sum(-1)
 
     def __len__(self) -> int:
@@ -79,7 +78,7 @@ class SparseCodes:
         return self.shape[0]
 
     def __getitem__(self, key: Any) -> SparseCodes:
-        """Index the positions as a tensor of shape `self.shape`; k stays whole."""
+        """Index the positions, as in a tensor of shape `self.shape`. All k entries are kept."""
         parts = key if isinstance(key, tuple) else (key,)
         if any(part is Ellipsis for part in parts):
             at = next(i for i, part in enumerate(parts) if part is Ellipsis)
@@ -103,7 +102,7 @@ class SparseCodes:
 
     @staticmethod
     def cat(codes: Sequence[SparseCodes], dim: int = 0) -> SparseCodes:
-        """Join along a dimension of the positions; a smaller k is padded to the largest."""
+        """Join along one dimension of the positions. Codes with a smaller k are padded."""
         if not codes:
             raise ValueError("nothing to concatenate: expected at least one SparseCodes")
         widths = {c.d_sae for c in codes}
@@ -122,9 +121,9 @@ class SparseCodes:
         )
 
     def mask(self, positions: torch.Tensor) -> SparseCodes:
-        """Empty every position where `positions` (bool, `[..]`) is False; the shape stays.
+        """Empty every position where `positions` (bool, `[..]`) is False. The shape stays the same.
 
-        `codes[positions]` is the other way to leave positions out: it drops them.
+        To drop those positions instead, use `codes[positions]`.
         """
         if positions.dtype != torch.bool or positions.shape != self.shape:
             raise ValueError(
@@ -149,26 +148,30 @@ class SparseCodes:
         )
 
     def detach(self) -> SparseCodes:
+        """The same codes without a gradient."""
         return SparseCodes(self.values.detach(), self.indices, self.d_sae)
 
     def to_dense(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """`[.., d_sae]`, zero where nothing fires. d_sae / k times the memory."""
+        """The dense activations `[.., d_sae]`, zero where a feature does not fire.
+
+        They take d_sae / k times the memory.
+        """
         values = self.values if dtype is None else self.values.to(dtype)
         dense = values.new_zeros((*self.shape, self.d_sae))
-        # An add, because padding repeats index 0 and must not overwrite a feature 0 that fires.
+        # Values are added: padding has index 0 and must not overwrite feature 0 when that fires.
         return dense.scatter_add(-1, self.indices.long(), values)
 
     @staticmethod
     def from_dense(dense: torch.Tensor, k: int) -> SparseCodes:
-        """The k largest positive entries of `[.., d_sae]`, ties by lower index."""
-        # A stable descending sort is the only one that promises the order of ties.
+        """The k largest positive entries of `[.., d_sae]`. Of equal ones the lower index wins."""
+        # Only a stable sort guarantees the order of equal values.
         values, indices = torch.sort(dense, dim=-1, descending=True, stable=True)
         values = values[..., :k].relu()
         indices = indices[..., :k].to(torch.int32).masked_fill(values <= 0, 0)
         return SparseCodes(values, indices, dense.shape[-1])
 
     def to_scipy_csr(self) -> csr_matrix:
-        """One row per position (flattened), one column per feature, active entries only."""
+        """A sparse matrix: a row per position (flattened), a column per feature, no padding."""
         import numpy as np
         from scipy.sparse import csr_matrix
 
@@ -183,7 +186,7 @@ class SparseCodes:
         return matrix
 
     def __eq__(self, other: object) -> bool:
-        """Same shape, width, dtype, indices and values, bit for bit."""
+        """Whether shape, d_sae, dtype, device, indices and values are the same, bit for bit."""
         if not isinstance(other, SparseCodes):
             return NotImplemented
         return (
@@ -224,12 +227,12 @@ def _unflattened(parts: Iterable[Any], d_sae: int) -> SparseCodes:
     return codes
 
 
-# So that functions which `torch.func.vmap`, `grad` and the like transform may take and return them.
+# Functions that `torch.func.vmap`, `grad` and the like transform may now take and return codes.
 register_pytree_node(SparseCodes, _flattened, _unflattened)
 
 
 def _width(part: Any) -> int:
-    """How many dimensions of the positions one part of an index consumes."""
+    """The number of dimensions of the positions that one part of an index uses up."""
     if part is None:
         return 0
     if isinstance(part, torch.Tensor) and part.dtype == torch.bool:

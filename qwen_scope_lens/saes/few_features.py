@@ -1,15 +1,17 @@
-"""A few features of an SAE, exactly as a full encode gives them, mostly without one.
+"""The values of a few chosen features, exactly as a full encode gives them, mostly without one.
 
-A feature is active where its score is positive and among the k largest. Three certificates, from
-cheap to dear, each exact:
+A feature is active where its score is positive and among the k largest. Three certificates decide
+that, each of them exact, the cheap ones first:
 
-1. *Negative.* Its own score, in float64, is at most 0 within its error.
-2. *Outnumbered.* At least k of a few hundred *witnesses*, features that fire often, score more:
-   the feature cannot be among the k largest. Their float32 product is off by a known bound.
-3. *Encoded.* Whatever remains is encoded in full (`ScopeSAE.encode_sparse`).
+1. *Negative.* The feature's own score, computed in float64, is at most 0 even with its error added.
+2. *Outnumbered.* Among a few hundred *witnesses* (features that fire often), at least k score
+   higher, so the feature cannot be among the k largest. The witnesses' scores come from a float32
+   product whose error has a known bound.
+3. *Encoded.* Every position that is still open is encoded in full (`ScopeSAE.encode_sparse`).
 
-For the maximum over a document few positions reach step 3: candidates are taken from the highest
-possible value downwards, and one that is active settles all those that cannot exceed it.
+The maximum over a document needs step 3 at few positions only. Positions are encoded in order of
+the highest value that they can have, and once an active one is found, all positions that cannot
+exceed it are settled.
 """
 
 from __future__ import annotations
@@ -33,22 +35,25 @@ __all__ = ["Maxima", "Membership", "activations_of"]
 U32, U64 = 2.0**-24, 2.0**-53
 _NO_ROW = 2**62
 WARM_UP = 256
-"""Positions that are encoded in full before the first witnesses are chosen."""
+"""The number of positions that are encoded in full before the first witnesses are chosen."""
 
 _BLOCK = 512
-"""Positions whose witnesses are scored at a time."""
+"""The number of positions whose witnesses are scored at a time."""
 
 
 @dataclass(frozen=True)
 class Maxima:
-    """The largest value of each feature in each document, and the first row that has it."""
+    """The largest value of each feature in each document, and the first row with that value."""
 
     values: torch.Tensor  # float32 [n_docs, m]; 0 where the feature never fires
     rows: torch.Tensor  # int64 [n_docs, m]; -1 where it never fires
 
 
 class Membership:
-    """Reads `features` of `sae`; `settled` counts (position, feature) pairs by certificate."""
+    """Reads chosen features of an SAE.
+
+    `settled` counts the (position, feature) pairs that each certificate has decided.
+    """
 
     def __init__(self, sae: ScopeSAE, features: Sequence[int], n_witnesses: int | None = None):
         self.sae = sae
@@ -63,7 +68,11 @@ class Membership:
 
     @torch.no_grad()
     def maxima(self, x: torch.Tensor, document: torch.Tensor, n_docs: int) -> Maxima:
-        """`x [n, d_in]` and the document of each row, int64 `[n]`, 0..n_docs-1."""
+        """The largest value of each feature per document.
+
+        `x [n, d_in]` are residuals; `document`, int64 `[n]`, has the document of each row, from 0
+        to n_docs - 1.
+        """
         best = x.new_zeros((n_docs, len(self.features)), dtype=torch.float32)
         where = torch.full(best.shape, _NO_ROW, dtype=torch.long, device=x.device)
         document = document.to(x.device)
@@ -72,7 +81,8 @@ class Membership:
         upper, open_ = self._candidates(x)
         take = 1
         while True:
-            # What may still raise a document's maximum, or tie with it at an earlier row.
+            # A pair stays open while it can exceed its document's maximum, or equal it at an
+            # earlier row.
             open_ &= upper >= best[document]
             if not bool(open_.any()):
                 break
@@ -86,7 +96,7 @@ class Membership:
 
     @torch.no_grad()
     def values(self, x: torch.Tensor) -> torch.Tensor:
-        """Every position's values of the features, 0 where not among the top k. `[n, m]`"""
+        """The features' values at every position, 0 outside the top k. `[n, d_in] -> [n, m]`"""
         out = x.new_zeros((len(x), len(self.features)), dtype=torch.float32)
         if len(x):
             open_ = self._candidates(x)[1]
@@ -97,7 +107,7 @@ class Membership:
         return out
 
     def _candidates(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The most that each value may be, and which pairs may be active. `[n, m]` both."""
+        """An upper bound of each value, and which pairs may be active. Both `[n, m]`."""
         if not self.sae._plain_topk or self.sae._encode_watched:
             shape = (len(x), len(self.features))
             return x.new_full(shape, float("inf")).double(), x.new_ones(shape, dtype=torch.bool)
@@ -106,7 +116,7 @@ class Membership:
         score = inside.double() @ rows.T + bias
         if not bool(score.isfinite().all()):
             require_finite(x, x.shape[:-1])
-            self.sae._encoder()  # which names weights that are not finite
+            self.sae._encoder()  # raises with the names of weights that are not finite
             raise NotFinite("scores exceed float64: expected residuals of a trained model")
         length = norm_above(inside).double()
         d_in = self.sae.cfg.d_in
@@ -119,12 +129,12 @@ class Membership:
             outnumbered = open_ & (kth[:, None] > score + error + 4 * U32 * score)
             open_ &= ~outnumbered
             self.settled["outnumbered"] += int(outnumbered.sum())
-        # The value that a full encode stores is a float32 dot.
+        # A full encode stores a float32 dot, which may be a little above the score.
         upper = score + 1.1 * (d_in + 8) * U32 * (size + bias.abs())
         return upper, open_
 
     def _kth_at_least(self, inside: torch.Tensor) -> torch.Tensor:
-        """What at least k witnesses surely score. `[n, d_in] -> float64 [n]`"""
+        """A score that at least k witnesses reach with certainty. `[n, d_in] -> float64 [n]`"""
         assert self._witnesses is not None
         rows, bias, norms = self._weights("witnesses", self._witnesses)
         score = product(inside.float(), rows) + bias
@@ -135,7 +145,7 @@ class Membership:
     def _weights(
         self, name: str, index: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Encoder rows, biases and bounds of the rows' lengths, float32, as they are now."""
+        """The present encoder rows, biases and upper bounds of the rows' lengths, in float32."""
 
         def read() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
             rows = self.sae.encoder_row(index).detach().float()
@@ -147,7 +157,7 @@ class Membership:
         return self._derived.get(name, (weights, bias), read, also=now)
 
     def _encode(self, x: torch.Tensor) -> torch.Tensor:
-        """Values of the features by a full encode. `[n, d_in] -> [n, m]`"""
+        """The features' values from a full encode. `[n, d_in] -> [n, m]`"""
         codes = self.sae.encode_sparse(x)
         self._often += torch.bincount(
             codes.indices[codes.active].long(), minlength=self.sae.cfg.d_sae
@@ -159,15 +169,15 @@ class Membership:
         return activations_of(codes, self.features)
 
     def _choose_witnesses(self) -> None:
-        """The features that fired most often so far."""
+        """Take the features that fired most often so far as witnesses."""
         self._witnesses = self._often.topk(min(self.n_witnesses, self.sae.cfg.d_sae)).indices
         self._derived.clear()
 
     def _first(
         self, upper: torch.Tensor, open_: torch.Tensor, document: torch.Tensor, take: int
     ) -> torch.Tensor:
-        """Rows to encode next: of every document and feature the `take` highest open ones."""
-        if self._witnesses is None:  # everything, to know which features fire often
+        """The rows to encode next: per document and feature, the `take` highest that are open."""
+        if self._witnesses is None:  # any rows will do: they show which features fire often
             return open_.any(1).nonzero().squeeze(1)[: max(WARM_UP, 1)]
         chosen = torch.zeros(len(upper), dtype=torch.bool, device=upper.device)
         for column in range(upper.shape[1]):
@@ -190,7 +200,7 @@ class Membership:
         chosen: torch.Tensor,
         document: torch.Tensor,
     ) -> None:
-        """Take new values into the maxima; equal ones keep the earliest row."""
+        """Update the maxima with new values. Of equal values, the earliest row is kept."""
         for column in range(values.shape[1]):
             fired = values[:, column] > 0
             rows, found = chosen[fired], values[fired, column]
@@ -204,7 +214,7 @@ class Membership:
 
 
 def activations_of(codes: SparseCodes, features: torch.Tensor) -> torch.Tensor:
-    """The activations of chosen features, 0 outside the top k. `[..] codes, [m] -> [.., m]`"""
+    """The activations of chosen features, 0 outside the top k. `codes [..], [m] -> [.., m]`"""
     out = codes.values.new_zeros((*codes.shape, len(features)))
     for column, feature in enumerate(features.tolist()):
         out[..., column] = (codes.values * (codes.indices == feature)).sum(-1)  # padding is 0

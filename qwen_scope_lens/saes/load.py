@@ -1,6 +1,6 @@
-"""`load_sae`: a name and a layer become a ScopeSAE, without touching SAELens's tables.
+"""`load_sae` loads the SAE of a layer by name, without touching SAELens's tables.
 
-`load_directions` is the same for a few features of a layer, and reads no more than those.
+`load_directions` reads the directions of a few features, and only their bytes of the file.
 """
 
 from __future__ import annotations
@@ -48,18 +48,20 @@ def load_sae(
     dtype: Dtype | torch.dtype = "float32",
     apply_b_dec_to_input: bool | None = None,
 ) -> ScopeSAE:
-    """The SAE of one layer, ready to use; its weights stay views of the file until written to.
+    """Load the SAE of one layer. Its weights are views of the file until something writes to them.
 
     Args:
-        name: the address of the layer (`qwen3-8b-base/w64k-l0-50/20`), or with `sae_id` any name of
-            its group: the short form, the SAELens release, the repository id.
-        sae_id: `layer20`, `layer20.sae.pt` or `20`.
-        folder: the only place to look, with the files themselves or `<repository name>/` in it.
-            Without it: `$QWEN_SCOPE_HOME/<repository name>/`, then the hub and its cache.
-        revision: the commit, tag or branch on the hub; it is recorded in `cfg.metadata`.
-        dtype: other than the file's own means a copy in memory.
-        apply_b_dec_to_input: only where a third-party release does not document it; `verify`
-            tells which fits. Every official SAE encodes the raw residual.
+        name: the address of the layer (`qwen3-8b-base/w64k-l0-50/20`). With `sae_id`, any name of
+            its group: the short form, the SAELens release or the repository id.
+        sae_id: the layer, as `layer20`, `layer20.sae.pt` or `20`.
+        folder: the only place to look. It holds the files themselves or `<repository name>/`.
+            Without it, `$QWEN_SCOPE_HOME/<repository name>/` is searched, then the hub and its
+            cache.
+        revision: the commit, tag or branch on the hub. The commit is recorded in `cfg.metadata`.
+        dtype: a dtype other than that of the file means a copy in memory.
+        apply_b_dec_to_input: whether `b_dec` is subtracted before encoding. Needed only for a
+            third-party release that does not document it; `verify` tells which convention fits.
+            Every official SAE encodes the raw residual.
     """
     dtype = check_dtype(dtype)
     ref = LayerRef.parse(name if sae_id is None else f"{name}/{sae_id}")
@@ -77,10 +79,11 @@ def load_directions(
     folder: str | os.PathLike[str] | None = None,
     revision: str | None = None,
 ) -> torch.Tensor:
-    """Decoder rows straight from the file, without mapping the rest. `[m] -> [m, d_model]`
+    """Read a few decoder rows straight from the file. `[m] -> [m, d_model]`
 
-    For steering with a few features: from a published two-gigabyte `.pt` this reads some pages a
-    feature, from a converted folder a few kilobytes. A feature's address stands for itself.
+    This is enough to steer with a few features. It reads a few kilobytes per feature from a
+    converted folder, and a page per number from a published `.pt`. With the address of one feature
+    (and no `features`) it returns that row, `[d_model]`.
     """
     if features is None:
         address = FeatureRef.parse(name)  # type: ignore[arg-type]
@@ -88,7 +91,7 @@ def load_directions(
     ref = LayerRef.parse(name)  # type: ignore[arg-type]
     wanted = [features] if isinstance(features, int) else list(features)
     for feature in wanted:
-        ref.feature(feature)  # raises when it is out of range
+        ref.feature(feature)  # raises for a feature out of range
     file = locate(ref, folder, HubOptions(revision))
     transposed = not open_layer(file).W_dec.is_contiguous()
     extent = extents(file.path, ["W_dec"])["W_dec"]
@@ -99,7 +102,7 @@ def load_directions(
 
 
 def read_layer(file: LayerFile, *, device: str, dtype: str) -> tuple[dict[str, Any], SAETensors]:
-    """The configuration and the validated tensors of a located layer."""
+    """The SAELens configuration and the checked tensors of a located layer."""
     tensors = open_layer(file)
     if tensors.W_enc.dtype.itemsize < str_to_dtype(dtype).itemsize:
         warnings.warn(
@@ -113,7 +116,7 @@ def read_layer(file: LayerFile, *, device: str, dtype: str) -> tuple[dict[str, A
 
 
 def check_dtype(dtype: str | torch.dtype) -> Dtype:
-    """The name of a dtype that these SAEs come in."""
+    """The name of a dtype in which SAEs can be loaded. Any other raises."""
     name = str(dtype).removeprefix("torch.")
     if name not in get_args(Dtype):
         raise WrongSettings(f"dtype {dtype!r}: expected one of {', '.join(get_args(Dtype))}")
@@ -123,7 +126,7 @@ def check_dtype(dtype: str | torch.dtype) -> Dtype:
 def build_config(
     ref: LayerRef, *, device: str = "cpu", dtype: str = "float32", revision: str | None = None
 ) -> dict[str, Any]:
-    """The SAELens configuration of a layer: every fact from the catalog, no placeholder."""
+    """The SAELens configuration of a layer. Every fact is from the catalog; none is a guess."""
     group, layer = ref.row, ref.layer
     metadata = {
         "sae_lens_version": sae_lens.__version__,
@@ -132,7 +135,7 @@ def build_config(
         "hook_name": group.hook_name(layer),
         "hf_hook_name": group.hf_hook_name(layer),
         "prepend_bos": False,  # Qwen has no BOS token
-        "context_size": 1024,  # not published: what SAELens's own loader says, for its stores
+        "context_size": 1024,  # not published; SAELens's own loader says the same
         "dataset_path": None,  # not published
         "neuronpedia_id": None,
         "qwen_scope_ref": str(ref),
@@ -156,9 +159,9 @@ def build_config(
     }
 
 
-@torch.inference_mode(False)  # tensors made inside it would hide their changes
+@torch.inference_mode(False)  # torch does not count the changes of inference tensors
 def assemble(config: dict[str, Any], tensors: SAETensors) -> ScopeSAE:
-    """A ScopeSAE around tensors that are already there: no weight is initialised or copied."""
+    """Make a ScopeSAE around existing tensors. No weight is initialised, and none is copied."""
     fields = {
         key: value for key, value in config.items() if key not in ("architecture", "metadata")
     }

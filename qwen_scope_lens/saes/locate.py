@@ -1,4 +1,4 @@
-"""Where a layer's file is: a given folder, `QWEN_SCOPE_HOME`, or the hub and its cache.
+"""Find the file of a layer: in a given folder, in `QWEN_SCOPE_HOME`, or on the hub.
 
 Only directory entries and small JSON files are read here; `checkpoint.py` opens the tensors.
 """
@@ -26,7 +26,7 @@ CONFIG_NAME = "config.json"
 
 @dataclass(frozen=True)
 class HubOptions:
-    """How to ask the hub. `revision` is a commit, tag or branch; None is the repository's head."""
+    """How to ask the hub. `revision` is a commit, tag or branch; None means the main branch."""
 
     revision: str | None = None
     token: str | bool | None = None
@@ -36,12 +36,12 @@ class HubOptions:
 
 @dataclass(frozen=True)
 class LayerFile:
-    """One layer's tensors on disk."""
+    """The file of one layer on the disk."""
 
     ref: LayerRef
     path: Path
-    config: Path | None  # the group's config.json, when there is one
-    revision: str | None = None  # the commit, when it came from the hub
+    config: Path | None  # the group's config.json, if there is one
+    revision: str | None = None  # the commit, if the file came from the hub
 
     @property
     def group(self) -> Group:
@@ -55,8 +55,11 @@ def locate(
     *,
     published: bool = False,
 ) -> LayerFile:
-    """The file of a layer. A given `folder` is the only place searched; without one,
-    `QWEN_SCOPE_HOME` comes before the hub. `published`: converted folders do not count."""
+    """Find the file of a layer.
+
+    A given `folder` is the only place searched. Without one, `QWEN_SCOPE_HOME` is searched before
+    the hub. With `published`, converted folders are ignored.
+    """
     home, hub = home_folder(), hub or HubOptions()
     if folder is not None:
         given = Path(folder).expanduser()
@@ -79,21 +82,22 @@ def locate(
 
 
 def _candidates(ref: LayerRef, root: Path, published: bool) -> Iterator[Path]:
-    """A converted SAELens folder first (its directions are row-major), then the published file."""
+    """The converted SAELens folder (in it, each direction is in one place), then the published
+    file."""
     if not published:
         yield root / f"layer{ref.layer}" / SAE_WEIGHTS_FILENAME
     yield root / ref.row.file_name(ref.layer)
 
 
 def _local_revision(path: Path, wanted: str | None) -> str | None:
-    """The commit that a converted folder remembers. Raises where another one was asked for."""
+    """The commit that a converted folder has recorded. Raises if another one was asked for."""
     known = None
     if path.name == SAE_WEIGHTS_FILENAME:
         metadata = read_config(path.parent / SAE_CFG_FILENAME).get("metadata")
         known = metadata.get("revision") if isinstance(metadata, dict) else None
     if wanted is not None and wanted != known:
         raise WrongSettings(
-            f"revision {wanted!r} was asked for, but {path} is a local file of revision"
+            f"revision {wanted!r} was asked for, but the revision of the local file {path} is"
             f" {known or 'unknown'}: leave the revision out, or take the file from the hub (no"
             f" folder=..., {HOME_VARIABLE} unset)"
         )
@@ -101,13 +105,13 @@ def _local_revision(path: Path, wanted: str | None) -> str | None:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """A JSON object from disk."""
+    """Read a JSON object from a file. Anything else raises."""
     try:
         found = json.loads(read_text(path))
     except FileNotFoundError as error:
         raise CheckpointMissing(f"no such file: {path}") from error
     except (OSError, ValueError, RecursionError) as error:
-        raise WrongSettings(f"{path} is no readable JSON: {error}") from error
+        raise WrongSettings(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(found, dict):
         raise WrongSettings(f"{path} holds a {type(found).__name__}: expected a JSON object")
     return found
@@ -146,7 +150,7 @@ def _from_hub(ref: LayerRef, hub: HubOptions, tried: list[Path]) -> LayerFile:
 
     try:
         path = download(name)
-    except LocalEntryNotFoundError as error:  # offline, or local_files_only; before its parent
+    except LocalEntryNotFoundError as error:  # offline, or local_files_only
         raise HubUnreachable(_unreachable(where, group, tried, error)) from error
     except (RepositoryNotFoundError, GatedRepoError, RevisionNotFoundError) as error:
         raise HubUnreachable(
@@ -165,7 +169,7 @@ def _from_hub(ref: LayerRef, hub: HubOptions, tried: list[Path]) -> LayerFile:
 
 
 def _commit_of(path: Path) -> str | None:
-    """The hub cache keeps files under `snapshots/<commit>/`."""
+    """The commit of a file in the hub's cache, which keeps files in `snapshots/<commit>/`."""
     parent = path.parent
     return parent.name if parent.parent.name == "snapshots" else None
 

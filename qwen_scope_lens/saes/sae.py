@@ -1,9 +1,9 @@
 """ScopeSAE: a SAELens TopKSAE whose weights may be views of the checkpoint file.
 
-The arithmetic is SAELens's own; what this class adds is codes that are sparse from the first
-moment, access to single features without touching the rest of a two-gigabyte layer, and saving as
-plain `topk`, so that whatever it writes loads anywhere without this package. How codes are found
-is `topk.py`; opening files is `checkpoint.py`, loading by name is `load.py`.
+The arithmetic is SAELens's own. This class adds codes that are sparse from the first moment, access
+to single features without touching the rest of a two-gigabyte layer, and saving as plain `topk`, so
+that what it saves can be loaded anywhere without this package. `topk.py` computes the codes,
+`checkpoint.py` opens files, and `load.py` loads an SAE by name.
 """
 
 from __future__ import annotations
@@ -28,23 +28,22 @@ from qwen_scope_lens.saes.exact.weight_cache import Derived
 __all__ = ["ARCHITECTURE", "ScopeSAE", "ScopeSAEConfig"]
 
 ARCHITECTURE = "qwen_scope_topk"
-"""The name under which `install()` registers ScopeSAE with SAELens. `to_dict`
-and `save_model` write plain `topk` instead."""
+"""The name under which `install()` registers ScopeSAE with SAELens. `to_dict` and `save_model`
+write plain `topk` instead."""
 
 
 _GATHER_WORTH = 8
-"""`decode` gathers while at most one dense activation in this many is not zero."""
+"""`decode` gathers decoder rows if at most one in this many dense activations is not zero."""
 
 _INPUT_BYTES = 16 * 2**20
-"""How much of x is cast to float32 at a time."""
-
+"""How many bytes of x, as float32, are cast at a time."""
 
 _MADE_FROM = {"encoder": ("W_enc", "b_enc"), "decoder rows": ("W_dec",)}
 
 
 @dataclass
 class ScopeSAEConfig(TopKSAEConfig):
-    """TopKSAEConfig that SAELens resolves to ScopeSAE, and that is written as plain `topk`."""
+    """A TopKSAEConfig for which SAELens makes a ScopeSAE. It is written as plain `topk`."""
 
     apply_b_dec_to_input: bool = False
 
@@ -57,24 +56,24 @@ class ScopeSAEConfig(TopKSAEConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any]) -> ScopeSAEConfig:
-        """From what `to_dict` wrote, which says `topk`."""
+        """Read what `to_dict` wrote. There the architecture is `topk`."""
         fields = filter_valid_dataclass_fields(config_dict, cls)
         metadata = SAEMetadata.from_dict(config_dict.get("metadata", {}))
         return cls(**{**fields, "metadata": metadata})
 
 
 class ScopeSAE(TopKSAE):
-    """A Qwen-Scope layer. `W_enc [d_in, d_sae]`, `W_dec [d_sae, d_in]`, as SAELens shapes them.
+    """The SAE of one layer, with `W_enc [d_in, d_sae]` and `W_dec [d_sae, d_in]` as in SAELens.
 
-    The weights are frozen when made or loaded: this is a class for inference, and a frozen SAE is
-    what lets `encode`, `decode` and `forward` take the sparse path. After
-    `sae.requires_grad_(True)` those three are SAELens's own again, gradients of the weights
-    included. Gradients of the input flow either way.
+    This class is for inference, so the weights are frozen when the SAE is made or loaded. While
+    they are, `encode`, `decode` and `forward` take the sparse path. After
+    `sae.requires_grad_(True)` these three are SAELens's own again, gradients of the weights
+    included. Gradients reach the input in both cases.
     """
 
     @classmethod
     def get_sae_class_for_architecture(cls, architecture: str) -> type[ScopeSAE]:
-        """`ScopeSAE.load_from_disk` and `from_dict` read what `save_model` wrote, as this class."""
+        """This class, also for `topk`: `ScopeSAE.load_from_disk` reads what `save_model` wrote."""
         if architecture in (ARCHITECTURE, TopKSAEConfig.architecture()):
             return cls
         return super().get_sae_class_for_architecture(architecture)
@@ -90,22 +89,22 @@ class ScopeSAE(TopKSAE):
         self.requires_grad_(False)
 
     def requires_grad_(self, requires_grad: bool = True) -> ScopeSAE:
-        """As torch has it. What is derived from the weights is made again afterwards: a fused
-        optimizer changes them without a trace."""
+        """As in torch. Tensors derived from the weights are made anew afterwards, because a fused
+        optimizer changes weights without leaving a trace."""
         self._derived.clear()
         super().requires_grad_(requires_grad)
         return self
 
     @torch.compiler.disable
     def encode_sparse(self, x: torch.Tensor) -> SparseCodes:
-        """The k largest of `ReLU(pre)`: `[.., d_in] -> SparseCodes [.., k]` in float32.
+        """The k largest values of `ReLU(pre)`. `[.., d_in] -> SparseCodes [.., k]` in float32
 
-        Exact: the pre-activations compared are the exact dots of `x` (in the SAE's dtype, as
-        SAELens casts it) with the stored weights, rounded once to float32; ties go to the lower
-        feature. The values are differentiable in `x` through the selected entries; the encoder
-        counts as frozen. Of SAELens's hooks only `hook_sae_input` fires, unless
-        `hook_sae_acts_pre` is hooked: then the dense pre-activations are made for it. Threads may
-        share an SAE. `torch.compile` breaks its graph here.
+        The selection is exact: it compares the exact dot products of `x` (cast to the SAE's dtype,
+        as in SAELens) with the stored weights, rounded once to float32, and of equal values the
+        lower feature wins. The values are differentiable in `x` through the selected entries; the
+        encoder counts as frozen. Of SAELens's hooks only `hook_sae_input` fires, except when
+        `hook_sae_acts_pre` is hooked: then the dense pre-activations are computed for it. Threads
+        may share an SAE. `torch.compile` breaks its graph here.
         """
         weights_hidden = hidden(self.W_enc, self.b_enc, self.b_dec)
         if _hooked(self.hook_sae_acts_pre) or not self._plain_topk or weights_hidden:
@@ -118,11 +117,11 @@ class ScopeSAE(TopKSAE):
             sae_in = self._sae_in(x)
             shape, flat, size = sae_in.shape[:-1], sae_in.reshape(-1, self.cfg.d_in), 2**62
         else:
-            # Cast and shifted block by block, so that no second copy of x is ever made.
+            # x is cast and shifted block by block, so that there is never a second copy of it.
             self._check_width(x)
             shape, flat = x.shape[:-1], x.reshape(-1, self.cfg.d_in)
             size = max(1, _INPUT_BYTES // (4 * self.cfg.d_in))
-        if not transformed():  # then `encode_topk` looks
+        if not transformed():  # under a transform, `encode_topk` checks
             require_finite(flat, shape)
         encoder = self._encoder()
         parts = []
@@ -135,11 +134,11 @@ class ScopeSAE(TopKSAE):
         return SparseCodes(values.reshape(full), indices.reshape(full), self.cfg.d_sae)
 
     def prepare(self, half_copy: bool = False) -> ScopeSAE:
-        """Do now what the first encode would do: one pass over the encoder, for the bounds.
+        """Do what the first encode would do: read the encoder once, to compute error bounds.
 
-        With `half_copy` a bfloat16 copy of the encoder is kept as well (half of W_enc's float32
-        size), which saves converting it on every call: worth it for many calls of a few hundred
-        tokens. Codes are the same, bit for bit. `prepare()` without it drops the copy.
+        With `half_copy`, a bfloat16 copy of the encoder is kept as well (half the size of W_enc in
+        float32). Then no call has to convert the encoder, which pays off for many calls of a few
+        hundred tokens. The codes are the same, bit for bit. `prepare()` drops the copy again.
         """
         self._half_copy = half_copy
         self._derived.clear()
@@ -148,11 +147,12 @@ class ScopeSAE(TopKSAE):
 
     @torch.compiler.disable
     def decode_sparse(self, codes: SparseCodes) -> torch.Tensor:
-        """Reconstruct: `SparseCodes [.., k] -> [.., d_in]`, reading only the rows of `codes`.
+        """Reconstruct residuals, reading only the decoder rows of the codes' features.
 
-        `hook_sae_recons` fires. Differentiable in the values, and in `W_dec` and `b_dec` where
-        they require it. A decoder that is a transposed view of the official file is made
-        row-major on the first call and kept: the size of `W_dec` once more.
+        `SparseCodes [.., k] -> [.., d_in]`. `hook_sae_recons` fires. The result is differentiable
+        in the values, and in `W_dec` and `b_dec` if they require a gradient. If the decoder is a
+        transposed view of an official file, the first call makes a row-major copy of `W_dec`,
+        which is kept.
         """
         if codes.d_sae != self.cfg.d_sae:
             raise ValueError(f"codes of {codes.d_sae} features; this SAE has {self.cfg.d_sae}")
@@ -166,9 +166,9 @@ class ScopeSAE(TopKSAE):
     def pre_activations(
         self, x: torch.Tensor, features: int | Sequence[int] | torch.Tensor
     ) -> torch.Tensor:
-        """Pre-activations of chosen features, before ReLU and top-k, at the cost of their rows.
+        """Pre-activations of chosen features, before ReLU and top-k. Only their rows are read.
 
-        `[.., d_in]`, `[m] -> [.., m]` (an int gives `[..]`); differentiable in `x`.
+        `[.., d_in]`, `[m] -> [.., m]`, or `[..]` for a single int. Differentiable in `x`.
         """
         index = self._checked(features)
         sae_in = self._sae_in(x)
@@ -186,11 +186,12 @@ class ScopeSAE(TopKSAE):
         return self.hook_sae_acts_post(self.encode_sparse(x).to_dense(self.dtype))
 
     def decode(self, feature_acts: torch.Tensor) -> torch.Tensor:
-        """SAELens's decode of a dense `[.., d_sae]`; few non-zeros are gathered, not multiplied.
+        """SAELens's decode of dense activations. `[.., d_sae] -> [.., d_in]`
 
-        Where `feature_acts` or the decoder wants a gradient this is SAELens's dense product,
-        whose gradient is dense too; `decode_sparse` is the fast differentiable one. What has
-        another dtype or width than the SAE is SAELens's to judge, too.
+        If few activations are not zero, their decoder rows are gathered instead of multiplying.
+        If `feature_acts` or the decoder requires a gradient, this is SAELens's dense product, whose
+        gradient is dense as well; `decode_sparse` is fast and differentiable. Activations of
+        another dtype or width also go to SAELens's own method.
         """
         if (
             torch.compiler.is_compiling()
@@ -217,7 +218,7 @@ class ScopeSAE(TopKSAE):
         return self._finish(out.reshape(*feature_acts.shape[:-1], self.cfg.d_in))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """SAELens's forward with one encode, the error term included. `[.., d_in] -> [.., d_in]`"""
+        """SAELens's forward, with a single encode in all cases. `[.., d_in] -> [.., d_in]`"""
         if (
             not self._plain_topk
             or _hooked(self.hook_sae_acts_pre)
@@ -236,16 +237,16 @@ class ScopeSAE(TopKSAE):
         return self.hook_sae_output(out)
 
     def direction(self, features: int | Sequence[int] | torch.Tensor) -> torch.Tensor:
-        """What a feature writes into the residual: its decoder row. `[..] -> [.., d_in]`"""
+        """The direction that a feature writes: its decoder row. `[..] -> [.., d_in]`"""
         return self.W_dec[self._checked(features)].clone()
 
     def encoder_row(self, features: int | Sequence[int] | torch.Tensor) -> torch.Tensor:
-        """What a feature reads from the residual. `[..] -> [.., d_in]`"""
+        """The direction along which a feature reads the residual. `[..] -> [.., d_in]`"""
         return self.W_enc.T[self._checked(features)].clone()
 
     @torch.no_grad()
     def decoder_norms(self, chunk: int = 4096) -> torch.Tensor:
-        """The length of every feature's direction, in float32. `[d_sae]`"""
+        """The length of each feature's decoder row, in float32. `[d_sae]`"""
         return torch.cat([rows.float().norm(dim=-1) for rows in self.W_dec.split(chunk)])
 
     @property
@@ -254,7 +255,7 @@ class ScopeSAE(TopKSAE):
 
     @property
     def _plain_topk(self) -> bool:
-        """Whether this is the arithmetic of `topk.py`; anything else is left to SAELens."""
+        """Whether this SAE has the arithmetic of `topk.py`. Anything else is left to SAELens."""
         return (
             isinstance(self.activation_fn, TopK)
             and not self.activation_fn.use_sparse_activations
@@ -264,11 +265,11 @@ class ScopeSAE(TopKSAE):
 
     @property
     def _encode_watched(self) -> bool:
-        """Whether somebody sees or changes what an encode goes through."""
+        """Whether a hook sees or changes the input or the pre-activations of an encode."""
         return _hooked(self.hook_sae_input) or _hooked(self.hook_sae_acts_pre)
 
     def _trains(self, *names: str) -> bool:
-        """Whether somebody wants gradients of these, by autograd or by functorch."""
+        """Whether autograd or functorch needs gradients of these parameters."""
         for kept, sources in _MADE_FROM.items():
             if any(getattr(self, name).requires_grad for name in sources):
                 self._derived.drop(kept)
@@ -287,20 +288,20 @@ class ScopeSAE(TopKSAE):
             )
 
     def _finish(self, decoded: torch.Tensor) -> torch.Tensor:
-        """What SAELens does after the product with W_dec."""
+        """The steps that SAELens does after the product with W_dec."""
         out = self.hook_sae_recons(decoded + self.b_dec)
         return self.reshape_fn_out(self.run_time_activation_norm_fn_out(out), self.d_head)
 
     def _without_hooks(
         self, x: torch.Tensor, codes: SparseCodes, out: torch.Tensor
     ) -> torch.Tensor:
-        """The reconstruction that no hook has edited, with as little recomputed as possible."""
+        """The reconstruction as it is without hooks, with as little recomputed as possible."""
         if not any(
             _hooked(hook)
             for hook in (self.hook_sae_input, self.hook_sae_acts_post, self.hook_sae_recons)
         ):
             return out.detach()
-        # A normalising SAE leaves its scale behind for one decode only.
+        # The scale that a normalising SAE stores on an encode serves for one decode only.
         again = _hooked(self.hook_sae_input) or self.cfg.normalize_activations != "none"
         with _disable_hooks(self):
             if again:
@@ -312,8 +313,10 @@ class ScopeSAE(TopKSAE):
         return self.cfg.normalize_activations == "none" and self.cfg.reshape_activations == "none"
 
     def _encoder(self) -> Encoder:
-        """Row-major, `[d_sae, d_in]`: a view of an official file's W_enc, else a copy made once
-        (the size of W_enc)."""
+        """The encoder with its error bounds, made once and kept.
+
+        Its rows `[d_sae, d_in]` are a view of an official file's W_enc, else a row-major copy.
+        """
         return self._derived.get(
             "encoder",
             (self.W_enc, self.b_enc),
@@ -327,7 +330,8 @@ class ScopeSAE(TopKSAE):
         with torch.autocast(rows.device.type, enabled=False):
             encoder = Encoder(rows, self.b_enc.detach(), self._half_copy)
         for name, sums in (("W_enc", encoder.snapshot.norms), ("b_enc", self.b_enc)):
-            doubtful = (~sums.isfinite()).nonzero().squeeze(1)  # a finite row's length may overflow
+            # The length of a row may overflow although all its numbers are finite.
+            doubtful = (~sums.isfinite()).nonzero().squeeze(1)
             weights = rows[doubtful] if name == "W_enc" else sums.detach()[doubtful][:, None]
             bad = doubtful[~weights.isfinite().all(1)].tolist()
             if bad:
@@ -340,8 +344,8 @@ class ScopeSAE(TopKSAE):
         return encoder
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> ScopeSAE:
-        """What `.to()` does, but in inference mode, too, the weights stay tensors whose changes
-        torch counts."""
+        """The work of `.to()`. In inference mode, too, the weights stay ordinary tensors, whose
+        changes torch counts."""
         inside = any(parameter.is_inference() for parameter in self.parameters())
         with torch.inference_mode(inside):
             super()._apply(fn, recurse)
@@ -369,13 +373,13 @@ class ScopeSAE(TopKSAE):
         return given.long()
 
     def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
-        """Safetensors stores contiguous tensors only; mapped weights are transposed views."""
+        """Make the weights contiguous, as safetensors needs them; mapped ones are transposed."""
         for name, tensor in state_dict.items():
             state_dict[name] = tensor.contiguous()
 
 
 def _hooked(hook: torch.nn.Module) -> bool:
-    """Whether anybody looks at this hook point, forward or backward."""
+    """Whether any hook is registered at this hook point, forward or backward."""
     return bool(
         hook._forward_hooks
         or hook._forward_pre_hooks

@@ -1,8 +1,8 @@
-"""What `install()` does to SAELens, and how `uninstall()` undoes it.
+"""`install()` adds our loader and our names to SAELens, and `uninstall()` takes them out again.
 
-Importing the package changes nothing. `install()` gives the fourteen Qwen-Scope releases our loader
-and adds the repository ids and short forms as further names, and the groups that SAELens does not
-have. Every other release is left alone. The places it writes to are listed once, in `_patches`.
+Importing the package changes nothing. `install()` gives the fourteen Qwen-Scope releases our
+loader. It adds their repository ids and short forms as further names, and the groups that SAELens
+does not have. No other release is changed. The entries that it writes are listed in `_patches`.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from qwen_scope_lens.saes.sae import ARCHITECTURE, ScopeSAE, ScopeSAEConfig
 __all__ = ["Installation", "ScopeLoader", "install", "is_installed", "uninstall"]
 
 SUPPORTED = ">=6.54,<7"
-LOADER_NAME = "qwen_scope"  # SAELens's own name of the loader of the fourteen releases
+LOADER_NAME = "qwen_scope"  # SAELens's own name for the loader of the fourteen releases
 
 
 @dataclass(frozen=True)
 class ScopeLoader:
-    """Our loader in SAELens's shape. Also usable by itself, without `install()`:
+    """Our loader, as SAELens calls one. It also works without `install()`:
     `SAE.from_pretrained(..., converter=ScopeLoader())`."""
 
-    revisions: Mapping[str, str] = field(default_factory=dict)  # any name of a group -> commit
+    revisions: Mapping[str, str] = field(default_factory=dict)  # any name of a group -> a commit
 
     def __post_init__(self) -> None:
         by_short = {find_group(name).short: commit for name, commit in self.revisions.items()}
@@ -51,7 +51,7 @@ class ScopeLoader:
         force_download: bool = False,
         cfg_overrides: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """The configuration alone: nothing is downloaded or opened for it."""
+        """The configuration of a layer. Nothing is downloaded or opened for it."""
         return _merged(build_config(_ref(repo_id, folder_name), device=device), cfg_overrides)
 
     def __call__(
@@ -62,6 +62,7 @@ class ScopeLoader:
         force_download: bool = False,
         cfg_overrides: dict[str, Any] | None = None,
     ) -> tuple[dict[str, Any], dict[str, torch.Tensor], None]:
+        """The configuration and the tensors of a layer, as SAELens expects them."""
         ref = _ref(repo_id, folder_name)
         hub = HubOptions(self.revisions.get(ref.group), force_download=force_download)
         dtype = (cfg_overrides or {}).get("dtype") or "float32"
@@ -71,10 +72,10 @@ class ScopeLoader:
 
 
 class Installation:
-    """What `install()` returns: leave it be, or use it as a context manager to undo at its end."""
+    """What `install()` returns. As a context manager, it undoes the installation at the end."""
 
     def __init__(self, before: ScopeLoader | None) -> None:
-        self._before = before  # our loader as it was before, or None: SAELens's own
+        self._before = before  # our loader before this installation, or None for SAELens's own
 
     def __enter__(self) -> Installation:
         return self
@@ -93,7 +94,7 @@ class Installation:
 
 @dataclass
 class _Patch:
-    """One entry written into one of SAELens's tables, and what stood there before."""
+    """One entry that is written into one of SAELens's tables, and the entry before it."""
 
     table: MutableMapping[str, Any]
     key: str
@@ -106,7 +107,7 @@ class _Patch:
         self.table[self.key] = self.value
 
     def undo(self) -> None:
-        if self.table.get(self.key) is self.value:  # somebody else's later change stays
+        if self.table.get(self.key) is self.value:  # a later change by somebody else stays
             if self.existed:
                 self.table[self.key] = self.before
             else:
@@ -117,11 +118,11 @@ _applied: list[_Patch] = []
 
 
 def install(revisions: Mapping[str, str] | None = None) -> Installation:
-    """Give SAELens our loader and our names. Calling it twice is calling it once.
+    """Give SAELens our loader and our names. A second call changes nothing more.
 
     Args:
-        revisions: commits to pin, by any name of the group. Without one the hub's head is used; in
-            either case the commit that was loaded is in `sae.cfg.metadata.revision`.
+        revisions: commits to pin, by any name of the group. A group without one is loaded from the
+            hub's main branch. In both cases `sae.cfg.metadata.revision` has the loaded commit.
     """
     before = _loader_in_use()
     if before is None or revisions is not None:
@@ -138,12 +139,13 @@ def _apply(loader: ScopeLoader) -> None:
 
 
 def uninstall() -> None:
-    """Put everything in SAELens's tables back as it was."""
+    """Put SAELens's tables back as they were before `install()`."""
     while _applied:
         _applied.pop().undo()
 
 
 def is_installed() -> bool:
+    """Whether `install()` is in effect."""
     return bool(_applied)
 
 
@@ -165,7 +167,7 @@ def _patches(loader: ScopeLoader) -> list[_Patch]:
             g.release for g in GROUPS if g.origin == "official" and g.release not in directory
         ]
         if LOADER_NAME not in loaders or LOADER_NAME not in getters or missing:
-            raise ImportError(f"no loader named {LOADER_NAME!r}, or no releases {missing}")
+            raise ImportError(f"it has no loader {LOADER_NAME!r}, or no releases {missing}")
 
         def entry(name: str, group: Group) -> Any:
             saes_map = _LayerIds(group, listed=name == group.release)
@@ -206,10 +208,10 @@ def _loader_in_use() -> ScopeLoader | None:
 
 
 class _LayerIds(dict[str, str]):
-    """SAELens's map of ids to files: each layer is listed once, and found by all its ids.
+    """SAELens's map from ids to files. Each layer is listed once, and found by all its ids.
 
-    A further name of a release lists none, or a pattern in `sae_lens.evals` that matches several
-    names of a group would select each layer several times.
+    The further names of a release list no layer. Otherwise a pattern in `sae_lens.evals` that
+    matches several names of a group would select each layer several times.
     """
 
     def __init__(self, group: Group, *, listed: bool) -> None:
@@ -218,7 +220,7 @@ class _LayerIds(dict[str, str]):
         self._more = {i: group.file_name(n) for n in group.layers for i in group.sae_ids(n)}
 
     def keys(self) -> Any:
-        """The ids to be named in a message, also for a name that lists none."""
+        """The ids that a message lists, also for a name that lists no layer itself."""
         return self.layers.keys()
 
     def __contains__(self, sae_id: object) -> bool:
@@ -229,10 +231,10 @@ class _LayerIds(dict[str, str]):
 
 
 def _merged(config: dict[str, Any], cfg_overrides: dict[str, Any] | None) -> dict[str, Any]:
-    """Our configuration with what SAELens overrides, and a class that it can find."""
+    """Our configuration with SAELens's overrides, and with a class that SAELens can find."""
     overrides = {k: v for k, v in (cfg_overrides or {}).items() if v is not None}
     config["metadata"]["neuronpedia_id"] = overrides.pop("neuronpedia_id", None)
-    if not _is_registered():  # as a plain `converter=`, SAELens knows no architecture of ours
+    if not _is_registered():  # as a plain `converter=`: SAELens does not know our architecture
         config["architecture"] = TopKSAEConfig.architecture()
     return config | overrides
 

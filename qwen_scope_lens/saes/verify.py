@@ -1,14 +1,15 @@
-"""Does this SAE belong to these activations? Measured, and refused when it does not.
+"""Measure whether an SAE belongs to given activations, and refuse it when it does not.
 
-The usual mistakes (wrong layer, wrong model, `b_dec` subtracted before encoding, a decode without
-it) give plausible numbers, not errors. So the SAE is tried under its own convention and under the
-wrong ones, on the same tokens, and the reconstruction errors decide.
+The usual mistakes (a wrong layer, a wrong model, `b_dec` subtracted before encoding, a decode
+without `b_dec`) give plausible numbers, not errors. So the SAE is run under its own convention and
+under the wrong ones, on the same tokens, and the reconstruction errors decide.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from typing import TypedDict, Unpack
 
 import torch
 from sae_lens.saes.topk_sae import TopKSAE
@@ -18,19 +19,19 @@ from qwen_scope_lens.errors import NotFinite, UnsupportedSAE, VerificationFailed
 __all__ = ["CONVENTIONS", "Convention", "Verification", "measure", "verify"]
 
 MAX_FVU = 0.8
-"""Our threshold, not the paper's. Official layers were measured between 0.20 and 0.69 (see
-docs/verify.md); an SAE of another layer or model usually lands above 1."""
+"""The largest accepted FVU. The threshold is ours, not the paper's. Official layers were measured
+between 0.20 and 0.69 (see docs/verify.md); an SAE of another layer or model is usually above 1."""
 
 MARGIN = 0.01
-"""How much better, as a share of the SAE's own FVU, a wrong convention must fit to be believed."""
+"""A wrong convention counts as better when its FVU is lower by this share of the SAE's own FVU."""
 
 MAX_NORM_RATIO = 10.0
-"""Tokens with more than this many times the median norm are left out: a handful of such tokens
-holds nearly all variance, and the published SAEs were trained without them (by an unpublished
-threshold)."""
+"""Tokens whose norm is more than this many times the median norm are left out. A handful of such
+tokens holds nearly all the variance, and the published SAEs were trained without them (the
+threshold of that training is not published)."""
 
 MIN_TOKENS = 16
-"""Around the mean of fewer tokens there is no variance worth a verdict."""
+"""The variance around the mean of fewer tokens is too uncertain to judge by."""
 
 DENSE_RATE = 0.1
 """A feature that fires on more than this share of the tokens counts as dense."""
@@ -38,7 +39,7 @@ DENSE_RATE = 0.1
 
 @dataclass(frozen=True)
 class Convention:
-    """One way to run the same weights."""
+    """One way to run the weights of an SAE."""
 
     name: str
     subtract_b_dec: bool = False  # before encoding
@@ -58,23 +59,24 @@ CONVENTIONS = (
 
 @dataclass(frozen=True)
 class Verification:
-    """What was measured. `str()` of it is the report."""
+    """The result of a measurement. `str()` of it is the report."""
 
     name: str
     tokens: int
-    excluded: int  # extreme-norm tokens and first positions left out
-    convention: str  # the SAE's own
+    excluded: int  # extreme-norm tokens and first positions that were left out
+    convention: str  # the convention under which the SAE is in use
     fvu: dict[str, float]  # fraction of variance unexplained, by convention
-    l0: float  # mean number of active features a token
+    l0: float  # mean number of active features per token
     dead: int  # features that never fired on these tokens
     dense: int  # features that fired on more than a tenth of them
     d_sae: int
-    negative_share: float  # of the k selected pre-activations, before ReLU
+    negative_share: float  # the share of the k largest pre-activations that is below zero
     max_fvu: float
     problems: tuple[str, ...] = field(default=())
 
     @property
     def ok(self) -> bool:
+        """Whether no problem was found."""
         return not self.problems
 
     def __str__(self) -> str:
@@ -93,32 +95,28 @@ class Verification:
         return "\n".join(lines)
 
 
-def verify(
-    sae: TopKSAE,
-    activations: torch.Tensor,
-    *,
-    mask: torch.Tensor | None = None,
-    include_first: bool = False,
-    max_fvu: float = MAX_FVU,
-    max_norm_ratio: float = MAX_NORM_RATIO,
-) -> Verification:
-    """Measure, and raise `VerificationFailed` with the whole report when something is wrong.
+class Options(TypedDict, total=False):
+    """The options of `verify` and `measure`."""
+
+    mask: torch.Tensor | None
+    include_first: bool
+    max_fvu: float
+    max_norm_ratio: float
+
+
+def verify(sae: TopKSAE, activations: torch.Tensor, **options: Unpack[Options]) -> Verification:
+    """Measure, and raise `VerificationFailed` with the whole report when there is a problem.
 
     Args:
         sae: a SAELens TopK SAE without normalisation or decoder-norm rescaling.
         activations: residuals at the SAE's hook, `[tokens, d_model]` or
             `[batch, position, d_model]`.
-        mask: which tokens count, shaped as the activations without their last axis.
-        include_first: keep position 0 of a batch (an attention sink on Qwen).
+        mask: which tokens count, in the shape of the activations without their last axis.
+        include_first: keep position 0 of each row of a batch (an attention sink in Qwen models).
+        max_fvu: the largest accepted fraction of variance unexplained.
+        max_norm_ratio: leave out tokens with more than this many times the median norm.
     """
-    report = measure(
-        sae,
-        activations,
-        mask=mask,
-        include_first=include_first,
-        max_fvu=max_fvu,
-        max_norm_ratio=max_norm_ratio,
-    )
+    report = measure(sae, activations, **options)
     if not report.ok:
         raise VerificationFailed(str(report))
     return report
@@ -134,7 +132,7 @@ def measure(
     max_fvu: float = MAX_FVU,
     max_norm_ratio: float = MAX_NORM_RATIO,
 ) -> Verification:
-    """The same without raising: read `problems`."""
+    """As `verify`, without raising. The problems found are in the result's `problems`."""
     _check_arithmetic(sae)
     if not max_fvu > 0 or not max_norm_ratio > 0:
         raise ValueError(f"max_fvu {max_fvu} and max_norm_ratio {max_norm_ratio} must be positive")
@@ -153,7 +151,7 @@ def measure(
             trial.add_to(sums[convention.name], convention)
     tokens = len(kept)
     if variance == 0.0:
-        raise NotFinite("all activations are equal: FVU needs tokens that differ")
+        raise NotFinite("all activations are equal: the FVU needs tokens that differ")
     fvu = {name: s.squared_error / variance for name, s in sums.items()}
     s = sums[own.name]
     problems = _problems(own, fvu, max_fvu)
@@ -174,7 +172,7 @@ def measure(
 
 
 class _Sums:
-    """Running sums over tokens for one convention."""
+    """Sums over tokens for one convention."""
 
     def __init__(self, d_sae: int) -> None:
         self.squared_error = 0.0
@@ -183,17 +181,17 @@ class _Sums:
 
 
 class _Weights:
-    """The SAE in float32, once for all chunks."""
+    """The weights of the SAE in float32, converted once for all chunks."""
 
     def __init__(self, sae: TopKSAE) -> None:
         self.k = sae.cfg.k
         self.W_enc, self.rows = sae.W_enc.float(), sae.W_dec.float().contiguous()
         self.b_enc, self.b_dec = sae.b_enc.float(), sae.b_dec.float()
-        self.shift = self.b_dec @ self.W_enc  # what subtracting b_dec does to pre-activations
+        self.shift = self.b_dec @ self.W_enc  # the effect of subtracting b_dec on pre-activations
 
 
 class _Trial:
-    """All conventions on one chunk `x [tokens, d_model]`; what several share is done once."""
+    """All conventions on one chunk `x [tokens, d_model]`. Shared steps are done once."""
 
     def __init__(self, weights: _Weights, x: torch.Tensor) -> None:
         self.w, self.x = weights, x
@@ -229,12 +227,12 @@ class _Run:
     """One encode and decode of a chunk."""
 
     decoded: torch.Tensor  # without b_dec
-    fired: torch.Tensor  # [d_sae], how often
-    negative: int  # values below zero among the k largest
+    fired: torch.Tensor  # [d_sae], how often each feature fired
+    negative: int  # how many values below zero are among the k largest
 
 
 def _check_arithmetic(sae: TopKSAE) -> None:
-    """The conventions are ways to run a plain TopK SAE; anything else would be misjudged."""
+    """Refuse an SAE that is not a plain TopK SAE: the conventions would misjudge it."""
     if not isinstance(sae, TopKSAE):
         raise UnsupportedSAE(f"a {type(sae).__name__} cannot be verified: expected a TopK SAE")
     for name, plain in (
@@ -283,7 +281,7 @@ def _select_tokens(
     include_first: bool,
     max_norm_ratio: float,
 ) -> tuple[torch.Tensor, int]:
-    """The tokens that count, `[tokens, d_model]`, and how many of the masked-in were left out."""
+    """The tokens that count, `[tokens, d_model]`, and how many others the mask would allow."""
     if not isinstance(activations, torch.Tensor) or activations.is_complex():
         raise WrongShape(f"activations are {type(activations).__name__}: expected a real tensor")
     if activations.ndim not in (2, 3) or activations.shape[-1] != sae.cfg.d_in:

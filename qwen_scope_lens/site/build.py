@@ -13,7 +13,7 @@ from qwen_scope_lens.catalog import bundled_model
 from qwen_scope_lens.errors import ScopeError, StoreMismatch, WrongTokenizer
 from qwen_scope_lens.features.document_sets import label_text
 from qwen_scope_lens.labels.packs import LabelPack
-from qwen_scope_lens.models.checkpoint import open_tokenizer
+from qwen_scope_lens.models.checkpoint import Tokenizer, open_tokenizer
 from qwen_scope_lens.models.token_text import Vocabulary
 from qwen_scope_lens.models.unembedding import Unembedding, read_unembedding
 from qwen_scope_lens.saes.load import load_sae
@@ -64,7 +64,7 @@ class Sources:
                 progress=progress,
             )
 
-    def _tokenizer(self) -> object:
+    def _tokenizer(self) -> Tokenizer:
         name = str(bundled_model(self.model_name) or self.model_name)
         try:
             tokenizer = open_tokenizer(name)

@@ -1,1 +1,1 @@
-"""The exact top-k encode and the gather decode. Internal: use `ScopeSAE`."""
+"""The exact top-k encode and the gather decode. This is internal: use `ScopeSAE` instead."""

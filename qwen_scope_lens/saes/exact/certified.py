@@ -1,25 +1,27 @@
-"""Top-k of `ReLU(W x + b)` from a fast, rounded product, and yet exact.
+"""The exact top-k of `ReLU(W x + b)`, found with the help of a fast, rounded product.
 
-The score of a feature is the exact dot of the stored numbers, rounded once to float32; the k
-largest positive scores are selected, ties by lower index. Nothing here depends on how the work is
-cut into blocks. For a block of positions:
+The score of a feature is the exact dot product of the stored numbers, rounded once to float32. The
+k largest positive scores are selected, and of equal scores the lower index wins. The result does
+not depend on how the work is cut into blocks. A block of positions goes through four steps:
 
-1. *First pass.* A product in bfloat16 or float32 gives `a`, off by at most `E` per position.
-2. *Candidates.* The k-th largest of disjoint group maxima of `a`, less `E`, bounds the k-th score
-   from below; a feature with `a + E` under that line cannot belong.
-3. *Re-scoring.* The k best candidates in float32 raise the line; only candidates whose `a + E`
-   still reaches it are re-scored too.
-4. *Decision.* Re-scored values have a float32 bound of their own. The few that it leaves
-   contested around the k-th place are decided by exact sums.
+1. *First pass.* A product in bfloat16 or float32 gives approximate scores `a`. Per position, their
+   error is at most `E`.
+2. *Candidates.* The features are cut into disjoint groups. The k-th largest of the groups' maxima,
+   minus `E`, is a line that the k-th score cannot be below. A feature whose `a + E` is below that
+   line cannot be selected; the others are candidates.
+3. *Re-scoring.* The k best candidates are scored again in float32, which raises the line. Only
+   candidates whose `a + E` still reaches the line are scored again, too.
+4. *Decision.* The new scores have a float32 error bound of their own. The few features that it
+   leaves contested around the k-th place are decided by exact sums.
 
-A position with too many candidates is not settled here; the caller takes a tighter first pass for
-it, and `exact_topk` in the end.
+A position with too many candidates is not settled here. The caller repeats it with a tighter first
+pass, and in the end with `exact_topk`.
 
-The bound of a bfloat16 first pass, `x = c + r + o` as in `Centre`, hats for rounded tensors, all
-norms measured: `E = |r| |w - w^| + |r - r^| |w^|` by Cauchy and Schwarz; plus `2 K u` times the
-sums of magnitudes for any order of float32 accumulation over K terms, chopped or rounded
-(u = 2^-24); plus `2^-16 |o| |w_o|` for the dropped products of the split outliers; plus `2^-8 |a|`
-for a bfloat16 output; plus what underflow can hide.
+The bound of a bfloat16 first pass, with `x = c + r + o` as in `Centre`, hats for rounded tensors
+and measured norms, is a sum of `|r| |w - w^| + |r - r^| |w^|` (Cauchy and Schwarz), `2 K u` times
+the sums of magnitudes (accumulation of K terms in any order, chopped or rounded; u = 2^-24),
+`2^-16 |o| |w_o|` (products of the split outliers that are left out), `2^-8 |a|` (for an output in
+bfloat16), and what underflow can hide.
 """
 
 from __future__ import annotations
@@ -38,18 +40,18 @@ __all__ = ["BLOCK_BYTES", "Selection", "approximate", "select", "tokens_per_bloc
 U = 2.0**-24
 TINY = 2.0**-120
 BLOCK_BYTES = 64 * 2**20
-"""The first pass of one block of positions. Everything else about a block is smaller."""
+"""The size of the first pass over one block of positions. Its other tensors are smaller."""
 
 _SPARE = 32
-"""Features beyond k that may be contested where all dots are at hand."""
+"""How many features beyond k may be contested when all dots are computed."""
 
 _HARDLY_MORE = 1.25
-"""Candidates over k up to which all are re-scored at once: sorting some out would take longer."""
+"""Up to this many candidates per k, all are re-scored at once: to sort some out takes longer."""
 
 
 @dataclass
 class Pairs:
-    """(position, feature) pairs in ascending position. All `[p]`."""
+    """(position, feature) pairs, ordered by ascending position. All tensors are `[p]`."""
 
     token: torch.Tensor
     feature: torch.Tensor
@@ -57,33 +59,40 @@ class Pairs:
 
 
 @dataclass(frozen=True)
-class Selection:
-    """What a first pass and its re-scoring found for n positions."""
+class Scored:
+    """Pairs in ascending position and feature, with scores from float32 dots. All are `[p]`."""
 
-    indices: torch.Tensor
-    """int64 `[n, k]`, -1 where fewer are positive, in no promised order."""
-    settled: torch.Tensor
-    """bool `[n]`: whether that is certain."""
-    dots: torch.Tensor | None
-    """The float32 dots of x with the selected rows `[n, k]`, where they happened to be computed."""
-    crowding: float
-    """Candidates over k: how tight the bound was."""
+    token: torch.Tensor
+    feature: torch.Tensor
+    value: torch.Tensor  # the scores, in float64
+    error: torch.Tensor  # upper bounds of their errors, in float64
+    dot: torch.Tensor  # the dots, in float32
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The result of a first pass and its re-scoring for n positions."""
+
+    indices: torch.Tensor  # int64 [n, k], in any order, -1 where fewer scores are positive
+    dots: torch.Tensor | None  # float32 [n, k]: x with the selected rows, if computed on the way
+    settled: torch.Tensor  # bool [n]: whether the position's selection is certain
+    crowding: float  # the number of candidates divided by k: how tight the bound was
 
 
 def tokens_per_block(d_sae: int, precision: torch.dtype) -> int:
-    """How many positions one first pass takes, within BLOCK_BYTES."""
+    """The number of positions of one first pass, so that it fits into BLOCK_BYTES."""
     return max(1, min(2048, BLOCK_BYTES // (d_sae * precision.itemsize)))
 
 
 def select(encoder: Snapshot, x: torch.Tensor, k: int, precision: torch.dtype) -> Selection:
-    """The k best of each position where the first pass can tell. float32 `[n, d_in]`"""
+    """The k best features of each position, as far as the first pass can tell. `x [n, d_in]`"""
     if 0 < len(x) <= BY_DOTS and precision == encoder.rows.dtype == torch.float32 and not x.is_cuda:
         few = _select_few(encoder, x, k)
         if bool(few.settled.all()):
             return few
     rest, outliers = encoder.centre.parts(x)
     cap = max(8 * k, encoder.d_sae // 32)
-    # The kernels accumulate and store in float32: no output is rounded to bfloat16.
+    # The kernels accumulate and store in float32, so their output is not rounded to bfloat16.
     slope = 2.0**-8 if precision == torch.bfloat16 and not kernels.available(x.device) else 2.0**-22
     reach = _Reach(encoder, rest, outliers, precision, slope)
     if kernels.available(x.device):
@@ -93,46 +102,43 @@ def select(encoder: Snapshot, x: torch.Tensor, k: int, precision: torch.dtype) -
         pairs, settled = _candidates(approx, reach.worst(), slope, k, cap)
         del approx
     crowding = len(pairs.token) / max(1, len(x) * k) if bool(settled.all()) else 1e9
-    indices, dots = _decide(encoder, x, rest, outliers, pairs, reach, k)
-    return Selection(indices, settled, dots if encoder.centre.plain else None, crowding)
+    indices, dots = _decide(encoder, x, _rescored(encoder, rest, outliers, pairs, reach, k), k)
+    return Selection(indices, dots if encoder.centre.plain else None, settled, crowding)
 
 
 def _select_few(encoder: Snapshot, x: torch.Tensor, k: int) -> Selection:
-    """`select` from all dots: what the steps above save would here cost less than the steps.
+    """As `select`, from all float32 dots: for a few positions, this is faster than steps 1 to 3.
 
-    Of the best k and `_SPARE` more each has the bound of a float32 dot. Those sure to be selected
-    are, and the contested by exact sums. Positions with more contested are not settled.
+    The best k + `_SPARE` features of a position go to the decision. The position is not settled if
+    a feature beyond those might be selected.
     """
     m = min(k + _SPARE, encoder.d_sae)
     dots = all_dots(encoder.rows, x)
     best, feature = (dots + encoder.bias).topk(m, dim=1)
-    feature, order = feature.sort(dim=1)  # ascending, so that ties go to the lower one
+    feature, order = feature.sort(dim=1)
     value = best.gather(1, order).double()
     # The error of the dot, and two roundings of the sum: here, and of the score itself.
     reach = 1.02 * (encoder.d_in + 4) * U * norm_above(x) * encoder.norms_max
     error = (reach + TINY * encoder.d_in * (1 + encoder.norms_max)).double()[:, None]
     error = error + 2.02 * U * value.abs()
-    low = _kth(value - error, k).clamp_min(0)[:, None]
-    high = _kth(value + error, k).clamp_min(0)[:, None]
-    last = (value + error).amin(1)  # nothing that is left out reaches further
-    settled = value.isfinite().all(1) & ((last < low[:, 0]) | (last <= 0) | (m == encoder.d_sae))
-    sure = value - error > high
-    contested = ~sure & (value + error >= low) & (value + error > 0) & settled[:, None]
-    token, column = contested.nonzero(as_tuple=True)
-    exact = exact_scores(encoder.rows, encoder.bias, x, token, feature[token, column])
-    score = torch.full_like(value, float("-inf")).masked_fill(sure, float("inf"))
-    score[token, column] = exact.masked_fill(exact <= 0, float("-inf"))
-    score, column = score.sort(dim=1, descending=True, stable=True)
-    chosen = feature.gather(1, column[:, :k])
-    selected = dots.gather(1, chosen)
-    chosen = chosen.masked_fill(score[:, :k] == float("-inf"), -1)
-    return Selection(chosen, settled, selected, m / k)
+    low = _kth(value - error, k).clamp_min(0)
+    last = (value + error).amin(1)  # no feature beyond these can have a higher score
+    settled = value.isfinite().all(1) & ((last < low) | (last <= 0) | (m == encoder.d_sae))
+    token = torch.arange(len(x), device=x.device).repeat_interleave(m)
+    pairs = Scored(
+        token,
+        feature.flatten(),
+        value.flatten(),
+        error.flatten(),
+        dots.gather(1, feature).flatten(),
+    )
+    return Selection(*_decide(encoder, x, pairs, k), settled, m / k)
 
 
 def approximate(
     encoder: Snapshot, rest: torch.Tensor, outliers: torch.Tensor, precision: torch.dtype
 ) -> torch.Tensor:
-    """The first pass: `a [n, d_pad]`, with -inf after d_sae."""
+    """The first pass: approximate scores `[n, d_pad]`, with -inf after d_sae."""
     d_sae, centre = encoder.d_sae, encoder.centre
     approx = rest.new_empty((len(rest), -(-d_sae // 16) * 16), dtype=precision)
     approx[:, d_sae:] = float("-inf")
@@ -158,7 +164,7 @@ def approximate(
 
 
 class _Reach:
-    """How far `a` may be from the score, apart from `slope * |a|`."""
+    """The largest error of an approximate score `a`, apart from `slope * |a|`."""
 
     def __init__(
         self,
@@ -185,14 +191,14 @@ class _Reach:
             self.per_error = torch.zeros_like(self.length)
             self.per_norm = self.length * (gather + 3 * U)
             self.out_scale = self.bias_scale = 2.0**-19
-        # What underflow can hide, and float64 where outliers, centre and bias are added in it.
+        # The part that underflow can hide, and the rounding of what is added in float64.
         small, centre = 2.0**-50, encoder.centre
         self.slack = self.out_length * (small * centre.weights_max)
         self.slack += TINY * d_in * (1 + encoder.norms_max) + small * centre.bias_max
         self.slack += small * (d_in + 2) * float(centre.point.norm()) * encoder.norms_max
 
     def worst(self) -> torch.Tensor:
-        """For every position, over all features. `[n]`"""
+        """The largest error per position, over all features. `[n]`"""
         encoder, centre = self.encoder, self.encoder.centre
         bound = (
             self.per_error * encoder.half_errors_max
@@ -203,7 +209,7 @@ class _Reach:
         return bound * 1.0001 + self.slack
 
     def of(self, pairs: Pairs) -> torch.Tensor:
-        """For single pairs, from the norms of their own rows. `[p]`"""
+        """The largest error of single pairs, from the norms of their own rows. `[p]`"""
         encoder, centre = self.encoder, self.encoder.centre
         t, i = pairs.token, pairs.feature
         bound = self.per_error[t] * encoder.half_errors[i] + self.per_norm[t] * encoder.norms[i]
@@ -215,13 +221,13 @@ class _Reach:
 def _candidates(
     approx: torch.Tensor, bound: torch.Tensor, slope: float, k: int, cap: int
 ) -> tuple[Pairs, torch.Tensor]:
-    """Every pair that may belong to the top k, and whether there are at most `cap` of them."""
+    """Every pair that may be in the top k, and per position whether there are at most `cap`."""
     n, width = approx.shape
     size = 16
     while width // size < 4 * k and size > 1:
         size //= 2
     best = approx.view(n, size, width // size).amax(1).float()
-    # Any disjoint groups will do; of fewer, the k-th largest is found sooner and is hardly lower.
+    # Any disjoint groups give a valid line; with fewer, it is found sooner and is hardly lower.
     merged = 1
     while best.shape[1] % (2 * merged) == 0 and best.shape[1] // (2 * merged) >= 8 * k:
         merged *= 2
@@ -255,12 +261,15 @@ def _kernel_candidates(
     k: int,
     cap: int,
 ) -> tuple[Pairs, torch.Tensor]:
-    """`_candidates` without the `[n, d_sae]`: an exact top-k over a sixteenth of the features
-    draws the line, and the kernel keeps what reaches it."""
-    centre, cap = encoder.centre, max(cap, 32 * k)  # about 16 k pass, as the sample is a 16th
+    """As `_candidates`, but without a tensor `[n, d_sae]`.
+
+    The line comes from the top k of a sixteenth of the features, and the kernel keeps the features
+    that reach it.
+    """
+    centre, cap = encoder.centre, max(cap, 32 * k)  # about 16 k reach a line from a sixteenth
     some = min(encoder.d_sae, max(k, encoder.d_sae // 16))
     bound = reach.worst()
-    # The error of this product, in full float32, is within the same bound.
+    # This product is in full float32, and its error is within the same bound.
     sample = product(rest, encoder.rows[:some].float()) + product(outliers, centre.weights[:some])
     kth = (sample + centre.bias[:some].float()).topk(k, dim=1).values[:, -1]
     line = torch.maximum(kth - 2 * reach.slope * kth.abs() - 2.01 * bound, -1.01 * bound)
@@ -279,21 +288,24 @@ def _kernel_candidates(
     return Pairs(token, feature[token, slot].long(), approx[token, slot]), settled
 
 
-def _decide(
+def _rescored(
     encoder: Snapshot,
-    x: torch.Tensor,
     rest: torch.Tensor,
     outliers: torch.Tensor,
     pairs: Pairs,
     reach: _Reach,
     k: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Steps 3 and 4 of the module's docstring: indices `[n, k]`, -1 for none, and their dots."""
-    n = len(x)
+) -> Scored:
+    """Step 3 of the module's docstring: the candidates that may still be selected, scored again."""
+    n = len(rest)
 
-    def rescored(part: Pairs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def score(part: Pairs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         dot = pair_dots(encoder.rows, rest, part.token, part.feature)
-        value = _completed(encoder, dot, outliers, part)
+        # Bias and outliers are added in float64.
+        value = dot.double() + encoder.centre.bias[part.feature]
+        if outliers.shape[1]:
+            weights = encoder.centre.weights[part.feature].double()
+            value += (outliers[part.token].double() * weights).sum(-1)
         error = (1.02 * (encoder.d_in + 4) * U) * reach.length[part.token]
         error = (error * encoder.norms[part.feature]).double() + reach.slack[part.token]
         # The score itself is rounded to float32 once more.
@@ -301,27 +313,34 @@ def _decide(
 
     few = len(pairs.token) <= _HARDLY_MORE * n * k
     first = torch.ones_like(pairs.token, dtype=torch.bool) if few else _best(pairs, n, k)
-    value, error, dot = rescored(_take(pairs, first))
-    lows, _ = _table(pairs.token[first], n, value - error, float("-inf"))
+    value, error, dot = score(_take(pairs, first))
+    lows, _ = _table(pairs.token[first], n, value - error)
     line = _kth(lows, k)
     second = ~first & (pairs.approx + reach.of(pairs) >= line.float()[pairs.token])
-    more, more_error, more_dot = rescored(_take(pairs, second))
+    more, more_error, more_dot = score(_take(pairs, second))
 
     token = torch.cat([pairs.token[first], pairs.token[second]])
     feature = torch.cat([pairs.feature[first], pairs.feature[second]])
     value, error = torch.cat([value, more]), torch.cat([error, more_error])
+    dot = torch.cat([dot, more_dot])
     order = (token * encoder.d_sae + feature).argsort()
-    token, feature, value, error = token[order], feature[order], value[order], error[order]
-    dot = torch.cat([dot, more_dot])[order]
+    return Scored(token[order], feature[order], value[order], error[order], dot[order])
 
-    # `k` or more scores reach `low`, fewer than k exceed `high`: only what meets the span between
-    # them, or zero, is contested.
-    low = _kth(_table(token, n, value - error, float("-inf"))[0], k).clamp_min(0)[token]
-    high = _kth(_table(token, n, value + error, float("-inf"))[0], k).clamp_min(0)[token]
+
+def _decide(
+    encoder: Snapshot, x: torch.Tensor, pairs: Scored, k: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Step 4 of the module's docstring: indices `[n, k]`, -1 for none, and their dots `[n, k]`."""
+    n, token, feature = len(x), pairs.token, pairs.feature
+    value, error = pairs.value, pairs.error
+    # At least k scores reach `low`, and fewer than k exceed `high`. So a feature is contested only
+    # if its possible scores meet the span between these two, or zero.
+    low = _kth(_table(token, n, value - error)[0], k).clamp_min(0)[token]
+    high = _kth(_table(token, n, value + error)[0], k).clamp_min(0)[token]
     sure = value - error > high
     contested = ~sure & (value + error >= low) & (value + error > 0)
     score = torch.full_like(value, float("-inf")).masked_fill(sure, float("inf"))
-    # Where the contested of a position all fit, and all are positive, nobody needs to decide.
+    # If all contested features of a position fit into its k, the positive ones need no decision.
     room = k - torch.bincount(token[sure], minlength=n)
     fits = torch.bincount(token[contested], minlength=n) <= room
     clear = contested & fits[token] & (value - error > 0)
@@ -330,29 +349,17 @@ def _decide(
     exact = exact_scores(encoder.rows, encoder.bias, x, token[open_], feature[open_])
     score[open_] = torch.where(exact > 0, exact, float("-inf"))
 
-    table, slot = _table(token, n, score, float("-inf"))
+    table, slot = _table(token, n, score)
     indices = torch.full((n, k), -1, dtype=torch.long, device=x.device)
     dots = x.new_zeros((n, k))
     if table.shape[1]:
-        # Columns ascend by feature, so a stable sort leaves ties to the lower one.
+        # The columns ascend by feature, so in a stable sort the lower one of equal scores wins.
         best, column = table.sort(dim=1, descending=True, stable=True)
         best, column = best[:, :k], column[:, :k]
         pair = slot.gather(1, column).clamp_min(0)
         indices[:, : pair.shape[1]] = feature[pair].masked_fill(best == float("-inf"), -1)
-        dots[:, : pair.shape[1]] = dot[pair]
+        dots[:, : pair.shape[1]] = pairs.dot[pair]
     return indices, dots
-
-
-def _completed(
-    encoder: Snapshot, dot: torch.Tensor, outliers: torch.Tensor, pairs: Pairs
-) -> torch.Tensor:
-    """Scores from the dots of the rest: bias and outliers are added in float64. `[p]`"""
-    centre = encoder.centre
-    value = dot.double() + centre.bias[pairs.feature]
-    if outliers.shape[1]:
-        weights = centre.weights[pairs.feature].double()
-        value += (outliers[pairs.token].double() * weights).sum(-1)
-    return value
 
 
 def _take(pairs: Pairs, which: torch.Tensor) -> Pairs:
@@ -360,8 +367,8 @@ def _take(pairs: Pairs, which: torch.Tensor) -> Pairs:
 
 
 def _best(pairs: Pairs, n: int, k: int) -> torch.Tensor:
-    """Which pairs are among the k largest `approx` of their position. bool `[p]`"""
-    table, slot = _table(pairs.token, n, pairs.approx, float("-inf"))
+    """Which pairs have one of the k largest `approx` of their position. bool `[p]`"""
+    table, slot = _table(pairs.token, n, pairs.approx)
     chosen = torch.ones_like(pairs.token, dtype=torch.bool)
     if table.shape[1] > k:
         best = slot.gather(1, table.topk(k, dim=1).indices)
@@ -371,21 +378,22 @@ def _best(pairs: Pairs, n: int, k: int) -> torch.Tensor:
 
 
 def _kth(table: torch.Tensor, k: int) -> torch.Tensor:
-    """The k-th largest of each row, -inf where there are fewer. `[n, m] -> [n]`"""
+    """The k-th largest value of each row, or -inf if it has fewer. `[n, m] -> [n]`"""
     if table.shape[1] < k:
         return table.new_full((len(table),), float("-inf"))
     return table.topk(k, dim=1).values[:, -1]
 
 
-def _table(
-    token: torch.Tensor, n: int, value: torch.Tensor, fill: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Values of pairs in ascending position as rows `[n, m]`, and which pair stands where."""
+def _table(token: torch.Tensor, n: int, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The values of pairs as a table with a row per position, and the pair of each entry.
+
+    Both are `[n, m]`. The pairs are in ascending position; unused entries are -inf and -1.
+    """
     counts = torch.bincount(token, minlength=n)
     m = int(counts.max()) if n else 0
     at = torch.arange(len(token), device=token.device)
     column = at - (counts.cumsum(0) - counts)[token]
-    table = value.new_full((n, m), fill)
+    table = value.new_full((n, m), float("-inf"))
     slot = torch.full((n, m), -1, dtype=torch.long, device=token.device)
     table[token, column] = value
     slot[token, column] = at

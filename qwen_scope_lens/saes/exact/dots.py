@@ -1,39 +1,47 @@
-"""Scores of single (position, feature) pairs: quickly in float32, exactly in float64.
+"""Scores of single (position, feature) pairs: fast in float32, or exact.
 
-Which pairs, and what the scores decide, is `certified.py`.
+`certified.py` chooses the pairs and decides with the scores. Exact scores need exact sums. A
+product of two float32 numbers is exact in float64, but a sum of such products is not.
+`rounded_sums` takes three steps, the cheap ones first, each with a bound that shows whether it is
+enough:
+
+1. The sum in float64. Its error is at most `n 2^-53` times the sum of the magnitudes. If all
+   numbers within that distance round to the same float32, that is the result.
+2. A sum that keeps what each addition loses (Knuth's two-sum, pair by pair). It can still lose
+   `n 2^-100` times the sum of the magnitudes, so it is finer by a factor of 10^14.
+3. Whole numbers in Python. They are exact however much cancels, and take milliseconds per sum.
 """
 
 from __future__ import annotations
 
 import warnings
+from fractions import Fraction
 from functools import cache
 
 import torch
 
-from qwen_scope_lens.saes.exact.exact_sums import rounded_sums
-
-__all__ = ["all_dots", "exact_scores", "exact_topk", "pair_dots"]
+__all__ = ["all_dots", "exact_scores", "exact_topk", "pair_dots", "rounded_sums"]
 
 _ELEMENTS = 2**20
-"""Numbers per working buffer: 8 MiB in float64."""
+"""How many numbers a working buffer holds: 8 MiB in float64."""
 
 _RARE = 2
-"""With fewer than one pair per this many encoder rows, rows that positions share are rare: to sort
+"""With fewer than one pair per this many encoder rows, positions rarely share a row, and sorting
 the pairs by row costs more than it saves."""
 
 _CACHED = 16 * 2**20
-"""Bytes of an encoder whose rows stay in the cache anyway."""
+"""The rows of an encoder of at most this many bytes stay in the CPU's cache anyway."""
 
 
 def pair_dots(
     rows: torch.Tensor, x: torch.Tensor, token: torch.Tensor, feature: torch.Tensor
 ) -> torch.Tensor:
-    """float32 dots `x[token] . rows[feature]`, tokens ascending.
+    """The float32 dots `x[token] . rows[feature]` of pairs in ascending position.
 
-    `[d_sae, d]`, float32 `[n, d]`, `[p]` -> `[p]`
+    `rows [d_sae, d]`, float32 `x [n, d]`, `token [p]` and `feature [p]` -> `[p]`
 
-    Every dot is summed in an order that depends on d alone, so a pair's value does not depend on
-    the company it is computed in.
+    Each dot is summed in an order that depends on d only, so the value of a pair does not depend on
+    which other pairs are computed with it.
     """
     if not len(token):
         return x.new_zeros(0)
@@ -42,7 +50,7 @@ def pair_dots(
     full = rows.dtype == torch.float32
     if full and (_RARE * len(token) < len(rows) or rows.nbytes <= _CACHED):
         return _dots(x, rows, _starts(token, len(x)), feature)
-    # By feature, so that each encoder row is read once while the positions stay in cache.
+    # The pairs are sorted by feature: each encoder row is read once, the positions stay in cache.
     order = (feature * len(x) + token).argsort()
     token, feature = token[order], feature[order]
     out = x.new_empty(len(token))
@@ -62,9 +70,9 @@ def pair_dots(
 
 
 def all_dots(rows: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """`x @ rows.T` for a few positions, in one pass over the rows. All float32 on a CPU.
+    """`x @ rows.T` for a few positions, reading the rows once. For float32 on a CPU.
 
-    `[d_sae, d]`, `[n, d] -> [n, d_sae]`
+    `rows [d_sae, d]`, `x [n, d] -> [n, d_sae]`
     """
     d_sae, n = len(rows), len(x)
     starts = torch.arange(0, d_sae * n + 1, n, dtype=torch.int32, device=x.device)
@@ -73,7 +81,7 @@ def all_dots(rows: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 
 def _starts(row: torch.Tensor, rows: int) -> torch.Tensor:
-    """Where each of the rows begins among pairs that are sorted by row. `[rows + 1]`"""
+    """The place where each row begins among pairs sorted by row. `[rows + 1]`"""
     starts = torch.zeros(rows + 1, dtype=torch.long, device=row.device)
     starts[1:] = torch.bincount(row, minlength=rows).cumsum(0)
     return starts
@@ -82,8 +90,10 @@ def _starts(row: torch.Tensor, rows: int) -> torch.Tensor:
 def _dots(
     left: torch.Tensor, right: torch.Tensor, starts: torch.Tensor, column: torch.Tensor
 ) -> torch.Tensor:
-    """A sampled dense-dense product: the dots of row i of `left` with the rows
-    `column[starts[i] : starts[i + 1]]` of `right`, one after the other."""
+    """Dots of chosen pairs of rows (a sampled dense-dense product).
+
+    Row i of `left` is multiplied with the rows `column[starts[i] : starts[i + 1]]` of `right`.
+    """
     _say_beta_once()
     values = left.new_zeros(len(column))
     shape = (len(left), len(right))
@@ -95,8 +105,11 @@ def _dots(
 
 @cache
 def _say_beta_once() -> None:
-    """torch warns once per process that CSR is in beta. Python's filters of warnings belong to all
-    threads, so they are touched here, not in every product."""
+    """Use up torch's warning that CSR is in beta, which it gives once per process.
+
+    Python's warning filters belong to all threads, so they are changed once here and not in every
+    product.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         one = torch.zeros(1, dtype=torch.long, device="cpu")
@@ -120,12 +133,9 @@ def exact_scores(
     token: torch.Tensor,
     feature: torch.Tensor,
 ) -> torch.Tensor:
-    """Exact dots plus bias, rounded once to float32 and held in float64. `[p]`
-
-    Whatever cancels: `exact_sums.py` says how.
-    """
+    """The exact dots plus bias of pairs, rounded once to float32 and returned as float64. `[p]`"""
     out = torch.empty(len(token), dtype=torch.float64, device=x.device)
-    step = max(1, _ELEMENTS // 16 // x.shape[1])  # stays in cache
+    step = max(1, _ELEMENTS // 16 // x.shape[1])  # so that a buffer stays in the CPU's cache
     for start in range(0, len(token), step):
         t, f = token[start : start + step], feature[start : start + step]
         terms = torch.cat([x[t].double() * rows[f].double(), bias[f].double()[:, None]], 1)
@@ -136,12 +146,14 @@ def exact_scores(
 def exact_topk(
     x: torch.Tensor, rows: torch.Tensor, bias: torch.Tensor, k: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The definition, slowly: all scores in float64, rounded to float32, stable sort. Where the
-    sum in float64 does not tell how a score rounds, and it matters, `exact_scores` does.
+    """The top k by its definition, slowly: all scores, rounded to float32 and sorted stably.
 
-    `[n, d_in]`, `[d_sae, d_in]`, `[d_sae]` -> float32 values and int64 indices `[n, k]`, 0 and -1
-    where fewer are positive. The reference of the tests, and the last resort for positions that
-    no bound settles.
+    `x [n, d_in]`, `rows [d_sae, d_in]`, `bias [d_sae]` -> float32 values and int64 indices, both
+    `[n, k]`, with 0 and -1 where fewer scores are positive.
+
+    Scores are summed in float64. Where that does not show how a score rounds, and it matters,
+    `exact_scores` computes it. This is the reference in the tests, and the last resort for
+    positions that no bound settles.
     """
     step = max(64, _ELEMENTS // rows.shape[1])
     tokens = max(1, _ELEMENTS // max(step, rows.shape[1]))
@@ -162,7 +174,7 @@ def exact_topk(
             exact = exact_scores(rows, bias, block, token, start + feature)
             scores[token, feature] = exact.float()
             ids = torch.arange(start, start + len(tile), device=x.device)
-            # Earlier features stand first, so a stable sort leaves ties to the lower one.
+            # Lower features stand first, so in a stable sort the lower one of equal scores wins.
             best = torch.cat([best, scores], 1)
             where = torch.cat([where, ids.expand(len(block), -1)], 1)
             best, order = best.sort(dim=1, descending=True, stable=True)
@@ -170,3 +182,71 @@ def exact_topk(
         values.append(best.relu())
         indices.append(where.masked_fill(best <= 0, -1))
     return torch.cat(values), torch.cat(indices)
+
+
+def rounded_sums(terms: torch.Tensor) -> torch.Tensor:
+    """The sums of rows of float64 `[p, n]`, exact and then rounded once to float32 `[p]`.
+
+    Each term is a float32 number, or the product of two.
+    """
+    rough, size = terms.sum(-1), terms.abs().sum(-1)
+    error = size * (terms.shape[-1] * 2.0**-53 * 1.01)
+    low, high = (rough - error).float(), (rough + error).float()
+    out = rough.float()
+    open_ = (low != high) & rough.isfinite()
+    if not bool(open_.any()):
+        return out
+    where = open_.nonzero().squeeze(1)
+    chosen = terms[where]
+    total, lost = _sum_of_pairs(chosen)
+    error = size[where] * (terms.shape[-1] * 2.0**-100)
+    low, high = _rounded(total, lost - error), _rounded(total, lost + error)
+    out[where] = low
+    for place in (low != high).nonzero().squeeze(1).tolist():
+        exact = sum(map(Fraction, chosen[place].tolist()), Fraction())
+        out[where[place]] = _of_fraction(exact)
+    return out
+
+
+def _sum_of_pairs(terms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sum of `[p, n]` in float64, and what rounding took from it. Both `[p]`."""
+    lost = terms.new_zeros(len(terms))
+    while terms.shape[1] > 1:
+        if terms.shape[1] % 2:
+            terms = torch.cat([terms, terms.new_zeros((len(terms), 1))], 1)
+        a, b = terms[:, ::2], terms[:, 1::2]
+        terms, less = _two_sum(a, b)
+        lost = lost + less.sum(-1)
+    return terms[:, 0], lost
+
+
+def _two_sum(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`a + b` rounded, and the exact difference to `a + b`."""
+    total = a + b
+    other = total - a
+    return total, (a - (total - other)) + (b - other)
+
+
+def _rounded(total: torch.Tensor, lost: torch.Tensor) -> torch.Tensor:
+    """`total + lost`, rounded once to float32.
+
+    The sum is first rounded to float64, with an odd last bit if that is inexact. A later rounding
+    to fewer bits then never mistakes it for the middle between two numbers.
+    """
+    near, rest = _two_sum(total, lost)
+    bits = near.view(torch.int64)
+    step = torch.where((rest > 0) == (near > 0), 1, -1)
+    nudged = (rest != 0) & (bits % 2 == 0)
+    return torch.where(nudged, bits + step, bits).view(torch.float64).float()
+
+
+def _of_fraction(exact: Fraction) -> float:
+    """A fraction rounded once to float32, with ties to even."""
+    near = float(exact)  # Python rounds this correctly to float64
+    rest = exact - Fraction(near)
+    sign = (rest > 0) - (rest < 0)
+    parts = (
+        torch.tensor([number], dtype=torch.float64)
+        for number in (near, sign * abs(near) * 2.0**-60)
+    )
+    return float(_rounded(*parts)) if near else 0.0

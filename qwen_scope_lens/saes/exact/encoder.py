@@ -1,8 +1,8 @@
-"""Encoder: the tensors that the certified top-k derives from an encoder's weights.
+"""Encoder: the tensors that the certified top-k computes from an encoder's weights.
 
-Row norms and rounding errors for the bounds, the centre that makes the bounds tight on real
-residuals, and, on request, a bfloat16 copy of the rows. How they certify a selection is
-`certified.py`.
+These are row norms and rounding errors for the bounds, a centre that makes the bounds tight on real
+residuals, and, on request, a bfloat16 copy of the rows. `certified.py` uses them to certify a
+selection.
 """
 
 from __future__ import annotations
@@ -16,20 +16,23 @@ import torch
 __all__ = ["EXTRA", "Centre", "Encoder", "Snapshot", "norm_above", "split"]
 
 EXTRA = 32
-"""Columns after d_in in a bfloat16 tile: the bias in three parts, outlier columns in three."""
+"""The number of columns after d_in in a bfloat16 tile: the bias in three parts, and the outlier
+columns in three parts."""
 
 OUTLIERS = 8
+"""The largest number of outlier columns."""
+
 TILE = 1024
-"""Rows of the encoder converted or measured at a time."""
+"""How many rows of the encoder are converted or measured at a time."""
 
 
 def norm_above(matrix: torch.Tensor) -> torch.Tensor:
-    """An upper bound of the length of each row, whatever the order of the sum. `[n, d] -> [n]`"""
+    """An upper bound of each row's length, for any order of summation. `[n, d] -> [n]`"""
     return matrix.float().norm(dim=-1) * (1 + matrix.shape[-1] * 2.0**-23) + 1e-18
 
 
 def split(x: torch.Tensor, parts: int) -> list[torch.Tensor]:
-    """bfloat16 tensors whose sum is `x` up to 2^-9 per part."""
+    """bfloat16 tensors whose sum is `x`. Each part lowers the error by a factor of 2^-9."""
     found = []
     rest = x.double()
     for _ in range(parts):
@@ -40,22 +43,24 @@ def split(x: torch.Tensor, parts: int) -> list[torch.Tensor]:
 
 @dataclass
 class Centre:
-    """A point near the residuals and the columns that stick out, taken out of the bounded product.
+    """A point near the residuals, and the columns with outliers. Both are left out of the product
+    whose rounding is bounded.
 
-    `x = c + rest + outliers`, so `W x + b = W rest + W_O x_O + (W c + b)`: only `W rest` meets a
-    rounding bound, and `rest` is short. Any centre is exact; a good one certifies more tokens.
+    `x = c + rest + outliers`, so `W x + b = W rest + W_O x_O + (W c + b)`. Only `W rest` is rounded
+    coarsely, and `rest` is short, so its bound is tight. Results are exact for any centre, but a
+    good centre certifies more tokens.
     """
 
     point: torch.Tensor
-    """`[d_in]`, float32, zero at the outlier columns; all zero means no centring."""
+    """The point c: float32 `[d_in]`, zero at the outlier columns. All zeros mean no centring."""
     columns: torch.Tensor
-    """`[m]`, the outlier columns, m <= 8."""
+    """The numbers of the outlier columns, `[m]` with m <= 8."""
     bias: torch.Tensor
     """`W c + b`, float64 `[d_sae]`."""
     weights: torch.Tensor
     """`W[:, columns]`, float32 `[d_sae, m]`."""
     extra: torch.Tensor = field(init=False)
-    """The columns of a bfloat16 tile that carry bias and outliers. `[d_sae, EXTRA]`"""
+    """The columns of a bfloat16 tile for bias and outliers. `[d_sae, EXTRA]`"""
 
     def __post_init__(self) -> None:
         m = len(self.columns)
@@ -70,11 +75,11 @@ class Centre:
 
     @property
     def plain(self) -> bool:
-        """Whether this changes nothing: no centre, no outlier."""
+        """Whether there is neither a centre nor an outlier column."""
         return not len(self.columns) and not bool(self.point.any())
 
     def parts(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """float32 `[n, d_in]` -> the rest `[n, d_in]` and the outliers `[n, m]`."""
+        """Split float32 residuals `[n, d_in]` into the rest `[n, d_in]` and outliers `[n, m]`."""
         if self.plain:
             return x, x[:, :0]
         rest = x - self.point
@@ -82,7 +87,7 @@ class Centre:
         return rest, x[:, self.columns]
 
     def extra_input(self, outliers: torch.Tensor) -> torch.Tensor:
-        """What a token puts against `extra`. `[n, m] -> bfloat16 [n, EXTRA]`"""
+        """The input columns that are multiplied with `extra`. `[n, m] -> bfloat16 [n, EXTRA]`"""
         n, m = outliers.shape
         high, low = split(outliers, 2)
         out = high.new_zeros((n, EXTRA))
@@ -93,25 +98,25 @@ class Centre:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """All that one block of positions is encoded with: weights, their bounds and one centre.
+    """All that is needed to encode one block of positions: weights, their bounds and a centre.
 
-    Nothing in it is ever written to again, so whoever took it may go on with it while another
-    thread finds a better centre.
+    It is never changed, so a thread can go on with its snapshot while another thread finds a better
+    centre.
     """
 
     rows: torch.Tensor
-    """`[d_sae, d_in]`, as stored."""
+    """The encoder rows as stored, `[d_sae, d_in]`."""
     bias: torch.Tensor
-    """`[d_sae]`, as stored."""
+    """The encoder bias as stored, `[d_sae]`."""
     norms: torch.Tensor
-    """Upper bounds of the rows' lengths, float32 `[d_sae]`."""
+    """Upper bounds of the lengths of the rows, float32 `[d_sae]`."""
     half_errors: torch.Tensor
-    """The same of what rounding the rows to bfloat16 loses."""
+    """Upper bounds of the lengths of the rows' rounding errors in bfloat16, float32 `[d_sae]`."""
     norms_max: float
     half_errors_max: float
     centre: Centre
     half: torch.Tensor | None
-    """The rows in bfloat16 with the centre's extra columns, where a copy is kept."""
+    """The rows in bfloat16 with the centre's extra columns, if such a copy is kept."""
 
     @property
     def d_sae(self) -> int:
@@ -122,7 +127,7 @@ class Snapshot:
         return self.rows.shape[1]
 
     def half_buffer(self) -> torch.Tensor:
-        """Where `half_tile` may put what it converts."""
+        """A buffer for the rows that `half_tile` converts."""
         rows = 0 if self.half is not None else min(TILE, self.d_sae)
         return self.rows.new_empty((rows, self.d_in + EXTRA), dtype=torch.bfloat16)
 
@@ -137,7 +142,7 @@ class Snapshot:
         return tile
 
     def centred(self, point: torch.Tensor, columns: list[int]) -> Snapshot:
-        """Another one with this centre and these outlier columns. A kept copy is copied."""
+        """A snapshot with this centre and these outlier columns. A kept bfloat16 copy is copied."""
         centre = _centre_at(self.rows, self.bias, point, columns)
         half = self.half
         if half is not None:
@@ -147,18 +152,18 @@ class Snapshot:
 
 
 class Encoder:
-    """`rows [d_sae, d_in]` and `bias [d_sae]` as stored, and what is derived from them.
+    """`rows [d_sae, d_in]` and `bias [d_sae]` as stored, with the tensors derived from them.
 
-    Threads may encode with one: a block takes `snapshot` once, and a recentring puts another in
-    its place.
+    Threads may share an encoder: each block takes `snapshot` once, and recentring puts a new
+    snapshot in its place.
     """
 
     def __init__(self, rows: torch.Tensor, bias: torch.Tensor, keep_half: bool = False) -> None:
         self.settled: Counter[str] = Counter()
-        """How many positions each precision settled, for whoever wants to look. Threads that count
-        at the same time may lose some."""
+        """How many positions each precision settled, for information. Threads that count at the
+        same time may lose some."""
         self.crowding = 0.0
-        """Candidates over k in the last first pass: how tight its bound was."""
+        """Candidates divided by k in the last first pass. It shows how tight the bound was."""
         norms, errors = [], []
         for tile in rows.split(TILE):
             norms.append(norm_above(tile))
@@ -202,20 +207,20 @@ class Encoder:
 
     @property
     def centre(self) -> Centre:
-        """The one that the next block will be encoded with."""
+        """The centre with which the next block will be encoded."""
         return self.snapshot.centre
 
     @property
     def keeps_half(self) -> bool:
-        """Whether the bfloat16 copy is there, so that a bfloat16 pass converts nothing."""
+        """Whether a bfloat16 copy is kept, so that a bfloat16 pass converts nothing."""
         return self.snapshot.half is not None
 
     def recentre(self, x: torch.Tensor) -> bool:
-        """Take the centre and the outlier columns from these residuals, float32 `[n, d_in]`.
+        """Choose the centre and the outlier columns from residuals, float32 `[n, d_in]`.
 
-        True if that may help. Weights already in bfloat16 need no centre: nothing is rounded. It
-        costs a pass over the weights, so it happens ever more rarely, and in one thread at a time:
-        the others go on as they are.
+        Returns True if there is a new centre. Weights in bfloat16 are not rounded and need none.
+        Each change reads all the weights, so it is allowed ever more rarely, and in one thread at a
+        time: meanwhile the other threads go on as they are.
         """
         if not self._turn.acquire(blocking=False):
             return False

@@ -1,4 +1,4 @@
-"""Sums over a few rows of a matrix, and what their derivatives need. Decoding codes is one.
+"""Sums over a few rows of a matrix, with all their derivatives. Decoding codes is such a sum.
 
 With `values [n, k]`, `indices [n, k]`, `rows [m, d]` and `grad [n, d]` there are three products:
 
@@ -6,8 +6,8 @@ With `values [n, k]`, `indices [n, k]`, `rows [m, d]` and `grad [n, d]` there ar
     dots     out[n, j] = grad[n] . rows[indices[n, j]]
     scatter  out[i] = sum of values[n, j] * grad[n] where indices[n, j] = i
 
-The derivatives of each are the other two. So derivatives of every order, forward mode and
-functorch's transforms follow from one rule, and none of them makes `[n, k, d]`.
+The derivatives of each product are the other two. So one rule gives derivatives of every order,
+forward mode and functorch's transforms, and none of them makes a tensor `[n, k, d]`.
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ from qwen_scope_lens.saes.exact.transforms import transformed, untracked
 __all__ = ["dots", "gather_decode"]
 
 _ELEMENTS = 2**22
-"""Numbers per working buffer of what torch has no product for."""
+"""How many numbers a working buffer holds where torch has no product for the job."""
 
 
 def gather_decode(values: torch.Tensor, indices: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Sum of `values * rows[indices]` over k. `[n, k]`, `[n, k]`, `[d_sae, d_in]` -> `[n, d_in]`
+    """Sum of `values * rows[indices]` over k.
 
-    Reads n * k rows and nothing else; differentiable in `values` and, where it asks, in `rows`.
+    `values [n, k]`, `indices [n, k]`, `rows [d_sae, d_in] -> [n, d_in]`. Only n * k rows are read.
+    The sum is differentiable in `values`, and in `rows` if they require a gradient.
     """
     if not values.numel() and not transformed():
         return rows.new_zeros((len(values), rows.shape[1])) + values.sum().to(rows.dtype)
@@ -42,7 +43,10 @@ def gather_decode(values: torch.Tensor, indices: torch.Tensor, rows: torch.Tenso
 
 
 def dots(grad: torch.Tensor, indices: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Of each position with its own k rows. `[n, d]`, `[n, k]`, `[m, d] -> [n, k]`"""
+    """The dots of each position with its own k rows.
+
+    `grad [n, d]`, `indices [n, k]`, `rows [m, d] -> [n, k]`
+    """
     out: torch.Tensor = _Dots.apply(grad, indices, rows)
     return out
 
@@ -83,17 +87,22 @@ def _scatter(
     return out
 
 
-class _Gather(torch.autograd.Function):
+class _Product(torch.autograd.Function):
+    """The common part of the three products: their inputs are kept for the derivatives."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        ctx.save_for_backward(*inputs[:3])
+        ctx.save_for_forward(*inputs[:3])
+        ctx.rest = inputs[3:]
+
+
+class _Gather(_Product):
     """`values [n, k]`, `indices [n, k]`, `rows [m, d] -> [n, d]` in the dtype of the rows."""
 
     @staticmethod
     def forward(values: torch.Tensor, indices: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         return _gather(values, indices, rows)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -118,17 +127,12 @@ class _Gather(torch.autograd.Function):
         return _mapped(_Gather.apply, info.batch_size, in_dims, inputs, whole=2)
 
 
-class _Dots(torch.autograd.Function):
+class _Dots(_Product):
     """`grad [n, d]`, `indices [n, k]`, `rows [m, d] -> [n, k]` in float32 or float64."""
 
     @staticmethod
     def forward(grad: torch.Tensor, indices: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         return _dots(grad, indices, rows)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -153,7 +157,7 @@ class _Dots(torch.autograd.Function):
         return _mapped(_Dots.apply, info.batch_size, in_dims, inputs, whole=2)
 
 
-class _Scatter(torch.autograd.Function):
+class _Scatter(_Product):
     """`values [n, k]`, `grad [n, d]`, `indices [n, k] -> [m, d]` in float32 or float64."""
 
     @staticmethod
@@ -161,12 +165,6 @@ class _Scatter(torch.autograd.Function):
         values: torch.Tensor, grad: torch.Tensor, indices: torch.Tensor, m: int
     ) -> torch.Tensor:
         return _scatter(values, grad, indices, m)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        ctx.save_for_backward(*inputs[:3])
-        ctx.save_for_forward(*inputs[:3])
-        ctx.m = inputs[3]
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -182,13 +180,15 @@ class _Scatter(torch.autograd.Function):
     def jvp(ctx: Any, *tangents: torch.Tensor | None) -> torch.Tensor:
         values, grad, indices = ctx.saved_tensors
         return _sum(
-            None if tangents[0] is None else _Scatter.apply(tangents[0], grad, indices, ctx.m),
-            None if tangents[1] is None else _Scatter.apply(values, tangents[1], indices, ctx.m),
+            None if tangents[0] is None else _Scatter.apply(tangents[0], grad, indices, *ctx.rest),
+            None
+            if tangents[1] is None
+            else _Scatter.apply(values, tangents[1], indices, *ctx.rest),
         )
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[torch.Tensor, int]:
-        # One matrix for each of the batch: there is nothing to gain by doing them at once.
+        # Each problem of the batch has a matrix of its own, so doing them at once saves nothing.
         return _one_by_one(_Scatter.apply, info.batch_size, in_dims, inputs), 0
 
 
@@ -204,7 +204,10 @@ def _mapped(
     inputs: tuple[torch.Tensor, ...],
     whole: int,
 ) -> tuple[torch.Tensor, int]:
-    """A batch of problems as one with more positions, unless input `whole`, the matrix, differs."""
+    """Solve a batch of problems as one problem with more positions.
+
+    If the problems differ in their matrix, the input with number `whole`, each is solved by itself.
+    """
     if in_dims[whole] is not None:
         return _one_by_one(apply, size, in_dims, inputs), 0
     flat = []

@@ -1,9 +1,9 @@
 """Triton kernels for CUDA: the first pass of an encode, and the gather decode.
 
-`candidates` multiplies tiles and keeps only what reaches each position's line, so no
-`[tokens, d_sae]` ever stands in device memory. What is kept is decided by `certified.py` like any
-other first pass. The plain PyTorch path is the reference of everything here. Triton is imported
-on first use; `TRITON_INTERPRET=1`, set before that, runs the kernels on a CPU.
+`candidates` multiplies tiles and keeps only the scores that reach the line of their position, so
+there is never a tensor `[tokens, d_sae]` in device memory. `certified.py` decides among them as
+after any other first pass. The plain PyTorch code is the reference for everything here. Triton is
+imported with this module; if `TRITON_INTERPRET=1` is set before that, the kernels run on a CPU.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 __all__ = ["available", "candidates", "decode", "dots"]
 
 # mypy: disable-error-code="no-untyped-def"
-# (Kernel arguments are pointers and numbers; Triton reads annotations as its own.)
+# (The arguments of a kernel are pointers and numbers, and Triton reads annotations in its own way.)
 
 if importlib.util.find_spec("triton") is not None:
     import triton
@@ -43,7 +43,7 @@ if importlib.util.find_spec("triton") is not None:
         block_f: tl.constexpr,
         block_d: tl.constexpr,
     ):
-        """One tile `[block_n, block_f]` of scores; what reaches the line is appended."""
+        """Compute a tile `[block_n, block_f]` of scores and append those that reach the line."""
         t = tl.program_id(0) * block_n + tl.arange(0, block_n)
         f = tl.program_id(1) * block_f + tl.arange(0, block_f)
         t64, f64 = t.to(tl.int64), f.to(tl.int64)
@@ -121,11 +121,13 @@ def candidates(
     cap: int,
     half: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Scores of at least `line [n]`: how many `[n]`, and up to `cap` features and scores each.
+    """The scores of each position that are at least `line [n]`.
 
-    `x` float32 `[n, d_in]`, `rows [d_sae, d_in]`, `bias` float32 `[d_sae]`, `outliers [n, m]` and
-    `weights [d_sae, m]` float32, multiplied in float32 whatever `half` says. Unused places hold
-    feature -1; entries stand in no promised order.
+    Returns how many there are, `[n]`, and up to `cap` features and scores per position, both
+    `[n, cap]`. Unused places hold feature -1, and the order of the entries has no meaning.
+
+    `x` is float32 `[n, d_in]`, `rows [d_sae, d_in]`, and `bias` float32 `[d_sae]`. `outliers`,
+    `[n, m]`, and `weights`, `[d_sae, m]`, are float32 and multiplied in float32 even with `half`.
     """
     n, d_in = x.shape
     d_sae, m = len(rows), 16
@@ -137,33 +139,19 @@ def candidates(
     approx = x.new_zeros((n, cap))
     block_n, block_f = 64, 128
     grid = (-(-n // block_n), -(-d_sae // block_f))
-    _candidates_kernel[grid](
-        x.contiguous(),
-        rows,
-        bias,
-        outliers,
-        weights,
-        line,
-        count,
-        features,
-        approx,
-        n,
-        d_in,
-        d_sae,
-        cap,
-        half,
-        # The interpreter cannot multiply bfloat16: the same rounded numbers go in as float32.
-        bool(triton.knobs.runtime.interpret),
-        m,
-        block_n,
-        block_f,
-        32,
-    )
+    # The interpreter cannot multiply bfloat16, so there the rounded numbers go in as float32.
+    interpreted = bool(triton.knobs.runtime.interpret)
+    tensors = (x.contiguous(), rows, bias, outliers, weights, line, count, features, approx)
+    sizes = (n, d_in, d_sae, cap)
+    _candidates_kernel[grid](*tensors, *sizes, half, interpreted, m, block_n, block_f, 32)
     return count, features, approx
 
 
 def decode(values: torch.Tensor, indices: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Sums of rows: `[n, k]`, `[n, k]`, `[d_sae, d_in]` -> `[n, d_in]` in the dtype of the rows."""
+    """Weighted sums of chosen rows, in the dtype of the rows.
+
+    `values [n, k]`, `indices [n, k]`, `rows [d_sae, d_in] -> [n, d_in]`
+    """
     n, k = values.shape
     d_in = rows.shape[1]
     out = rows.new_empty((n, d_in))
@@ -174,7 +162,10 @@ def decode(values: torch.Tensor, indices: torch.Tensor, rows: torch.Tensor) -> t
 
 
 def dots(grad: torch.Tensor, indices: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Dots with chosen rows: `[n, d_in]`, `[n, k]`, `[d_sae, d_in]` -> float32 `[n, k]`."""
+    """Dots with chosen rows, in float32.
+
+    `grad [n, d_in]`, `indices [n, k]`, `rows [d_sae, d_in] -> [n, k]`
+    """
     n, k = indices.shape
     out = torch.empty((n, k), dtype=torch.float32, device=grad.device)
     if n:

@@ -1,8 +1,9 @@
-"""Products of float32 matrices: truly float32, and by the quickest road of this machine.
+"""Products of float32 matrices, always in true float32, by the fastest library on this machine.
 
-What bounds errors needs both. torch may be told to multiply float32 in fewer bits
-(`torch.set_float32_matmul_precision`), and the BLAS it was built with is not the fastest
-everywhere: MKL leaves half of an AMD core unused, where oneDNN, which torch brings along, does not.
+The error bounds of the certified top-k hold for true float32 only, but torch can be told to
+multiply float32 in fewer bits (`torch.set_float32_matmul_precision`). As for speed, the BLAS that
+torch was built with is not the fastest everywhere: on AMD, MKL uses half of a core, while oneDNN,
+which torch brings along, uses all of it.
 """
 
 from __future__ import annotations
@@ -18,23 +19,23 @@ from qwen_scope_lens.saes.exact.dots import all_dots
 __all__ = ["BY_DOTS", "full_float32", "product"]
 
 BY_DOTS = 2
-"""Up to so many positions the weights' way from memory is what takes time, and `all_dots` reads
-them once, at two thirds of the cost of a matrix product for one position."""
+"""Up to this many positions, reading the weights from memory takes most of the time. `all_dots`
+reads them once, and costs two thirds of a matrix product for one position."""
 
 _CLEARLY = 1.1
-"""How much quicker oneDNN has to be."""
+"""oneDNN is used when it is faster than the BLAS by this factor."""
 
 _VARIABLES = ("ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE")
-"""By which oneDNN may be told the same behind torch's back."""
+"""These environment variables make oneDNN multiply in fewer bits without torch knowing."""
 
 _TILE = 1024
-"""Rows in float64 at a time."""
+"""How many rows are converted to float64 at a time."""
 
 
 def product(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """`x @ rows.T` with the error of float32, in some order of summation; also under autocast.
+    """`x @ rows.T` with the error of float32, in any order of summation, also under autocast.
 
-    float32 `[n, d]`, `[m, d] -> [n, m]`
+    float32 `x [n, d]`, `rows [m, d] -> [n, m]`
     """
     with torch.autocast(x.device.type, enabled=False):
         return _product(x, rows)
@@ -52,12 +53,12 @@ def _product(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
 
 
 def full_float32(device: str) -> bool:
-    """Whether products of float32 matrices on this device are float32 all through."""
+    """Whether torch multiplies float32 matrices on this device in true float32."""
     if device == "cpu" and any(os.environ.get(name, "STRICT") != "STRICT" for name in _VARIABLES):
         return False
     backend = torch.backends.cuda if device == "cuda" else torch.backends.mkldnn
     precision = getattr(getattr(backend, "matmul", None), "fp32_precision", None)
-    if precision is None:  # torch 2.8
+    if precision is None:  # as in torch 2.8
         return torch.get_float32_matmul_precision() == "highest"
     return precision in ("none", "ieee")
 
@@ -67,14 +68,14 @@ def _by_blas(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
 
 
 def _by_onednn(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    # What torch's compiler emits for a linear layer. The public road wants the weights converted.
+    # torch's compiler emits this for a linear layer. The public function needs converted weights.
     out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, rows, None, "none", [], "")
     return out
 
 
 @cache
 def _onednn_wins() -> bool:
-    """Measured once per process: 20 ms."""
+    """Whether oneDNN is faster than the BLAS here. Measured once per process, in 20 ms."""
     known = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     if not known:
         return False

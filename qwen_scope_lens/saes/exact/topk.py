@@ -1,7 +1,7 @@
-"""Exact top-k encode, on whatever device the tensors are.
+"""Exact top-k encode, on the device of the tensors.
 
-`encode_topk` is the one place that chooses how: which precision makes the first pass, and what
-happens to the positions it does not settle. No SAELens object comes in here.
+`encode_topk` chooses the precision of the first pass, and what happens to positions that the first
+pass does not settle. This module works on tensors and knows no SAELens object.
 """
 
 from __future__ import annotations
@@ -22,26 +22,27 @@ from qwen_scope_lens.saes.exact.transforms import untracked
 __all__ = ["encode_topk", "exact_topk", "first_pass", "require_finite"]
 
 _COUNTS = (1, 2, 4, 12, 24, 48, 96)
-"""Positions for which the two first passes are compared; the choice changes at one of them."""
+"""The numbers of positions for which the two first passes are compared. The choice changes at one
+of them."""
 
 _ON_GPU = 24
-"""The same for a GPU, where it has never been measured."""
+"""The fewest positions for a bfloat16 first pass on a GPU. This has never been measured."""
 
 _NEVER = 2**62
 _CLEARLY = 1.2
-"""How much quicker bfloat16 has to be: it leaves a few more candidates to re-score."""
+"""bfloat16 must be faster by this factor, because it leaves a few more candidates to re-score."""
 
 _CROWDED = 5.0
-"""Candidates over k from which another centre is worth trying; 2 to 4 is what a good one gives."""
+"""From this many candidates per k on, another centre is tried. A good centre gives 2 to 4."""
 
 
 def encode_topk(
     x: torch.Tensor, encoder: Encoder, k: int, precision: torch.dtype | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`[n, d_in] -> float32 values, int32 indices [n, k]`, descending, ties by lower index.
+    """The top k of each position. `x [n, d_in]` -> float32 values and int32 indices, both `[n, k]`.
 
-    The values are differentiable in `x`. `precision` overrides the choice of the first pass; the
-    result does not depend on it.
+    Values descend, and equal values are ordered by ascending index. They are differentiable in `x`.
+    `precision` overrides the choice of the first pass; the result does not depend on it.
     """
     if k > encoder.d_sae:
         raise ValueError(f"k={k} of {encoder.d_sae} features; expected k <= d_sae")
@@ -54,7 +55,7 @@ def encode_topk(
 def _encode(
     x: torch.Tensor, encoder: Encoder, k: int, precision: torch.dtype | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    # What multiplies in fewer bits, or gives back another dtype than it got, has no place here.
+    # Under autocast, products would have fewer bits and other dtypes.
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         exact = x.float()
         precision = precision or first_pass(len(x), x.device.type, encoder.keeps_half)
@@ -67,13 +68,13 @@ def _encode(
 
 
 class _TopK(torch.autograd.Function):
-    """The values are dots with the selected rows plus their biases, wherever they are positive."""
+    """The top k for autograd: a positive value is the dot with its row, plus the bias."""
 
     @staticmethod
     def forward(
         x: torch.Tensor, encoder: Encoder, k: int, precision: torch.dtype | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        require_finite(x, x.shape[:-1])  # under vmap this is where the numbers can be seen
+        require_finite(x, x.shape[:-1])  # under vmap, the numbers cannot be seen before
         return _encode(x, encoder, k, precision)
 
     @staticmethod
@@ -101,20 +102,22 @@ class _TopK(torch.autograd.Function):
     def vmap(
         info: Any, in_dims: tuple[int | None, ...], x: torch.Tensor, *rest: Any
     ) -> tuple[tuple[torch.Tensor, ...], tuple[int, int]]:
-        assert in_dims[0] is not None  # nothing else is a tensor
+        assert in_dims[0] is not None  # x is the only tensor
         found = _TopK.apply(x.movedim(in_dims[0], 0).flatten(0, 1), *rest)
         return tuple(part.unflatten(0, (info.batch_size, -1)) for part in found), (0, 0)
 
 
 def first_pass(tokens: int, device: str, keeps_half: bool = False) -> torch.dtype:
-    """The precision in which the first pass over `tokens` positions is cheapest here."""
+    """The precision in which a first pass over this many positions is fastest here."""
     return torch.bfloat16 if tokens >= _half_from(device, keeps_half) else torch.float32
 
 
 @cache
 def _half_from(device: str, keeps_half: bool) -> int:
-    """The fewest positions from which a bfloat16 first pass, the conversion of the weights
-    included unless a copy is kept, clearly beats float32. Measured once per process: 0.2 s.
+    """The number of positions from which a bfloat16 first pass is clearly faster than float32.
+
+    Its time includes converting the weights, unless a copy is kept. Measured once per process, in
+    0.2 s.
     """
     if device != "cpu":
         return _ON_GPU
@@ -140,7 +143,7 @@ def _half_from(device: str, keeps_half: bool) -> int:
 def _encode_block(
     x: torch.Tensor, encoder: Encoder, k: int, precision: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`encode_topk` of few enough positions, float32 `[n, d_in]`."""
+    """`encode_topk` for one block of positions, float32 `[n, d_in]`."""
     now = encoder.snapshot
     found = select(now, x, k, precision)
     poorly = precision == torch.bfloat16 and found.crowding > _CROWDED
@@ -154,14 +157,14 @@ def _encode_block(
     if not len(rest):
         return values, indices
     if precision == torch.bfloat16:
-        # A block of float32 is twice as large: hence half the positions at a time.
+        # A float32 first pass is twice as large, so it takes half the positions at a time.
         parts = [
             _encode_block(part, encoder, k, torch.float32)
             for part in x[rest].split(tokens_per_block(encoder.d_sae, torch.float32))
         ]
         values[rest], indices[rest] = (torch.cat(part) for part in zip(*parts, strict=True))
     else:
-        # Pads and other repeated rows are settled once.
+        # Rows that are equal, such as those of pads, are computed once.
         rows, back = x[rest].unique(dim=0, return_inverse=True)
         best = exact_topk(rows, now.rows, now.bias, k)[1]
         exact_values, exact_indices = _valued(rows, now, best, None)
@@ -173,10 +176,11 @@ def _encode_block(
 def _valued(
     x: torch.Tensor, encoder: Snapshot, chosen: torch.Tensor, dots: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Selected features -> values within float32 rounding and indices, in SparseCodes's order.
+    """The values and indices of selected features, in the order of SparseCodes.
 
-    The same numbers whichever pass selected the features: one float32 dot each, summed in a fixed
-    order, and the exact score where that order may have lost the sign or overflowed.
+    Values are within float32 rounding and do not depend on the pass that selected the features.
+    Each is one float32 dot, summed in a fixed order, or the exact score where that order may have
+    lost the sign or overflowed.
     """
     token, column = (chosen >= 0).nonzero(as_tuple=True)
     feature = chosen[token, column]
@@ -193,13 +197,14 @@ def _valued(
         value[unsure] = exact_scores(encoder.rows, encoder.bias, x, t, f).float()
         if not bool(value.isfinite().all()):
             raise NotFinite(
-                "pre-activations exceed float32 for finite inputs: expected residuals and weights "
-                f"whose products stay below 3.4e38; found norms up to {float(x.norm(dim=1).max())}"
+                "pre-activations exceed float32 although the inputs are finite: expected residuals"
+                " and weights whose products stay below 3.4e38, found norms up to"
+                f" {float(x.norm(dim=1).max())}"
             )
     values = x.new_zeros(chosen.shape)
     values[token, column] = value
     indices = chosen.clamp_min(0).to(torch.int32)
-    # Ascending feature first, padding last; then by value, keeping that order among equals.
+    # Sorted by ascending feature with padding last, and then by value in a stable sort.
     order = torch.where(chosen >= 0, chosen, encoder.d_sae).argsort(dim=1)
     values, indices = values.gather(1, order), indices.gather(1, order)
     values, order = values.sort(dim=1, descending=True, stable=True)
@@ -207,8 +212,8 @@ def _valued(
 
 
 def require_finite(flat: torch.Tensor, shape: torch.Size) -> None:
-    """Refuse NaN and infinity in `[n, d_in]`, naming positions of `shape`."""
-    # Block by block: the mask of a block is small, that of x may be a quarter of it.
+    """Refuse NaN and infinity in `[n, d_in]`. The message names positions in `shape`."""
+    # Block by block: the mask of a block is small, while one of x would take a quarter of its size.
     blocks = [block.isfinite().all(dim=-1) for block in flat.split(1024)]
     good = torch.cat([flat.new_zeros(0, dtype=torch.bool), *blocks])
     if bool(good.all()):

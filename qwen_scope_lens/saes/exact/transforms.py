@@ -1,8 +1,8 @@
-"""What differentiates or transforms a computation: autograd, forward mode, functorch.
+"""Whether autograd, forward mode or functorch is differentiating or transforming a computation.
 
-Under `torch.func.grad`, `vmap` and `jvp` a tensor may hide its numbers, and whatever an operation
-returns hides them too. Everything here that leans on torch's internals for that stands in this
-file.
+Under `torch.func.grad`, `vmap` and `jvp`, a tensor may be a wrapper that hides its numbers, and the
+results of operations on it hide theirs as well. This file has all the code that needs torch's
+internals to deal with that.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ __all__ = ["hidden", "outside", "shown", "transformed", "untracked"]
 
 
 def transformed() -> bool:
-    """Whether functorch is at work."""
+    """Whether a functorch transform is active."""
     return bool(torch._C._are_functorch_transforms_active())
 
 
 def untracked(*tensors: torch.Tensor) -> bool:
-    """Whether nobody wants a derivative of what is made from these."""
+    """Whether no derivative of a result of these tensors is needed."""
     return not (
         (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
         or transformed()
@@ -32,14 +32,14 @@ def untracked(*tensors: torch.Tensor) -> bool:
 
 
 def hidden(*tensors: torch.Tensor) -> bool:
-    """Whether functorch has put something else in the place of one of these."""
+    """Whether functorch has wrapped one of these tensors."""
     if torch.compiler.is_compiling() or not transformed():
         return False
     return any(torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in tensors)
 
 
 def shown(tensor: torch.Tensor) -> torch.Tensor:
-    """The numbers behind what functorch shows."""
+    """The tensor inside functorch's wrappers."""
     while hidden(tensor):
         tensor = torch._C._functorch.get_unwrapped(tensor)
     return tensor
@@ -47,7 +47,7 @@ def shown(tensor: torch.Tensor) -> torch.Tensor:
 
 @contextlib.contextmanager
 def outside() -> Iterator[None]:
-    """No transform at work inside: for what is kept and belongs to no transform."""
+    """Suspend the active transforms, to make tensors that are kept after them."""
     if not transformed():
         yield
         return

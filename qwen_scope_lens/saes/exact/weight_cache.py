@@ -1,13 +1,13 @@
-"""Tensors derived from an SAE's parameters, kept while the parameters stay what they were.
+"""A cache of tensors that are derived from an SAE's parameters, valid while those do not change.
 
 A row-major decoder, row norms and the like cost a pass over the weights, so they are made once.
-They belong to no state_dict, are not copied by `deepcopy` or `pickle`, and are made again after
-`.to()`, a load, an in-place change or a replaced parameter. What is derived, and how, is the
-caller's business.
+They are not in any state_dict, and `deepcopy` and `pickle` do not copy them. They are made again
+after `.to()`, a load, an in-place change or a replaced parameter. The caller says what is derived,
+and how.
 
-torch counts the changes of a tensor, but not all of them: fused optimizers count none, and an
-inference tensor has no counter. So what requires a gradient, and an inference tensor, is never
-trusted from one call to the next: what is derived from it is made anew every time.
+torch counts the changes of a tensor, but not all: fused optimizers are not counted, and an
+inference tensor has no counter. So a parameter that requires a gradient, and an inference tensor,
+is never trusted from one call to the next: everything derived from it is made anew on each call.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ _PROBES = 16
 
 
 class Derived:
-    """A cache of things made from tensors, each valid for one state of those tensors."""
+    """A cache of objects made from tensors. Each is valid for one state of its tensors."""
 
     def __init__(self) -> None:
         self._kept: dict[str, tuple[Any, Any]] = {}
         self.generation = 0
-        """Grows whenever something is dropped on purpose."""
+        """A counter that grows whenever an entry is dropped on purpose."""
 
     def get(
         self,
@@ -43,11 +43,12 @@ class Derived:
         every_feature: bool = False,
         also: object = None,
     ) -> T:
-        """What `make` returned last time, or its new result if `sources` or `also` changed since.
+        """The last result of `make`, or a new one if `sources` or `also` have changed since.
 
-        `every_feature`: look for untraced changes in one number per feature instead of sixteen.
+        With `every_feature`, changes that torch does not count are looked for in one number per
+        feature, instead of in sixteen numbers of the tensor.
         """
-        with outside():  # a transform must not reach what is kept
+        with outside():  # a kept tensor must not belong to a transform
             return self._get(name, sources, make, every_feature, also)
 
     def _get(
@@ -72,11 +73,12 @@ class Derived:
         return made
 
     def drop(self, name: str) -> None:
-        """Forget one of them: its sources may change without a trace."""
+        """Forget one entry, because its sources may change without a trace."""
         if self._kept.pop(name, None) is not None:
             self.generation += 1
 
     def clear(self) -> None:
+        """Forget all entries."""
         self._kept.clear()
         self.generation += 1
 
@@ -88,9 +90,12 @@ class Derived:
 
 
 def _state(tensor: torch.Tensor, every_feature: bool) -> tuple[Any, ...]:
-    """Equal for an untouched tensor. A write through `.data` leaves no trace in the version
-    counter, so some elements are compared too: sixteen see a rescaled or reloaded matrix, one for
-    each feature sees an edited feature as well; of a bias that is all of it."""
+    """A description of a tensor that stays equal while the tensor is not changed.
+
+    A write through `.data` leaves no trace in torch's version counter, so some elements are
+    compared as well. Sixteen elements show that a matrix was rescaled or reloaded. One element per
+    feature also shows that a feature was edited; of a bias, that is every element.
+    """
     address = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
     if not tensor.numel() or tensor.is_meta:
         return (*address, tensor._version)
@@ -105,12 +110,12 @@ def _state(tensor: torch.Tensor, every_feature: bool) -> tuple[Any, ...]:
 
 
 def fingerprint(numbers: torch.Tensor) -> bytes:
-    """Their bits, so that NaN equals itself."""
+    """The bits of numbers, so that NaN equals itself."""
     return numbers.contiguous().view(torch.uint8).cpu().numpy().tobytes()
 
 
 def _one_for_each(matrix: torch.Tensor) -> torch.Tensor:
-    """One element of each row, or column where there are more of those: diagonal after diagonal."""
+    """One element per row, or per column if there are more columns, diagonal after diagonal."""
     tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
     m, d = tall.shape
     down, across = tall.stride()
