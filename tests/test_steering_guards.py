@@ -426,7 +426,7 @@ def test_an_sae_serves_its_own_address_only() -> None:
         by_address({"local/tiny/1": one})
     nameless = copy.deepcopy(one)
     nameless.cfg.metadata.qwen_scope_ref = None
-    with pytest.raises(BadPlan, match="do not say which one it is"):
+    with pytest.raises(BadPlan, match="do not name its address"):
         by_address([nameless])
     with pytest.raises(BadPlan, match=r"its hook is blocks\.0\.hook_resid_post"):
         by_address({"local/tiny/1": nameless})

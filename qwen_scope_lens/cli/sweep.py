@@ -53,7 +53,6 @@ def run(arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from qwen_scope_lens.steering.sweep import sweep
-    from qwen_scope_lens.steering.sweep_page import sweep_page
 
     out: Path | None = arguments.out
     with tqdm(unit="dose", leave=False) as bar:
@@ -78,5 +77,5 @@ def run(arguments: argparse.Namespace) -> int:
         )
     print(found)
     if out:
-        print(f"wrote {sweep_page(found).save(out / 'sweep.html')}")
+        print(f"wrote {found.page().save(out / 'sweep.html')}")
     return 0

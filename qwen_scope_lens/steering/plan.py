@@ -1,12 +1,10 @@
-"""Edit and Plan: what to do to which feature, how strongly and where; their text forms.
+"""Edit and Plan: what to do to which feature, how strongly and where. Pure data, as JSON and text.
 
-Every operation adds c d to the residual, where d is the feature's decoder row and c a number per
-token. Those that read the code use c = a' - a, with a the feature's activation (0 where it is not
-among the top k, whatever its pre-activation): of the SAE's picture of the residual only this one
-feature changes, and what the SAE cannot explain stays as it is. No tensor library is needed here.
-
-Pure data with a JSON form and a text form; nothing is loaded or computed. What the operations are
-is `plan.py`, the arithmetic `layer_edits.py`, running it `hooks.py`.
+Every operation adds c d to the residual, where d is the feature's decoder row and c is a number per
+token. Operations that read the code use c = a' - a, where a is the feature's activation (0 where it
+is not among the top k, whatever its pre-activation). So only this feature changes in the SAE's
+reconstruction of the residual, and the reconstruction error stays as it is. `layer_edits.py` does
+the arithmetic, and `hooks.py` applies it to a running model.
 """
 
 from __future__ import annotations
@@ -45,7 +43,7 @@ Reads = Literal["nothing", "code", "residual"]
 
 @dataclass(frozen=True)
 class Operation:
-    """One row: `v` is the strength, `a` the activation, `x` the residual before any edit."""
+    """One operation: `v` is the strength, `a` the activation, `x` the residual before any edit."""
 
     name: str
     change: str  # the formula, for documentation and messages
@@ -204,14 +202,14 @@ class Edit:
         known = {"ref", "op", "strength", "unit", "where", "typical"}
         if not isinstance(row, Mapping) or "ref" not in row or not set(row) <= known:
             raise BadPlan(
-                f"{shown(row)} is no edit: expected ref and some of {', '.join(sorted(known))}"
+                f"{shown(row)} is not an edit: expected ref and some of {', '.join(sorted(known))}"
             )
         return cls(**row)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Edits that act together. Within a layer their order is of no consequence."""
+    """Edits that act together. Their order does not matter."""
 
     edits: tuple[Edit, ...]
 
@@ -220,7 +218,7 @@ class Plan:
             edits = [edits]
         found = tuple(Edit.parse(one) if isinstance(one, str) else one for one in edits)
         if not found:
-            raise BadPlan("a plan without edits does nothing: run the model without one")
+            raise BadPlan("a plan without edits does nothing: run the model without a plan")
         object.__setattr__(self, "edits", found)
         self._check_overlaps()
 
@@ -249,10 +247,10 @@ class Plan:
         return self._each(fill)
 
     def times(self, factor: float) -> Plan:
-        """Every strength multiplied: the same plan, weaker, stronger or the other way round."""
+        """The same plan with every strength multiplied; a negative factor reverses the plan."""
         for edit in self.edits:
             if not edit.operation.takes_strength:
-                raise BadPlan(f"{edit}: {edit.op} has no strength that could be multiplied")
+                raise BadPlan(f"{edit}: {edit.op} has no strength to multiply: leave this edit out")
         by = _number(factor, self.edits[0].ref)
         return self._each(lambda edit: replace(edit, strength=(edit.strength or 0.0) * by))
 
@@ -267,7 +265,7 @@ class Plan:
     def from_dict(cls, content: Mapping[str, Any]) -> Plan:
         rows = content.get("edits") if isinstance(content, Mapping) else None
         if not isinstance(rows, list):
-            raise BadPlan("no list `edits` in the plan")
+            raise BadPlan('the plan has no list `edits`: expected {"edits": [...]}')
         return cls([Edit.from_dict(row) for row in rows])
 
     def save(self, path: str | Path) -> None:
@@ -337,7 +335,7 @@ MOST = 500
 
 
 def parse_strengths(text: str) -> list[float]:
-    """`-8:8:1` (both ends meant, in steps of 1) or `-4,-2,2,4`, mixed as wanted."""
+    """Strengths from `-8:8:1` (both ends included, steps of 1), `-4,-2,2,4`, or both mixed."""
     found: list[float] = []
     for part in text.split(","):
         try:
@@ -363,17 +361,17 @@ def parse_strengths(text: str) -> list[float]:
 
 
 def _usable(number: Decimal) -> bool:
-    """Whether a float holds it; a step of less than 1e-300 would be none."""
+    """Whether a float can hold the number."""
     return number.is_finite() and (not number or abs(number.adjusted()) <= 300)
 
 
 def parse_open_edit(text: str, unit: str = "raw") -> Edit:
-    """`REF:add` or `REF:add@generation`: an edit for a sweep, which brings the strengths."""
+    """An edit without a strength, for a sweep: `REF:add` or `REF:add@generation`."""
     head, at, place = text.partition("@")
     parts = head.split(":")
     if len(parts) != 2 or not find_operation(parts[1]).takes_strength:
         raise BadPlan(
-            f"{shown(text)} is no edit for a sweep: expected REF:operation without a strength, for"
-            " example qwen3-8b-base/w64k-l0-50/20/6159:add"
+            f"{shown(text)} is not an edit for a sweep: expected REF:operation without a strength,"
+            " for example qwen3-8b-base/w64k-l0-50/20/6159:add"
         )
     return Edit.parse(f"{head}:1{'' if unit == 'raw' else unit}{at}{place}")
