@@ -285,10 +285,14 @@ def test_all_backends_do_the_same(world: Any, model: Any, name: str) -> None:
         for cache in (True, False):
             with steer(bridge, plan):
                 out = bridge.generate(
-                    batch["input_ids"], max_new_tokens=NEW, do_sample=False, verbose=False,
-                    attention_mask=batch["attention_mask"], use_past_kv_cache=cache,
+                    batch["input_ids"],
+                    max_new_tokens=NEW,
+                    do_sample=False,
+                    verbose=False,
+                    attention_mask=batch["attention_mask"],
+                    use_past_kv_cache=cache,
                     stop_at_eos=False,
-                )  # fmt: skip
+                )
             found["bridge", cache] = out[:, -NEW:].tolist()
         seen = []
         with steer(bridge, plan, must_fire=name != "generation only"), torch.no_grad():

@@ -39,8 +39,8 @@ from qwen_scope_lens.steering import (
 )
 from qwen_scope_lens.steering.blame import Case
 from qwen_scope_lens.steering.hooks import is_steered
-from qwen_scope_lens.steering.plan import parse_strengths
 from qwen_scope_lens.steering.readers import by_address
+from qwen_scope_lens.steering.sweep import parse_strengths
 from qwen_scope_lens.steering.text_quality import Measure
 
 SHORT, LONG = list(b"steer me"), list(b"a longer prompt, really")

@@ -77,9 +77,17 @@ def test_vectors_read_back(world: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "edit",
-    ["1/3:ablate@first", "1/3:set:2@first", "1/3:project_out@first", "1/3:add:0.1norm@first",
-     "1/3:add:1@prompt,first", "1/3:add:1@pos=1", "1/3:add:1", "0/3:add:1@first"],
-)  # fmt: skip
+    [
+        "1/3:ablate@first",
+        "1/3:set:2@first",
+        "1/3:project_out@first",
+        "1/3:add:0.1norm@first",
+        "1/3:add:1@prompt,first",
+        "1/3:add:1@pos=1",
+        "1/3:add:1",
+        "0/3:add:1@first",
+    ],
+)
 def test_what_a_control_vector_cannot_say_is_refused(edit: str, tmp_path: Path) -> None:
     with pytest.raises(BadPlan):
         export(Plan([f"local/tiny/{edit}"]), tmp_path / "v.gguf")
@@ -142,9 +150,15 @@ def test_interp_engine_does_the_same(world: Any, engine: Any, name: str) -> None
 
 @pytest.mark.parametrize(
     "edits",
-    [["1/3:ablate"], ["1/3:set:2"], ["1/3:add:1@prompt", "1/4:add:1"], ["1/3:add:1@class=digit"],
-     ["1/3:project_out", "1/4:add:1"], ["1/3:add:0.1norm", "1/4:add:0.1norm"]],
-)  # fmt: skip
+    [
+        ["1/3:ablate"],
+        ["1/3:set:2"],
+        ["1/3:add:1@prompt", "1/4:add:1"],
+        ["1/3:add:1@class=digit"],
+        ["1/3:project_out", "1/4:add:1"],
+        ["1/3:add:0.1norm", "1/4:add:0.1norm"],
+    ],
+)
 def test_interp_engine_refuses_what_it_would_do_otherwise(engine: Any, edits: list[str]) -> None:
     plan = Plan([f"local/tiny/{edit}" for edit in edits])
     with pytest.raises(BadPlan), steer_engine(engine, plan, IDS):
@@ -245,9 +259,24 @@ def test_the_verbs_work_together(tmp_path: Path, capsys: Any, monkeypatch: Any) 
     assert "unsteered" in shown.out
     assert "fired on" in shown.err
     assert main(["export", "--plan", plan, "--out", str(tmp_path / "v.gguf")]) == 0
-    sweep = ["sweep", str(texts), "--edit", f"{feature}:add", "--unit", "sigma",
-             "--new-tokens", "6", "--strengths", "-2:2:2", "--calibration", typical,
-             "--measure", "class=han", "--out", str(tmp_path / "dose")]  # fmt: skip
+    sweep = [
+        "sweep",
+        str(texts),
+        "--edit",
+        f"{feature}:add",
+        "--unit",
+        "sigma",
+        "--new-tokens",
+        "6",
+        "--strengths",
+        "-2:2:2",
+        "--calibration",
+        typical,
+        "--measure",
+        "class=han",
+        "--out",
+        str(tmp_path / "dose"),
+    ]
     assert main(sweep) == 0
     assert {p.name for p in (tmp_path / "dose").iterdir()} == {"sweep.json", "sweep.html"}
     assert main(sweep) == 0  # from what is kept
@@ -264,9 +293,24 @@ def test_the_verbs_work_together(tmp_path: Path, capsys: Any, monkeypatch: Any) 
 def test_qsl_lm_eval(task: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
     monkeypatch.delenv("QWEN_SCOPE_HOME")
     out = tmp_path / "results.json"
-    words = ["lm_eval", "--model", "mini-qwen3", "--tasks", "local_choice", "--plain",
-             "--limit", "4", "--include-path", str(task), "--edit", f"{MINI}/5/7:add:3",
-             "--out", str(out), "--edit", f"{MINI}/6/1:ablate"]  # fmt: skip
+    words = [
+        "lm_eval",
+        "--model",
+        "mini-qwen3",
+        "--tasks",
+        "local_choice",
+        "--plain",
+        "--limit",
+        "4",
+        "--include-path",
+        str(task),
+        "--edit",
+        f"{MINI}/5/7:add:3",
+        "--out",
+        str(out),
+        "--edit",
+        f"{MINI}/6/1:ablate",
+    ]
     assert main(words) == 0
     assert "steered    local_choice" in capsys.readouterr().out
     assert set(json.loads(out.read_text())["results"]) == {"unsteered", "steered"}

@@ -42,9 +42,15 @@ from qwen_scope_lens.steering import (
 )
 from qwen_scope_lens.steering.blame import Case, read_cases
 from qwen_scope_lens.steering.calibrate import calibrate_from_store
-from qwen_scope_lens.steering.plan import parse_open_edit, parse_strengths
 from qwen_scope_lens.steering.side_by_side import SideBySide, stream, wrap
-from qwen_scope_lens.steering.sweep import CONTROL, PLAN, Dose, Guard
+from qwen_scope_lens.steering.sweep import (
+    CONTROL,
+    PLAN,
+    Dose,
+    Guard,
+    parse_open_edit,
+    parse_strengths,
+)
 from qwen_scope_lens.steering.text_quality import Measure
 from qwen_scope_lens.tables import printable, width_of
 
@@ -198,10 +204,12 @@ def test_a_control_pushes_as_hard_elsewhere(model: Any, world: Any) -> None:
             model.run_with_hooks(
                 torch.tensor([list(b"some text")]),
                 fwd_hooks=[
-                    ("blocks.1.hook_resid_post",
-                     lambda x, hook, c=control: seen.setdefault(c, x.clone())),
+                    (
+                        "blocks.1.hook_resid_post",
+                        lambda x, hook, c=control: seen.setdefault(c, x.clone()),
+                    ),
                 ],
-            )  # fmt: skip
+            )
         seen["report", control] = report.edits
     plain = qsl.capture(model, [list(b"some text")], [1]).residuals[1]
     pushes = {c: (seen[c][0] - plain)[1:] for c in (None, 0, 1)}
@@ -287,8 +295,14 @@ def test_the_guard_refuses_broken_text() -> None:
     def dose(strength: float, height: float | None, repeats: float, effect: float = 0) -> Dose:
         return Dose(PLAN, strength, effect, 0, 0, height, repeats, "")
 
-    doses = (dose(0, 10, 0.1), dose(1, 19, 0.2, 0.3), dose(2, 21, 0.1, 0.9), dose(3, 9, 0.3, 1),
-             dose(4, None, 0, 1), dose(-1, 10, 0, -0.2))  # fmt: skip
+    doses = (
+        dose(0, 10, 0.1),
+        dose(1, 19, 0.2, 0.3),
+        dose(2, 21, 0.1, 0.9),
+        dose(3, 9, 0.3, 1),
+        dose(4, None, 0, 1),
+        dose(-1, 10, 0, -0.2),
+    )
     found = Sweep("p", "raw", "change", "", {}, doses, Guard())
     assert [d.strength for d in found.doses if found.coherent(d)] == [0, 1, -1]
     assert [d.strength for d in found.best() if d] == [-1, 1]
@@ -335,8 +349,10 @@ def test_blame_refuses_what_it_cannot_answer(model: Any, tmp_path: Path) -> None
     with pytest.raises(TooLittleData, match="class han"):
         blame(model, ["local/tiny/1"], [Case("a", "b")], classes=["han"])
     path = tmp_path / "cases.jsonl"
-    rows = [{"prompt": "a", "reply": "b"}, {"messages": [{"role": "user", "content": "c"}],
-             "reply": "d", "bad": False}]  # fmt: skip
+    rows = [
+        {"prompt": "a", "reply": "b"},
+        {"messages": [{"role": "user", "content": "c"}], "reply": "d", "bad": False},
+    ]
     path.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
     assert [case.bad for case in read_cases(path)] == [True, False]
     odd = '{"prompt": "a", "reply": "b", "bad": "no"}'

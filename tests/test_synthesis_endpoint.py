@@ -456,9 +456,21 @@ def test_the_deadline_covers_headers(tmp_path: Path, slow: Callable[[Call], None
 
 
 @pytest.mark.parametrize(
-    "said", ["nan", "-1", "1e999", "9" * 5000, "inf", "-inf", "Mon, 01 Jan 99999 00:00:00 GMT",
-             "Mon, 01 Jan 0001 00:00:00 -0000", "Mon, 99 Foo 2020", "soon", "\u0661"]
-)  # fmt: skip
+    "said",
+    [
+        "nan",
+        "-1",
+        "1e999",
+        "9" * 5000,
+        "inf",
+        "-inf",
+        "Mon, 01 Jan 99999 00:00:00 GMT",
+        "Mon, 01 Jan 0001 00:00:00 -0000",
+        "Mon, 99 Foo 2020",
+        "soon",
+        "\u0661",
+    ],
+)
 def test_an_absurd_wait_is_no_wait(said: str) -> None:
     seconds = retry_after({"retry-after": said})
     assert seconds is None or seconds >= 0
@@ -473,13 +485,14 @@ DEEP = "[" * 900 + "]" * 900
 PARTS = f'[{{"text": {DEEP}}}, {{"text": "y"}}]'
 ABSURD = {
     "digits": '{"choices": [{"message": {"content": "x"}}], "usage": {"prompt_tokens": '
-    + "9" * 5000 + ', "completion_tokens": 1}}',
+    + "9" * 5000
+    + ', "completion_tokens": 1}}',
     "deep": "[" * 100_000,
     "deep finish": f'{{"choices": [{{"message": {{"content": "x"}}, "finish_reason": {DEEP}}}]}}',
     "deep part": f'{{"choices": [{{"message": {{"content": {PARTS}}}}}]}}',
     "deep error": f'{{"error": {{"message": {DEEP}}}}}',
     "half a finish": '{"choices": [{"message": {"content": "x"}, "finish_reason": "\\udead"}]}',
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("body", ABSURD.values(), ids=ABSURD)
@@ -506,10 +519,17 @@ def test_absurd_counts_are_not_believed(tmp_path: Path, count: Any) -> None:
 
 @pytest.mark.parametrize(
     "setting",
-    [{"timeout": float("nan")}, {"timeout": 0}, {"tries": 0}, {"backoff": float("inf")},
-     {"requests_per_minute": float("nan")}, {"tokens_per_minute": -1}, {"concurrency": 0},
-     {"body": {"temperature": float("nan")}}],
-)  # fmt: skip
+    [
+        {"timeout": float("nan")},
+        {"timeout": 0},
+        {"tries": 0},
+        {"backoff": float("inf")},
+        {"requests_per_minute": float("nan")},
+        {"tokens_per_minute": -1},
+        {"concurrency": 0},
+        {"body": {"temperature": float("nan")}},
+    ],
+)
 def test_settings_that_mean_nothing_are_refused(setting: dict[str, Any]) -> None:
     with pytest.raises(BadPlan, match=next(iter(setting)) if "body" not in setting else "JSON"):
         Endpoint("http://localhost:1/v1", "m", **setting)
@@ -626,10 +646,12 @@ def test_a_torn_end_is_cut_and_damage_is_named(tmp_path: Path) -> None:
             b'{"event": "answer", "key": ' + b"9" * 5000 + b"}",
             json.dumps({**row, "event": "odd"}).encode(),
             *(json.dumps({**row, name: [1]}).encode() for name in row if name != "generator"),
-            *(json.dumps({k: v for k, v in row.items() if k != name}).encode()
-              for name in ("key", "event", "purpose", "cost", "text")),
+            *(
+                json.dumps({k: v for k, v in row.items() if k != name}).encode()
+                for name in ("key", "event", "purpose", "cost", "text")
+            ),
             json.dumps({**row, "cost": float("nan")}).encode(),
-        ):  # fmt: skip
+        ):
             bad = [*lines[:of_answer], broken + b"\n", *lines[of_answer + 1 :]]
             path.write_bytes(b"".join(bad))
             expected = f"line {of_answer + 1} is damaged"

@@ -72,8 +72,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, list[str]
             if name.endswith(("o_proj.weight", "down_proj.weight")):
                 weight.zero_()
     vocabulary = {tokenizer.decode([i]): i for i in range(300, len(tokenizer))}
-    words = [w for w in vocabulary if w[0] == " " and w[1:].isascii() and w[1:].isalpha()
-             and len(w) > 4 and w.islower()]  # fmt: skip
+    words = [
+        w
+        for w in vocabulary
+        if w[0] == " " and w[1:].isascii() and w[1:].isalpha() and len(w) > 4 and w.islower()
+    ]
     mine, fillers = words[:FEATURES], words[FEATURES : FEATURES + 60]
     directions = table[[vocabulary[word] for word in mine]].detach()
     folder = tmp_path_factory.mktemp("home")
@@ -133,9 +136,14 @@ class Writer:
 
 
 def run(
-    world: World, folder: Path, writer: Any, recipe: Recipe = PLAIN, budget: int = 10_000,
-    counts: Counts = "written", targets: TargetSet | None = None,
-) -> Synthesis:  # fmt: skip
+    world: World,
+    folder: Path,
+    writer: Any,
+    recipe: Recipe = PLAIN,
+    budget: int = 10_000,
+    counts: Counts = "written",
+    targets: TargetSet | None = None,
+) -> Synthesis:
     with Ledger.open(folder) as ledger:
         made = Synthesis(
             targets or world.targets, recipe, writer, world.reader, ledger, Templates()
@@ -294,8 +302,9 @@ def test_feared_features_of_a_reply_are_seen_although_the_prompt_is_verified(
     writer = Writer(world, lambda feature, rng: [feature], [79])
     few = replace(world.targets, targets=world.targets.targets[:8])
     with Ledger.open(tmp_path) as ledger:
-        done = Synthesis(few, PLAIN, writer, world.reader, ledger, Templates(),
-                         caution={feared: 0.0}).run(8)  # fmt: skip
+        done = Synthesis(
+            few, PLAIN, writer, world.reader, ledger, Templates(), caution={feared: 0.0}
+        ).run(8)
     outcomes = {(one.kind, one.outcome) for one in done.candidates}
     assert outcomes == {("harmful", "kept"), ("benign", f"caution: {feared} fires")}
 
@@ -317,7 +326,9 @@ def test_the_judge_says_what_a_feature_expresses(world: World, tmp_path: Path) -
         found = kinds_by_judge(targets, Judge(world, lambda f, rng: ()), ledger, Templates())
     assert found == {refs[0]: "harmful", refs[1]: "benign"}
     assert [t.kind for t in with_kinds(targets, found, rest="benign").targets] == [
-        "harmful", "benign", "benign",
-    ]  # fmt: skip
+        "harmful",
+        "benign",
+        "benign",
+    ]
     assert parse_kind("Harmless, I think") == "benign"
     assert parse_kind("It is harmful") == ""

@@ -64,8 +64,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for record in list(heldout("prose", lang))[:30]
     ]
     for name, some in (("seed", rows[:15]), ("anchor", rows[15:])):
-        extract(some, model=model, group="mini-qwen3/w1k-l0-16", layers=[LAYER], out=place / name,
-                max_tokens=64, progress=False)  # fmt: skip
+        extract(
+            some,
+            model=model,
+            group="mini-qwen3/w1k-l0-16",
+            layers=[LAYER],
+            out=place / name,
+            max_tokens=64,
+            progress=False,
+        )
     return place
 
 
@@ -159,8 +166,14 @@ def test_relevance_decides_and_weak_ones_follow(seed: FeatureStore, anchor: Feat
 
 
 def test_stores_of_two_saes_do_not_mix(seed: FeatureStore, tmp_path: Path) -> None:
-    other = extract(["The kernel reads a file."], model="mini-qwen3", group="mini-qwen3/w1k-l0-16",
-                    layers=[5], out=tmp_path / "other", progress=False)  # fmt: skip
+    other = extract(
+        ["The kernel reads a file."],
+        model="mini-qwen3",
+        group="mini-qwen3/w1k-l0-16",
+        layers=[5],
+        out=tmp_path / "other",
+        progress=False,
+    )
     with pytest.raises(qsl.ScopeError, match="layer 6"):
         find_targets(seed, other)
     changed = FeatureStore.open(tmp_path / "other")
@@ -191,9 +204,12 @@ def test_labels_and_judges_and_contrasts(
 ) -> None:
     sae = find_targets(seed, anchor, passages=0).saes[0]
     pack = LabelPack(
-        [Label(sae.feature(1), "Chinese", 0.9), Label(sae.feature(2), "chinese names"),
-         Label(sae.feature(3), "Numbers", 0.9)]
-    )  # fmt: skip
+        [
+            Label(sae.feature(1), "Chinese", 0.9),
+            Label(sae.feature(2), "chinese names"),
+            Label(sae.feature(3), "Numbers", 0.9),
+        ]
+    )
     assert set(by_labels(pack, "^chin")) == {sae.feature(1), sae.feature(2)}
     assert set(by_labels(pack, "chin", 0.5)) == {sae.feature(1)}
     with pytest.raises(TooLittleData):
@@ -208,9 +224,13 @@ def test_labels_and_judges_and_contrasts(
 
     with Ledger.open(tmp_path) as ledger:
         judged = by_judge(
-            Scripted(say), ledger, Templates(), "speak Chinese",
-            {ref: label.text for ref, label in pack.items()}, {},
-        )  # fmt: skip
+            Scripted(say),
+            ledger,
+            Templates(),
+            "speak Chinese",
+            {ref: label.text for ref, label in pack.items()},
+            {},
+        )
         assert [judged[sae.feature(i)] for i in (1, 2, 3)] == [1.0, 0.67, 0.0]
         with pytest.raises(GeneratorFailed, match="no usable answer for 3 of 3"):
             by_judge(
@@ -223,8 +243,17 @@ def test_labels_and_judges_and_contrasts(
             )
         with pytest.raises(BadPlan, match="--task"):
             by_judge(Scripted(say), ledger, Templates(), "", {}, {})
-    for text, value in {"yes": 1, "Maybe, but": 0.33, "0.8": 0.8, ".5": 0.5, "1.5": None, "": None,
-                        "nothing": None, "I say yes": None, "**No**": 0.0}.items():  # fmt: skip
+    for text, value in {
+        "yes": 1,
+        "Maybe, but": 0.33,
+        "0.8": 0.8,
+        ".5": 0.5,
+        "1.5": None,
+        "": None,
+        "nothing": None,
+        "I say yes": None,
+        "**No**": 0.0,
+    }.items():
         assert parse_answer(text) == value
     found = choose_relevance(anchor, None, layers=[LAYER], contrast="lang=zh")
     assert found
@@ -323,8 +352,11 @@ def write_chinese(texts: list[str]) -> Callable[[Call], Any]:
             return answer(texts[call.body["seed"] % len(texts)])
         if "Rewrite the message" in content:
             return answer("请问 " + content.rpartition("Message:\n")[2])
-        return answer("抱歉，我不能帮助你。" if "careful" in call.body["messages"][0]["content"]
-                      else "好的，这是一个回答。")  # fmt: skip
+        return answer(
+            "抱歉，我不能帮助你。"
+            if "careful" in call.body["messages"][0]["content"]
+            else "好的，这是一个回答。"
+        )
 
     return behave
 
@@ -336,16 +368,46 @@ def chinese(anchor: FeatureStore) -> list[str]:
 
 
 def run_words(folder: Path, out: Path, server: Server, *more: str) -> list[str]:
-    return ["synth", "run", str(folder / "targets.json"), "--out", str(out),
-            "--generator", f"openai:{server.url}#writer", "--budget", "16", "--attempts", "2",
-            "--timeout", "5", "--backoff", "0.01", "--wave", "6",
-            "--price-prompt", "1", "--price-completion", "2", *more]  # fmt: skip
+    return [
+        "synth",
+        "run",
+        str(folder / "targets.json"),
+        "--out",
+        str(out),
+        "--generator",
+        f"openai:{server.url}#writer",
+        "--budget",
+        "16",
+        "--attempts",
+        "2",
+        "--timeout",
+        "5",
+        "--backoff",
+        "0.01",
+        "--wave",
+        "6",
+        "--price-prompt",
+        "1",
+        "--price-completion",
+        "2",
+        *more,
+    ]
 
 
 def words_for_targets(folder: Path) -> list[str]:
-    return ["synth", "targets", str(folder / "seed"), "--reference", str(folder / "anchor"),
-            "--contrast", "lang=zh", "--kind", "harmful",
-            "--out", str(folder / "targets.json")]  # fmt: skip
+    return [
+        "synth",
+        "targets",
+        str(folder / "seed"),
+        "--reference",
+        str(folder / "anchor"),
+        "--contrast",
+        "lang=zh",
+        "--kind",
+        "harmful",
+        "--out",
+        str(folder / "targets.json"),
+    ]
 
 
 def test_a_run_without_any_answer_fails(
@@ -386,8 +448,20 @@ def test_the_whole_way_on_the_command_line(
     assert rows
     assert {row["generator"] for row in rows} == {"openai:writer"}
     assert all(row["activation"] > 0 for row in rows)
-    assert main(["synth", "report", str(out), "--targets", str(targets), "--html",
-                 str(tmp_path / "report.html")]) == 0  # fmt: skip
+    assert (
+        main(
+            [
+                "synth",
+                "report",
+                str(out),
+                "--targets",
+                str(targets),
+                "--html",
+                str(tmp_path / "report.html"),
+            ]
+        )
+        == 0
+    )
     printed = capsys.readouterr().out
     assert f"{len(rows)} kept of" in printed
     assert (tmp_path / "report.html").stat().st_size > 3000
@@ -478,9 +552,11 @@ def test_describe_and_label_on_the_command_line(
     assert LabelPack.read(merged).text(address) == "mine"
     assert main(["label", "check", str(merged), "--store", str(folder / "anchor")]) == 0
     assert f"{len(LabelPack.read(merged))} labels" in capsys.readouterr().out
-    for wrong in (["show", str(out), "mini-qwen3/w1k-l0-16/6/1000"],
-                  ["list", str(out), "--match", "("],
-                  ["check", str(tmp_path / "none.jsonl")]):  # fmt: skip
+    for wrong in (
+        ["show", str(out), "mini-qwen3/w1k-l0-16/6/1000"],
+        ["list", str(out), "--match", "("],
+        ["check", str(tmp_path / "none.jsonl")],
+    ):
         assert main(["label", *wrong]) == 1
         assert len(capsys.readouterr().err.strip().splitlines()) == 1
 
@@ -494,7 +570,7 @@ def test_templates_on_the_command_line(
         ("--generator", "gpt"): "is not a generator",
         ("--generator", "openai:http://localhost:1/v1"): "does not name a model",
         ("--generator", "openai:http://localhost:1/v1#m", "--recipe", "x.yaml"): "cannot be read",
-        ("--generator", "openai:http://localhost:1/v1#m", "--language", "xx"): "not in the table",
+        ("--generator", "openai:http://localhost:1/v1#m", "--language", "xx"): "detector knows",
         ("--generator", "openai:http://localhost:1/v1#m", "--temperature", "nan"): "finite",
         ("--generator", "openai:http://localhost:1/v1#m", "--timeout", "nan"): "timeout",
         ("--generator", "openai:http://localhost:1/v1#m", "--max-cost", "nan"): "finite",

@@ -37,7 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from qwen_scope_lens.steering.plan import Plan, parse_open_edit, parse_strengths
+    from qwen_scope_lens.steering.plan import Plan
+    from qwen_scope_lens.steering.sweep import parse_open_edit, parse_strengths
     from qwen_scope_lens.steering.text_quality import Measure
 
     strengths = parse_strengths(arguments.strengths)

@@ -204,8 +204,9 @@ def _detection(
     chosen = rng.sample(fresh, min(sampled.active, len(fresh)))
     passages = [(source.plain(one.doc, one.position), True) for one in chosen]
     fires = set(np.unique(store.by_feature(ref).doc).tolist())
-    silent = [doc for doc in rng.sample(range(store.n_docs), min(store.n_docs, 4096))
-              if doc not in fires][: sampled.silent]  # fmt: skip
+    silent = [
+        doc for doc in rng.sample(range(store.n_docs), min(store.n_docs, 4096)) if doc not in fires
+    ][: sampled.silent]
     for doc in silent:
         length = len(store.spans(doc))
         passages.append((source.plain(doc, rng.randrange(length)), False))

@@ -203,8 +203,9 @@ class Watch(OfOneModel):
     def _real(self, mask: Any, rows: int, total: int) -> Tensor | None:
         if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] >= total:
             return mask[:, :total].bool()
-        if mask is None or (isinstance(mask, Tensor) and mask.ndim == 2 and rows == 1
-                            and bool(mask.all())):  # fmt: skip
+        if mask is None or (
+            isinstance(mask, Tensor) and mask.ndim == 2 and rows == 1 and bool(mask.all())
+        ):
             return None
         if self.thread.inside:
             given = _stretched(self.thread.mask, rows, total)

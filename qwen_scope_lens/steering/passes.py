@@ -48,8 +48,11 @@ def watching(model: Any, layers: Sequence[int] = ()) -> Iterator[Watch]:
             undo.append(compiled.register_forward_pre_hook(asked.before).remove)
             undo.append(compiled.register_forward_hook(asked.after).remove)
         for holder in dict.fromkeys((model, inner)):
-            for name, wrapper in (("generate", _Generate), ("generate_stream", _Stream),
-                                  *((name, _Refused) for name in _OWN_ENGINES)):  # fmt: skip
+            for name, wrapper in (
+                ("generate", _Generate),
+                ("generate_stream", _Stream),
+                *((name, _Refused) for name in _OWN_ENGINES),
+            ):
                 if callable(getattr(holder, name, None)):
                     undo.append(_wrap(holder, name, wrapper(watch, getattr(holder, name))))
         yield watch

@@ -13,7 +13,6 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,13 +29,11 @@ __all__ = [
     "Plan",
     "check_seed",
     "find_operation",
-    "parse_open_edit",
-    "parse_strengths",
 ]
 
 UNITS = ("raw", "sigma", "norm")
-"""raw: activations, as the SAE counts them. sigma: multiples of the feature's typical activation.
-norm: v is chosen at every token so that v d is this fraction of the residual's length."""
+"""raw: the SAE's activations. sigma: multiples of the feature's typical activation. norm: v is
+chosen at every token so that the length of v d is this fraction of the residual's length."""
 
 Reads = Literal["nothing", "code", "residual"]
 
@@ -66,20 +63,56 @@ def _smallest(a: Any, v: Any) -> Any:
 
 OPERATIONS: tuple[Operation, ...] = (
     Operation("add", "v d", "the same: it reads no activation", "nothing", True, neutral=0.0),
-    Operation("set", "(v - a) d", "a is 0: the feature is switched on", "code", True,
-              lambda a, v: v + 0 * a),
-    Operation("clamp", "(v - a) d", "the same as set, under the name that papers use", "code", True,
-              lambda a, v: v + 0 * a),
-    Operation("scale", "(v a - a) d", "nothing happens", "code", True, lambda a, v: v * a,
-              neutral=1.0, units=("raw",)),
-    Operation("ablate", "(0 - a) d", "nothing happens", "code", False, lambda a, v: 0 * a,
-              units=("raw",)),
-    Operation("floor", "(max(a, v) - a) d", "the feature is switched on at v", "code", True,
-              _largest, neutral=0.0, least=0.0),
+    Operation(
+        "set",
+        "(v - a) d",
+        "a is 0: the feature is switched on",
+        "code",
+        True,
+        lambda a, v: v + 0 * a,
+    ),
+    Operation(
+        "clamp",
+        "(v - a) d",
+        "the same as set, under the name that papers use",
+        "code",
+        True,
+        lambda a, v: v + 0 * a,
+    ),
+    Operation(
+        "scale",
+        "(v a - a) d",
+        "nothing happens",
+        "code",
+        True,
+        lambda a, v: v * a,
+        neutral=1.0,
+        units=("raw",),
+    ),
+    Operation(
+        "ablate", "(0 - a) d", "nothing happens", "code", False, lambda a, v: 0 * a, units=("raw",)
+    ),
+    Operation(
+        "floor",
+        "(max(a, v) - a) d",
+        "the feature is switched on at v",
+        "code",
+        True,
+        _largest,
+        neutral=0.0,
+        least=0.0,
+    ),
     Operation("cap", "(min(a, v) - a) d", "nothing happens", "code", True, _smallest, least=0.0),
-    Operation("project_out", "-(d x / d d) d", "the same: it reads no activation; whatever lies"
-              " along d goes, other features' share of it too", "residual", False, units=("raw",)),
-)  # fmt: skip
+    Operation(
+        "project_out",
+        "-(d x / d d) d",
+        "the same: it reads no activation; whatever lies"
+        " along d goes, other features' share of it too",
+        "residual",
+        False,
+        units=("raw",),
+    ),
+)
 
 _BY_NAME = {row.name: row for row in OPERATIONS}
 
@@ -173,8 +206,8 @@ class Edit:
         ref, *rest = head.split(":")
         if not rest or len(rest) > 2 or (at and not place):
             raise BadPlan(
-                f"{shown(text)} is no edit: expected REF:operation[:strength][@where], for example"
-                " qwen3-8b-base/w64k-l0-50/20/6159:add:+2sigma@generation"
+                f"{shown(text)} is not an edit: expected REF:operation[:strength][@where], for"
+                " example qwen3-8b-base/w64k-l0-50/20/6159:add:+2sigma@generation"
             )
         strength, unit = parse_strength(rest[1]) if len(rest) == 2 else (None, "raw")
         where = Where.of(place) if at else EVERYWHERE
@@ -329,49 +362,3 @@ def _number(value: Any, ref: FeatureRef) -> float:
     except OverflowError:
         pass
     raise BadPlan(f"{ref}: {shown(value)} is not a finite number that a float can hold")
-
-
-MOST = 500
-
-
-def parse_strengths(text: str) -> list[float]:
-    """Strengths from `-8:8:1` (both ends included, steps of 1), `-4,-2,2,4`, or both mixed."""
-    found: list[float] = []
-    for part in text.split(","):
-        try:
-            numbers = [Decimal(number.strip()) for number in part.split(":")]
-        except InvalidOperation:
-            numbers = []
-        if len(numbers) not in (1, 2, 3) or not all(map(_usable, numbers)):
-            raise BadPlan(
-                f"strengths {shown(text)}: expected FROM:TO:STEP such as -8:8:1, or a list -4,4"
-            )
-        if len(numbers) == 1:
-            found.append(float(numbers[0]))
-            continue
-        start, stop = numbers[:2]
-        step = numbers[2] if len(numbers) == 3 else Decimal(1)
-        if step <= 0 or stop < start or (stop - start) / step > MOST:
-            raise BadPlan(
-                f"strengths {part!r}: expected FROM at most TO, a STEP above 0, and at most {MOST}"
-            )
-        count = int((stop - start) / step)
-        found += [float(start + i * step) for i in range(count + 1)]
-    return list(dict.fromkeys(found))
-
-
-def _usable(number: Decimal) -> bool:
-    """Whether a float can hold the number."""
-    return number.is_finite() and (not number or abs(number.adjusted()) <= 300)
-
-
-def parse_open_edit(text: str, unit: str = "raw") -> Edit:
-    """An edit without a strength, for a sweep: `REF:add` or `REF:add@generation`."""
-    head, at, place = text.partition("@")
-    parts = head.split(":")
-    if len(parts) != 2 or not find_operation(parts[1]).takes_strength:
-        raise BadPlan(
-            f"{shown(text)} is not an edit for a sweep: expected REF:operation without a strength,"
-            " for example qwen3-8b-base/w64k-l0-50/20/6159:add"
-        )
-    return Edit.parse(f"{head}:1{'' if unit == 'raw' else unit}{at}{place}")

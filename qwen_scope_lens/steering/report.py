@@ -44,8 +44,9 @@ class Report:
         with self._lock:
             self.passes += 1
 
-    def add(self, numbers: Sequence[int], c: Tensor, selected: Tensor, lengths: Tensor,
-            norms: Tensor) -> None:  # fmt: skip
+    def add(
+        self, numbers: Sequence[int], c: Tensor, selected: Tensor, lengths: Tensor, norms: Tensor
+    ) -> None:
         """Count one pass: `c`, `selected [.., m]`, `lengths [m]`, `norms [..]` of the residual."""
         with torch.no_grad():
             steps = (c.detach().abs() * lengths).flatten(0, -2)
@@ -73,9 +74,7 @@ class Report:
     @property
     def fired(self) -> bool:
         """Whether any edit acted; one of neutral strength acts where it is selected."""
-        return any(
-            row.selected if row.edit.changes_nothing else row.fired for row in self.edits
-        )  # fmt: skip
+        return any(row.selected if row.edit.changes_nothing else row.fired for row in self.edits)
 
     def __str__(self) -> str:
         return "\n".join(map(str, self.edits))

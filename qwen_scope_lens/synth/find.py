@@ -145,9 +145,10 @@ def _layers(
             )
     if reference is not None:
         seed.manifest.require_same(
-            replace(reference.manifest, saes=seed.manifest.saes,
-                    settings=seed.manifest.settings), str(seed.path), str(reference.path)
-        )  # fmt: skip
+            replace(reference.manifest, saes=seed.manifest.saes, settings=seed.manifest.settings),
+            str(seed.path),
+            str(reference.path),
+        )
     return chosen
 
 

@@ -107,9 +107,10 @@ class Synthesis:
             if not wave:
                 what = "candidates" if counts == "written" else "kept examples"
                 self.stopped = (
-                    f"the budget of {budget} {what} is used" if self._rounds.open
+                    f"the budget of {budget} {what} is used"
+                    if self._rounds.open
                     else "every target feature has its examples or used up its attempts"
-                )  # fmt: skip
+                )
                 break
             self._write([one for one in wave if one.style == VANILLA])
             self._filter_prompts([one for one in wave if one.style == VANILLA])
@@ -152,12 +153,13 @@ class Synthesis:
             "task": self.targets.task or "general use",
             "language": self.recipe.language or "the language of the passages",
             "description": target.description or "(no description; see the passages)",
-            "examples": "\n\n".join(map(unmarked, shown)) if raw
+            "examples": "\n\n".join(map(unmarked, shown))
+            if raw
             else "\n".join(f"- {text}" for text in shown) or "(none)",
             "opening": openings[one.seed % len(openings)] if openings else "",
             "positive": stronger,
             "negative": weaker,
-        }  # fmt: skip
+        }
 
     def _rewrite(self, wave: list[Candidate]) -> None:
         """Rewrite vanilla prompts, whether or not they fire: each candidate is verified alone."""

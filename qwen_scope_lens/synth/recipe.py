@@ -21,8 +21,18 @@ from qwen_scope_lens.files import read_text, whole_file
 from qwen_scope_lens.synth.language import check_language
 from qwen_scope_lens.writers.generator import Sampling
 
-__all__ = ["FAC", "RECIPES", "SCOPE", "TEXT", "KindFrom", "Read", "Recipe", "read_recipe",
-           "read_words", "write_recipe"]  # fmt: skip
+__all__ = [
+    "FAC",
+    "RECIPES",
+    "SCOPE",
+    "TEXT",
+    "KindFrom",
+    "Read",
+    "Recipe",
+    "read_recipe",
+    "read_words",
+    "write_recipe",
+]
 
 Read = Literal["prompt", "reply", "either"]
 KindFrom = Literal["feature", "turns"]

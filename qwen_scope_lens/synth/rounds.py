@@ -118,9 +118,15 @@ class Rounds:
         return kinds[(one.place + one.attempts) % len(kinds)]
 
     def _candidate(
-        self, one: Progress, number: int, kind: str, style: str, stage: Stage, sample: int,
+        self,
+        one: Progress,
+        number: int,
+        kind: str,
+        style: str,
+        stage: Stage,
+        sample: int,
         variant: int = 0,
-    ) -> Candidate:  # fmt: skip
+    ) -> Candidate:
         numbers = (one.attempts, sample, *((variant,) if variant else ()))
         seed = _seed(self._recipe.seed, one.target.ref, *numbers)
         template = self.template(kind, stage).name if style == VANILLA else "adversarial"

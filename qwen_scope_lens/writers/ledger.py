@@ -241,11 +241,20 @@ class _Book:
 _NUMBER = (int, float)
 _FIELDS: Mapping[str, Mapping[str, type | tuple[type, ...]]] = {
     "start": {},
-    "answer": {"purpose": str, "cost": _NUMBER, "text": str, "finish": str, "prompt_tokens": int,
-               "completion_tokens": int, "estimated": bool, "seconds": _NUMBER, "error": str},
+    "answer": {
+        "purpose": str,
+        "cost": _NUMBER,
+        "text": str,
+        "finish": str,
+        "prompt_tokens": int,
+        "completion_tokens": int,
+        "estimated": bool,
+        "seconds": _NUMBER,
+        "error": str,
+    },
     "trouble": {"what": str, "maybe_charged": bool},
     "measure": {"value": object},
-}  # fmt: skip
+}
 """The fields that a line of each event needs besides its key."""
 
 

@@ -24,8 +24,14 @@ other writings would be found in ordinary texts."""
 EXCERPT = 200
 """The most characters of a server's words that a message repeats."""
 
-LOGGERS = ("httpx", "httpcore.connection", "httpcore.http11", "httpcore.http2", "httpcore.proxy",
-           "httpcore.socks")  # fmt: skip
+LOGGERS = (
+    "httpx",
+    "httpcore.connection",
+    "httpcore.http11",
+    "httpcore.http2",
+    "httpcore.proxy",
+    "httpcore.socks",
+)
 
 
 class Mask:
