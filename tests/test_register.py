@@ -260,7 +260,6 @@ def revisions_in_use() -> dict[str, str]:
 
 def test_an_inner_install_gives_back_the_outer_pins() -> None:
     qsl.install(revisions={REPO: "outer"})
-    loaders = upstream.NAMED_PRETRAINED_SAE_LOADERS
     with qsl.install(revisions={RELEASE: "inner"}):
         assert revisions_in_use() == {SHORT: "inner"}
     assert qsl.is_installed()

@@ -343,7 +343,7 @@ def test_rows_with_plans_of_their_own(world: Any, model: Any) -> None:
     assert twice.shape == out.shape
     assert [row.edit for row in report.edits] == [e for one in plans if one for e in one.edits]
     with (
-        pytest.raises(BadPlan, match="3 plans were given, one a row, and the batch has 2"),
+        pytest.raises(BadPlan, match="3 plans were given for the 2 rows of the batch"),
         steer(model, plans),
     ):
         model(torch.tensor([SHORT, SHORT]))

@@ -39,8 +39,8 @@ from qwen_scope_lens.steering import (
 )
 from qwen_scope_lens.steering.blame import Case
 from qwen_scope_lens.steering.hooks import is_steered
-from qwen_scope_lens.steering.plan import parse_strengths
 from qwen_scope_lens.steering.readers import by_address
+from qwen_scope_lens.steering.sweep import parse_strengths
 from qwen_scope_lens.steering.text_quality import Measure
 
 SHORT, LONG = list(b"steer me"), list(b"a longer prompt, really")
@@ -427,7 +427,7 @@ def test_an_sae_serves_its_own_address_only() -> None:
         by_address({"local/tiny/1": one})
     nameless = copy.deepcopy(one)
     nameless.cfg.metadata.qwen_scope_ref = None
-    with pytest.raises(BadPlan, match="do not say which one it is"):
+    with pytest.raises(BadPlan, match="do not name its address"):
         by_address([nameless])
     with pytest.raises(BadPlan, match=r"its hook is blocks\.0\.hook_resid_post"):
         by_address({"local/tiny/1": nameless})

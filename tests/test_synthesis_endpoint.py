@@ -174,7 +174,7 @@ def test_pace(tmp_path: Path, limits: dict[str, Any], least: float) -> None:
     ("status", "body", "words"),
     [
         (401, {"error": {"message": f"bad key {KEY}"}}, "key is refused"),
-        (404, {}, "no such address or model"),
+        (404, {}, "the address or the model does not exist"),
         (307, {}, "redirect"),
         (429, {"error": {"code": "insufficient_quota"}}, "account is empty"),
     ],
@@ -213,7 +213,7 @@ def test_answers_that_may_be_charged_are_not_tried_forever(tmp_path: Path) -> No
     with Server(lambda call: {"choices": []}) as server, Ledger.open(tmp_path) as ledger:
         found = ledger.ask(endpoint(server, charged_tries=2), requests(1))
         assert found[0] is not None
-        assert found[0].error == "no choices in the answer"
+        assert found[0].error == "an answer without choices"
         assert len(server.calls) == 2
 
 
@@ -409,7 +409,7 @@ def test_an_answer_is_measured_unpacked(tmp_path: Path, monkeypatch: pytest.Monk
             assert found.error == (
                 "an answer of more than 1,048,576 bytes"
                 if coding.endswith("gzip") and "," not in coding
-                else "an answer packed in a way that was not asked for"
+                else "an answer in a compression that was not asked for"
             )
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()

@@ -24,7 +24,7 @@ from qwen_scope_lens.address import FeatureRef, LayerRef
 from qwen_scope_lens.errors import BadPlan
 from qwen_scope_lens.models import unwrap
 from qwen_scope_lens.synth import Reader, Recipe, Synthesis, TargetSet, make_report
-from qwen_scope_lens.synth.kinds import kinds_by_judge, parse_kind, with_kinds
+from qwen_scope_lens.synth.judgements import kinds_by_judge, parse_kind, with_kinds
 from qwen_scope_lens.synth.pipeline import Counts
 from qwen_scope_lens.synth.recipe import SCOPE
 from qwen_scope_lens.synth.run import amount_of, check_settings, read_settings, save, settings_of

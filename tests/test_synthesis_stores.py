@@ -44,7 +44,7 @@ from qwen_scope_lens.steering.calibrate import calibrate_from_store
 from qwen_scope_lens.stores import FeatureStore, extract
 from qwen_scope_lens.synth import TargetSet, find_targets
 from qwen_scope_lens.synth.find import features_to_describe
-from qwen_scope_lens.synth.relevance import by_judge, by_labels, choose_relevance, parse_answer
+from qwen_scope_lens.synth.judgements import by_judge, by_labels, choose_relevance, parse_answer
 from qwen_scope_lens.synth.run import read_rows
 from qwen_scope_lens.synth.targets import Target
 from qwen_scope_lens.writers import Ledger, Request, Templates
@@ -571,10 +571,10 @@ def test_templates_on_the_command_line(
     assert main(["synth", "templates", "--out", str(tmp_path / "mine")]) == 0
     assert "22 files" in capsys.readouterr().out
     for wrong, words in {
-        ("--generator", "gpt"): "is no generator",
-        ("--generator", "openai:http://localhost:1/v1"): "does not say which model",
+        ("--generator", "gpt"): "is not a generator",
+        ("--generator", "openai:http://localhost:1/v1"): "does not name a model",
         ("--generator", "openai:http://localhost:1/v1#m", "--recipe", "x.yaml"): "cannot be read",
-        ("--generator", "openai:http://localhost:1/v1#m", "--language", "xx"): "not in the table",
+        ("--generator", "openai:http://localhost:1/v1#m", "--language", "xx"): "detector knows",
         ("--generator", "openai:http://localhost:1/v1#m", "--temperature", "nan"): "finite",
         ("--generator", "openai:http://localhost:1/v1#m", "--timeout", "nan"): "timeout",
         ("--generator", "openai:http://localhost:1/v1#m", "--max-cost", "nan"): "finite",

@@ -37,7 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from qwen_scope_lens.steering.plan import Plan, parse_open_edit, parse_strengths
+    from qwen_scope_lens.steering.plan import Plan
+    from qwen_scope_lens.steering.sweep import parse_open_edit, parse_strengths
     from qwen_scope_lens.steering.text_quality import Measure
 
     strengths = parse_strengths(arguments.strengths)
@@ -53,7 +54,6 @@ def run(arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from qwen_scope_lens.steering.sweep import sweep
-    from qwen_scope_lens.steering.sweep_page import sweep_page
 
     out: Path | None = arguments.out
     with tqdm(unit="dose", leave=False) as bar:
@@ -78,5 +78,5 @@ def run(arguments: argparse.Namespace) -> int:
         )
     print(found)
     if out:
-        print(f"wrote {sweep_page(found).save(out / 'sweep.html')}")
+        print(f"wrote {found.page().save(out / 'sweep.html')}")
     return 0

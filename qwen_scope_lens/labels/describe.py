@@ -1,8 +1,8 @@
 """Descriptions of features, written by a model from passages and tested by detection.
 
-Delphi's way (Paulo et al. 2025): a describer sees the strongest passages and some from lower
-quantiles; a scorer then sees only the description and has to tell passages in which the feature is
-active from passages in which it is not. The score is its balanced accuracy: 0.5 is chance.
+This is the method of Delphi (Paulo et al. 2025). A describer sees the strongest passages and some
+from lower quantiles. A scorer then sees only the description, and has to tell passages in which the
+feature is active from others. The score is its balanced accuracy; 0.5 is chance.
 """
 
 from __future__ import annotations
@@ -39,18 +39,19 @@ FEATURES_AT_ONCE = 32
 
 @dataclass(frozen=True)
 class Sampled:
-    """How many passages are shown and tested. No paper here names numbers."""
+    """How many passages are shown and tested. The numbers are our own; no paper gives them."""
 
-    top: int = 10  # shown: the strongest
-    quantiles: tuple[float, ...] = (0.75, 0.5, 0.25)  # shown: one near each, weaker ones
-    active: int = 6  # tested: passages in which it fires, none of them shown
-    silent: int = 6  # tested: passages of documents in which it never fires
+    top: int = 10  # the strongest passages, which are shown
+    # one weaker passage near each of these quantiles is shown, too
+    quantiles: tuple[float, ...] = (0.75, 0.5, 0.25)
+    active: int = 6  # passages of the test in which the feature fires; none was shown
+    silent: int = 6  # passages of the test from documents in which it never fires
     seed: int = 0
 
 
 @dataclass(frozen=True)
 class Detection:
-    """The test of one description: passages in a random order, and which are active."""
+    """The test of a description: passages in random order, and which of them are active."""
 
     passages: tuple[str, ...]
     active: tuple[bool, ...]
@@ -67,10 +68,10 @@ def describe(
     sampled: Sampled | None = None,
     progress: bool = False,
 ) -> LabelPack:
-    """A label for every feature that has passages and of which the describer says something.
+    """A label for every feature that has passages and for which the describer writes something.
 
-    `scorer` (else the describer) takes the test. A feature with too few passages for a test gets a
-    label without a score.
+    `scorer` (by default the describer) takes the test. A feature with too few passages for a test
+    gets a label without a score.
     """
     from tqdm import tqdm
 
@@ -108,7 +109,7 @@ def _describe(
     templates: Templates,
     sampled: Sampled,
 ) -> Iterator[Label]:
-    """One group of features of one layer: all descriptions, then all tests."""
+    """Describe a group of features of one layer: first all descriptions, then all tests."""
     shown = {ref: _shown(ref, facts, sampled) for ref in refs}
     shown = {ref: examples for ref, examples in shown.items() if examples}
     requests = [
@@ -151,7 +152,7 @@ def _describe(
 
 
 def parse_numbers(text: str, most: int) -> set[int] | None:
-    """The numbers 1..most in an answer as a set from 0; None where it is no answer."""
+    """The numbers 1..most of an answer, counted from 0; None where they cannot be read."""
     text = clean(text).casefold()
     found = re.findall(r"\d+", text)
     if any(len(number) > 9 for number in found):  # and Python refuses those of 5,000 digits
@@ -163,7 +164,7 @@ def parse_numbers(text: str, most: int) -> set[int] | None:
 
 
 def balanced_accuracy(said: set[int], active: Sequence[bool]) -> float:
-    """The mean of the shares of active and of silent passages that were told rightly."""
+    """The mean of two shares: active passages and silent passages that were told correctly."""
     rates = [
         np.mean([(i in said) == wanted for i, one in enumerate(active) if one == wanted])
         for wanted in (True, False)
@@ -196,15 +197,16 @@ def _detection(
     source: Passages,
     sampled: Sampled,
 ) -> Detection:
-    """Active passages from documents that the describer did not see, silent ones at random."""
+    """A test: active passages of documents that the describer did not see, and silent ones."""
     rng = random.Random(f"{sampled.seed} {ref}")
     seen = {one.doc for one in shown}
     fresh = [one for one in facts.sample_examples(ref.feature) if one.doc not in seen]
     chosen = rng.sample(fresh, min(sampled.active, len(fresh)))
     passages = [(source.plain(one.doc, one.position), True) for one in chosen]
     fires = set(np.unique(store.by_feature(ref).doc).tolist())
-    silent = [doc for doc in rng.sample(range(store.n_docs), min(store.n_docs, 4096))
-              if doc not in fires][: sampled.silent]  # fmt: skip
+    silent = [
+        doc for doc in rng.sample(range(store.n_docs), min(store.n_docs, 4096)) if doc not in fires
+    ][: sampled.silent]
     for doc in silent:
         length = len(store.spans(doc))
         passages.append((source.plain(doc, rng.randrange(length)), False))

@@ -1,13 +1,13 @@
-"""LabelPack: what features mean, as text, with a score and where that came from.
+"""LabelPack: what features mean, as text, each with a score and its provenance.
 
-The currency between whoever writes descriptions (a person, `qsl synth describe`) and whoever shows
-them (dashboards, classification, synthesis). One label per address; a file is JSON lines, one label
-a line, that a person can write in an editor:
+Descriptions come from a person or from `qsl synth describe`; dashboards, classification and
+synthesis show them. A pack has one label per address. Its file has one label per line, as JSON, and
+a person can write it in an editor:
 
     {"address": "qwen3-8b-base/w64k-l0-50/20/6159", "text": "Chinese", "score": 0.93,
      "provenance": {"source": "describer", "model": "..."}}
 
-`score` and `provenance` may be left out. How descriptions are made and scored is not decided here.
+`score` and `provenance` may be left out.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Label:
 
     @classmethod
     def from_row(cls, row: Any) -> Label:
-        """From what `to_row` wrote; a misspelt field raises instead of being lost."""
+        """Read what `to_row` wrote. A misspelt field raises, so that it is not lost."""
         if not isinstance(row, Mapping):
             raise BadText(f"expected an object with address and text, found {row!r:.60}")
         if unknown := sorted(set(row) - _FIELDS):
@@ -82,7 +82,7 @@ class Label:
 
 
 class LabelPack(Mapping[FeatureRef, Label]):
-    """Labels by address, in the order of addresses. Not changed once made."""
+    """Labels by address, in the order of addresses. A pack does not change."""
 
     def __init__(self, labels: Iterable[Label] = ()) -> None:
         found: dict[FeatureRef, Label] = {}
@@ -132,7 +132,7 @@ class LabelPack(Mapping[FeatureRef, Label]):
         try:
             pattern = re.compile(match, re.IGNORECASE)
         except re.error as error:
-            raise BadText(f"{match!r} is no regular expression: {error}") from error
+            raise BadText(f"{match!r} is not a regular expression: {error}") from error
         return LabelPack(
             label
             for label in self.values()
@@ -153,8 +153,9 @@ class LabelPack(Mapping[FeatureRef, Label]):
 
     @classmethod
     def merge(cls, packs: Iterable[LabelPack], prefer: Prefer = "first") -> LabelPack:
-        """One pack of several. Where they differ: the first, the last or the higher score wins
-        (a tested label over an untested one; the earlier pack when equal)."""
+        """One pack from several. Where two label the same feature, `prefer` chooses the first, the
+        last, or the one with the higher score. A tested label wins over an untested one, and the
+        earlier pack where scores are equal."""
         if prefer not in ("first", "last", "score"):
             raise UnknownName(f"prefer={prefer!r}: expected first, last or score")
         kept: dict[FeatureRef, Label] = {}
@@ -196,11 +197,11 @@ class LabelPack(Mapping[FeatureRef, Label]):
                     " put them into two files and choose with `qsl label merge --prefer`"
                 )
         if not labels:
-            raise BadFile(f"{path} has no label in it: expected one JSON object a line")
+            raise BadFile(f"{path} holds no label: expected one JSON object per line")
         return cls(label for _, label in labels.values())
 
     def write(self, path: str | Path) -> Path:
-        """The whole pack, or nothing."""
+        """Write the pack. The file is written as a whole or not at all."""
         rows = (json.dumps(label.to_row(), ensure_ascii=False) for label in self.values())
         with whole_file(Path(path)) as partial:
             partial.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
@@ -208,7 +209,7 @@ class LabelPack(Mapping[FeatureRef, Label]):
 
 
 def _writable(provenance: Mapping[str, Any], ref: FeatureRef) -> dict[str, Any]:
-    """Provenance as JSON has it: what no other program could read back raises."""
+    """The provenance as JSON; raises for anything that no other program could read back."""
     try:
         text = json.dumps(dict(provenance), ensure_ascii=False, allow_nan=False)
         clean = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

@@ -1,7 +1,7 @@
-"""Passages: the words around a token on which a feature fires, its tokens marked with << >>.
+"""Passages: the words around a token on which a feature fires, with its tokens in << >>.
 
-Prompts, describers and judges see features through these. Texts come from a feature store; which
-tokens are shown is decided by the callers.
+Passages show features in prompts, and to describers and judges. Their texts come from a feature
+store; callers decide which tokens they show.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["Passages"]
 
 
 class Passages:
-    """Passages of one store. `before` and `after` are tokens around the one in question."""
+    """Passages of one store. `before` and `after` count the tokens around a token."""
 
     def __init__(self, store: FeatureStore, before: int = 16, after: int = 8) -> None:
         self._store, self._before, self._after = store, before, after
@@ -29,7 +29,7 @@ class Passages:
         self._read = lru_cache(maxsize=256)(store.by_token)
 
     def plain(self, doc: int, position: int) -> str:
-        """The words around a token, nothing marked."""
+        """The words around a token, without marks."""
         return self._cut(doc, position, None, 0.0)
 
     def marked(self, layer: int, feature: int, example: Example, scale: float = 0.0) -> str:
@@ -41,7 +41,7 @@ class Passages:
         return self._cut(example.doc, example.position, mine.max(axis=-1), scale)
 
     def top(self, layer: int, feature: int, examples: Iterable[Example]) -> list[str]:
-        """Marked passages, those that repeat another one left out."""
+        """Marked passages, each only once."""
         found = [self.marked(layer, feature, example) for example in examples]
         return list(dict.fromkeys(found))
 

@@ -1,8 +1,8 @@
-"""From a bad reply to the features behind it: ranked by activation on the reply.
+"""From a bad reply to the features behind it, by the paper's workflow for bad cases.
 
-The paper's workflow for bad cases. What a feature does on the reply is held against the rest: the
-prompt, good replies where there are some, and, when only some tokens of the reply are bad, its
-other tokens. A rank is a suspicion; `sweep` and `steer` show whether it is right.
+Features are ranked by how much more strongly they fire on the bad tokens than on all others: the
+prompt, good replies if there are any, and the other tokens of the reply if only some are bad. A
+rank is a suspicion; `sweep` and `steer` show whether it is right.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Suspect:
     """A feature that is stronger on the bad tokens than elsewhere."""
 
     ref: FeatureRef
-    difference: float  # of the means; what the ranking goes by
+    difference: float  # of the means; features are ranked by it
     on_bad: float  # mean activation over the bad tokens, silence counted as 0
     elsewhere: float
     rate_on_bad: float  # share of tokens where it fires
@@ -57,7 +57,7 @@ class Suspect:
 
 
 def read_cases(path: Path) -> list[Case]:
-    """From rows with `prompt` or `messages`, `reply`, and `bad` (true if left out)."""
+    """Read cases from rows with `prompt` or `messages`, `reply`, and `bad` (default: true)."""
     cases = []
     for where, row in read_rows(path):
         row = row if isinstance(row, dict) else {}
@@ -86,10 +86,10 @@ def blame(
     enable_thinking: bool | None = None,
     allow_other_model: bool = False,
 ) -> list[Suspect]:
-    """The strongest suspects of all the SAEs' layers.
+    """The strongest suspects of all the SAEs.
 
-    `classes` are token classes: only tokens of these kinds in the bad replies are bad, for example
-    `han` where Chinese breaks into English. Without them whole replies are.
+    `classes` are token classes: only tokens of these classes count as bad, for example `han` where
+    Chinese breaks into an English reply. Without them all tokens of bad replies count.
     """
     refs = [LayerRef.parse(one) for one in saes]
     for row in dict.fromkeys(ref.row for ref in refs):
@@ -99,7 +99,7 @@ def blame(
         if str(ref) not in known:
             known[str(ref)] = load_sae(ref)
     if not any(case.bad for case in cases):
-        raise TooLittleData("no bad reply was given: there is nothing to explain")
+        raise TooLittleData("there is no bad reply to explain: give at least one")
     tokenizer = find_tokenizer(model, tokenizer)
     rows, flags = _tokens(cases, tokenizer, classes, enable_thinking)
     sums = {ref: _Contrast(ref.row.d_sae) for ref in refs}
@@ -138,7 +138,7 @@ def _tokens(
 
 
 class _Contrast:
-    """Sums over bad and other tokens, for all features of an SAE."""
+    """Sums over bad and over other tokens, for all features of an SAE."""
 
     def __init__(self, d_sae: int) -> None:
         self.sum = torch.zeros(2, d_sae, dtype=torch.float64)
@@ -163,7 +163,9 @@ class _Contrast:
 
     def suspects(self, ref: LayerRef, top: int, tokenizer: Any) -> list[Suspect]:
         if not self.tokens[1]:
-            raise TooLittleData("the bad tokens are all first or extreme ones: nothing is left")
+            raise TooLittleData(
+                "no bad token counts: each is the first of its text or has an extreme norm"
+            )
         mean = self.sum / self.tokens.clamp(min=1)[:, None]
         rate = self.count / self.tokens.clamp(min=1)[:, None]
         difference = mean[1] - mean[0]

@@ -1,10 +1,10 @@
-"""Which tokens a running model is working on: prompt or generated, where in the text, pads.
+"""Which tokens a forward pass works on: prompt or generated, at which position, and pads.
 
-A forward pass shows a few columns of a longer table: with a cache one column, without one all of
-them again. `Watch` follows the passes of a model, so that every column has the same name however
-it is computed. What it knows of a text goes with its cache, what it knows of a pass with the thread
-that runs it. It edits nothing; how it is placed on a model is `passes.py`, what is selected by
-these names `token_masks.py`.
+A pass computes some columns of a longer table: one column with a cache, all of them without.
+`Watch` follows the passes of a model, so that a token is known by the same position however it is
+computed. What it knows of a text is kept with the text's cache; what it knows of a pass is kept
+with the thread that runs it. `passes.py` places a `Watch` on a model, and `token_masks.py` selects
+tokens by what it says.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ class Call:
 
 @dataclass
 class Pass:
-    """A call while it runs."""
+    """A call that is running."""
 
     call: Call
-    derived: dict[Any, Any] = field(default_factory=dict)  # masks, made once a pass
+    derived: dict[Any, Any] = field(default_factory=dict)  # masks, made once per pass
     fired: set[int] = field(default_factory=set)  # the watched layers that have run
 
 
@@ -80,7 +80,7 @@ class _Thread(threading.local):
 
 
 class OfOneModel:
-    """Something that acts for one model: it refuses to be copied or pickled along with it."""
+    """Something that belongs to one model and refuses to be copied or pickled with it."""
 
     name: str
 
@@ -95,7 +95,7 @@ class OfOneModel:
 
 
 class Watch(OfOneModel):
-    """The state of the passes of one model; `layers` are those that every pass has to reach."""
+    """Follows the passes of one model. Every pass has to reach each of `layers`."""
 
     def __init__(self, model: Any, root: nn.Module, layers: Sequence[int] = ()) -> None:
         self.name = describe(model)
@@ -132,7 +132,7 @@ class Watch(OfOneModel):
         mine.seen = max(mine.seen, mine.now.call.past + mine.now.call.columns)
 
     def after(self, module: Any, args: Any, output: Any) -> None:
-        """A pass has ended at the top, so all its layers have run: was the plan called in each?"""
+        """A pass has ended, so its layers have run: raise unless the plan was called in each."""
         now = self.thread.now
         if now is None:
             return
@@ -203,8 +203,9 @@ class Watch(OfOneModel):
     def _real(self, mask: Any, rows: int, total: int) -> Tensor | None:
         if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] >= total:
             return mask[:, :total].bool()
-        if mask is None or (isinstance(mask, Tensor) and mask.ndim == 2 and rows == 1
-                            and bool(mask.all())):  # fmt: skip
+        if mask is None or (
+            isinstance(mask, Tensor) and mask.ndim == 2 and rows == 1 and bool(mask.all())
+        ):
             return None
         if self.thread.inside:
             given = _stretched(self.thread.mask, rows, total)
@@ -216,7 +217,7 @@ class Watch(OfOneModel):
             return None
         raise WrongModel(
             f"{self.name} was run on {rows} rows with an attention mask that does not tell pads"
-            f" from tokens: expected [{rows}, {total}], one flag a token"
+            f" from tokens: expected [{rows}, {total}], one flag per token"
         )
 
     @contextmanager
@@ -251,7 +252,7 @@ class Watch(OfOneModel):
 
 
 def _history(text: _Text | None, ids: Tensor | None, past: int) -> Tensor | None:
-    """The tokens of all columns, `[rows, past + columns]`, as far as they are known."""
+    """The token ids of all columns, `[rows, past + columns]`; None where they are not known."""
     if ids is None or past == 0:
         return ids
     before = None if text is None else text.ids
@@ -261,7 +262,7 @@ def _history(text: _Text | None, ids: Tensor | None, past: int) -> Tensor | None
 
 
 def _stretched(mask: Tensor | None, rows: int, total: int) -> Tensor | None:
-    """The prompt's flags for the rows that `generate` made of its own; what follows is real."""
+    """The prompt's mask, repeated for the rows that `generate` made; new tokens are not pads."""
     if mask is None or rows % len(mask):
         return None
     flags = mask.bool().repeat_interleave(rows // len(mask), dim=0)[:, :total]
@@ -269,7 +270,7 @@ def _stretched(mask: Tensor | None, rows: int, total: int) -> Tensor | None:
 
 
 def _visible(mask: Any, total: int) -> Tensor | None:
-    """What the last column may look at, of a mask `[rows, 1, columns, total or more]`."""
+    """What the last column may attend to, from a mask `[rows, 1, columns, total or more]`."""
     if isinstance(mask, dict):
         mask = mask.get("full_attention")
     if not isinstance(mask, Tensor) or mask.ndim != 4 or mask.shape[-1] < total:

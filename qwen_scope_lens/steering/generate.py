@@ -1,7 +1,7 @@
-"""Continuations with and without a plan, batch by batch: what sweeps and the command line need.
+"""Continuations with and without a plan, batch by batch, for sweeps and the command line.
 
-Prompts are padded on the left, each row can have a plan of its own, and whoever wants to watch gets
-the new tokens of every step. The model's own `generate` does the work.
+The model's own `generate` does the work. Prompts are padded on the left, each row can have its own
+plan, and a callback can watch the new tokens of every step.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ OnStep = Callable[[list[list[int]]], None]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen. Temperature 0 is greedy, the model's own settings are left out."""
+    """How tokens are chosen. Temperature 0 is greedy; the model's own settings are ignored."""
 
     new_tokens: int = 64
     temperature: float = 0.0
@@ -61,7 +61,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Continuation:
-    """What a model made of one prompt."""
+    """The continuation of one prompt."""
 
     prompt_ids: tuple[int, ...]
     ids: tuple[int, ...]  # without the end token and what pads behind it
@@ -85,9 +85,8 @@ def generate(
 ) -> list[Continuation]:
     """Continue every prompt (texts, chats or token ids), in the order given.
 
-    A list of plans has one for each prompt. `control` and `allow_other_model` are those of
-    `steer`. `on_step` gets, after
-    every step, the new token of each row of the batch that runs.
+    A list of plans has one plan for each prompt. `control` and `allow_other_model` are those of
+    `steer`. `on_step` is called after every step with the new token of each row of the batch.
     """
     sampling = sampling or Sampling()
     if isinstance(prompts, (str, torch.Tensor)) or len(prompts) == 0:
@@ -97,7 +96,7 @@ def generate(
     each: list[Plan | None]
     each = [plan] * len(prompts) if plan is None or isinstance(plan, Plan) else list(plan)
     if len(each) != len(prompts):
-        raise BadPlan(f"{len(each)} plans for {len(prompts)} prompts: give one to each, or one")
+        raise BadPlan(f"{len(each)} plans for {len(prompts)} prompts: give one per prompt, or one")
     edits = [edit for one in dict.fromkeys(each) if one for edit in one.edits]
     saes = with_readers(edits, saes)  # once, not for every batch
     found: list[Continuation] = []
@@ -137,7 +136,7 @@ def encode_prompts(
     sampling: Sampling,
     enable_thinking: bool | None = None,
 ) -> list[tuple[int, ...]]:
-    """Token ids of every prompt, refused where they leave no room for the new tokens."""
+    """Token ids of every prompt. Prompts that leave no room for the new tokens are refused."""
     limit = context_length(model) - sampling.new_tokens
     if limit < 1:
         raise BadText(
@@ -157,7 +156,7 @@ def continue_batch(
     sampling: Sampling,
     on_step: OnStep | None = None,
 ) -> list[Continuation]:
-    """One call of the model's `generate`, under whatever plan is active."""
+    """Call the model's `generate` once, under the plan that is active, if any."""
     inner: Any = unwrap(model)
     if places_of(inner).head is None or not hasattr(inner, "generate"):
         raise WrongModel(f"{describe(inner)} has no unembedding: it cannot generate")
@@ -200,7 +199,7 @@ def continue_batch(
 
 
 class _Watch(transformers.StoppingCriteria):
-    """Not a criterion: the place where `generate` lets one look at every step."""
+    """Never stops anything: `generate` calls it at every step, so it can watch."""
 
     def __init__(self, on_step: OnStep) -> None:
         self.on_step = on_step

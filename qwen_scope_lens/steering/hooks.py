@@ -1,10 +1,10 @@
 """`steer`: a plan acts on a running model, HF or bridge, for the time of a `with` block.
 
-One hook a layer, on the decoder layer's output (on a bridge, at `blocks.L.hook_resid_post`, before
-whoever else listens there). The model is left as it was found, also after an exception. The hooks
-belong to the model: while a plan is active, every thread that runs the model is steered, each
-in its own passes. What was compiled runs eagerly meanwhile; a pass that ends without the hooks
-having been called raises `PlanBypassed`.
+Each edited layer gets one hook on its output (on a bridge, at `blocks.L.hook_resid_post`, before
+all other hooks there). After the block the model is as it was, also after an exception. The hooks
+belong to the model: while a plan is active, every thread that runs the model is steered. Compiled
+models run eagerly inside the block; a pass that ends although the hooks were not called raises
+`PlanBypassed`.
 """
 
 from __future__ import annotations
@@ -51,15 +51,15 @@ def steer(
 ) -> Iterator[Report]:
     """Edit the residual while the model runs: `with steer(model, plan): model.generate(...)`.
 
-    `model` is an HF model of a supported class or a bridge. A list of plans has one for each row
-    of the batch (None: that row is left alone); inside `generate`, which may multiply the rows,
-    each serves the rows made of its own. `tokenizer` is needed only where edits select by token
-    class or chat role and the model's is not found. A plan of which no edit acted raises
-    `PlanNeverFired` at the end unless `must_fire=False`. With `control` (a seed) every change has
-    its size but goes along a random direction: what it does is what any push of that size does.
+    `model` is an HF model of a supported class or a bridge. A list of plans has one plan for each
+    row of the batch (None leaves the row as it is); where `generate` multiplies the rows, a plan
+    acts on all rows made from its own. `tokenizer` is needed only where edits select by token class
+    or chat role and the model's tokenizer is not found. If no edit acted, `PlanNeverFired` is
+    raised at the end, unless `must_fire=False`. With `control` (a seed) every change keeps its size
+    but goes along a random direction, which shows what any push of that size does.
 
-    A model that is not the one on which the SAEs were trained is refused where that is known, and
-    warned of where its name says nothing, unless `allow_other_model`.
+    A model that is known not to be the one on which the SAEs were trained is refused. A model whose
+    name says nothing gives a warning. `allow_other_model` accepts both.
     """
     plans = _per_row(plan)
     tagged = [(row, edit) for row, one in enumerate(plans) if one for edit in one.edits]
@@ -95,7 +95,7 @@ class _Layer:
 
 
 class _Mark(OfOneModel):
-    """Stands on a model while a plan is active on it."""
+    """Marks a model on which a plan is active."""
 
     def __init__(self, model: Any) -> None:
         self.name, self.model = describe(model), weakref.ref(unwrap(model))
@@ -110,13 +110,13 @@ def is_steered(model: Any) -> bool:
 
 @contextmanager
 def _alone(model: Any) -> Iterator[None]:
-    """One plan at a time on one model."""
+    """Refuse a second plan on the same model."""
     inner = unwrap(model)
     with _marking:
         if is_steered(model):
             raise BadPlan(
                 f"a plan is active on {describe(model)} already: put the edits into one Plan, so"
-                " that what acts first is not left to chance"
+                " that they are computed from the same residual"
             )
         vars(inner)[_ACTIVE] = _Mark(model)
     try:
@@ -180,7 +180,7 @@ class _Hook(OfOneModel):
         return (new, *output[1:]) if isinstance(output, tuple) else new
 
     def _selected(self, now: Pass, active: Sequence[bool], device: torch.device) -> Tensor:
-        """bool `[rows, columns, m]`: where each edit acts. Equal ones are made once a pass."""
+        """Where each edit acts, bool `[rows, columns, m]`. Equal masks are made once per pass."""
         call, layer = now.call, self._layer
         columns = []
         for edit, row, on in zip(layer.edits.edits, layer.rows, active, strict=True):
@@ -201,7 +201,7 @@ def _own_rows(plan: int, n_plans: int, call: Call, device: torch.device) -> Tens
     each, rest = divmod(call.rows, n_plans)
     if rest or (each != 1 and not call.generating):
         raise BadPlan(
-            f"{n_plans} plans were given, one a row, and the batch has {call.rows} rows: give as"
+            f"{n_plans} plans were given for the {call.rows} rows of the batch: give as"
             " many plans as rows (None for a row to leave alone), or one Plan for all"
         )
     rows: Tensor = torch.arange(call.rows, device=device) // each == plan
@@ -222,7 +222,7 @@ def _per_row(plan: Any) -> list[Plan | None]:
     plans = [plan] if isinstance(plan, Plan) else list(plan)
     for one in plans:
         if one is not None and not isinstance(one, Plan):
-            raise BadPlan(f"expected a Plan, or one Plan or None a row; found {one!r}")
+            raise BadPlan(f"expected a Plan, or a list with a Plan or None per row; found {one!r}")
     if not any(plans):
         raise BadPlan("no row has a plan: run the model without steering")
     return plans

@@ -1,7 +1,7 @@
-"""The arithmetic: the edits of one layer as a change of its residual. No model is known here.
+"""The arithmetic of steering: the edits of one layer as a change of its residual.
 
-Every edit becomes one number per token, c, and the change is the sum of c d over the edits, all
-computed from the residual as it came in: their order within a layer is of no consequence. It is
+Every edit becomes one number c per token, and the change is the sum of c d over the edits. All c
+are computed from the residual before any edit, so the order of edits does not matter. The change is
 computed in float32 and rounded once to the residual's dtype. A token where every c is 0 keeps its
 residual bit for bit.
 """
@@ -25,7 +25,7 @@ __all__ = ["LayerEdits"]
 
 @dataclass(frozen=True)
 class _Reader:
-    """An SAE, and which edits of the layer read its codes."""
+    """An SAE with the edits of the layer that read its codes."""
 
     members: Membership  # of the features that the edits name
     at: tuple[int, ...]  # numbers of edits
@@ -46,14 +46,14 @@ class LayerEdits:
     edits: tuple[Edit, ...]
     directions: Tensor
     readers: tuple[_Reader, ...]
-    pushes: Tensor  # along which the changes go: the directions, but for a control
+    pushes: Tensor  # the changes go along these: the directions, except for a control
     _placed: dict[torch.device, tuple[Tensor, ...]] = field(default_factory=dict)
 
     @classmethod
     def build(
         cls, edits: Sequence[Edit], directions: Tensor, saes: dict[str, ScopeSAE]
     ) -> LayerEdits:
-        """`saes` has one for every edit that reads a code, by the SAE's address."""
+        """`saes` has, by address, the SAE of every edit that reads a code."""
         by_sae: dict[str, list[int]] = {}
         for i, edit in enumerate(edits):
             if edit.operation.reads == "code":
@@ -70,9 +70,9 @@ class LayerEdits:
         return cls(tuple(edits), directions, readers, directions)
 
     def astray(self, seed: int) -> LayerEdits:
-        """The same changes, each along a random direction of the same length: a control.
+        """The same changes along random directions of the same lengths, as a control.
 
-        Edits of one feature share theirs, and it does not depend on the other edits.
+        Edits of one feature share a random direction, which does not depend on the other edits.
         """
         rows = []
         for edit, row in zip(self.edits, self.directions, strict=True):
@@ -137,7 +137,7 @@ def _members(sae: ScopeSAE, features: list[int]) -> Membership:
 
 
 def _activations_where(reader: _Reader, x: Tensor, wanted: Tensor) -> Tensor:
-    """Activations at the wanted tokens only; 0 elsewhere, where nobody looks."""
+    """Activations at the wanted tokens; 0 elsewhere, where they are not read."""
     found = x.new_zeros((*x.shape[:-1], len(reader.at)), dtype=torch.float32)
     if bool(wanted.any()):
         found[wanted] = reader.activations(x[wanted])
@@ -145,9 +145,9 @@ def _activations_where(reader: _Reader, x: Tensor, wanted: Tensor) -> Tensor:
 
 
 def _projection(x: Tensor, rows: Tensor, selected: Tensor) -> Tensor:
-    """How much of each row makes up x's projection onto the span of the selected rows.
+    """The share of each row in the projection of x onto the span of the selected rows.
 
-    Several directions at one token are taken out together, so that nothing is left along any.
+    Several directions of one token are removed together, so that nothing is left along any of them.
     """
     flags = selected.to(x.dtype)
     along = (x @ rows.T) * flags

@@ -1,7 +1,8 @@
-"""Places a `Watch` on a model, and takes it away again: who is asked, and what is wrapped.
+"""Places a `Watch` (`calls.py`) on a model and takes it away again.
 
-Hooks on the whole model and on the text model inside it see the passes, `generate` says when it
-begins and ends. A compiled wrapper is asked too: what it ran has to have been seen below.
+Hooks on the whole model and on the text model inside it see the passes; a wrapper around `generate`
+says when it begins and ends. A compiled model has hooks of its own, which check that each of its
+calls was seen by the hooks inside.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from qwen_scope_lens.steering.calls import OfOneModel, Watch
 __all__ = ["watching"]
 
 _OWN_ENGINES = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
-"""transformers' continuous batching packs the tokens of many requests into one row."""
+"""Methods of transformers' continuous batching, which packs many requests into one row."""
 
 
 @contextmanager
@@ -47,8 +48,11 @@ def watching(model: Any, layers: Sequence[int] = ()) -> Iterator[Watch]:
             undo.append(compiled.register_forward_pre_hook(asked.before).remove)
             undo.append(compiled.register_forward_hook(asked.after).remove)
         for holder in dict.fromkeys((model, inner)):
-            for name, wrapper in (("generate", _Generate), ("generate_stream", _Stream),
-                                  *((name, _Refused) for name in _OWN_ENGINES)):  # fmt: skip
+            for name, wrapper in (
+                ("generate", _Generate),
+                ("generate_stream", _Stream),
+                *((name, _Refused) for name in _OWN_ENGINES),
+            ):
                 if callable(getattr(holder, name, None)):
                     undo.append(_wrap(holder, name, wrapper(watch, getattr(holder, name))))
         yield watch
@@ -63,7 +67,7 @@ def _compiled(model: Any) -> nn.Module | None:
 
 
 class _Asked(OfOneModel):
-    """Asks a compiled wrapper's own hooks, which run outside of its graph."""
+    """Checks a compiled model by its own hooks, which run outside of its graph."""
 
     def __init__(self, watch: Watch) -> None:
         self.name, self._watch = watch.name, watch
@@ -80,7 +84,7 @@ class _Asked(OfOneModel):
 
 
 class _Wrapped(OfOneModel):
-    """A method on the object that says when it runs. It belongs to one model and one block."""
+    """Stands for a method of the model and says when it runs. It belongs to one block."""
 
     def __init__(self, watch: Watch, original: Callable[..., Any]) -> None:
         functools.update_wrapper(self, original)  # type: ignore[arg-type]
@@ -121,7 +125,7 @@ class _Refused(_Wrapped):
 
 
 def _wrap(holder: Any, name: str, wrapper: _Wrapped) -> Callable[[], None]:
-    """Put the wrapper in the method's place; returns what takes it away again."""
+    """Put the wrapper in the method's place. Returns the function that undoes it."""
     before = vars(holder).get(name)
     vars(holder)[name] = wrapper
 
@@ -143,7 +147,7 @@ def _prompt_columns(args: Any, kwargs: dict[str, Any]) -> int | None:
 
 
 def _new_columns(out: Any, args: Any, kwargs: dict[str, Any]) -> int | None:
-    """How many columns `generate` has added, where its output says so."""
+    """How many columns `generate` has added; None where its output does not show it."""
     table = getattr(out, "sequences", out)
     given = _prompt_columns(args, kwargs)
     if given is None and isinstance(kwargs.get("inputs_embeds"), Tensor):

@@ -1,12 +1,10 @@
-"""Edit and Plan: what to do to which feature, how strongly and where; their text forms.
+"""Edit and Plan: what to do to which feature, how strongly and where. Pure data, as JSON and text.
 
-Every operation adds c d to the residual, where d is the feature's decoder row and c a number per
-token. Those that read the code use c = a' - a, with a the feature's activation (0 where it is not
-among the top k, whatever its pre-activation): of the SAE's picture of the residual only this one
-feature changes, and what the SAE cannot explain stays as it is. No tensor library is needed here.
-
-Pure data with a JSON form and a text form; nothing is loaded or computed. What the operations are
-is `plan.py`, the arithmetic `layer_edits.py`, running it `hooks.py`.
+Every operation adds c d to the residual, where d is the feature's decoder row and c is a number per
+token. Operations that read the code use c = a' - a, where a is the feature's activation (0 where it
+is not among the top k, whatever its pre-activation). So only this feature changes in the SAE's
+reconstruction of the residual, and the reconstruction error stays as it is. `layer_edits.py` does
+the arithmetic, and `hooks.py` applies it to a running model.
 """
 
 from __future__ import annotations
@@ -15,7 +13,6 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,20 +29,18 @@ __all__ = [
     "Plan",
     "check_seed",
     "find_operation",
-    "parse_open_edit",
-    "parse_strengths",
 ]
 
 UNITS = ("raw", "sigma", "norm")
-"""raw: activations, as the SAE counts them. sigma: multiples of the feature's typical activation.
-norm: v is chosen at every token so that v d is this fraction of the residual's length."""
+"""raw: the SAE's activations. sigma: multiples of the feature's typical activation. norm: v is
+chosen at every token so that the length of v d is this fraction of the residual's length."""
 
 Reads = Literal["nothing", "code", "residual"]
 
 
 @dataclass(frozen=True)
 class Operation:
-    """One row: `v` is the strength, `a` the activation, `x` the residual before any edit."""
+    """One operation: `v` is the strength, `a` the activation, `x` the residual before any edit."""
 
     name: str
     change: str  # the formula, for documentation and messages
@@ -68,20 +63,56 @@ def _smallest(a: Any, v: Any) -> Any:
 
 OPERATIONS: tuple[Operation, ...] = (
     Operation("add", "v d", "the same: it reads no activation", "nothing", True, neutral=0.0),
-    Operation("set", "(v - a) d", "a is 0: the feature is switched on", "code", True,
-              lambda a, v: v + 0 * a),
-    Operation("clamp", "(v - a) d", "the same as set, under the name that papers use", "code", True,
-              lambda a, v: v + 0 * a),
-    Operation("scale", "(v a - a) d", "nothing happens", "code", True, lambda a, v: v * a,
-              neutral=1.0, units=("raw",)),
-    Operation("ablate", "(0 - a) d", "nothing happens", "code", False, lambda a, v: 0 * a,
-              units=("raw",)),
-    Operation("floor", "(max(a, v) - a) d", "the feature is switched on at v", "code", True,
-              _largest, neutral=0.0, least=0.0),
+    Operation(
+        "set",
+        "(v - a) d",
+        "a is 0: the feature is switched on",
+        "code",
+        True,
+        lambda a, v: v + 0 * a,
+    ),
+    Operation(
+        "clamp",
+        "(v - a) d",
+        "the same as set, under the name that papers use",
+        "code",
+        True,
+        lambda a, v: v + 0 * a,
+    ),
+    Operation(
+        "scale",
+        "(v a - a) d",
+        "nothing happens",
+        "code",
+        True,
+        lambda a, v: v * a,
+        neutral=1.0,
+        units=("raw",),
+    ),
+    Operation(
+        "ablate", "(0 - a) d", "nothing happens", "code", False, lambda a, v: 0 * a, units=("raw",)
+    ),
+    Operation(
+        "floor",
+        "(max(a, v) - a) d",
+        "the feature is switched on at v",
+        "code",
+        True,
+        _largest,
+        neutral=0.0,
+        least=0.0,
+    ),
     Operation("cap", "(min(a, v) - a) d", "nothing happens", "code", True, _smallest, least=0.0),
-    Operation("project_out", "-(d x / d d) d", "the same: it reads no activation; whatever lies"
-              " along d goes, other features' share of it too", "residual", False, units=("raw",)),
-)  # fmt: skip
+    Operation(
+        "project_out",
+        "-(d x / d d) d",
+        "the same: it reads no activation; whatever lies"
+        " along d goes, other features' share of it too",
+        "residual",
+        False,
+        units=("raw",),
+    ),
+)
 
 _BY_NAME = {row.name: row for row in OPERATIONS}
 
@@ -175,8 +206,8 @@ class Edit:
         ref, *rest = head.split(":")
         if not rest or len(rest) > 2 or (at and not place):
             raise BadPlan(
-                f"{shown(text)} is no edit: expected REF:operation[:strength][@where], for example"
-                " qwen3-8b-base/w64k-l0-50/20/6159:add:+2sigma@generation"
+                f"{shown(text)} is not an edit: expected REF:operation[:strength][@where], for"
+                " example qwen3-8b-base/w64k-l0-50/20/6159:add:+2sigma@generation"
             )
         strength, unit = parse_strength(rest[1]) if len(rest) == 2 else (None, "raw")
         where = Where.of(place) if at else EVERYWHERE
@@ -204,14 +235,14 @@ class Edit:
         known = {"ref", "op", "strength", "unit", "where", "typical"}
         if not isinstance(row, Mapping) or "ref" not in row or not set(row) <= known:
             raise BadPlan(
-                f"{shown(row)} is no edit: expected ref and some of {', '.join(sorted(known))}"
+                f"{shown(row)} is not an edit: expected ref and some of {', '.join(sorted(known))}"
             )
         return cls(**row)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Edits that act together. Within a layer their order is of no consequence."""
+    """Edits that act together. Their order does not matter."""
 
     edits: tuple[Edit, ...]
 
@@ -220,7 +251,7 @@ class Plan:
             edits = [edits]
         found = tuple(Edit.parse(one) if isinstance(one, str) else one for one in edits)
         if not found:
-            raise BadPlan("a plan without edits does nothing: run the model without one")
+            raise BadPlan("a plan without edits does nothing: run the model without a plan")
         object.__setattr__(self, "edits", found)
         self._check_overlaps()
 
@@ -249,10 +280,10 @@ class Plan:
         return self._each(fill)
 
     def times(self, factor: float) -> Plan:
-        """Every strength multiplied: the same plan, weaker, stronger or the other way round."""
+        """The same plan with every strength multiplied; a negative factor reverses the plan."""
         for edit in self.edits:
             if not edit.operation.takes_strength:
-                raise BadPlan(f"{edit}: {edit.op} has no strength that could be multiplied")
+                raise BadPlan(f"{edit}: {edit.op} has no strength to multiply: leave this edit out")
         by = _number(factor, self.edits[0].ref)
         return self._each(lambda edit: replace(edit, strength=(edit.strength or 0.0) * by))
 
@@ -267,7 +298,7 @@ class Plan:
     def from_dict(cls, content: Mapping[str, Any]) -> Plan:
         rows = content.get("edits") if isinstance(content, Mapping) else None
         if not isinstance(rows, list):
-            raise BadPlan("no list `edits` in the plan")
+            raise BadPlan('the plan has no list `edits`: expected {"edits": [...]}')
         return cls([Edit.from_dict(row) for row in rows])
 
     def save(self, path: str | Path) -> None:
@@ -331,49 +362,3 @@ def _number(value: Any, ref: FeatureRef) -> float:
     except OverflowError:
         pass
     raise BadPlan(f"{ref}: {shown(value)} is not a finite number that a float can hold")
-
-
-MOST = 500
-
-
-def parse_strengths(text: str) -> list[float]:
-    """`-8:8:1` (both ends meant, in steps of 1) or `-4,-2,2,4`, mixed as wanted."""
-    found: list[float] = []
-    for part in text.split(","):
-        try:
-            numbers = [Decimal(number.strip()) for number in part.split(":")]
-        except InvalidOperation:
-            numbers = []
-        if len(numbers) not in (1, 2, 3) or not all(map(_usable, numbers)):
-            raise BadPlan(
-                f"strengths {shown(text)}: expected FROM:TO:STEP such as -8:8:1, or a list -4,4"
-            )
-        if len(numbers) == 1:
-            found.append(float(numbers[0]))
-            continue
-        start, stop = numbers[:2]
-        step = numbers[2] if len(numbers) == 3 else Decimal(1)
-        if step <= 0 or stop < start or (stop - start) / step > MOST:
-            raise BadPlan(
-                f"strengths {part!r}: expected FROM at most TO, a STEP above 0, and at most {MOST}"
-            )
-        count = int((stop - start) / step)
-        found += [float(start + i * step) for i in range(count + 1)]
-    return list(dict.fromkeys(found))
-
-
-def _usable(number: Decimal) -> bool:
-    """Whether a float holds it; a step of less than 1e-300 would be none."""
-    return number.is_finite() and (not number or abs(number.adjusted()) <= 300)
-
-
-def parse_open_edit(text: str, unit: str = "raw") -> Edit:
-    """`REF:add` or `REF:add@generation`: an edit for a sweep, which brings the strengths."""
-    head, at, place = text.partition("@")
-    parts = head.split(":")
-    if len(parts) != 2 or not find_operation(parts[1]).takes_strength:
-        raise BadPlan(
-            f"{shown(text)} is no edit for a sweep: expected REF:operation without a strength, for"
-            " example qwen3-8b-base/w64k-l0-50/20/6159:add"
-        )
-    return Edit.parse(f"{head}:1{'' if unit == 'raw' else unit}{at}{place}")

@@ -1,4 +1,4 @@
-"""Which SAE serves which edit: those that were given, checked, and others read from disk."""
+"""The SAE of every edit: SAEs that were given are checked, others are read from disk."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from qwen_scope_lens.steering.plan import Edit
 __all__ = ["SAEs", "by_address", "directions_of", "layer_edits", "with_readers"]
 
 SAEs = Iterable[ScopeSAE] | Mapping[Any, ScopeSAE] | ScopeSAE | None
-"""SAEs that are loaded already, by their address or by what `cfg.metadata` says; others are read
-from disk when a plan needs them."""
+"""SAEs that are loaded already: a mapping by address, or SAEs whose `cfg.metadata` has an address.
+A plan's other SAEs are read from disk."""
 
 
 def layer_edits(edits: Sequence[Edit], saes: SAEs = None) -> LayerEdits:
-    """The arithmetic of the edits of one layer, with what it needs read from disk."""
+    """The arithmetic of the edits of one layer; what it needs is read from disk."""
     known = with_readers(edits, saes)
     return LayerEdits.build(edits, directions_of(edits, known), known)
 
 
 def with_readers(edits: Iterable[Edit], saes: SAEs = None) -> dict[str, ScopeSAE]:
-    """The SAEs given and those that edits read codes of, loaded; by address."""
+    """The given SAEs and, loaded, those whose codes the edits read; by address."""
     known = by_address(saes)
     for edit in edits:
         name = str(edit.ref.sae)
@@ -56,8 +56,8 @@ def directions_of(edits: Sequence[Edit], saes: SAEs = None) -> Tensor:
 def by_address(saes: SAEs) -> dict[str, ScopeSAE]:
     """Each SAE under the address that it belongs to.
 
-    Raises `BadPlan` for one that is given for another address than its metadata say, or whose
-    sizes are another group's.
+    Raises `BadPlan` for an SAE whose metadata name another address, or whose sizes are those of
+    another group.
     """
     if saes is None:
         return {}
@@ -72,15 +72,15 @@ def by_address(saes: SAEs) -> dict[str, ScopeSAE]:
             _check_kind(sae)
             if sae.cfg.metadata.qwen_scope_ref is None:
                 raise BadPlan(
-                    "an SAE was given whose metadata do not say which one it is: give it with its"
-                    " address, saes={'GROUP/LAYER': sae}"
+                    "the metadata of a given SAE do not name its address: give it with its address,"
+                    " saes={'GROUP/LAYER': sae}"
                 )
             pairs.append((LayerRef.parse(sae.cfg.metadata.qwen_scope_ref), sae))
     found: dict[str, ScopeSAE] = {}
     for ref, sae in pairs:
         _check_sizes(ref, sae)
         if found.setdefault(str(ref), sae) is not sae:
-            raise BadPlan(f"two SAEs were given for {ref}: which of them is meant? Leave one out")
+            raise BadPlan(f"two SAEs were given for {ref}: leave one of them out")
     return found
 
 
@@ -93,7 +93,7 @@ def _check_kind(sae: Any) -> None:
 
 
 def _check_claims(ref: LayerRef, sae: ScopeSAE) -> None:
-    """What the metadata say, against the address for which the SAE was given."""
+    """Compare what the metadata say with the address for which the SAE was given."""
     said = sae.cfg.metadata
     claims = {
         "its address": (said.qwen_scope_ref, str(ref)),

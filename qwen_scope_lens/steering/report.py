@@ -19,7 +19,7 @@ class EditReport:
     """One edit, summed over all passes; a token that is computed twice counts twice."""
 
     edit: Edit
-    selected: int  # tokens where the edit was to act
+    selected: int  # tokens that the edit selected
     fired: int  # of these, where it changed the residual
     moved: float  # mean length of its change where it fired
     share: float  # mean of that length over the residual's
@@ -32,20 +32,21 @@ class EditReport:
 
 
 class Report:
-    """Filled while a plan is active; read it at any time, `str(report)` prints all of it."""
+    """Counts while a plan is active, and can be read at any time; `str(report)` shows all of it."""
 
     def __init__(self, edits: Sequence[Edit]) -> None:
         self._edits = tuple(edits)
         self._sums: dict[int, Tensor] = {}
-        self.passes = 0  # forward passes that reached an edited layer, one count a layer
+        self.passes = 0  # forward passes through edited layers, counted once per layer
         self._lock = threading.Lock()
 
     def count_pass(self) -> None:
         with self._lock:
             self.passes += 1
 
-    def add(self, numbers: Sequence[int], c: Tensor, selected: Tensor, lengths: Tensor,
-            norms: Tensor) -> None:  # fmt: skip
+    def add(
+        self, numbers: Sequence[int], c: Tensor, selected: Tensor, lengths: Tensor, norms: Tensor
+    ) -> None:
         """Count one pass: `c`, `selected [.., m]`, `lengths [m]`, `norms [..]` of the residual."""
         with torch.no_grad():
             steps = (c.detach().abs() * lengths).flatten(0, -2)
@@ -61,7 +62,7 @@ class Report:
 
     @property
     def edits(self) -> tuple[EditReport, ...]:
-        """One row an edit, in the order of the plan (plans of several rows one after another)."""
+        """One row per edit, in the order of the plan; several plans follow one another."""
         rows = []
         for number, edit in enumerate(self._edits):
             found = self._sums.get(number)
@@ -73,9 +74,7 @@ class Report:
     @property
     def fired(self) -> bool:
         """Whether any edit acted; one of neutral strength acts where it is selected."""
-        return any(
-            row.selected if row.edit.changes_nothing else row.fired for row in self.edits
-        )  # fmt: skip
+        return any(row.selected if row.edit.changes_nothing else row.fired for row in self.edits)
 
     def __str__(self) -> str:
         return "\n".join(map(str, self.edits))

@@ -1,8 +1,7 @@
-"""One prompt continued with and without a plan, in one batch, shown as the texts grow."""
+"""One prompt, continued with and without a plan in one batch and shown while the texts grow."""
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,14 +13,15 @@ from qwen_scope_lens.steering.hooks import steer
 from qwen_scope_lens.steering.plan import Plan
 from qwen_scope_lens.steering.readers import SAEs
 from qwen_scope_lens.steering.report import Report
+from qwen_scope_lens.tables import printable, width_of
 
-__all__ = ["SideBySide", "display_width", "printable", "stream", "wrap"]
+__all__ = ["SideBySide", "stream", "wrap"]
 
 GAP = " | "
 
 
 class SideBySide:
-    """Columns of text; `update` as often as they grow, `finish` at the end."""
+    """Columns of text. Call `update` whenever the texts have grown, and `finish` at the end."""
 
     def __init__(self, names: Sequence[str], width: int, write: Callable[[str], object]) -> None:
         self.width = max(16, (width - len(GAP) * (len(names) - 1)) // len(names))
@@ -31,7 +31,7 @@ class SideBySide:
         self._line(["-" * self.width] * len(names))
 
     def update(self, texts: Sequence[str]) -> None:
-        """The texts so far. The last line of a column may still grow, so it waits."""
+        """Show the texts so far, without the last line of each, which may still grow."""
         columns = [wrap(text, self.width)[:-1] for text in texts]
         self._print(columns, min(map(len, columns)))
 
@@ -45,17 +45,17 @@ class SideBySide:
             self._shown += 1
 
     def _line(self, cells: Sequence[str]) -> None:
-        padded = [cell + " " * (self.width - display_width(cell)) for cell in cells]
+        padded = [cell + " " * (self.width - width_of(cell)) for cell in cells]
         self._write(GAP.join(padded).rstrip() + "\n")
 
 
 def wrap(text: str, width: int) -> list[str]:
     """Lines of at most `width` columns, broken at spaces where there are some."""
     lines: list[str] = []
-    for paragraph in text.split("\n"):
+    for paragraph in shown_text(text).split("\n"):
         line, used = "", 0
-        for char in printable(paragraph):
-            size = display_width(char)
+        for char in paragraph:
+            size = width_of(char)
             if used + size > width:
                 head, space, tail = line.rpartition(" ")
                 if space and char != " " and head.strip():
@@ -65,33 +65,17 @@ def wrap(text: str, width: int) -> list[str]:
                     lines.append(line.rstrip())
                     line = ""
                     char = "" if char == " " else char
-                used = display_width(line)
-                size = display_width(char)
+                used = width_of(line)
+                size = width_of(char)
             line += char
             used += size
         lines.append(line)
     return lines
 
 
-def display_width(text: str) -> int:
-    """Columns that a text takes in a terminal: two for wide characters, none for marks."""
-    return sum(
-        0
-        if unicodedata.combining(char) or unicodedata.category(char) in ("Cf", "Mn", "Me")
-        else 2
-        if unicodedata.east_asian_width(char) in "WF"
-        else 1
-        for char in text
-    )
-
-
-def printable(text: str) -> str:
-    """Without control characters, which could move the cursor; tabs as spaces."""
-    return "".join(
-        char
-        for char in text.replace("\t", "    ")
-        if char == "\n" or unicodedata.category(char) != "Cc"
-    )
+def shown_text(text: str) -> str:
+    """A text for a terminal: its lines stay, tabs become spaces, control characters are escaped."""
+    return "\n".join(printable(line) for line in text.replace("\t", "    ").split("\n"))
 
 
 def stream(
@@ -124,7 +108,7 @@ def stream(
         if columns is not None:
             columns.update(texts)
         else:
-            write(printable(texts[0][shown:]))
+            write(shown_text(texts[0][shown:]))
             shown = len(texts[0])
 
     with (
@@ -138,10 +122,10 @@ def stream(
         if columns is not None:
             columns.finish([one.text for one in found])
         else:
-            write(printable(found[0].text[shown:]) + "\n")
+            write(shown_text(found[0].text[shown:]) + "\n")
     return report
 
 
 def _text(tokenizer: Any, ids: list[int]) -> str:
-    """What is certain so far: half a character at the end waits for its other half."""
+    """The text that is certain so far: an incomplete character at the end is left out."""
     return str(tokenizer.decode(ids, skip_special_tokens=True)).rstrip("\ufffd")

@@ -1,7 +1,8 @@
-"""Dose and response: what a plan does at every strength, and what it costs in coherence.
+"""Sweeps: what a plan does at every strength, and what it costs in coherence.
 
 Each strength is run on all prompts, with the plan and with a control that makes changes of the same
-size along random directions. What is finished is kept: a sweep goes on where it was stopped.
+size along random directions. Finished doses are kept, so a sweep that was stopped goes on where it
+ended. `Sweep.page` is the report.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +20,35 @@ import numpy as np
 from qwen_scope_lens.errors import BadPlan, StoreMismatch
 from qwen_scope_lens.files import read_json, write_json
 from qwen_scope_lens.models.tokenize import Content
+from qwen_scope_lens.pages import Page, chart
+from qwen_scope_lens.stats import between, draws_of_groups
 from qwen_scope_lens.steering.generate import Continuation, Sampling, generate
-from qwen_scope_lens.steering.plan import Plan, check_seed
+from qwen_scope_lens.steering.plan import Edit, Plan, check_seed, find_operation
 from qwen_scope_lens.steering.readers import SAEs, with_readers
 from qwen_scope_lens.steering.text_quality import Measure, perplexity, repetition, surprisals
+from qwen_scope_lens.steering.where import shown
 from qwen_scope_lens.stores.facts import model_facts, versions
 
-__all__ = ["CONTROL", "PLAN", "Dose", "Guard", "Sweep", "sweep"]
+__all__ = [
+    "CONTROL",
+    "PLAN",
+    "Dose",
+    "Guard",
+    "Sweep",
+    "parse_open_edit",
+    "parse_strengths",
+    "sweep",
+]
 
 FORMAT, VERSION = "qsl-sweep", 1
 PLAN, CONTROL = "the plan", "control: random directions"
-RESAMPLES = 2000
+COLOURS = {PLAN: "#4a7ebb", CONTROL: "#999999"}
 
 
 @dataclass(frozen=True)
 class Guard:
-    """When a text still counts as coherent, against the unsteered ones. Our own defaults."""
+    """Until when a text counts as coherent, compared with the unsteered texts. The defaults are our
+    own; no paper gives numbers."""
 
     perplexity_ratio: float = 2.0
     more_repetition: float = 0.15
@@ -49,7 +64,7 @@ class Guard:
 
 @dataclass(frozen=True)
 class Dose:
-    """One strength of one arm, over all prompts."""
+    """The result of one strength of one arm (`PLAN` or `CONTROL`), over all prompts."""
 
     arm: str
     strength: float
@@ -63,7 +78,7 @@ class Dose:
 
 @dataclass(frozen=True)
 class Sweep:
-    """All doses, the unsteered one (strength 0) among them."""
+    """The doses of a sweep; the unsteered one has strength 0."""
 
     plan: str
     unit: str
@@ -78,7 +93,7 @@ class Sweep:
         return next(dose for dose in self.doses if dose.strength == 0)
 
     def arm(self, name: str) -> tuple[Dose, ...]:
-        """The doses of an arm by strength, the unsteered one in its place."""
+        """The doses of an arm in the order of their strengths, with the unsteered one."""
         own = [dose for dose in self.doses if dose.arm == name and dose.strength != 0]
         return tuple(sorted([*own, self.plain], key=lambda dose: dose.strength))
 
@@ -102,6 +117,38 @@ class Sweep:
         doses = tuple(Dose(**row) for row in content.pop("doses"))
         return cls(**{**content, "doses": doses, "guard": Guard(**content["guard"])})
 
+    def page(self) -> Page:
+        """The report: pictures, numbers and samples. `page().save(path)` writes it."""
+        page = Page("Dose and response")
+        prompts = self.settings["prompts"]
+        page.text(f"{self.plan}, on {self.settings['model']['id']}, {prompts} prompts.")
+        page.figure(
+            chart(lambda axes: _draw_effect(axes, self)),
+            f"Effect: {self.meaning}, with 95% intervals over the prompts. Hollow points are"
+            f" incoherent: their perplexity is over {self.guard.perplexity_ratio:g} times that of"
+            f" the unsteered texts, or {self.guard.more_repetition:g} more of their 4-grams are"
+            " repeated.",
+        )
+        page.figure(
+            chart(lambda axes: _draw_cost(axes, self)),
+            "Perplexity of the texts under the unsteered model.",
+        )
+        page.heading("Numbers")
+        numbers = ("strength", "effect", "from", "to", "perplexity", "repetition")
+        steered = [dose for arm in (PLAN, CONTROL) for dose in self.arm(arm) if dose.strength != 0]
+        page.table(
+            ("arm", *numbers, "coherent"), [self._row(dose) for dose in (self.plain, *steered)]
+        )
+        page.heading("What followed the first prompt")
+        page.table(("strength", "text"), [(d.strength, d.sample) for d in self.arm(PLAN)])
+        return page.text(f"Settings: {self.settings}", quiet=True)
+
+    def _row(self, dose: Dose) -> tuple[Any, ...]:
+        arm = dose.arm if dose.strength != 0 else "unsteered"
+        numbers = (dose.strength, dose.effect, dose.low, dose.high, dose.perplexity)
+        coherent = "yes" if self.coherent(dose) else "no"
+        return (arm, *numbers, dose.repetition, coherent)
+
     def __str__(self) -> str:
         lines = [
             f"{self.plan}, strength in {self.unit}; effect: {self.meaning}",
@@ -111,12 +158,12 @@ class Sweep:
         control = {dose.strength: dose for dose in self.doses if dose.arm == CONTROL}
         for dose in self.arm(PLAN):
             other = control.get(dose.strength)
-            shown = "-" if other is None else f"{other.effect:.3f}"
+            pushed = "-" if other is None else f"{other.effect:.3f}"
             height = "-" if dose.perplexity is None else f"{dose.perplexity:.1f}"
             mark = "" if dose.strength == 0 or self.coherent(dose) else "  incoherent"
             lines.append(
                 f"{dose.strength:>+9g}  {dose.effect:>6.3f} [{dose.low:.3f}, {dose.high:.3f}]"
-                f"  {shown:>7}  {height:>10}  {dose.repetition:>7.2f}{mark}"
+                f"  {pushed:>7}  {height:>10}  {dose.repetition:>7.2f}{mark}"
             )
         return "\n".join(lines)
 
@@ -139,17 +186,19 @@ def sweep(
     progress: Callable[[int, int], None] | None = None,
     allow_other_model: bool = False,
 ) -> Sweep:
-    """Every strength (for all edits of the plan, each in its own unit) and its control.
+    """Run a plan and its control at every strength, each edit in its own unit.
 
-    `keep` is a file that is rewritten after every dose; a sweep of the same settings goes on from
-    it, another one raises. Strength 0 is always run, once: unsteered.
+    `keep` is a file that is rewritten after every dose: a sweep of the same settings continues from
+    it, a sweep of other settings raises. The unsteered texts (strength 0) are always made, once.
     """
     check_seed(seed)
     measure = Measure.parse(measure) if isinstance(measure, str) else measure
     sampling, guard = sampling or Sampling(), guard or Guard()
     wanted = sorted({float(strength) for strength in strengths} - {0.0})
     if not wanted:
-        raise BadPlan("no strength but 0 was given: there is nothing to compare")
+        raise BadPlan(
+            "the only strength is 0, which is unsteered: give at least one other strength"
+        )
     plans = {strength: plan.at(strength) for strength in wanted}
     plan_text = "; ".join(f"{e.ref}:{e.op}@{e.where}" for e in plan.edits)
     settings = {
@@ -201,15 +250,14 @@ def _dose(
     plain: Sequence[Continuation],
 ) -> Dose:
     effects = np.array([measure.of(new, old) for new, old in zip(texts, plain, strict=True)])
-    rng = np.random.default_rng(0)
-    means = effects[rng.integers(0, len(effects), (RESAMPLES, len(effects)))].mean(axis=1)
+    effect = between(effects.mean(), draws_of_groups(effects, range(len(effects))))
     repeats = [r for text in texts if (r := repetition(text.ids)) is not None]
     return Dose(
         arm=arm,
         strength=strength,
-        effect=float(effects.mean()),
-        low=float(np.quantile(means, 0.025)),
-        high=float(np.quantile(means, 0.975)),
+        effect=effect.value,
+        low=effect.low,
+        high=effect.high,
         perplexity=perplexity(surprisals(model, texts)),
         repetition=float(np.mean(repeats)) if repeats else 0.0,
         sample=texts[0].text,
@@ -232,7 +280,98 @@ def _kept(empty: Sweep, keep: Path | None) -> tuple[Dose, ...]:
 
     if facts(before) != facts(empty):
         raise StoreMismatch(
-            f"{keep} holds a sweep of other edits, prompts, model or settings: choose another"
-            " place, or delete it"
+            f"{keep} holds a sweep of other edits, prompts, model or settings: choose another file,"
+            " or delete this one"
         )
     return before.doses
+
+
+def _draw_effect(axes: Any, found: Sweep) -> None:
+    for arm in (CONTROL, PLAN):
+        doses = found.arm(arm)
+        x = [dose.strength for dose in doses]
+        colour = COLOURS[arm]
+        axes.plot(x, [dose.effect for dose in doses], color=colour, label=arm)
+        axes.fill_between(
+            x, [d.low for d in doses], [d.high for d in doses], color=colour, alpha=0.2, lw=0
+        )
+        for whole in (True, False):
+            marked = [d for d in doses if found.coherent(d) == whole]
+            axes.plot(
+                [d.strength for d in marked],
+                [d.effect for d in marked],
+                "o",
+                color=colour,
+                markersize=5,
+                markerfacecolor=colour if whole else "none",
+            )
+    axes.set_xlabel(f"strength ({found.unit})")
+    axes.set_ylabel("effect")
+    axes.legend()
+
+
+def _draw_cost(axes: Any, found: Sweep) -> None:
+    for arm in (CONTROL, PLAN):
+        doses = [dose for dose in found.arm(arm) if dose.perplexity is not None]
+        axes.plot(
+            [d.strength for d in doses],
+            [d.perplexity for d in doses],
+            color=COLOURS[arm],
+            label=arm,
+        )
+    limit = found.plain.perplexity
+    if limit is not None:
+        limit *= found.guard.perplexity_ratio
+        axes.axhline(limit, color="#bb5544", lw=0.8, ls="--", label="guard")
+    axes.set_yscale("log")
+    for axis_of in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        axis_of(lambda value, at: f"{value:g}")
+    axes.set_xlabel(f"strength ({found.unit})")
+    axes.set_ylabel("perplexity")
+    axes.legend()
+
+
+MOST = 500
+
+
+def parse_strengths(text: str) -> list[float]:
+    """Strengths from `-8:8:1` (both ends included, steps of 1), `-4,-2,2,4`, or both mixed."""
+    found: list[float] = []
+    for part in text.split(","):
+        try:
+            numbers = [Decimal(number.strip()) for number in part.split(":")]
+        except InvalidOperation:
+            numbers = []
+        if len(numbers) not in (1, 2, 3) or not all(map(_usable, numbers)):
+            raise BadPlan(
+                f"strengths {shown(text)}: expected FROM:TO:STEP such as -8:8:1, or a list -4,4"
+            )
+        if len(numbers) == 1:
+            found.append(float(numbers[0]))
+            continue
+        start, stop = numbers[:2]
+        step = numbers[2] if len(numbers) == 3 else Decimal(1)
+        if step <= 0 or stop < start or (stop - start) / step > MOST:
+            raise BadPlan(
+                f"strengths {part!r}: expected FROM up to TO, a STEP above 0, and at most {MOST}"
+            )
+        count = int((stop - start) / step)
+        found += [float(start + i * step) for i in range(count + 1)]
+    return list(dict.fromkeys(found))
+
+
+def _usable(number: Decimal) -> bool:
+    """Whether a float can hold the number."""
+    return number.is_finite() and (not number or abs(number.adjusted()) <= 300)
+
+
+def parse_open_edit(text: str, unit: str = "raw") -> Edit:
+    """An edit without a strength, for a sweep: `REF:add` or `REF:add@generation`."""
+    head, at, place = text.partition("@")
+    parts = head.split(":")
+    if len(parts) != 2 or not find_operation(parts[1]).takes_strength:
+        raise BadPlan(
+            f"{shown(text)} is not an edit for a sweep: expected REF:operation without a strength,"
+            " for example qwen3-8b-base/w64k-l0-50/20/6159:add"
+        )
+    return Edit.parse(f"{head}:1{'' if unit == 'raw' else unit}{at}{place}")

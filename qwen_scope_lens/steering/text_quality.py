@@ -1,4 +1,4 @@
-"""Figures of a continuation: perplexity, repetition, and the measures that a sweep plots."""
+"""Numbers about continuations: perplexity, repetition, and the measures of a sweep."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ def surprisals(
 ) -> list[float | None]:
     """Mean -log p of each continuation's tokens after its prompt; None where it has none."""
     if is_steered(model):
-        raise BadPlan("perplexity is meant under the unsteered model: leave the `with steer` block")
+        raise BadPlan(
+            "perplexity is measured under the unsteered model, and a plan is active: call this"
+            " outside of the `with steer` block"
+        )
     inner, device = unwrap(model), input_device(model)
     pad = getattr(text_config(model), "pad_token_id", None) or 0
     found: list[float | None] = [None] * len(texts)
@@ -51,13 +54,13 @@ def surprisals(
 
 
 def perplexity(surprisals: Sequence[float | None]) -> float | None:
-    """exp of the mean over the texts that have one."""
+    """exp of the mean surprisal, over the texts that have one; None without any."""
     known = [value for value in surprisals if value is not None]
     return math.exp(min(700.0, sum(known) / len(known))) if known else None
 
 
 def repetition(ids: Sequence[int], n: int = 4) -> float | None:
-    """The share of n-grams that occurred before in the text; None for a text of fewer tokens."""
+    """The share of n-grams that occurred earlier in the text; None for fewer than n tokens."""
     grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else None
 
@@ -86,7 +89,7 @@ class Measure:
                 value.encode()  # half a surrogate pair is found in no text
                 pattern = re.compile(value)
             except (re.error, ValueError, OverflowError, RecursionError) as error:
-                raise BadPlan(f"{shown(value)} is no regular expression: {error}") from error
+                raise BadPlan(f"{shown(value)} is not a regular expression: {error}") from error
             return cls(
                 text,
                 f"share of texts in which {value!r} is found",

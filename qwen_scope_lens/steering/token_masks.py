@@ -1,6 +1,6 @@
-"""Where an edit applies in a running pass: `Where` and `Call` -> one flag a token.
+"""Where an edit acts in a running pass: from `Where` and `Call` to one flag per token.
 
-Token classes go by the text of the token alone, roles by the chat markers around it.
+Token classes depend on the text of the token alone, roles on the chat markers around it.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def roles_of(ids: list[int], tokenizer: Any) -> list[str | None]:
 
 
 class Selector:
-    """Answers for one tokenizer; remembers the classes of the tokens it has seen."""
+    """Selects tokens with one tokenizer, and remembers the classes of tokens."""
 
     def __init__(self, tokenizer: Callable[[], Any]) -> None:
         self._tokenizer_of = tokenizer  # asked only when an edit needs one
@@ -90,7 +90,7 @@ class Selector:
         self._special: set[int] = set()
 
     def check(self, where: Where) -> None:
-        """Raise now what would be raised in the middle of a generation."""
+        """Raise now what would otherwise be raised in the middle of a generation."""
         if where.classes or where.roles:
             tokenizer = self._known()
             if where.roles and tokenizer.convert_tokens_to_ids(START) in (
@@ -102,7 +102,7 @@ class Selector:
                 )
 
     def active(self, where: Where, call: Call) -> bool:
-        """Whether the pass has columns of the wanted phase at all."""
+        """Whether the pass has any column of the wanted phase."""
         return {
             "both": True,
             "prompt": call.in_prompt,

@@ -1,7 +1,7 @@
-"""From feature stores to targets: what the seed data lacks of what matters.
+"""From feature stores to targets: the features that matter and that the seed data lacks.
 
-The seed store holds the data that is to be completed, the reference store (anchor data) texts of
-the task's domain: it says how strongly features fire, and lends the passages that prompts show.
+The seed store holds the data that is to be completed. The reference store (anchor data) holds texts
+of the task's domain: it says how strongly features fire, and has the passages that prompts show.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = ["features_to_describe", "find_targets", "passages_of", "with_passages
 
 OPENING_TOKENS = 6
 OPENINGS = 512
-"""How long beginnings of anchor documents are, and how many are kept."""
+"""Openings are this many first tokens of anchor documents; so many openings are kept."""
 
 
 def find_targets(
@@ -43,23 +43,23 @@ def find_targets(
     task: str = "",
     passages: int = 5,
 ) -> TargetSet:
-    """T, and what is known of each feature in the seed and anchor data.
+    """Find the target features T, and how each fires in the seed and anchor data.
 
     Args:
-        relevance: s_f by feature; a feature is a target from `least_relevance` on. Without it:
-            every feature of the anchor data.
+        relevance: s_f by feature; features of `least_relevance` or more are targets. Without it
+            every feature of the anchor data is a target.
         threshold: a feature fires in a document where its maximum exceeds this: 0 in the
             Qwen-Scope report, delta in FAC Synthesis.
-        weak_below: features on fewer seed documents than this are wanted too.
-        least_documents: of the anchor data, on how many a target has to fire.
-        layers: only these; else all that the seed store has.
-        labels: descriptions for the prompts.
-        passages: how many passages of the anchor data to keep for each missing feature.
+        weak_below: features that fire on fewer seed documents than this are wanted, too.
+        least_documents: a target has to fire on at least so many anchor documents.
+        layers: only these layers; else all layers of the seed store.
+        labels: descriptions of features for the prompts.
+        passages: so many passages of the anchor data are kept for each missing feature.
     """
     if relevance is None and reference is None:
         raise TooLittleData(
             "nothing says which features matter: give labels, a judge or a contrast, or a"
-            " --reference store, whose features are then the targets"
+            " --reference store, all features of which are then targets"
         )
     for name, number in (("threshold", threshold), ("least_relevance", least_relevance)):
         if not (math.isfinite(number) and number >= 0):
@@ -145,9 +145,10 @@ def _layers(
             )
     if reference is not None:
         seed.manifest.require_same(
-            replace(reference.manifest, saes=seed.manifest.saes,
-                    settings=seed.manifest.settings), str(seed.path), str(reference.path)
-        )  # fmt: skip
+            replace(reference.manifest, saes=seed.manifest.saes, settings=seed.manifest.settings),
+            str(seed.path),
+            str(reference.path),
+        )
     return chosen
 
 
@@ -186,11 +187,11 @@ def features_to_describe(
     layer: int | None = None,
     features: Iterable[int] | None = None,
 ) -> list[FeatureRef]:
-    """The wanted features of a targets file, or some (else all that fire) of a layer."""
+    """The wanted features of a targets file, or of a layer `features` or all that fire."""
     if targets is not None:
         return [target.ref for target in TargetSet.load(targets).wanted]
     if layer is None:
-        raise BadPlan("which features? Give a targets file, or a layer")
+        raise BadPlan("no features to describe: give a targets file or a layer")
     if features is None:
         return firing(store, layer)
     sae = LayerRef.parse(store.sae(layer).ref)

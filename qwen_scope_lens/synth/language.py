@@ -18,7 +18,7 @@ CLEARLY = 4.0
 texts (`benchmarks/language_identification.py`) whole texts are then told apart without an error."""
 
 NO_LANGUAGE = "zxx"
-"""The detector's code for texts without words; program code in a prompt is no reason to reject."""
+"""The detector's code for texts without words. A prompt of program code is not rejected for it."""
 
 
 def check_language(code: str) -> None:

@@ -1,10 +1,10 @@
-"""The pipeline: missing features in, kept examples out, with a reason for everything else.
+"""The pipeline: missing features in, kept examples out, and a reason for every other candidate.
 
-In waves: prompts are written, rewritten adversarially, filtered, read again by the model, replied
-to, and kept if the feature fires in the prompt (or where the recipe says). Section 6 of the
-Qwen-Scope report and FAC Synthesis are two recipes (`recipe.py`) of this one way; who is next is
-`rounds.py`. A wave is a pure function of the answers so far, so a run that was killed repeats
-itself from the ledger at no cost and goes on. Files are `run.py`.
+It works in waves. Prompts are written, rewritten adversarially, filtered, read by the model and
+answered; a candidate is kept if its feature fires in the prompt (or where the recipe says). Section
+6 of the Qwen-Scope report and FAC Synthesis are two recipes (`recipe.py`) of this one pipeline, and
+`rounds.py` decides which feature is next. A wave is a pure function of the answers so far, so a run
+that was killed repeats itself from the ledger at no cost and continues. `run.py` writes the files.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Counts = Literal["written", "kept"]
 
 @dataclass
 class Synthesis:
-    """One run. `run(budget)` does it; `candidates` are all of them, in order."""
+    """One run. `run(budget)` carries it out; `candidates` has all candidates in order."""
 
     targets: TargetSet
     recipe: Recipe
@@ -45,8 +45,8 @@ class Synthesis:
     replier: Generator | None = None  # writes the replies; None: the writer
     judge: Generator | None = None  # checks rewrites
     caution: Mapping[FeatureRef, float] = field(default_factory=dict)
-    # features that no text may activate above a value, unless its prompt is a harmful one
-    known: Sequence[str] = ()  # texts that nothing may repeat: seed data, benchmarks
+    # the highest activation of these features in any text whose prompt is not harmful
+    known: Sequence[str] = ()  # texts that no candidate may repeat: seed data, benchmarks
     wave: int = 64
     candidates: list[Candidate] = field(default_factory=list)
     stopped: str = ""  # why it ended
@@ -54,8 +54,8 @@ class Synthesis:
     def __post_init__(self) -> None:
         if not self.targets.wanted:
             raise TooLittleData(
-                "the seed data activates every target feature: nothing is missing. Raise"
-                " --weak-below to strengthen weakly covered ones, or widen the targets"
+                "the seed data activates every target feature, so nothing is missing. Raise"
+                " --weak-below to add weakly covered features, or widen the targets"
             )
         for ref, most in self.caution.items():
             if not math.isfinite(most):
@@ -75,7 +75,7 @@ class Synthesis:
 
     @property
     def chat(self) -> bool:
-        """Whether examples are prompts with replies, and not texts."""
+        """Whether examples are prompts with replies instead of texts."""
         return not self._rounds.template(self.recipe.kinds[0], "one").raw
 
     @property
@@ -107,9 +107,10 @@ class Synthesis:
             if not wave:
                 what = "candidates" if counts == "written" else "kept examples"
                 self.stopped = (
-                    f"the budget of {budget} {what} is used" if self._rounds.open
+                    f"the budget of {budget} {what} is used"
+                    if self._rounds.open
                     else "every target feature has its examples or used up its attempts"
-                )  # fmt: skip
+                )
                 break
             self._write([one for one in wave if one.style == VANILLA])
             self._filter_prompts([one for one in wave if one.style == VANILLA])
@@ -152,15 +153,16 @@ class Synthesis:
             "task": self.targets.task or "general use",
             "language": self.recipe.language or "the language of the passages",
             "description": target.description or "(no description; see the passages)",
-            "examples": "\n\n".join(map(unmarked, shown)) if raw
+            "examples": "\n\n".join(map(unmarked, shown))
+            if raw
             else "\n".join(f"- {text}" for text in shown) or "(none)",
             "opening": openings[one.seed % len(openings)] if openings else "",
             "positive": stronger,
             "negative": weaker,
-        }  # fmt: skip
+        }
 
     def _rewrite(self, wave: list[Candidate]) -> None:
-        """Each from its vanilla prompt, whether or not that one fires: both are verified alone."""
+        """Rewrite vanilla prompts, whether or not they fire: each candidate is verified alone."""
         bases = [one.base for one in wave if one.base is not None]
         for one, base in zip(wave, bases, strict=True):
             if base.unusable:
@@ -206,7 +208,7 @@ class Synthesis:
                 one.unusable = True
 
     def _reply(self, wave: list[Candidate]) -> None:
-        """Replies, where the recipe wants them; demonstrations go without if prompts are read."""
+        """Write replies where the recipe asks. Demonstrations get none if prompts are read."""
         if not self.recipe.replies or not self.chat:
             return
         skip = "pair" if self.recipe.read == "prompt" else None
@@ -244,7 +246,7 @@ class Synthesis:
     def _ask(
         self, generator: Generator, requests: Sequence[Request], wave: Sequence[Candidate]
     ) -> list[str]:
-        """The texts; a candidate whose call failed or was not allowed is closed."""
+        """The answers. A candidate whose call failed or was forbidden has that as its outcome."""
         texts = []
         for one, completion in zip(wave, self.ledger.ask(generator, requests), strict=True):
             if completion is None:
@@ -262,14 +264,14 @@ class Synthesis:
         return "\n\n".join(part for part in parts[read or self.recipe.read] if part)
 
     def _document(self, one: Candidate, read: Read) -> Content:
-        """What the reader gets: the words, or the chat that they stand in."""
+        """What the reader gets: the words themselves, or a chat that holds them."""
         if not self.recipe.as_chat or not self.chat:
             return self._text(one, read)
         messages = one.messages(chat=True)
         return messages[:1] if read == "prompt" else messages
 
     def _values(self, wave: list[Candidate], read: Read) -> list[dict[FeatureRef, float]]:
-        """The activations of the target features and of the feared ones, one mapping each."""
+        """The activations of target and caution features, one mapping per candidate."""
         salt = f"{self.reader.identity} {self.targets.digest} {sorted(map(str, self.caution))}"
         keys = [
             hashlib.sha256(
@@ -300,7 +302,7 @@ class Synthesis:
                 one.outcome = "the feature does not fire"
 
     def _fear(self, wave: list[Candidate]) -> None:
-        """Harmless examples that activate a feared feature, in the prompt or in the reply."""
+        """Reject harmless examples that activate a caution feature in the prompt or the reply."""
         if not self.caution:
             return
         wave = [one for one in wave if one.open and one.kind != "harmful"]
@@ -309,8 +311,8 @@ class Synthesis:
             one.outcome = f"caution: {feared[0]} fires" if feared else ""
 
     def _decide(self, wave: list[Candidate], most: int) -> None:
-        """Strongest first within a feature: pairs become demonstrations, of the rest at most `most`
-        are kept."""
+        """Turn pairs into demonstrations and keep at most `most` of the other candidates, the
+        strongest of each feature first."""
         self._find_pairs([one for one in wave if one.stage == "pair"])
         for one in strongest_first([one for one in wave if one.open], self._rounds):
             progress, rewrite = self._progress[one.ref], one.style != VANILLA
@@ -331,7 +333,7 @@ class Synthesis:
                 self._seen.add(f"candidate {one.number}", text)
 
     def _find_pairs(self, wave: list[Candidate]) -> None:
-        """Both of a round have to fire; the stronger is x+, the weaker x-."""
+        """Where both candidates of a round fire, the stronger is x+ and the weaker x-."""
         rounds: dict[FeatureRef, list[Candidate]] = {}
         for one in wave:
             if one.open:

@@ -1,9 +1,8 @@
-"""One example on its way, and the strongest activation of every feature on its text.
+"""Candidates, and the reader that measures the strongest activation of every feature on a text.
 
-Its rows are what the output files hold. Who moves it along is `pipeline.py`.
-
-This is the proof that an example has the feature it was written for. The model runs unsteered.
-First and extreme-norm tokens are left out, as in every statistic of the project.
+The measurement proves that an example has the feature that it was written for. The model runs
+unsteered, and first and extreme-norm tokens are left out, as in every statistic of the project.
+The rows of candidates are what the output files hold; `pipeline.py` moves candidates along.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from qwen_scope_lens.saes.sae import ScopeSAE
 __all__ = ["KEPT", "VANILLA", "Candidate", "Reader", "Stage", "maxima"]
 
 Stage = Literal["one", "pair", "again"]
-"""`one`: written once. With pairs: `pair` looks for x+ and x-, `again` writes with both shown."""
+"""`one`: written once. With pairs, `pair` looks for x+ and x-, and `again` shows both."""
 
 KEPT = "kept"
 VANILLA = "vanilla"
@@ -40,17 +39,17 @@ class Candidate:
     kind: str
     style: str  # vanilla, or the style in which a vanilla prompt was rewritten
     stage: Stage
-    attempt: int  # round of its feature, from 0
-    sample: int  # within the round
+    attempt: int  # the round of its feature, from 0
+    sample: int  # its number within the round
     seed: int
     template: str
     prompt: str = ""
     reply: str = ""
-    activation: float | None = None  # of its feature; None: not measured
-    fires: Mapping[FeatureRef, float] = field(default_factory=dict)  # all target features
-    base: Candidate | None = None  # of a rewrite: the vanilla prompt
-    unusable: bool = False  # its prompt was not written or filtered out: nothing to rewrite
-    outcome: str = ""  # why it was rejected, or kept; empty: still on its way
+    activation: float | None = None  # the maximum of its feature; None: not measured
+    fires: Mapping[FeatureRef, float] = field(default_factory=dict)  # all target features that fire
+    base: Candidate | None = None  # the vanilla prompt of a rewrite
+    unusable: bool = False  # its prompt was not written or was filtered out: it is not rewritten
+    outcome: str = ""  # kept, or why it was rejected; empty: not decided yet
 
     @property
     def open(self) -> bool:
@@ -63,8 +62,10 @@ class Candidate:
         return [*rows, {"role": "assistant", "content": self.reply}] if self.reply else rows
 
     def to_row(self, generator: str, chat: bool, verified: str) -> dict[str, Any]:
-        """A row of the output; every row has every field, as `datasets` wants it. `verified` says
-        which words were read: the prompt, the reply, or either."""
+        """A row of the output. Every row has every field, because `datasets` needs that.
+
+        `verified` says which words were read: the prompt, the reply, or either.
+        """
         return {
             "messages": self.messages(chat),
             "target": str(self.ref),
@@ -100,7 +101,7 @@ class Reader:
         layers = [ref.layer for ref in saes]
         if len(set(layers)) < len(layers):
             raise StoreMismatch(
-                f"two SAEs of one layer: {', '.join(map(str, saes))}. Measure them one at a time"
+                f"two SAEs of one layer: {', '.join(map(str, saes))}. Read with one at a time"
             )
         for ref in saes:
             if ref.row.d_model != d_model(model) or ref.layer >= len(decoder_layers(model)):
@@ -115,16 +116,16 @@ class Reader:
 
     @property
     def identity(self) -> str:
-        """Changes with whatever changes the numbers; the key of kept measurements."""
+        """Changes with everything that changes the numbers; part of the key of measurements."""
         facts = [*sorted(map(str, self._saes)), describe(self._model), self._max_tokens, self._keep]
         if self._ratio != EXTREME_NORM_RATIO:  # runs of older versions have it unsaid
             facts.append(self._ratio)
         return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
     def read(self, texts: Sequence[Content]) -> dict[LayerRef, csr_matrix]:
-        """The maximum over its tokens of every feature, a row a text. `-> {sae: [n, d_sae]}`
+        """The maximum of every feature over the tokens of a text, one row per text.
 
-        A chat goes through the chat template, without thinking.
+        `-> {sae: [n, d_sae]}`. A chat goes through the chat template, without thinking.
         """
         layers = [ref.layer for ref in self._saes]
         parts: dict[LayerRef, list[tuple[int, csr_matrix]]] = {ref: [] for ref in self._saes}
@@ -150,7 +151,7 @@ class Reader:
     def read_features(
         self, texts: Sequence[Content], refs: Iterable[FeatureRef]
     ) -> list[dict[FeatureRef, float]]:
-        """Of some features only, those that fire: one mapping a text."""
+        """Which of some features fire, and how strongly: one mapping per text."""
         wanted: dict[LayerRef, list[int]] = {}
         for ref in refs:
             wanted.setdefault(ref.sae, []).append(ref.feature)

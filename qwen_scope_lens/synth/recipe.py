@@ -1,11 +1,11 @@
-"""Recipe: every choice of a synthesis run, and the two that papers describe.
+"""Recipes: every choice of a synthesis run, among them the recipes of two papers.
 
-`SCOPE` is section 6 of the Qwen-Scope report (a vanilla prompt and its adversarial rewrites for
-each feature, replies by the feature's risk category, verified in the prompt, a feature counts from
-above zero), `FAC` is FAC Synthesis (a stronger and a weaker example of each
-feature as demonstrations, a threshold delta), `TEXT` is the first of them for a base model that
-continues texts. What the papers leave open has a default here and a line in the file that
-`qsl synth templates` writes. What is done with a recipe is `pipeline.py`.
+`SCOPE` is section 6 of the Qwen-Scope report: a vanilla prompt and its adversarial rewrites for
+each feature, replies by the feature's risk category, verification in the prompt, and features count
+from above zero. `FAC` is FAC Synthesis: a stronger and a weaker example of each feature serve as
+demonstrations, and features count from a threshold delta. `TEXT` is like `SCOPE`, for a base model
+that continues texts. Choices that the papers leave open have a default here and a line in the file
+that `qsl synth templates` writes.
 """
 
 from __future__ import annotations
@@ -21,8 +21,18 @@ from qwen_scope_lens.files import read_text, whole_file
 from qwen_scope_lens.synth.language import check_language
 from qwen_scope_lens.writers.generator import Sampling
 
-__all__ = ["FAC", "RECIPES", "SCOPE", "TEXT", "KindFrom", "Read", "Recipe", "read_recipe",
-           "read_words", "write_recipe"]  # fmt: skip
+__all__ = [
+    "FAC",
+    "RECIPES",
+    "SCOPE",
+    "TEXT",
+    "KindFrom",
+    "Read",
+    "Recipe",
+    "read_recipe",
+    "read_words",
+    "write_recipe",
+]
 
 Read = Literal["prompt", "reply", "either"]
 KindFrom = Literal["feature", "turns"]
@@ -36,23 +46,23 @@ class Recipe:
     template: str = "prompt"  # `{template}_{kind}.txt`, or `{template}.txt` for every kind
     kinds: tuple[str, ...] = ("harmful", "benign")  # z; `reply_{kind}.txt` answers it
     kind_from: KindFrom = "feature"  # z is what the feature expresses, or each kind in turn
-    variants: int = 1  # adversarial rewrites of a vanilla prompt, in styles that take turns
-    check_rewrites: bool = False  # ask the judge whether a rewrite still means the same
+    variants: int = 1  # adversarial rewrites of each vanilla prompt; styles take turns
+    check_rewrites: bool = False  # ask the judge whether a rewrite keeps the meaning
     replies: bool = True
-    pairs: bool = False  # first find x+ and x-, then write with both as demonstrations
-    candidates: int = 1  # at a time for one feature
-    attempts: int = 4  # rounds for one feature before it is given up
-    per_feature: int = 1  # vanilla examples to keep for one feature, and as many of each rewrite
-    count_others: bool = False  # an example also counts for other features that it activates
-    threshold: float = 0.0  # a feature counts from above this; delta in FAC
+    pairs: bool = False  # first find x+ and x-, then show both as demonstrations
+    candidates: int = 1  # per round of a feature
+    attempts: int = 4  # rounds per feature before it is given up
+    per_feature: int = 1  # vanilla examples to keep per feature, and as many of each rewrite
+    count_others: bool = False  # an example also counts for other targets that it activates
+    threshold: float = 0.0  # a feature fires where it exceeds this; delta in FAC
     read: Read = "prompt"  # where the feature has to fire: in the prompt, as the report says
-    as_chat: bool = False  # re-encode through the chat template, whose tokens then count too
+    as_chat: bool = False  # read through the chat template, whose tokens then count, too
     examples_shown: int = 5  # passages of a feature in a prompt
     language: str = ""  # a code such as en or zh; empty: any
     least_characters: int = 8
     most_characters: int = 8000
     near_duplicates: float = 0.8  # Jaccard similarity of character n-grams; 1: only exact ones
-    caution: tuple[str, ...] = ()  # words that no benign prompt and no reply may have
+    caution: tuple[str, ...] = ()  # words that no benign prompt and no reply may contain
     seed: int = 0
     temperature: float = 0.8
     top_p: float = 1.0
@@ -63,7 +73,7 @@ class Recipe:
         for name in ("kinds", "caution"):
             value = getattr(self, name)
             if isinstance(value, str):
-                raise BadPlan(f"{name} is one word, {value!r}: expected a list of them")
+                raise BadPlan(f"{name} is a single word, {value!r}: expected a list of words")
             object.__setattr__(self, name, tuple(value))
         counts = ("candidates", "attempts", "per_feature", "prompt_tokens", "reply_tokens")
         for name in counts:
@@ -98,19 +108,19 @@ class Recipe:
         return Sampling(self.temperature, self.top_p, tokens)
 
     def for_steering(self) -> Recipe:
-        """The same for a steered writer: prompts that do not describe the feature."""
+        """The same recipe for a steered writer, with prompts that do not describe the feature."""
         steered = {"prompt": "steered", "text": "opening"}
         return replace(self, template=steered.get(self.template, self.template))
 
     def at_least(self, threshold: float) -> Recipe:
-        """With a threshold not below that by which targets were found to be missing."""
+        """With at least the threshold by which targets were found to be missing."""
         return replace(self, threshold=max(self.threshold, threshold))
 
     def to_dict(self) -> dict[str, Any]:
         return {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items()}
 
     def change(self, **changes: Any) -> Recipe:
-        """The same with other values; None leaves one as it is."""
+        """The same recipe with other values; a value of None changes nothing."""
         return replace(self, **{key: v for key, v in changes.items() if v is not None})
 
 
@@ -130,7 +140,7 @@ RECIPES: Mapping[str, Recipe] = {recipe.name: recipe for recipe in (SCOPE, FAC, 
 
 
 def read_recipe(name: str) -> Recipe:
-    """One of the package's by name, or a YAML file that changes one of them."""
+    """A recipe of the package by name, or a YAML file that changes one of them."""
     if name in RECIPES:
         return RECIPES[name]
     path = Path(name)
@@ -156,14 +166,14 @@ def read_recipe(name: str) -> Recipe:
 
 
 def read_words(path: Path) -> tuple[str, ...]:
-    """A file with a word or phrase a line; lines that begin with # say something about it."""
+    """The words or phrases of a file, one per line. Lines that begin with # are comments."""
     try:
         lines = read_text(path, "utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise BadFile(f"{path} cannot be read as UTF-8 text ({error})") from error
     words = tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))
     if not words:
-        raise BadFile(f"{path} is empty: expected a word a line")
+        raise BadFile(f"{path} is empty: expected one word per line")
     return words
 
 

@@ -1,7 +1,7 @@
-"""The report of a run: what was kept, what was not and why, and how coverage grew.
+"""The report of a run: what was kept, what was rejected and why, and how coverage grew.
 
-Numbers come from the output's rows and the targets alone, so a report can be made at any time, also
-of a run that is still going on.
+All numbers come from the rows of the output and the targets, so a report can be made at any time,
+even while the run is still going on.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ class Report:
     kept: int
     outcomes: Counter[str]
     types: Counter[tuple[str, str]]  # (kind, style) of what is kept
-    per_feature: np.ndarray[Any, Any]  # kept examples of each wanted feature
-    activations: np.ndarray[Any, Any]  # of the kept, each of its own feature
+    per_feature: np.ndarray[Any, Any]  # the number of kept examples of each wanted feature
+    activations: np.ndarray[Any, Any]  # of each kept example, for its own feature
     curve: np.ndarray[Any, Any]  # seed data and kept examples together
-    synthetic_only: float  # what the kept examples cover by themselves
+    synthetic_only: float  # the coverage of the kept examples alone
     uncovered: tuple[FeatureRef, ...]
     verified: str  # which words had to activate the feature: prompt, reply, either
-    budget: str  # of the last run, and what it counts; empty: not known
+    budget: str  # the budget of the last run and what it counts; empty: not known
 
     def __str__(self) -> str:
         seed, end = self.targets.seed_coverage, float(self.curve[-1])
@@ -73,7 +73,7 @@ class Report:
         return "\n".join(lines)
 
     def _points(self) -> list[tuple[str, str]]:
-        """The curve at about eight places."""
+        """The curve at up to nine places."""
         last = len(self.curve) - 1
         places = sorted({round(last * i / 8) for i in range(9)})
         return [(f"{place:,}", f"{self.curve[place]:.2%}") for place in places]
@@ -103,12 +103,14 @@ class Report:
 
 
 def make_report(data: Path, targets: TargetSet) -> Report:
-    """Of an output file; of all its candidates where the run's folder is still beside it."""
+    """The report of an output; with all candidates, if the run's folder is still beside it."""
     kept_rows = read_rows(data)
     beside = run_folder(data) / "candidates.jsonl"
     rows = read_rows(beside) if beside.exists() else kept_rows
     if not rows:
-        raise TooLittleData(f"{data} has no rows and no candidates beside it: nothing to report")
+        raise TooLittleData(
+            f"{data} has no rows and no candidates beside it, so there is nothing to report"
+        )
     known = set(targets.refs)
     if not any(FeatureRef.parse(row["target"]) in known for row in rows):
         raise StoreMismatch(

@@ -1,8 +1,8 @@
 """Rounds: which feature is written for next, and which examples of it are still wanted.
 
 A round of a feature is a vanilla prompt and its adversarial rewrites (equation 21 of the Qwen-Scope
-report); each of them is a candidate of its own. Once a vanilla prompt is kept, later rounds rewrite
-that one, until the rewrites are kept, too. How a candidate is written is `pipeline.py`.
+report), each of which is a candidate. Once a vanilla prompt is kept, later rounds rewrite that
+prompt until enough rewrites are kept, too. `pipeline.py` writes the candidates.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Progress:
 
 
 class Rounds:
-    """The wanted features of a run and how far each is. `plan` says what comes next."""
+    """The wanted features of a run and the progress of each. `plan` says what comes next."""
 
     def __init__(self, targets: TargetSet, recipe: Recipe, templates: Templates) -> None:
         self._recipe, self._templates = recipe, templates
@@ -58,10 +58,12 @@ class Rounds:
         return any(self.waits(one) for one in self.progress.values())
 
     def plan(self, number: int, size: int, left: int | None = None) -> list[Candidate]:
-        """The next wave of about `size` candidates, numbered from `number`: features with the
-        fewest attempts first, then in the order wanted. A round is planned whole, unless no more
-        than `left` candidates may be written: then rewrites are left out, and half a pair is not
-        begun."""
+        """The next wave of about `size` candidates, numbered from `number`.
+
+        Features with the fewest attempts come first, then the order in which they are wanted
+        counts. A round is planned as a whole. Where only `left` candidates may still be written,
+        the last round loses rewrites, and a pair that would stay incomplete is not begun.
+        """
         waiting = [one for one in self.progress.values() if self.waits(one)]
         waiting.sort(key=lambda one: (one.attempts, one.place))
         wave: list[Candidate] = []
@@ -85,7 +87,7 @@ class Rounds:
         return self._templates[special if special in self._templates else base]
 
     def _round(self, one: Progress, number: int) -> list[Candidate]:
-        """Vanilla prompts, each followed by its rewrites; or rewrites of the one that is kept."""
+        """Vanilla prompts, each followed by its rewrites, or rewrites of the kept one."""
         recipe, found = self._recipe, list[Candidate]()
         stage: Stage = "one" if not recipe.pairs else "again" if one.pair else "pair"
         variants = 0 if stage == "pair" else recipe.variants
@@ -116,9 +118,15 @@ class Rounds:
         return kinds[(one.place + one.attempts) % len(kinds)]
 
     def _candidate(
-        self, one: Progress, number: int, kind: str, style: str, stage: Stage, sample: int,
+        self,
+        one: Progress,
+        number: int,
+        kind: str,
+        style: str,
+        stage: Stage,
+        sample: int,
         variant: int = 0,
-    ) -> Candidate:  # fmt: skip
+    ) -> Candidate:
         numbers = (one.attempts, sample, *((variant,) if variant else ()))
         seed = _seed(self._recipe.seed, one.target.ref, *numbers)
         template = self.template(kind, stage).name if style == VANILLA else "adversarial"
@@ -128,7 +136,7 @@ class Rounds:
 
 
 def _check_kinds(targets: TargetSet, recipe: Recipe) -> None:
-    """Replies follow the risk category that a feature expresses: it has to be known."""
+    """Replies follow the risk category of a feature, so that has to be known."""
     expected = f"expected one of {', '.join(recipe.kinds)} for each"
     advice = (
         "say it with `qsl synth targets --judge`, `--harmful REGEX` or `--kind KIND`, or give"
@@ -146,12 +154,12 @@ def _check_kinds(targets: TargetSet, recipe: Recipe) -> None:
 
 
 def _seed(seed: int, ref: FeatureRef, *numbers: int) -> int:
-    """31 bits, whatever the seed of the recipe."""
+    """A seed of 31 bits for one candidate, from the seed of the recipe."""
     text = " ".join(map(str, (seed, ref, *numbers)))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4]) >> 1
 
 
 def strongest_first(wave: Sequence[Candidate], rounds: Rounds) -> list[Candidate]:
-    """By feature in the order wanted, the strongest activation of each first."""
+    """The candidates in the order of wanted features, the strongest of each feature first."""
     place = {ref: one.place for ref, one in rounds.progress.items()}
     return sorted(wave, key=lambda one: (place[one.ref], -(one.activation or 0)))

@@ -1,10 +1,8 @@
-"""One run from targets to files: ledger, progress, and whatever was finished saved.
+"""One run from targets to files, for the command line and for scripts.
 
-`data.jsonl` loads with `datasets`; the folder `data.run/` beside it holds the ledger, all
-candidates and the settings that a continued run has to share. Files are rewritten whole.
-
-What happens to a candidate is `pipeline.py`; this is the frame around it, for the command line and
-for scripts.
+The output `data.jsonl` loads with `datasets`. The folder `data.run/` beside it holds the ledger,
+all candidates, and the settings with which a run can be continued. After every wave the files are
+written anew as a whole. `pipeline.py` decides about the candidates.
 """
 
 from __future__ import annotations
@@ -46,7 +44,7 @@ __all__ = [
 FORMAT, VERSION, MADE_BY = "qsl-synthesis", 1, "qsl synth run"
 
 MAY_CHANGE = ("attempts", "per_feature", "candidates", "count_others", "variants")
-"""Of a recipe: what a continued run may have more or less of; answers that were paid stay good."""
+"""Fields of a recipe that may change when a run is continued: paid answers stay valid."""
 
 
 def run_folder(out: Path) -> Path:
@@ -54,7 +52,7 @@ def run_folder(out: Path) -> Path:
 
 
 def settings_of(synthesis: Synthesis, model: str) -> dict[str, Any]:
-    """What decides the content of an output, without what only decides how much of it."""
+    """The settings that decide what an output contains, without those of its amount."""
     from qwen_scope_lens.version import __version__
 
     recipe = synthesis.recipe.to_dict()
@@ -76,7 +74,7 @@ def settings_of(synthesis: Synthesis, model: str) -> dict[str, Any]:
 
 
 def amount_of(recipe: Recipe, budget: int, counts: Counts) -> dict[str, Any]:
-    """What decides how much is written, and may change when a run is continued."""
+    """The settings that decide how much is written; they may change in a continued run."""
     some = recipe.to_dict()
     return {"budget": budget, "budget_counts": counts, **{key: some[key] for key in MAY_CHANGE}}
 
@@ -84,8 +82,10 @@ def amount_of(recipe: Recipe, budget: int, counts: Counts) -> dict[str, Any]:
 def check_settings(
     folder: Path, settings: Mapping[str, Any], amount: Mapping[str, Any] | None = None
 ) -> None:
-    """Write them beside a new run; refuse to continue one that was made with others. `amount` is
-    that of the last run."""
+    """Write the settings of a new run, or refuse to continue a run of other settings.
+
+    `amount` replaces the amount of the last run.
+    """
     path = folder / "settings.json"
     last = {} if amount is None else {"amount": dict(amount)}
     if not path.exists():
@@ -104,13 +104,13 @@ def check_settings(
 
 
 def read_settings(out: Path) -> dict[str, Any] | None:
-    """The settings and the last amount of the run that wrote an output; None: not beside it."""
+    """The settings and last amount of the run that wrote an output; None where they are missing."""
     path = run_folder(out) / "settings.json"
     return read_json(path, FORMAT, VERSION, MADE_BY) if path.exists() else None
 
 
 def save(synthesis: Synthesis, out: Path) -> None:
-    """The kept rows to `out`, every candidate to the run's folder."""
+    """Write the kept rows to `out`, and every candidate to the run's folder."""
     name = synthesis.writer.name
     rows = [one.to_row(name, synthesis.chat, synthesis.recipe.read) for one in synthesis.candidates]
     kept = [row for row in rows if row["outcome"] == "kept"]
@@ -120,7 +120,7 @@ def save(synthesis: Synthesis, out: Path) -> None:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of one of these files; an error names the line."""
+    """Read the rows of an output or of its candidates; an error names the line."""
     rows = []
     for where, row in corpus.read_rows(path):
         found = set(row) if isinstance(row, dict) else set()
@@ -134,7 +134,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _difference(before: Any, now: Any) -> tuple[str, str]:
-    """The two values, or of two mappings the entries that differ."""
+    """The two values; of two mappings the first entry that differs."""
     if isinstance(before, dict) and isinstance(now, dict):
         for key in sorted({*before, *now}):
             if before.get(key) != now.get(key):
@@ -163,10 +163,10 @@ def synthesise(
 ) -> Synthesis:
     """Write examples for the features that `targets` wants, into `out` and the folder beside it.
 
-    Called again after a stop, a crash or `kill -9` it continues: what was answered and measured
+    Called again after a stop, a crash or `kill -9`, it continues: what was answered or measured
     before costs nothing. `budget` is the number of candidates, kept or not, or with
-    `counts="kept"` that of kept examples; both can be raised, and one exchanged for the other, when
-    a run is continued. `model` only names the reader's model in the settings.
+    `counts="kept"` the number of kept examples. A continued run may raise the budget, and may
+    count the other way. `model` only names the reader's model in the settings.
     """
     from tqdm import tqdm
 
@@ -189,8 +189,8 @@ def synthesise(
         before = ledger.spent.calls
 
         def is_new(done: Synthesis) -> bool:
-            """Whether it is past the point to which an earlier run came, or at its end: while
-            that one is only repeated from the ledger, its longer files stay."""
+            """Whether the run has ended or has passed the point that an earlier run reached. Before
+            that the earlier run is only repeated, and its longer files stay."""
             return bool(done.stopped) or ledger.spent.calls > before
 
         unit = "candidate" if counts == "written" else "kept example"
@@ -213,7 +213,7 @@ def synthesise(
 def open_reader(
     targets: TargetSet, model: Any, device: str = "cpu", more: Iterable[FeatureRef] = ()
 ) -> tuple[Reader, dict[LayerRef, ScopeSAE]]:
-    """The reader of the SAEs of the targets and of `more` features, and those SAEs."""
+    """A reader with the SAEs of the targets and of `more` features, and these SAEs."""
     from qwen_scope_lens.saes.load import load_sae
 
     refs = sorted({*targets.saes, *(ref.sae for ref in more)})
@@ -231,7 +231,7 @@ def made_with(targets: TargetSet) -> Reading:
 
 
 def known_texts(corpus: Path) -> list[str]:
-    """The texts of a corpus; of chats the contents of their messages."""
+    """The texts of a corpus. The text of a chat is the contents of its messages."""
     from qwen_scope_lens.stores.corpus import read_corpus
 
     return [

@@ -1,11 +1,9 @@
-"""The features that matter for a task, which of them the data lacks, and coverage as arithmetic.
+"""Targets: the features that matter for a task, which of them the data lacks, and coverage.
 
-Equations 18, 20 and 23 of the Qwen-Scope report and the FAC of FAC Synthesis; they differ in the
-threshold and in what the denominator is. Where the activations come from is `reader.py` for texts
-and a feature store for corpora.
-
-Equations 18 to 20 of the Qwen-Scope report, and `F_miss` of FAC Synthesis. Pure data with a JSON
-form; how it is found in feature stores is `find.py`, how relevance is judged `relevance.py`.
+The formulas are equations 18, 20 and 23 of the Qwen-Scope report, and `F_miss` and FAC of FAC
+Synthesis; they differ in the threshold and in the denominator. Everything here is pure data with a
+JSON form: `find.py` makes targets from feature stores, `judgements.py` says how relevant features
+are, and `reader.py` measures activations on texts.
 """
 
 from __future__ import annotations
@@ -32,9 +30,9 @@ Array = np.ndarray[Any, Any]
 
 
 def documents_firing(maxima: csr_matrix, threshold: float = 0.0) -> Array:
-    """On how many documents each feature's maximum exceeds the threshold. `[docs, d] -> [d]`
+    """The number of documents on which each feature's maximum exceeds the threshold.
 
-    The coverage bit of a feature (equation 18) is whether this is above zero.
+    `[docs, d] -> [d]`. A feature is covered (equation 18) if its number is above zero.
     """
     maxima = canonical(maxima)
     above = maxima.data > threshold
@@ -45,19 +43,19 @@ def coverage(targets: Iterable[Any], fired: Iterable[Iterable[Any]]) -> float:
     """The share of the targets that at least one example activates (equation 23)."""
     wanted = set(targets)
     if not wanted:
-        raise TooLittleData("no target features: there is nothing to cover")
+        raise TooLittleData("there are no target features, so there is nothing to cover")
     return len(wanted & set().union(*fired)) / len(wanted)
 
 
 def fac(generated: Array, anchor: Array) -> float:
-    """Feature activation coverage, `|F(Q_Z)| / |F(P_Z)|`: bool `[d]` each.
+    """Feature activation coverage, `|F(Q_Z)| / |F(P_Z)|`; both arguments are bool `[d]`.
 
-    Of the features of the anchor data, the share that the generated data has. Features that only
-    the generated data has do not count, so that it cannot exceed 1.
+    It is the share of the anchor data's features that the generated data has, too. Features that
+    only the generated data has do not count, so it cannot exceed 1.
     """
     wanted = int(anchor.sum())
     if not wanted:
-        raise TooLittleData("the anchor data activates no feature: there is nothing to cover")
+        raise TooLittleData("the anchor data activates no feature, so there is nothing to cover")
     return int((generated & anchor).sum()) / wanted
 
 
@@ -65,7 +63,7 @@ def curve(targets: Iterable[Any], fired: Sequence[Iterable[Any]]) -> Array:
     """Coverage after the first 0, 1, .., n examples. `-> float64 [n + 1]`"""
     wanted = set(targets)
     if not wanted:
-        raise TooLittleData("no target features: there is nothing to cover")
+        raise TooLittleData("there are no target features, so there is nothing to cover")
     seen: set[Any] = set()
     found = [0]
     for features in fired:
@@ -81,21 +79,21 @@ feature fires. Files of version 1 are refused: a push by their `typical` would b
 
 @dataclass(frozen=True)
 class Target:
-    """One relevant feature."""
+    """A feature that matters for the task."""
 
     ref: FeatureRef
     relevance: float = 1.0  # s_f
-    seed_documents: int = 0  # of the seed data, on how many it fires
-    reference_documents: int | None = None  # of the anchor data; None: there is none
+    seed_documents: int = 0  # on how many documents of the seed data it fires
+    reference_documents: int | None = None  # the same for the anchor data; None: there is none
     typical: float = 0.0  # typical activation (mean where it fires) in the anchor data; 0: unknown
     description: str = ""
-    kind: str = ""  # z, the risk category that it expresses: harmful, benign; empty: unknown
+    kind: str = ""  # z, its risk category: harmful or benign; empty: unknown
     examples: tuple[str, ...] = ()  # passages of the anchor data, the feature's tokens in << >>
 
 
 @dataclass(frozen=True)
 class TargetSet:
-    """T, with what is known of the seed data."""
+    """T, the target features of a task, with what is known of the seed data."""
 
     targets: tuple[Target, ...]
     task: str = ""
@@ -108,30 +106,30 @@ class TargetSet:
     def __post_init__(self) -> None:
         if not self.targets:
             raise TooLittleData(
-                "no feature is a target: none is relevant enough. Lower --least-relevance, choose"
-                " other labels, or take all features of the anchor data"
+                "no feature is a target, because none is relevant enough. Lower --least-relevance,"
+                " choose other labels, or take all features of the anchor data"
             )
         refs = [target.ref for target in self.targets]
         if len(set(refs)) < len(refs):
-            raise TooLittleData("one feature is a target twice: expected each address once")
+            raise TooLittleData("a feature is a target twice: expected each address once")
 
     def __len__(self) -> int:
         return len(self.targets)
 
     @property
     def missing(self) -> tuple[Target, ...]:
-        """T_miss: relevant, and on no document of the seed data."""
+        """T_miss: the targets that fire on no document of the seed data."""
         return tuple(target for target in self.targets if not target.seed_documents)
 
     @property
     def weak(self) -> tuple[Target, ...]:
-        """Covered, but on fewer than `weak_below` documents."""
+        """The targets that fire in the seed data, but on fewer than `weak_below` documents."""
         few = (t for t in self.targets if 0 < t.seed_documents < self.weak_below)
         return tuple(sorted(few, key=lambda t: (t.seed_documents, t.ref)))
 
     @property
     def wanted(self) -> tuple[Target, ...]:
-        """What is to be written: the missing ones by relevance, then the weak ones."""
+        """The targets to write data for: missing ones by relevance, then weak ones."""
         missing = sorted(self.missing, key=lambda t: (-t.relevance, t.ref))
         return (*missing, *self.weak)
 
@@ -151,8 +149,6 @@ class TargetSet:
     @property
     def seed_fac(self) -> float | None:
         """FAC of the seed data against the anchor data; None without anchor data."""
-        import numpy as np
-
         known = [t for t in self.targets if t.reference_documents is not None]
         if not any(t.reference_documents for t in known):
             return None
@@ -162,7 +158,7 @@ class TargetSet:
 
     @property
     def digest(self) -> str:
-        """Changes with the features and what prompts are written from."""
+        """Changes whenever a target, or anything that prompts are written from, changes."""
         content = json.dumps(self.to_dict() | {"provenance": None}, sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
@@ -203,10 +199,6 @@ class TargetSet:
         if set(kinds) - {"of no known kind"}:
             lines.append("wanted: " + ", ".join(f"{n} {kind}" for kind, n in kinds.most_common()))
         return "\n".join(lines)
-
-
-def by_ref(targets: Iterable[Target]) -> dict[FeatureRef, Target]:
-    return {target.ref: target for target in targets}
 
 
 def _target(row: dict[str, Any]) -> Target:

@@ -1,7 +1,7 @@
-"""Answers of the OpenAI API: what one means, taken apart without trust in whoever wrote it.
+"""Answers of the OpenAI API: what an answer means. Nothing in an answer is trusted.
 
-Every text that leaves this module went through the `Mask` that it was given. Whether to try again
-is decided by `endpoint.py`.
+Every text that leaves this module has gone through the `Mask` that it was given. `endpoint.py`
+decides whether to try again.
 """
 
 from __future__ import annotations
@@ -20,17 +20,21 @@ from qwen_scope_lens.writers.transport import Answer, Trouble
 __all__ = ["completion_of", "refusal_of", "retry_after"]
 
 CHARACTERS_PER_TOKEN = 4
-"""For servers that do not count; marked as an estimate in the ledger."""
+"""The estimate for servers that do not count tokens; the ledger marks it as an estimate."""
 
 MOST_TOKENS = 10_000_000
-"""A server that says more tokens for one call than this miscounts, and is not believed."""
+"""A count above this for one call cannot be true, and is replaced by the estimate."""
 
-FATAL = {401: "the key is refused", 403: "access is refused", 404: "no such address or model"}
+FATAL = {
+    401: "the key is refused",
+    403: "access is refused",
+    404: "the address or the model does not exist",
+}
 PASSING = {408, 409, 425, 429}  # and every 5xx
 
 
 def completion_of(content: bytes, request: Request, mask: Mask) -> Completion:
-    """The completion in an answer that says 200. Raises `Trouble`."""
+    """The completion in an answer with status 200. Raises `Trouble` for anything else in it."""
     try:
         answer = json.loads(content.decode("utf-8", "replace"))
         if isinstance(answer.get("error"), Mapping):
@@ -39,9 +43,9 @@ def completion_of(content: bytes, request: Request, mask: Mask) -> Completion:
         choice = answer["choices"][0]
         found = choice["text"] if request.raw else choice["message"].get("content")
     except IndexError:
-        raise Trouble("no choices in the answer", True) from None
+        raise Trouble("an answer without choices", True) from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise Trouble("an answer that is not of the API", True) from None
+        raise Trouble("an answer that is not in the form of the API", True) from None
     if isinstance(found, list):  # content in parts
         parts = [part.get("text") for part in found if isinstance(part, dict)]
         found = "".join(part for part in parts if isinstance(part, str))
@@ -63,7 +67,7 @@ def completion_of(content: bytes, request: Request, mask: Mask) -> Completion:
 
 
 def refusal_of(answer: Answer, mask: Mask, key_variable: str, model: str) -> Trouble:
-    """What any other status means."""
+    """The trouble that an answer with any other status means."""
     status = answer.status
     said = mask.excerpt(answer.content)
     what = f"HTTP {status}"
@@ -88,7 +92,7 @@ def refusal_of(answer: Answer, mask: Mask, key_variable: str, model: str) -> Tro
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds, from either form of the header; None where it is missing or means nothing."""
+    """Seconds to wait, from either form of the header; None where it is missing or invalid."""
     value = headers.get("retry-after", "")
     try:
         seconds = float(value)

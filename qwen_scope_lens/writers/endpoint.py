@@ -1,10 +1,10 @@
 """A generator behind any OpenAI-compatible endpoint: vLLM, SGLang, llama.cpp, or a paid service.
 
-Concurrent, paced, and patient with servers: slow ones, full ones (429), broken ones (5xx, cut
-connections, answers that are no JSON or empty). The key is read from an environment variable when
-requests are sent; it is written nowhere, and whatever the server says is masked before it is kept,
-printed or logged (`masking.py`). One exchange is `transport.py`, what an answer means `answers.py`,
-what is asked is decided elsewhere.
+Calls run concurrently and within limits per minute. They are tried again when the server is slow,
+full (429) or broken (5xx, a cut connection, an answer that is empty or not JSON). The key is read
+from an environment variable when requests are sent; it is never written anywhere, and whatever the
+server says is masked before it is kept, printed or logged (`masking.py`). `transport.py` does one
+exchange, and `answers.py` knows what an answer means.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ class Endpoint:
     concurrency: int = 8
     timeout: float = 120.0  # seconds for one try: name, connection, headers and the last byte
     tries: int = 6
-    charged_tries: int = 3  # of those, how many may be answers that are no use but may be charged
-    backoff: float = 1.0  # seconds before the second try, doubled each time, with jitter
+    charged_tries: int = 3  # the most tries that may be charged without a usable answer
+    backoff: float = 1.0  # seconds before the second try; doubled each time, with jitter
     max_backoff: float = 60.0
     requests_per_minute: float | None = None
     tokens_per_minute: float | None = None
-    failures_in_a_row: int = 10  # requests given up one after the other before all is given up
+    failures_in_a_row: int = 10  # so many failed requests in a row end the run
     body: Mapping[str, Any] = field(default_factory=dict)  # further fields of every request
 
     def __post_init__(self) -> None:
@@ -62,13 +62,13 @@ class Endpoint:
             good = False
         if not good:
             raise GeneratorFailed(
-                f"{bare(self.base_url)!r} is no address of an endpoint: expected something like"
-                " http://localhost:8000/v1"
+                f"{bare(self.base_url)!r} is not the address of an endpoint: expected something"
+                " like http://localhost:8000/v1"
             )
         if parts.username or parts.password or parts.query:
             raise GeneratorFailed(
-                f"the address of {parts.hostname} has a password or a query in it: put the key"
-                f" into the environment variable {self.key_variable} instead, and leave it out"
+                f"the address of {parts.hostname} holds a password or a query: leave it out, and"
+                f" put the key into the environment variable {self.key_variable}"
             )
         self.base_url = self.base_url.rstrip("/")
         self._answered = False
@@ -124,7 +124,7 @@ class Endpoint:
                 pool.shutdown(wait=True, cancel_futures=True)
 
     def _answer(self, exchange: _Exchange, request: Request, number: int, book: Book) -> None:
-        """One request to its end: answered, given up, or not started."""
+        """Carry one request to its end: answered, given up, or not started."""
         started = time.monotonic()
         what, charged = "", 0
         for trial in range(self.tries):
@@ -176,7 +176,7 @@ class Endpoint:
         }
         if exchange.key:
             headers["Authorization"] = f"Bearer {exchange.key}"
-        # A half of a character in a prompt becomes a question mark: UTF-8 has none.
+        # UTF-8 has no lone surrogates: in a prompt they become question marks.
         content = json.dumps(body, ensure_ascii=False, allow_nan=False).encode("utf-8", "replace")
         answer = exchange.transport.post(f"{self.base_url}/{path}", content, headers)
         if answer.status != 200:
@@ -202,13 +202,13 @@ class Endpoint:
         key = os.environ.get(self.key_variable, "").strip()
         if not (key.isascii() and key.isprintable()) or " " in key:
             raise GeneratorFailed(
-                f"the environment variable {self.key_variable} holds spaces or characters that no"
-                " key has: set it again"
+                f"the environment variable {self.key_variable} holds spaces or characters that"
+                " cannot be in a key: set it again"
             )
         return key
 
     def _pace(self) -> None:
-        """Wait for this call's turn."""
+        """Wait until this call may start."""
         with self._lock:
             now = time.monotonic()
             start = max(now, self._next_start)
@@ -217,12 +217,12 @@ class Endpoint:
         self._stop.wait(min(max(0.0, start - now), threading.TIMEOUT_MAX))
 
     def _pause(self, wait: float | None, trial: int, everyone: bool) -> None:
-        """Before the next try: as long as the server says, else longer each time, with jitter."""
+        """Wait before the next try: as the server says, else longer each time, with jitter."""
         if wait is None:
             grown = self.backoff * 2.0 ** min(trial, 60)
             wait = min(self.max_backoff, grown) * random.uniform(0.5, 1.0)
         wait = min(wait, 10 * self.max_backoff, threading.TIMEOUT_MAX)
-        if everyone:  # the server is full: nobody else need try
+        if everyone:  # the server is full: no other call may start before
             with self._lock:
                 self._next_start = max(self._next_start, time.monotonic() + wait)
         self._stop.wait(wait)
@@ -230,7 +230,7 @@ class Endpoint:
 
 @dataclass(frozen=True)
 class _Exchange:
-    """What the calls of one `generate` share."""
+    """What all calls of one `generate` share."""
 
     transport: Transport
     key: str = field(repr=False)
@@ -238,7 +238,7 @@ class _Exchange:
 
 
 class _Masked:
-    """The one way from the endpoint to its book: nothing gets there with the key in it."""
+    """The only way from the endpoint to its book. It masks the key in everything."""
 
     def __init__(self, book: Book, mask: Mask) -> None:
         self._book, self._mask = book, mask

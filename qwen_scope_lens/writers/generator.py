@@ -1,8 +1,8 @@
-"""What every text generator is: requests in, completions out, one small interface.
+"""The interface of all text generators: requests in, completions out.
 
 An endpoint over HTTP (`endpoint.py`) and a model in memory, steered or not (`local.py`), implement
-`Generator`. What was paid is kept by a `Book` (`ledger.py`), which a generator tells of each call
-at once, so that nothing is lost when the process dies. No prompt is written here.
+`Generator`. A generator reports each call to a `Book` (`ledger.py`) at once, so that no paid answer
+is lost when the process dies.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ _THOUGHT = re.compile(r"<think>.*?(</think>|\Z)", re.DOTALL)
 _QUOTES = {'"': '"', "'": "'", "“": "”", "„": "“", "«": "»", "「": "」"}
 
 Messages = tuple[tuple[str, str], ...]
-"""(role, content) of a chat."""
+"""The messages of a chat, each as (role, content)."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample. The temperature is that of FAC synthesis; the rest no paper says."""
+    """How to sample. The temperature is that of FAC Synthesis; no paper gives the other values."""
 
     temperature: float = 0.8
     top_p: float = 1.0
@@ -36,10 +36,10 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Request:
-    """One call: a chat, or with `raw` one text to be continued."""
+    """One call: a chat to be answered, or with `raw` a text to be continued."""
 
     messages: Messages
-    purpose: str  # prompt, rewrite, reply, judge, describe, detect: for the ledger's sums
+    purpose: str  # prompt, rewrite, reply, judge, describe or detect: for the ledger's sums
     seed: int = 0
     sampling: Sampling = field(default_factory=Sampling)
     raw: bool = False
@@ -47,49 +47,52 @@ class Request:
 
     @property
     def text(self) -> str:
-        """The one text to be continued, of a raw request."""
+        """The text that a raw request continues."""
         return "\n\n".join(content for _, content in self.messages)
 
 
 @dataclass(frozen=True)
 class Completion:
-    """What came back; `error` says why nothing did."""
+    """The answer to a request; `error` says why there is none."""
 
     text: str = ""
-    finish: str = ""  # stop, length, content_filter: as the server says
+    finish: str = ""  # stop, length or content_filter, as the server says
     prompt_tokens: int = 0
     completion_tokens: int = 0
-    estimated: bool = False  # the server did not say: four characters a token
+    estimated: bool = False  # the server did not count: four characters per token
     seconds: float = 0.0
     error: str = ""
 
 
 class Book(Protocol):
-    """Who wants to know of each call, by its number in the list of requests."""
+    """Keeps account of the calls, each by its number in the list of requests."""
 
     def start(self, number: int) -> bool:
-        """About to send; False: the spending limit is reached, do not."""
+        """Called before a request is sent. False: the spending limit is reached, do not send."""
 
     def finish(self, number: int, completion: Completion) -> None:
-        """An answer, to be kept before anything else happens."""
+        """Called with an answer, which is kept before anything else happens."""
 
     def trouble(self, number: int, what: str, maybe_charged: bool) -> None:
-        """A try without a usable answer; the server may have charged for it."""
+        """Called after a try without a usable answer, for which the server may have charged."""
 
 
 class Generator(Protocol):
-    """Writes text. `name` stands in every row that it wrote and in the keys of the ledger."""
+    """Writes text. Its `name` is part of every row that it wrote and of the ledger's keys."""
 
     @property
     def name(self) -> str: ...
 
     def generate(self, requests: Sequence[Request], book: Book) -> None:
-        """Answer the requests in any order, telling `book` of each. Raises `GeneratorFailed` when
-        going on makes no sense; a single request that fails is a completion with an error."""
+        """Answer the requests in any order, and report each to `book`.
+
+        A request that fails is a completion with an error. Raises `GeneratorFailed` where no
+        further request can succeed.
+        """
 
 
 def digest(generator: str, request: Request) -> str:
-    """The identity of a call: the same digest is never paid twice."""
+    """The identity of a call: calls with the same digest are paid only once."""
     content: dict[str, Any] = asdict(request) | {
         "generator": generator,
         "target": str(request.target) if request.target else None,
@@ -100,7 +103,7 @@ def digest(generator: str, request: Request) -> str:
 
 
 def clean(text: str) -> str:
-    """What a model wrote without what it put around it: thoughts, a fence, quotes, a broken end."""
+    """A model's text without thoughts, a code fence or quotes around it, or a broken end."""
     text = _THOUGHT.sub("", text).strip().rstrip("�").strip()
     if fenced := re.fullmatch(r"```\w*\n(.*)\n```", text, re.DOTALL):
         text = fenced[1].strip()

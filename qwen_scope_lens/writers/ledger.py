@@ -1,10 +1,10 @@
-"""The ledger: every paid call and every measurement, appended as it happens, never paid twice.
+"""The ledger: every paid call and every measurement, so that nothing is paid or measured twice.
 
-A synthesis run is a function of its settings and of the answers it got. The ledger keeps the
-answers, one JSON line each, forced to disk before anything is done with them: a run that was killed
-anywhere is started again, finds what it asked before, and goes on where it ended. Calls that were
-in flight when the process died may have been charged; they are counted and sent again. Keys and
-headers of requests never come here.
+A synthesis run is a function of its settings and of the answers that it got. The ledger keeps the
+answers, each as a line of JSON that is on disk before the answer is used. A run that was killed can
+therefore be started again: it finds its answers and continues where it ended. Calls that were in
+flight when the process died may have been charged; they are counted and sent again. Keys and
+headers of requests are never written here.
 """
 
 from __future__ import annotations
@@ -31,7 +31,10 @@ __all__ = ["Ledger", "Prices", "Spent"]
 
 @dataclass(frozen=True)
 class Prices:
-    """Per million tokens, in the currency of the bill, and where to stop. All unknown: no cost."""
+    """Prices per million tokens, in the currency of the bill, and the limits of spending.
+
+    Without prices every call costs 0.
+    """
 
     prompt: float = 0.0
     completion: float = 0.0
@@ -56,8 +59,8 @@ class Spent:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cost: float = 0.0
-    estimated: int = 0  # calls whose tokens the server did not say
-    reused: int = 0  # answers of this run that were there already
+    estimated: int = 0  # calls whose tokens the server did not count
+    reused: int = 0  # answers of this run that the ledger had already
     troubles: Counter[str] = field(default_factory=Counter)
     maybe_charged: int = 0  # tries without a usable answer that the server may have charged
     calls_by_purpose: Counter[str] = field(default_factory=Counter)
@@ -83,7 +86,7 @@ class Spent:
 
 
 class Ledger:
-    """An append-only file in a folder of its own, held by one process at a time."""
+    """An append-only file in its own folder, which one process at a time can hold."""
 
     def __init__(self, path: Path, prices: Prices, file: IO[bytes]) -> None:
         self.path, self.prices, self.spent = path, prices, Spent()
@@ -109,9 +112,9 @@ class Ledger:
                 yield cls(path, prices or Prices(), file)
 
     def ask(self, generator: Generator, requests: Sequence[Request]) -> list[Completion | None]:
-        """The answers in order: from the ledger where they are known, else from the generator.
+        """The answers in order: from the ledger where it has them, else from the generator.
 
-        None where the spending limit forbade to ask.
+        None stands for a request that was not sent because of the spending limit.
         """
         keys = [digest(generator.name, request) for request in requests]
         new = [i for i, key in enumerate(keys) if key not in self._answers]
@@ -129,7 +132,7 @@ class Ledger:
         return self._measured.get(key)
 
     def measure(self, rows: Mapping[str, Any]) -> None:
-        """Keep measurements: computing time is paid too."""
+        """Keep measurements, because computing time costs, too."""
         with self._lock:
             self._write(
                 [{"event": "measure", "key": key, "value": value} for key, value in rows.items()]
@@ -138,7 +141,7 @@ class Ledger:
 
     @property
     def limit_reached(self) -> str:
-        """Why no further call may start, or nothing."""
+        """Why no further call may start; empty while calls may."""
         prices, spent = self.prices, self.spent
         if prices.max_cost is not None and spent.cost >= prices.max_cost:
             return f"the cost limit of {prices.max_cost} is reached"
@@ -152,7 +155,7 @@ class Ledger:
             self._take(row, set())
 
     def _write(self, rows: Sequence[dict[str, Any]]) -> None:
-        """All of them on disk, or none and an error."""
+        """Write all rows to disk, or none of them and raise."""
         content = "".join(json.dumps(row, ensure_ascii=True) + "\n" for row in rows).encode()
         end = os.fstat(self._file.fileno()).st_size
         try:
@@ -164,8 +167,8 @@ class Ledger:
             with suppress(OSError):  # the next line must not follow half of this one
                 os.ftruncate(self._file.fileno(), end)
             raise CannotWrite(
-                f"cannot write {self.path}: {error.strerror}. No further call is made, since its"
-                " answer could not be kept: make room and run the same command again"
+                f"cannot write {self.path}: {error.strerror}. No further call is made, because its"
+                " answer could not be kept: free some space and run the same command again"
             ) from error
 
     def _take(self, row: dict[str, Any], open_calls: set[str]) -> None:
@@ -193,7 +196,7 @@ class Ledger:
 
 
 class _Book:
-    """Tells the ledger of the calls of one `ask`."""
+    """Reports the calls of one `ask` to the ledger."""
 
     def __init__(
         self, ledger: Ledger, generator: str, keys: list[str], requests: list[Request]
@@ -238,12 +241,21 @@ class _Book:
 _NUMBER = (int, float)
 _FIELDS: Mapping[str, Mapping[str, type | tuple[type, ...]]] = {
     "start": {},
-    "answer": {"purpose": str, "cost": _NUMBER, "text": str, "finish": str, "prompt_tokens": int,
-               "completion_tokens": int, "estimated": bool, "seconds": _NUMBER, "error": str},
+    "answer": {
+        "purpose": str,
+        "cost": _NUMBER,
+        "text": str,
+        "finish": str,
+        "prompt_tokens": int,
+        "completion_tokens": int,
+        "estimated": bool,
+        "seconds": _NUMBER,
+        "error": str,
+    },
     "trouble": {"what": str, "maybe_charged": bool},
     "measure": {"value": object},
-}  # fmt: skip
-"""What a line of each event has to have besides its key."""
+}
+"""The fields that a line of each event needs besides its key."""
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -251,14 +263,14 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
         for number, line in enumerate(file, start=1):
             if wrong := _wrong(line):
                 raise BadFile(
-                    f"{path}, line {number} is damaged ({wrong}). It holds an answer that was paid"
-                    " for: repair or delete that line, then run the same command again"
+                    f"{path}, line {number} is damaged ({wrong}). It may hold an answer that was"
+                    " paid for: repair or delete that line, then run the same command again"
                 )
             yield json.loads(line)
 
 
 def _wrong(line: bytes) -> str:
-    """What is wrong with a line, or nothing."""
+    """What is wrong with a line; empty where nothing is."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -277,8 +289,8 @@ def _wrong(line: bytes) -> str:
 
 
 def _mend_end(path: Path) -> None:
-    """A last line that a killed process did not finish: cut, or where only the end of the line is
-    missing, ended."""
+    """Mend a last line that a killed process did not finish: remove it, or add the line break where
+    only that is missing."""
     if not path.exists():
         return
     with open_own(path, "r+b") as file:

@@ -1,8 +1,8 @@
-"""A generator that is a model in memory, as it is or steered towards the missing feature.
+"""A generator that runs a model in memory, either as it is or steered towards a feature.
 
-Steered, it writes while the decoder direction of the request's target is added to the residual: no
-description, no second model. Its texts are then read by the unsteered model like all others. What a
-steering plan does is `steering`; nothing is edited here.
+Steered, the model writes while the decoder row of the request's target feature is added to the
+residual, so that it needs neither a description nor a second model. The unsteered model then reads
+its texts like all others.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from qwen_scope_lens.models.architecture import context_length, input_device, pl
 from qwen_scope_lens.models.tokenize import find_tokenizer
 from qwen_scope_lens.steering.hooks import steer
 from qwen_scope_lens.steering.plan import Edit, Plan
+from qwen_scope_lens.steering.readers import SAEs
 from qwen_scope_lens.writers.generator import Book, Completion, Request, Sampling, digest
 
 __all__ = ["Local", "Push"]
@@ -30,8 +31,8 @@ __all__ = ["Local", "Push"]
 class Push:
     """How strongly a target is amplified: `strength` times its typical activation.
 
-    `typical` is the mean activation of a feature where it fires; for one that is not in it the
-    strength itself is added, in raw activations.
+    `typical` has the typical activation (the mean where it fires) of each feature. For a feature
+    that is not in it the strength itself is added, in raw activations.
     """
 
     strength: float
@@ -46,7 +47,7 @@ class Push:
 
 
 class Local:
-    """`model.generate` of HF, in batches; `saes` are those that are loaded already."""
+    """Calls a model's `generate` in batches. `saes` are SAEs that are loaded already."""
 
     def __init__(
         self,
@@ -55,7 +56,7 @@ class Local:
         *,
         tokenizer: Any = None,
         push: Push | None = None,
-        saes: Any = None,
+        saes: SAEs = None,
         batch: int = 16,
     ) -> None:
         self._model, self._label, self._push, self._saes = model, name, push, saes
@@ -80,7 +81,7 @@ class Local:
                 book.finish(number, completion)
 
     def _ids(self, request: Request) -> list[int]:
-        """The prompt as tokens, cut at its beginning where the context is too short for it."""
+        """The token ids of a prompt; its beginning is cut off where the context is too short."""
         if request.raw:
             ids = self._tokenizer(request.text, add_special_tokens=False)["input_ids"]
         else:
@@ -98,8 +99,11 @@ class Local:
         return list(ids[-room:])
 
     def _groups(self, requests: Sequence[Request], ids: Sequence[list[int]]) -> Iterator[list[int]]:
-        """Requests that may share a batch: one sampling, and for hybrid models one length, whose
-        recurrent layers would read the pads."""
+        """Numbers of requests that may share a batch, which has one sampling.
+
+        In a batch for a hybrid model all prompts have one length, because its recurrent layers
+        would read pads.
+        """
         hybrid = places_of(self._model).is_hybrid
         groups: dict[tuple[Sampling, int, bool], list[int]] = {}
         for number, request in enumerate(requests):
@@ -126,7 +130,7 @@ class Local:
         if sampling.temperature > 0:
             choice = {"do_sample": True, "temperature": sampling.temperature, "top_k": 0}
             choice["top_p"] = sampling.top_p
-        # One seed for a batch: of what is in it, so that the same batch gives the same texts.
+        # The seed of a batch depends on its first request, so equal batches give equal texts.
         seed = int(digest(self.name, requests[0])[:8], 16)
         with ExitStack() as stack:
             stack.enter_context(torch.random.fork_rng(_gpus(device)))

@@ -1,8 +1,8 @@
-"""Mask: text that came from a server, without the key, however the server wrote it.
+"""Masking: removes the key from text that came from a server, however the server wrote it.
 
 A server that repeats a request repeats its key: as it is, in upper or lower case (as headers are
 normalised), with the escapes of JSON, of addresses or of HTML, in base64 or in hexadecimal digits.
-Nothing that a server said is written, printed or logged before it went through a `Mask`.
+Whatever a server said goes through a `Mask` before it is written, printed or logged.
 """
 
 from __future__ import annotations
@@ -18,18 +18,24 @@ __all__ = ["MASKED", "Mask", "bare", "whole_characters"]
 MASKED = "[key]"
 
 SHORT = 8
-"""A shorter key is a placeholder such as EMPTY or none, and a word of its own: only that very word
-is masked, since other writings of it would be found in ordinary texts."""
+"""A shorter key is a placeholder, such as EMPTY or none. Only that very word is masked, because its
+other writings would be found in ordinary texts."""
 
 EXCERPT = 200
-"""How many characters of what a server said are repeated in a message."""
+"""The most characters of a server's words that a message repeats."""
 
-LOGGERS = ("httpx", "httpcore.connection", "httpcore.http11", "httpcore.http2", "httpcore.proxy",
-           "httpcore.socks")  # fmt: skip
+LOGGERS = (
+    "httpx",
+    "httpcore.connection",
+    "httpcore.http11",
+    "httpcore.http2",
+    "httpcore.proxy",
+    "httpcore.socks",
+)
 
 
 class Mask:
-    """`mask(text)` is the text without the key, and without halves of characters."""
+    """`mask(text)` is the text without the key and without lone surrogates."""
 
     def __init__(self, key: str) -> None:
         self._pattern = re.compile(_writings(key)) if key else None
@@ -39,15 +45,15 @@ class Mask:
         return self._pattern.sub(MASKED, text) if self._pattern else text
 
     def excerpt(self, said: object) -> str:
-        """What a server said, for one line of a message: masked first and cut then, so that no
-        part of a key is left at the cut."""
+        """A server's words for one line of a message. They are masked before they are cut, so that
+        no part of a key is left at the cut."""
         text = said.decode("utf-8", "replace") if isinstance(said, bytes) else str(said)
         printable = "".join(c if c.isprintable() else " " for c in self(text))
         return printable[:EXCERPT]
 
     @contextmanager
     def logs(self) -> Iterator[None]:
-        """Mask what the HTTP library logs, which repeats reasons and headers of servers."""
+        """Mask the log of the HTTP library, which repeats words and headers of servers."""
 
         def masked(record: logging.LogRecord) -> bool:
             record.msg, record.args = self(record.getMessage()), None
@@ -64,25 +70,27 @@ class Mask:
 
 
 def whole_characters(text: str) -> str:
-    """Without halves of characters (lone surrogates), which no file can hold."""
+    """The text with lone surrogates (halves of characters) replaced: no file can hold them."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def bare(url: str) -> str:
-    """An address without the places where a password may stand."""
+    """An address without the parts that may hold a password."""
     return url.rpartition("@")[2].partition("?")[0].partition("#")[0]
 
 
 def _writings(key: str) -> str:
-    """A regular expression for every writing of a key. Repetitions in it are bounded, so that no
-    text makes the search slow."""
+    """A regular expression that matches every writing of a key.
+
+    Repetitions in it are bounded, so that no text can make the search slow.
+    """
     if len(key) < SHORT:
         return re.escape(key)
     plain = "".join(_character({c.lower(), c.upper()}) for c in key)
     encoded = [plain, f"(?i:{key.encode().hex()})"]
-    for before in range(3):  # base64 has three writings, by where in its text the key begins
+    for before in range(3):  # in base64 a key has three forms, by where it begins
         code = base64.b64encode(b"\0" * before + key.encode()).decode()
-        first = -(-before * 8 // 6)  # characters that also depend on what stands before or behind
+        first = -(-before * 8 // 6)  # the outer characters depend on the text around the key
         last = (before + len(key)) * 8 // 6
         same = "".join(_character({c, *_URL_SAFE.get(c, "")}) for c in code[first:last])
         encoded.append(f"[A-Za-z0-9+/_-]{{0,2}}{same}[A-Za-z0-9+/_=-]{{0,3}}")
@@ -93,7 +101,10 @@ _URL_SAFE = {"+": "-", "/": "_"}
 
 
 def _character(same: set[str]) -> str:
-    """One character of a key, as it is or escaped. `same`: the characters that stand for it."""
+    """A regular expression for one character of a key, plain or escaped.
+
+    `same` are the characters that may stand for it.
+    """
     ways = []
     for one in sorted(same):
         code = f"(?i:{ord(one):02x})"

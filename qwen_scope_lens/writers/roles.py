@@ -1,7 +1,4 @@
-"""Generators by their text form: `openai:URL#MODEL`, `hf:MODEL`, `steer:MODEL`.
-
-What the command line and scripts write is turned into objects here, and nothing is generated.
-"""
+"""Generators by their text form: `openai:URL#MODEL`, `hf:MODEL` or `steer:MODEL`."""
 
 from __future__ import annotations
 
@@ -11,6 +8,7 @@ from typing import Any
 
 from qwen_scope_lens.address import FeatureRef
 from qwen_scope_lens.errors import UnknownName
+from qwen_scope_lens.steering.readers import SAEs
 from qwen_scope_lens.writers.endpoint import Endpoint
 from qwen_scope_lens.writers.generator import Generator
 
@@ -21,25 +19,28 @@ FORMS = "openai:URL#MODEL, hf:MODEL or steer:MODEL"
 
 @dataclass
 class Roles:
-    """What all generators of a run share. `load` opens a model by name, each name once."""
+    """Opens the generators of a run, with the settings that they share.
+
+    `load` opens a model by name, and should keep it for the next call.
+    """
 
     load: Callable[[str], Any]
-    model_name: str = ""  # of endpoints whose address has no #MODEL
-    strength: float = 8.0  # of steering, times a feature's typical activation
+    model_name: str = ""  # the model of endpoints whose address has no #MODEL
+    strength: float = 8.0  # of steering, in multiples of a feature's typical activation
     typical: Mapping[FeatureRef, float] = field(default_factory=dict)
-    saes: Any = None  # loaded already
+    saes: SAEs = None  # SAEs that are loaded already
     batch: int = 16
     endpoint: Mapping[str, Any] = field(default_factory=dict)  # settings of `Endpoint`
 
     def open(self, spec: str) -> Generator:
         kind, _, rest = spec.partition(":")
         if kind not in ("openai", "hf", "steer") or not rest:
-            raise UnknownName(f"{spec!r} is no generator: expected {FORMS}")
+            raise UnknownName(f"{spec!r} is not a generator: expected {FORMS}")
         if kind == "openai":
             url, _, model = rest.partition("#")
             if not (model or self.model_name):
                 raise UnknownName(
-                    f"{spec!r} does not say which model: add #MODEL, or give --model-name"
+                    f"{spec!r} does not name a model: add #MODEL, or give --model-name"
                 )
             return Endpoint(url, model or self.model_name, **self.endpoint)
         from qwen_scope_lens.writers.local import Local, Push

@@ -1,9 +1,9 @@
-"""Prompt templates: files that a user can edit, read, checked and filled.
+"""Prompt templates: files that a user can edit. They are read, checked and filled here.
 
-The package's own lie in `templates/`; `qsl synth templates --out DIR` copies them, and a file of
-the same name in the user's folder replaces the package's. A template has parts that begin with a
-line `[system]`, `[user]` or `[text]` (one text to be continued by a base model), and names in the
-form `$description`. What goes into the names is decided by the callers.
+The package's own templates are in `prompts/`. `qsl synth templates --out DIR` copies them, and a
+file of the same name in the user's folder replaces the package's. A template consists of parts that
+begin with a line `[system]`, `[user]` or `[text]` (a text that a base model continues), and has
+names in the form `$description`, which callers fill.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ NAMES: Mapping[str, tuple[str, ...]] = {
 """Every template and the names that it may use."""
 
 FAMILIES = {"prompt_": _FEATURE, "steered_": _FEATURE, "reply_": ("prompt", "task")}
-"""A recipe with a kind of its own has templates of its own, `prompt_KIND` and `reply_KIND`."""
+"""A recipe with its own kind needs its own templates, `prompt_KIND` and `reply_KIND`."""
 
 _LISTS = ("styles", "refusals")
 _PART = re.compile(r"^\[(system|user|assistant|text)\][ \t]*$", re.MULTILINE)
@@ -54,7 +54,7 @@ _PART = re.compile(r"^\[(system|user|assistant|text)\][ \t]*$", re.MULTILINE)
 
 @dataclass(frozen=True)
 class Template:
-    """One file, parsed. `sha256` goes into the provenance of what it wrote."""
+    """One parsed file. Its `sha256` goes into the provenance of texts written with it."""
 
     name: str
     parts: Messages  # (role, text with names)
@@ -62,7 +62,7 @@ class Template:
 
     @property
     def raw(self) -> bool:
-        """Whether it is one text to be continued, and not a chat."""
+        """Whether it is a text to be continued instead of a chat."""
         return self.parts[0][0] == "text"
 
     def fill(self, **values: str) -> Messages:
@@ -71,11 +71,11 @@ class Template:
 
 
 class Templates:
-    """All templates and lists, the user's before the package's; a broken one raises at once."""
+    """All templates and lists; the user's replace the package's. A broken one raises at once."""
 
     def __init__(self, folder: Path | None = None) -> None:
         if folder is not None and not folder.is_dir():
-            raise BadFile(f"{folder} is no folder: `qsl synth templates --out DIR` makes one")
+            raise BadFile(f"{folder} is not a folder: `qsl synth templates --out DIR` makes one")
         self._folder = folder
         own = sorted(path.stem for path in folder.glob("*.txt")) if folder else []
         names = dict.fromkeys((*NAMES, *(name for name in own if name not in _LISTS)))
@@ -87,7 +87,7 @@ class Templates:
         if name not in self._templates:
             raise UnknownName(
                 f"no template is named {name!r}: there are {', '.join(self._templates)}. A recipe"
-                f" with a kind of its own needs {name}.txt in the folder of --templates"
+                f" with its own kind needs {name}.txt in the folder of --templates"
             )
         return self._templates[name]
 
@@ -100,7 +100,7 @@ class Templates:
 
     @staticmethod
     def copy(folder: Path) -> list[Path]:
-        """Write the package's own templates into a folder; files that are there stay."""
+        """Write the package's own templates into a folder; existing files stay as they are."""
         written = []
         for name in (*NAMES, *_LISTS):
             path = folder / f"{name}.txt"
@@ -129,15 +129,17 @@ class Templates:
                 f" {content.strip()[:40]!r}"
             )
         if "text" in roles and len(roles) > 1:
-            raise BadFile(f"{path}: [text] stands alone, it is continued as it is")
+            raise BadFile(f"{path}: [text] has to be the only part, since it is continued as it is")
         for text in texts:
             template = string.Template(text)
             if not template.is_valid():
-                raise BadFile(f"{path}: a $ stands alone; write $$ for the sign itself")
+                raise BadFile(f"{path}: a $ is followed by no name; write $$ for the sign itself")
             unknown = sorted(set(template.get_identifiers()) - set(allowed))
             if unknown:
                 known = ", ".join(f"${one}" for one in allowed)
-                raise BadFile(f"{path}: nothing is called ${unknown[0]} here: there are {known}")
+                raise BadFile(
+                    f"{path}: ${unknown[0]} is unknown here: this template can use {known}"
+                )
         digest = hashlib.sha256(content.encode()).hexdigest()
         return Template(name, tuple(zip(roles, texts, strict=True)), digest)
 
@@ -146,7 +148,7 @@ class Templates:
         lines = [line.strip() for line in content.splitlines()]
         found = [line for line in lines if line and not line.startswith("#")]
         if not found:
-            raise BadFile(f"{path} is empty: expected an entry a line")
+            raise BadFile(f"{path} is empty: expected one entry per line")
         return found
 
     def _styles(self) -> dict[str, str]:
@@ -154,7 +156,7 @@ class Templates:
         for line in self._lines("styles"):
             name, colon, what = line.partition(":")
             if not colon or not name.strip() or not what.strip():
-                raise BadFile(f"styles.txt: {line!r} is no `name: description`")
+                raise BadFile(f"styles.txt: {line!r} is not of the form `name: description`")
             styles[name.strip()] = what.strip()
         return styles
 
@@ -167,6 +169,6 @@ def _names_of(name: str, path: Path) -> tuple[str, ...]:
             return names
     known = ", ".join(f"{one}.txt" for one in (*NAMES, *_LISTS))
     raise BadFile(
-        f"{path} is no template of this package: expected one of {known}, or the prompt_KIND.txt"
-        " and reply_KIND.txt of a kind of your own"
+        f"{path} is not a template of this package: expected one of {known}, or prompt_KIND.txt and"
+        " reply_KIND.txt for your own kind"
     )

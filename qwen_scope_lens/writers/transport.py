@@ -1,9 +1,9 @@
-"""Transport: one HTTP request and its whole answer, within one deadline and one size.
+"""Transport: one HTTP request and its whole answer, within a deadline and a size.
 
 The deadline covers the name lookup, the connection, the headers and the body, however slowly they
-drip in; the size is that of the unpacked answer, which is unpacked piece by piece. A redirect is an
-answer like others: it is never followed, so the key goes to no other address. What an answer means
-is decided by `answers.py`, whether to try again by `endpoint.py`.
+arrive. The size is that of the unpacked answer, which is unpacked piece by piece. A redirect is an
+answer like others: it is never followed, so that the key does not go to another address.
+`answers.py` knows what an answer means, `endpoint.py` whether to try again.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ MOST_BYTES = 16 * 2**20
 """The largest answer that is read, in bytes after unpacking."""
 
 CONNECTING = 10.0
-"""Seconds in which a connection has to stand, where the deadline is longer."""
+"""The most seconds that making a connection may take."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back, unpacked."""
+    """The answer of a server, unpacked."""
 
     status: int
     headers: Mapping[str, str]  # names in lower case
@@ -36,16 +36,16 @@ class Answer:
 
 
 class Trouble(Exception):
-    """A try that gave no usable answer. `what` may quote the server, masked already."""
+    """A try without a usable answer. `what` may quote the server; it is masked already."""
 
     def __init__(
         self,
         what: str,
         maybe_charged: bool,
         *,
-        wait: float | None = None,  # seconds that the server asks to wait
-        final: bool = False,  # this request will not succeed
-        fatal: bool = False,  # no request will
+        wait: float | None = None,  # seconds that the server asks us to wait
+        final: bool = False,  # this request cannot succeed
+        fatal: bool = False,  # no request can succeed
         unreachable: bool = False,
         advice: str = "",
     ) -> None:
@@ -55,8 +55,10 @@ class Trouble(Exception):
 
 
 class Transport:
-    """Connections of one run. An event loop in a thread of its own does the waiting, since only
-    what waits there can be stopped at any point; `post` may be called from any thread."""
+    """The connections of one run; `post` may be called from any thread.
+
+    An event loop in its own thread does the waiting, because there it can be stopped at any point.
+    """
 
     def __init__(self, connections: int, timeout: float) -> None:
         self._timeout = timeout
@@ -65,7 +67,7 @@ class Transport:
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
 
     def __enter__(self) -> Transport:
-        # The deadline ends everything else; this one tells a server that is not there.
+        # The deadline ends everything else; this one tells that a server is not there.
         timeout = httpx.Timeout(None, connect=min(CONNECTING, 0.9 * self._timeout))
         self._client = httpx.AsyncClient(
             limits=self._limits, timeout=timeout, follow_redirects=False
@@ -80,7 +82,7 @@ class Transport:
         self._loop.close()
 
     def post(self, url: str, content: bytes, headers: Mapping[str, str]) -> Answer:
-        """Raises `Trouble`."""
+        """Send one request and read its answer. Raises `Trouble` where there is none."""
         sending = self._post(url, content, {**headers, "Accept-Encoding": "gzip"})
         return asyncio.run_coroutine_threadsafe(sending, self._loop).result()
 
@@ -105,11 +107,11 @@ class Transport:
 
 
 async def _read(response: httpx.Response) -> bytes:
-    """The content, unpacked here and not by the library, which unpacks a piece whole, however
-    large it becomes."""
+    """The unpacked content. It is unpacked here, because the library would unpack a whole piece,
+    however large the result."""
     coding = response.headers.get("content-encoding", "").strip().lower()
     if coding not in ("", "identity", "gzip", "x-gzip"):
-        raise Trouble("an answer packed in a way that was not asked for", True, final=True)
+        raise Trouble("an answer in a compression that was not asked for", True, final=True)
     unpacker: Any = zlib.decompressobj(31) if coding.endswith("gzip") else None
     content, came = bytearray(), 0
     async for piece in response.aiter_raw():

@@ -65,8 +65,12 @@ def run(arguments: argparse.Namespace) -> int:
     from qwen_scope_lens.models.load import load_model
     from qwen_scope_lens.stores.store import FeatureStore
     from qwen_scope_lens.synth.find import find_targets
-    from qwen_scope_lens.synth.kinds import kinds_by_judge, kinds_by_labels, with_kinds
-    from qwen_scope_lens.synth.relevance import choose_relevance
+    from qwen_scope_lens.synth.judgements import (
+        choose_relevance,
+        kinds_by_judge,
+        kinds_by_labels,
+        with_kinds,
+    )
     from qwen_scope_lens.writers.ledger import Ledger
     from qwen_scope_lens.writers.templates import Templates
 

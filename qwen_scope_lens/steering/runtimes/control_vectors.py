@@ -1,8 +1,8 @@
 """Plans for other runtimes: llama.cpp control vectors (GGUF), and plain vectors (safetensors).
 
-Both hold one vector a layer, which the runtime adds to the residual after that layer. So only `add`
-can be exported, and only where the runtime's idea of "everywhere" is the plan's; anything else is
-refused, because the file would do something else than the plan.
+Both hold one vector per layer, which the runtime adds to the residual after that layer. So only
+`add` can be exported, and only where the runtime adds it at the tokens that the plan selects.
+Everything else is refused, because the file would not do what the plan does.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ FORMATS: dict[str, Callable[[Plan, Path, SAEs], Path]] = {
 
 
 def export(plan: Plan, path: Path, saes: SAEs = None) -> Path:
-    """In the format that the file's name ends with."""
+    """Write a plan in the format of the file's ending: .gguf or .safetensors."""
     if path.suffix not in FORMATS:
         raise BadPlan(f"{path}: expected a name that ends with {' or '.join(FORMATS)}")
     return FORMATS[path.suffix](plan, path, saes)
@@ -113,7 +113,7 @@ def export(plan: Plan, path: Path, saes: SAEs = None) -> Path:
 def _check_constant(edit: Edit) -> None:
     if edit.op != "add":
         raise BadPlan(
-            f"{edit}: {edit.op} depends on what the model is doing, a vector cannot express it."
+            f"{edit}: {edit.op} reads the residual, and a constant vector cannot express it."
             " Only `add` can be exported; steer with this package's own backends instead"
         )
     if edit.unit == "norm":

@@ -1,8 +1,8 @@
 """The same plans on interp-engine's models: its eager backend, and vLLM through the same call.
 
-`add` in every unit and `project_out` have a counterpart there. Where interp-engine would compute
-something else than the plan says (codes of an SAE, several places at once, edits that would see
-each other), the plan is refused.
+interp-engine has `add` in every unit and `project_out`. A plan is refused where interp-engine would
+not compute what it says: where it reads codes of an SAE, selects several places at once, or has
+edits that would see each other.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def _operation(engine: Any, edits: Sequence[Edit], rows: torch.Tensor) -> Any:
         raise BadPlan(
             f"layer {edits[0].ref.layer} has several edits that read the residual"
             f" ({'; '.join(map(str, edits))}): in interp-engine the second would see what the first"
-            " did. Keep one of them a layer"
+            " did. Keep one of them per layer"
         )
     if edits[0].op == "project_out":
         return engine.AblateSpec(vector=rows[0])
@@ -107,9 +107,7 @@ def _places(model: Any, where: Where, ids: list[int]) -> tuple[list[int], bool]:
     """Prompt positions to leave out, and whether generated tokens are steered."""
     picky = where.positions is not None or where.classes or where.token_ids or where.roles
     if picky and where.phase != "prompt":
-        raise BadPlan(
-            f"{where}: among generated tokens interp-engine cannot choose: say `prompt` as well"
-        )
+        raise BadPlan(f"{where}: interp-engine cannot select among generated tokens: add `prompt`")
     call = Call(1, len(ids), 0, len(ids), torch.tensor([ids]), None, False)
     selector = Selector(lambda: model.tokenizer)
     selector.check(where)

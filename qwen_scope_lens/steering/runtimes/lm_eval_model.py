@@ -1,8 +1,8 @@
-"""A steered model for lm-eval, so that standard benchmarks say what a plan costs.
+"""A steered model for lm-eval, so that standard benchmarks can measure what a plan costs.
 
-lm-eval's own `steered` type has one feature a layer and its clamp is a projection; this one is its
-Hugging Face type with a plan of this package active. Requests are scored in one pass, so there
-everything counts as prompt; what a request has generated counts as generation.
+lm-eval's own `steered` type has one feature per layer, and its clamp is a projection. This type is
+lm-eval's Hugging Face model with an active plan of this package. A request that is scored in one
+pass counts as prompt as a whole; tokens that the model generates count as generation.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def steered_lm() -> Any:
             self._steering.close()
 
         def close(self) -> None:
-            """The same; raise if the plan never acted."""
+            """Take the plan off the model, and raise if it never acted."""
             self.release()
             if self.report is not None and not self.report.fired:
                 raise PlanNeverFired(f"the plan never fired in this evaluation\n{self.report}")
@@ -87,7 +87,7 @@ def evaluate(
     allow_other_model: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
-    """lm-eval's `simple_evaluate` under a plan; `include_path` has tasks of one's own."""
+    """Run lm-eval's `simple_evaluate` under a plan; `include_path` has tasks of your own."""
     harness = require("lm_eval", "lm-eval")
     lm = steered_lm()(
         pretrained=model,
@@ -112,7 +112,7 @@ def evaluate(
 
 
 def _tasks(tasks: Sequence[str], folder: Path | None) -> Any:
-    """lm-eval's index of tasks: of the folder alone where it has them all, which takes no time."""
+    """lm-eval's index of tasks; only the folder is read where it has all tasks, which is quick."""
     manager = require("lm_eval.tasks", "lm-eval").TaskManager
     if folder is None:
         return manager()

@@ -1,14 +1,17 @@
-"""Relevance: how much a feature matters for a task, `s_f` in [0, 1].
+"""Judgements about features: how much each matters for a task, and its risk category.
 
-Three ways to say it: a judge model that reads descriptions and passages, a label file that a person
-filtered, or a contrast between documents that belong to the task and others. The last two need no
-model.
+Relevance, `s_f` in [0, 1], comes from a judge model that reads descriptions and passages, from a
+label file that a person filtered, or from a contrast between documents of the task and others; the
+last two need no model. The kind of a feature decides how a reply goes (equation 22 of the
+Qwen-Scope report): a harmful prompt is declined, a benign one answered. Kinds come from a judge,
+from labels that match a regular expression, or are one for all features.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +19,8 @@ from qwen_scope_lens.address import FeatureRef
 from qwen_scope_lens.errors import BadPlan, GeneratorFailed, TooLittleData
 from qwen_scope_lens.features.pool import firing
 from qwen_scope_lens.labels.packs import LabelPack
-from qwen_scope_lens.writers.generator import Generator, Request, Sampling
+from qwen_scope_lens.synth.targets import TargetSet
+from qwen_scope_lens.writers.generator import Generator, Request, Sampling, clean
 from qwen_scope_lens.writers.ledger import Ledger, Prices
 from qwen_scope_lens.writers.templates import Templates
 
@@ -29,14 +33,18 @@ __all__ = [
     "by_judge",
     "by_labels",
     "choose_relevance",
+    "kinds_by_judge",
+    "kinds_by_labels",
     "parse_answer",
+    "parse_kind",
+    "with_kinds",
 ]
 
 ANSWERS = {"yes": 1.0, "probably": 0.67, "maybe": 0.33, "no": 0.0}
 """The words of FAC Synthesis, which drops only No: the same as a least relevance of 0.3."""
 
 MOST_UNREADABLE = 0.5
-"""A judge of whose answers more than this share cannot be read is no judge."""
+"""A judge is refused if more than this share of its answers cannot be read."""
 
 
 def choose_relevance(
@@ -54,7 +62,8 @@ def choose_relevance(
     prices: Prices | None = None,
     passages: int = 5,
 ) -> dict[FeatureRef, float] | None:
-    """The way that was asked for; None: nobody was asked, and all of the anchor data matters.
+    """Relevance by the way that was asked for; None where no way was, so that every feature of the
+    anchor data matters.
 
     A judge is asked about the labelled features, or without labels about all that fire in the
     anchor data; its answers are kept in the folder `ledger`.
@@ -112,7 +121,7 @@ def by_judge(
 ) -> dict[FeatureRef, float]:
     """Ask a model about each feature. One whose answers cannot be read is left out.
 
-    Raises `GeneratorFailed` when that happens more often than not: then it is no judge.
+    Raises `GeneratorFailed` when that happens for more than half of the features.
     """
     if not task:
         raise BadPlan("a judge needs to know the task: give --task")
@@ -171,10 +180,59 @@ def by_contrast(
 
 def parse_answer(text: str) -> float | None:
     """Yes, Probably, Maybe or No, or a number from 0 to 1; None for anything else."""
-    text = re.sub(r"<think>.*?(</think>|\Z)", "", text, flags=re.DOTALL).strip().casefold()
+    text = clean(text).casefold()
     if found := re.match(r"\W*(yes|probably|maybe|no)\b", text):
         return ANSWERS[found[1]]
     if found := re.fullmatch(r"\W*([01](?:\.\d+)?|\.\d+)\W*", text):
         number = float(found[1])
         return number if number <= 1 else None
     return None
+
+
+def with_kinds(
+    targets: TargetSet, kinds: Mapping[FeatureRef, str] | None = None, rest: str = ""
+) -> TargetSet:
+    """The targets with these kinds; targets that still have none get the kind `rest`."""
+    known = kinds or {}
+    rows = (replace(t, kind=known.get(t.ref) or t.kind or rest) for t in targets.targets)
+    return replace(targets, targets=tuple(rows))
+
+
+def kinds_by_labels(labels: LabelPack, harmful: str) -> dict[FeatureRef, str]:
+    """Labelled features: harmful where the text matches a regular expression, else benign."""
+    found = set(labels.search(harmful))
+    return {ref: "harmful" if ref in found else "benign" for ref, _ in labels.items()}
+
+
+def kinds_by_judge(
+    targets: TargetSet, judge: Generator, ledger: Ledger, templates: Templates
+) -> dict[FeatureRef, str]:
+    """Ask a model about each wanted feature that has no kind yet.
+
+    Features are left out whose answer cannot be read, or was not paid for because of the spending
+    limit.
+    """
+    asked = [target for target in targets.wanted if not target.kind]
+    requests = [
+        Request(
+            templates["judge_kind"].fill(
+                task=targets.task,
+                description=target.description or "(no description; see the passages)",
+                examples="\n".join(f"- {text}" for text in target.examples) or "(none)",
+            ),
+            "judge",
+            sampling=Sampling(temperature=0.0, max_tokens=64),
+        )
+        for target in asked
+    ]
+    found = {}
+    for target, completion in zip(asked, ledger.ask(judge, requests), strict=True):
+        if completion is not None and (kind := parse_kind(completion.text)):
+            found[target.ref] = kind
+    return found
+
+
+def parse_kind(text: str) -> str:
+    """`harmful` or `benign`; empty for any other answer."""
+    found = re.match(r"\W*(harmful|benign|harmless)\b", clean(text).casefold())
+    return "" if found is None else "harmful" if found[1] == "harmful" else "benign"
