@@ -43,7 +43,8 @@ from qwen_scope_lens.steering import (
 from qwen_scope_lens.steering.blame import Case, read_cases
 from qwen_scope_lens.steering.calibrate import calibrate_from_store
 from qwen_scope_lens.steering.plan import parse_open_edit, parse_strengths
-from qwen_scope_lens.steering.side_by_side import SideBySide, display_width, stream, wrap
+from qwen_scope_lens.steering.side_by_side import SideBySide, stream, wrap
+from qwen_scope_lens.tables import printable, width_of
 from qwen_scope_lens.steering.sweep import CONTROL, PLAN, Dose, Guard
 from qwen_scope_lens.steering.sweep_page import sweep_page
 from qwen_scope_lens.steering.text_quality import Measure
@@ -350,16 +351,16 @@ def test_blame_refuses_what_it_cannot_answer(model: Any, tmp_path: Path) -> None
 
 
 def test_columns_count_what_a_terminal_shows() -> None:
-    assert display_width("ab中文e\u0301") == 7
+    assert width_of("ab中文e\u0301") == 7
     assert wrap("one two three", 7) == ["one two", "three"]
     assert wrap("abcdefghij", 4) == ["abcd", "efgh", "ij"]
     assert wrap("中文中文", 5) == ["中文", "中文"]
     assert wrap("a\n\nb", 5) == ["a", "", "b"]
-    assert wrap("\x1b[2Jx", 9) == ["[2Jx"]
+    assert wrap("\x1b[2Jx", 9) == [r"\x1b[2Jx"]
     for text in ("the quick  brown fox " * 4, "混合 text 中文 " * 5, "x" * 50):
         for width in (6, 11, 20):
             lines = wrap(text, width)
-            assert all(display_width(line) <= width for line in lines)
+            assert all(width_of(line) <= width for line in lines)
             assert "".join("".join(lines).split()) == "".join(text.split())
 
 
@@ -386,7 +387,7 @@ def test_a_stream_writes_what_generate_makes(model: Any, compare: bool) -> None:
     report = stream(model, TEXTS[0], plan, sampling, written.append, compare=compare, width=200)
     text = generate(model, TEXTS[:1], plan, sampling=sampling)[0].text
     shown = "".join(written)
-    for line in "".join(c for c in text if c.isprintable() or c == "\n").split("\n"):
+    for line in printable(text.replace("\t", "    "), keep="\n").split("\n"):
         assert line.strip() in shown
     assert report.edits[0].fired > 0
     assert len(written) > 2

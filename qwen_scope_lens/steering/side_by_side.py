@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,8 +13,9 @@ from qwen_scope_lens.steering.hooks import steer
 from qwen_scope_lens.steering.plan import Plan
 from qwen_scope_lens.steering.readers import SAEs
 from qwen_scope_lens.steering.report import Report
+from qwen_scope_lens.tables import printable, width_of
 
-__all__ = ["SideBySide", "display_width", "printable", "stream", "wrap"]
+__all__ = ["SideBySide", "stream", "wrap"]
 
 GAP = " | "
 
@@ -45,7 +45,7 @@ class SideBySide:
             self._shown += 1
 
     def _line(self, cells: Sequence[str]) -> None:
-        padded = [cell + " " * (self.width - display_width(cell)) for cell in cells]
+        padded = [cell + " " * (self.width - width_of(cell)) for cell in cells]
         self._write(GAP.join(padded).rstrip() + "\n")
 
 
@@ -54,8 +54,8 @@ def wrap(text: str, width: int) -> list[str]:
     lines: list[str] = []
     for paragraph in text.split("\n"):
         line, used = "", 0
-        for char in printable(paragraph):
-            size = display_width(char)
+        for char in _visible(paragraph):
+            size = width_of(char)
             if used + size > width:
                 head, space, tail = line.rpartition(" ")
                 if space and char != " " and head.strip():
@@ -65,33 +65,17 @@ def wrap(text: str, width: int) -> list[str]:
                     lines.append(line.rstrip())
                     line = ""
                     char = "" if char == " " else char
-                used = display_width(line)
-                size = display_width(char)
+                used = width_of(line)
+                size = width_of(char)
             line += char
             used += size
         lines.append(line)
     return lines
 
 
-def display_width(text: str) -> int:
-    """Columns that a text takes in a terminal: two for wide characters, none for marks."""
-    return sum(
-        0
-        if unicodedata.combining(char) or unicodedata.category(char) in ("Cf", "Mn", "Me")
-        else 2
-        if unicodedata.east_asian_width(char) in "WF"
-        else 1
-        for char in text
-    )
-
-
-def printable(text: str) -> str:
-    """Without control characters, which could move the cursor; tabs as spaces."""
-    return "".join(
-        char
-        for char in text.replace("\t", "    ")
-        if char == "\n" or unicodedata.category(char) != "Cc"
-    )
+def _visible(text: str) -> str:
+    """The text as a terminal may be shown it: tabs as spaces, its commands written out."""
+    return printable(text.replace("\t", "    "), keep="\n")
 
 
 def stream(
@@ -124,7 +108,7 @@ def stream(
         if columns is not None:
             columns.update(texts)
         else:
-            write(printable(texts[0][shown:]))
+            write(_visible(texts[0][shown:]))
             shown = len(texts[0])
 
     with (
@@ -138,7 +122,7 @@ def stream(
         if columns is not None:
             columns.finish([one.text for one in found])
         else:
-            write(printable(found[0].text[shown:]) + "\n")
+            write(_visible(found[0].text[shown:]) + "\n")
     return report
 
 
