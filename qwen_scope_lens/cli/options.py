@@ -17,6 +17,7 @@ from inspect import cleandoc
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qwen_scope_lens.errors import BadCorpus
 from qwen_scope_lens.files import refuse_target
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ __all__ = [
     "positive",
     "rank",
     "read_labels",
+    "refuse_empty",
     "remark",
     "seed",
     "share",
@@ -158,6 +160,12 @@ def show(table: Table, as_json: bool = False, most: int | None = None) -> None:
 def remark(line: str) -> None:
     """On the error stream: what a person should know, and what is not the answer."""
     print(line, file=sys.stderr)
+
+
+def refuse_empty(path: str | Path) -> None:
+    """An empty corpus is refused before torch is imported, which takes seconds."""
+    if Path(path).is_file() and Path(path).stat().st_size == 0:
+        raise BadCorpus(f"{path} is empty: it has no documents")
 
 
 def read_labels(path: Path | None) -> LabelPack | None:
