@@ -44,10 +44,10 @@ from qwen_scope_lens.steering.blame import Case, read_cases
 from qwen_scope_lens.steering.calibrate import calibrate_from_store
 from qwen_scope_lens.steering.plan import parse_open_edit, parse_strengths
 from qwen_scope_lens.steering.side_by_side import SideBySide, stream, wrap
-from qwen_scope_lens.tables import printable, width_of
 from qwen_scope_lens.steering.sweep import CONTROL, PLAN, Dose, Guard
 from qwen_scope_lens.steering.sweep_page import sweep_page
 from qwen_scope_lens.steering.text_quality import Measure
+from qwen_scope_lens.tables import printable, width_of
 
 TEXTS = ["a first text, long enough", "another one", "third: 123"]
 

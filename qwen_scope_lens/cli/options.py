@@ -73,9 +73,12 @@ class Word:
     run: Callable[[argparse.Namespace], int | None]
 
 
-def add_words(parser: argparse.ArgumentParser, words: Sequence[Word]) -> None:
-    """The verb needs one of the words; `arguments.run_word(arguments)` does it."""
-    choices = parser.add_subparsers(dest="word", required=True, metavar="WORD")
+def add_words(parser: argparse.ArgumentParser, words: Sequence[Word], dest: str = "word") -> None:
+    """The verb needs one of the words, and `arguments.run_word(arguments)` runs it.
+
+    Words that have words of their own name theirs by another `dest`.
+    """
+    choices = parser.add_subparsers(dest=dest, required=True, metavar="WORD")
     for word in words:
         doc = cleandoc(word.run.__doc__ or "")
         one = choices.add_parser(
@@ -85,7 +88,7 @@ def add_words(parser: argparse.ArgumentParser, words: Sequence[Word]) -> None:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         word.add_arguments(one)
-        one.set_defaults(run_word=word.run)
+        one.set_defaults(**{f"run_{dest}": word.run})
 
 
 # --- groups of options ---------------------------------------------------------------------------
