@@ -60,7 +60,7 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
     recipe.add_argument("--language", help="such as en; other languages are rejected")
     recipe.add_argument("--seed", type=from_zero)
     recipe.add_argument("--temperature", type=float)
-    recipe.add_argument("--caution-words", type=Path, help="file, one a line: in no reply")
+    recipe.add_argument("--caution-words", type=Path, help="a file, one word per line")
     parser.add_argument(
         "--caution-features",
         type=Path,
