@@ -50,7 +50,7 @@ def shown_safely() -> Iterator[None]:
     if not out.isatty():
         yield
         return
-    sys.stdout = _Plain(out)  # type: ignore[assignment]  # a TextIO by `__getattr__`
+    sys.stdout = _Plain(out)  # a TextIO by `__getattr__`
     try:
         yield
     finally:

@@ -72,15 +72,17 @@ def _with_model(sae: ScopeSAE, arguments: argparse.Namespace) -> ModelCheck:
         texts = [line for line in lines if line.strip()]
     layer = LayerRef.parse(arguments.sae).layer
     model = load_model(arguments.model, up_to_layer=layer)
-    return verify_model(model, sae, texts, **_limit(arguments))
+    return verify_model(model, sae, texts, max_fvu=_limit(arguments))
 
 
 def _with_activations(sae: ScopeSAE, arguments: argparse.Namespace) -> Verification:
     from qwen_scope_lens.saes.checkpoint import read_activations
     from qwen_scope_lens.saes.verify import verify
 
-    return verify(sae, read_activations(arguments.activations), **_limit(arguments))
+    return verify(sae, read_activations(arguments.activations), max_fvu=_limit(arguments))
 
 
-def _limit(arguments: argparse.Namespace) -> dict[str, float]:
-    return {} if arguments.max_fvu is None else {"max_fvu": arguments.max_fvu}
+def _limit(arguments: argparse.Namespace) -> float:
+    from qwen_scope_lens.saes.verify import MAX_FVU
+
+    return MAX_FVU if arguments.max_fvu is None else float(arguments.max_fvu)

@@ -1,7 +1,7 @@
 """Why a text is not kept: what it says, its language, and duplicates.
 
 Length, language, refusals where there should be none and none where there should be, words that ask
-for caution. Near-duplicates are `duplicates.py`. A filter reads one text and decides nothing else.
+for caution. `Duplicates` finds near-duplicates. A filter reads one text and decides nothing else.
 
 Works without words, so for Chinese as for English. MinHash only proposes candidates (banded, so
 that a text is compared with a few others); what counts is the exact Jaccard similarity.
