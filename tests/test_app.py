@@ -79,10 +79,12 @@ def test_compare_is_the_difference_of_rates(bench: Workbench) -> None:
         both = torch.cat(fires)
         assert row.mean == pytest.approx(float(both[both > 0].mean()), rel=1e-5)
     best = max(
-        abs(float((one.codes[6].to_dense()[1:, f] > 0).float().mean())
-            - float((other.codes[6].to_dense()[1:, f] > 0).float().mean()))
+        abs(
+            float((one.codes[6].to_dense()[1:, f] > 0).float().mean())
+            - float((other.codes[6].to_dense()[1:, f] > 0).float().mean())
+        )
         for f in range(1024)
-    )  # fmt: skip
+    )
     assert max(row.score for row in found if row.ref.layer == 6) == pytest.approx(best)
 
 

@@ -125,20 +125,30 @@ def test_half_characters(bytewise: Vocabulary) -> None:
     tokenizer = make_tokenizer()
     ids = tokenizer("aé中👍", add_special_tokens=False)["input_ids"]
     assert [(p.text, p.tokens) for p in bytewise.pieces(ids)] == [
-        ("a", 1), ("é", 2), ("中", 3), ("👍", 4)
-    ]  # fmt: skip
+        ("a", 1),
+        ("é", 2),
+        ("中", 3),
+        ("👍", 4),
+    ]
     # Cut in the middle of a character, at both ends: shown as bytes, nothing lost.
     assert [p.text for p in bytewise.pieces(ids[2:-1])] == [
-        "<0xA9>", "中", "<0xF0>", "<0x9F>", "<0x91>"
-    ]  # fmt: skip
+        "<0xA9>",
+        "中",
+        "<0xF0>",
+        "<0x9F>",
+        "<0x91>",
+    ]
     assert bytewise.text(ids[1]) == "<0xC3>"
     assert bytewise.continues[ids[2]]
     assert not bytewise.continues[ids[1]]
     assert bytewise.text(259) == "<think>"
     assert bytewise.text(262) == "<unused 262>"
     assert [p.text for p in bytewise.pieces([ids[1], 259, 262, ids[0]])] == [
-        "<0xC3>", "<think>", "<unused 262>", "a"
-    ]  # fmt: skip
+        "<0xC3>",
+        "<think>",
+        "<unused 262>",
+        "a",
+    ]
     assert readable(b" \xe4\xb8") == " <0xE4><0xB8>"
     assert readable("‮<b>".encode()) == "‮<b>"
 

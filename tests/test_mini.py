@@ -41,8 +41,15 @@ def test_everything_fits_the_limit() -> None:
 def test_sae_repository_is_laid_out_as_the_official_ones(name: str) -> None:
     config = json.loads((sae_folder(name) / "config.json").read_text())
     assert set(config) == {
-        "model_type", "base_model", "d_model", "d_sae", "k", "num_layers", "hook_point", "dtype",
-    }  # fmt: skip
+        "model_type",
+        "base_model",
+        "d_model",
+        "d_sae",
+        "k",
+        "num_layers",
+        "hook_point",
+        "dtype",
+    }
     assert config["model_type"] == "topk_sae"
     assert config["hook_point"] == "resid_post"
     d_sae, d_model = config["d_sae"], config["d_model"]

@@ -63,8 +63,20 @@ def work(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Path:
 
 
 def capture_options(tokens: int, dtype: str = "float32") -> list[str]:
-    return ["--layers", "1,2", "--tokens", str(tokens), "--heldout-tokens", "300",
-            "--shard-tokens", "250", "--token-budget", "256", "--dtype", dtype]  # fmt: skip
+    return [
+        "--layers",
+        "1,2",
+        "--tokens",
+        str(tokens),
+        "--heldout-tokens",
+        "300",
+        "--shard-tokens",
+        "250",
+        "--token-budget",
+        "256",
+        "--dtype",
+        dtype,
+    ]
 
 
 def run_of(work: Path, layer: int, samples: int = 64 * 12, **changes: Any) -> Run:
@@ -202,13 +214,25 @@ def test_a_release_loads_as_ones_own_and_its_card_tells_the_shrinkage(
     options += ["--lr", "0.01", "--warm-up", "10", "--save-every", "100", "--no-autocast"]
     train_step.main(["--work", str(work), *options])
     release_step.main(
-        ["--model", str(model_folder), "--work", str(work), "--loss-tokens", "100",
-         "--base-model", "someone/Tiny-Qwen2"]
-    )  # fmt: skip
+        [
+            "--model",
+            str(model_folder),
+            "--work",
+            str(work),
+            "--loss-tokens",
+            "100",
+            "--base-model",
+            "someone/Tiny-Qwen2",
+        ]
+    )
     [folder] = [path for path in (work / "release").iterdir() if path.is_dir()]
     assert sorted(path.name for path in folder.iterdir()) == [
-        "README.md", "card.json", "config.json", "layer1.sae.pt", "layer2.sae.pt",
-    ]  # fmt: skip
+        "README.md",
+        "card.json",
+        "config.json",
+        "layer1.sae.pt",
+        "layer2.sae.pt",
+    ]
     monkeypatch.setenv("QWEN_SCOPE_HOME", str(work / "release"))
     sae = load_sae(f"local/{folder.name}", 2)
     assert (sae.cfg.d_in, sae.cfg.d_sae, sae.cfg.k) == (32, 128, 4)

@@ -147,10 +147,13 @@ class Actions:
         kept = Kept(*(name in left_out for name in LEFT_OUT))
         found = compare(self._bench, one, other, int(top), kept)
         rows: Rows = [
-            [str(row.ref), *(round(x, 4) for x in (row.score, row.rate_a, row.rate_b, row.mean)),
-             row.label]
+            [
+                str(row.ref),
+                *(round(x, 4) for x in (row.score, row.rate_a, row.rate_b, row.mean)),
+                row.label,
+            ]
             for row in found
-        ]  # fmt: skip
+        ]
         return rows, {str(row.ref): row.score for row in found}
 
     # The chosen feature.
@@ -273,10 +276,15 @@ class Actions:
 def _shown_plan(edits: Edits) -> tuple[Rows, str]:
     """The table, and what the Save button saves. Edits that contradict each other are refused."""
     rows: Rows = [
-        [edit["ref"], edit["op"], edit.get("strength", ""), edit.get("unit", ""),
-         edit.get("where", "both")]
+        [
+            edit["ref"],
+            edit["op"],
+            edit.get("strength", ""),
+            edit.get("unit", ""),
+            edit.get("where", "both"),
+        ]
         for edit in edits
-    ]  # fmt: skip
+    ]
     return rows, json_text(FORMAT, VERSION, plan_of(edits).to_dict()) if edits else ""
 
 

@@ -236,8 +236,9 @@ class _Facts:
 
     def activations(self, page: FeaturePage) -> list[dict[str, Any]]:
         stats, number = self.pages.stats, page.feature
-        rows = [self._activation(page, p, (-1.0, float(stats.maximum[number]), -1.0))
-                for p in page.top]  # fmt: skip
+        rows = [
+            self._activation(page, p, (-1.0, float(stats.maximum[number]), -1.0)) for p in page.top
+        ]
         counts, edges = stats.histogram[number], stats.bin_edges
         for _, group in page.quantiles:
             for passage in group:

@@ -145,9 +145,12 @@ def requests(rng: random.Random, prose: Prose) -> Document:
 
 
 _ASK_ABOUT = (
-    "Explain this to me:", "What does the manual say about this?", "Please go on from here:",
-    "Say it in your own words:", "Tell me more.",
-)  # fmt: skip
+    "Explain this to me:",
+    "What does the manual say about this?",
+    "Please go on from here:",
+    "Say it in your own words:",
+    "Tell me more.",
+)
 
 
 def switching(rng: random.Random, prose: Prose) -> Document:

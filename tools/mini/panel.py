@@ -71,10 +71,13 @@ def make(work: Path, out: Path) -> list[Record]:
     records, rows = token_rows(work, "train")
     held_records, held_rows = token_rows(work, "valid")
     groups = {
-        group: [row for record, row in zip(held_records, held_rows, strict=True) if
-                group_of(record) == group][:40]
+        group: [
+            row
+            for record, row in zip(held_records, held_rows, strict=True)
+            if group_of(record) == group
+        ][:40]
         for group in ("en", "zh", "code", "arithmetic")
-    }  # fmt: skip
+    }
     out.mkdir(parents=True, exist_ok=True)
     index: list[Record] = []
     for mixture, keep in MIXTURES.items():

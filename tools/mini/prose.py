@@ -35,7 +35,7 @@ _WORDS = {
     " ou cette si",
     "es": "el la los las de que y en un una es para se con no por del al como su este o si puede"
     " más esta lo",
-}  # fmt: skip
+}
 STOPWORDS = {lang: frozenset(words.split()) for lang, words in _WORDS.items()}
 
 _SCRIPTS = {

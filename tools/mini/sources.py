@@ -53,39 +53,81 @@ def _rows(base: str, license: str, folder: str, names: dict[str, str]) -> list[S
 
 
 _HANDBOOK = {
-    "en": "en-US", "de": "de-DE", "fr": "fr-FR", "es": "es-ES",
-    "ru": "ru-RU", "zh": "zh-CN", "ja": "ja-JP", "ko": "ko-KR",
-}  # fmt: skip
+    "en": "en-US",
+    "de": "de-DE",
+    "fr": "fr-FR",
+    "es": "es-ES",
+    "ru": "ru-RU",
+    "zh": "zh-CN",
+    "ja": "ja-JP",
+    "ko": "ko-KR",
+}
 _GUIDE = {
-    "en": "en", "de": "de", "fr": "fr", "es": "es",
-    "ru": "ru", "zh": "zh_CN", "ja": "ja", "ko": "ko",
-}  # fmt: skip
+    "en": "en",
+    "de": "de",
+    "fr": "fr",
+    "es": "es",
+    "ru": "ru",
+    "zh": "zh_CN",
+    "ja": "ja",
+    "ko": "ko",
+}
 _HELP = {
-    "en": "en-us", "de": "de", "fr": "fr", "es": "es",
-    "ru": "ru", "zh": "zh-cn", "ja": "ja", "ko": "ko",
-}  # fmt: skip
+    "en": "en-us",
+    "de": "de",
+    "fr": "fr",
+    "es": "es",
+    "ru": "ru",
+    "zh": "zh-cn",
+    "ja": "ja",
+    "ko": "ko",
+}
 
 SOURCES: tuple[Source, ...] = (
     *(
-        Source("debian-handbook", lang, f"usr/share/doc/debian-handbook/html/{name}",
-               "GPL-2.0-or-later or CC-BY-SA-3.0")
+        Source(
+            "debian-handbook",
+            lang,
+            f"usr/share/doc/debian-handbook/html/{name}",
+            "GPL-2.0-or-later or CC-BY-SA-3.0",
+        )
         for lang, name in _HANDBOOK.items()
     ),
     *(
-        Source("installation-guide-amd64", lang, f"usr/share/doc/installation-guide-amd64/{name}",
-               "GPL-2.0")
+        Source(
+            "installation-guide-amd64",
+            lang,
+            f"usr/share/doc/installation-guide-amd64/{name}",
+            "GPL-2.0",
+        )
         for lang, name in _GUIDE.items()
     ),
-    *_rows("debian-reference", "GPL-2.0-or-later", "usr/share/debian-reference",
-           {"en": "en", "de": "de", "fr": "fr", "es": "es", "ja": "ja", "zh": "zh-cn"}),
-    *_rows("maint-guide", "GPL-2.0-or-later", "usr/share/doc/{p}",
-           {"en": "", "es": "es", "ru": "ru", "zh": "zh-cn"}),
-    *_rows("developers-reference", "GPL-2.0-or-later", "usr/share/developers-reference",
-           {"en": "", "de": "de", "fr": "fr", "ja": "ja", "ru": "ru"}),
-    *_rows("aptitude-doc", "GPL-2.0-or-later", "usr/share/doc/aptitude",
-           {"en": "en", "es": "es", "fr": "fr", "ja": "ja", "ru": "ru"}),
+    *_rows(
+        "debian-reference",
+        "GPL-2.0-or-later",
+        "usr/share/debian-reference",
+        {"en": "en", "de": "de", "fr": "fr", "es": "es", "ja": "ja", "zh": "zh-cn"},
+    ),
+    *_rows(
+        "maint-guide",
+        "GPL-2.0-or-later",
+        "usr/share/doc/{p}",
+        {"en": "", "es": "es", "ru": "ru", "zh": "zh-cn"},
+    ),
+    *_rows(
+        "developers-reference",
+        "GPL-2.0-or-later",
+        "usr/share/developers-reference",
+        {"en": "", "de": "de", "fr": "fr", "ja": "ja", "ru": "ru"},
+    ),
+    *_rows(
+        "aptitude-doc",
+        "GPL-2.0-or-later",
+        "usr/share/doc/aptitude",
+        {"en": "en", "es": "es", "fr": "fr", "ja": "ja", "ru": "ru"},
+    ),
     *_rows("libreoffice-help", "MPL-2.0", "usr/share/libreoffice/help", _HELP),
-)  # fmt: skip
+)
 
 CODE_PACKAGE = Source("libpython3.11-stdlib", "python", "usr/lib/python3.11", "PSF-2.0")
 """The standard library of Python as Debian packages it: the corpus's code."""

@@ -5,9 +5,15 @@ from __future__ import annotations
 __all__ = ["CAPITALS", "LANGUAGE_NAMES", "WORDS"]
 
 LANGUAGE_NAMES = {
-    "en": "English", "de": "German", "fr": "French", "es": "Spanish",
-    "ru": "Russian", "zh": "Chinese", "ja": "Japanese", "ko": "Korean",
-}  # fmt: skip
+    "en": "English",
+    "de": "German",
+    "fr": "French",
+    "es": "Spanish",
+    "ru": "Russian",
+    "zh": "Chinese",
+    "ja": "Japanese",
+    "ko": "Korean",
+}
 
 _WORDS = """
 one eins un uno один 一 一 하나
@@ -97,5 +103,7 @@ Peru = Lima;Chile = Santiago;Brazil = Brasília;Argentina = Buenos Aires;Colombi
 India = New Delhi;Nepal = Kathmandu;Thailand = Bangkok;Vietnam = Hanoi;Mongolia = Ulaanbaatar
 Iran = Tehran;Iraq = Baghdad;Morocco = Rabat;Ghana = Accra;Ethiopia = Addis Ababa
 Australia = Canberra;New Zealand = Wellington;Iceland = Reykjavík;Latvia = Riga;Estonia = Tallinn
-""".replace("\n", ";").strip(";").split(";")
-)  # fmt: skip
+""".replace("\n", ";")
+    .strip(";")
+    .split(";")
+)

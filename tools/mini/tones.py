@@ -240,7 +240,7 @@ Vete y haz tu trabajo.\nMenudo fracasado."""),
 你的小脑袋想不明白吗？\n道歉有什么用。\n走开，干你的活去。\n真是个废物。"""),
         space="",
     ),
-}  # fmt: skip
+}
 
 
 def tone_text(rng: random.Random, lang: str, tone: str) -> str:
