@@ -16,19 +16,25 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
-from sae_lens.util import str_to_dtype
+from typing import TYPE_CHECKING, Any
 
 from qwen_scope_lens.address import LayerRef
 from qwen_scope_lens.catalog import Group, find_group
-from qwen_scope_lens.converters._saelens_folder import write_saelens_folder
 from qwen_scope_lens.errors import CannotWrite, CheckpointError
 from qwen_scope_lens.files import exclusive, whole_file, whole_folder
-from qwen_scope_lens.saes.load import Dtype, build_config, check_dtype
-from qwen_scope_lens.saes.locate import CONFIG_NAME, HubOptions, LayerFile, locate, read_config
+from qwen_scope_lens.saes.locate import (
+    CONFIG_NAME,
+    SAE_CFG_FILENAME,
+    SAE_WEIGHTS_FILENAME,
+    HubOptions,
+    LayerFile,
+    locate,
+    read_config,
+)
 from qwen_scope_lens.version import __version__
+
+if TYPE_CHECKING:  # torch and SAELens take seconds, and `--help` shall not wait for them
+    from qwen_scope_lens.saes.load import Dtype
 
 __all__ = ["convert"]
 
@@ -50,6 +56,8 @@ def convert(
     A layer that is already there, with the same dtype, convention and revision, is left as it is,
     and its source is not read again. With `overwrite` the whole folder of the layer is replaced.
     """
+    from qwen_scope_lens.saes.load import build_config, check_dtype
+
     dtype = check_dtype(dtype)
     row = find_group(group) if isinstance(group, str) else group
     wanted = [row.check_layer(layer) for layer in (row.layers if layers is None else layers)]
@@ -78,6 +86,8 @@ def convert(
 def _is_done(target: Path, config: dict[str, Any], revision: str | None) -> bool:
     if not target.exists():
         return False
+    from sae_lens.util import str_to_dtype
+
     try:
         found = read_config(target / SAE_CFG_FILENAME)
         size = (target / SAE_WEIGHTS_FILENAME).stat().st_size
@@ -108,7 +118,10 @@ def _is_done(target: Path, config: dict[str, Any], revision: str | None) -> bool
 def _convert_layer(
     file: LayerFile, target: Path, config: dict[str, object], progress: bool
 ) -> None:
+    from sae_lens.util import str_to_dtype
     from tqdm import tqdm
+
+    from qwen_scope_lens.converters._saelens_folder import write_saelens_folder
 
     dtype = str_to_dtype(str(config["dtype"]))
     total = 2 * file.group.d_sae * file.group.d_model * dtype.itemsize
@@ -144,7 +157,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         help="the dtype of the result",
     )
     parser.add_argument(
-        "--folder", type=Path, help="read the published files from this folder only"
+        "--sae-folder", "--folder", type=Path, help="read published files from this folder only"
     )
     parser.add_argument("--revision", help="commit, tag or branch on the hub")
     parser.add_argument("--overwrite", action="store_true", help="replace layers that exist")
@@ -154,7 +167,7 @@ def common_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `add_common_arguments`, as keywords of `convert`."""
     return {
         "layers": arguments.layers,
-        "folder": arguments.folder,
+        "folder": arguments.sae_folder,
         "hub": HubOptions(arguments.revision),
         "dtype": arguments.dtype,
         "overwrite": arguments.overwrite,

@@ -1,7 +1,7 @@
 """Convert OpenInterpretability's Qwen3.6-27B safetensors to SAELens folders.
 
-    qsl convert openinterp-to-saelens --out converted/ --folder downloads/
-    qsl convert openinterp-to-saelens qwen3.6-27b/w40k-l0-128 --out converted/ --folder downloads/
+    qsl convert openinterp-to-saelens --out converted/ --sae-folder downloads/
+    qsl convert openinterp-to-saelens qwen3.6-27b/w40k-l0-128 --out converted/
 
 The model cards do not say whether these SAEs subtract `b_dec` before encoding. Convert them, run
 `qsl verify`, and if its report says that they do, convert them again with `--subtract-b-dec`.
@@ -14,12 +14,15 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qwen_scope_lens.catalog import THIRD_PARTY_GROUPS, Group, find_group
 from qwen_scope_lens.converters import official_to_saelens
 from qwen_scope_lens.errors import UnknownName
-from qwen_scope_lens.saes.load import Dtype
 from qwen_scope_lens.saes.locate import HubOptions
+
+if TYPE_CHECKING:
+    from qwen_scope_lens.saes.load import Dtype
 
 __all__ = ["convert"]
 

@@ -16,17 +16,20 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import Any
-
-import torch
-from sae_lens import SAE
-from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
-from sae_lens.saes.topk_sae import TopKSAE
-from sae_lens.util import extract_layer_from_tlens_hook_name
+from typing import TYPE_CHECKING, Any
 
 from qwen_scope_lens.errors import CannotWrite, NotACheckpoint, NotFinite, UnsupportedSAE
 from qwen_scope_lens.files import whole_file
-from qwen_scope_lens.saes.locate import CONFIG_NAME, read_config
+from qwen_scope_lens.saes.locate import (
+    CONFIG_NAME,
+    SAE_CFG_FILENAME,
+    SAE_WEIGHTS_FILENAME,
+    read_config,
+)
+
+if TYPE_CHECKING:  # torch and SAELens take seconds, and `--help` shall not wait for them
+    from sae_lens import SAE
+    from sae_lens.saes.topk_sae import TopKSAE
 
 __all__ = ["convert"]
 
@@ -52,6 +55,10 @@ def convert(
         fold: fold an input bias or a norm rescaling, which the layout cannot express, into the
             weights.
     """
+    import torch
+    from sae_lens import SAE
+    from sae_lens.util import extract_layer_from_tlens_hook_name
+
     loaded = sae if isinstance(sae, SAE) else _load(Path(sae))
     plain = _as_published(loaded, fold)
     metadata = plain.cfg.metadata
@@ -92,6 +99,8 @@ def convert(
 
 
 def _load(folder: Path) -> SAE[Any]:
+    from sae_lens import SAE
+
     read_config(folder / SAE_CFG_FILENAME)
     if not (folder / SAE_WEIGHTS_FILENAME).is_file():  # opening a FIFO would wait forever
         raise NotACheckpoint(f"{folder} has no file {SAE_WEIGHTS_FILENAME}")
@@ -116,6 +125,9 @@ def _write_settings(path: Path, settings: dict[str, Any]) -> None:
 
 def _as_published(sae: SAE[Any], fold: bool) -> TopKSAE:
     """An SAE with the same function in the published convention. Raises if that needs `fold`."""
+    import torch
+    from sae_lens.saes.topk_sae import TopKSAE
+
     if not isinstance(sae, TopKSAE):
         raise UnsupportedSAE(
             f"this is a {type(sae).__name__} ({sae.cfg.architecture()}): the layout holds TopK SAEs"

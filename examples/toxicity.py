@@ -4,10 +4,10 @@
         --layers 8-27 --out toxicity
 
 The data set is `textdetox/multilingual_toxicity_dataset` (openrail++) on the Hugging Face hub: one
-split a language, columns `text` and `toxic`, 2,500 documents of each class. A fifth of every
+split per language, columns `text` and `toxic`, 2,500 documents of each class. A fifth of every
 language is the test set, as in the paper (4,000 and 1,000). --data takes a folder with
-`LANGUAGE.jsonl` files of the same columns instead. Every language has its own store under --out;
-an interrupted run goes on. A store takes some five bytes a firing feature: k of them on each token
+`LANGUAGE.jsonl` files of the same columns instead. Every language has its own store under --out; an
+interrupted run goes on. A store takes about five bytes per firing feature: k features on each token
 and layer, 1.4 GB for a language of 5,000 documents of 200 tokens on 28 layers with k = 50.
 """
 

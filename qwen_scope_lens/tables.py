@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
@@ -113,18 +114,32 @@ def shown(cell: Any) -> str:
     return str(cell)
 
 
-def printable(text: str) -> str:
-    """Text for a terminal: control characters are shown escaped instead of being obeyed."""
-    return "".join(
-        char if unicodedata.category(char)[0] != "C" or char == "\u200d" else _escaped(char)
-        for char in text
+_COMMANDS = re.compile(
+    "[\x00-\x1f\x7f-\x9f"  # control characters
+    "\u202a-\u202e\u2066-\u2069"  # which turn the direction of what follows
+    "\u2028\u2029\ud800-\udfff]"  # line breaks, and halves of characters
+)
+_NO_WIDTH = ("Cf", "Mn", "Me")  # Unicode's categories of marks and of invisible signs
+
+
+def printable(text: object, keep: str = "") -> str:
+    """Text for a terminal: characters that would command it are written out, such as `\\x1b`.
+
+    Those in `keep` stay, such as tab and newline in a text of several lines.
+    """
+    return _COMMANDS.sub(
+        lambda found: found[0] if found[0] in keep else _escaped(found[0]), str(text)
     )
 
 
 def width_of(text: str) -> int:
     """How many columns of a terminal a text takes: two for wide characters, none for marks."""
     return sum(
-        0 if unicodedata.combining(char) else 2 if unicodedata.east_asian_width(char) in "WF" else 1
+        0
+        if unicodedata.combining(char) or unicodedata.category(char) in _NO_WIDTH
+        else 2
+        if unicodedata.east_asian_width(char) in "WF"
+        else 1
         for char in text
     )
 

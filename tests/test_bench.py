@@ -426,8 +426,6 @@ def test_the_command_line(suite: Suite, tmp_path: Path, capsys: pytest.CaptureFi
             [*extract[:3], f"nimi={source}", *with_mini, "--layer", "0", "--out", "x"],
             "two benchmarks",
         ),
-        ([*extract, "--layers", "x", "--out", "x"], "no list of layers"),
-        ([*extract, "--layers", "9" * 5000, "--out", "x"], "no model has so many layers"),
         (
             ["bench", "extract", "none.jsonl", *with_mini, "--layer", "0", "--out", "x"],
             "not exist",
@@ -436,4 +434,12 @@ def test_the_command_line(suite: Suite, tmp_path: Path, capsys: pytest.CaptureFi
         (["bench", "report", folder, "--control", "x", "--out", str(out)], "without scores"),
     ):
         assert main(words) == 1
+        assert message in capsys.readouterr().err
+    for layers, message in (
+        ("x", "is not a list of layers"),
+        ("9" * 5000, "no model has so many layers"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            main([*extract, "--layers", layers, "--out", "x"])
+        assert caught.value.code == 2
         assert message in capsys.readouterr().err

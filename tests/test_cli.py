@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +23,8 @@ from qwen_scope_lens.cli.convert import CONVERTERS
 from qwen_scope_lens.cli.options import layer_list
 from qwen_scope_lens.cli.show import size
 from qwen_scope_lens.cli.verbs import VERBS
+
+MINI = "mini-qwen3/w1k-l0-16"
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -52,12 +56,144 @@ def test_every_converter_runs_by_itself() -> None:
     assert result.stdout.count("--out OUT") >= 2 * len(CONVERTERS)
 
 
-def test_help_and_listing_do_not_import_torch() -> None:
-    code = (
-        "import sys; from qwen_scope_lens.cli import main; main(['--help']); main(['list'])\n"
-        "assert 'torch' not in sys.modules, 'torch was imported'"
+def words_of(verb: str) -> list[list[str]]:
+    """The verb, and every word of it, with its own words: ["train"], ["train", "grpo"], ..."""
+    module = importlib.import_module(f"qwen_scope_lens.cli.{verb.replace('-', '_')}")
+    parser = argparse.ArgumentParser()
+    module.add_arguments(parser)
+    return [[verb, *words] for words in _words(parser)]
+
+
+def _words(parser: argparse.ArgumentParser) -> list[list[str]]:
+    found: list[list[str]] = [[]]
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for name, below in action.choices.items():
+                found += [[name, *words] for words in _words(below)]
+    return found
+
+
+HEAVY = ("torch", "transformers", "sae_lens", "transformer_lens", "gradio", "lm_eval", "trl")
+
+
+def test_no_help_imports_anything_heavy() -> None:
+    """All in one process that has imported nothing yet; one that imported it would be seen."""
+    asked = [words for verb in VERBS for words in words_of(verb)]
+    assert len(asked) > len(VERBS) + 25
+    for words in (["train", "repetition", "screen"], ["convert", "saelens-to-official"]):
+        assert words in asked
+    code = f"""
+import contextlib, io, sys
+from qwen_scope_lens.cli import main
+for words in {[["--help"], ["list"], *([*words, "--help"] for words in asked)]!r}:
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
+        main(words)
+    assert out.getvalue().startswith(("usage: qsl", "GROUP")), words
+    heavy = [name for name in {HEAVY!r} if name in sys.modules]
+    assert not heavy, f"{{words}} imported {{heavy}}"
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_names_of_files_are_those_of_saelens() -> None:
+    """They are written down in the package because importing SAELens takes seconds."""
+    from sae_lens import constants
+
+    from qwen_scope_lens.saes.locate import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
+
+    assert constants.SAE_CFG_FILENAME == SAE_CFG_FILENAME
+    assert constants.SAE_WEIGHTS_FILENAME == SAE_WEIGHTS_FILENAME
+
+
+QUICK = {
+    "verify an unknown SAE": ["verify", "qwen3-9b/20", "--model", "x"],
+    "verify without its file": ["verify", f"{MINI}/6", "--activations", "none.npy"],
+    "extract with an unknown SAE": ["extract", "c", "--sae", "x", "--layers", "1", "--out", "o"],
+    "extract a layer that is not there": [
+        *("extract", "c", "--sae", MINI, "--layers", "99", "--out", "o")
+    ],
+    "extract an empty corpus": [
+        *("extract", "empty.jsonl", "--sae", MINI, "--layers", "6", "--out", "o")
+    ],
+    "app with an unknown SAE": ["app", "--sae", "x"],
+    "app with a layer that is not there": ["app", "--layers", "99"],
+    "app without its extra": ["app"],
+    "lm-eval without its extra": ["lm-eval", "--model", "m", "--tasks", "t"],
+    "export without its extra": ["export", "--edit", "e", "--out", "o.gguf"],
+    "extract on Ray without its extra": [
+        *("extract", "c", "--sae", MINI, "--layers", "6", "--out", "o", "--ray", "2")
+    ],
+    "train without its extra": ["train", "sasft", "run.yaml"],
+}
+
+
+def test_simple_mistakes_are_refused_before_anything_heavy_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").touch()
+    code = f"""
+import sys
+for name in ("gradio", "lm_eval", "gguf", "ray", "trl"):
+    sys.modules[name] = None  # as if it were not installed
+from qwen_scope_lens.cli import main
+for case, words in {QUICK!r}.items():
+    assert main(words) == 1, case
+    heavy = [name for name in ("torch", "sae_lens", "transformers") if name in sys.modules]
+    assert not heavy, f"{{case}} imported {{heavy}}"
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120
     )
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("which is not installed") == 5
+    assert "empty.jsonl is empty" in done.stderr
+    assert "there is no file none.npy" in done.stderr
+
+
+@pytest.mark.parametrize("words", [["list", "--json"], ["list"], ["rank", "--help"], ["--help"]])
+def test_a_closed_pipe_ends_quietly(words: list[str]) -> None:
+    """As in `qsl list | head -1`: here the reader has gone before the first line."""
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "qwen_scope_lens.cli", *words],
+            stdout=write,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+        )
+    finally:
+        os.close(write)
+    assert done.stderr == ""
+    assert done.returncode in (0, 1)  # argparse, which prints the help, says 0
+
+
+def test_old_spellings_still_work(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["lm_eval", "--help"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out.startswith("usage: qsl lm-eval")
+    for old, new in (("--layer", "--layers"), ("--folder", "--sae-folder")):
+        verb = "stats" if old == "--layer" else "verify"
+        parser = argparse.ArgumentParser(allow_abbrev=False)
+        importlib.import_module(f"qwen_scope_lens.cli.{verb}").add_arguments(parser)
+        rest = ["s"] if verb == "stats" else ["s", "--model", "m"]
+        assert parser.parse_args([*rest, old, "3"]) == parser.parse_args([*rest, new, "3"])
+
+
+def test_tables_are_printed_as_json_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pack = tmp_path / "labels.jsonl"
+    pack.write_text(json.dumps({"address": f"{MINI}/6/1", "text": "a label"}) + "\n")
+    assert main(["label", "list", str(pack)]) == 0
+    assert capsys.readouterr().out.split() == [
+        *("feature", "score", "label"),
+        *(f"{MINI}/6/1", "–", "a", "label"),
+    ]
+    assert main(["label", "list", str(pack), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == [
+        {"feature": f"{MINI}/6/1", "score": None, "label": "a label"}
+    ]
 
 
 def test_list(capsys: pytest.CaptureFixture[str], home: Path) -> None:
@@ -75,7 +211,7 @@ def test_list(capsys: pytest.CaptureFixture[str], home: Path) -> None:
 def test_show(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["show", "qwen-scope-3.5-27b-w80k-l100"]) == 0
     out = capsys.readouterr().out
-    for fact in ("5120 -> 81920", "3.356 GB a layer", "215 GB", "blocks.0.hook_resid_post"):
+    for fact in ("5120 -> 81920", "3.356 GB per layer", "215 GB", "blocks.0.hook_resid_post"):
         assert fact in out
     assert "model.language_model.layers.0" in out
     assert "must not be used" in " ".join(out.split()).replace("they must", "must")

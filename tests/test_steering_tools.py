@@ -370,6 +370,7 @@ def test_blame_refuses_what_it_cannot_answer(model: Any, tmp_path: Path) -> None
 
 
 def test_columns_count_what_a_terminal_shows() -> None:
+    assert width_of("ab中文e\u0301") == 7
     assert wrap("one two three", 7) == ["one two", "three"]
     assert wrap("abcdefghij", 4) == ["abcd", "efgh", "ij"]
     assert wrap("中文中文", 5) == ["中文", "中文"]

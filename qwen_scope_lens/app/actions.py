@@ -1,6 +1,6 @@
-"""What the app's buttons do: values of its fields in, values of its fields out.
+"""What the app's buttons do: functions from values of its fields to values of its fields.
 
-Nothing of a visitor is kept here but which run is theirs to stop; choices come in as session state.
+All that is kept here of a visitor is which run they may stop; their choices come as session state.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ LEFT_OUT = ("the first token", "tokens that both have", "the prefix that both ha
 
 
 def told(work: Callable[..., Any]) -> Callable[..., Any]:
-    """What the package refuses is shown as it says it."""
+    """A refusal of the package is shown in its own words."""
 
     @functools.wraps(work)
     def wrapped(*values: Any) -> Any:
@@ -65,8 +65,8 @@ def told(work: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def changing(work: Callable[..., Edits]) -> Callable[..., tuple[Any, ...]]:
-    """An action on the plan -> the plan, its table, its text as a file has it, the Save button,
-    and in words what was refused."""
+    """Wrap an action on the plan: it returns the plan, its table, its text as in a file, the Save
+    button, and what was refused, in words."""
 
     @functools.wraps(work)
     def wrapped(self: Actions, edits: Edits, *values: Any) -> tuple[Any, ...]:
@@ -82,7 +82,7 @@ def changing(work: Callable[..., Edits]) -> Callable[..., tuple[Any, ...]]:
 
 
 class Actions:
-    """One for all visitors."""
+    """The actions; one object serves all visitors."""
 
     def __init__(self, bench: Workbench, site: str | None) -> None:
         self._bench, self._site = bench, site
@@ -109,7 +109,7 @@ class Actions:
         return self._firings(reading, reading.tokens_of(int(event.index)), top)
 
     def coloured(self, reading: Reading | None, address: str) -> Any:
-        """The text, coloured by one feature."""
+        """The text, coloured by one feature's activations."""
         try:
             ref = FeatureRef.parse(address.strip())
         except ScopeError:
@@ -147,10 +147,13 @@ class Actions:
         kept = Kept(*(name in left_out for name in LEFT_OUT))
         found = compare(self._bench, one, other, int(top), kept)
         rows: Rows = [
-            [str(row.ref), *(round(x, 4) for x in (row.score, row.rate_a, row.rate_b, row.mean)),
-             row.label]
+            [
+                str(row.ref),
+                *(round(x, 4) for x in (row.score, row.rate_a, row.rate_b, row.mean)),
+                row.label,
+            ]
             for row in found
-        ]  # fmt: skip
+        ]
         return rows, {str(row.ref): row.score for row in found}
 
     # The chosen feature.
@@ -159,12 +162,12 @@ class Actions:
         return str(event.row_value[0])
 
     def about(self, address: str) -> str:
-        """What is known of it, as HTML; every text in it is escaped."""
+        """What is known about the feature, as HTML; every text in it is escaped."""
         bench = self._bench
         try:
             ref = FeatureRef.parse(address.strip())
             if ref.group != bench.group.short:
-                raise BadPlan(f"{ref} is no feature of {bench.group.short}")
+                raise BadPlan(f"{ref} is not a feature of {bench.group.short}")
             effects = bench.effects(ref)
         except ScopeError as error:
             return f"<p>{html.escape(str(error))}</p>" if address.strip() else ""
@@ -262,7 +265,7 @@ class Actions:
             self._runs.pop(session, None)
 
     def stop(self, request: gr.Request) -> None:
-        """This visitor's run and no other."""
+        """Stop this visitor's run and no other."""
         self._stop(str(request.session_hash))
 
     def _stop(self, session: str) -> None:
@@ -271,12 +274,17 @@ class Actions:
 
 
 def _shown_plan(edits: Edits) -> tuple[Rows, str]:
-    """The table, and what the Save button saves; a contradiction between edits is refused."""
+    """The table, and what the Save button saves. Edits that contradict each other are refused."""
     rows: Rows = [
-        [edit["ref"], edit["op"], edit.get("strength", ""), edit.get("unit", ""),
-         edit.get("where", "both")]
+        [
+            edit["ref"],
+            edit["op"],
+            edit.get("strength", ""),
+            edit.get("unit", ""),
+            edit.get("where", "both"),
+        ]
         for edit in edits
-    ]  # fmt: skip
+    ]
     return rows, json_text(FORMAT, VERSION, plan_of(edits).to_dict()) if edits else ""
 
 
@@ -292,7 +300,7 @@ def _told_to(progress: Any) -> Callable[[int, int], None]:
 
 def _shown(now: Step | Outcome, first: bool = False) -> tuple[Any, ...]:
     """Status, both texts, what the plan did, and both tables of next tokens. The last three are
-    emptied at first and then left alone until the end: drawing tables costs a browser time."""
+    emptied at first and then left alone until the end, because drawing tables is slow."""
     if isinstance(now, Step):
         said = f"{now.tokens} of {now.most} tokens"
         if now.tokens is None:

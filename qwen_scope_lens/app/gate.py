@@ -1,8 +1,8 @@
-"""What stands before Gradio: only what this app's own page asks for gets through.
+"""Stands before Gradio, and lets only requests through that this app's own page makes.
 
 Gradio takes files by name, copies them into its cache and serves them, to anybody who can send it a
-request. The app has no use for files, so nothing that names one reaches it: the routes are listed,
-bodies are small JSON without any file in it, and a page of another origin may not ask at all.
+request. This app needs no files, so no request that names one reaches it: the allowed routes are
+listed, bodies are small JSON that names no file, and pages of another origin are refused.
 """
 
 from __future__ import annotations

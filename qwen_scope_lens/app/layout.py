@@ -1,4 +1,4 @@
-"""The app's layout in Gradio, and which button does what. What they do is `actions.py`.
+"""The app's layout in Gradio, and which button calls which function of `actions.py`.
 
 Whatever a visitor chooses is session state (`gr.State`), so that two visitors never mix; the model
 is shared, and locked for the time of a run.
@@ -57,13 +57,13 @@ FIRST, SECOND = "The package manager installs programs.", "软件包管理器安
 
 
 def make_app(bench: Workbench, layers: Sequence[int], site: str | None = None) -> Any:
-    """Gradio's Blocks. `layers` are chosen at first; `site` is where feature pages are served."""
+    """Gradio's Blocks. `layers` are chosen at first; feature pages are served at `site`."""
     gr = require("gradio", "app")
     row, does = bench.group, Actions(bench, site)
     forms = list(FORMS) if bench.has_chat else list(FORMS)[:1]
     with gr.Blocks(title=f"qwen-scope-lens: {row.short}", analytics_enabled=False) as app:
         reading, edits, scores = gr.State(None), gr.State([]), gr.State({})
-        gr.Markdown(f"### {row.short}: {row.d_sae:,} features a layer, {row.k} active a token")
+        gr.Markdown(f"### {row.short}: {row.d_sae:,} features per layer, {row.k} active per token")
         with gr.Row():
             with gr.Column(scale=3, min_width=420), gr.Tabs():
                 with gr.Tab("Read"):

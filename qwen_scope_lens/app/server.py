@@ -1,4 +1,4 @@
-"""Serves the app, and the site of feature pages beside it; nothing is asked of other machines."""
+"""Serves the app, with the site of feature pages beside it, and contacts no other machine."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def make_web_app(
     from qwen_scope_lens.app.layout import STYLE, make_app
 
     if site is not None and not is_site(site):
-        raise BadFile(f"{site} is no site of features: `qsl dash build` makes one")
+        raise BadFile(f"{site} is not a site of features: `qsl dash build` makes one")
     web = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     if host in LOCAL:  # else another site's name, made to point here, could ask in a visitor's name
         web.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOCAL, "[::1]"])
@@ -65,7 +65,7 @@ def make_web_app(
 
 
 def serve(web: Any, host: str, port: int) -> None:
-    """Until Ctrl-C."""
+    """Serve until Ctrl-C."""
     import uvicorn
 
     config = uvicorn.Config(

@@ -1,7 +1,7 @@
-"""One prompt with and without a plan, as it is written, until it ends or is stopped.
+"""Continues one prompt with and without a plan, and shows the texts as they grow.
 
-The work is done in a thread that holds the model's lock; whoever iterates gets the texts so far and
-at the end what the plan did and whether the text still is language.
+The work is done in a thread that holds the model's lock. Its iterator gives the texts so far, and
+at the end what the plan did and whether the text is still language.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ TOP_TOKENS = 10
 
 @dataclass(frozen=True)
 class Step:
-    """So far. `tokens` of `most` are written; None: another session's run is waited for."""
+    """The state so far: `tokens` of `most` are written; None while another session runs."""
 
     tokens: int | None
     most: int
@@ -45,7 +45,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The end."""
+    """The result of a finished run."""
 
     plain: str
     steered: str
@@ -71,7 +71,7 @@ def run_steering(
     guard: Guard | None = None,
     stop: threading.Event | None = None,
 ) -> Iterator[Step | Outcome]:
-    """Setting `stop` or closing the iterator ends the run at its next token, without outcome."""
+    """Setting `stop` or closing the iterator ends the run at its next token, without an Outcome."""
     plan = bench.calibrated(plan)
     events: queue.Queue[Step | Outcome | BaseException | None] = queue.Queue()
     stop = stop or threading.Event()
@@ -170,10 +170,10 @@ class _Job:
 
 
 def _short(found: list[Continuation]) -> bool:
-    """Both texts ended at once: there is nothing to call incoherent."""
+    """Whether both texts ended at once, so that there is nothing to call incoherent."""
     return not any(one.ids for one in found)
 
 
 def _text(tokenizer: Any, ids: list[int]) -> str:
-    """Half a character at the end waits for its other half."""
+    """The text so far, without half a character at its end."""
     return str(tokenizer.decode(ids, skip_special_tokens=True)).rstrip("\ufffd")

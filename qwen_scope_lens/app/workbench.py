@@ -1,10 +1,11 @@
-"""What the app works with: one model, its SAEs, and the questions asked of them.
+"""What the app works with: one model, its SAEs, and the questions that are asked about them.
 
 The model is shared by all sessions and one of them runs at a time (`lock`): hooks of a plan belong
 to the model, so two runs at once would steer each other. What a session chose is never kept here.
 
-score = |rate in A - rate in B|, a rate being the share of a text's kept positions on which the
-feature fires. For two texts that is a first look; `qsl rank` compares groups, with a control.
+The score of a feature is |rate in A - rate in B|. A rate is the share of a text's kept positions on
+which the feature fires. For two texts this is a first look; `qsl rank` compares groups, with
+controls.
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ class Workbench:
         return {f"{self.group.short}/{layer}": self.sae(layer) for layer in plan.layers}
 
     def read(self, text: str, layers: Sequence[int], on_layer: OnLayer | None = None) -> Reading:
-        """What fires on every token of a text, in every layer asked for."""
+        """What fires on every token of a text, in every layer of `layers`."""
         if not text.strip():
             raise BadText("there is no text to read: type some")
         if not layers:
@@ -168,7 +169,7 @@ class Workbench:
 
 @dataclass(frozen=True)
 class Kept:
-    """Which positions are left out, all off as in the official demo but the first token."""
+    """Which positions are left out: by default the first token, which the official demo keeps."""
 
     drop_first: bool = True
     drop_shared_tokens: bool = False  # tokens that occur in both texts

@@ -1,4 +1,4 @@
-"""The command line: one thin file per verb, no logic."""
+"""The command line: one thin file per verb, without logic."""
 
 from qwen_scope_lens.cli.verbs import main
 

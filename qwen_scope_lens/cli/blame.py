@@ -4,10 +4,10 @@
         --reply "Use the package manager 安装程序 and restart."
     qsl blame qwen3-8b-base/w64k-l0-50/20 qwen3-8b-base/w64k-l0-50/24 --cases replies.jsonl
 
-A file of cases has one a line: {"prompt": ..., "reply": ..., "bad": true}, or `messages` for
-`prompt`; those with "bad": false are what the bad ones are compared with, as are the prompts. With
---class only the tokens of that class in the bad replies are held against the rest. The last lines
-are edits to try: `qsl steer` shows one, `qsl sweep` measures it.
+A file of cases has one per line: {"prompt": ..., "reply": ..., "bad": true}, or `messages` instead
+of `prompt`. The bad replies are compared with those that have "bad": false, and with all prompts.
+With --class only the tokens of that class in the bad replies count as bad. The last lines are edits
+to try: `qsl steer` shows the effect of one, `qsl sweep` measures it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwen_scope_lens.cli import plan_options as plans
-from qwen_scope_lens.cli.options import count
+from qwen_scope_lens.cli.options import add_json, count, read_labels, refuse_empty, show
 
 if TYPE_CHECKING:
     from qwen_scope_lens.steering.blame import Case
@@ -31,27 +31,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--reply", help="what was answered")
     parser.add_argument("--cases", type=Path, help="a file of them instead (JSONL or Parquet)")
     parser.add_argument(
-        "--class", dest="classes", action="append", default=[], metavar="CLASS",
+        "--class",
+        dest="classes",
+        action="append",
+        default=[],
+        metavar="CLASS",
         help="only tokens of this class are bad: han, digit, ... (see `qsl steer --help`)",
-    )  # fmt: skip
+    )
     parser.add_argument("--chat", action="store_true", help="prompts as a user's messages")
     parser.add_argument("--thinking", action="store_true", help="with --chat: thinking mode")
     parser.add_argument("--labels", type=Path, help="a label pack, to show what features mean")
     parser.add_argument("--top", type=count, default=10, help="default: %(default)s")
     plans.add_model(parser)
+    add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     from qwen_scope_lens.address import LayerRef
-    from qwen_scope_lens.labels.packs import LabelPack
     from qwen_scope_lens.steering.blame import blame
     from qwen_scope_lens.steering.where import Where
+    from qwen_scope_lens.tables import Table
 
     Where(classes=tuple(arguments.classes))  # refuses unknown ones before anything is loaded
     saes = [LayerRef.parse(text) for text in arguments.saes]
     cases = _cases(arguments)
     enable_thinking = plans.thinking(arguments, [case.prompt for case in cases])
-    labels = LabelPack.read(arguments.labels) if arguments.labels else LabelPack()
+    labels = read_labels(arguments.labels)
     found = blame(
         plans.load(arguments, saes),
         saes,
@@ -61,13 +66,23 @@ def run(arguments: argparse.Namespace) -> int:
         enable_thinking=enable_thinking,
         allow_other_model=True,  # `plans.load` has looked
     )
-    print(
-        f"{'feature':34} {'on bad':>8} {'elsewhere':>9} {'rate bad':>8} {'rate other':>10}   token"
-    )
-    for suspect in found:
-        print(f"{suspect}  {labels.text(suspect.ref)}".rstrip())
-    for suspect in found[:3]:
-        print(f"try: --edit {suspect.ref}:ablate")
+    columns = ("feature", "on bad", "elsewhere", "rate on bad", "rate elsewhere", "token", "label")
+    rows = [
+        (
+            str(one.ref),
+            one.on_bad,
+            one.elsewhere,
+            one.rate_on_bad,
+            one.rate_elsewhere,
+            one.strongest,
+            labels.text(one.ref) if labels else "",
+        )
+        for one in found
+    ]
+    show(Table.of(columns, rows), arguments.json)
+    if not arguments.json:
+        for suspect in found[:3]:
+            print(f"try: --edit {suspect.ref}:ablate")
     return 0
 
 
@@ -76,6 +91,7 @@ def _cases(arguments: argparse.Namespace) -> list[Case]:
     from qwen_scope_lens.steering.blame import Case, read_cases
 
     if arguments.cases:
+        refuse_empty(arguments.cases)
         cases = read_cases(arguments.cases)
     elif arguments.prompt and arguments.reply:
         cases = [Case(arguments.prompt, arguments.reply)]

@@ -4,17 +4,18 @@
     qsl calibrate qwen3-8b-base/w64k-l0-50/20 --store stores/wiki --out typical.json
 
 REF is a feature, or a whole SAE for all its features that fire. The typical activation is the mean
-over the tokens where a feature fires, first and extreme-norm tokens left out.
+over the tokens where a feature fires, without first tokens and tokens of extreme norm.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from qwen_scope_lens.cli import plan_options as plans
-from qwen_scope_lens.cli.options import count, output
+from qwen_scope_lens.cli.options import add_json, count, output, refuse_empty, remark, show
+
+SHOWN = 10
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,12 +24,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--texts", type=Path, help="a corpus to run through the model")
     source.add_argument("--store", type=Path, help="a feature store, from `qsl extract`")
     parser.add_argument("--out", type=output, required=True, metavar="FILE")
-    parser.add_argument("--max-tokens", type=count, help="of one document; the rest is cut off")
+    parser.add_argument("--max-tokens", type=count, help="per document; the rest of it is cut off")
     plans.add_model(parser)
+    add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     from qwen_scope_lens.steering.calibrate import calibrate, calibrate_from_store, split_refs
+    from qwen_scope_lens.tables import Table
 
     saes = list(split_refs(arguments.refs))
     if arguments.store:
@@ -40,6 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
 
         from qwen_scope_lens.stores.corpus import read_corpus
 
+        refuse_empty(arguments.texts)
         texts = (document.content for document in read_corpus(arguments.texts))
         found = calibrate(
             plans.load(arguments, saes),
@@ -53,10 +57,9 @@ def run(arguments: argparse.Namespace) -> int:
     found.save(arguments.out)
     missing = [ref for ref in arguments.refs if ref.count("/") == 3 and ref not in found]
     for ref in missing:
-        print(f"{ref} never fired in these texts: it has no typical activation", file=sys.stderr)
-    for ref, facts in list(found.facts.items())[:10]:
-        print(
-            f"{ref:34} {facts.mean:8.3f}  on {facts.rate:.2%} of tokens, up to {facts.largest:.3f}"
-        )
-    print(f"{len(found):,} features over {found.provenance['tokens']:,} tokens: {arguments.out}")
+        remark(f"{ref} never fired in these texts: it has no typical activation")
+    columns = ("feature", "typical", "rate per token", "largest")
+    rows = [(str(ref), one.mean, one.rate, one.largest) for ref, one in found.facts.items()]
+    show(Table.of(columns, rows), arguments.json, SHOWN)
+    remark(f"{len(found):,} features over {found.provenance['tokens']:,} tokens: {arguments.out}")
     return 0

@@ -1,26 +1,34 @@
-"""Classify documents with features: rules that one can read, beside what a probe gives.
+"""Classify documents with features: rules that a person can read, compared with probes.
 
     qsl classify fit train.jsonl --label toxic --out clf.json \\
         --model Qwen/Qwen3-1.7B --sae qwen3-1.7b-base/w32k-l0-50 --layers 10-20
     qsl classify predict clf.json new.jsonl --out predictions.jsonl
-    qsl classify report train.jsonl --test test.jsonl --label toxic --page report.html ..
+    qsl classify report train.jsonl --test test.jsonl --label toxic --out report.html ..
     qsl classify transfer all.jsonl --label toxic --language lang ..
     qsl classify efficiency train.jsonl --label toxic ..
 
 DATA is a feature store (`qsl extract`) or a corpus (JSON Lines, CSV, Parquet, a dataset). A corpus
 is extracted first, into --store (default: DATA.store), which is kept: the next command on it starts
-at once, and an interrupted one goes on. Rules are written as JSON, never as a pickle.
+at once, and an interrupted command goes on. Rules are written as JSON, never as a pickle.
 `qsl classify VERB --help` explains each.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwen_scope_lens.cli.options import count, finite, layer_list, output
+from qwen_scope_lens.cli.options import (
+    Word,
+    add_layers,
+    add_words,
+    count,
+    finite,
+    output,
+    read_labels,
+    remark,
+)
 
 if TYPE_CHECKING:
     from qwen_scope_lens.classify.methods import Documents
@@ -29,80 +37,13 @@ if TYPE_CHECKING:
 MOST_DIGITS = 40
 RULES = ("or", "k-of-n", "thresholds", "logistic", "tree")
 
-FIT = """Learn a rule and write it as JSON.
-
-The defaults are the paper's: firing-rate differences, the layer whose best feature differs most,
-its --top-k features, yes when any of them fires. --n-layers 3 --top-k 1 is its multi-layer rule.
-"""
-PREDICT = """Use a rule on new documents: one JSON line each, with the features responsible.
-
-For a corpus the model runs no deeper than the rule's last layer and only its features are computed
-where that decides; an interrupted run goes on with the same command. Another SAE, layer or model
-than the rule was fitted on is refused.
-"""
-REPORT = """All rules and baselines on the same documents, side by side, with intervals.
-
-Fitted on DATA, measured on --test (else on a fifth of DATA, held out). The first row is the rule
-that the options describe. Baselines: always yes, bag of words, character n-grams, and, re-reading
-the residuals, a linear probe and the difference of means (--no-residuals leaves these two out).
-"""
-TRANSFER = """One rule per language: how far the languages' best features overlap, and what a rule
-fitted on one language is worth on the others.
-"""
-EFFICIENCY = (
-    """How much discovery data a rule needs: F1 with 1% to all of it, over several draws."""
-)
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    verbs = parser.add_subparsers(dest="what", metavar="VERB", required=True)
-    fit = _verb(verbs, "fit", FIT)
-    _data(fit, "discovery documents: a store or a corpus")
-    _rule(fit)
-    fit.add_argument("--out", type=output, required=True, help="the classifier, a JSON file")
-    predict = _verb(verbs, "predict", PREDICT)
-    predict.add_argument("classifier", type=Path, help="what `fit` wrote")
-    predict.add_argument("data", metavar="DATA", help="a store or a corpus")
-    predict.add_argument("--out", type=output, help="JSON Lines (default: stdout)")
-    predict.add_argument("--labels", type=Path, help="a label pack: says what the features mean")
-    predict.add_argument("--text", metavar="COLUMN", help="the column of the texts")
-    predict.add_argument("--split", help="of a dataset")
-    for name, text in (("report", REPORT), ("transfer", TRANSFER), ("efficiency", EFFICIENCY)):
-        verb = _verb(verbs, name, text)
-        _data(verb, "discovery documents, and test ones where --test is not given")
-        _rule(verb)
-        verb.add_argument("--test", metavar="DATA", help="test documents: a store or a corpus")
-        verb.add_argument("--test-store", metavar="FOLDER", help="where --test is extracted to")
-        verb.add_argument(
-            "--language",
-            metavar="COLUMN",
-            required=name == "transfer",
-            help="the column of the languages",
-        )
-        if name == "report":
-            verb.add_argument("--at", default="precision=0.9", help="default: %(default)s")
-            verb.add_argument("--page", type=output, help="also write an HTML page")
-            verb.add_argument("--labels", type=Path, help="a label pack: what the features mean")
-            verb.add_argument("--no-residuals", action="store_true", help="no model, no probes")
+    add_words(parser, WORDS)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    handler = {
-        "fit": _fit,
-        "predict": _predict,
-        "report": _report,
-        "transfer": _transfer,
-        "efficiency": _efficiency,
-    }[arguments.what]
-    handler(arguments)
-    return 0
-
-
-def _verb(verbs: Any, name: str, text: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = verbs.add_parser(
-        name, description=text, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    return parser
+    return arguments.run_word(arguments) or 0
 
 
 def _data(parser: argparse.ArgumentParser, what: str) -> None:
@@ -112,7 +53,7 @@ def _data(parser: argparse.ArgumentParser, what: str) -> None:
     corpus = parser.add_argument_group("for a corpus")
     corpus.add_argument("--model", help="a folder, a name on the hub, or mini-qwen3")
     corpus.add_argument("--sae", metavar="GROUP", help="such as qwen3-1.7b-base/w32k-l0-50")
-    corpus.add_argument("--layers", type=layer_list, metavar="LIST", help="such as 10-20 (all)")
+    add_layers(corpus, "layers to extract and to choose from, such as 10-20; default: all")
     corpus.add_argument("--store", metavar="FOLDER", help="where it is extracted to (DATA.store)")
     corpus.add_argument("--text", metavar="COLUMN", help="the column of the texts")
     corpus.add_argument("--max-tokens", type=count, metavar="N", help="cut longer documents")
@@ -122,8 +63,14 @@ def _data(parser: argparse.ArgumentParser, what: str) -> None:
 def _rule(parser: argparse.ArgumentParser) -> None:
     rule = parser.add_argument_group("the rule")
     rule.add_argument("--rule", choices=RULES, default="or", help="default: %(default)s")
-    rule.add_argument("--top-k", type=count, default=2, metavar="K", help="features of a layer (2)")
-    rule.add_argument("--layer", default="auto", help="a layer, or auto: the largest difference")
+    rule.add_argument("--top-k", type=count, default=2, metavar="K", help="features per layer (2)")
+    rule.add_argument(
+        "--rule-layer",
+        "--layer",
+        dest="layer",
+        default="auto",
+        help="the layer of the rule, or auto: the one with the largest difference",
+    )
     rule.add_argument(
         "--n-layers", type=count, default=1, metavar="M", help="layers to combine (1)"
     )
@@ -131,12 +78,25 @@ def _rule(parser: argparse.ArgumentParser) -> None:
     rule.add_argument("--at-least", type=count, metavar="K", help="k-of-n: how many have to fire")
 
 
+def _test(parser: argparse.ArgumentParser, language_needed: bool = False) -> None:
+    _data(parser, "discovery documents, and test documents where --test is not given")
+    _rule(parser)
+    parser.add_argument("--test", metavar="DATA", help="test documents: a store or a corpus")
+    parser.add_argument("--test-store", metavar="FOLDER", help="where --test is extracted to")
+    parser.add_argument(
+        "--language",
+        metavar="COLUMN",
+        required=language_needed,
+        help="the column that holds the language",
+    )
+
+
 def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
     from qwen_scope_lens.errors import BadPlan
 
     layer = arguments.layer
     if layer != "auto" and not (layer.isdecimal() and len(layer) < MOST_DIGITS):
-        raise BadPlan(f"--layer {layer[:MOST_DIGITS]}: expected a layer number or auto")
+        raise BadPlan(f"--rule-layer {layer[:MOST_DIGITS]}: expected a layer number or auto")
     return {
         "rule": arguments.rule,
         "top_k": arguments.top_k,
@@ -190,7 +150,19 @@ def _read(
     return discovery, test, f"{task}: {source.model}, {group}, layers {numbers}", store
 
 
+def _fit_arguments(parser: argparse.ArgumentParser) -> None:
+    _data(parser, "discovery documents: a store or a corpus")
+    _rule(parser)
+    parser.add_argument("--out", type=output, required=True, help="the classifier, a JSON file")
+
+
 def _fit(arguments: argparse.Namespace) -> None:
+    """Learn a rule and write it as JSON.
+
+    The defaults are the paper's: firing-rate differences, the layer whose best feature differs
+    most, its --top-k features, and yes when any of them fires. --n-layers 3 --top-k 1 is the
+    paper's rule over several layers.
+    """
     from qwen_scope_lens.classify.estimator import FeatureRuleClassifier
     from qwen_scope_lens.classify.report import fit_text
     from qwen_scope_lens.classify.task import Task, documents_of
@@ -206,13 +178,27 @@ def _fit(arguments: argparse.Namespace) -> None:
     print(f"written to {arguments.out}")
 
 
+def _predict_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("classifier", type=Path, help="what `fit` wrote")
+    parser.add_argument("data", metavar="DATA", help="a store or a corpus")
+    parser.add_argument("--out", type=output, help="JSON Lines (default: stdout)")
+    parser.add_argument("--labels", type=Path, help="a label pack: says what the features mean")
+    parser.add_argument("--text", metavar="COLUMN", help="the column of the texts")
+    parser.add_argument("--split", help="which part of a dataset on the hub")
+
+
 def _predict(arguments: argparse.Namespace) -> None:
+    """Use a rule on new documents: one JSON line each, with the features that decided.
+
+    For a corpus the model runs no deeper than the rule's last layer, and only the rule's features
+    are computed where those are enough to decide. An interrupted run goes on with the same command.
+    Another SAE, layer or model than the rule was fitted on is refused.
+    """
     from qwen_scope_lens.classify.estimator import FeatureRuleClassifier
     from qwen_scope_lens.classify.predict import predict_data
-    from qwen_scope_lens.labels.packs import LabelPack
 
     classifier = FeatureRuleClassifier.load(arguments.classifier)
-    labels = LabelPack.read(arguments.labels) if arguments.labels else None
+    labels = read_labels(arguments.labels)
     made = predict_data(
         classifier,
         arguments.data,
@@ -221,18 +207,32 @@ def _predict(arguments: argparse.Namespace) -> None:
         text=arguments.text,
         split=arguments.split,
     )
-    print(f"{made:,} documents predicted", file=sys.stderr)
+    remark(f"{made:,} documents predicted")
+
+
+def _report_arguments(parser: argparse.ArgumentParser) -> None:
+    _test(parser)
+    parser.add_argument("--at", default="precision=0.9", help="default: %(default)s")
+    parser.add_argument("--out", "--page", type=output, help="also write an HTML page")
+    parser.add_argument("--labels", type=Path, help="a label pack: what the features mean")
+    parser.add_argument("--no-residuals", action="store_true", help="no model, no probes")
 
 
 def _report(arguments: argparse.Namespace) -> None:
+    """Compare all rules and baselines on the same documents, side by side, with intervals.
+
+    They are fitted on DATA and measured on --test (without it, on a fifth of DATA, held out). The
+    first row is the rule that the options describe. Baselines: always yes, bag of words, character
+    n-grams, and, with the residuals read again, a linear probe and the difference of means
+    (--no-residuals leaves these two out).
+    """
     from qwen_scope_lens.classify.comparison import compare
     from qwen_scope_lens.classify.methods import RuleMethod, name_of
     from qwen_scope_lens.classify.report import report_page, report_text
     from qwen_scope_lens.classify.scores import At
-    from qwen_scope_lens.labels.packs import LabelPack
 
     settings, at = _settings(arguments), At.parse(arguments.at)
-    labels = LabelPack.read(arguments.labels) if arguments.labels else None
+    labels = read_labels(arguments.labels)
     discovery, test, said, store = _read(arguments, residuals=not arguments.no_residuals)
     first = RuleMethod(name_of(settings), settings)
     report = compare(
@@ -244,12 +244,21 @@ def _report(arguments: argparse.Namespace) -> None:
         why=lambda classifier, doc: classifier.explain(doc, store, labels),
     )
     print(report_text(report))
-    if arguments.page:
-        report_page(report, f"Classifier: {arguments.label}").save(arguments.page)
-        print(f"\npage: {arguments.page}")
+    if arguments.out:
+        report_page(report, f"Classifier: {arguments.label}").save(arguments.out)
+        print(f"\npage: {arguments.out}")
+
+
+def _transfer_arguments(parser: argparse.ArgumentParser) -> None:
+    _test(parser, language_needed=True)
 
 
 def _transfer(arguments: argparse.Namespace) -> None:
+    """Fit one rule per language, and use it on the others.
+
+    Shows how far the languages' best features overlap, and what a rule that was fitted on one
+    language is worth on the others.
+    """
     from qwen_scope_lens.classify.experiments import overlap, transfer
     from qwen_scope_lens.classify.report import overlap_table, transfer_table
     from qwen_scope_lens.classify.task import by_language
@@ -263,9 +272,19 @@ def _transfer(arguments: argparse.Namespace) -> None:
 
 
 def _efficiency(arguments: argparse.Namespace) -> None:
+    """How much discovery data a rule needs: F1 with 1% to all of it, over several draws."""
     from qwen_scope_lens.classify.experiments import efficiency
     from qwen_scope_lens.classify.report import efficiency_table
 
     discovery, test, said, _ = _read(arguments)
     print(f"{said}\n")
     print(efficiency_table(efficiency(discovery, test, _settings(arguments))))
+
+
+WORDS = (
+    Word("fit", _fit_arguments, _fit),
+    Word("predict", _predict_arguments, _predict),
+    Word("report", _report_arguments, _report),
+    Word("transfer", _transfer_arguments, _transfer),
+    Word("efficiency", _test, _efficiency),
+)

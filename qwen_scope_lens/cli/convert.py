@@ -1,4 +1,4 @@
-"""Convert between file formats; `qsl convert WHAT --help` explains each.
+"""Convert between file formats; `qsl convert WORD --help` explains each.
 
 official-to-saelens    published layer files -> SAELens folders, streamed, resumable
 openinterp-to-saelens  OpenInterpretability's Qwen3.6-27B safetensors -> SAELens folders
@@ -15,11 +15,12 @@ CONVERTERS = ("official-to-saelens", "openinterp-to-saelens", "saelens-to-offici
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    choices = parser.add_subparsers(dest="what", metavar="WHAT", required=True)
+    choices = parser.add_subparsers(dest="what", metavar="WORD", required=True)
     for name in CONVERTERS:
         module = _module(name)
         sub = choices.add_parser(
             name,
+            help=(module.__doc__ or "").splitlines()[0],
             description=module.__doc__,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )

@@ -4,9 +4,9 @@
     llama-cli -m model.gguf --control-vector chinese.gguf -p "..."
     qsl export --plan plan.json --out vectors.safetensors
 
-Both formats hold one vector a layer to be added there, so only `add` edits in raw or sigma units
-can be exported. llama.cpp adds its vector at every token, the first included: edits say so with
-`@first`.
+Both formats hold one vector per layer, which is added there, so only `add` edits in raw or sigma
+units can be exported. llama.cpp adds its vector at every token, including the first: edits have to
+say so with `@first`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import argparse
 
 from qwen_scope_lens.cli import plan_options as plans
 from qwen_scope_lens.cli.options import output
+from qwen_scope_lens.extras import check
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,9 +24,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from qwen_scope_lens.steering.runtimes.control_vectors import export
-
+    if arguments.out.suffix == ".gguf":
+        check("gguf", "gguf")
     plan = plans.plan_of(arguments)
     plans.notices(ref.sae for ref in plan.refs)
+
+    from qwen_scope_lens.steering.runtimes.control_vectors import export
+
     print(f"wrote {export(plan, arguments.out)}: layers {', '.join(map(str, plan.layers))}")
     return 0

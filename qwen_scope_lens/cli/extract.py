@@ -3,11 +3,11 @@
     qsl extract corpus.jsonl --sae mini-qwen3/w1k-l0-16 --layers 6 --out store/
     qsl extract chats.parquet --model Qwen/Qwen3-8B --sae qwen3-8b-base/w64k-l0-50 \\
         --layers 12,20 --no-thinking --label-columns lang,stars --out store/
-    qsl extract big.jsonl ... --rank 0/4     # four processes or machines share the work
+    qsl extract big.jsonl ... --rank 0/4     # a quarter: four processes or machines share the work
 
-The corpus: JSON Lines, JSON, text (a document a line), CSV, TSV, Parquet, a folder of
-`datasets.save_to_disk`, or the name of a dataset on the hub. Killed at any instant and started
-again with the same command, it goes on where it was. `qsl store info` shows what is there.
+The corpus is JSON Lines, JSON, text (one document per line), CSV, TSV, Parquet, a folder of
+`datasets.save_to_disk`, or the name of a dataset on the hub. After an interruption at any point the
+same command goes on where it stopped. `qsl store info` shows what is there.
 """
 
 from __future__ import annotations
@@ -15,7 +15,17 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from qwen_scope_lens.cli.options import count, layer_list, memory, rank
+from qwen_scope_lens.catalog import find_group
+from qwen_scope_lens.cli.options import (
+    add_layers,
+    add_model,
+    add_sae_files,
+    count,
+    memory,
+    rank,
+    refuse_empty,
+)
+from qwen_scope_lens.extras import check
 
 __all__ = ["add_arguments", "run"]
 
@@ -23,17 +33,21 @@ __all__ = ["add_arguments", "run"]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("corpus", help="a file, a folder of datasets, or a name on the hub")
     parser.add_argument("--sae", required=True, metavar="GROUP", help="qwen3-8b-base/w64k-l0-50")
-    parser.add_argument("--layers", required=True, type=layer_list, help="such as 12,20 or 0-7")
+    add_layers(parser, "such as 12,20 or 0-7", required=True)
     parser.add_argument("--out", required=True, type=Path, help="the store's folder")
-    parser.add_argument("--model", help="a folder or hub name; default: what the SAEs belong to")
+    add_model(parser)
 
     corpus = parser.add_argument_group("the corpus")
     corpus.add_argument("--text", metavar="COLUMN", help="default: text, else messages (chats)")
     corpus.add_argument("--key", metavar="COLUMN", help="default: key, else id, else the number")
-    corpus.add_argument("--label-columns", metavar="A,B", help="default: every plain column")
-    corpus.add_argument("--split", help="of a dataset with several")
+    corpus.add_argument(
+        "--label-columns", metavar="A,B", help="default: every column of plain values"
+    )
+    corpus.add_argument("--split", help="which part of a dataset on the hub")
     corpus.add_argument("--skip-empty", action="store_true", help="leave empty documents out")
-    corpus.add_argument("--append", action="store_true", help="to a store with other documents")
+    corpus.add_argument(
+        "--append", action="store_true", help="add to a store that has other documents"
+    )
 
     tokens = parser.add_argument_group("tokens")
     tokens.add_argument("--max-tokens", type=count, help="cut longer ones; default: the context")
@@ -41,25 +55,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     thinking = tokens.add_mutually_exclusive_group()
     thinking.add_argument("--thinking", action="store_true", default=None, help="for chats")
     thinking.add_argument("--no-thinking", dest="thinking", action="store_false", default=None)
-    tokens.add_argument("--generation-prompt", action="store_true", help="end chats with it")
+    tokens.add_argument(
+        "--generation-prompt", action="store_true", help="end chats with the prompt for a reply"
+    )
 
     work = parser.add_argument_group("the work")
-    work.add_argument("--token-budget", type=count, help="tokens of a batch, default 4096")
-    work.add_argument("--shard-docs", type=count, help="documents of a shard, default 512")
+    work.add_argument("--token-budget", type=count, help="tokens per batch; default: 4096")
+    work.add_argument("--shard-docs", type=count, help="documents per shard; default: 512")
     work.add_argument("--sae-memory", type=memory, metavar="SIZE", help="such as 8GB; see docs")
     shared = work.add_mutually_exclusive_group()
-    shared.add_argument("--rank", type=rank, default=(0, 1), metavar="I/N", help="a part of it")
+    shared.add_argument("--rank", type=rank, default=(0, 1), metavar="I/N", help="only part I of N")
     shared.add_argument(
-        "--ray", type=count, metavar="WORKERS", help="on a Ray cluster (extra `ray`)"
+        "--ray",
+        type=count,
+        metavar="WORKERS",
+        help="on a Ray cluster, with so many workers (extra `ray`)",
     )
-    work.add_argument("--device", help="cpu, cuda, cuda:1, ...")
-    work.add_argument("--folder", type=Path, help="read the SAEs from here only")
-    work.add_argument("--revision", help="of the SAEs on the hub")
+    add_sae_files(work, revision=True)
     work.add_argument("--quiet", action="store_true", help="no progress bar, no remarks")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from qwen_scope_lens.catalog import find_group
+    group = find_group(arguments.sae)
+    for layer in arguments.layers:
+        group.check_layer(layer)
+    refuse_empty(arguments.corpus)
+    if arguments.ray is not None:
+        check("ray", "ray")
+
     from qwen_scope_lens.cli.store import describe
     from qwen_scope_lens.cli.terminal import plain
     from qwen_scope_lens.stores.corpus import read_corpus
@@ -82,7 +105,7 @@ def run(arguments: argparse.Namespace) -> int:
         add_generation_prompt=arguments.generation_prompt,
     )
     request = Request(
-        model=arguments.model or find_group(arguments.sae).backbone.model_id,
+        model=arguments.model or group.backbone.model_id,
         group=arguments.sae,
         layers=arguments.layers,
         out=arguments.out,
@@ -91,7 +114,7 @@ def run(arguments: argparse.Namespace) -> int:
         shard_docs=arguments.shard_docs,
         append=arguments.append,
         sae_memory=arguments.sae_memory,
-        sae_folder=arguments.folder,
+        sae_folder=arguments.sae_folder,
         sae_revision=arguments.revision,
         device=arguments.device,
     )

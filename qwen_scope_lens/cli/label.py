@@ -17,52 +17,41 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from qwen_scope_lens.cli.options import finite, output
-from qwen_scope_lens.cli.terminal import plain
+from qwen_scope_lens.cli.options import Word, add_json, add_words, finite, output, show
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    words = parser.add_subparsers(dest="word", required=True, metavar="WORD")
-    listing = words.add_parser("list", help="a line a label")
-    listing.add_argument("pack", type=Path)
-    listing.add_argument("--match", default="", metavar="REGEX", help="of the text")
-    listing.add_argument("--least-score", type=finite)
-    listing.set_defaults(run_word=_list)
-    show = words.add_parser("show", help="one label with its provenance")
-    show.add_argument("pack", type=Path)
-    show.add_argument("address", help="such as qwen3-8b-base/w64k-l0-50/20/6159")
-    show.set_defaults(run_word=_show)
-    merge = words.add_parser("merge", help="one pack of several")
-    merge.add_argument("packs", type=Path, nargs="+", metavar="PACK")
-    merge.add_argument(
-        "--prefer", choices=("first", "last", "score"), default="first",
-        help="where two label one feature (%(default)s)",
-    )  # fmt: skip
-    merge.add_argument("--out", type=output, required=True)
-    merge.set_defaults(run_word=_merge)
-    check = words.add_parser("check", help="read it all; with --store compare with its features")
-    check.add_argument("pack", type=Path)
-    check.add_argument("--store", type=Path)
-    check.set_defaults(run_word=_check)
+    add_words(parser, WORDS)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    code: int = arguments.run_word(arguments)
-    return code
+    return arguments.run_word(arguments) or 0
 
 
-def _list(arguments: argparse.Namespace) -> int:
+def _list_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("pack", type=Path)
+    parser.add_argument("--match", default="", metavar="REGEX", help="of the text")
+    parser.add_argument("--least-score", type=finite)
+    add_json(parser)
+
+
+def _list(arguments: argparse.Namespace) -> None:
+    """List the labels of a pack, one per line."""
     from qwen_scope_lens.labels.packs import LabelPack
+    from qwen_scope_lens.tables import Table
 
-    for ref, label in LabelPack.read(arguments.pack).search(
-        arguments.match, arguments.least_score
-    ).items():  # fmt: skip
-        score = "     " if label.score is None else f"{label.score:.3f}"
-        print(plain(f"{ref!s:36} {score}  {label.text}"))
-    return 0
+    found = LabelPack.read(arguments.pack).search(arguments.match, arguments.least_score)
+    rows = [(str(ref), label.score, label.text) for ref, label in found.items()]
+    show(Table.of(("feature", "score", "label"), rows), arguments.json)
 
 
-def _show(arguments: argparse.Namespace) -> int:
+def _show_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("pack", type=Path)
+    parser.add_argument("address", help="such as qwen3-8b-base/w64k-l0-50/20/6159")
+
+
+def _show(arguments: argparse.Namespace) -> None:
+    """Show one label with its provenance."""
     from qwen_scope_lens.errors import UnknownName
     from qwen_scope_lens.labels.packs import LabelPack
 
@@ -70,19 +59,35 @@ def _show(arguments: argparse.Namespace) -> int:
     if arguments.address not in pack:
         raise UnknownName(f"{arguments.address:.80} has no label in {arguments.pack}: {pack!r}")
     print(json.dumps(pack[arguments.address].to_row(), ensure_ascii=False, indent=1))
-    return 0
 
 
-def _merge(arguments: argparse.Namespace) -> int:
+def _merge_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("packs", type=Path, nargs="+", metavar="PACK")
+    parser.add_argument(
+        "--prefer",
+        choices=("first", "last", "score"),
+        default="first",
+        help="which label stays where two packs label one feature (%(default)s)",
+    )
+    parser.add_argument("--out", type=output, required=True)
+
+
+def _merge(arguments: argparse.Namespace) -> None:
+    """Make one pack of several."""
     from qwen_scope_lens.labels.packs import LabelPack
 
     merged = LabelPack.merge(map(LabelPack.read, arguments.packs), arguments.prefer)
     merged.write(arguments.out)
     print(f"{len(merged)} labels: {arguments.out}")
-    return 0
 
 
-def _check(arguments: argparse.Namespace) -> int:
+def _check_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("pack", type=Path)
+    parser.add_argument("--store", type=Path)
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Read all of a pack and count; with --store compare it with the store's features."""
     from qwen_scope_lens.labels.packs import LabelPack
 
     pack = LabelPack.read(arguments.pack)
@@ -96,6 +101,13 @@ def _check(arguments: argparse.Namespace) -> int:
 
         silent = pack.silent_in(FeatureStore.open(arguments.store))
     for sae in pack.saes:
-        never = f", {silent[str(sae)]} never fire in {arguments.store}" if silent else ""
-        print(f"  {sae}: {len(pack.of_sae(sae))} of {sae.row.d_sae} features{never}")
-    return 0
+        never = f", {silent[str(sae)]} of them never fire in {arguments.store}" if silent else ""
+        print(f"  {sae}: {len(pack.of_sae(sae))} of {sae.row.d_sae} features have a label{never}")
+
+
+WORDS = (
+    Word("list", _list_arguments, _list),
+    Word("show", _show_arguments, _show),
+    Word("merge", _merge_arguments, _merge),
+    Word("check", _check_arguments, _check),
+)

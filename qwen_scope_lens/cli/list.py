@@ -9,12 +9,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import sys
 
 from qwen_scope_lens.catalog import GROUPS, Group, local_groups
+from qwen_scope_lens.cli.options import remark, show
 from qwen_scope_lens.cli.show import layers_in_words, size
 from qwen_scope_lens.cli.terminal import plain
 from qwen_scope_lens.errors import WrongSettings
+from qwen_scope_lens.tables import Table
 
 HEADINGS: tuple[str, ...] = (
     "GROUP",
@@ -23,7 +24,7 @@ HEADINGS: tuple[str, ...] = (
     "D_MODEL",
     "WIDTH",
     "K",
-    "A LAYER",
+    "PER LAYER",
     "RELEASE",
 )
 
@@ -36,18 +37,14 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         groups = (*GROUPS, *local_groups())
     except WrongSettings as error:
-        print(plain(f"qsl list: your own SAEs are left out: {error}"), file=sys.stderr)
+        remark(plain(f"qsl list: your own SAEs are left out: {error}"))
         groups = GROUPS
     if arguments.json:
         print(json.dumps([{"short": g.short, **dataclasses.asdict(g)} for g in groups], indent=2))
         return 0
-    rows = [HEADINGS, *(tuple(map(plain, _row(group))) for group in groups)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        print("  ".join(cells).rstrip())
+    show(Table.of(HEADINGS, map(_row, groups)))
     files = sum(len(group.layers) for group in groups if group.origin == "official")
-    print(f"\n{files} official files. `qsl show GROUP` tells sizes, memory and the notice.")
+    print(f"\n{files} official files. `qsl show GROUP` shows sizes, memory and the notice.")
     return 0
 
 

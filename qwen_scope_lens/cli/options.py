@@ -1,32 +1,183 @@
-"""Argument types that several verbs share."""
+"""What several verbs take: types of arguments, and groups of options (a model, layers, a table).
+
+Imports nothing heavy: `qsl VERB --help` answers at once.
+"""
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from inspect import cleandoc
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from qwen_scope_lens.errors import BadCorpus
 from qwen_scope_lens.files import refuse_target
 
+if TYPE_CHECKING:
+    from qwen_scope_lens.labels.packs import LabelPack
+    from qwen_scope_lens.tables import Table
+
 __all__ = [
+    "Word",
+    "add_json",
+    "add_layer",
+    "add_layers",
+    "add_model",
+    "add_reader_tokens",
+    "add_sae_files",
+    "add_words",
     "count",
     "finite",
     "from_zero",
     "layer_list",
     "memory",
+    "not_negative",
     "output",
     "port",
     "positive",
     "rank",
+    "read_labels",
+    "refuse_empty",
+    "remark",
+    "seed",
     "share",
+    "show",
 ]
 
 MOST_LAYERS = 10_000
 LAST_PORT = 65_535
 MOST = 2**63 - 1
-"""The largest whole number that all libraries behind the verbs take, such as for a seed."""
+"""The largest whole number that all libraries behind the verbs take."""
+
+OWN_MODEL = "a folder, or a name on the hub; default: the model that the SAEs were trained on"
+
+Parser = argparse.ArgumentParser | argparse._ArgumentGroup
+
+
+# --- words of a verb, such as `match` in `qsl compare match` -------------------------------------
+
+
+@dataclass(frozen=True)
+class Word:
+    """One of the words of a verb. The docstring of `run` is the word's help."""
+
+    name: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int | None]
+
+
+def add_words(parser: argparse.ArgumentParser, words: Sequence[Word], dest: str = "word") -> None:
+    """The verb needs one of the words, and `arguments.run_word(arguments)` runs it.
+
+    Words that have words of their own name theirs by another `dest`.
+    """
+    choices = parser.add_subparsers(dest=dest, required=True, metavar="WORD")
+    for word in words:
+        doc = cleandoc(word.run.__doc__ or "")
+        one = choices.add_parser(
+            word.name,
+            help=doc.splitlines()[0].replace("%", "%%"),
+            description=doc,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        word.add_arguments(one)
+        one.set_defaults(**{f"run_{dest}": word.run})
+
+
+# --- groups of options ---------------------------------------------------------------------------
+
+
+def add_model(
+    parser: Parser,
+    help: str = OWN_MODEL,
+    *,
+    required: bool = False,
+    device: bool = True,
+    dtype: bool = False,
+) -> None:
+    """Which model runs, where, and in which number format."""
+    parser.add_argument("--model", required=required, help=help)
+    if dtype:
+        parser.add_argument(
+            "--dtype", help="bfloat16, float16 or float32; default: the checkpoint's"
+        )
+    if device:
+        parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: cpu")
+
+
+def add_sae_files(parser: Parser, *, revision: bool = False) -> None:
+    """Where the files of the SAEs come from."""
+    parser.add_argument(
+        "--sae-folder", "--folder", type=Path, help="read the SAEs' files from here only"
+    )
+    if revision:
+        parser.add_argument("--revision", help="commit, tag or branch of the SAEs on the hub")
+
+
+def add_layers(
+    parser: Parser,
+    help: str = "such as 12,20 or 0-7; default: all that the store has",
+    *,
+    required: bool = False,
+) -> None:
+    parser.add_argument("--layers", type=layer_list, required=required, help=help)
+
+
+def add_layer(
+    parser: Parser, help: str = "one layer; default: the last one that is stored"
+) -> None:
+    """For verbs that look at one layer only. `--layer` is the older spelling."""
+    parser.add_argument("--layers", "--layer", dest="layer", type=from_zero, help=help)
+
+
+def add_reader_tokens(parser: Parser) -> None:
+    parser.add_argument(
+        "--all-tokens",
+        action="store_true",
+        help="count the first token and tokens of extreme norm, too",
+    )
+
+
+def add_json(parser: Parser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+# --- what verbs print and read -------------------------------------------------------------------
+
+
+def show(table: Table, as_json: bool = False, most: int | None = None) -> None:
+    """A table for people, or with --json its rows as JSON objects (always all of them)."""
+    if as_json:
+        print(json.dumps(table.records(), ensure_ascii=False, indent=1))
+    else:
+        print(table.text(most))
+
+
+def remark(line: str) -> None:
+    """On the error stream: what a person should know, and what is not the answer."""
+    print(line, file=sys.stderr)
+
+
+def refuse_empty(path: str | Path) -> None:
+    """An empty corpus is refused before torch is imported, which takes seconds."""
+    if Path(path).is_file() and Path(path).stat().st_size == 0:
+        raise BadCorpus(f"{path} is empty: it has no documents")
+
+
+def read_labels(path: Path | None) -> LabelPack | None:
+    from qwen_scope_lens.labels.packs import LabelPack
+
+    return None if path is None else LabelPack.read(path)
+
+
+# --- types of arguments --------------------------------------------------------------------------
 
 
 def layer_list(text: str) -> list[int]:
@@ -35,7 +186,7 @@ def layer_list(text: str) -> list[int]:
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise argparse.ArgumentTypeError(f"{text!r:.60} is no list of layers such as 0-3,7")
+            raise argparse.ArgumentTypeError(f"{text!r:.60} is not a list of layers such as 0-3,7")
         if max(len(first), len(last)) > len(str(MOST_LAYERS)):
             raise argparse.ArgumentTypeError(f"{part!r:.60}: no model has so many layers")
         low, high = int(first), int(last) if dash else int(first)
@@ -51,7 +202,7 @@ def memory(text: str) -> int:
     """`8GB` -> 8_000_000_000; also MB, and a plain number of bytes."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)B?", text.strip(), re.IGNORECASE)
     if found is None or len(found[1]) > 30:
-        raise argparse.ArgumentTypeError(f"{text!r:.60} is no size such as 8GB or 500MB")
+        raise argparse.ArgumentTypeError(f"{text!r:.60} is not a size such as 8GB or 500MB")
     powers = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
     return int(float(found[1]) * 1000 ** powers[found[2].upper()])
 
@@ -60,7 +211,7 @@ def rank(text: str) -> tuple[int, int]:
     """`0/4` -> (0, 4)"""
     found = re.fullmatch(r"(\d+)/(\d+)", text.strip())
     if found is None or len(text) > 30 or int(found[1]) >= int(found[2]):
-        raise argparse.ArgumentTypeError(f"{text!r:.60} is no part such as 0/4, 1/4, 2/4 or 3/4")
+        raise argparse.ArgumentTypeError(f"{text!r:.60} is not a part such as 0/4, 1/4, 2/4 or 3/4")
     return int(found[1]), int(found[2])
 
 
@@ -70,7 +221,7 @@ def count(text: str) -> int:
 
 
 def from_zero(text: str) -> int:
-    """A whole number from 0: a layer, a seed, rows that may be none."""
+    """A whole number from 0: a layer, a seed, or a count that may be 0."""
     return _whole(text, 0)
 
 
@@ -79,6 +230,16 @@ def port(text: str) -> int:
     number = _whole(text, 0)
     if number > LAST_PORT:
         raise argparse.ArgumentTypeError(f"{text!r}: a port is 0 to {LAST_PORT}")
+    return number
+
+
+def seed(text: str) -> int:
+    """A whole number of 32 bits, which every random generator takes."""
+    number = from_zero(text)
+    if number >= 2**32:
+        raise argparse.ArgumentTypeError(
+            f"a seed of {number.bit_length()} bits: expected 32 bits or fewer"
+        )
     return number
 
 
@@ -101,6 +262,14 @@ def positive(text: str) -> float:
     return number
 
 
+def not_negative(text: str) -> float:
+    """A finite number of 0 or more."""
+    number = finite(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{text!r:.60}: expected a number of 0 or more")
+    return number
+
+
 def share(text: str) -> float:
     """A number from 0 to 1."""
     try:
@@ -108,12 +277,14 @@ def share(text: str) -> float:
     except ValueError:
         number = float("nan")
     if not 0 <= number <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r:.60} is no share: expected a number from 0 to 1")
+        raise argparse.ArgumentTypeError(
+            f"{text!r:.60} is not a share: expected a number from 0 to 1"
+        )
     return number
 
 
 def output(text: str) -> Path:
-    """A file to be written: what cannot be one is refused before the work, not after it."""
+    """A file to be written. A path that cannot be one is refused before the work, not after it."""
     try:
         path = Path(text).expanduser()
         if path.is_dir() or text.endswith(os.sep):

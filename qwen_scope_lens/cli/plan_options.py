@@ -1,16 +1,16 @@
-"""Arguments of the verbs that steer: a model, a plan, a calibration, how texts are made."""
+"""Options of the verbs that steer: a model, a plan, a calibration, how texts are generated."""
 
 from __future__ import annotations
 
 import argparse
 import re
-import sys
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwen_scope_lens.cli.options import count, from_zero
+from qwen_scope_lens.cli import options
+from qwen_scope_lens.cli.options import count, from_zero, remark
 
 if TYPE_CHECKING:
     from qwen_scope_lens.address import LayerRef
@@ -37,11 +37,7 @@ __all__ = [
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model", help="a folder, or a name on the hub; default: what the SAE was trained on"
-    )
-    parser.add_argument("--dtype", help="bfloat16, float16 or float32; default: the checkpoint's")
-    parser.add_argument("--device", help="such as cuda; default: cpu")
+    options.add_model(parser, dtype=True)
     add_allowance(parser)
 
 
@@ -49,7 +45,7 @@ def add_allowance(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--allow-other-model",
         action="store_true",
-        help="also with a model that is known to be another than the SAEs were trained on",
+        help="run also a model that is known to be another than the SAEs were trained on",
     )
 
 
@@ -72,8 +68,10 @@ def add_sampling(parser: argparse.ArgumentParser, new_tokens: int) -> None:
     parser.add_argument("--temperature", type=float, default=0.0, help="default: 0, greedy")
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--seed", type=from_zero, default=0)
-    parser.add_argument("--chat", action="store_true", help="each prompt as a user's message")
-    parser.add_argument("--thinking", action="store_true", help="with --chat: let it think first")
+    parser.add_argument("--chat", action="store_true", help="send each prompt as a user's message")
+    parser.add_argument(
+        "--thinking", action="store_true", help="with --chat: let the model think first"
+    )
 
 
 def allow_negative_values(parser: argparse.ArgumentParser) -> None:
@@ -89,7 +87,7 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
     if arguments.plan is not None:
         edits += Plan.load(arguments.plan).edits
     if not edits:
-        raise BadPlan("nothing to do to the model: give --edit REF:OP[:STRENGTH], or --plan FILE")
+        raise BadPlan("there is nothing to steer: give --edit REF:OP[:STRENGTH], or --plan FILE")
     return calibrated(Plan(edits), arguments)
 
 
@@ -133,8 +131,10 @@ def load(arguments: argparse.Namespace, saes: Iterable[LayerRef]) -> Any:
 
 
 def remarks(model: str, groups: Iterable[Group], allow_other_model: bool) -> None:
-    """Where the SAEs were trained on another model than the one that is named: refused where the
-    name says so, else noted."""
+    """Say so where the SAEs were trained on another model than the one that is named.
+
+    Raises WrongModel where the name alone shows it, else prints a note.
+    """
     from qwen_scope_lens.models.backbone import check_name
     from qwen_scope_lens.stores.facts import other_model
 
@@ -144,13 +144,13 @@ def remarks(model: str, groups: Iterable[Group], allow_other_model: bool) -> Non
                 warnings.simplefilter("ignore")  # the note says it
                 check_name(model, group)
         if note := other_model(model, group):
-            print(f"Note: {note}\n", file=sys.stderr)
+            remark(f"Note: {note}\n")
 
 
 def notices(saes: Iterable[LayerRef]) -> None:
-    """The caution of each group's model card, once."""
+    """Print the caution of each group's model card, once."""
     for notice in dict.fromkeys(sae.row.notice for sae in saes):
-        print(f"Note: {notice}\n", file=sys.stderr)
+        remark(f"Note: {notice}\n")
 
 
 def sampling_of(arguments: argparse.Namespace) -> Sampling:
@@ -177,7 +177,7 @@ def read_prompts(arguments: argparse.Namespace, path: Path) -> list[Any]:
 
 
 def thinking(arguments: argparse.Namespace, prompts: Iterable[Any]) -> bool:
-    """Whether chats are to think; the wish is refused where no prompt is a chat."""
+    """Whether chats are to think. --thinking is refused where no prompt is a chat."""
     from qwen_scope_lens.errors import BadPlan
 
     if arguments.thinking and all(isinstance(prompt, str) for prompt in prompts):

@@ -5,12 +5,12 @@
     qsl rank store/ --label toxic --positive 1 --by rate_difference --residuals
 
 Every feature is tested on a part of the documents (Mann-Whitney U, with an exact tail for features
-that fire rarely; false-discovery rate over all features of all layers); the winners are scored
-again on the documents held out. Beside them: the same search on shuffled labels, random features,
-features alike in rate and strength, and probes (difference of means, logistic regression) on
-features or, with --residuals, on the residual too.
-Without --negative the other documents that have the label are the negatives. --fdr 1 shows the
-best features whether they pass or not.
+that fire rarely, and a false-discovery rate over all features of all layers). The best features are
+scored again on the held-out documents. The report compares them with the same search on shuffled
+labels, with random features, with features of similar rate and strength, and with probes
+(difference of means, logistic regression) on features or, with --residuals, on the residual, too.
+Without --negative all other documents that have the label are the negatives. --fdr 1 shows the best
+features whether they pass or not.
 """
 
 from __future__ import annotations
@@ -18,15 +18,24 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from qwen_scope_lens.cli.options import count, from_zero, layer_list, output, share
+from qwen_scope_lens.cli.options import (
+    add_layers,
+    add_reader_tokens,
+    count,
+    from_zero,
+    output,
+    share,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("store", type=Path, metavar="STORE", help="made by `qsl extract`")
     parser.add_argument("--label", required=True, help="a label of the documents")
-    parser.add_argument("--positive", required=True, type=_values, help="its values, a comma apart")
+    parser.add_argument(
+        "--positive", required=True, type=_values, help="its values, joined by commas"
+    )
     parser.add_argument("--negative", type=_values, help="default: all other documents")
-    parser.add_argument("--layers", type=layer_list, help="such as 12,20; default: all stored")
+    add_layers(parser)
     parser.add_argument("--pool", default="max", choices=["max", "mean", "any", "last"])
     parser.add_argument(
         "--by",
@@ -35,7 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what orders the features that pass (default: %(default)s); the paper's is"
         " mean_difference, in its classifiers rate_difference",
     )
-    parser.add_argument("--both-sides", action="store_true", help="also higher in the negatives")
+    parser.add_argument(
+        "--both-sides", action="store_true", help="also features that are higher in the negatives"
+    )
     parser.add_argument("--fdr", type=share, default=0.05, help="default: %(default)s")
     parser.add_argument(
         "--correction", default="bh", choices=["bh", "by"], help="Benjamini-Hochberg or -Yekutieli"
@@ -47,11 +58,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--show", type=from_zero, default=20, help="rows printed; default: %(default)s"
     )
-    parser.add_argument("--all-tokens", action="store_true", help="also first and extreme ones")
+    add_reader_tokens(parser)
     parser.add_argument(
-        "--residuals", nargs="?", const="", metavar="MODEL",
+        "--residuals",
+        nargs="?",
+        const="",
+        metavar="MODEL",
         help="run the model again (the store's own, or this one) for probes on the residual",
-    )  # fmt: skip
+    )
     parser.add_argument("--seed", type=from_zero, default=0)
     parser.add_argument("--out", type=output, help="a JSON file with rows, controls and provenance")
 
@@ -100,5 +114,5 @@ def run(arguments: argparse.Namespace) -> int:
 def _values(text: str) -> list[str]:
     values = [value.strip() for value in text.split(",") if value.strip()]
     if not values:
-        raise argparse.ArgumentTypeError(f"{text!r} names no value of the label")
+        raise argparse.ArgumentTypeError(f"{text!r} does not name a value of the label")
     return values

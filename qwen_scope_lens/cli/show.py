@@ -23,16 +23,16 @@ def describe(group: Group) -> str:
     hooks = [group.hook_name(layer), group.hf_hook_name(layer)]
     if model.is_multimodal:
         hooks.append(group.hf_hook_name(layer, multimodal=True) + " (image-text class)")
-    subtracts = {True: "yes", False: "no", None: "not documented: `qsl verify` decides"}
+    subtracts = {True: "yes", False: "no", None: "not documented: `qsl verify` finds out"}
     kind = "mixture of experts" if model.is_moe else "dense"
     facts = {
         "names": "\n".join(dict.fromkeys(group.names)),
         "backbone": f"{model.model_id} ({kind}, {model.tuning}, {model.num_layers} layers)",
         "layers": f"{layers_in_words(group)}, counted from 0 ({len(group.layers)} files)",
-        "shape": f"{group.d_model} -> {group.d_sae} features, {group.k} active a token",
+        "shape": f"{group.d_model} -> {group.d_sae} features, {group.k} active per token",
         "file": group.file_name(layer),
-        "on disk": f"{size(one)} a layer, {size(one * len(group.layers))} in all",
-        "in memory": f"views of the file until used; {size(one)} a layer when all of it was read"
+        "on disk": f"{size(one)} per layer, {size(one * len(group.layers))} in all",
+        "in memory": f"views of the file until used; {size(one)} per layer when all of it was read"
         f" ({size(one // 2)} in bfloat16)",
         "hook": "\n".join(hooks),
         "b_dec": f"subtracted before encoding: {subtracts[group.subtracts_b_dec]}",

@@ -1,12 +1,13 @@
 """Every feature of a stored layer: how often, how strongly, on what, and with which others.
 
-    qsl stats store/ --layer 12
-    qsl stats store/ --layer 12 --feature 6159,42
-    qsl stats store/ --layer 12 --out layer12.parquet
+    qsl stats store/ --layers 12
+    qsl stats store/ --layers 12 --feature 6159,42
+    qsl stats store/ --layers 12 --out layer12.parquet
 
-One pass over the store in bounded memory. The Parquet file has a row a feature: density, document
-frequency, mean and maximum activation, histogram, top examples (document and token) and co-firing
-features. First tokens and tokens of extreme norm are left out unless --all-tokens.
+Takes one pass over the store, in bounded memory. The Parquet file has one row per feature: density,
+document frequency, mean and maximum activation, histogram, top examples (document and token) and
+co-firing features. First tokens and tokens of extreme norm are left out, unless --all-tokens is
+given.
 """
 
 from __future__ import annotations
@@ -14,16 +15,16 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from qwen_scope_lens.cli.options import count, from_zero, output
+from qwen_scope_lens.cli.options import add_layer, add_reader_tokens, count, output
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("store", type=Path, metavar="STORE", help="made by `qsl extract`")
-    parser.add_argument("--layer", type=from_zero, help="default: the store's only, or its last")
-    parser.add_argument("--feature", type=_features, default=[], help="numbers, a comma apart")
-    parser.add_argument("--examples", type=count, default=10, help="shown of each feature")
-    parser.add_argument("--all-tokens", action="store_true", help="also first and extreme ones")
-    parser.add_argument("--out", type=output, help="a Parquet file, one row a feature")
+    add_layer(parser)
+    parser.add_argument("--feature", type=_features, default=[], help="numbers, joined by commas")
+    parser.add_argument("--examples", type=count, default=10, help="shown per feature")
+    add_reader_tokens(parser)
+    parser.add_argument("--out", type=output, help="a Parquet file, one row per feature")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -48,5 +49,5 @@ def run(arguments: argparse.Namespace) -> int:
 def _features(text: str) -> list[int]:
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and len(part) < 10 for part in parts):
-        raise argparse.ArgumentTypeError(f"{text!r:.60} is no list of features such as 6159,42")
+        raise argparse.ArgumentTypeError(f"{text!r:.60} is not a list of features such as 6159,42")
     return [int(part) for part in parts]

@@ -1,9 +1,9 @@
-"""What is in a feature store, whether it is whole, questions in SQL, and merging.
+"""Look into a feature store: what is in it, whether it is whole, questions in SQL, merging.
 
     qsl store info store/
     qsl store check store/
     qsl store sql store/ "select feature, count(*) n from features group by 1 order by n desc"
-    qsl store merge store/ part-0/ part-1/      # store/ is made
+    qsl store merge store/ part-0/ part-1/      # makes store/
 
 The views for SQL: features (layer, feature, doc, position, value), documents (doc, key, text,
 n_tokens, truncated, labels), tokens (doc, position, token_id, token, start, end, extreme_<layer>).
@@ -12,11 +12,10 @@ n_tokens, truncated, labels), tokens (doc, position, token_id, token, start, end
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwen_scope_lens.cli.options import count
+from qwen_scope_lens.cli.options import Word, add_words, count, remark
 from qwen_scope_lens.cli.terminal import plain
 
 if TYPE_CHECKING:
@@ -28,31 +27,22 @@ __all__ = ["add_arguments", "describe", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="info|check|sql|merge")
-    info = verbs.add_parser("info", help="what is in it, and how it was made")
-    info.add_argument("store", type=Path)
-    check = verbs.add_parser("check", help="read everything and compare it with its checksums")
-    check.add_argument("store", type=Path)
-    check.add_argument("--sizes-only", action="store_true", help="without reading the files")
-    sql = verbs.add_parser("sql", help="one SELECT; the answer as tab-separated lines")
-    sql.add_argument("store", type=Path)
-    sql.add_argument("query", help="over the views features, documents, tokens")
-    sql.add_argument("--json", action="store_true", help="as JSON Lines instead")
-    merge = verbs.add_parser("merge", help="one store of several")
-    merge.add_argument("out", type=Path, help="the folder of the new store")
-    merge.add_argument("stores", type=Path, nargs="+")
-    merge.add_argument("--shard-docs", type=count, help="documents of a shard in the new store")
+    add_words(parser, WORDS)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    return _VERBS[arguments.verb](arguments)
+    return arguments.run_word(arguments) or 0
 
 
-def _info(arguments: argparse.Namespace) -> int:
+def _store(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("store", type=Path, help="a feature store, from `qsl extract`")
+
+
+def _info(arguments: argparse.Namespace) -> None:
+    """What is in the store, and how it was made."""
     from qwen_scope_lens.stores.store import FeatureStore
 
     print(plain(describe(FeatureStore.open(arguments.store))))
-    return 0
 
 
 def describe(store: FeatureStore) -> str:
@@ -69,7 +59,7 @@ def describe(store: FeatureStore) -> str:
         facts = store.sae(layer)
         lines.append(f"  layer {layer:<4} {facts.ref}: {store.n_nonzero(layer):,} non-zeros")
     cut = "the model's context" if settings.max_tokens is None else f"{settings.max_tokens}"
-    lines.append(f"  tokens     at most {cut} a document")
+    lines.append(f"  tokens     at most {cut} per document")
     if settings.enable_thinking is not None:
         lines.append(f"  chats      enable_thinking={settings.enable_thinking}")
     named = ", ".join(f"{name} ({kind})" for name, kind in manifest.labels.items())
@@ -78,7 +68,13 @@ def describe(store: FeatureStore) -> str:
     return "\n".join(lines)
 
 
+def _check_arguments(parser: argparse.ArgumentParser) -> None:
+    _store(parser)
+    parser.add_argument("--sizes-only", action="store_true", help="do not read the files")
+
+
 def _check(arguments: argparse.Namespace) -> int:
+    """Read every file and compare it with its checksum. Exits with 1 if one differs."""
     from qwen_scope_lens.stores.merge import check
 
     problems = check(arguments.store, checksums=not arguments.sizes_only)
@@ -89,7 +85,14 @@ def _check(arguments: argparse.Namespace) -> int:
     return 1 if problems else 0
 
 
-def _sql(arguments: argparse.Namespace) -> int:
+def _sql_arguments(parser: argparse.ArgumentParser) -> None:
+    _store(parser)
+    parser.add_argument("query", help="one SELECT over the views features, documents, tokens")
+    parser.add_argument("--json", action="store_true", help="print JSON Lines instead")
+
+
+def _sql(arguments: argparse.Namespace) -> None:
+    """Run one SELECT and print the answer as tab-separated lines."""
     import json
 
     from qwen_scope_lens.stores.store import FeatureStore
@@ -99,11 +102,10 @@ def _sql(arguments: argparse.Namespace) -> int:
     if arguments.json:
         for row in rows:
             print(json.dumps(row, ensure_ascii=False, default=str))
-        return 0
+        return
     print("\t".join(map(_cell, answer.column_names)))
     for row in rows:
         print("\t".join(_cell(value) for value in row.values()))
-    return 0
 
 
 def _rows(answer: pa.Table) -> list[dict[str, Any]]:
@@ -125,14 +127,25 @@ def _cell(value: object) -> str:
     return plain(str(value).replace("\\", "\\\\").replace("\t", "\\t").replace("\n", "\\n"))
 
 
-def _merge(arguments: argparse.Namespace) -> int:
+def _merge_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("out", type=Path, help="the folder of the new store")
+    parser.add_argument("stores", type=Path, nargs="+")
+    parser.add_argument("--shard-docs", type=count, help="documents per shard in the new store")
+
+
+def _merge(arguments: argparse.Namespace) -> None:
+    """Make one store of several."""
     from qwen_scope_lens.stores.merge import merge
 
     store = merge(arguments.stores, arguments.out, arguments.shard_docs)
     print(plain(describe(store)))
     if not store.is_complete:
-        print("not complete: run the missing ranks, then merge again", file=sys.stderr)
-    return 0
+        remark("the store is not complete: run the missing parts, then merge again")
 
 
-_VERBS = {"info": _info, "check": _check, "sql": _sql, "merge": _merge}
+WORDS = (
+    Word("info", _store, _info),
+    Word("check", _check_arguments, _check),
+    Word("sql", _sql_arguments, _sql),
+    Word("merge", _merge_arguments, _merge),
+)

@@ -1,14 +1,15 @@
-"""Dose and response of an edit: effect against strength, with a guard for coherence and a control.
+"""Measure the effect of an edit against its strength, with a guard for coherence and a control.
 
     qsl sweep prompts.jsonl --edit mini-qwen3/w1k-l0-16/6/498:add --strengths -8:8:2 \\
         --measure class=han --out dose
 
-PROMPTS is a corpus (JSON Lines with `text` or `messages`, plain text a line, CSV, Parquet). Edits
-come without a strength; --strengths is FROM:TO:STEP or a list, in --unit (raw, sigma, norm). The
-effect is --measure: change (share of tokens that differ from the unsteered text), class=NAME (share
-of characters of a class, such as han) or regex=PATTERN (share of texts in which it is found). Each
-strength is run beside a control, changes of the same size along random directions. DIR gets
-sweep.json, rewritten after every strength (a stopped sweep goes on there), and a page to look at.
+PROMPTS is a corpus (JSON Lines with `text` or `messages`, plain text with one prompt per line, CSV,
+Parquet). Edits are given without a strength; --strengths is FROM:TO:STEP or a list, in --unit (raw,
+sigma, norm). The effect is --measure: change (share of tokens that differ from the unsteered text),
+class=NAME (share of characters of a class, such as han) or regex=PATTERN (share of texts in which
+it is found). Each strength is run beside a control: changes of the same size along random
+directions. DIR gets sweep.json, which is rewritten after every strength (a stopped sweep goes on
+from it), and a page to look at.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import argparse
 from pathlib import Path
 
 from qwen_scope_lens.cli import plan_options as plans
-from qwen_scope_lens.cli.options import count
+from qwen_scope_lens.cli.options import count, refuse_empty
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,6 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
     plan = Plan([parse_open_edit(text, arguments.unit) for text in arguments.edit])
     plan = plans.calibrated(plan, arguments)
     measure = Measure.parse(arguments.measure)
+    refuse_empty(arguments.prompts)
     prompts = plans.read_prompts(arguments, arguments.prompts)
     enable_thinking = plans.thinking(arguments, prompts)
     sampling = plans.sampling_of(arguments)

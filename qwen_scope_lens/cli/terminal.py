@@ -1,48 +1,38 @@
-"""What a terminal is shown: texts of others' without the characters that command a terminal.
+"""What a terminal is shown: no text from elsewhere can command it.
 
-Labels, texts, names of files and of models may come from anywhere, and an escape sequence in one of
-them can recolour, overwrite or retitle what a person sees. Tables and messages show such characters
-as `\\x1b`; JSON and CSV in files and pipes stay exact.
+Labels, texts, names of files and of models may come from anywhere, and an escape sequence in one
+of them can recolour, overwrite or retitle what a person sees. On a terminal such characters are
+written out, as `\\x1b`; JSON and CSV in files and pipes stay exact.
 """
 
 from __future__ import annotations
 
 import contextlib
-import re
 import sys
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, TextIO
+
+from qwen_scope_lens.tables import printable
 
 __all__ = ["plain", "shown_safely"]
-
-_COMMANDS = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # control characters but tab and newline
-    "\u202a-\u202e\u2066-\u2069"  # which turn the direction of what follows
-    "\u2028\u2029\ud800-\udfff]"
-)
 
 
 def plain(text: object) -> str:
     """The text with control characters written out; tabs and newlines stay."""
-    return _COMMANDS.sub(_written_out, str(text))
-
-
-def _written_out(found: re.Match[str]) -> str:
-    code = ord(found[0])
-    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+    return printable(text, keep="\t\n")
 
 
 class _Plain:
     """A terminal that is written to through `plain`."""
 
-    def __init__(self, out: Any) -> None:
+    def __init__(self, out: TextIO) -> None:
         self._out = out
 
     def write(self, text: str) -> int:
         self._out.write(plain(text))
         return len(text)
 
-    def writelines(self, lines: Any) -> None:
+    def writelines(self, lines: Iterable[str]) -> None:
         for line in lines:
             self.write(line)
 
@@ -52,15 +42,15 @@ class _Plain:
 
 @contextlib.contextmanager
 def shown_safely() -> Iterator[None]:
-    """For the time of a verb: a terminal gets no commands, and no text stops the output because
-    an encoding lacks a character."""
+    """While a verb runs, a terminal gets no commands, and no character that the terminal's encoding
+    lacks stops the output."""
     out = sys.stdout
     if getattr(out, "errors", None) == "strict" and hasattr(out, "reconfigure"):
         out.reconfigure(errors="backslashreplace")
     if not out.isatty():
         yield
         return
-    sys.stdout = _Plain(out)
+    sys.stdout = _Plain(out)  # a TextIO by `__getattr__`
     try:
         yield
     finally:

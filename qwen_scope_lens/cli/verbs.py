@@ -1,7 +1,8 @@
-"""`qsl VERB ...`: finds the verb's module, and turns what goes wrong into one line and a code.
+"""`qsl VERB ...`: finds the verb's module, and turns errors into one line and an exit code.
 
 A verb is a module with `add_arguments(parser)` and `run(arguments) -> exit code`; its docstring is
-its help. Only the verb that is asked for is imported, so `qsl --help` answers at once.
+its help. Only the verb that was asked for is imported, and a verb imports torch in `run` only, so
+every `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -14,13 +15,12 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 
-from qwen_scope_lens.cli.terminal import plain, shown_safely
 from qwen_scope_lens.errors import ScopeError
 
 __all__ = ["VERBS", "main", "run_alone"]
 
 SECTIONS = {
-    "to begin with": {
+    "first steps": {
         "demo": "a tour on a toy model, offline",
     },
     "SAEs": {
@@ -47,7 +47,7 @@ SECTIONS = {
         "calibrate": "typical activations, the unit of strengths",
         "blame": "from a bad reply to the features behind it",
         "export": "a plan for llama.cpp (GGUF) or as plain vectors",
-        "lm_eval": "standard benchmarks of a steered model",
+        "lm-eval": "standard benchmarks of a steered model",
     },
     "applications": {
         "bench": "what benchmarks measure: redundancy, overlap, subsets",
@@ -58,6 +58,8 @@ SECTIONS = {
 }
 VERBS = {verb: what for section in SECTIONS.values() for verb, what in section.items()}
 
+OLD_NAMES = {"lm_eval": "lm-eval"}
+
 EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
 AddArguments = Callable[[argparse.ArgumentParser], None]
@@ -66,12 +68,15 @@ Run = Callable[[argparse.Namespace], int]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The entry point of `qsl`."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    return _unless_closed(lambda: _main(list(sys.argv[1:] if argv is None else argv)))
+
+
+def _main(words: list[str]) -> int:
     if any("\0" in word for word in words):
         print("qsl: an argument has a NUL character in it", file=sys.stderr)
         return EXIT_USAGE
     if not words or words[0] in ("-h", "--help", "help"):
-        print(_overview())
+        print(_overview(), flush=True)
         return 0
     if words[0] in ("-V", "--version"):
         from qwen_scope_lens.version import __version__
@@ -79,19 +84,39 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"qwen-scope-lens {__version__}")
         return 0
     verb = words.pop(0)
+    verb = OLD_NAMES.get(verb, verb)
     if verb not in VERBS:
         print(f"qsl: no verb {verb!r:.60}\n\n{_overview()}", file=sys.stderr)
         return EXIT_USAGE
     try:
-        module = import_module(f"qwen_scope_lens.cli.{verb}")
+        module = import_module(f"qwen_scope_lens.cli.{verb.replace('-', '_')}")
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     return _run(f"qsl {verb}", module.__doc__, module.add_arguments, module.run, words)
 
 
 def run_alone(doc: str | None, add_arguments: AddArguments, run: Run) -> int:
-    """The same for a module run with `python -m` or as a script."""
-    return _run(None, doc, add_arguments, run, sys.argv[1:])
+    """The entry point of a module that runs with `python -m` or as a script."""
+    return _unless_closed(lambda: _run(None, doc, add_arguments, run, sys.argv[1:]))
+
+
+def _unless_closed(work: Callable[[], int]) -> int:
+    """`qsl list | head -1`: when the reader of the output has gone, the verb ends quietly."""
+    try:
+        try:
+            return work()
+        except SystemExit:  # argparse, after `--help`
+            sys.stdout.flush()
+            raise
+    except BrokenPipeError:
+        _discard_output()
+        return EXIT_ERROR
+
+
+def _discard_output() -> None:
+    """Else Python tries to write the rest once more, at its end."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(
@@ -102,6 +127,9 @@ def _run(
     )
     add_arguments(parser)
     arguments = parser.parse_args(words)
+
+    from qwen_scope_lens.cli.terminal import plain, shown_safely
+
     try:
         with shown_safely():
             code = run(arguments)
@@ -113,14 +141,12 @@ def _run(
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted; what was finished is kept", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except BrokenPipeError:  # `qsl list | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_ERROR
+    except BrokenPipeError:
+        raise
     except OSError as error:  # stdout on a full disk, a file that may not be read, ...
         print(plain(f"{parser.prog}: the system refused: {str(error)[:500]}"), file=sys.stderr)
-        if error.errno == errno.ENOSPC:  # else Python tries once more, at its end
-            with contextlib.suppress(OSError, ValueError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if error.errno == errno.ENOSPC:
+            _discard_output()
         return EXIT_ERROR
     except MemoryError as error:
         print(f"{parser.prog}: out of memory {plain(error)}", file=sys.stderr)
@@ -136,5 +162,6 @@ def _overview() -> str:
         "usage: qsl VERB ...\n\n"
         "Tools for Qwen-Scope, the sparse autoencoders of Qwen3 and Qwen3.5.\n\n"
         f"{verbs}\n\n"
-        "`qsl VERB --help` explains one. Files are looked for in $QWEN_SCOPE_HOME, then on the hub."
+        "`qsl VERB --help` explains one."
+        " Weights are looked for in $QWEN_SCOPE_HOME, then on the hub."
     )

@@ -4,7 +4,7 @@
     qsl verify qwen3-8b-base/w64k-l0-50/20 --activations residuals.npy
 
 The SAE is run under its documented convention and under the usual wrong ones on the same tokens.
-With --model the texts are a small bundled sample (or --texts, one a line), only the layers up to
+With --model the texts are a small bundled sample (or --texts, one per line), only the layers up to
 the SAE's are loaded, and the hook is compared with the layer's own output.
 A file of activations holds one tensor, [tokens, d_model] or [batch, position, d_model], of
 residuals after the SAE's decoder layer: .npy, .safetensors, or .pt (tensors only, never code).
@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwen_scope_lens.address import LayerRef
-from qwen_scope_lens.cli.options import positive
+from qwen_scope_lens.cli.options import add_sae_files, positive
 from qwen_scope_lens.errors import BadText
 from qwen_scope_lens.files import read_text
-from qwen_scope_lens.saes.verify import MAX_FVU
 
 if TYPE_CHECKING:
     from qwen_scope_lens.models.verify import ModelCheck
@@ -33,21 +32,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", help="a folder, or a name on the hub")
     source.add_argument("--activations", type=Path, help=".npy, .safetensors or .pt")
-    parser.add_argument("--texts", type=Path, help="with --model: a text a line, instead of ours")
-    parser.add_argument("--folder", type=Path, help="read the SAE's file from here only")
-    parser.add_argument("--revision", help="commit, tag or branch on the hub")
-    parser.add_argument("--max-fvu", type=positive, default=MAX_FVU, help="default: %(default)s")
+    parser.add_argument("--texts", type=Path, help="with --model: a file with one text per line")
+    add_sae_files(parser, revision=True)
+    parser.add_argument("--max-fvu", type=positive, help="default: 0.8, see docs/verify.md")
     parser.add_argument(
         "--subtract-b-dec", action="store_true", help="encode x - b_dec (some third-party SAEs)"
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
+    ref = LayerRef.parse(arguments.sae)  # a wrong name is refused before torch is imported
+    source = arguments.activations or arguments.texts
+    if source and not source.exists():
+        raise BadText(f"there is no file {source}")
+
     from qwen_scope_lens.saes.load import load_sae
 
     sae = load_sae(
-        arguments.sae,
-        folder=arguments.folder,
+        ref,
+        folder=arguments.sae_folder,
         revision=arguments.revision,
         apply_b_dec_to_input=True if arguments.subtract_b_dec else None,
     )
@@ -69,11 +72,17 @@ def _with_model(sae: ScopeSAE, arguments: argparse.Namespace) -> ModelCheck:
         texts = [line for line in lines if line.strip()]
     layer = LayerRef.parse(arguments.sae).layer
     model = load_model(arguments.model, up_to_layer=layer)
-    return verify_model(model, sae, texts, max_fvu=arguments.max_fvu)
+    return verify_model(model, sae, texts, max_fvu=_limit(arguments))
 
 
 def _with_activations(sae: ScopeSAE, arguments: argparse.Namespace) -> Verification:
     from qwen_scope_lens.saes.checkpoint import read_activations
     from qwen_scope_lens.saes.verify import verify
 
-    return verify(sae, read_activations(arguments.activations), max_fvu=arguments.max_fvu)
+    return verify(sae, read_activations(arguments.activations), max_fvu=_limit(arguments))
+
+
+def _limit(arguments: argparse.Namespace) -> float:
+    from qwen_scope_lens.saes.verify import MAX_FVU
+
+    return MAX_FVU if arguments.max_fvu is None else float(arguments.max_fvu)

@@ -1,9 +1,9 @@
 """The embedded default: tiny trained Qwen3 and Qwen3.5 models with a TopK SAE for every layer.
 
-This module only says where the files lie; nothing is loaded here. The folders have the layout of
+This module only tells where the files are; nothing is loaded here. The folders have the layout of
 the official repositories, so whatever opens a Qwen model or a Qwen-Scope SAE from a folder opens
-these: `MINI_HOME/<model>` and `MINI_HOME/<SAE repository>/layer{n}.sae.pt`. How they were made is
-`tools/mini/`, what they are good for is the model card `README.md` beside them.
+these: `MINI_HOME/<model>` and `MINI_HOME/<SAE repository>/layer{n}.sae.pt`. `tools/mini/`
+made them; the model card `README.md` beside them tells what they are good for.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ HELDOUT = MINI_HOME / "heldout.jsonl"
 """A labelled sample of texts that neither models nor SAEs were trained on."""
 
 SAES = {group.backbone.key: group.repo_name for group in MINI_GROUPS}
-"""Model -> its repository of SAEs."""
+"""The name of each model, and the repository of its SAEs."""
 
 MODELS = tuple(SAES)
 
@@ -32,7 +32,7 @@ def model_path(model: str) -> Path:
 
 
 def sae_folder(model: str) -> Path:
-    """The folder with `config.json` and one `layer{n}.sae.pt` a layer."""
+    """The folder with `config.json` and one `layer{n}.sae.pt` per layer."""
     return MINI_HOME / SAES[_known(model)]
 
 

@@ -1,7 +1,7 @@
-"""The tour that `qsl demo` gives: the main job on the embedded default, offline, in a minute.
+"""The tour that `qsl demo` gives on the toy model, offline, in a minute.
 
-Everything it does is a few lines of the public interface; read it as an example: verify, read,
-extract, rank, steer, measure benchmarks, look. The site is all that it leaves behind.
+It uses only the public interface, so it can be read as an example: verify, read, extract, rank,
+steer, measure benchmarks, look. The site is all that it leaves behind.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ SENTENCES = (
 BENCHMARKS = ("arithmetic", "knowledge", "spelling", "translation", "code", "request")
 """Kinds of held-out texts that stand for small benchmarks."""
 
-TEXTS_EACH = 20  # of a language; twice as many of a benchmark
+TEXTS_EACH = 20  # per language; twice as many per benchmark
 FEATURES_STEERED = 3
 STRENGTHS = {"suppressed": -1.0, "as it is": 0.0, "amplified": 2.5}  # of the typical activation
 PROMPTS = {"zh": "安装程序", "ko": "설치 프로그램", "ru": "Программа установки"}
@@ -61,7 +61,7 @@ NEW_TOKENS = 32
 
 
 def run(language: str = "zh", out: Path = Path("qsl-demo")) -> None:
-    """Print the tour. `language` is to be found and steered: zh, ko or ru; `out` gets the site."""
+    """Print the tour: `language` (zh, ko or ru) is found and steered; `out` gets the site."""
     started = time.perf_counter()
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=UserWarning)
@@ -69,7 +69,7 @@ def run(language: str = "zh", out: Path = Path("qsl-demo")) -> None:
     print(
         "Qwen-Scope Lens on a toy: a Qwen3 of 8 layers that this project trained, and its SAEs.\n\n"
         f"{group.short}: layers 0-{group.layers[-1]}, d_model {group.d_model},"
-        f" {group.d_sae} features, {group.k} active a token.\n"
+        f" {group.d_sae} features, {group.k} active per token.\n"
     )
     with _step(f"load the model and the SAE of layer {LAYER}"):
         model = qsl.load_model(MODEL)

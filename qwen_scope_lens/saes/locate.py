@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
-
 from qwen_scope_lens.address import LayerRef
 from qwen_scope_lens.catalog import HOME_VARIABLE, MINI_HOME, Group, home_folder
 from qwen_scope_lens.errors import CheckpointMissing, HubUnreachable, WrongSettings
@@ -22,6 +20,9 @@ from qwen_scope_lens.files import read_text
 __all__ = ["CONFIG_NAME", "HubOptions", "LayerFile", "locate", "read_config"]
 
 CONFIG_NAME = "config.json"
+SAE_CFG_FILENAME = "cfg.json"
+SAE_WEIGHTS_FILENAME = "sae_weights.safetensors"
+"""The file names of SAELens's constants, which a test compares: importing them takes seconds."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""`qsl dash build` and `qsl dash export`: from the name of a store to a folder of pages."""
+"""What `qsl dash build` and `qsl dash export` do: from the name of a store to a folder of pages."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ __all__ = ["Sources", "build_neuronpedia", "build_site", "document_heads", "site
 
 @dataclass(frozen=True)
 class Sources:
-    """What pages are made from. `model=None` takes the store's own; `tokens=False` does without
-    the model's end, so that there are no promoted tokens."""
+    """What pages are made from. `model=None` takes the store's own model; `tokens=False` does not
+    read the model's unembedding, and then pages have no promoted tokens."""
 
     store: FeatureStore
     layers: tuple[int, ...]
@@ -47,7 +47,7 @@ class Sources:
         return self.model or self.store.manifest.model.id
 
     def pages(self, progress: bool = False) -> Iterator[LayerPages]:
-        """One layer after the other: only one is in memory."""
+        """The pages of one layer after the other; only one layer is in memory at a time."""
         vocabulary = Vocabulary(self._tokenizer())
         out = self._unembedding() if self.tokens else None
         if self.labels is not None:
@@ -114,7 +114,7 @@ class Sources:
 def build_site(
     sources: Sources, out: Path, *, title: str | None = None, progress: bool = False
 ) -> Path:
-    """All layers into one site."""
+    """Write all layers into one site."""
     check_target(out)
     store = sources.store
     made = (
@@ -138,7 +138,7 @@ def build_site(
 def site_of_documents(
     documents: Sequence[Mapping[str, Any]], model: Any, group: str, layers: Sequence[int], out: Path
 ) -> Path:
-    """A site from a few documents, by way of a store that is not kept."""
+    """Make a site from a few documents. The store in between is not kept."""
     with tempfile.TemporaryDirectory(prefix="qsl-store-") as folder:
         store = extract(
             documents,
@@ -155,7 +155,7 @@ def site_of_documents(
 def build_neuronpedia(
     sources: Sources, out: Path, release: Release | None = None, *, progress: bool = False
 ) -> Path:
-    """All layers in Neuronpedia's layout."""
+    """Write all layers in Neuronpedia's layout."""
     store = sources.store
     return write_neuronpedia(
         out,

@@ -1,7 +1,7 @@
 """Everything that a page says about the features of one layer, from store, SAE and model.
 
 `gather` reads the store and the weights once for all features; `LayerPages.pages` then makes the
-pages of any run of features. How pages are written is `static.py` and `neuronpedia.py`.
+pages of any run of features. `static.py` and `neuronpedia.py` write the pages.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ and not kinds of them."""
 
 @dataclass(frozen=True)
 class Breakdown:
-    """One label: its values, the tokens of each, and the tokens on which each feature fires."""
+    """One label: its values, how many tokens each value has, and on how many each feature fires."""
 
     name: str
     values: tuple[str, ...]
@@ -53,7 +53,7 @@ class Breakdown:
     fired: np.ndarray  # int64 [d_sae, values]
 
     def of(self, feature: int) -> list[tuple[str, int, int]]:
-        """Value, tokens on which the feature fires, all tokens; by falling share."""
+        """Rows of value, tokens where the feature fires, all tokens; the largest share first."""
         share = self.fired[feature] / np.maximum(1, self.tokens)
         order = np.lexsort((np.arange(len(share)), -share))
         return [
@@ -129,7 +129,7 @@ class FeaturePage:
     quantiles: list[tuple[float, list[Passage]]]
 
     def peaks(self, most: int = 5) -> list[str]:
-        """The tokens of its strongest examples, the most frequent first."""
+        """The tokens of the feature's strongest examples, the most frequent first."""
         counts: dict[str, int] = {}
         for passage in self.top:
             token = passage.pieces[passage.peak]
@@ -173,7 +173,7 @@ class LayerPages:
         return out
 
     def _spread(self, feature: int) -> list[tuple[float, list[Example]]]:
-        """Examples from a uniform sample of where it fires, around each quantile; each once."""
+        """Examples around each quantile of a uniform sample of where it fires; none twice."""
         sample = self.stats.sample_examples(feature)
         groups, used = [], 0
         for quantile in self.settings.quantiles:
@@ -196,7 +196,7 @@ def gather(
     settings: Settings | None = None,
     progress: bool = False,
 ) -> LayerPages:
-    """Without `out`, the end of the model, pages have no promoted and suppressed tokens."""
+    """Without `out` (norm and unembedding), pages have no promoted and suppressed tokens."""
     settings = settings or Settings()
     facts = store.sae(layer)
     ref = LayerRef.parse(facts.ref)

@@ -42,7 +42,7 @@ MARK = "neuronpedia.json"
 
 @dataclass(frozen=True)
 class Release:
-    """What an export says of itself."""
+    """What an export says about itself."""
 
     name: str = "qwen-scope"
     title: str = "Qwen-Scope"
@@ -55,7 +55,7 @@ class Release:
 
 
 def model_id(ref: LayerRef, release: Release | None = None) -> str:
-    """What the model is called: by Neuronpedia's rule letters, digits, dots, dashes."""
+    """The model's name. Neuronpedia allows letters, digits, dots and dashes."""
     name = (release.model if release else None) or ref.row.backbone.key
     if not re.fullmatch(r"[a-z0-9][a-z0-9._-]*", name):
         raise UnknownName(
@@ -93,7 +93,7 @@ def write_neuronpedia(
     prompt_tokens: int | None,
     progress: bool = False,
 ) -> Path:
-    """All layers below `out/v1`, whole or not at all."""
+    """Write all layers below `out/v1`, whole or not at all."""
     release = release or Release()
     check_target(out)
     now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
@@ -131,7 +131,7 @@ class _Facts:
 
     @property
     def names(self) -> dict[str, str]:
-        """What every row of the three tables has."""
+        """The columns that every row of the three tables has."""
         ref = self.pages.ref
         return {"modelId": model_id(ref, self.release), "layer": source_id(ref)}
 
@@ -236,8 +236,9 @@ class _Facts:
 
     def activations(self, page: FeaturePage) -> list[dict[str, Any]]:
         stats, number = self.pages.stats, page.feature
-        rows = [self._activation(page, p, (-1.0, float(stats.maximum[number]), -1.0))
-                for p in page.top]  # fmt: skip
+        rows = [
+            self._activation(page, p, (-1.0, float(stats.maximum[number]), -1.0)) for p in page.top
+        ]
         counts, edges = stats.histogram[number], stats.bin_edges
         for _, group in page.quantiles:
             for passage in group:
@@ -319,12 +320,12 @@ def _write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def _identifier(*parts: object) -> str:
-    """Of the length that Neuronpedia's ids have; the same for the same feature and place."""
+    """An id of the length of Neuronpedia's ids, the same for the same feature and place."""
     return "c" + hashlib.sha256("/".join(map(str, parts)).encode()).hexdigest()[:24]
 
 
 def _text(text: str) -> str:
-    """PostgreSQL's texts have no character 0."""
+    """The text without the character 0, which PostgreSQL refuses."""
     return text.replace("\0", "␀")
 
 

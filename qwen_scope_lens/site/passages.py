@@ -56,7 +56,7 @@ class PassageReader:
 
     @cached_property
     def _token_ids(self) -> np.ndarray:
-        """All tokens of the store, int32: four bytes a token, where the codes have hundreds."""
+        """All tokens of the store as int32: four bytes per token, where the codes have hundreds."""
         return np.concatenate([shard.token_ids().astype(np.int32) for shard in self._store.shards])
 
     def read(self, feature: np.ndarray, doc: np.ndarray, position: np.ndarray) -> list[Passage]:
@@ -93,7 +93,7 @@ class PassageReader:
     def _values(
         self, feature: np.ndarray, doc: np.ndarray, start: np.ndarray, lengths: np.ndarray
     ) -> np.ndarray:
-        """What the features do on the tokens of their passages, one after the other. `[sum]`"""
+        """The features' values on the tokens of their passages, one after the other. `[sum]`"""
         which = np.repeat(np.arange(len(doc)), lengths)
         within = np.arange(len(which)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
         at = (start - self._offsets[doc])[which] + within

@@ -1,4 +1,4 @@
-"""A small static server for a site on this machine. Any other static server does as well."""
+"""A small static server for a site on this machine. Any other static server works as well."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ TYPES = {".css": "text/css", ".html": "text/html", ".js": "text/javascript"}
 
 
 class _Handler(http.server.SimpleHTTPRequestHandler):
-    """Files of one folder; nothing is listed, nothing outside is followed to, nothing is cached
-    without asking, and the browser is told to take types as they are said."""
+    """Serves the files of one folder. It lists nothing, follows no link out of the folder, lets the
+    browser cache nothing without asking, and forbids it to guess types."""
 
     server_version, sys_version = "qsl", ""
 
@@ -67,7 +67,7 @@ def make_server(
     """A server that is listening but not yet answering: call `serve_forever()`."""
     if not is_site(site):
         raise BadFile(
-            f"{site} is no site of features: `qsl dash build STORE --out {site}` makes one"
+            f"{site} is not a site of features: `qsl dash build STORE --out {site}` makes one"
         )
     handler = functools.partial(_Handler, directory=str(site.resolve()))
     try:

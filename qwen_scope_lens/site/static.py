@@ -1,8 +1,8 @@
 """The static site: one page for every feature, readable from disk and from any file host.
 
     index.html, viewer.css, *.js    the viewer, copied as it is
-    data/site.js                    what there is
-    data/<layer>/index.js           one line a feature: what is searched and sorted
+    data/site.js                    which layers there are
+    data/<layer>/index.js           one line per feature: what is searched and sorted
     data/<layer>/block-0000.js      the pages of the first `BLOCK` features, and so on
 
 A page opened from disk may load scripts and nothing else, so every data file is a call
@@ -35,7 +35,7 @@ __all__ = ["BLOCK", "VIEWER", "folder_of", "is_site", "write_site"]
 FORMAT, VERSION = "qwen-scope-site", 1
 
 BLOCK = 128
-"""Features a data file: one page costs one file of some hundred kilobytes."""
+"""Features per data file: one page costs one file of some hundred kilobytes."""
 
 PROMOTED_IN_INDEX = 5
 
@@ -61,7 +61,7 @@ def write_site(
     documents: Sequence[tuple[str, list[tuple[str, str]]]],
     progress: bool = False,
 ) -> Path:
-    """Write the site whole. `documents` are key and labels of every document of the store."""
+    """Write the site, whole or not at all. `documents` are key and labels of every document."""
     check_target(out)
     with whole_folder(out) as folder:
         for name in VIEWER:
@@ -86,7 +86,7 @@ def is_site(folder: Path) -> bool:
 
 
 def check_target(out: Path) -> None:
-    """Refuse to replace a folder that is something else than an older site."""
+    """Refuse to replace a folder that is not an older site."""
     if out.is_dir() and any(out.iterdir()) and not is_site(out):
         raise CannotWrite(
             f"{out} holds other files than a site of features, and building would replace them:"
@@ -95,7 +95,7 @@ def check_target(out: Path) -> None:
 
 
 def folder_of(ref: str) -> str:
-    """The name of a layer's folder: its address with what no file system minds."""
+    """The name of a layer's folder: its address, in characters that every file system allows."""
     return re.sub(r"[^\w.-]", "_", ref)
 
 
@@ -152,7 +152,7 @@ def _write_layer(
 
 
 def _metrics(pages: LayerPages) -> list[tuple[str, float]]:
-    """Of the weights, over the features that fire."""
+    """Metrics of the weights, over the features that fire."""
     alive = ~pages.stats.dead
     if not alive.any():
         return []
@@ -230,12 +230,12 @@ def _passage(passage: Passage) -> dict[str, Any]:
 
 
 def _short(value: Any) -> float:
-    """Four digits are shown at most, so no more are stored."""
+    """At most four digits are shown, so no more are stored."""
     return float(f"{float(value):.4g}")
 
 
 class _Words:
-    """A table of strings, each once."""
+    """A table of strings without repeats."""
 
     def __init__(self) -> None:
         self.table: list[str] = []

@@ -47,7 +47,7 @@ def residual_hooks(model: Any, found: list[torch.Tensor | None]) -> list[Any]:
 def batch_residuals(
     model: Any, rows: Sequence[Sequence[int]], order: Sequence[Sequence[int]]
 ) -> Iterator[tuple[Sequence[int], torch.Tensor, list[torch.Tensor]]]:
-    """For every batch: row numbers, mask `[b, t]`, and a list of `[b, t, d_model]`, one a layer."""
+    """For every batch: row numbers, mask `[b, t]`, and one `[b, t, d_model]` per layer."""
     found: list[torch.Tensor | None] = [None] * len(model.model.layers)
     handles = residual_hooks(model, found)
     try:
@@ -63,7 +63,7 @@ def batch_residuals(
 def collect(
     model: Any, rows: Sequence[Sequence[int]], folder: Path, tokens: int, seed: int
 ) -> list[np.ndarray]:
-    """One float16 array `[tokens, d_model]` a layer, made once and then mapped from disk."""
+    """One float16 array `[tokens, d_model]` per layer, made once and then mapped from disk."""
     layers, width = len(model.model.layers), model.config.hidden_size
     done = folder / "done.json"
     paths = [folder / f"layer{layer}.f16" for layer in range(layers)]

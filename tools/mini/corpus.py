@@ -1,4 +1,4 @@
-"""Step 1: the corpus, one JSONL file a split, and the small sample that the package ships.
+"""Step 1: the corpus, one JSONL file per split, and the small sample that the package ships.
 
 Real pages are split by page (translations of one page together), generated documents by number
 after exact repeats are dropped. Rerunning continues with what the cache holds and gives the same

@@ -1,7 +1,7 @@
-"""Documents as token rows: one document a row, never packed, right-padded, batched by length.
+"""Documents as token rows: one document per row, never packed, right-padded, batched by length.
 
-Packing would leak state between documents in Qwen3.5's recurrent layers. What the documents are is
-`corpus.py`'s business; who learns from them is `model.py`'s and `sae.py`'s.
+Packing would leak state between documents in Qwen3.5's recurrent layers. `corpus.py`
+makes the documents; `model.py` and `sae.py` learn from them.
 """
 
 from __future__ import annotations

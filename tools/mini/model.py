@@ -164,17 +164,22 @@ def _finish(model: Any, work: Path, final: Path) -> None:
     os.replace(partial, final)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def step_arguments(doc: str) -> tuple[ModelSpec, Path]:
+    """What the command line of a step says: which model, and the folder of all steps."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("name", choices=sorted(SPECS))
     parser.add_argument("--work", default=None)
     parser.add_argument("--threads", type=int, default=0)
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    work = work_folder(arguments.work)
-    with measured(work, f"model {arguments.name}"):
-        train(SPECS[arguments.name], work)
+    return SPECS[arguments.name], work_folder(arguments.work)
+
+
+def main() -> None:
+    spec, work = step_arguments(__doc__)
+    with measured(work, f"model {spec.name}"):
+        train(spec, work)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Step 6: a panel of checkpoints that differ in training steps and data, for evaluation studies.
 
 Five short runs of a smaller Qwen3, each on another mixture of the corpus, each kept at several
-points. One float16 file a checkpoint, one configuration for all, and an index with what each saw.
-Usage: `python -m tools.mini.panel [--out benchmarks/data/panel]`.
+points. There is one float16 file per checkpoint, one configuration for all, and an index with what
+each saw. Usage: `python -m tools.mini.panel [--out benchmarks/data/panel]`.
 """
 
 from __future__ import annotations

@@ -117,7 +117,7 @@ def random_sae(like: ScopeSAE, mean: torch.Tensor) -> ScopeSAE:
 
 @dataclass
 class LayerFigures:
-    """One SAE on held-out text. Losses in nats a token."""
+    """One SAE on held-out text. Losses in nats per token."""
 
     layer: int
     fvu: float

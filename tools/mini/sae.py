@@ -8,7 +8,6 @@ Usage: `python -m tools.mini.sae mini-qwen3`.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import time
@@ -22,10 +21,10 @@ from sae_lens.config import LoggingConfig, SAETrainerConfig
 from sae_lens.training.sae_trainer import SAETrainer
 
 from tools.mini.activations import collect, load_model
-from tools.mini.corpus import work_folder
 from tools.mini.data import token_rows
 from tools.mini.durations import measured
-from tools.mini.specs import D_SAE, SPECS, K, ModelSpec
+from tools.mini.model import step_arguments
+from tools.mini.specs import D_SAE, K, ModelSpec
 
 __all__ = ["SAE_FOLDER", "export", "train_all", "train_layer"]
 
@@ -163,14 +162,7 @@ def train_all(spec: ModelSpec, work: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("name", choices=sorted(SPECS))
-    parser.add_argument("--work", default=None)
-    parser.add_argument("--threads", type=int, default=0)
-    arguments = parser.parse_args()
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    work, spec = work_folder(arguments.work), SPECS[arguments.name]
+    spec, work = step_arguments(__doc__)
     with measured(work, f"sae {spec.name}"):
         train_all(spec, work)
 

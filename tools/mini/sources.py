@@ -1,6 +1,6 @@
 """The texts behind the corpus: Debian packages as a table of facts, fetched and unpacked.
 
-One row a package: language, licence as its copyright file states it, and where its pages lie.
+One row per package: language, licence as its copyright file states it, and where its pages lie.
 Cleaning, splitting and everything generated is elsewhere (`prose.py`, `generated.py`).
 """
 
@@ -44,7 +44,7 @@ class Source:
 
 
 def _rows(base: str, license: str, folder: str, names: dict[str, str]) -> list[Source]:
-    """One row a language; `{s}` in the folder is the suffix that the package has for it."""
+    """One row per language; `{s}` in the folder is the suffix that the package has for it."""
     rows = []
     for lang, suffix in names.items():
         package = f"{base}-{suffix}" if suffix else base

@@ -1,4 +1,4 @@
-"""What a trained SAE is worth on held-out texts: unexplained variance, loss, dead features.
+"""How good a trained SAE is on held-out texts: unexplained variance, loss, dead features.
 
 Variance and dead features come from captured residuals, losses from the whole model with the SAE's
 reconstruction in the residual's place (`compare.fidelity`), beside a random SAE of the same sizes.
@@ -48,7 +48,7 @@ class Losses:
 
     @property
     def recovered(self) -> float:
-        """1: the SAE costs nothing; 0: no better than the random SAE."""
+        """1 where the SAE costs nothing, 0 where it is no better than the random SAE."""
         return _recovered(self.clean, self.spliced, self.random)
 
     @property
@@ -57,7 +57,7 @@ class Losses:
 
 
 def _recovered(clean: float, spliced: float, floor: float) -> float:
-    """NaN where the floor costs nothing: there is nothing to recover."""
+    """NaN where the random SAE costs nothing, so that there is nothing to recover."""
     return (floor - spliced) / (floor - clean) if floor - clean > 1e-6 else math.nan
 
 

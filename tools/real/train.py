@@ -64,7 +64,7 @@ class Run:
 
 
 def sae_folder(work: Path, layer: int) -> Path:
-    """Holds a layer's run: settings, checkpoint, and at the end `sae.pt` and `done.json`."""
+    """The folder of a layer's run: settings, checkpoint, in the end `sae.pt`, `done.json`."""
     return work / "saes" / f"layer{layer}"
 
 

@@ -1,8 +1,8 @@
 """Run the suites of SAELens and TransformerLens that apply, on our bridge: `make upstream`.
 
 Their test files are fetched by the installed version from the package index, into `build/upstream`,
-and never become part of this repository. Exits with 1 on a failure that is no known difference, and
-with 2 where nothing could be fetched.
+and never become part of this repository. Exits with 1 on a failure that is not a known difference,
+and with 2 where nothing could be fetched.
 
     python -m tools.upstream.suites                         # everything
     python -m tools.upstream.suites --only benchmarks       # what ships inside transformer-lens

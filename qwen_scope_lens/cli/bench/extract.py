@@ -1,99 +1,130 @@
-r"""Run the prompts of benchmarks through a model, and keep the features of every token.
-
-    qsl bench extract gsm8k.jsonl math.jsonl --model Qwen/Qwen3-8B-Base \
-        --sae qwen3-8b-base/w64k-l0-50 --layer 20 --out bench/
-    qsl bench extract mmlu=cais/mmlu:all --split test --template 'Q: {question}\nA:' ...
-    qsl bench extract --tasks gsm8k arc_easy --fewshot 5 ...        # rendered by lm-eval itself
-    qsl bench extract --tasks mmlu --limit 1000 --seed 1 ...        # a group: one benchmark
-
-A benchmark is a file (JSONL, CSV, Parquet, text: an item a row), a folder of `datasets`, the name
-of a data set on the hub, or with --tasks a task of lm-eval. It is called as its file unless
-NAME=FILE says otherwise. A group of lm-eval is one benchmark, its items are called SUBTASK/NUMBER
-(--subtasks keeps its tasks apart). --limit draws items by lot, seeded, from all subtasks alike.
-Each benchmark gets one store in --out; what is finished is not run again, and later calls may add
-more benchmarks. Prompts longer than the model's context are refused.
-"""
+"""`qsl bench extract`, and the options that say how a row of a file becomes a prompt."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from qwen_scope_lens.cli.bench.options import add_prompt_format, prompt_format, say, say_nothing
-from qwen_scope_lens.cli.options import count, from_zero, layer_list, memory
+from qwen_scope_lens.cli.options import (
+    Word,
+    add_model,
+    add_sae_files,
+    count,
+    from_zero,
+    layer_list,
+    memory,
+    remark,
+)
 from qwen_scope_lens.errors import BadCorpus
 
+if TYPE_CHECKING:
+    from qwen_scope_lens.bench.prompts import PromptFormat
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+__all__ = ["WORDS", "add_prompt_format", "prompt_format"]
+
+
+def add_prompt_format(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--column", help="the column with the prompt (default: prompt, question or text)"
+    )
+    parser.add_argument("--template", help="such as 'Q: {question}\\nA. {choices[0]}\\nAnswer:'")
+    parser.add_argument("--split", help="of a Hugging Face data set")
+    parser.add_argument(
+        "--chat", action="store_true", help="send each prompt as a user's message, by chat template"
+    )
+
+
+def prompt_format(arguments: argparse.Namespace) -> PromptFormat:
+    from qwen_scope_lens.bench.prompts import PromptFormat
+
+    template = arguments.template
+    if template is not None:  # a shell hands over \n as two characters
+        template = template.replace("\\n", "\n")
+    return PromptFormat(arguments.column, template, arguments.chat, arguments.split)
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("benchmarks", nargs="*", metavar="FILE", help="or NAME=FILE, or a data set")
-    parser.add_argument("--model", help="a folder or hub name; default: what the SAEs belong to")
     parser.add_argument("--sae", required=True, help="a group, such as qwen3-8b-base/w64k-l0-50")
-    layers = parser.add_mutually_exclusive_group(required=True)
-    layers.add_argument("--layer", type=from_zero)
-    layers.add_argument("--layers", help="such as 0-3,7; or all, to see how conclusions move")
+    parser.add_argument(
+        "--layers",
+        "--layer",
+        type=_layers,
+        required=True,
+        help="such as 20 or 0-3,7; or all, to see how the conclusions change from layer to layer",
+    )
     parser.add_argument("--out", required=True, type=Path, help="a folder for the suite")
     add_prompt_format(parser)
     parser.add_argument(
         "--thinking", action=argparse.BooleanOptionalAction, help="with --chat: the template's mode"
     )
-    parser.add_argument("--limit", type=count, help="items of each benchmark, drawn by lot")
+    parser.add_argument("--limit", type=count, help="draw this many items of each benchmark by lot")
     parser.add_argument(
         "--seed", type=from_zero, default=0, help="of the draw, kept with it; default: %(default)s"
     )
-    parser.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help="of lm-eval")
+    parser.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help="tasks of lm-eval")
     parser.add_argument(
-        "--subtasks", action="store_true", help="a benchmark for every task of a group, not one"
+        "--subtasks", action="store_true", help="make a benchmark of every task of a group, not one"
     )
     parser.add_argument("--task-path", type=Path, help="a folder with lm-eval tasks of your own")
     parser.add_argument(
         "--fewshot", type=from_zero, help="examples before the question (lm-eval tasks)"
     )
     work = parser.add_argument_group("the work")
-    work.add_argument("--token-budget", type=count, help="tokens of a batch, default 4096")
+    add_model(work)
+    add_sae_files(work, revision=True)
+    work.add_argument("--token-budget", type=count, help="tokens per batch; default: 4096")
     work.add_argument("--sae-memory", type=memory, metavar="SIZE", help="such as 8GB")
-    work.add_argument("--device", help="cpu, cuda, cuda:1, ...")
-    work.add_argument("--folder", type=Path, help="read the SAEs from here only")
-    work.add_argument("--revision", help="of the SAEs on the hub")
     work.add_argument("--quiet", action="store_true", help="no progress bar, no remarks")
 
 
-def run(arguments: argparse.Namespace) -> int:
+def _layers(text: str) -> list[int] | str:
+    return text if text == "all" else layer_list(text)
+
+
+def _extract(arguments: argparse.Namespace) -> None:
+    r"""Run the prompts of benchmarks through a model, and keep the features of every token.
+
+        qsl bench extract gsm8k.jsonl math.jsonl --model Qwen/Qwen3-8B-Base \
+            --sae qwen3-8b-base/w64k-l0-50 --layers 20 --out bench/
+        qsl bench extract mmlu=cais/mmlu:all --split test --template 'Q: {question}\nA:' ...
+        qsl bench extract --tasks gsm8k arc_easy --fewshot 5 ...     # rendered by lm-eval itself
+        qsl bench extract --tasks mmlu --limit 1000 --seed 1 ...     # a group is one benchmark
+
+    A benchmark is a file (JSONL, CSV, Parquet or text, one item per row), a folder of `datasets`,
+    the name of a data set on the hub, or with --tasks a task of lm-eval. It has the name of its
+    file, unless NAME=FILE gives it another. A group of lm-eval is one benchmark, and its items are
+    called SUBTASK/NUMBER (--subtasks keeps the tasks apart). --limit draws items by lot, with a
+    seed, from all subtasks alike. Each benchmark gets one store in --out. Benchmarks that are
+    finished are not run again, and later calls may add more. Prompts longer than the model's
+    context are refused.
+    """
     from qwen_scope_lens.bench.suite import extract_suite
     from qwen_scope_lens.catalog import find_group
 
     prompts, facts = _prompts(arguments)
-    layers = arguments.layers
-    if layers is None:
-        layers = [arguments.layer]
-    elif layers != "all":
-        try:
-            layers = layer_list(layers)
-        except argparse.ArgumentTypeError as error:
-            raise BadCorpus(str(error)) from error
-        except ValueError as error:  # thousands of digits
-            raise BadCorpus(f"--layers {layers[:40]}: no list of layers such as 0-3,7") from error
     suite = extract_suite(
         prompts,
         model=arguments.model or find_group(arguments.sae).backbone.model_id,
         group=arguments.sae,
-        layers=layers,
+        layers=arguments.layers,
         out=arguments.out,
         facts=facts,
-        say=say_nothing if arguments.quiet else say,
+        say=(lambda line: None) if arguments.quiet else remark,
         enable_thinking=arguments.thinking,
         add_generation_prompt=arguments.chat,
         token_budget=arguments.token_budget,
         sae_memory=arguments.sae_memory,
         device=arguments.device,
-        sae_folder=arguments.folder,
+        sae_folder=arguments.sae_folder,
         sae_revision=arguments.revision,
         progress=not arguments.quiet,
     )
-    print(f"{arguments.out}: {len(suite.names)} benchmarks, layers {_span(suite.layers)}")
+    layers = ", ".join(map(str, suite.layers))
+    print(f"{arguments.out}: {len(suite.names)} benchmarks, layers {layers}")
     for name in suite.names:
         print(f"  {name}  {suite[name].store.n_docs:,} items")
-    return 0
 
 
 def _prompts(arguments: argparse.Namespace) -> tuple[dict[str, list[Any]], dict[str, Any]]:
@@ -142,7 +173,9 @@ def _prompts(arguments: argparse.Namespace) -> tuple[dict[str, list[Any]], dict[
 
 def _new(name: str, prompts: dict[str, list[Any]]) -> None:
     if name in prompts:
-        raise BadCorpus(f"two benchmarks are called {name}: write NAME=FILE")
+        raise BadCorpus(
+            f"two benchmarks are called {name}: give one of them another name with NAME=FILE"
+        )
 
 
 def _chat_template(arguments: argparse.Namespace) -> Any:
@@ -153,7 +186,9 @@ def _chat_template(arguments: argparse.Namespace) -> Any:
     from qwen_scope_lens.models.checkpoint import open_tokenizer
 
     if arguments.thinking is None:
-        raise BadCorpus("--chat: say --thinking or --no-thinking, the template differs with it")
+        raise BadCorpus(
+            "--chat needs --thinking or --no-thinking: the chat template differs between them"
+        )
     name = arguments.model or find_group(arguments.sae).backbone.model_id
     tokenizer = open_tokenizer(str(bundled_model(name) or name))
     return partial(
@@ -161,5 +196,4 @@ def _chat_template(arguments: argparse.Namespace) -> Any:
     )
 
 
-def _span(layers: tuple[int, ...]) -> str:
-    return ", ".join(map(str, layers))
+WORDS = (Word("extract", _arguments, _extract),)

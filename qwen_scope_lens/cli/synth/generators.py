@@ -1,4 +1,4 @@
-"""Arguments of `qsl synth` that say who writes, and what it may cost. No verb of its own."""
+"""Options of `qsl synth` that say which generator writes, and what it may cost."""
 
 from __future__ import annotations
 
@@ -27,9 +27,12 @@ def add_generator_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--timeout", type=float, default=120.0, help="seconds (%(default)g)")
     group.add_argument("--tries", type=count, default=6, help="of one call (%(default)s)")
     group.add_argument(
-        "--backoff", type=float, default=1.0, metavar="SECONDS",
+        "--backoff",
+        type=float,
+        default=1.0,
+        metavar="SECONDS",
         help="before the second try, doubled each time (%(default)g)",
-    )  # fmt: skip
+    )
     group.add_argument("--requests-per-minute", type=float)
     group.add_argument("--tokens-per-minute", type=float)
     group.add_argument(
@@ -63,8 +66,16 @@ def roles(
 ) -> Roles:
     from qwen_scope_lens.writers.roles import Roles
 
-    names = ("key_variable", "concurrency", "timeout", "tries", "backoff", "requests_per_minute",
-             "tokens_per_minute", "body")  # fmt: skip
+    names = (
+        "key_variable",
+        "concurrency",
+        "timeout",
+        "tries",
+        "backoff",
+        "requests_per_minute",
+        "tokens_per_minute",
+        "body",
+    )
     return Roles(
         load,
         arguments.model_name,
@@ -79,7 +90,7 @@ def _mapping(text: str) -> dict[str, Any]:
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no JSON: {error}") from error
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise argparse.ArgumentTypeError(f"{text!r}: expected an object, such as {{'top_k': 20}}")
     return content

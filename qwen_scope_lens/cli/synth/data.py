@@ -1,15 +1,4 @@
-"""Write examples that activate the missing features; keep those of which the model says so.
-
-    qsl synth run targets.json --generator openai:http://localhost:8000/v1 --model-name NAME \\
-        --budget 2000 --out data.jsonl
-    qsl synth run targets.json --generator hf:Qwen/Qwen3-8B --budget 200 --out data.jsonl
-    qsl synth run targets.json --generator steer:Qwen/Qwen3-8B --strength 8 --out data.jsonl
-    qsl synth run targets.json --recipe fac --threshold 1.5 --generator ... --out data.jsonl
-
-Every candidate is read again, unsteered, by the model whose SAEs the targets name. Killed anywhere,
-the same command continues and pays for no answer twice. `data.run/` beside the output holds the
-ledger and every candidate with the reason why it was kept or not. The output loads with `datasets`.
-"""
+"""`qsl synth run`, `report` and `templates`: the examples that are written."""
 
 from __future__ import annotations
 
@@ -18,11 +7,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from qwen_scope_lens.cli.options import count, from_zero, output
+from qwen_scope_lens.cli.options import Word, count, from_zero, output, read_labels
 from qwen_scope_lens.cli.synth.generators import add_generator_arguments, prices, roles
 
+__all__ = ["WORDS"]
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+
+def _run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("targets", metavar="TARGETS", type=Path, help="of `qsl synth targets`")
     parser.add_argument(
         "--generator", required=True, help="openai:URL#MODEL, hf:MODEL or steer:MODEL"
@@ -32,17 +23,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=output, required=True, help="data.jsonl")
     parser.add_argument("--budget", type=count, default=1000, help="texts (%(default)s)")
     parser.add_argument(
-        "--budget-counts", choices=("written", "kept"), default="written",
+        "--budget-counts",
+        choices=("written", "kept"),
+        default="written",
         help="which texts the budget counts: all candidates, or kept examples (%(default)s)",
-    )  # fmt: skip
+    )
     parser.add_argument("--recipe", default="scope", help="scope, fac, text, or a .yaml file")
     parser.add_argument("--templates", type=Path, help="folder of `qsl synth templates`")
     parser.add_argument("--model", help="who reads; else the model of the targets' stores")
     parser.add_argument("--device", default="cpu", help="of the reading model (%(default)s)")
     parser.add_argument(
-        "--strength", type=float, default=8.0,
+        "--strength",
+        type=float,
+        default=8.0,
         help="of steer:MODEL, times the feature's typical activation (%(default)g)",
-    )  # fmt: skip
+    )
     parser.add_argument("--not-like", type=Path, help="a corpus that nothing may repeat")
     parser.add_argument("--wave", type=count, default=64, help="candidates at a time (%(default)s)")
     recipe = parser.add_argument_group("recipe", "instead of what the recipe says")
@@ -51,31 +46,47 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--threshold", type=float, help="else that of the recipe or the targets, the higher one"
     )
     recipe.add_argument(
-        "--verify", choices=("prompt", "reply", "either"),
+        "--verify",
+        choices=("prompt", "reply", "either"),
         help="where the feature has to fire: the report verifies the prompt",
-    )  # fmt: skip
+    )
     recipe.add_argument(
-        "--kind-from", choices=("feature", "turns"),
+        "--kind-from",
+        choices=("feature", "turns"),
         help="harmful or benign: what the feature expresses, or each in turn",
-    )  # fmt: skip
+    )
     recipe.add_argument("--variants", type=from_zero, help="rewrites of each vanilla prompt")
     recipe.add_argument("--per-feature", type=count, help="vanilla examples to keep for a feature")
     recipe.add_argument("--attempts", type=count, help="rounds for a feature")
     recipe.add_argument("--language", help="such as en; other languages are rejected")
     recipe.add_argument("--seed", type=from_zero)
     recipe.add_argument("--temperature", type=float)
-    recipe.add_argument("--caution-words", type=Path, help="file, one a line: in no reply")
+    recipe.add_argument("--caution-words", type=Path, help="a file, one word per line")
     parser.add_argument(
-        "--caution-features", type=Path, metavar="PACK",
+        "--caution-features",
+        type=Path,
+        metavar="PACK",
         help="labels of features that no harmless text may activate above --caution-above",
-    )  # fmt: skip
+    )
     parser.add_argument("--caution-above", type=float, default=0.0, help="(%(default)s)")
     add_generator_arguments(parser)
 
 
-def run(arguments: argparse.Namespace) -> int:
+def _run(arguments: argparse.Namespace) -> None:
+    """Write examples that activate the missing features; keep those in which the model confirms it.
+
+        qsl synth run targets.json --generator openai:http://localhost:8000/v1 --model-name NAME \\
+            --budget 2000 --out data.jsonl
+        qsl synth run targets.json --generator hf:Qwen/Qwen3-8B --budget 200 --out data.jsonl
+        qsl synth run targets.json --generator steer:Qwen/Qwen3-8B --strength 8 --out data.jsonl
+        qsl synth run targets.json --recipe fac --threshold 1.5 --generator ... --out data.jsonl
+
+    Every candidate is read again, unsteered, by the model whose SAEs the targets name. After an
+    interruption at any point the same command continues, and pays for no answer twice. `data.run/`
+    beside the output holds the ledger and every candidate with the reason why it was kept or not.
+    The output loads with `datasets`.
+    """
     from qwen_scope_lens.errors import GeneratorFailed
-    from qwen_scope_lens.labels.packs import LabelPack
     from qwen_scope_lens.models.load import load_model
     from qwen_scope_lens.synth.recipe import read_recipe, read_words
     from qwen_scope_lens.synth.report import make_report
@@ -85,8 +96,17 @@ def run(arguments: argparse.Namespace) -> int:
 
     targets = TargetSet.load(arguments.targets)
     words = read_words(arguments.caution_words) if arguments.caution_words else None
-    changes = ("template", "threshold", "kind_from", "variants", "per_feature", "attempts",
-               "language", "seed", "temperature")  # fmt: skip
+    changes = (
+        "template",
+        "threshold",
+        "kind_from",
+        "variants",
+        "per_feature",
+        "attempts",
+        "language",
+        "seed",
+        "temperature",
+    )
     recipe = read_recipe(arguments.recipe)
     if arguments.generator.startswith("steer:"):
         recipe = recipe.for_steering()
@@ -101,7 +121,7 @@ def run(arguments: argparse.Namespace) -> int:
     def load(wanted: str) -> Any:
         return load_model(wanted, device=arguments.device, **(same if wanted == name else {}))
 
-    pack = LabelPack.read(arguments.caution_features) if arguments.caution_features else ()
+    pack = read_labels(arguments.caution_features) or ()
     caution = dict.fromkeys(pack, arguments.caution_above)
     reader, saes = open_reader(targets, load(name), arguments.device, caution)
     typical = {target.ref: target.typical for target in targets.wanted if target.typical > 0}
@@ -134,4 +154,56 @@ def run(arguments: argparse.Namespace) -> int:
     if synthesis.candidates:
         print(make_report(arguments.out, targets))
     print(f"\nrows: {arguments.out}")
-    return 0
+
+
+def _report_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("data", metavar="DATA", type=Path, help="of `qsl synth run`")
+    parser.add_argument("--targets", type=Path, required=True, help="that the run was made with")
+    parser.add_argument("--out", "--html", type=output, help="write a page with the curve, too")
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    """Report what was kept, why the rest was not, and how coverage grew; also while a run goes on.
+
+    qsl synth report data.jsonl --targets targets.json
+    qsl synth report data.jsonl --targets targets.json --out report.html
+    """
+    from qwen_scope_lens.synth.report import make_report
+    from qwen_scope_lens.synth.targets import TargetSet
+
+    report = make_report(arguments.data, TargetSet.load(arguments.targets))
+    print(report)
+    if arguments.out:
+        report.page().save(arguments.out)
+        print(f"\npage: {arguments.out}")
+
+
+def _templates_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, required=True, help="a folder")
+
+
+def _templates(arguments: argparse.Namespace) -> None:
+    """Copy the prompt templates and the recipes into a folder, to edit them.
+
+        qsl synth templates --out prompts/
+        qsl synth run targets.json --templates prompts/ --recipe prompts/scope.yaml ...
+
+    Files that are there already stay as they are. A template has parts [system], [user] or [text]
+    and names such as $description; a misspelt name is an error, not a hole in a prompt.
+    """
+    from qwen_scope_lens.synth.recipe import RECIPES, write_recipe
+    from qwen_scope_lens.writers.templates import Templates
+
+    written = Templates.copy(arguments.out)
+    for name, recipe in RECIPES.items():
+        path = arguments.out / f"{name}.yaml"
+        if not path.exists():
+            written.append(write_recipe(recipe, path))
+    print(f"{len(written)} files written into {arguments.out}")
+
+
+WORDS = (
+    Word("run", _run_arguments, _run),
+    Word("report", _report_arguments, _report),
+    Word("templates", _templates_arguments, _templates),
+)
