@@ -194,7 +194,7 @@ def test_the_web_app_is_local_and_closed(bench: Workbench, tmp_path: Path) -> No
 
     from qwen_scope_lens.app.server import make_web_app
 
-    with pytest.raises(BadFile, match="no site"):
+    with pytest.raises(BadFile, match="is not a site of features"):
         make_web_app(bench, [6], tmp_path)
     web = make_web_app(bench, [6])
     with TestClient(web, base_url="http://localhost:7860") as client:
