@@ -1,7 +1,7 @@
-"""Documents read with a model at work: pooled codes, and the residuals that baselines need.
+"""Read texts that are not in a store: pooled codes, and the residuals for baselines.
 
-For texts that are in no store. The residuals come from `models/residuals.py`; how stores are filled
-is `stores/extract.py`, and predictions over long files, which need far less, are `predict.py`.
+The model runs here, with `models/residuals.py`. `stores/extract.py` fills stores instead, and
+`predict.py` makes predictions over long files, which need far less than all codes.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ __all__ = ["Reader", "mean_residuals", "open_model", "open_reader", "read_docume
 
 @dataclass(frozen=True)
 class Reader:
-    """A model and SAEs that read texts as `source` says."""
+    """A model and SAEs that read texts in the way that `source` describes."""
 
     model: Any
     saes: Mapping[int, ScopeSAE]
     source: Source
 
     def captures(self, texts: Iterable[Content]) -> Iterator[Capture]:
-        """Residuals of every layer in float32, batch by batch, in no promised order."""
+        """Residuals of every layer in float32, batch by batch; the order of texts may change."""
         return iter_captures(
             self.model, texts, list(self.saes), dtype=torch.float32, **self.source.settings
         )
@@ -45,7 +45,7 @@ class Reader:
 def source_of(
     model: str, saes: Sequence[str], keep: bool = True, max_tokens: int | None = None
 ) -> Source:
-    """What a reader of these SAEs (`mini-qwen3/w1k-l0-16/6`, ...) is to read."""
+    """The source for a reader of these SAEs, such as `mini-qwen3/w1k-l0-16/6`."""
     layers = []
     for name in saes:
         facts = sae_facts(LayerRef.parse(name))
@@ -54,7 +54,7 @@ def source_of(
 
 
 def open_reader(source: Source, model: Any = None) -> Reader:
-    """The model (only as deep as needed, unless one is given) and the SAEs of `source`."""
+    """Open the SAEs of `source` and, unless `model` is given, its model up to the last layer."""
     saes = {}
     for facts in source.layers:
         found = sae_facts(LayerRef.parse(facts.ref))
@@ -65,7 +65,7 @@ def open_reader(source: Source, model: Any = None) -> Reader:
 
 
 def open_model(source: Source) -> Any:
-    """The model of `source`, in its dtype, only as deep as its layers need."""
+    """Load the model of `source` in its dtype, up to the last layer that is needed."""
     dtype = None if source.dtype is None else getattr(torch, source.dtype)
     last = max(facts.layer for facts in source.layers)
     return load_model(source.model, up_to_layer=last, dtype=dtype, revision=source.revision)
@@ -75,7 +75,7 @@ def open_model(source: Source) -> Any:
 def read_documents(
     reader: Reader, texts: Sequence[Content], residuals: bool = False
 ) -> tuple[Pooled, dict[int, np.ndarray]]:
-    """Document maxima of every feature and, where asked for, mean residuals by layer.
+    """Document maxima of every feature and, if `residuals`, mean residuals by layer.
 
     Values are rounded as a store rounds them.
     """
@@ -113,7 +113,7 @@ def read_documents(
 def mean_residuals(
     model: Any, texts: Sequence[Content], layers: Sequence[int], source: Source
 ) -> dict[int, np.ndarray]:
-    """Mean residual of every document over the tokens that count. layer -> `[n_docs, d_model]`"""
+    """Mean residuals over the tokens that count: `{layer: [n_docs, d_model]}`."""
     found: dict[int, np.ndarray] = {}
     batches = iter_captures(model, texts, layers, dtype=torch.float32, **source.settings)
     for batch in _progress(batches, len(texts)):
@@ -126,7 +126,7 @@ def mean_residuals(
 
 
 def _kept(batch: Capture, layer: int, keep: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """The residuals that count and their document's place in the batch, on the CPU."""
+    """The residuals of tokens that count, and their document's number in the batch, on CPU."""
     x, doc = batch.residuals[layer], batch.doc_rows()
     if keep:
         rows = batch.keep(layer)

@@ -1,7 +1,7 @@
-"""From a file or a store and the name of a label to documents with a truth.
+"""From a file or a store and the name of a label to `Documents`.
 
-What a user names on the command line becomes what methods and experiments take. Which label values
-exist, and which one is meant, is checked here; nothing is learned.
+This turns what a user names on the command line into what methods and experiments take. It checks
+which label values exist and which of them is the positive class. It fits nothing.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ MOST_SHOWN = 12
 
 @dataclass(frozen=True)
 class Task:
-    """The question: has `label` the value `positive`?"""
+    """The question of a classifier: does `label` have the value `positive`?"""
 
     label: str
-    positive: str | None = None  # None: true or 1
+    positive: str | None = None  # None: the positive value is true, yes or 1
 
     def truth(self, values: Sequence[Any] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Which documents are positive, and which have a label at all. bool `[n]` both."""
+        """Which documents are positive, and which have the label at all. `-> bool [n], bool [n]`"""
         known = np.array([value is not None for value in values], dtype=bool)
         texts = np.array([_name(value) for value in values], dtype=object)
         counts = Counter(texts[known].tolist())
@@ -46,21 +46,21 @@ class Task:
             if wanted not in counts:
                 raise BadPlan(
                     f"label {self.label!r} never is {self.positive!r}: it has {shown}. Pass one"
-                    " of these as --positive"
+                    " of these values as --positive"
                 )
             truth = texts == wanted
         else:
             lower = [text.lower() for text in texts]
             if not set(np.array(lower)[known]) <= {*YES, *NO}:
                 raise BadPlan(
-                    f"label {self.label!r} is not true or false: it has {shown}. Say with"
-                    " --positive which of them is the positive class"
+                    f"label {self.label!r} is not true or false: it has {shown}. Pass the value of"
+                    " the positive class as --positive"
                 )
             truth = np.array([text in YES for text in lower])
         if len(np.unique(truth[known])) < 2:
             raise TooLittleData(
                 f"every document has the same answer to {self}: label {self.label!r} has {shown}."
-                " Documents of both classes are needed"
+                " Expected documents of both classes"
             )
         return truth & known, known
 
@@ -83,7 +83,11 @@ def open_data(
     max_tokens: int | None = None,
     split: str | None = None,
 ) -> FeatureStore:
-    """A store as it is; a corpus is extracted into `store` (else beside it) first, or goes on."""
+    """Open a store, or extract a corpus into a store first.
+
+    The store of a corpus is `store`, or a folder beside the corpus. An interrupted extraction
+    continues.
+    """
     from qwen_scope_lens.catalog import find_group
     from qwen_scope_lens.stores.corpus import read_corpus
     from qwen_scope_lens.stores.extract import extract
@@ -94,8 +98,8 @@ def open_data(
         return FeatureStore.open(path)
     if model is None or group is None:
         raise BadPlan(
-            f"{data} is no feature store; to read it as a corpus, pass --model and --sae, such as"
-            " --model mini-qwen3 --sae mini-qwen3/w1k-l0-16"
+            f"{data} is not a feature store. To read it as a corpus, pass --model and --sae, such"
+            " as --model mini-qwen3 --sae mini-qwen3/w1k-l0-16"
         )
     corpus = read_corpus(data, text=text, split=split)
     _check_column(corpus, column, data)
@@ -114,7 +118,7 @@ def documents_of(
     layers: Sequence[int] | None = None,
     language: str | None = None,
 ) -> Documents:
-    """The documents of a store that have the label; `language` names a second one."""
+    """The documents of a store that have the label; `language` names the label of languages."""
     truth, known = task.truth(store.labels(task.label))
     rows = np.nonzero(known)[0]
     languages = None
@@ -133,15 +137,15 @@ def documents_of(
 def residuals_of(
     documents: Documents, store: FeatureStore, layers: Sequence[int], model: Any
 ) -> Documents:
-    """The same with mean residuals, which `model` reads the texts again for."""
+    """The same documents with mean residuals, for which `model` reads the texts again."""
     found = mean_residuals(model, documents.texts, layers, source_of_store(store, layers))
     return replace(documents, residuals=found)
 
 
 def split(documents: Documents, share: float = 0.2, seed: int = 0) -> tuple[Documents, Documents]:
-    """Discovery and test: a share of every class of every language is held out.
+    """Split into discovery and test: `share` of each class of each language is held out.
 
-    Equal texts stay together: a copy on both sides would be recognised, not classified.
+    Equal texts stay on one side, because a test text that was seen in discovery measures nothing.
     """
     rng = np.random.default_rng(seed)
     _, first, text_of = np.unique(documents.texts, return_index=True, return_inverse=True)
@@ -155,16 +159,16 @@ def split(documents: Documents, share: float = 0.2, seed: int = 0) -> tuple[Docu
     test = held[text_of]
     if not test.any() or test.all():
         raise TooLittleData(
-            f"{len(first)} different texts are too few to hold out {share:.0%}"
-            " of every class: add documents, or pass test documents of their own"
+            f"{len(first)} different texts are too few to hold out {share:.0%} of every class: add"
+            " documents, or pass separate test documents"
         )
     return documents.take(~test), documents.take(test)
 
 
 def by_language(documents: Documents) -> Mapping[str, Documents]:
-    """One set a language; those without both classes raise."""
+    """The documents of each language; raises if one of them has only one class."""
     if documents.languages is None:
-        raise BadPlan("no column of languages was named: pass --language")
+        raise BadPlan("the column of languages is not known: name it with --language")
     found = {}
     for language in sorted(set(map(str, documents.languages))):
         part = documents.take(documents.languages == language)
@@ -177,7 +181,7 @@ def by_language(documents: Documents) -> Mapping[str, Documents]:
 
 
 def _check_column(corpus: Any, column: str | None, data: str) -> None:
-    """Raise before hours of extraction where the label column does not exist."""
+    """Raise before a long extraction if the label column does not exist."""
     if column is None:
         return
     for document in corpus:

@@ -112,8 +112,7 @@ def _match(arguments: argparse.Namespace) -> int:
 
 
 def _drift(arguments: argparse.Namespace) -> int:
-    from qwen_scope_lens.compare.drift import drift
-    from qwen_scope_lens.compare.drift_page import drift_page, summary
+    from qwen_scope_lens.compare.drift import drift, drift_page, summary
     from qwen_scope_lens.compare.sources import both_fvu
     from qwen_scope_lens.stores.store import FeatureStore
 
