@@ -49,11 +49,11 @@ from qwen_scope_lens.classify import (
     rule_methods,
     scored,
     source_of,
-    table,
     transfer,
     transfer_table,
 )
 from qwen_scope_lens.mini import SAES
+from qwen_scope_lens.tables import Table
 from tools.mini import corpus
 from tools.mini.sources import LANGUAGES
 from tools.mini.tones import TONES, tone_text
@@ -125,15 +125,15 @@ def languages_part(reader: Reader, work: Path) -> None:
         for lang in LANGUAGES:
             says = method.fit(known[lang]).score(held[lang]) > 0
             pairs.append((says, held[lang].truth))
-        mean, low, high = macro(pairs)
+        found = macro(pairs)
         each = [scored(*pair).f1 for pair in pairs]
-        cells.append((method.name, *each, mean, f"{low:.3f}-{high:.3f}"))
+        cells.append((method.name, *each, found.value, f"{found.low:.3f}-{found.high:.3f}"))
     layers = {lang: by_layer(known[lang], held[lang]) for lang in LANGUAGES}
     best = {lang: best_test_layer(rows) for lang, rows in layers.items()}
     mean_best = float(np.mean([row.test.f1 for row in best.values()]))
     of_best = (row.test.f1 for row in best.values())
     cells.insert(5, ("OR, 2 features, layer best on test", *of_best, mean_best, ""))
-    say(table(("F1 on test", *LANGUAGES, "mean", "95%"), cells))
+    say(Table.of(("F1 on test", *LANGUAGES, "mean", "95%"), cells).text())
     chosen = {lang: max(rows, key=lambda r: (r.d, -r.layer)).layer for lang, rows in layers.items()}
     say(f"\nLayer by largest d: {chosen}")
     say(f"Layer best on test: { ({lang: row.layer for lang, row in best.items()}) }")

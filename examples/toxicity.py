@@ -33,13 +33,13 @@ from qwen_scope_lens.classify import (
     overlap_table,
     rule_methods,
     split,
-    table,
     transfer,
     transfer_table,
 )
 from qwen_scope_lens.cli.options import layer_list
 from qwen_scope_lens.cli.verbs import run_alone
 from qwen_scope_lens.stores import extract, read_corpus
+from qwen_scope_lens.tables import Table
 
 HUB = "textdetox/multilingual_toxicity_dataset"
 LANGUAGES = ("en", "ru", "uk", "de", "es", "am", "zh", "ar", "hi", "it", "fr", "tt", "ja")
@@ -74,12 +74,12 @@ def run(arguments: argparse.Namespace) -> int:
         for language, known in discovery.items():
             scores = method.fit(known).score(test[language])
             decisions.append((scores > 0, test[language].truth))
-        each = [macro([one])[0] for one in decisions]
-        mean, low, high = macro(decisions)
-        rows.append((method.name, *each, mean, f"{low:.3f}-{high:.3f}"))
+        each = [macro([one]).value for one in decisions]
+        found = macro(decisions)
+        rows.append((method.name, *each, found.value, f"{found.low:.3f}-{found.high:.3f}"))
     best = [best_test_layer(by_layer(known, test[n])).test.f1 for n, known in discovery.items()]
     rows.append(("OR, K = 2, layer best on test", *best, sum(best) / len(best), ""))
-    print(table(("method", *discovery, "mean", "95%"), rows))
+    print(Table.of(("method", *discovery, "mean", "95%"), rows).text())
 
     if len(discovery) > 1:
         print("\nRules used on other languages than they were fitted on:")

@@ -6,10 +6,8 @@ prompts, benchmarks) is known in the rooms that own it; what is said from the dr
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -97,22 +95,22 @@ def ratio(above: ArrayLike, below: ArrayLike) -> np.ndarray:
 
 def pearson(x: ArrayLike, y: ArrayLike) -> float:
     """Pearson's correlation; NaN for fewer than two values and where one of them is constant."""
-    from scipy.stats import pearsonr
-
-    return _correlation(pearsonr, x, y)
+    return _correlation(np.asarray(x, dtype=float), np.asarray(y, dtype=float))
 
 
 def spearman(x: ArrayLike, y: ArrayLike) -> float:
     """Spearman's rank correlation; NaN for fewer than two values and where one is constant."""
-    from scipy.stats import spearmanr
+    from scipy.stats import rankdata
 
-    return _correlation(spearmanr, x, y)
+    return _correlation(rankdata(x), rankdata(y))
 
 
-def _correlation(measure: Any, x: ArrayLike, y: ArrayLike) -> float:
-    a, b = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
+def _correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """NumPy's: SciPy's `pearsonr` also makes a p-value, which takes ten times as long.
+
+    A bootstrap over benchmarks asks for thousands of correlations.
+    """
     if len(a) < 2 or np.ptp(a) == 0 or np.ptp(b) == 0:
         return float("nan")
-    with warnings.catch_warnings():  # SciPy warns of columns that are constant but for rounding
-        warnings.simplefilter("ignore")
-        return float(np.clip(measure(a, b).statistic, -1, 1))
+    with np.errstate(invalid="ignore", divide="ignore"):  # constant but for rounding
+        return float(np.clip(np.corrcoef(a, b)[0, 1], -1, 1))

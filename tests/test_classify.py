@@ -301,7 +301,7 @@ def test_what_users_get_wrong(
     read = ["--model", MODEL, "--sae", GROUP, "--layers", "5", "--store", tmp_path / "s"]
     for said, words in (
         ("has no column 'toxic': it has chinese, lang", [corpus, "--label", "toxic", *read]),
-        ("is no feature store", [corpus, "--label", "chinese"]),
+        ("is not a feature store", [corpus, "--label", "chinese"]),
         ("lang = fr: there are", [store.path, "--label", "lang", "--positive", "fr"]),
         ("not true or false", [store.path, "--label", "lang"]),
         ("no label 'toxic'", [store.path, "--label", "toxic"]),

@@ -76,10 +76,10 @@ def test_scores_are_scikit_learns(seed: int, n: int) -> None:
     assert found.precision == pytest.approx(precision_score(truth, says, zero_division=0))
     assert found.recall == pytest.approx(recall_score(truth, says, zero_division=0))
     other = rng.random(n) < 0.5
-    assert difference(says, other, truth)[0] == pytest.approx(
+    assert difference(says, other, truth).value == pytest.approx(
         found.f1 - f1_score(truth, other, zero_division=0)
     )
-    assert macro([(says, truth), (other, truth)])[0] == pytest.approx(
+    assert macro([(says, truth), (other, truth)]).value == pytest.approx(
         (found.f1 + f1_score(truth, other, zero_division=0)) / 2
     )
 
@@ -96,8 +96,8 @@ def test_intervals_are_those_of_resampling_documents() -> None:
         two.append(one[-1] - f1_of(other[rows], truth[rows]))
     found = scored(says, truth)
     assert (found.low, found.high) == pytest.approx(np.quantile(one, [0.025, 0.975]), abs=0.006)
-    _, low, high = difference(says, other, truth)
-    assert (low, high) == pytest.approx(np.quantile(two, [0.025, 0.975]), abs=0.008)
+    found = difference(says, other, truth)
+    assert (found.low, found.high) == pytest.approx(np.quantile(two, [0.025, 0.975]), abs=0.008)
 
 
 @settings(max_examples=80, deadline=None)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.sparse import csr_matrix
-from scipy.stats import kendalltau, spearmanr
+from scipy.stats import kendalltau, pearsonr, spearmanr
 
 from qwen_scope_lens.bench import (
     Footprint,
@@ -28,11 +28,12 @@ from qwen_scope_lens.bench import (
     similarity,
     spearman,
 )
-from qwen_scope_lens.bench.correlation import partial, pearson, split_control
+from qwen_scope_lens.bench.correlation import partial, split_control
 from qwen_scope_lens.bench.coverage import expected_features
 from qwen_scope_lens.bench.overlap import overlaps
 from qwen_scope_lens.bench.panel import ranking_curve
 from qwen_scope_lens.errors import BadFile, StoreMismatch, TooLittleData, UnknownName
+from qwen_scope_lens.stats import pearson
 
 
 def draw(
@@ -208,7 +209,17 @@ def test_partial_correlation_is_that_of_residuals() -> None:
     assert partial(pearson(x, y), pearson(x, m), pearson(y, m)) == pytest.approx(expected)
     table = similarity(np.stack([x, y], axis=1), ["x", "y"], m)
     assert table[0, 1] == pytest.approx(expected)
-    assert spearman(x, y) == pytest.approx(spearmanr(x, y).statistic)
+
+
+def test_correlations_are_those_of_scipy() -> None:
+    rng = np.random.default_rng(3)
+    for size in (2, 3, 40):
+        x, y = rng.normal(size=size), rng.integers(0, 9, size).astype(float)
+        y[0] = 10
+        assert spearman(x, y) == pytest.approx(spearmanr(x, y).statistic)
+        assert pearson(x, y) == pytest.approx(pearsonr(x, y).statistic)
+    assert np.isnan(pearson([1.0, 1.0, 1.0], [1.0, 2.0, 3.0]))
+    assert np.isnan(spearman([1.0], [2.0]))
 
 
 def test_correlations_over_benchmarks_and_pairs() -> None:
@@ -242,16 +253,16 @@ def test_degenerate_cases_say_so() -> None:
         overlap(single, footprint("other", np.ones((1, 6))))
     with pytest.raises(StoreMismatch, match="position"):
         overlap(single, Footprint("o", single.items, single.keys, "", "any"))
-    with pytest.raises(TooLittleData, match="no ranking to keep"):
+    with pytest.raises(TooLittleData, match="have no ranking"):
         agreement("same", np.ones((3, 9)))
     with pytest.raises(TooLittleData, match="at least 2"):
         agreement("short", np.ones((3, 1)))
     with pytest.raises(BadFile, match="1 of 6 results"):
         agreement("gap", [[1, 0, np.nan], [0, 0, 1]])
     scores = np.random.default_rng(0).random((6, 3))
-    with pytest.raises(StoreMismatch, match="outside the pairs"):
+    with pytest.raises(StoreMismatch, match="must not be one of the pairs"):
         similarity(scores, ["a", "b", "m"], scores[:, 2])
-    with pytest.raises(TooLittleData, match="straight line"):
+    with pytest.raises(TooLittleData, match="linear function of the control"):
         similarity(scores, ["a", "b", "c"], 2 * scores[:, 1] + 1)
     scores[:, 1] = 0.5
     with pytest.raises(TooLittleData, match="b: all 6 models score 0"):

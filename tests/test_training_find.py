@@ -178,7 +178,7 @@ def test_only_chosen_documents_are_read_and_four_are_needed() -> None:
     store = _Planted(0.2)
     find_repetition_features(store, docs=[3, 5, 8, 9], top=1)  # type: ignore[arg-type]
     assert store.read == [3, 5, 8, 9]
-    with pytest.raises(TooLittleData, match=r"3 documents repeat.*four are the least"):
+    with pytest.raises(TooLittleData, match=r"3 documents repeat.*at least four are needed"):
         find_repetition_features(store, docs=[3, 5, 8])  # type: ignore[arg-type]
     with pytest.raises(TooLittleData, match="0 documents repeat"):
         find_repetition_features(store, min_times=9)  # type: ignore[arg-type]

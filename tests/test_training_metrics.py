@@ -69,7 +69,7 @@ def test_replies_to_one_prompt_are_resampled_together() -> None:
     assert together.high - together.low > 2 * (alone.high - alone.low)
     with pytest.raises(TooLittleData, match="one prompt"):
         share([True, False], ["a", "a"])
-    with pytest.raises(ValueError, match="expected one a reply"):
+    with pytest.raises(ValueError, match="expected one per reply"):
         share([True], ["a", "b"])
 
 

@@ -75,7 +75,7 @@ def test_a_run_killed_while_it_saves_goes_on_from_the_last_whole_checkpoint(
     assert (out / "checkpoint-2").is_dir()
     assert not (out / "final").exists()
     assert last_whole(out) == str(out / "checkpoint-1")  # not removed for the half one
-    with pytest.warns(UserWarning, match="checkpoint-2 was not written to its end.*aside"):
+    with pytest.warns(UserWarning, match="checkpoint-2 is not complete.*aside"):
         final = run_sasft(path)
     assert (out / "aside-checkpoint-2" / "model.safetensors").is_file()
     assert last_whole(out) == str(out / "checkpoint-3")
@@ -99,7 +99,7 @@ def test_a_checkpoint_is_whole_when_its_list_fits(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-10" / "deep" / "weights").write_bytes(b"123")
     assert last_whole(tmp_path) == str(tmp_path / "checkpoint-9")
     (tmp_path / "checkpoint-9" / "qsl_whole.json").write_text("{", "utf-8")
-    with pytest.warns(UserWarning, match="was not written to its end"):
+    with pytest.warns(UserWarning, match="is not complete"):
         moved = set_aside(tmp_path)
     assert [place.name for place in moved] == ["aside-checkpoint-9", "aside-checkpoint-10"]
     assert last_whole(tmp_path) == str(tmp_path / "checkpoint-1")
@@ -128,7 +128,7 @@ def test_what_contradicts_the_checkpoints_is_refused_and_fresh_sets_them_aside(
     state = tmp_path / "out" / "checkpoint-1" / "trainer_state.json"
     text = state.read_text("utf-8")
     state.write_text(text.replace('"global_step": 1', '"global_step": 7'), "utf-8")
-    assert "is of step 7, not of checkpoint-1" in message()
+    assert "belongs to step 7, not to checkpoint-1" in message()
     state.write_text(text.replace("{", "[", 1), "utf-8")
     assert "is damaged" in message()
     state.write_text(text, "utf-8")
@@ -138,7 +138,7 @@ def test_what_contradicts_the_checkpoints_is_refused_and_fresh_sets_them_aside(
     assert "checkpoint-1 does not belong to this model and run" in message()
     sasft_run(tmp_path, max_steps=1)
     (tmp_path / "out" / "qsl_run.yaml").write_text("[", "utf-8")
-    assert "--fresh starts again" in message()
+    assert "Use --fresh to start again" in message()
     with pytest.warns(UserWarning, match="belongs to an earlier run"):
         assert main(["train", "sasft", str(path), "--fresh"]) == 0
     assert (tmp_path / "out" / "aside-checkpoint-1").is_dir()
@@ -172,7 +172,7 @@ def test_a_grpo_run(tmp_path: Path) -> None:
     ("text", "words"),
     [
         ("model: [", "cannot be read as YAML"),
-        ("just text", "no mapping"),
+        ("just text", "not a mapping"),
         ("modle: a\n", "unknown keys modle"),
         ("trainer: 3\n", "has to be a mapping"),
         (f"model: {'7' * 5000}\n", "cannot be read as YAML"),

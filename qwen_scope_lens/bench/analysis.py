@@ -1,7 +1,6 @@
-"""Everything that is said about a suite, computed once: what the report and its tables show.
+"""All findings on a suite at one layer and position, computed once for the report and its tables.
 
-Which figures, at which layer and position, against which scores. The figures themselves come from
-the other modules of this room; how they are shown is `report.py`.
+The other modules of this room compute the single figures; `report.py` shows them.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ from qwen_scope_lens.bench.correlation import (
     correlate_pairs,
     partial_rank,
     similarity,
-    spearman,
     split_control,
 )
 from qwen_scope_lens.bench.coverage import (
@@ -28,8 +26,7 @@ from qwen_scope_lens.bench.coverage import (
     redundancy,
     redundancy_at,
 )
-from qwen_scope_lens.bench.footprint import Footprint, saturated
-from qwen_scope_lens.bench.intervals import DRAWS, Interval
+from qwen_scope_lens.bench.footprint import DRAWS, Footprint, saturated
 from qwen_scope_lens.bench.overlap import (
     Ceiling,
     Overlap,
@@ -40,6 +37,7 @@ from qwen_scope_lens.bench.overlap import (
 from qwen_scope_lens.bench.panel import Agreement, Scores, agreement
 from qwen_scope_lens.bench.suite import Suite
 from qwen_scope_lens.errors import StoreMismatch, TooLittleData
+from qwen_scope_lens.stats import Interval, spearman
 
 __all__ = [
     "Analysis",
@@ -54,12 +52,12 @@ __all__ = [
 
 @dataclass(frozen=True)
 class LayerView:
-    """How the conclusions look at another layer."""
+    """The conclusions at one of the extracted layers, compared with the report's layer."""
 
     layer: int
     r_hat: tuple[float, ...]  # per benchmark
-    same_ranking: float  # Spearman of R-hat with the report's layer
-    same_overlaps: float  # Spearman of overlap_min over pairs with the report's layer
+    same_ranking: float  # Spearman of R-hat with R-hat at the report's layer
+    same_overlaps: float  # Spearman of overlap_min over pairs with that at the report's layer
 
 
 @dataclass(frozen=True)
@@ -68,8 +66,8 @@ class RankCheck:
 
     pearson: Interval
     spearman: Interval
-    given_size: Interval  # Spearman with log N held fixed
-    by_size: float  # Spearman of R with N alone: what no feature is needed for
+    given_size: Interval  # Spearman with the number of items held fixed
+    by_size: float  # Spearman of R with the number of items, which needs no features
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +78,7 @@ class Performance:
     similarity: np.ndarray  # [benchmarks, benchmarks]
     raw: PairCorrelation
     control: str | None
-    partial: PairCorrelation | None  # with the control taken out, equation 12
+    partial: PairCorrelation | None  # with the control held fixed, equation 12
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,8 +89,8 @@ class Analysis:
     position: str
     provenance: dict[str, Any]
     redundancy: list[Redundancy]
-    at_size: int  # items to which every benchmark is cut in the next figures
-    r_hat_at: list[float]
+    at_size: int  # items of the smallest benchmark
+    r_hat_at: list[float]  # R-hat of `at_size` items of each benchmark
     curves: list[Curve]
     ceilings: list[Ceiling]
     overlaps: list[Overlap]
@@ -100,7 +98,7 @@ class Analysis:
     agreement: list[Agreement]  # empty without single results
     rank_check: RankCheck | None
     performance: Performance | None  # needs scores of three benchmarks
-    warnings: tuple[str, ...] = ()  # benchmarks whose footprints use most of the dictionary
+    warnings: tuple[str, ...] = ()  # one per benchmark whose footprint uses most of the dictionary
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -117,10 +115,10 @@ def analyse(
     seed: int = 0,
     say: Callable[[str], None] = lambda line: None,
 ) -> Analysis:
-    """Footprints of all benchmarks, and what follows from them.
+    """Compute footprints of all benchmarks and all findings on them.
 
-    `control` is the broad benchmark that is taken out of performance similarity; it takes part in
-    the redundancy ranking, never in the pairs.
+    `control` is the broad benchmark that performance similarity holds fixed. It is part of the
+    redundancy ranking but of none of the pairs.
     """
     chosen = suite.layers[-1] if layer is None else layer
     say(f"footprints at layer {chosen}, position {position}")
@@ -149,10 +147,15 @@ def analyse(
         for name, result in mine.results.items():
             if result.shape[1] < had[name]:
                 left_out[name] = had[name] - result.shape[1]
-                say(f"{name}: {left_out[name]:,} of {had[name]:,} scored items were not extracted,"
-                    " and are left out of its scores")  # fmt: skip
-        truths = [agreement(f.name, mine.results[f.name], seed=seed) for f in footprints
-                  if f.name in mine.results]  # fmt: skip
+                say(
+                    f"{name}: {left_out[name]:,} of {had[name]:,} scored items were not extracted,"
+                    " and are left out of its scores"
+                )
+        truths = [
+            agreement(f.name, mine.results[f.name], seed=seed)
+            for f in footprints
+            if f.name in mine.results
+        ]
         others = [f for f in footprints if f.name != control]
         compared = performance(others, scores, control) if len(others) >= 3 else None
     return Analysis(
@@ -177,7 +180,7 @@ def analyse(
 
 
 def rank_check(rows: Sequence[Redundancy], truths: Sequence[Agreement]) -> RankCheck:
-    """R-hat against R, and whether more than the number of items speaks for it."""
+    """R-hat against R, also with the number of items held fixed."""
     r_hat = np.array([row.r_hat.value for row in rows])
     r = np.array([truth.r.value for truth in truths])
     size = np.array([float(row.n_items) for row in rows])
@@ -188,12 +191,12 @@ def rank_check(rows: Sequence[Redundancy], truths: Sequence[Agreement]) -> RankC
 def performance(
     footprints: Sequence[Footprint], scores: Scores, control: str | None
 ) -> Performance:
-    """Overlap of footprints against similarity of scores, raw and with the control taken out."""
+    """Overlap of footprints against similarity of scores, raw and with the control held fixed."""
     names = [f.name for f in footprints]
     if control is not None and control in names:
         raise StoreMismatch(
-            f"control benchmark {control} is among the pairs: it must stay outside, or equation 12"
-            " divides by zero"
+            f"the control benchmark {control} is one of the pairs: it must not be, because equation"
+            " 12 would divide by zero"
         )
     overlap = overlap_matrix(footprints, smallest=True)
     mine = scores.only(names)

@@ -1,9 +1,10 @@
 """Near-duplicates between two benchmarks, and how much of a benchmark a training set contains.
 
-Two items are near when their sets of features are (Jaccard). How near is suspicious is taken from
-the benchmark itself: its items' distances to their own nearest neighbours are what relatedness
-alone gives. Whole-prompt footprints (position "any") tell items apart far better than the last
-token, which in many benchmarks is the same word for all.
+The similarity of two items is the Jaccard index of their sets of features. The benchmark itself
+shows which similarity is suspicious: the similarities of its items to their nearest neighbours
+within the benchmark are what a common subject alone gives. Footprints of whole prompts (position
+"any") distinguish items far better than the last token, which is the same word in all items of many
+benchmarks.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ __all__ = [
 
 NEAR = 0.9
 MOST_PAIRS = 10_000
-"""A benchmark of equal prompts has millions of equal pairs; nobody reads more than these."""
+"""The most pairs that are returned: a benchmark of equal prompts has millions of equal pairs."""
 BLOCK = 2**22
 """Cells of the table of pairs that are held at once: 16 MB as float32."""
 
@@ -45,13 +46,13 @@ class Pair:
 
 @dataclass(frozen=True)
 class Contamination:
-    """What of a benchmark a training set contains."""
+    """The items of a benchmark that a training set contains, and the overlap of both."""
 
     benchmark: str
     training: str
-    threshold: float  # Jaccard from which an item counts as contained
-    usual: float  # the 99th percentile of the benchmark's own nearest neighbours
-    contained: tuple[Pair, ...]  # benchmark item, nearest training item; nearest first
+    threshold: float  # an item counts as contained from this Jaccard index on
+    usual: float  # 99th percentile of the similarity to the nearest neighbour in the benchmark
+    contained: tuple[Pair, ...]  # benchmark item and nearest training item; most similar first
     n_items: int
     overlap: Overlap  # of the benchmark with the training set
     ceiling: Ceiling  # of the benchmark with itself
@@ -64,9 +65,9 @@ class Contamination:
 def near_duplicates(
     first: Footprint, second: Footprint, least: float = NEAR, most: int = MOST_PAIRS
 ) -> list[Pair]:
-    """Pairs with a Jaccard similarity of at least `least`, nearest first, at most `most`.
+    """Pairs with a Jaccard similarity of at least `least`, most similar first, at most `most`.
 
-    A benchmark with itself: every unordered pair of different items.
+    For a benchmark and itself, these are unordered pairs of different items.
     """
     if not 0 < least <= 1:
         raise TooLittleData(f"similarity {least}: expected above 0 and up to 1")
@@ -87,9 +88,9 @@ def near_duplicates(
 
 
 def nearest(first: Footprint, second: Footprint) -> tuple[np.ndarray, np.ndarray]:
-    """For every item of `first` the nearest of `second`: its number and the Jaccard similarity.
+    """For every item of `first` the most similar item of `second`: its number and the similarity.
 
-    A benchmark with itself: the nearest *other* item.
+    For a benchmark and itself, this is the most similar *other* item.
     """
     check_comparable(first, second)
     same = first is second
@@ -103,16 +104,18 @@ def nearest(first: Footprint, second: Footprint) -> tuple[np.ndarray, np.ndarray
 
 
 def usual_nearness(footprint: Footprint, quantile: float = 0.99) -> float:
-    """How near an item's nearest neighbour within the benchmark is, at a quantile of the items."""
+    """A quantile over items of the similarity to the nearest neighbour within the benchmark."""
     if len(footprint) < 2:
-        raise TooLittleData(f"benchmark {footprint.name!r} has one item and no neighbours")
+        raise TooLittleData(
+            f"benchmark {footprint.name!r} has one item: its nearest neighbour needs another one"
+        )
     return float(np.quantile(nearest(footprint, footprint)[1], quantile))
 
 
 def contamination(
     benchmark: Footprint, training: Footprint, least: float = NEAR, seed: int = 0
 ) -> Contamination:
-    """Benchmark items with a near-duplicate in the training set, and the overlap as a whole."""
+    """Find benchmark items with a near-duplicate in the training set, and the overlap of both."""
     if not 0 < least <= 1:
         raise TooLittleData(f"similarity {least}: expected above 0 and up to 1")
     numbers, values = nearest(benchmark, training)
@@ -134,7 +137,7 @@ def contamination(
 
 
 def _jaccard(first: Footprint, second: Footprint) -> Iterator[tuple[int, np.ndarray]]:
-    """Similarities of all pairs, block by block: `(first row, [rows, items of second])`."""
+    """Similarities of all pairs in blocks: `(number of the first row, [rows, items of second])`."""
     sizes = [np.diff(f.items.indptr).astype(np.float32) for f in (first, second)]
     transposed = second.items.T.tocsr()
     height = max(1, BLOCK // max(1, len(second)))

@@ -1,8 +1,8 @@
-"""Correlations between what footprints say and what scores say: equation 12 and its neighbours.
+"""Correlations between footprints and the scores of models: equation 12 and its relatives.
 
-Performance similarity is Pearson's correlation of two benchmarks' scores over the models; its
-partial form takes a broad control benchmark (the paper: MMLU) out. Pairs share benchmarks, so
-intervals resample benchmarks, never pairs.
+Performance similarity is Pearson's correlation of two benchmarks' scores over the models. Its
+partial form controls for a broad benchmark (MMLU in the paper). Pairs of benchmarks share
+benchmarks, so intervals resample benchmarks and never pairs.
 """
 
 from __future__ import annotations
@@ -12,18 +12,17 @@ from dataclasses import dataclass
 from functools import partial as bind
 
 import numpy as np
-from scipy.stats import rankdata
 
-from qwen_scope_lens.bench.intervals import Interval, over_benchmarks
 from qwen_scope_lens.errors import StoreMismatch, TooLittleData, UnknownName
+from qwen_scope_lens.stats import Interval, between, pearson, spearman
 
 __all__ = [
     "PairCorrelation",
     "correlate",
     "correlate_pairs",
+    "over_benchmarks",
     "partial",
     "partial_rank",
-    "pearson",
     "similarity",
     "spearman",
     "split_control",
@@ -40,30 +39,35 @@ class PairCorrelation:
     n_pairs: int
     pearson: Interval
     spearman: Interval
-    p_value: float  # Mantel: Spearman at least as large when one measure's benchmarks are shuffled
+    p_value: float  # Mantel test: how often shuffled benchmarks reach this Spearman
 
 
-def pearson(x: np.ndarray, y: np.ndarray) -> float:
-    """NaN where one of them does not vary."""
-    x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
-    if len(x) < 2:
-        return float("nan")
-    x, y = x - x.mean(), y - y.mean()
-    norm = float(np.sqrt((x @ x) * (y @ y)))
-    return float(np.clip(x @ y / norm, -1, 1)) if norm > 1e-300 else float("nan")
+def over_benchmarks(
+    statistic: Callable[[np.ndarray], float], n: int, draws: int = 1000, seed: int = 0
+) -> Interval:
+    """Interval of `statistic(benchmark numbers)` when n benchmarks are drawn with replacement.
 
-
-def spearman(x: np.ndarray, y: np.ndarray) -> float:
-    return pearson(rankdata(x), rankdata(y))
+    Draws of fewer than three different benchmarks are left out, and so are draws on which the
+    statistic is undefined.
+    """
+    if n < 3:
+        raise TooLittleData(f"a correlation over {n} benchmarks: at least 3 are needed")
+    rng = np.random.default_rng(seed)
+    found = np.full(draws, np.nan)
+    for i in range(draws):
+        numbers = rng.integers(0, n, n)
+        if len(np.unique(numbers)) >= 3:
+            found[i] = statistic(numbers)
+    return between(statistic(np.arange(n)), found)
 
 
 def partial(r_ij: float, r_im: float, r_jm: float) -> float:
-    """Equation 12: the correlation of i and j with m held fixed."""
+    """Equation 12: the correlation of i and j when m is held fixed."""
     if max(abs(r_im), abs(r_jm)) > NEARLY_ONE:
         raise TooLittleData(
-            "a benchmark's scores are a straight line of the control's (|correlation| = 1), so"
-            " nothing is left once it is taken out (equation 12 divides by zero). Leave that"
-            " benchmark out, or use more models"
+            "the scores of a benchmark are a linear function of the control's (|correlation| = 1),"
+            " so nothing is left once the control is held fixed (equation 12 divides by zero)."
+            " Leave that benchmark out, or use more models"
         )
     value = (r_ij - r_im * r_jm) / np.sqrt((1 - r_im**2) * (1 - r_jm**2))
     return float(np.clip(value, -1, 1))
@@ -74,7 +78,8 @@ def similarity(
 ) -> np.ndarray:
     """Performance similarity of every pair, `[models, benchmarks] -> [benchmarks, benchmarks]`.
 
-    With `control` (`[models]`, the scores of a benchmark that is in no pair): equation 12.
+    With `control`, the scores `[models]` of a benchmark that is in none of the pairs, this is
+    equation 12.
     """
     scores = np.asarray(scores, dtype=float)
     n_models = len(scores)
@@ -84,15 +89,15 @@ def similarity(
     for name, column in zip([*names, "the control benchmark"], columns, strict=False):
         if np.ptp(column) == 0:
             raise TooLittleData(
-                f"{name}: all {n_models} models score {column[0]:.3f}, so it correlates with"
-                " nothing. Leave it out, or use a panel whose models differ on it"
+                f"{name}: all {n_models} models score {column[0]:.3f}, so correlations with it are"
+                " undefined. Leave it out, or use a panel whose models differ on it"
             )
     if control is not None:
         for name, column in zip(names, scores.T, strict=True):
             if np.array_equal(column, columns[-1]):
                 raise StoreMismatch(
-                    f"{name} has exactly the control's scores: the control benchmark must stay"
-                    " outside the pairs, or equation 12 divides by zero"
+                    f"{name} has exactly the scores of the control benchmark. The control must not"
+                    " be one of the pairs, because equation 12 would divide by zero"
                 )
     found = np.eye(len(names))
     to_control = [pearson(c, columns[-1]) for c in scores.T] if control is not None else []
@@ -108,16 +113,18 @@ def similarity(
 def split_control(
     scores: np.ndarray, names: Sequence[str], control: str
 ) -> tuple[np.ndarray, list[str], np.ndarray]:
-    """Scores and names without the control's, and the control's own column."""
+    """Scores and names of the other benchmarks, and the scores of the control."""
     if control not in names:
-        raise UnknownName(f"no scores of control benchmark {control!r}: found {', '.join(names)}")
+        raise UnknownName(
+            f"the scores do not have the control benchmark {control!r}: found {', '.join(names)}"
+        )
     at = list(names).index(control)
     rest = [i for i in range(len(names)) if i != at]
     return np.asarray(scores)[:, rest], [names[i] for i in rest], np.asarray(scores)[:, at]
 
 
 def correlate(x: np.ndarray, y: np.ndarray, seed: int = 0) -> tuple[Interval, Interval]:
-    """Pearson and Spearman of two figures per benchmark, resampled over the benchmarks."""
+    """Pearson and Spearman between two figures per benchmark, with bootstrap intervals."""
     x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
     return (
         over_benchmarks(lambda rows: pearson(x[rows], y[rows]), len(x), seed=seed),
@@ -126,9 +133,9 @@ def correlate(x: np.ndarray, y: np.ndarray, seed: int = 0) -> tuple[Interval, In
 
 
 def partial_rank(x: np.ndarray, y: np.ndarray, m: np.ndarray, seed: int = 0) -> Interval:
-    """Spearman of x and y with m held fixed (equation 12 on ranks), over the benchmarks.
+    """Spearman of x and y over the benchmarks when m is held fixed (equation 12 on ranks).
 
-    NaN where m alone orders one of them.
+    It is NaN where the order of x or y is that of m.
     """
     x, y, m = (np.asarray(values, dtype=float) for values in (x, y, m))
 
@@ -150,7 +157,7 @@ def correlate_pairs(
 ) -> PairCorrelation:
     """Two symmetric tables `[benchmarks, benchmarks]`, compared over their pairs.
 
-    `keep` (bool, symmetric) says which pairs count, as where some benchmarks have items in common.
+    `keep` (bool, symmetric) says which pairs count, for example where some benchmarks share items.
     """
     a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
     n = len(a)
@@ -173,7 +180,7 @@ def correlate_pairs(
     for _ in range(shuffles):
         order = rng.permutation(n)
         i, j = order[rows], order[columns]
-        wanted = counts[i, j] & counts[rows, columns]  # where both tables have a pair that counts
+        wanted = counts[i, j] & counts[rows, columns]  # the pair counts in both tables
         there = a[i[wanted], j[wanted]], b[rows[wanted], columns[wanted]]
         reached += len(there[0]) > 1 and spearman(*there) >= ranks.value - 1e-12
     return PairCorrelation(n, n_pairs, straight, ranks, (reached + 1) / (shuffles + 1))

@@ -1,13 +1,14 @@
 """The footprint of a benchmark: which features each of its items activates.
 
 Equations 2-3 of the paper: `F(x_i) = {j : z_j(x_i) > 0}` at one token position, `F(D)` their union.
-Everything in this room is counted from this one matrix. Where it comes from (a feature store, a
-token position, a layer) is `suite.py`; what is made of it are the other modules.
+Everything in this room is counted from this one matrix. `suite.py` reads it from a feature store
+at a layer and a token position; the other modules compute figures from it, with intervals from
+resampled items (`resampled`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -18,21 +19,33 @@ from scipy.sparse import csr_matrix, spmatrix
 from qwen_scope_lens.errors import StoreMismatch, TooLittleData
 from qwen_scope_lens.features.pool import canonical
 
-__all__ = ["SATURATED", "Footprint", "check_comparable", "footprint", "saturated"]
+__all__ = [
+    "DRAWS",
+    "SATURATED",
+    "Footprint",
+    "check_comparable",
+    "footprint",
+    "resampled",
+    "saturated",
+]
 
 SATURATED = 0.5
-"""Share of the dictionary from which a footprint says little about its benchmark."""
+"""A footprint that uses a larger share of the dictionary says little about its benchmark."""
+
+DRAWS = 200
+CHUNK = 2**24
+"""Cells of the table [features, draws] that are held at once: 64 MB as float32."""
 
 
 @dataclass(frozen=True, eq=False)
 class Footprint:
-    """Items x features of one benchmark, True where an item activates a feature."""
+    """Items x features of one benchmark: 1 where an item activates a feature, else 0."""
 
     name: str
     items: csr_matrix  # [n_items, d_sae], ones as float32, no stored zeros, sorted
-    keys: tuple[str, ...]  # of the items
-    sae: str  # the address of the SAE; "" when it has none
-    position: str  # where in the prompt it was read
+    keys: tuple[str, ...]  # one per item
+    sae: str  # the address of the SAE; "" if it has none
+    position: str  # the token of the prompt at which features were read
 
     def __len__(self) -> int:
         return int(self.items.shape[0])
@@ -58,20 +71,23 @@ class Footprint:
 
     @property
     def share(self) -> float:
-        """Of the dictionary: what a footprint covers by chance of one that has nothing in common
-        with it, if all features were as likely."""
+        """The share of the dictionary that the footprint uses.
+
+        It is also the share of an unrelated footprint that this one would cover by chance if all
+        features were equally likely.
+        """
         return self.size / self.d_sae
 
     @cached_property
     def compact(self) -> csr_matrix:
-        """`items` with the columns of `features` alone. `[n_items, |F|]`"""
+        """`items` with only the columns of `features`. `[n_items, |F|]`"""
         column = np.zeros(self.d_sae, dtype=np.int32)
         column[self.features] = np.arange(self.size, dtype=np.int32)
         parts = (self.items.data, column[self.items.indices], self.items.indptr)
         return csr_matrix(parts, shape=(len(self), self.size))
 
     def subset(self, numbers: Sequence[int] | np.ndarray) -> Footprint:
-        """The same benchmark with these items alone, in this order."""
+        """The same benchmark with only these items, in this order."""
         rows = np.asarray(numbers, dtype=np.int64)
         keys = tuple(self.keys[i] for i in rows)
         return footprint(self.name, self.items[rows], keys, self.sae, self.position)
@@ -87,7 +103,7 @@ def footprint(
     sae: str = "",
     position: str = "last",
 ) -> Footprint:
-    """A footprint from activations or booleans `[n_items, d_sae]`: whatever is above zero."""
+    """Make a footprint from activations or booleans `[n_items, d_sae]`: all values above zero."""
     matrix = canonical(csr_matrix(canonical(items) > 0, dtype=np.float32))
     n_items = matrix.shape[0]
     if n_items == 0:
@@ -104,7 +120,7 @@ def footprint(
 
 
 def saturated(footprints: Sequence[Footprint]) -> list[str]:
-    """A warning for every footprint that uses most of its dictionary."""
+    """One warning for each footprint that uses most of its dictionary."""
     return [
         f"{f.name}: saturated, its {len(f):,} items use {f.size:,} of the dictionary's {f.d_sae:,}"
         f" features. By chance alone it would cover {f.share:.2f} of any other footprint, so"
@@ -116,7 +132,7 @@ def saturated(footprints: Sequence[Footprint]) -> list[str]:
 
 
 def check_comparable(*footprints: Footprint) -> None:
-    """Raise unless all were read by one SAE at one position."""
+    """Raise unless all footprints were read by the same SAE at the same position."""
     first = footprints[0]
     for other in footprints[1:]:
         for what, a, b in (
@@ -129,3 +145,23 @@ def check_comparable(*footprints: Footprint) -> None:
                     f"{first.name} and {other.name} cannot be compared: {what} {a!r} against"
                     f" {b!r}. Extract both with the same settings"
                 )
+
+
+def resampled(footprint: Footprint, draws: int = DRAWS, seed: int = 0) -> Iterator[np.ndarray]:
+    """Counts m_j of bootstrap resamples of the items: float32 `[|F|, draws in the chunk]`.
+
+    Rows are `footprint.features`; every resample has as many items as the benchmark. Resamples come
+    in chunks, so that memory stays bounded. A resample holds only about 63% of the distinct items,
+    so a figure that counts distinct features needs `stats.centred`.
+    """
+    n_items = len(footprint)
+    rng = np.random.default_rng(seed)
+    transposed = footprint.compact.T.tocsr()
+    width = max(1, min(draws, CHUNK // max(footprint.size, n_items)))
+    for start in range(0, draws, width):
+        count = min(width, draws - start)
+        weights = np.empty((n_items, count), dtype=np.float32)
+        for column in range(count):
+            drawn = rng.integers(0, n_items, n_items)
+            weights[:, column] = np.bincount(drawn, minlength=n_items)
+        yield transposed @ weights

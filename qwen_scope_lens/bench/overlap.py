@@ -1,9 +1,9 @@
-"""How much of one benchmark another covers: equations 10 and 11, and what bounds them.
+"""How much of one benchmark's footprint another covers: equations 10 and 11.
 
 `overlap(D1, D2) = |F1 & F2| / |F1|` is asymmetric; `overlap_min` divides by the smaller footprint.
-Both grow with the number of items, so two things stand beside them: the *ceiling*, what half of a
-benchmark covers of its own other half, and the overlap of equally many items of both, exact and
-without sampling.
+Both grow with the number of items, so two figures are given for comparison: the *ceiling*, which
+is what one half of a benchmark covers of its other half, and the overlap between equally many
+items of both benchmarks, which is computed exactly and without sampling.
 """
 
 from __future__ import annotations
@@ -14,16 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from qwen_scope_lens.bench.coverage import missed
-from qwen_scope_lens.bench.footprint import Footprint, check_comparable
-from qwen_scope_lens.bench.intervals import (
-    DRAWS,
-    Interval,
-    centred,
-    percentile,
-    ratio,
-    resampled,
-)
+from qwen_scope_lens.bench.footprint import DRAWS, Footprint, check_comparable, resampled
 from qwen_scope_lens.errors import TooLittleData
+from qwen_scope_lens.stats import Interval, between, centred, ratio
 
 __all__ = ["Ceiling", "Overlap", "ceiling", "overlap", "overlap_matrix", "overlaps"]
 
@@ -32,21 +25,21 @@ SPLITS = 100
 
 @dataclass(frozen=True)
 class Overlap:
-    """What `second` covers of `first`."""
+    """The share of the footprint of `first` that `second` covers."""
 
     first: str
     second: str
     shared: int  # |F1 & F2|
     overlap: Interval  # equation 10
     overlap_min: Interval  # equation 11
-    at_size: int  # items of each in the next figure
-    equal: float  # expected equation 10 between that many random items of each
-    chance: float  # equation 10 if the second's features were drawn by lot from the dictionary
+    at_size: int  # items of each benchmark in `equal`
+    equal: float  # expected equation 10 between that many random items of each benchmark
+    chance: float  # equation 10 if the second's features were a random draw from the dictionary
 
 
 @dataclass(frozen=True)
 class Ceiling:
-    """What one random half of a benchmark covers of the other: the most to hope for."""
+    """What one random half of a benchmark covers of the other half: an upper reference."""
 
     name: str
     half: int  # items in each half
@@ -56,9 +49,9 @@ class Ceiling:
 def overlap(
     first: Footprint, second: Footprint, draws: int = DRAWS, seed: int = 0, at: int | None = None
 ) -> Overlap:
-    """Both overlaps of a pair, with intervals over the items of both.
+    """Both overlaps of a pair, with intervals over the items of both benchmarks.
 
-    `at` is the size of the equally large random subsets; the smaller benchmark's by default.
+    `at` is the number of items in `Overlap.equal`; by default the size of the smaller benchmark.
     """
     check_comparable(first, second)
     ones = _drawn(first, draws, seed)
@@ -67,7 +60,7 @@ def overlap(
 
 
 def overlaps(footprints: Sequence[Footprint], draws: int = DRAWS, seed: int = 0) -> list[Overlap]:
-    """Every ordered pair of different benchmarks. The equal size is that of the smallest."""
+    """Overlaps of every ordered pair; `at_size` is the size of the smallest benchmark."""
     if len(footprints) < 2:
         raise TooLittleData(f"an overlap needs two benchmarks; found {len(footprints)}")
     check_comparable(*footprints)
@@ -78,9 +71,9 @@ def overlaps(footprints: Sequence[Footprint], draws: int = DRAWS, seed: int = 0)
 
 
 def overlap_matrix(footprints: Sequence[Footprint], smallest: bool = False) -> np.ndarray:
-    """All overlaps at once, without intervals; 1 on the diagonal. `[benchmarks, benchmarks]`
+    """All overlaps without intervals; the diagonal is 1. `-> [benchmarks, benchmarks]`
 
-    Row D1, column D2: equation 10, or equation 11 with `smallest`.
+    Row D1 and column D2 hold equation 10, or equation 11 with `smallest`.
     """
     check_comparable(*footprints)
     fires = np.stack([f.counts > 0 for f in footprints]).astype(np.float32)
@@ -91,7 +84,7 @@ def overlap_matrix(footprints: Sequence[Footprint], smallest: bool = False) -> n
 
 
 def ceiling(footprint: Footprint, splits: int = SPLITS, seed: int = 0) -> Ceiling:
-    """Equation 10 between two random halves of one benchmark, over random splits."""
+    """Equation 10 between two random halves of one benchmark, with an interval over splits."""
     n_items = len(footprint)
     if n_items < 2:
         raise TooLittleData(f"benchmark {footprint.name!r} has one item: it cannot be split")
@@ -108,12 +101,12 @@ def ceiling(footprint: Footprint, splits: int = SPLITS, seed: int = 0) -> Ceilin
         size = int(fires[:, 0].sum())
         found[i] = float(fires.all(1).sum()) / size if size else np.nan
     if np.isnan(found).all():
-        raise TooLittleData(f"benchmark {footprint.name!r}: no half activates any feature")
-    return Ceiling(footprint.name, half, percentile(float(np.nanmean(found)), found))
+        raise TooLittleData(f"benchmark {footprint.name!r}: no random half activates any feature")
+    return Ceiling(footprint.name, half, between(float(np.nanmean(found)), found))
 
 
 def _drawn(footprint: Footprint, draws: int, seed: int) -> np.ndarray:
-    """Which features resamples of the items activate. bool `[|F|, draws]`"""
+    """Which features each resample of the items activates. `-> bool [|F|, draws]`"""
     chunks = [chunk > 0 for chunk in resampled(footprint, draws, seed)]
     return np.concatenate(chunks, axis=1)
 
@@ -142,10 +135,12 @@ def _overlap(
 
 
 def _equal(first: Footprint, second: Footprint, size: int) -> float:
-    """E|F(S1) & F(S2)| / E|F(S1)| for independent subsets of `size` items each."""
+    """E|F(S1) & F(S2)| / E|F(S1)| for independent random subsets of `size` items each."""
     for footprint in (first, second):
         if not 1 <= size <= len(footprint):
-            raise TooLittleData(f"{footprint.name} has {len(footprint)} items: no subset of {size}")
+            raise TooLittleData(
+                f"a subset of {size} items of {footprint.name}: expected 1 to {len(footprint)}"
+            )
     has_first, has_second = (
         1.0 - missed(len(f), f.counts[first.features], np.array([size]))[:, 0]
         for f in (first, second)

@@ -1,12 +1,12 @@
-"""Results of a panel of models, and how soon a random subset ranks them as the whole does.
+"""Results of a panel of models, and how well random subsets rank the models as the whole does.
 
-Two shapes, told apart by their columns. *Wide*: `model` and one column of scores per benchmark;
-enough for performance similarity. *Long*: `model, benchmark, item, correct`, one row per result;
-from it also the ground truth of redundancy. CSV, JSON Lines or Parquet.
+A table of results (CSV, JSON Lines or Parquet) has one of two shapes, recognised by its columns.
+*Wide*: `model` and one column of scores per benchmark, which is enough for performance similarity.
+*Long*: `model, benchmark, item, correct` with one row per result, which also gives R.
 
 Equations 4-6: Kendall's tau between the models' accuracies on D and on a random subset S of n
-items, its mean over subsets (tau_n), and R, the mean of tau_n over n = 1..N. It needs what the
-proxy avoids: every model's result on every item.
+items, its mean over subsets (tau_n), and R, the mean of tau_n over n = 1..N. R needs the result of
+every model on every item, which R-hat (`coverage.py`) does not.
 """
 
 from __future__ import annotations
@@ -20,32 +20,33 @@ from typing import Any
 
 import numpy as np
 
-from qwen_scope_lens.bench.intervals import Interval, centred
 from qwen_scope_lens.errors import BadFile, StoreMismatch, TooLittleData, UnknownName
+from qwen_scope_lens.stats import Interval, centred
 
 __all__ = ["Agreement", "Scores", "agreement", "ranking_curve", "read_scores"]
 
 MOST = 1e100
-"""Beyond it a correlation overflows."""
+"""Larger scores would overflow in a correlation."""
 LONG = ("model", "benchmark", "item", "correct")
 
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """Scores of models on benchmarks, and where known every single result."""
+    """Scores of models on benchmarks, and every single result where it is known."""
 
     models: tuple[str, ...]
     benchmarks: tuple[str, ...]
     table: np.ndarray  # [models, benchmarks]
     results: dict[str, np.ndarray]  # benchmark -> [models, items]; empty for a wide table
-    items: dict[str, tuple[str, ...]] = field(default_factory=dict)  # their ids, where known
+    items: dict[str, tuple[str, ...]] = field(default_factory=dict)  # benchmark -> known item ids
 
     def only(self, names: Sequence[str]) -> Scores:
-        """The same for these benchmarks, in this order."""
+        """The scores of these benchmarks only, in this order."""
         missing = [name for name in names if name not in self.benchmarks]
         if missing:
             raise UnknownName(
-                f"no scores of {', '.join(missing)}: the table has {', '.join(self.benchmarks)}"
+                f"the table has no scores of {', '.join(missing)}: it has"
+                f" {', '.join(self.benchmarks)}"
             )
         columns = [self.benchmarks.index(name) for name in names]
         results = {name: self.results[name] for name in names if name in self.results}
@@ -53,10 +54,10 @@ class Scores:
         return Scores(self.models, tuple(names), self.table[:, columns], results, items)
 
     def matched(self, keys: Mapping[str, Sequence[str]]) -> Scores:
-        """The same with the results of these items alone: `{benchmark: ids of what was read}`.
+        """The results on these items only; `keys` is `{benchmark: ids of the extracted items}`.
 
-        Scores are then means over these items. Benchmarks that are not named stay as they are, and
-        so do those of which only the scores are known.
+        Scores become means over these items. Benchmarks that `keys` does not name stay unchanged,
+        and so do benchmarks of which only the scores are known.
         """
         table, results, items = self.table.copy(), dict(self.results), dict(self.items)
         for name, wanted in keys.items():
@@ -73,20 +74,20 @@ class Scores:
 def _columns_of(
     name: str, wanted: Sequence[str], n_results: int, ids: Sequence[str] | None
 ) -> list[int]:
-    """Which results belong to the items of a footprint; raises where one has none."""
+    """The columns of results that belong to a footprint's items; raises if one has no result."""
     if ids is None:
         if n_results != len(wanted):
             raise StoreMismatch(
-                f"{name}: the footprint has {len(wanted)} items, the scores {n_results}, and"
-                " without ids nothing says which belong together: score the items that were"
-                " extracted, extract those that were scored, or give the scores item ids"
+                f"{name}: the footprint has {len(wanted)} items and the scores {n_results}, and"
+                " without item ids nothing says which belong together. Score the extracted items,"
+                " extract the scored items, or add item ids to the scores"
             )
         return list(range(n_results))
     place = {item: column for column, item in enumerate(ids)}
     columns: dict[int, None] = {}
     missing = []
     for key in wanted:
-        # A question whose choices have prompts of their own is several items, and one result.
+        # If the choices of a question have their own prompts, it is several items with one result.
         item = key if key in place else key.rpartition("/")[0]
         if item in place:
             columns[place[item]] = None
@@ -94,17 +95,17 @@ def _columns_of(
             missing.append(key)
     if missing:
         raise StoreMismatch(
-            f"{name}: the footprint has {len(wanted)} items, the scores {n_results}, and"
-            f" {len(missing)} items of the footprint have no result, the first of them"
+            f"{name}: the footprint has {len(wanted)} items and the scores {n_results};"
+            f" {len(missing)} items of the footprint have no result. The first of them is"
             f" {missing[0]!r} (the scores have {', '.join(map(repr, list(ids)[:3]))}, ..). Score"
-            " the items that were extracted, extract those that were scored (such as with --limit"
-            " and --seed), or give both the same ids"
+            " the extracted items, extract the scored items (for example with --limit and --seed),"
+            " or give both the same ids"
         )
     return sorted(columns)
 
 
 def read_scores(path: str | os.PathLike[str]) -> Scores:
-    """A wide or a long table of results."""
+    """Read a wide or a long table of results."""
     place = Path(path).expanduser()
     table = _read(place)
     columns = table.column_names
@@ -141,7 +142,7 @@ def _long(place: Path, table: Any) -> Scores:
             raise BadFile(
                 f"{place}: {name} has {int(rows.sum())} results; {len(models)} models on"
                 f" {len(items)} items make {matrix.size}. Every model needs one result for every"
-                " item, and no item may come twice"
+                " item, and each item may occur once only"
             )
         results[name] = matrix
         ids[name] = tuple(map(str, items))
@@ -176,24 +177,26 @@ def _read(place: Path) -> Any:
         raise BadFile(f"{place} cannot be read as a table: {error}") from error
     twice = sorted({c for c in names if names.count(c) > 1})
     if twice:
-        raise BadFile(f"{place} has more than one column {', '.join(twice)}: which one counts?")
+        raise BadFile(
+            f"{place} has more than one column {', '.join(twice)}: expected different names"
+        )
     return table
 
 
 def _only_objects(place: Path) -> None:
-    """Raise unless every line begins as an object does: on others pyarrow's reader may crash."""
+    """Raise if a line does not begin with `{`: pyarrow's reader may crash on such lines."""
     with place.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip() and not line.lstrip().startswith(b"{"):
-                raise BadFile(f"{place}, line {number} is no JSON object with columns")
+                raise BadFile(f"{place}, line {number}: expected a JSON object with columns")
 
 
 def _names(place: Path, name: str, column: Any) -> list[str]:
-    """Names of models, benchmarks or items; 3 and 3.0 are the same."""
+    """Names of models, benchmarks or items as strings; 3 and 3.0 are the same name."""
     values = column.to_pylist()
     missing = sum(value is None or value == "" for value in values)
     if missing:
-        raise BadFile(f"{place}: column {name} lacks a name in {missing} of {len(values)} rows")
+        raise BadFile(f"{place}: column {name} has no name in {missing} of {len(values)} rows")
     return [str(int(v)) if isinstance(v, float) and v.is_integer() else str(v) for v in values]
 
 
@@ -202,12 +205,14 @@ def _numbers(place: Path, name: str, column: Any) -> np.ndarray:
         values = np.array([float("nan") if v is None else float(v) for v in column.to_pylist()])
     except (TypeError, ValueError, OverflowError) as error:
         what = str(error) if len(str(error)) < 200 else f"{str(error)[:200]}..."
-        raise BadFile(f"{place}: column {name} has something that is no number: {what}") from error
+        raise BadFile(f"{place}: column {name} has a value that is not a number: {what}") from error
     if not np.isfinite(values).all():
         missing = int((~np.isfinite(values)).sum())
-        raise BadFile(f"{place}: column {name} lacks a number in {missing} of {len(values)} rows")
+        raise BadFile(f"{place}: column {name} has no number in {missing} of {len(values)} rows")
     if len(values) and np.abs(values).max() > MOST:
-        raise BadFile(f"{place}: column {name} has {np.abs(values).max():g}, which is no score")
+        raise BadFile(
+            f"{place}: column {name} has {np.abs(values).max():g}: expected scores up to {MOST:g}"
+        )
     return values
 
 
@@ -220,20 +225,21 @@ def _no_repeats(place: Path, models: Sequence[str]) -> None:
 PERMUTATIONS = 100
 DRAWS = 100
 ALL_SIZES = 200
-"""Up to here every subset size is computed; above, a grid of about this many, interpolated."""
+"""Up to this many items every subset size is computed. For more items a grid of about this many
+sizes is computed, and values between them are interpolated."""
 
 
 @dataclass(frozen=True, eq=False)
 class Agreement:
-    """The tau curve of one benchmark and its mean R."""
+    """The curve tau_n of one benchmark, and its mean R."""
 
     name: str
     n_items: int
     n_models: int
     sizes: np.ndarray  # [points]
     tau: np.ndarray  # [points]
-    r: Interval  # equation 6; resampled over the items, the models are taken as given
-    accuracy: tuple[float, float]  # lowest and highest of the panel
+    r: Interval  # equation 6; items are resampled, models are not
+    accuracy: tuple[float, float]  # lowest and highest accuracy in the panel
 
 
 def agreement(
@@ -243,7 +249,7 @@ def agreement(
     draws: int = DRAWS,
     seed: int = 0,
 ) -> Agreement:
-    """Equations 4-6 for results `[models, items]` (0/1, or any score per item)."""
+    """Equations 4-6 on results `[models, items]` (0 or 1, or any score per item)."""
     matrix = _checked(name, correct)
     n_models, n_items = matrix.shape
     sizes = _sizes(n_items)
@@ -267,8 +273,8 @@ def ranking_curve(
 ) -> np.ndarray:
     """tau_n at each size, as the mean over random subsets. `[models, items] -> [sizes]`
 
-    The first n items of a random order are a random subset of n, so one order serves all sizes.
-    Tau is tau-b, as in scipy; where a subset ties all models it ranks nothing, and counts as 0.
+    The first n items of a random permutation are a random subset of n items, so each permutation
+    serves all sizes. Tau is tau-b, as in SciPy; it counts as 0 on a subset on which all models tie.
     """
     first, second = np.triu_indices(len(correct), 1)
     whole_numbers = np.array_equal(correct, np.rint(correct))
@@ -299,7 +305,7 @@ def _sizes(n_items: int) -> np.ndarray:
 
 
 def _mean_over_sizes(sizes: np.ndarray, values: np.ndarray) -> float:
-    """The mean over n = 1..N of a curve known at some sizes, straight lines between them."""
+    """The mean over n = 1..N of a curve that is interpolated linearly between `sizes`."""
     every = np.arange(1, int(sizes[-1]) + 1)
     return float(np.interp(every, sizes, values).mean())
 
@@ -308,14 +314,14 @@ def _checked(name: str, correct: np.ndarray | Sequence[Sequence[float]]) -> np.n
     matrix = np.asarray(correct, dtype=np.float64)
     if matrix.ndim != 2:
         raise BadFile(
-            f"{name}: results have {matrix.ndim} dimensions; expected [models, items], one number"
-            " for each model and item"
+            f"{name}: the results have {matrix.ndim} dimensions; expected [models, items], one"
+            " number per model and item"
         )
     n_models, n_items = matrix.shape
     if n_models < 2 or n_items < 2:
         raise TooLittleData(
-            f"{name}: {n_models} models on {n_items} items. A ranking needs at least 2 models, a"
-            " subset at least 2 items"
+            f"{name}: {n_models} models on {n_items} items. A ranking needs at least 2 models, and"
+            " a subset needs at least 2 items"
         )
     if not np.isfinite(matrix).all():
         raise BadFile(
@@ -324,7 +330,7 @@ def _checked(name: str, correct: np.ndarray | Sequence[Sequence[float]]) -> np.n
         )
     if np.ptp(matrix.mean(1)) == 0:
         raise TooLittleData(
-            f"{name}: all {n_models} models have accuracy {matrix[0].mean():.3f}, so there is no"
-            " ranking to keep. Use a panel whose models differ, or leave this benchmark out"
+            f"{name}: all {n_models} models have accuracy {matrix[0].mean():.3f}, so they have no"
+            " ranking. Use a panel whose models differ, or leave this benchmark out"
         )
     return matrix

@@ -1,12 +1,13 @@
 """The items of a benchmark as prompts: from files with a template, or rendered by lm-eval.
 
-Where the paper is silent about the prompt, the user decides: a column as it is, a template over the
-row's columns, with or without the chat template. Tasks of lm-eval are rendered by lm-eval
-(`prompts.py`). What a prompt activates is `suite.py`.
+The paper does not describe its prompts, so the user decides: a column of the file, or a template
+over its columns, with or without the chat template. `suite.py` then reads which features the
+prompts activate.
 
-What lm-eval would send to a model is what is read here: its templates, few-shot examples and chat
-rendering. The answer choices of a question share one prompt and count as one item. A group, such as
-MMLU with its 57 subjects, is one benchmark; its items are called SUBTASK/NUMBER.
+For a task of lm-eval, the prompts are exactly what lm-eval would send to a model, with its
+templates, few-shot examples and chat rendering. The answer choices of a question share one prompt
+and count as one item. A group, such as MMLU with its 57 subjects, is one benchmark, and its items
+are named SUBTASK/NUMBER.
 """
 
 from __future__ import annotations
@@ -36,18 +37,18 @@ __all__ = [
 ]
 
 COLUMNS = ("prompt", "question", "text", "input", "problem")
-"""Tried in this order when neither a column nor a template is given."""
+"""The columns that are tried in this order if neither a column nor a template is given."""
 
 KEYS = ("key", "id", "task_id", "question_id")
 
 
 @dataclass(frozen=True)
 class PromptFormat:
-    """How a row becomes a prompt. It is kept beside the store, so that new items get the same."""
+    """How a row becomes a prompt. It is saved beside the store and used again for new items."""
 
     column: str | None = None
     template: str | None = None  # "Question: {question}\nA. {choices[0]}\nAnswer:"
-    chat: bool = False  # as the user's message, with the template's opening of the reply
+    chat: bool = False  # the text is the user's message in the chat template
     split: str | None = None  # of a Hugging Face dataset
 
     def facts(self) -> dict[str, Any]:
@@ -55,11 +56,11 @@ class PromptFormat:
 
 
 def read_prompts(path: str | os.PathLike[str], how: PromptFormat) -> Iterator[Document]:
-    """The prompts of a file, a folder of `datasets`, or a dataset on the hub."""
+    """Read the prompts of a file, a folder of `datasets`, or a dataset on the hub."""
     if how.column and how.template:
         raise BadCorpus("pass a column or a template, not both")
     if any(_utf8(part) != part for part in (how.column or "", how.template or "")):
-        raise BadCorpus("the column or the template has half a character, which no text can hold")
+        raise BadCorpus("the column or the template holds half of a surrogate pair: expected text")
     count = 0
     for count, (where, row) in enumerate(read_rows(path, split=how.split), start=1):
         text = rendered(row, how, where)
@@ -73,10 +74,11 @@ def read_prompts(path: str | os.PathLike[str], how: PromptFormat) -> Iterator[Do
 
 
 def sampled(n: int, limit: int | None, seed: int = 0) -> list[int]:
-    """At most `limit` of 0..n-1, drawn by lot without replacement, ascending.
+    """At most `limit` numbers of 0..n-1, drawn at random without replacement, ascending.
 
-    A simple random sample, also over the subtasks of a group: equations 4 and 7 are about random
-    subsets, and the first items of a file are none (the first of MMLU are all of one subject).
+    It is a simple random sample, also over the subtasks of a group. Equations 4 and 7 are about
+    random subsets, and the first items of a file are not random: the first items of MMLU all belong
+    to one subject.
     """
     if limit is None or limit >= n:
         return list(range(n))
@@ -85,7 +87,7 @@ def sampled(n: int, limit: int | None, seed: int = 0) -> list[int]:
 
 
 def rendered(row: Mapping[str, Any], how: PromptFormat, where: str) -> str:
-    """The prompt of one row."""
+    """Make the prompt of one row; `where` names the row in errors."""
     if not isinstance(row, Mapping):
         raise BadCorpus(f"{where} is a {type(row).__name__}: expected an object with columns")
     have = ", ".join(map(str, row))
@@ -94,8 +96,8 @@ def rendered(row: Mapping[str, Any], how: PromptFormat, where: str) -> str:
             text = _Strict().vformat(how.template, (), row)
         except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
             raise BadCorpus(
-                f"{where} does not fit the template ({type(error).__name__}: {error}). It has"
-                f" {have}; a literal brace is written twice, as in {{{{}}}}"
+                f"{where} does not fit the template ({type(error).__name__}: {error}). The row has"
+                f" {have}. Write a literal brace twice, as in {{{{}}}}"
             ) from error
     else:
         column = how.column or next((name for name in COLUMNS if name in row), None)
@@ -107,8 +109,8 @@ def rendered(row: Mapping[str, Any], how: PromptFormat, where: str) -> str:
             )
         if not isinstance(row[column], str):
             raise BadCorpus(
-                f"{where}: {column} is a {type(row[column]).__name__}, expected a text. A"
-                " --template can make one of it"
+                f"{where}: {column} is a {type(row[column]).__name__}, expected a string. Use a"
+                " --template to make a string of it"
             )
         text = row[column]
     if not text.strip():
@@ -117,26 +119,26 @@ def rendered(row: Mapping[str, Any], how: PromptFormat, where: str) -> str:
 
 
 def _utf8(text: str) -> str:
-    """Half characters, which no file can hold, replaced."""
+    """Replace lone surrogates, which UTF-8 cannot encode."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 class _Strict(string.Formatter):
-    """`{name}` and `{name[0]}` of the row; nothing else of Python is reachable."""
+    """Formats `{name}` and `{name[0]}` of a row and refuses access to anything else."""
 
     def get_field(self, field_name: str, args: Any, kwargs: Any) -> Any:
         if "." in field_name or not field_name or field_name.isdecimal():
-            raise ValueError(f"{{{field_name}}} is no column: write {{name}} or {{name[0]}}")
+            raise ValueError(f"{{{field_name}}} is not a column: write {{name}} or {{name[0]}}")
         return super().get_field(field_name, args, kwargs)
 
     def format_field(self, value: Any, format_spec: str) -> Any:
         if re.search(r"\d{5}", format_spec):
-            raise ValueError(f"a width or precision of {format_spec[:20]}: at most 9999")
+            raise ValueError(f"a width or precision of {format_spec[:20]}: expected at most 9999")
         return super().format_field(value, format_spec)
 
 
 FEWSHOT_SEED = 1234
-"""lm-eval's own default."""
+"""The default of lm-eval."""
 
 
 def task_prompts(
@@ -148,23 +150,25 @@ def task_prompts(
     seed: int = 0,
     apart: bool = False,
 ) -> dict[str, list[Document]]:
-    """Name -> its prompts. A group is one benchmark; with `apart`, each of its tasks is one.
+    """`{benchmark: prompts}`. A group is one benchmark; with `apart`, each of its tasks is one.
 
-    `include_path` is a folder with task files of your own; `fewshot` replaces the task's own number
-    of examples; `limit` draws that many of a benchmark's documents by lot, from all subtasks alike;
-    `chat_template(messages, add_generation_prompt=...)` renders a chat. A tag of lm-eval is not a
-    group: it has no score of its own, and stands for its tasks.
+    `include_path` is a folder with your own task files. `fewshot` replaces the number of examples
+    that the task sets. `limit` draws that many of a benchmark's documents at random from all
+    subtasks together. `chat_template(messages, add_generation_prompt=...)` renders a chat. A tag of
+    lm-eval is not a group, because it has no score: it stands for its tasks.
     """
     manager = _manager(names, include_path)
     unknown = [name for name in names if name not in manager.all_tasks]
     if unknown:
         where = f" or {include_path}" if include_path else " (--task-path adds your own)"
-        raise UnknownName(f"no task {', '.join(unknown)} in lm-eval{where}: see `lm-eval ls tasks`")
+        raise UnknownName(
+            f"lm-eval{where} has no task {', '.join(unknown)}: see `lm-eval ls tasks`"
+        )
     found: dict[str, list[Document]] = {}
     for name in names:
         try:
             loaded = manager.load(name)
-        except Exception as error:  # lm-eval downloads the data set, which may fail in many ways
+        except Exception as error:  # lm-eval downloads the dataset, which may fail in many ways
             raise BadCorpus(f"lm-eval cannot load task {name}: {error}") from error
         tasks = loaded["tasks"]
         merged = name in loaded.get("groups", ()) and not apart
@@ -187,12 +191,12 @@ def task_prompts(
 
 
 def _manager(names: Sequence[str], include_path: str | Path | None) -> Any:
-    """lm-eval's index of tasks. Its own thousands of files are read only if they are needed."""
+    """lm-eval's index of tasks. Its thousands of own task files are read only if needed."""
     make = require("lm_eval.tasks", "lm-eval").TaskManager
     if include_path is None:
         return make()
     if not Path(include_path).is_dir():
-        raise BadCorpus(f"{include_path} is no folder of lm-eval tasks")
+        raise BadCorpus(f"{include_path} is not a folder: expected a folder of lm-eval task files")
     mine = make(include_path=str(include_path), include_defaults=False)
     if set(names) <= set(mine.all_tasks):
         return mine
@@ -207,7 +211,7 @@ def _prompts(
     chat_template: Callable[..., str] | None,
     prefix: str,
 ) -> list[Document]:
-    """The prompts of a task's documents with these numbers, ascending."""
+    """The prompts of the task's documents with these numbers, which are ascending."""
     if fewshot is not None:
         task.set_config(key="num_fewshot", value=fewshot)
     task.set_fewshot_seed(seed=FEWSHOT_SEED)
@@ -226,10 +230,10 @@ def _prompts(
         texts.setdefault(request.doc_id, {})[str(request.args[0])] = None
     documents = []
     for at, prompts in texts.items():
-        number = numbers[at]  # lm-eval counts the documents that it was asked for
-        for choice, text in enumerate(prompts):  # several where the choices have their own prompts
+        number = numbers[at]  # lm-eval counts only the documents that it renders
+        for choice, text in enumerate(prompts):  # several if each choice has its own prompt
             if not text.strip():
-                raise BadCorpus(f"task {name}, document {number}: lm-eval renders an empty prompt")
+                raise BadCorpus(f"task {name}, document {number}: lm-eval rendered an empty prompt")
             key = f"{prefix}{number}" if len(prompts) == 1 else f"{prefix}{number}/{choice}"
             documents.append(Document(key, text, None, {}))
     return documents

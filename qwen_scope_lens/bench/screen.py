@@ -1,10 +1,10 @@
-"""Other items, read as a benchmark's own were: what they add, and candidates to add.
+"""Screen candidate items: which features would they add to a benchmark?
 
-A folder that was extracted before is opened; a file is run through the benchmark's model now, with
-its layers, and nothing is kept.
+Candidates are read as the benchmark's own items were: a folder that was extracted before is opened,
+and a file is run through the benchmark's model and SAE without keeping a store.
 
-An item is judged by the features that the benchmark does not have yet. What is usual is known
-without new data: leave each item of the benchmark out in turn and count what only it activates.
+A candidate is judged by the features that the benchmark does not have yet. The benchmark itself
+gives the comparison: for each of its items, the number of features that only this item activates.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ def footprint_like(
     model: Any = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Footprint:
-    """The footprint of a store's folder or of a file's items, comparable to the benchmark's.
+    """The footprint of a store's folder or of a file of items, comparable to the benchmark's.
 
-    `how` is the prompt format of the file, the benchmark's own unless given; `model` the one that
-    the benchmark was read by, unless given.
+    `how` is the prompt format of the file; the default is the benchmark's own. The default `model`
+    is the one that read the benchmark.
     """
     place = Path(path).expanduser()
     chosen = benchmark.store.layers[-1] if layer is None else layer
@@ -50,7 +50,7 @@ def footprint_like(
         return read_footprint(FeatureStore.open(place), chosen, position, place.name)
     if place.is_dir():
         raise BadFile(
-            f"{place} is a folder, but no feature store: expected one, or a file of items"
+            f"{place} is a folder but not a feature store: expected a store or a file of items"
         )
     reading = Reading.of(benchmark.store, [chosen])
     sae = LayerRef.parse(benchmark.store.sae(chosen).ref)
@@ -69,11 +69,11 @@ def footprint_like(
 
 
 def _own_format(benchmark: Benchmark) -> PromptFormat:
-    """How the benchmark's prompts were made from their file."""
+    """The prompt format with which the benchmark's own file was read."""
     if "task" in benchmark.facts:
         raise BadFile(
-            f"{benchmark.name} was rendered by lm-eval, so a file of items has no known template:"
-            " pass --template or --column, or extract the items first"
+            f"{benchmark.name} was rendered by lm-eval, so the template for a file of items is not"
+            " known: pass --template or --column, or extract the items first"
         )
     known = {field.name for field in fields(PromptFormat)} - {"split"}
     return PromptFormat(**{key: value for key, value in benchmark.facts.items() if key in known})
@@ -85,9 +85,9 @@ class Screened:
 
     key: str
     n_features: int
-    new: int  # that no item of the benchmark activates
-    adds: int  # the same, after the candidates before it
-    percentile: float  # share of the benchmark's own items that add less, ties by half
+    new: int  # features that no item of the benchmark activates
+    adds: int  # new features that no earlier candidate activates either
+    percentile: float  # share of the benchmark's own items that add less; ties count half
 
     @property
     def useful(self) -> bool:
@@ -95,16 +95,16 @@ class Screened:
 
 
 def own_novelty(footprint: Footprint) -> np.ndarray:
-    """How many features only this item activates. int64 `[items]`
+    """For each item, how many features only this item activates. `-> int64 [items]`
 
-    Its mean is the Good-Turing estimate of what one more item of the kind would add.
+    The mean is the Good-Turing estimate of what one more item like these would add.
     """
     unique = (footprint.counts[footprint.features] == 1).astype(np.float32)
     return np.rint(footprint.compact @ unique).astype(np.int64)
 
 
 def screen(benchmark: Footprint, candidates: Footprint) -> list[Screened]:
-    """Each candidate in the order given; `adds` counts the candidates before it as taken."""
+    """Screen the candidates in the given order; `adds` treats earlier candidates as accepted."""
     check_comparable(benchmark, candidates)
     usual = np.sort(own_novelty(benchmark))
     known = benchmark.counts > 0

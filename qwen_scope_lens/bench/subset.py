@@ -1,9 +1,9 @@
 """The smallest subset of a benchmark that keeps a given share of its footprint.
 
-Finding it exactly is NP-hard (maximum coverage). Lazy greedy takes the item with the most features
-that are still missing, and knows two things about what it leaves on the table: coverage at its size
-is at least 1 - 1/e of the best possible, and from the gains it passed by it computes a number of
-items below which *no* subset of this benchmark reaches the share.
+Finding it exactly is NP-hard (maximum coverage). The lazy greedy algorithm always takes the item
+with the most features that are still missing. Two bounds are known for it: its coverage is at least
+1 - 1/e of the best coverage by as many items, and the gains that it computes give a number of items
+below which *no* subset of this benchmark reaches the share.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ RANDOM_SUBSETS = 200
 
 @dataclass(frozen=True, eq=False)
 class Subset:
-    """Items in the order in which they were chosen, and what random ones would have done."""
+    """The chosen items in order, and the coverage of random subsets for comparison."""
 
     name: str
     n_items: int
-    share: float  # that was asked for
+    share: float  # of the footprint, as asked for
     chosen: np.ndarray  # [size], item numbers
     coverage: np.ndarray  # [size], share of the footprint after each
     at_least: int  # no subset with fewer items reaches the share
-    random_mean: float  # coverage of random subsets of this size, exact
-    random_low: float  # and where 95% of them lie, sampled
+    random_mean: float  # mean coverage of random subsets of this size, exact
+    random_low: float  # 95% of random subsets lie between these two, by sampling
     random_high: float
-    random_size: int  # random items needed to expect the share
+    random_size: int  # size at which a random subset is expected to reach the share
 
     @property
     def size(self) -> int:
@@ -45,16 +45,16 @@ class Subset:
         return (
             f"{self.name}: {self.size:,} of {self.n_items:,} items cover {self.coverage[-1]:.1%} of"
             f" the footprint (asked for {self.share:.1%})\n"
-            f"  no subset of fewer than {self.at_least:,} can; greedy covers at least 1 - 1/e of"
-            " what the best subset of its size does\n"
-            f"  random subsets of {self.size:,}: {self.random_mean:.1%} (95% of them"
+            f"  no subset of fewer than {self.at_least:,} items can; greedy covers at least 1 - 1/e"
+            " of what the best subset of its size covers\n"
+            f"  random subsets of {self.size:,} cover {self.random_mean:.1%} (95% of them"
             f" {self.random_low:.1%} to {self.random_high:.1%}); {self.random_size:,} random items"
             " would be needed"
         )
 
 
 def choose(footprint: Footprint, share: float = 0.95, seed: int = 0) -> Subset:
-    """Greedy items until they cover `share` of the footprint (0 < share <= 1)."""
+    """Choose items greedily until they cover `share` of the footprint (0 < share <= 1)."""
     if not 0 < share <= 1:
         raise TooLittleData(f"coverage {share}: expected a share above 0 and up to 1")
     target = int(np.ceil(share * footprint.size - 1e-9))
@@ -77,10 +77,10 @@ def choose(footprint: Footprint, share: float = 0.95, seed: int = 0) -> Subset:
 
 
 def _greedy(footprint: Footprint, target: int) -> tuple[list[int], list[int], int]:
-    """Chosen items, features covered after each, and the bound from below.
+    """The chosen items, the features covered after each, and the lower bound on their number.
 
-    An item's gain only falls as others are chosen, so a stale gain is an upper bound: only the top
-    of the heap is counted again. Ties go to the lower item number.
+    The gain of an item never rises as others are chosen, so an old gain is an upper bound, and only
+    the top of the heap has to be counted again. Ties go to the lower item number.
     """
     matrix = footprint.compact
     features = np.split(matrix.indices, matrix.indptr[1:-1])
@@ -91,7 +91,7 @@ def _greedy(footprint: Footprint, target: int) -> tuple[list[int], list[int], in
     covered: list[int] = []
     done, at_least, look = 0, 1, 0
     while done < target:
-        if len(chosen) == look:  # at 0, 1, 2, 4, 8, ...: each look costs a pass over the matrix
+        if len(chosen) == look:  # at 0, 1, 2, 4, 8, ...: the bound costs a pass over the matrix
             at_least = max(at_least, _fewest(matrix @ missing.astype(np.float32), target - done))
             look = max(1, 2 * look)
         while True:
@@ -108,9 +108,9 @@ def _greedy(footprint: Footprint, target: int) -> tuple[list[int], list[int], in
 
 
 def _fewest(gains: np.ndarray, wanted: int) -> int:
-    """Items that any subset needs at least to add `wanted` features to what is covered.
+    """A lower bound on the number of items that add `wanted` features to the covered ones.
 
-    k items together add at most the sum of the k largest single gains (submodularity).
+    By submodularity, k items together add at most the sum of the k largest single gains.
     """
     most = np.cumsum(np.sort(gains)[::-1])
     return int(np.searchsorted(most, wanted - 1e-6)) + 1

@@ -1,8 +1,8 @@
-"""A folder of benchmarks: one feature store each, with the way its prompts were made beside it.
+"""A folder of benchmarks: one feature store per benchmark, with its prompt format beside it.
 
-`extract_suite` fills it, `open_suite` opens it, `read_footprint` makes the one matrix that the rest
-of this room counts from. Layer and token position are chosen when reading; the stores hold all
-tokens of the prompts and any number of layers.
+`extract_suite` fills the folder and `open_suite` opens it. `read_footprint` makes the matrix from
+which the rest of this room computes its figures. The layer and the token position are chosen at
+that point, because a store holds all tokens of the prompts and any number of layers.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ class Benchmark:
     facts: Mapping[str, Any]  # source and prompt format
 
     def footprint(self, layer: int | None = None, position: str = "last") -> Footprint:
-        """Its footprint at a layer (the last stored one unless given) and token position."""
+        """Its footprint at a layer (default: the last stored one) and a token position."""
         return read_footprint(self.store, layer, position, self.name)
 
 
 @dataclass(frozen=True)
 class Suite:
-    """Benchmarks that were read by one model and one group of SAEs."""
+    """Benchmarks that were read with the same model and the same SAEs."""
 
     folder: Path
     benchmarks: tuple[Benchmark, ...]
@@ -66,7 +66,7 @@ class Suite:
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """The layers that every benchmark has."""
+        """The layers that are stored for every benchmark."""
         common = set.intersection(*(set(b.store.layers) for b in self.benchmarks))
         return tuple(sorted(common))
 
@@ -74,7 +74,9 @@ class Suite:
         for benchmark in self.benchmarks:
             if benchmark.name == name:
                 return benchmark
-        raise UnknownName(f"no benchmark {name!r} in {self.folder}: it has {', '.join(self.names)}")
+        raise UnknownName(
+            f"{self.folder} has no benchmark {name!r}: it has {', '.join(self.names)}"
+        )
 
     def footprints(self, layer: int | None = None, position: str = "last") -> list[Footprint]:
         chosen = self.layers[-1] if layer is None else layer
@@ -82,7 +84,7 @@ class Suite:
 
 
 def suite_layers(group: str, layers: str | Sequence[int]) -> list[int]:
-    """`"all"` or numbers -> the layers of a group, checked."""
+    """The layers of a group: all of them for `"all"`, or the given numbers after a check."""
     row = find_group(group)
     if isinstance(layers, str):
         if layers != "all":
@@ -101,10 +103,10 @@ def extract_suite(
     say: Callable[[str], None] = lambda line: None,
     **options: Any,
 ) -> Suite:
-    """One store per benchmark under `out`; what is finished is not made again.
+    """Extract one store per benchmark into the folder `out`; finished stores are kept.
 
-    Prompts longer than the model's context are refused: the last token of a cut prompt is not where
-    the answer begins. `options` go to `features.extract.extract`.
+    Prompts longer than the model's context are refused, because the last token of a truncated
+    prompt is not where the answer begins. `options` are those of `stores.extract`.
     """
     folder = Path(out).expanduser()
     wanted = suite_layers(group, layers)
@@ -129,9 +131,9 @@ def extract_suite(
             )
         except StoreMismatch as error:
             raise StoreMismatch(
-                f"{folder / name} was made with other prompts or settings than benchmark {name} has"
-                f" now ({error}). Remove it, choose another folder, or give the benchmark another"
-                " name"
+                f"{folder / name} was extracted with other prompts or settings than benchmark"
+                f" {name} has now ({error}). Remove it, choose another folder, or give the"
+                " benchmark another name"
             ) from error
         known = dict((facts or {}).get(name, {}))
         write_json(_facts_file(folder, name), FORMAT, VERSION, {"name": name, **known})
@@ -139,14 +141,16 @@ def extract_suite(
 
 
 def open_suite(folder: str | os.PathLike[str]) -> Suite:
-    """The finished benchmarks of a folder, by name."""
+    """Open the finished benchmarks of a folder, sorted by name."""
     place = Path(folder).expanduser()
     found = []
     for path in sorted(place.glob("*.benchmark.json")) if place.is_dir() else ():
         facts = read_json(path, FORMAT, VERSION, MADE_BY)
         found.append(_opened(place, str(facts["name"]), facts))
     if not found:
-        raise BadFile(f"{place} holds no benchmarks: `{MADE_BY} FILE... --out {place}` makes them")
+        raise BadFile(
+            f"{place} does not hold benchmarks: make them with `{MADE_BY} FILE... --out {place}`"
+        )
     first = found[0].store.manifest
     for benchmark in found[1:]:
         mine = benchmark.store.manifest
@@ -158,7 +162,7 @@ def open_suite(folder: str | os.PathLike[str]) -> Suite:
             if a != b:
                 raise StoreMismatch(
                     f"{found[0].name} and {benchmark.name} in {place} were read with different"
-                    f" {what}: extract both with the same"
+                    f" {what}: extract both with the same {what}"
                 )
     suite = Suite(place, tuple(found))
     if not suite.layers:
@@ -167,10 +171,12 @@ def open_suite(folder: str | os.PathLike[str]) -> Suite:
 
 
 def open_benchmark(path: str | os.PathLike[str]) -> Benchmark:
-    """One benchmark of a suite: `bench/gsm8k`."""
+    """Open one benchmark of a suite, such as `bench/gsm8k`."""
     place = Path(path).expanduser()
     if not _facts_file(place.parent, place.name).is_file():
-        raise BadFile(f"{place} is no benchmark: `{MADE_BY} ... --out {place.parent}` makes one")
+        raise BadFile(
+            f"{place} is not a benchmark: make one with `{MADE_BY} ... --out {place.parent}`"
+        )
     facts = read_json(_facts_file(place.parent, place.name), FORMAT, VERSION, MADE_BY)
     return _opened(place.parent, place.name, facts)
 
@@ -178,15 +184,15 @@ def open_benchmark(path: str | os.PathLike[str]) -> Benchmark:
 def read_footprint(
     store: FeatureStore, layer: int | None = None, position: str = "last", name: str = ""
 ) -> Footprint:
-    """Which features each document activates, at one layer.
+    """Read which features each document activates at one layer (default: the last stored one).
 
-    `position`: "last" (the paper's), "-2", "-3", ... counted from the end, or "any" (anywhere but
-    on first and extreme-norm tokens). The layer is the last stored one unless given.
+    `position` is "last" (as in the paper), "-2", "-3", ... counted from the end, or "any": all
+    tokens except the first and those of extreme norm.
     """
     chosen = store.layers[-1] if layer is None else layer
     facts = store.sae(chosen)
     if not store.is_complete:
-        raise StoreMismatch(f"{store.path} is not finished: run its `{MADE_BY}` again")
+        raise StoreMismatch(f"{store.path} is not finished: run the same `{MADE_BY}` again")
     documents = store.documents(["key", "n_tokens", "truncated"])
     label = name or store.path.name
     if position == "any":
@@ -197,11 +203,13 @@ def read_footprint(
         cut = int(np.count_nonzero(documents["truncated"].to_numpy()))
         if cut:
             raise BadCorpus(
-                f"{label}: {cut} prompts were cut to their first tokens, so their last token is not"
-                ' where the answer begins. Extract them whole, or read position "any"'
+                f"{label}: {cut} prompts were truncated, so their last token is not where the"
+                ' answer begins. Extract them without truncation, or read position "any"'
             )
         if int(lengths.min()) < back:
-            raise BadCorpus(f"{label}: a prompt of {int(lengths.min())} tokens has no {position}")
+            raise BadCorpus(
+                f"{label}: a prompt of {int(lengths.min())} tokens has no token {position}"
+            )
         codes = store.codes_at(chosen, range(len(lengths)), (lengths - back).tolist())
         matrix = codes.to_scipy_csr()
     return footprint(label, matrix, documents["key"].to_pylist(), facts.ref, position)
@@ -218,7 +226,7 @@ def _opened(folder: Path, name: str, facts: Mapping[str, Any]) -> Benchmark:
 
 
 def _model(manifest: Manifest) -> tuple[str | None, ...]:
-    """The model, whichever of its layers took part."""
+    """What identifies the model, whichever layers of it were run."""
     return manifest.model.id, manifest.model.revision, manifest.model.dtype
 
 
@@ -231,12 +239,13 @@ def _check_name(name: str) -> None:
     halves = any("\ud800" <= letter <= "\udfff" for letter in name)
     if not name or name.startswith(".") or set(name) & set("/\\\0") or halves or size > 150:
         raise BadCorpus(
-            f"{name!r} cannot name a benchmark, as its folder gets this name: write NAME=FILE"
+            f"{name!r} cannot be the name of a benchmark, because its folder gets this name: give"
+            " another one as NAME=FILE"
         )
 
 
 def _unique(documents: Sequence[Document]) -> list[Document]:
-    """The same with unique keys: a repeated key gets the item's number."""
+    """The same documents with unique keys: a repeated key gets the item's number."""
     seen: set[str] = set()
     found = []
     for number, document in enumerate(documents):

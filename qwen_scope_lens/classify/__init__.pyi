@@ -20,7 +20,6 @@ from .report import efficiency_table as efficiency_table
 from .report import layer_table as layer_table
 from .report import overlap_table as overlap_table
 from .report import report_text as report_text
-from .report import table as table
 from .report import transfer_table as transfer_table
 from .scores import At as At
 from .scores import macro as macro

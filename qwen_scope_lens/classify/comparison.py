@@ -1,7 +1,7 @@
-"""All methods on the same documents: fitted on discovery, scored on test, side by side.
+"""Compare all methods on the same documents: fitted on discovery, scored on test.
 
-Fills a `Report`; how it looks is `report.py`. Experiments over languages, layers and amounts of
-data are `experiments.py`.
+`compare` fills a `Report`, and `report.py` shows it. Experiments over languages, layers and amounts
+of data are in `experiments.py`.
 """
 
 from __future__ import annotations
@@ -23,33 +23,34 @@ from qwen_scope_lens.classify.methods import (
 )
 from qwen_scope_lens.classify.scores import At, Scores, cut_for, difference, scored
 from qwen_scope_lens.errors import TooLittleData
+from qwen_scope_lens.stats import Interval
 
 __all__ = ["Error", "Growth", "Point", "Report", "Row", "compare"]
 
 Why = Callable[[FeatureRuleClassifier, int], Explanation]
 GROWTH = (1, 2, 5, 10, 16, 32)
 HELD_OUT = 3
-"""One discovery document in this many sets the cut of the operating point."""
+"""One of this many discovery documents is held out to set the cut of the operating point."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """Precision and recall on test where the cut was set on discovery documents."""
+    """Precision and recall on the test documents, with the cut set on discovery documents."""
 
     precision: float
     recall: float
-    share: float  # of the documents that are called positive
+    share: float  # of the test documents that are called positive
 
 
 @dataclass(frozen=True)
 class Row:
-    """One method: on all test documents, on each language's, and at the operating point."""
+    """One method on all test documents, on each language, and at the operating point."""
 
     method: str
     all: Scores
     by_language: dict[str, Scores]
-    against: tuple[float, float, float] | None  # F1 less that of the first method, low, high
-    point: Point | None  # None where no cut reaches it on the discovery documents
+    against: Interval | None  # F1 minus the F1 of the first method; None for the first method
+    point: Point | None  # None if no cut reaches it on the discovery documents
 
 
 @dataclass(frozen=True)
@@ -63,19 +64,19 @@ class Growth:
 
 @dataclass(frozen=True)
 class Error:
-    """A test document that the first method got wrong, with the features that speak."""
+    """A test document that the first method got wrong, with the features behind its score."""
 
     doc: int
     text: str
     truth: bool
     score: float
-    features: tuple[str, ...]  # address, value, where it fires if known; none for most misses
+    features: tuple[str, ...]  # address, value and token if known; empty for most misses
     language: str | None = None
 
 
 @dataclass(frozen=True)
 class Report:
-    """What `report.py` shows. The first row is the classifier that is reported on."""
+    """The content of a report. The first row is the classifier that the report is about."""
 
     rows: tuple[Row, ...]
     growth: tuple[Growth, ...]
@@ -83,8 +84,8 @@ class Report:
     at: At
     n_discovery: int
     n_test: int
-    features: tuple[tuple[str, float], ...]  # of the classifier: address, Δ
-    layers: dict[int, float]  # d of every layer
+    features: tuple[tuple[str, float], ...]  # address and Δ of the classifier's features
+    layers: dict[int, float]  # d per layer
     languages: tuple[str, ...]
     described: str
 
@@ -99,16 +100,16 @@ def compare(
     described: str = "",
     why: Why | None = None,
 ) -> Report:
-    """Fit every method on `discovery`, score it on `test`.
+    """Fit every method on `discovery` and score it on `test`.
 
-    `classifier` is the one reported on, the paper's OR over two features where None. `why` explains
-    a test document's number, so that errors name tokens.
+    `classifier` is the one that the report is about; by default the paper's OR over two features.
+    `why(classifier, document number)` explains a test document, so that errors name tokens.
     """
     for name, part in (("discovery", discovery), ("test", test)):
         if not 0 < part.truth.sum() < len(part.truth):
             raise TooLittleData(
                 f"the {name} documents are all {'positive' if part.truth.all() else 'negative'}:"
-                " documents of both classes are needed"
+                " expected documents of both classes"
             )
     at = at or At("precision", 0.9)
     others = rule_methods()
@@ -156,7 +157,7 @@ def compare(
 def grow(
     discovery: Documents, test: Documents, sizes: Sequence[int], settings: dict[str, object]
 ) -> list[Growth]:
-    """OR, k-of-n and own thresholds over the same 1, 2, 5, ... features."""
+    """OR, k-of-n and own thresholds over the same best 1, 2, 5, ... features."""
     found = []
     for rule in ("or", "k-of-n", "thresholds"):
         scores = []
@@ -169,9 +170,9 @@ def grow(
 
 
 def _at_point(method: Method, discovery: Documents, test: Documents, at: At) -> Point | None:
-    """Fitted on two thirds of the discovery documents, the cut set on the rest, then on test.
+    """Fit on two thirds of the discovery documents, set the cut on the rest, then score on test.
 
-    One fit throughout: scores of different fits, perhaps on different layers, have no common scale.
+    The same fit gives all scores, because scores of fits on different layers are not comparable.
     """
     least = min(int(discovery.truth.sum()), int((~discovery.truth).sum()))
     if least < HELD_OUT:
@@ -189,7 +190,7 @@ def _at_point(method: Method, discovery: Documents, test: Documents, at: At) -> 
 
 
 def _errors(method: RuleMethod, test: Documents, most: int, why: Why | None) -> list[Error]:
-    """False alarms and misses in turn, the clearest first."""
+    """False alarms and then misses, each with the most extreme scores first."""
     fitted = method.classifier
     values = fitted.values(test.pooled)
     scores = fitted.rule_score(values)

@@ -1,9 +1,9 @@
-"""`FeatureRuleClassifier`: a rule over a few features, in scikit-learn's shape.
+"""`FeatureRuleClassifier`: a rule over a few features, as a scikit-learn classifier.
 
-X is an array or CSR matrix of document maxima (one unnamed layer), a `Pooled` (named layers), or a
-feature store, or several with other layers of the same documents. `feature_choice.py` selects the
-features, `rules.py` fits the rules, `saved.py` writes files, `predict.py` reads texts that are in
-no store, and `explain.py` gives reasons.
+X is an array or CSR matrix of document maxima (one unnamed layer), a `Pooled` (named layers), a
+feature store, or several stores with different layers of the same documents. `feature_choice.py`
+selects the features and `rules.py` learns the rule; the result is a frozen `FittedRule`
+(`fitted.py`). `predict.py` reads texts that are not in a store, and `explain.py` gives reasons.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from sklearn.utils.multiclass import check_classification_targets, type_of_targe
 from sklearn.utils.validation import check_consistent_length, check_is_fitted, validate_data
 
 from qwen_scope_lens.classify.feature_choice import rate_differences, top_features
-from qwen_scope_lens.classify.pooled import Pooled, is_store, pool_layers
-from qwen_scope_lens.classify.rules import RULES
+from qwen_scope_lens.classify.fitted import FittedRule, damaged, load_fitted
+from qwen_scope_lens.classify.pooled import Pooled, Source, is_store, pool_layers
+from qwen_scope_lens.classify.rules import RULES, Rule
 from qwen_scope_lens.errors import BadPlan, StoreMismatch, TooLittleData
 from qwen_scope_lens.features.pool import canonical
 
@@ -29,31 +30,39 @@ MOST = float(np.finfo(np.float32).max)
 
 
 class FeatureRuleClassifier(ClassifierMixin, BaseEstimator):
-    """Two classes told apart by which features fire; the second of `classes_` is the positive one.
+    """Separates two classes by the features that fire; the second of `classes_` is positive.
 
-    The defaults are the paper's recipe: firing-rate differences on the discovery set, the layer
-    whose best feature differs most, its `top_k` features, and yes when any of them fires anywhere.
+    The defaults follow the paper: compute firing-rate differences on the discovery set, take the
+    layer whose best feature has the largest difference and its `top_k` features, and say yes if
+    any of them fires anywhere.
 
     Parameters
     ----------
     rule : "or" (the paper's), "k-of-n", "thresholds", "logistic" or "tree".
-    top_k : features taken from a layer.
-    layer : "auto" (the one with the largest difference), a layer number, or several to choose from.
-    n_layers : layers to take features from; the paper's multi-layer rule is `top_k=1, n_layers=m`.
-    threshold : a feature fires when its largest value in the document exceeds this (0 or more).
-    at_least : for "k-of-n": how many have to fire; None takes the best on the discovery set.
-    C, max_depth : of the logistic regression and of the tree.
-    keep : from stores, leave out first and extreme-norm tokens.
-    random_state : seeds scikit-learn's logistic regression and tree.
+    top_k : number of features per layer.
+    layer : "auto" (the layer with the largest difference), a layer number, or several numbers to
+        choose from.
+    n_layers : number of layers to take features from; the paper's multi-layer rule is
+        `top_k=1, n_layers=m`.
+    threshold : a feature fires if its largest value in the document exceeds this (0 or more).
+    at_least : for "k-of-n": how many features have to fire; None takes the best number on the
+        discovery set.
+    C, max_depth : settings of the logistic regression and of the tree.
+    keep : for stores, leave out first and extreme-norm tokens.
+    random_state : seed of scikit-learn's logistic regression and tree.
 
     Attributes
     ----------
     classes_, n_features_in_ : as in scikit-learn.
+    fitted_ : the `FittedRule`, of which the following attributes are parts.
     features_ : the addresses of the rule's features (column numbers for arrays).
-    differences_ : their firing-rate differences. `[m]`
-    layer_differences_ : the largest difference of every layer offered.
-    rule_ : the learned `Rule`.   source_ : model and SAEs it belongs to; None for arrays.
+    differences_ : the firing-rate differences of the features. `[m]`
+    layer_differences_ : the largest difference of every layer.
+    rule_ : the learned `Rule`.
+    source_ : the model and SAEs that it belongs to; None for arrays.
     """
+
+    fitted_: FittedRule
 
     def __init__(
         self,
@@ -80,8 +89,32 @@ class FeatureRuleClassifier(ClassifierMixin, BaseEstimator):
         self.keep = keep
         self.random_state = random_state
 
+    @property
+    def classes_(self) -> np.ndarray:
+        return self.fitted_.classes
+
+    @property
+    def features_(self) -> tuple[Any, ...]:
+        return self.fitted_.features
+
+    @property
+    def differences_(self) -> np.ndarray:
+        return self.fitted_.differences
+
+    @property
+    def layer_differences_(self) -> Mapping[int, float]:
+        return self.fitted_.layer_differences
+
+    @property
+    def rule_(self) -> Rule:
+        return self.fitted_.rule
+
+    @property
+    def source_(self) -> Source | None:
+        return self.fitted_.source
+
     def fit(self, X: Any, y: Any) -> FeatureRuleClassifier:
-        """Learn the rule. With a store, y may be the name of one of its labels."""
+        """Learn the rule. If X is a store, y may be the name of one of its labels."""
         self._check_settings()
         pooled, matrix, y = self._training_data(X, y)
         check_classification_targets(y)
@@ -89,22 +122,22 @@ class FeatureRuleClassifier(ClassifierMixin, BaseEstimator):
         classes = np.unique(y)
         if kind != "binary" and len(classes) > 2:
             raise ValueError(
-                f"Only binary classification is supported. The type of the target is {kind}: give"
-                " y as `labels == 'one of them'`, or wrap the classifier in OneVsRestClassifier"
+                f"Only binary classification is supported. The type of the target is {kind}: pass"
+                " `labels == 'one of them'` as y, or wrap the classifier in OneVsRestClassifier"
             )
         if len(classes) < 2:
             raise TooLittleData(
-                f"y has only one class, {classes[0]!r}: a classifier needs documents of two classes"
+                f"y has only one class, {classes[0]!r}: expected documents of two classes"
             )
         truth = y == classes[1]
-        self.classes_ = classes
-        return self._learn(pooled, matrix, truth, rate_differences(matrix, truth, self.threshold))
+        differences = rate_differences(matrix, truth, self.threshold)
+        return self._learn(pooled, matrix, truth, differences, classes)
 
     @classmethod
     def of_every_layer(
         cls, X: Pooled, truth: np.ndarray, settings: Mapping[str, Any]
     ) -> dict[int, FeatureRuleClassifier]:
-        """One classifier a layer, as `fit` with `layer=n` makes each, in one pass over X."""
+        """One classifier per layer, each equal to a fit with `layer=n`, in one pass over X."""
         found = {}
         differences: np.ndarray | None = None
         for facts in X.source.layers:
@@ -112,14 +145,20 @@ class FeatureRuleClassifier(ClassifierMixin, BaseEstimator):
             one._check_settings()
             if differences is None:
                 differences = rate_differences(X.matrix, truth, one.threshold)
-            one.classes_ = np.array([False, True])
-            found[facts.layer] = one._learn(X, X.matrix, truth, differences)
+            found[facts.layer] = one._learn(
+                X, X.matrix, truth, differences, np.array([False, True])
+            )
         return found
 
     def _learn(
-        self, pooled: Pooled | None, matrix: Any, truth: np.ndarray, differences: np.ndarray
+        self,
+        pooled: Pooled | None,
+        matrix: Any,
+        truth: np.ndarray,
+        differences: np.ndarray,
+        classes: np.ndarray,
     ) -> FeatureRuleClassifier:
-        """Choose features by their differences, and learn the rule."""
+        """Choose features by their differences and learn the rule over them."""
         offsets = pooled.offsets if pooled else np.array([0, matrix.shape[1]])
         choice = top_features(
             differences,
@@ -134,42 +173,47 @@ class FeatureRuleClassifier(ClassifierMixin, BaseEstimator):
             raise TooLittleData(self._too_few(len(choice.columns)))
         rule = RULES[self.rule](values, truth, self.get_params(deep=False))
         needed = rule.needed()
-        self.task_: dict[str, Any] = {}  # what was asked, where the command line asked it
-        self.rule_ = rule.take(needed)
         columns = choice.columns[needed]
-        self.differences_ = choice.differences[needed]
+        self.task_: dict[str, Any] = {}  # the question, if the command line asked it
         if pooled is None:
-            self.features_: tuple[Any, ...] = tuple(columns.tolist())
-            self.layer_differences_ = {0: float(choice.best_by_layer[0])}
-            self.source_ = None
+            features, numbers, source = tuple(columns.tolist()), [0], None
         else:
-            self.features_ = tuple(pooled.address(int(column)) for column in columns)
+            features = tuple(pooled.address(int(column)) for column in columns)
             numbers = [facts.layer for facts in pooled.source.layers]
-            self.layer_differences_ = dict(zip(numbers, choice.best_by_layer.tolist(), strict=True))
-            self.source_ = pooled.source.only(sorted(choice.layers))
+            source = pooled.source.only(sorted(choice.layers))
             self.n_features_in_ = matrix.shape[1]
+        self.fitted_ = FittedRule(
+            classes=classes,
+            rule=rule.take(needed),
+            features=features,
+            differences=choice.differences[needed],
+            layer_differences=dict(zip(numbers, choice.best_by_layer.tolist(), strict=True)),
+            source=source,
+        )
         return self
 
     def decision_function(self, X: Any) -> np.ndarray:
-        """How clearly each document is of the positive class; above 0 means yes. `[n]`"""
+        """The score of each document; above 0 means the positive class. `-> [n]`"""
         return self.rule_score(self.values(X))
 
     def predict(self, X: Any) -> np.ndarray:
-        """The class of every document. `[n]`"""
+        """The class of each document. `-> [n]`"""
         check_is_fitted(self)
-        return self.classes_[(self.decision_function(X) > 0).astype(int)]
+        return self.fitted_.predicted(self.decision_function(X))
 
     def values(self, X: Any) -> np.ndarray:
-        """The documents' largest values of the rule's features. `[n, m]`"""
+        """The largest value of each of the rule's features in each document. `-> [n, m]`"""
         check_is_fitted(self)
         if self.source_ is None:
             if isinstance(X, Pooled) or is_store(X):
                 raise StoreMismatch(
                     "the classifier was fitted on a plain array, which does not say whose features"
-                    " its columns are: fit it on a store to use it on stores"
+                    " its columns are. Fit it on a store to use it on stores"
                 )
             X = validate_data(self, X, accept_sparse="csr", reset=False)
-            columns = X[:, list(self.features_)]  # toarray() sums what a cell holds several times
+            columns = X[
+                :, list(self.features_)
+            ]  # toarray() sums cells that are stored several times
             return columns.toarray() if hasattr(columns, "toarray") else np.asarray(columns)
         if not isinstance(X, Pooled):
             if not is_store(X) and not _are_stores(X):
@@ -180,51 +224,55 @@ class FeatureRuleClassifier(ClassifierMixin, BaseEstimator):
                 )
             have = set(X.layers) if is_store(X) else {n for store in X for n in store.layers}
             wanted = [n for n in (f.layer for f in self.source_.layers) if n in have]
-            X = pool_layers(X, wanted or None, keep=self.source_.keep)  # none: refused below
+            X = pool_layers(X, wanted or None, keep=self.source_.keep)  # if none: refused below
         self.source_.check_same(X.source, "the data")
         return X.matrix[:, [X.column(address) for address in self.features_]].toarray()
 
     def rule_score(self, values: np.ndarray) -> np.ndarray:
-        """`decision_function` of values that are already there. `[n, m] -> [n]`"""
+        """`decision_function` of values that are already known. `[n, m] -> [n]`"""
         check_is_fitted(self)
         return self.rule_.score(values)
 
     def explain(self, doc: Any, source: Any = None, labels: Any = None) -> Any:
-        """Why: the features that count, with token, position, value, and label if known.
+        """Explain a decision: the features behind it, with token, position, value and label.
 
-        `doc` is a document's number in the store `source`, or a text; for a text `source` is a
-        reader (`read.open_reader`), opened for the fitted model where None. `labels` is a
-        LabelPack.
+        `doc` is the number of a document in the store `source`, or a text. For a text, `source` is
+        a reader (`classify.open_reader`); by default one is opened for the fitted model. `labels`
+        is a `LabelPack`.
         """
         from qwen_scope_lens.classify.explain import explain
 
         check_is_fitted(self)
-        return explain(self, doc, source, labels)
+        return explain(self.fitted_, doc, source, labels)
 
     def save(self, path: str | Path) -> Path:
-        """Write the classifier as JSON: no pickle, nothing is run when it is read."""
-        from qwen_scope_lens.classify.saved import save_classifier
-
+        """Write the classifier as JSON, without pickle: reading the file runs no code."""
         check_is_fitted(self)
-        return save_classifier(self, Path(path))
+        settings = self.get_params(deep=False)
+        return self.fitted_.save(Path(path), settings, self.task_, self.n_features_in_)
 
     @staticmethod
     def load(path: str | Path) -> FeatureRuleClassifier:
-        """Read what `save` wrote."""
-        from qwen_scope_lens.classify.saved import load_classifier
-
-        return load_classifier(Path(path), FeatureRuleClassifier)
+        """Read a file that `save` wrote."""
+        fitted, content = load_fitted(Path(path))
+        try:
+            found = FeatureRuleClassifier(**content["settings"])
+        except TypeError as error:  # unknown settings
+            raise damaged(Path(path), error) from error
+        found.fitted_, found.task_ = fitted, content["task"]
+        found.n_features_in_ = content["n_features_in"]
+        return found
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
         tags.input_tags.sparse = True
         tags.classifier_tags.multi_class = False
-        # Rules that ask whether features fire cannot tell blobs apart whose values lie below zero.
+        # Rules on firing features cannot separate scikit-learn's blobs, whose values are negative.
         tags.classifier_tags.poor_score = self.rule not in ("logistic", "tree")
         return tags
 
     def _training_data(self, X: Any, y: Any) -> tuple[Pooled | None, Any, np.ndarray]:
-        """The documents with a label: named layers if there are any, the matrix, and y."""
+        """The documents that have a label: pooled layers if they have names, the matrix, and y."""
         if is_store(X) or _are_stores(X):
             if isinstance(y, str):
                 y = (X if is_store(X) else X[0]).labels(y)
@@ -240,12 +288,12 @@ class FeatureRuleClassifier(ClassifierMixin, BaseEstimator):
         return None, canonical(X), y
 
     def _layers_allowed(self, pooled: Pooled | None) -> list[int]:
-        """Positions of the layers that the rule may come from."""
+        """Positions of the layers from which features may be chosen."""
         if self.layer == "auto":
             return list(range(len(pooled.source.layers) if pooled else 1))
         if pooled is None:
             raise BadPlan(
-                f"layer={self.layer!r}: a plain array is one layer without a number; leave"
+                f"layer={self.layer!r}: a plain array is one layer without a number. Keep"
                 ' layer="auto", or fit on a store'
             )
         return [pooled.position(number) for number in self._layer_numbers()]
@@ -253,11 +301,13 @@ class FeatureRuleClassifier(ClassifierMixin, BaseEstimator):
     def _layer_numbers(self) -> list[int]:
         layers = [self.layer] if isinstance(self.layer, (int, np.integer)) else self.layer
         if isinstance(layers, str) or not isinstance(layers, Iterable):
-            raise BadPlan(f'layer={self.layer!r}: expected "auto", a layer number or several')
+            raise BadPlan(
+                f'layer={self.layer!r}: expected "auto", a layer number or several numbers'
+            )
         return [int(number) for number in layers]
 
     def _too_few(self, usable: int) -> str:
-        """Why `at_least` cannot be reached, and which setting changes that."""
+        """The message that says why `at_least` cannot be reached, and what to change."""
         wanted, layers = self.top_k * self.n_layers, f"{self.n_layers} layer"
         layers += "s" if self.n_layers > 1 else ""
         if usable >= wanted:
@@ -267,10 +317,10 @@ class FeatureRuleClassifier(ClassifierMixin, BaseEstimator):
             )
         return (
             f"at_least={self.at_least}, but of the {wanted} features asked for (top_k={self.top_k},"
-            f" {layers}) only {usable} {'is' if usable == 1 else 'are'} usable: no other fires on a"
-            " larger share of the positive documents than of the others, so a larger top_k finds"
-            f" none either. Set at_least to {usable}, take another layer or more of them (layer,"
-            " n_layers), lower the threshold, or add documents"
+            f" {layers}) only {usable} {'is' if usable == 1 else 'are'} usable. No other feature"
+            " fires on a larger share of the positive documents than of the others, so a larger"
+            f" top_k finds no more. Set at_least to {usable}, take another layer or more layers"
+            " (layer, n_layers), lower the threshold, or add documents"
         )
 
     def _check_settings(self) -> None:
@@ -284,7 +334,7 @@ class FeatureRuleClassifier(ClassifierMixin, BaseEstimator):
                 raise BadPlan(f"{name}={value!r}: expected a whole number from 1")
         if not 0 <= self.threshold <= MOST:
             raise BadPlan(
-                f"threshold={self.threshold!r}: expected 0 or more, a value that a feature can have"
+                f"threshold={self.threshold!r}: expected 0 to {MOST:.3g}, the range of float32"
             )
 
 
@@ -293,5 +343,5 @@ def _are_stores(X: Any) -> bool:
 
 
 def _plain(labels: np.ndarray) -> np.ndarray:
-    """Labels of a store, in the narrowest dtype that scikit-learn knows."""
+    """Labels of a store as an array whose dtype scikit-learn knows."""
     return np.array(labels.tolist())

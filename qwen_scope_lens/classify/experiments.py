@@ -1,6 +1,6 @@
-"""The paper's experiments with one rule: by layer, across languages, with less data.
+"""The paper's experiments with one rule: by layer, across languages, and with less data.
 
-Each returns plain rows; who prints them is `report.py`, the command line or a benchmark.
+Each function returns plain rows, which `report.py`, the command line or a benchmark prints.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ FRACTIONS = (0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0)
 
 @dataclass(frozen=True)
 class LayerRow:
-    """One layer's rule."""
+    """The rule of one layer."""
 
     layer: int
     d: float  # the largest firing-rate difference (equation 16)
@@ -47,39 +47,39 @@ class LayerRow:
 
 @dataclass(frozen=True)
 class Overlap:
-    """Jaccard of two languages' best features, over all pairs of languages."""
+    """Jaccard index of two languages' best features, over all pairs of languages."""
 
     layer: int
     mean: float
-    low: float  # quartiles
-    high: float
+    low: float  # first quartile over pairs
+    high: float  # third quartile
 
 
 @dataclass(frozen=True)
 class Transfer:
-    """Rules fitted on one language, used unchanged on another."""
+    """F1 of rules that were fitted on one language and used unchanged on another."""
 
     languages: tuple[str, ...]
     f1: np.ndarray  # [fitted on, tested on]
-    layers: tuple[int, ...]  # chosen for each fitted one
+    layers: tuple[int, ...]  # the layer of each language's rule
 
 
 @dataclass(frozen=True)
 class Efficiency:
-    """A share of the discovery documents, drawn several times."""
+    """Results with a share of the discovery documents, over several random draws."""
 
     share: float
     n: int
     f1: float  # mean over draws
-    low: float  # least and most over draws
-    high: float
-    of_full: float  # mean over draws, of the F1 with all
+    low: float  # minimum over draws
+    high: float  # maximum over draws
+    of_full: float  # mean F1 over draws divided by the F1 with all documents
 
 
 def by_layer(
     discovery: Documents, test: Documents, settings: Mapping[str, Any] | None = None
 ) -> list[LayerRow]:
-    """The rule of every single layer."""
+    """Fit and score one rule per layer."""
     fitted = FeatureRuleClassifier.of_every_layer(discovery.pooled, discovery.truth, settings or {})
     return [
         LayerRow(
@@ -93,14 +93,16 @@ def by_layer(
 
 
 def best_test_layer(rows: Sequence[LayerRow]) -> LayerRow:
-    """The paper's "best layer": chosen on the test documents themselves."""
+    """The paper's "best layer", which is chosen on the test documents themselves."""
     return max(rows, key=lambda row: (row.test.f1, -row.layer))
 
 
 def overlap(documents: Mapping[str, Documents], top: int = 10) -> list[Overlap]:
-    """Jaccard of the `top` features by firing-rate difference, per layer."""
+    """Jaccard index of the `top` features by firing-rate difference, for each layer."""
     if len(documents) < 2:
-        raise TooLittleData(f"overlap needs two languages; found {', '.join(documents) or 'none'}")
+        raise TooLittleData(
+            f"overlap needs two languages or more; found {', '.join(documents) or 'none'}"
+        )
     first = next(iter(documents.values())).pooled
     found = []
     for facts in first.source.layers:
@@ -119,7 +121,7 @@ def transfer(
     test: Mapping[str, Documents],
     settings: Mapping[str, Any] | None = None,
 ) -> Transfer:
-    """Fit on every language, test on every language."""
+    """Fit a rule on each language and test it on each language."""
     names = tuple(discovery)
     if missing := [name for name in names if name not in test]:
         raise TooLittleData(f"no test documents of {', '.join(missing)}")
@@ -145,9 +147,9 @@ def efficiency(
     seed: int = 0,
     best_layer: bool = False,
 ) -> list[Efficiency]:
-    """F1 on test with less and less discovery data, both classes reduced alike.
+    """F1 on test with smaller shares of the discovery data; both classes keep the same share.
 
-    The layer is chosen on the reduced set; with `best_layer` on the test set, as in the paper.
+    The layer is chosen on the reduced set, or on the test set with `best_layer`, as in the paper.
     """
 
     def reached(part: Documents) -> float:
@@ -179,7 +181,7 @@ def efficiency(
 
 
 def subset(documents: Documents, share: float, seed: int) -> Documents:
-    """That share of each class, at least two documents, drawn without replacement."""
+    """Draw that share of each class, but at least two documents, without replacement."""
     rng = np.random.default_rng(seed)
     rows = []
     for value in (True, False):

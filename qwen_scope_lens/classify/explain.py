@@ -1,6 +1,6 @@
-"""Why a document got its class: the features that count, where, how strongly, and what they mean.
+"""Why a document got its class: the features behind the decision, their tokens and values.
 
-Reads a store or a text again; the decision itself is `rules.py`'s.
+The store or the text is read again. The decision itself is made in `rules.py`.
 """
 
 from __future__ import annotations
@@ -11,27 +11,28 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from qwen_scope_lens.classify.fitted import FittedRule
 from qwen_scope_lens.classify.pooled import is_store, source_of_store
-from qwen_scope_lens.errors import BadText, StoreMismatch
+from qwen_scope_lens.errors import BadText
 
 if TYPE_CHECKING:
-    from qwen_scope_lens.classify.estimator import FeatureRuleClassifier
     from qwen_scope_lens.labels.packs import LabelPack
+    from qwen_scope_lens.stores.store import FeatureStore
 
 __all__ = ["Evidence", "Explanation", "explain"]
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """One feature of the rule firing on one token."""
+    """One feature of the rule that fires on one token."""
 
     feature: str  # its address
     value: float
     position: int  # of the token in its document
     token: str
-    start: int  # characters of the text, [start, end); -1 where there is no text
-    end: int
-    label: str | None = None  # what the feature means, where a LabelPack knows it
+    start: int  # first character of the token in the text; -1 if there is no text
+    end: int  # the character after its last one
+    label: str | None = None  # what the feature means, if a LabelPack has a label for it
 
     def to_json(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if value is not None}
@@ -43,7 +44,7 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Explanation:
-    """The class, the score, and the evidence: heaviest feature first, then by value."""
+    """The class, the score, and the evidence: strongest feature first, then by value."""
 
     predicted: Any
     score: float
@@ -57,27 +58,23 @@ class Explanation:
 
 
 def explain(
-    classifier: FeatureRuleClassifier, doc: Any, source: Any = None, labels: LabelPack | None = None
+    fitted: FittedRule, doc: Any, source: Any = None, labels: LabelPack | None = None
 ) -> Explanation:
     """See `FeatureRuleClassifier.explain`."""
-    if classifier.source_ is None:
-        raise StoreMismatch(
-            "the classifier was fitted on a plain array: there are no tokens to point at. Fit it"
-            " on a store"
-        )
+    fitted.require_source()
     if isinstance(doc, (int, np.integer)):
         if not is_store(source):
             raise BadText(
-                f"document {doc} of which store? Pass it: explain({doc}, store); or a text"
+                f"document {doc} of which store? Pass the store, explain({doc}, store), or a text"
             )
-        fired, tokens, spans = _in_store(classifier, int(doc), source)
+        fired, tokens, spans = _in_store(fitted, int(doc), source)
     else:
-        fired, tokens, spans = _in_text(classifier, doc, source)
+        fired, tokens, spans = _in_text(fitted, doc, source)
     values = np.array([value.max(initial=0.0) for value in fired])
-    score = float(classifier.rule_score(values[None])[0])
+    score = fitted.rule.score(values[None])
     evidence = []
-    for at in classifier.rule_.responsible(values):
-        address = classifier.features_[at]
+    for at in fitted.rule.responsible(values):
+        address = fitted.features[at]
         positions = np.nonzero(fired[at])[0]
         for position in positions[np.argsort(-fired[at][positions], kind="stable")]:
             start, end = (int(edge) for edge in spans[position])
@@ -92,29 +89,26 @@ def explain(
                     label_of(labels, address),
                 )
             )
-    predicted = classifier.classes_[int(score > 0)]
-    return Explanation(predicted, score, tuple(evidence))
+    return Explanation(fitted.predicted(score)[0], float(score[0]), tuple(evidence))
 
 
 def label_of(labels: Mapping[Any, Any] | None, address: str) -> str | None:
-    """The text for a feature, None where nobody wrote one."""
+    """The label of a feature; None if it has no label."""
     if labels is None or address not in labels:
         return None
     return str(labels[address].text)
 
 
 def _in_store(
-    classifier: FeatureRuleClassifier, doc: int, store: Any
+    fitted: FittedRule, doc: int, store: FeatureStore
 ) -> tuple[list[np.ndarray], list[str], np.ndarray]:
-    """Values of every feature along the document's tokens, the tokens, their characters."""
-    source = classifier.source_
-    assert source is not None
+    """Values of every feature on the document's tokens, the tokens, and their characters."""
+    source = fitted.require_source()
     have = [facts.layer for facts in source.layers if facts.layer in store.layers]
     source.check_same(source_of_store(store, have, source.keep), "the store")
     fired: list[np.ndarray] = []
     blocks = {facts.layer: store.by_token(doc, facts.layer) for facts in source.layers}
-    for address in classifier.features_:
-        layer, feature = (int(part) for part in address.split("/")[-2:])
+    for layer, feature in fitted.places:
         block = blocks[layer]
         hit = (block.codes.values * (block.codes.indices == feature)).sum(-1).numpy()
         fired.append(np.where(block.keep, hit, 0) if source.keep else hit)
@@ -123,18 +117,17 @@ def _in_store(
 
 
 def _in_text(
-    classifier: FeatureRuleClassifier, doc: Any, reader: Any
+    fitted: FittedRule, doc: Any, reader: Any
 ) -> tuple[list[np.ndarray], list[str], np.ndarray]:
     from qwen_scope_lens.classify.read import open_reader
     from qwen_scope_lens.stores.codec import stored_values
 
-    assert classifier.source_ is not None
-    reader = reader or open_reader(classifier.source_)
-    classifier.source_.check_same(reader.source, "the reader")
+    source = fitted.require_source()
+    reader = reader or open_reader(source)
+    source.check_same(reader.source, "the reader")
     [batch] = reader.captures([doc])
     fired = []
-    for address in classifier.features_:
-        layer, feature = (int(part) for part in address.split("/")[-2:])
+    for layer, feature in fitted.places:
         codes = reader.saes[layer].encode_sparse(batch.residuals[layer]).to("cpu")
         hit = (codes.values * (codes.indices == feature)).sum(-1).numpy()
         keep = batch.keep(layer).cpu().numpy() if reader.source.keep else True

@@ -1,7 +1,7 @@
-"""Which features tell the classes apart: firing rates, their difference, layers by their best.
+"""Choose the features that separate the classes, by the difference of their firing rates.
 
-The paper's equations 13, 14, 16 and 17 on a CSR matrix of document maxima. What is then decided
-with the features is `rules.py`.
+This implements the paper's equations 13, 14, 16 and 17 on a CSR matrix of document maxima.
+`rules.py` then makes decisions with the chosen features.
 """
 
 from __future__ import annotations
@@ -23,29 +23,32 @@ __all__ = ["Choice", "best_layers", "rate_differences", "top_features"]
 
 @dataclass(frozen=True)
 class Choice:
-    """The columns taken, and what they were taken for."""
+    """The chosen columns, with the figures by which they were chosen."""
 
     columns: np.ndarray  # [m]
-    differences: np.ndarray  # Δ of each, [m]
-    layers: tuple[int, ...]  # positions of the layers they come from
-    best_by_layer: np.ndarray  # d of every layer offered, [layers]
+    differences: np.ndarray  # Δ of each column, [m]
+    layers: tuple[int, ...]  # positions of the layers that they belong to
+    best_by_layer: np.ndarray  # d of every layer, [layers]
 
 
 def rate_differences(
     maxima: csr_matrix, positive: np.ndarray, threshold: float = 0.0
 ) -> np.ndarray:
-    """Δ (equation 14): the share of positive documents on which a feature fires anywhere, less
-    that of the others. `[n_docs, n_features] -> [n_features]`"""
+    """Δ (equation 14) of every feature. `[n_docs, n_features] -> [n_features]`
+
+    It is the share of positive documents on which the feature fires anywhere, minus the share of
+    the other documents.
+    """
     fires = canonical(maxima).copy()
     fires.data = (fires.data > threshold).astype(np.float64)
     yes, no = positive.astype(np.float64), (~positive).astype(np.float64)
-    # Over one denominator, in whole numbers: features with equal differences tie exactly.
+    # Whole numbers over a common denominator, so that equal differences tie exactly.
     whole = fires.T @ yes * no.sum() - fires.T @ no * yes.sum()
     return np.asarray(whole / (yes.sum() * no.sum())).ravel()
 
 
 def best_layers(differences: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """d (equation 16): the largest Δ of every layer. `[layers]`"""
+    """d (equation 16): the largest Δ of each layer. `-> [layers]`"""
     return np.array([differences[a:b].max() for a, b in pairwise(offsets)])
 
 
@@ -57,12 +60,12 @@ def top_features(
     n_layers: int = 1,
     either_sign: bool = False,
 ) -> Choice:
-    """The `top_k` features of the `n_layers` layers with the largest d, among those allowed.
+    """The `top_k` features of each of the `n_layers` layers in `among` with the largest d.
 
     Equation 16 is `n_layers=1`; equation 17 is `top_k=1` with several layers. Ties go to the lower
-    layer and the lower feature. A feature whose Δ is not positive is left out, unless it is the
-    best that there is. With `either_sign` features of the other class count as much (|Δ|), for
-    rules that can use them.
+    layer and the lower feature. A feature whose Δ is not positive is left out, unless no feature
+    has a positive Δ; then the best one is taken. With `either_sign` features are ranked by |Δ|, for
+    rules that can also use features of the negative class.
     """
     best = best_layers(differences, offsets)
     order = sorted(among, key=lambda at: (-best[at], at))[:n_layers]

@@ -1,7 +1,8 @@
-"""What a rule is compared with, all with one shape: fit on documents, score documents.
+"""Rules and the baselines that they are compared with. All fit and score `Documents`.
 
-Always yes; a linear probe and the difference of means on the residual; bag of words and character
-n-grams on the text. The learners are scikit-learn's. What is compared how is `comparison.py`.
+The baselines are: always yes; a linear probe and the difference of means on the residual; bag of
+words and character n-grams on the text. The learners are those of scikit-learn. `comparison.py`
+compares the methods.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ NAMES = {
     "tree": "small tree",
 }
 PROBE_CHECK = 5
-"""One discovery document in this many chooses the layer of a probe."""
+"""One of this many discovery documents is held out to choose the layer of a probe."""
 
 
 @dataclass(frozen=True)
 class Documents:
-    """Texts with a truth, and what methods read of them."""
+    """Texts, whether each is positive, and the data that methods learn from."""
 
     texts: tuple[str, ...]
     truth: np.ndarray  # bool [n]
@@ -45,14 +46,15 @@ class Documents:
         parts: list[Any] = [self.truth, self.pooled, *self.residuals.values()]
         if any(len(part) != n for part in parts):
             raise TooLittleData(
-                f"{n} texts, but {[len(part) for part in parts]} rows of what belongs to them"
+                f"{n} texts, but {[len(part) for part in parts]} rows of truth, features and"
+                " residuals"
             )
 
     def __len__(self) -> int:
         return len(self.texts)
 
     def take(self, rows: np.ndarray) -> Documents:
-        """Some of them: numbers or a mask."""
+        """Some of the documents, by their numbers or by a mask."""
         rows = np.nonzero(rows)[0] if rows.dtype == bool else rows
         return Documents(
             tuple(self.texts[i] for i in rows),
@@ -64,7 +66,7 @@ class Documents:
 
 
 class Method(Protocol):
-    """Something that learns from documents and then scores others; above 0 means yes."""
+    """A method learns from documents and scores others; a score above 0 means yes."""
 
     name: str
 
@@ -103,7 +105,7 @@ class RuleMethod:
 
 @dataclass
 class ResidualMethod:
-    """On the mean residual of the layer that is best on a part of the discovery documents."""
+    """Works on the mean residual of the layer that is best on held-out discovery documents."""
 
     name: str
     learner: str  # "probe" or "means"
@@ -143,7 +145,7 @@ class ResidualMethod:
 
 @dataclass
 class TextMethod:
-    """Logistic regression on TF-IDF of words or of character n-grams."""
+    """Logistic regression on TF-IDF weights of words or of character n-grams."""
 
     name: str
     analyzer: str  # "word" or "char"
@@ -166,7 +168,7 @@ class TextMethod:
 
 
 def baselines(residuals: bool = True) -> list[Method]:
-    """What every table has beside the rules."""
+    """The baselines that every table shows beside the rules."""
     found: list[Method] = [AlwaysYes()]
     if residuals:
         found += [
@@ -177,14 +179,14 @@ def baselines(residuals: bool = True) -> list[Method]:
 
 
 def rule_methods(top_k: int = 2, many: int = 32, **shared: Any) -> list[RuleMethod]:
-    """The paper's rule, its multi-layer form, and what goes beyond it on the same features."""
+    """The paper's rule, its multi-layer form, and our other rules over the same features."""
     rows: list[dict[str, Any]] = [{"top_k": top_k}, {"top_k": 1, "n_layers": 3}]
     rows += [{"rule": rule, "top_k": many} for rule in RULES if rule != "or"]
     return [RuleMethod(name_of({**shared, **row}), {**shared, **row}) for row in rows]
 
 
 def name_of(settings: Mapping[str, Any]) -> str:
-    """What a table calls a rule: `OR, 2 features`."""
+    """The name of a rule in tables, such as `OR, 2 features`."""
     full = FeatureRuleClassifier(**settings).get_params()
     kind, top_k, n_layers = full["rule"], full["top_k"], full["n_layers"]
     what = f"{NAMES[kind]}, {top_k} feature{'s' if top_k > 1 else ''}"

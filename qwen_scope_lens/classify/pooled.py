@@ -1,8 +1,8 @@
-"""One row per document, one column per feature: what a classifier sees of stores.
+"""One row per document and one column per feature: the data of a classifier.
 
-`Pooled` is a CSR matrix whose columns know which SAE they belong to. It indexes by rows, so
-scikit-learn's splitters take it as they take an array. Where the numbers come from (a store, or a
-model at work) is `features/` and `read.py`; what is learned from them is `estimator.py`.
+`Pooled` is a CSR matrix that knows the SAE of each column. It is indexed by rows, so scikit-learn's
+splitters take it like an array. Stores are pooled here; `read.py` makes the same matrix from texts
+with a model, and `estimator.py` learns from it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class LayerFacts:
-    """One SAE, as far as two artefacts have to agree on it."""
+    """What identifies an SAE when two files or stores are compared."""
 
     ref: str  # mini-qwen3/w1k-l0-16/6
     d_sae: int
@@ -48,7 +48,7 @@ class LayerFacts:
         return int(self.ref.rpartition("/")[2])
 
     def check_same(self, other: LayerFacts, what: str) -> None:
-        """Raise where `other`, found in `what`, is another SAE."""
+        """Raise if `other`, which was found in `what`, is a different SAE."""
         mine, found = asdict(self), asdict(other)
         if None in (self.sha256, other.sha256):
             del mine["sha256"], found["sha256"]
@@ -59,20 +59,20 @@ class LayerFacts:
                 if mine[name] != found[name]
             )
             raise StoreMismatch(
-                f"the classifier was fitted on {self.ref}; {what} has another SAE ({changed}):"
-                " extract these documents with the SAE of the classifier, or fit it again"
+                f"the classifier was fitted on {self.ref}; {what} has another SAE ({changed})."
+                " Extract these documents with the SAE of the classifier, or fit it again"
             )
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where pooled values come from: model, SAEs, and how tokens became documents."""
+    """Where pooled values come from: the model, the SAEs, and how documents were read."""
 
     model: str
     layers: tuple[LayerFacts, ...]
     keep: bool = True  # first and extreme-norm tokens left out
-    settings: Mapping[str, Any] = field(default_factory=dict)  # of reading, such as max_tokens
-    dtype: str | None = None  # of the model's weights; None: as stored
+    settings: Mapping[str, Any] = field(default_factory=dict)  # such as max_tokens
+    dtype: str | None = None  # of the model's weights; None: the dtype of the checkpoint
     revision: str | None = None  # of the model
 
     def only(self, positions: Sequence[int]) -> Source:
@@ -100,32 +100,33 @@ class Source:
         )
 
     def check_same(self, other: Source, what: str) -> None:
-        """Raise unless `other` reads the same model the same way, with all of these SAEs."""
+        """Raise unless `other` has the same model, way of pooling, and all of these SAEs."""
         if self.model != other.model:
             raise StoreMismatch(
                 f"the classifier was fitted on activations of {self.model}; {what} was read from"
-                f" {other.model}: read it with {self.model}, or fit the classifier again"
+                f" {other.model}. Read it with {self.model}, or fit the classifier again"
             )
         if self.keep != other.keep:
             raise StoreMismatch(
-                f"the classifier was fitted with keep={self.keep}, {what} is pooled with"
-                f" keep={other.keep}: pool it the same way"
+                f"the classifier was fitted with keep={self.keep}, but {what} is pooled with"
+                f" keep={other.keep}. Pool it the same way"
             )
         there = {facts.layer: facts for facts in other.layers}
         for facts in self.layers:
             if facts.layer not in there:
                 raise StoreMismatch(
-                    f"the classifier reads {facts.ref}; {what} has only layers"
-                    f" {sorted(there)}: extract layer {facts.layer} too"
+                    f"the classifier reads {facts.ref}, but {what} has only layers"
+                    f" {sorted(there)}. Extract layer {facts.layer} too"
                 )
             facts.check_same(there[facts.layer], what)
 
 
 @dataclass(frozen=True, eq=False)
 class Pooled:
-    """`matrix [n_docs, sum of d_sae]`: the maximum over a document's tokens, layers side by side.
+    """Maxima of features over the tokens of each document: `matrix [n_docs, sum of d_sae]`.
 
-    `docs` are the documents' numbers in the store or the sequence they were read from.
+    The columns of the layers follow one another. `docs` are the numbers of the documents in the
+    store or sequence that they were read from.
     """
 
     matrix: csr_matrix
@@ -138,7 +139,7 @@ class Pooled:
         if self.matrix.shape != (len(self.docs), width):
             raise StoreMismatch(
                 f"a matrix of shape {self.matrix.shape} for {len(self.docs)} documents and {width}"
-                " features: expected one row a document and one column a feature"
+                " features: expected one row per document and one column per feature"
             )
 
     @property
@@ -153,23 +154,23 @@ class Pooled:
         return self.shape[0]
 
     def __getitem__(self, key: Any) -> Pooled:
-        """Some of the documents: numbers, a mask, or a slice (a trailing `...` is allowed)."""
+        """Some of the documents, by numbers, a mask or a slice (a trailing `...` is allowed)."""
         rows = key[0] if isinstance(key, tuple) else key
         rows = np.atleast_1d(rows) if not isinstance(rows, slice) else rows
         return Pooled(self.matrix[rows], self.source, self.docs[rows])
 
     @property
     def offsets(self) -> np.ndarray:
-        """Where each layer's columns begin, and the end. `[layers + 1]`"""
+        """The first column of each layer, and the end of the last one. `-> [layers + 1]`"""
         return np.cumsum([0, *(facts.d_sae for facts in self.source.layers)])
 
     def layer(self, number: int) -> csr_matrix:
-        """The columns of one layer. `[n_docs, d_sae]`"""
+        """The columns of one layer. `-> [n_docs, d_sae]`"""
         at = self.position(number)
         return self.matrix[:, self.offsets[at] : self.offsets[at + 1]]
 
     def layers(self, numbers: Iterable[int]) -> Pooled:
-        """The same documents with these layers only, in this order."""
+        """The same documents with only these layers, in this order."""
         from scipy.sparse import hstack
 
         positions = [self.position(number) for number in numbers]
@@ -178,36 +179,36 @@ class Pooled:
         return Pooled(hstack(parts, format="csr"), self.source.only(positions), self.docs)
 
     def position(self, layer: int) -> int:
-        """Which of the layers here is number `layer` of the model."""
+        """The position of the model's layer `layer` among the layers here."""
         numbers = [facts.layer for facts in self.source.layers]
         if layer not in numbers:
             raise LayerOutOfRange(
-                f"layer {layer} is not among those read: there are {numbers}. Extract it as well,"
-                " or choose one of these"
+                f"layer {layer} is not among those read, {numbers}. Extract it as well, or choose"
+                " one of these"
             )
         return numbers.index(layer)
 
     def address(self, column: int) -> str:
-        """The feature that a column stands for: `mini-qwen3/w1k-l0-16/6/498`."""
+        """The address of the feature in a column, such as `mini-qwen3/w1k-l0-16/6/498`."""
         at = int(np.searchsorted(self.offsets, column, side="right")) - 1
         return f"{self.source.layers[at].ref}/{column - int(self.offsets[at])}"
 
     def column(self, address: str) -> int:
-        """Where a feature's column is."""
+        """The column of a feature."""
         sae, _, feature = address.rpartition("/")
         at = self.position(int(sae.rpartition("/")[2]))
         return int(self.offsets[at]) + int(feature)
 
 
 def is_store(data: Any) -> bool:
-    """Whether this is a feature store (or anything with a store's way of being read)."""
+    """Whether this is a feature store, or an object that can be read like one."""
     return hasattr(data, "iter_blocks") and hasattr(data, "manifest")
 
 
 def stack_layers(
     blocks: Sequence[csr_matrix], source: Source, docs: np.ndarray | None = None
 ) -> Pooled:
-    """Layers side by side: one CSR matrix a layer, in the order of `source.layers`."""
+    """Join one CSR matrix per layer, in the order of `source.layers`."""
     from scipy.sparse import hstack
 
     matrix = hstack(blocks, format="csr")
@@ -220,9 +221,9 @@ def pool_layers(
     keep: bool = True,
     docs: Sequence[int] | np.ndarray | None = None,
 ) -> Pooled:
-    """The documents of a store, or of several that hold other layers of the same documents.
+    """Pool the documents of a store, or of several stores with layers of the same documents.
 
-    `keep` leaves out first and extreme-norm tokens; `docs` restricts to some documents.
+    `keep` leaves out first and extreme-norm tokens. `docs` selects documents by their numbers.
     """
     some: list[Any] = [stores] if is_store(stores) else list(cast(Sequence[Any], stores))
     places: dict[int, Any] = {}
@@ -233,8 +234,8 @@ def pool_layers(
     for number in wanted:
         if number not in places:
             raise LayerOutOfRange(
-                f"layer {number} is not in the store: it has {sorted(places)}. Extract it as well,"
-                " or choose one of these"
+                f"layer {number} is not in the store, which has {sorted(places)}. Extract it as"
+                " well, or choose one of these"
             )
     _check_same_documents(some)
     facts, blocks = [], []
@@ -248,7 +249,7 @@ def pool_layers(
 
 
 def source_of_store(store: FeatureStore, layers: Iterable[int], keep: bool = True) -> Source:
-    """What a store says about itself, with these of its layers."""
+    """The source that a store's manifest describes, with these of its layers."""
     manifest = store.manifest
     return Source(
         manifest.model.id,
@@ -274,6 +275,6 @@ def _check_same_documents(stores: Sequence[Any]) -> None:
         keys = [store.documents(["key"])["key"].to_pylist() for store in (first, other)]
         if keys[0] != keys[1]:
             raise StoreMismatch(
-                f"the stores hold different documents ({len(keys[0])} and {len(keys[1])}): a list"
-                " of stores means other layers of the same documents. Fit on one store of all"
+                f"the stores hold different documents ({len(keys[0])} and {len(keys[1])}). Several"
+                " stores have to hold layers of the same documents: fit on one store of all"
             )

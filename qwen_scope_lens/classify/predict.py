@@ -1,11 +1,11 @@
-"""None
+"""Predict with a fitted rule: texts as a stream, and whole files with a JSON line per document.
 
-The forward pass ends after the rule's last layer, only its SAEs are opened, and of those mostly
-only its features are computed (`saes/few_features.py`). Values equal those of a full encode, bit
-for bit, and are then rounded as a store rounds them. Documents in stores are `estimator.py`'s.
+For texts, the forward pass ends after the rule's last layer, only the SAEs of the rule are opened,
+and mostly only the rule's features are computed (`saes/few_features.py`). Values equal those of a
+full encode bit for bit, and are then rounded as a store rounds them. `estimator.py` predicts for
+documents in stores.
 
-What is finished stays when a run is interrupted; the same command goes on after the last whole
-line. How a prediction comes about is `predict.py` (texts) and `estimator.py` (stores).
+If a run is interrupted, the finished lines are kept and the same command continues after them.
 """
 
 from __future__ import annotations
@@ -24,10 +24,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from qwen_scope_lens.classify.estimator import FeatureRuleClassifier
 from qwen_scope_lens.classify.explain import Evidence, explain, label_of
 from qwen_scope_lens.classify.read import Reader, open_reader
-from qwen_scope_lens.errors import CannotWrite, ScopeError, StoreMismatch
+from qwen_scope_lens.errors import CannotWrite, ScopeError
 from qwen_scope_lens.files import open_own, whole_file
 from qwen_scope_lens.models.residuals import Capture
 from qwen_scope_lens.models.tokenize import Content
@@ -44,12 +43,12 @@ if TYPE_CHECKING:
 __all__ = ["Prediction", "Stream", "predict_data"]
 
 WINDOW = 512
-"""Documents read ahead: they are batched by length, and given back in their order."""
+"""Documents that are read ahead, so that they can be batched by length."""
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """One document: its class, its score, and where each feature of the rule is strongest."""
+    """The class and score of a document, and the token on which each feature is strongest."""
 
     predicted: Any
     score: float
@@ -66,7 +65,7 @@ class Prediction:
 
 
 class Stream:
-    """A classifier at work on texts. `settled` says which certificates decided."""
+    """Applies a classifier to texts. `settled` counts which certificates decided."""
 
     def __init__(
         self,
@@ -74,17 +73,11 @@ class Stream:
         reader: Reader,
         labels: LabelPack | None = None,
     ) -> None:
-        if classifier.source_ is None:
-            raise StoreMismatch(
-                "the classifier was fitted on a plain array: it does not say which model and SAE"
-                " its columns come from. Fit it on a store"
-            )
-        classifier.source_.check_same(reader.source, "the reader")
-        self.classifier, self.labels = classifier, labels
+        self.fitted, self.labels = classifier.fitted_, labels
+        self.fitted.require_source().check_same(reader.source, "the reader")
         self._columns: dict[int, list[int]] = {}
         features: dict[int, list[int]] = {}
-        for column, address in enumerate(classifier.features_):
-            layer, feature = (int(part) for part in address.split("/")[-2:])
+        for column, (layer, feature) in enumerate(self.fitted.places):
             self._columns.setdefault(layer, []).append(column)
             features.setdefault(layer, []).append(feature)
         saes = {layer: reader.saes[layer] for layer in features}
@@ -93,7 +86,7 @@ class Stream:
 
     @property
     def settled(self) -> dict[str, int]:
-        """(position, feature) pairs by the certificate that settled them."""
+        """Counts of (position, feature) pairs by the certificate that settled them."""
         found: dict[str, int] = {}
         for member in self.members.values():
             for how, count in member.settled.items():
@@ -101,7 +94,7 @@ class Stream:
         return found
 
     def predict(self, texts: Iterable[Content]) -> Iterator[Prediction]:
-        """One prediction a document, in order; memory does not grow with their number."""
+        """One prediction per document, in order; memory does not grow with their number."""
         stream = iter(texts)
         while window := list(islice(stream, WINDOW)):
             done: dict[int, Prediction] = {}
@@ -111,7 +104,7 @@ class Stream:
 
     @torch.no_grad()
     def _batch(self, batch: Capture) -> Iterator[Prediction]:
-        m = len(self.classifier.features_)
+        m = len(self.fitted.features)
         values = np.zeros((len(batch), m), dtype=np.float32)
         rows = np.full((len(batch), m), -1)
         owner = batch.doc_rows()
@@ -123,25 +116,25 @@ class Stream:
                 x, doc = x[place], doc[place]
             found = member.maxima(x, doc, len(batch))
             columns = self._columns[layer]
-            # A store keeps rounded values, and rules are fitted on those.
+            # Rules are fitted on the rounded values of a store.
             values[:, columns] = stored_values(found.values.cpu().numpy())
             where = place[found.rows.clamp_min(0)] if len(place) else found.rows
             rows[:, columns] = where.masked_fill(found.rows < 0, -1).cpu().numpy()
-        scores = self.classifier.rule_score(values)
+        scores = self.fitted.rule.score(values)
         for i in range(len(batch)):
             evidence = tuple(self._evidence(batch, i, values[i], rows[i]))
-            predicted = self.classifier.classes_[int(scores[i] > 0)]
+            predicted = self.fitted.predicted(scores[[i]])[0]
             yield Prediction(predicted, float(scores[i]), values[i], evidence)
 
     def _evidence(
         self, batch: Capture, i: int, values: np.ndarray, rows: np.ndarray
     ) -> Iterator[Evidence]:
         text, spans = batch.texts[i], batch.char_spans[i]
-        for at in self.classifier.rule_.responsible(values):
+        for at in self.fitted.rule.responsible(values):
             position = int(rows[at] - batch.offsets[i])
             start, end = spans[position] if spans is not None else (-1, -1)
             token = text[start:end] if text is not None and spans is not None else ""
-            address = self.classifier.features_[at]
+            address = self.fitted.features[at]
             label = label_of(self.labels, address)
             yield Evidence(address, float(values[at]), position, token, start, end, label)
 
@@ -154,12 +147,8 @@ def predict_data(
     text: str | None = None,
     split: str | None = None,
 ) -> int:
-    """Write predictions to `out` (stdout where None); how many were made in this run."""
-    if classifier.source_ is None:
-        raise StoreMismatch(
-            "the classifier was fitted on a plain array: it does not say which model and SAE its"
-            " columns come from. Fit it on a store"
-        )
+    """Write predictions to `out` (default: stdout) and return how many this run made."""
+    classifier.fitted_.require_source()
     path = Path(data).expanduser()
     rows: Any
     if path.is_dir() and Manifest.exists(path):
@@ -176,7 +165,7 @@ def predict_data(
 
 
 class _FromCorpus:
-    """Rows of predictions from the n-th document on."""
+    """Yields rows of predictions from the n-th document of a corpus on."""
 
     def __init__(
         self, classifier: FeatureRuleClassifier, corpus: Corpus, labels: LabelPack | None
@@ -184,8 +173,8 @@ class _FromCorpus:
         self.classifier, self.corpus, self.labels = classifier, corpus, labels
 
     def __call__(self, start: int) -> Iterator[dict[str, Any]]:
-        assert self.classifier.source_ is not None
-        stream = Stream(self.classifier, open_reader(self.classifier.source_), self.labels)
+        source = self.classifier.fitted_.require_source()
+        stream = Stream(self.classifier, open_reader(source), self.labels)
         keys: deque[str] = deque()
 
         def contents(documents: Iterable[Document]) -> Iterator[Any]:
@@ -199,7 +188,7 @@ class _FromCorpus:
 
 
 class _FromStore:
-    """The same from a store; evidence is read for documents that are called positive."""
+    """The same for a store; evidence is read only for documents that are called positive."""
 
     def __init__(
         self, classifier: FeatureRuleClassifier, store: FeatureStore, labels: LabelPack | None
@@ -212,26 +201,30 @@ class _FromStore:
         for doc in range(start, len(keys)):
             evidence: list[dict[str, Any]] = []
             if scores[doc] > 0:
-                found = explain(self.classifier, doc, self.store, self.labels)
+                found = explain(self.classifier.fitted_, doc, self.store, self.labels)
                 seen: set[str] = set()
                 for one in found.evidence:  # the strongest place of each feature
                     if one.feature not in seen:
                         seen.add(one.feature)
                         evidence.append(one.to_json())
-            [predicted] = self.classifier.classes_[[int(scores[doc] > 0)]].tolist()
+            [predicted] = self.classifier.fitted_.predicted(scores[[doc]]).tolist()
             row = {"predicted": predicted, "score": round(float(scores[doc]), 6)}
             yield {"key": keys[doc], **row, "evidence": evidence}
 
 
 def _write(rows: Any, out: Path, classifier: FeatureRuleClassifier, data: str) -> int:
-    """Append to a partial file, which takes the name `out` when everything is there."""
+    """Append to a partial file, which gets the name `out` when it is complete."""
     partial = out.with_name(f".{out.name}.partial")
     path = Path(data).expanduser()
-    changed = path.stat().st_mtime_ns if path.is_file() else None  # edited since: begin again
-    head = json.dumps({
-        "data": data, "changed": changed, "features": classifier.features_,
-        "rule": classifier.rule_.to_json(),
-    })  # fmt: skip
+    changed = path.stat().st_mtime_ns if path.is_file() else None  # edited since: start again
+    head = json.dumps(
+        {
+            "data": data,
+            "changed": changed,
+            "features": classifier.features_,
+            "rule": classifier.rule_.to_json(),
+        }
+    )
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         done = _finished(partial, head)
@@ -241,7 +234,7 @@ def _write(rows: Any, out: Path, classifier: FeatureRuleClassifier, data: str) -
                 file.write(head + "\n")
                 done = 0
             if done:
-                print(f"going on after {done:,} documents", file=sys.stderr)
+                print(f"continuing after {done:,} documents", file=sys.stderr)
             made = 0
             for row in tqdm(rows(done), initial=done, unit="doc", disable=None, file=sys.stderr):
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -257,14 +250,14 @@ def _write(rows: Any, out: Path, classifier: FeatureRuleClassifier, data: str) -
         if isinstance(error, ScopeError):
             raise
         raise CannotWrite(
-            f"cannot write {out}: {error.strerror or error}. What is finished is kept: make room,"
-            " and run the same command again"
+            f"cannot write {out}: {error.strerror or error}. The finished documents are kept: make"
+            " room and run the same command again"
         ) from error
     return made
 
 
 def _finished(partial: Path, head: str) -> int:
-    """How many documents a partial file of the same job holds; -1 where there is none."""
+    """How many documents the partial file of the same job holds; -1 if there is no such file."""
     if not partial.is_file() or partial.is_symlink():
         return -1
     content = partial.read_bytes()
@@ -273,8 +266,8 @@ def _finished(partial: Path, head: str) -> int:
     if not lines or lines[0] != head.encode("utf-8"):
         partial.unlink()
         return -1
-    # Documents are read in windows: a window that was cut is read again as a whole, so that the
-    # batches, and with them the last bits of the scores, are those of a run without a break.
+    # Documents are read in windows. An incomplete window is read again as a whole, so that the
+    # batches, and with them the last bits of the scores, equal those of an uninterrupted run.
     done = (len(lines) - 1) // WINDOW * WINDOW
     with open_own(partial, "r+b") as file:
         file.truncate(sum(len(line) + 1 for line in lines[: done + 1]))

@@ -1,7 +1,7 @@
-"""Documents read with a model at work: pooled codes, and the residuals that baselines need.
+"""Read texts that are not in a store: pooled codes, and the residuals for baselines.
 
-For texts that are in no store. The residuals come from `models/residuals.py`; how stores are filled
-is `stores/extract.py`, and predictions over long files, which need far less, are `predict.py`.
+The model runs here, with `models/residuals.py`. `stores/extract.py` fills stores instead, and
+`predict.py` makes predictions over long files, which need far less than all codes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ __all__ = ["Reader", "open_reader", "read_documents", "source_of"]
 
 @dataclass(frozen=True)
 class Reader:
-    """A model and SAEs that read texts as `source` says."""
+    """A model and SAEs that read texts in the way that `source` describes."""
 
     model: Any
     saes: Mapping[int, ScopeSAE]
@@ -44,7 +44,7 @@ class Reader:
 def source_of(
     model: str, saes: Sequence[str], keep: bool = True, max_tokens: int | None = None
 ) -> Source:
-    """What a reader of these SAEs (`mini-qwen3/w1k-l0-16/6`, ...) is to read."""
+    """The source for a reader of these SAEs, such as `mini-qwen3/w1k-l0-16/6`."""
     layers = []
     for name in saes:
         facts = sae_facts(LayerRef.parse(name))
@@ -53,7 +53,7 @@ def source_of(
 
 
 def open_reader(source: Source, model: Any = None) -> Reader:
-    """The model (only as deep as needed, unless one is given) and the SAEs of `source`."""
+    """Open the SAEs of `source` and, unless `model` is given, its model up to the last layer."""
     saes = {}
     for facts in source.layers:
         found = sae_facts(LayerRef.parse(facts.ref))
@@ -67,7 +67,7 @@ def open_reader(source: Source, model: Any = None) -> Reader:
 def read_documents(
     reader: Reader, texts: Sequence[Content], residuals: bool = False
 ) -> tuple[Pooled, dict[int, np.ndarray]]:
-    """Document maxima of every feature and, where asked for, mean residuals by layer.
+    """Document maxima of every feature and, if `residuals`, mean residuals by layer.
 
     Values are rounded as a store rounds them.
     """

@@ -1,11 +1,11 @@
-"""Reports and experiments as text for the terminal and as one HTML page.
+"""Show reports and experiments as text for the terminal and as one HTML page.
 
-Only looks: the numbers are made in `comparison.py` and `experiments.py`.
+The numbers are computed in `comparison.py` and `experiments.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from qwen_scope_lens.classify.comparison import Report
@@ -14,6 +14,7 @@ from qwen_scope_lens.classify.experiments import Efficiency, LayerRow, Overlap, 
 from qwen_scope_lens.classify.methods import Documents, name_of
 from qwen_scope_lens.classify.scores import scored
 from qwen_scope_lens.pages import Page, chart
+from qwen_scope_lens.tables import Table
 
 __all__ = [
     "efficiency_table",
@@ -22,49 +23,34 @@ __all__ = [
     "overlap_table",
     "report_page",
     "report_text",
-    "table",
     "transfer_table",
 ]
 
-METHODS = ("method", "F1", "95%", "precision", "recall", "F1 less the first's", "95%")
+METHODS = ("method", "F1", "95%", "precision", "recall", "F1 minus the first's", "95% of it")
 EXCERPT = 90
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Aligned text: the first column to the left, the others to the right."""
-    cells = [list(columns), *([_shown(cell) for cell in row] for row in rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in cells
-    ]
-    return "\n".join(lines)
-
-
 def report_text(report: Report) -> str:
-    """The whole report for a terminal."""
+    """The whole report as text for a terminal."""
     parts = [
         f"{report.described}\n" if report.described else "",
         f"{report.n_discovery:,} discovery documents, {report.n_test:,} test documents"
         f" ({_share_positive(report)} positive). All numbers are of the test documents; intervals"
         " hold 95% of resamples.\n",
-        table(METHODS, _method_rows(report)),
+        _text(METHODS, _method_rows(report)),
         f"\nAt {report.at} (fitted on two thirds of the discovery documents, cut set on the rest):",
-        table(("method", "precision", "recall", "called positive"), _point_rows(report)),
+        _text(("method", "precision", "recall", "called positive"), _point_rows(report)),
     ]
     if report.languages:
-        parts += ["\nF1 by language:", table(("method", *report.languages), _languages(report))]
+        parts += ["\nF1 by language:", _text(("method", *report.languages), _languages(report))]
     parts += [
-        "\nMore features (F1; precision / recall of the OR rule):",
-        table(_growth_head(report), _growth_rows(report)),
+        "\nWith more features (F1, and precision and recall of the OR rule):",
+        _text(_growth_head(report), _growth_rows(report)),
         "\nThe rule's features, and the difference of their firing rates:",
-        table(("feature", "Δ"), report.features),
-        "\nLargest Δ of every layer:",
-        table(("layer", "d"), [(str(n), d) for n, d in report.layers.items()]),
-        "\nErrors, the clearest first:",
+        _text(("feature", "Δ"), report.features),
+        "\nLargest Δ of each layer:",
+        _text(("layer", "d"), [(str(n), d) for n, d in report.layers.items()]),
+        "\nErrors, most extreme scores first:",
     ]
     for error in report.errors:
         head = "missed     " if error.truth else "false alarm"
@@ -78,7 +64,7 @@ def report_text(report: Report) -> str:
 
 
 def report_page(report: Report, title: str = "Feature classifier") -> Page:
-    """The same as a page, with the growth as a picture."""
+    """The whole report as a page, with a chart of F1 over the number of features."""
     page = Page(title)
     if report.described:
         page.text(report.described)
@@ -90,7 +76,8 @@ def report_page(report: Report, title: str = "Feature classifier") -> Page:
     page.heading("All methods on the same documents").table(METHODS, _method_rows(report))
     page.heading(f"At {report.at}")
     page.text(
-        "Each method fitted on two thirds of the discovery documents, its cut set on the rest.",
+        "Each method is fitted on two thirds of the discovery documents, and its cut is set on the"
+        " rest.",
         quiet=True,
     )
     page.table(("method", "precision", "recall", "called positive"), _point_rows(report))
@@ -100,13 +87,13 @@ def report_page(report: Report, title: str = "Feature classifier") -> Page:
     page.heading("With more features")
     page.figure(
         chart(lambda axes: _draw_growth(axes, report)),
-        "F1 on test by the number of features; bands hold 95% of resamples. Dotted: always yes.",
+        "F1 on test by the number of features. Bands hold 95% of resamples. Dotted: always yes.",
     )
     page.table(_growth_head(report), _growth_rows(report))
     page.heading("The rule").table(("feature", "Δ of firing rates"), report.features)
-    page.heading("Largest Δ of every layer")
+    page.heading("Largest Δ of each layer")
     page.table(("layer", "d"), [(str(n), d) for n, d in report.layers.items()])
-    page.heading("Errors, the clearest first")
+    page.heading("Errors, most extreme scores first")
     rows = [
         (
             "missed" if error.truth else "false alarm",
@@ -122,7 +109,7 @@ def report_page(report: Report, title: str = "Feature classifier") -> Page:
 
 
 def fit_text(classifier: FeatureRuleClassifier, documents: Documents, task: str) -> str:
-    """What was learned; the F1 is that of the discovery documents, and so flatters."""
+    """What was learned, and the F1 on the discovery documents, which is optimistic."""
     own = scored(classifier.decision_function(documents.pooled) > 0, documents.truth)
     rows = list(zip(map(str, classifier.features_), classifier.differences_, strict=True))
     layers = [(str(n), d) for n, d in classifier.layer_differences_.items()]
@@ -130,9 +117,9 @@ def fit_text(classifier: FeatureRuleClassifier, documents: Documents, task: str)
         [
             f"{task}: {own.positives:,} of {own.n:,} documents.",
             f"Rule: {name_of(classifier.get_params(deep=False))}",
-            table(("feature", "Δ"), [(name, float(delta)) for name, delta in rows]),
-            "\nLargest Δ of every layer:",
-            table(("layer", "d"), layers),
+            _text(("feature", "Δ"), [(name, float(delta)) for name, delta in rows]),
+            "\nLargest Δ of each layer:",
+            _text(("layer", "d"), layers),
             f"\nOn these discovery documents: F1 {own.f1:.3f}, precision {own.precision:.3f},"
             f" recall {own.recall:.3f}; `qsl classify report` measures on others.",
         ]
@@ -140,7 +127,7 @@ def fit_text(classifier: FeatureRuleClassifier, documents: Documents, task: str)
 
 
 def layer_table(rows: Sequence[LayerRow]) -> str:
-    """F1 of every layer's rule; which one the discovery set chooses, which one test would."""
+    """F1 of each layer's rule, with marks for the layer with the largest d and the best on test."""
     chosen = max(rows, key=lambda row: (row.d, -row.layer)).layer
     best = max(rows, key=lambda row: (row.test.f1, -row.layer)).layer
     marks = {chosen: "<- largest d", best: "<- best on test"}
@@ -150,21 +137,21 @@ def layer_table(rows: Sequence[LayerRow]) -> str:
         (str(row.layer), row.d, row.discovery, str(row.test), marks.get(row.layer, ""))
         for row in rows
     ]
-    return table(("layer", "d", "discovery F1", "test F1", ""), cells)
+    return _text(("layer", "d", "discovery F1", "test F1", ""), cells)
 
 
 def overlap_table(rows: Sequence[Overlap]) -> str:
     cells = [(str(row.layer), row.mean, f"{row.low:.3f}-{row.high:.3f}") for row in rows]
-    return table(("layer", "Jaccard of best features", "quartiles over pairs"), cells)
+    return _text(("layer", "Jaccard of best features", "quartiles over pairs"), cells)
 
 
 def transfer_table(found: Transfer) -> str:
-    """Rows: the language a rule was fitted on; columns: the one it is used on."""
+    """One row per language that a rule was fitted on, one column per language that it reads."""
     rows = [
         (f"{name} (layer {found.layers[i]})", *map(float, found.f1[i]))
         for i, name in enumerate(found.languages)
     ]
-    return table(("fitted on", *found.languages), rows)
+    return _text(("fitted on", *found.languages), rows)
 
 
 def efficiency_table(rows: Sequence[Efficiency]) -> str:
@@ -172,7 +159,7 @@ def efficiency_table(rows: Sequence[Efficiency]) -> str:
         (f"{row.share:.0%}", row.n, row.f1, f"{row.low:.3f}-{row.high:.3f}", f"{row.of_full:.1%}")
         for row in rows
     ]
-    return table(("discovery data", "documents", "F1", "over draws", "of full"), cells)
+    return _text(("discovery data", "documents", "F1", "over draws", "of full"), cells)
 
 
 def _method_rows(report: Report) -> list[tuple[Any, ...]]:
@@ -183,8 +170,8 @@ def _method_rows(report: Report) -> list[tuple[Any, ...]]:
             f"{row.all.low:.3f}-{row.all.high:.3f}",
             row.all.precision,
             row.all.recall,
-            None if row.against is None else row.against[0],
-            "" if row.against is None else f"{row.against[1]:+.3f}..{row.against[2]:+.3f}",
+            None if row.against is None else row.against.value,
+            None if row.against is None else f"{row.against.low:+.3f}..{row.against.high:+.3f}",
         )
         for row in report.rows
     ]
@@ -255,7 +242,5 @@ def _excerpt(text: str) -> str:
     return line if len(line) <= EXCERPT else line[: EXCERPT - 2] + ".."
 
 
-def _shown(cell: Any) -> str:
-    if cell is None:
-        return "-"
-    return f"{cell:.3f}" if isinstance(cell, float) else str(cell)
+def _text(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    return Table.of(columns, rows).text()

@@ -1,10 +1,10 @@
-"""Rules over a few features: how each is learned from values, and how it decides.
+"""Rules over a few features: how each kind is learned from values, and how it decides.
 
-A `Rule` is pure data (columns, thresholds, weights or a small tree) and a `score` whose sign is
-the decision; it knows no store, no model and no scikit-learn. Which features it gets is
-`feature_choice.py`, the estimator around it `estimator.py`.
+A `Rule` consists of plain numbers (thresholds, weights or a small tree) and has a `score` whose
+sign is the decision. It does not depend on stores, models or scikit-learn. `feature_choice.py`
+selects its features.
 
-The paper's rule is `or_rule` at threshold 0 (its equations 13 and 15). The others are ours.
+The paper's rule is `or_rule` at threshold 0 (equations 13 and 15). The other rules are ours.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from qwen_scope_lens.errors import BadFile
 __all__ = ["RULES", "Node", "Rule", "f1_of"]
 
 MOST_CUTS = 64
-"""Candidate thresholds of one feature: quantiles of its values on the positive documents."""
+"""How many thresholds are tried per feature: quantiles of its values on positive documents."""
 
 
 @dataclass(frozen=True)
@@ -31,25 +31,26 @@ class Node:
     threshold: float
     low: int  # the node for `value <= threshold`
     high: int
-    share: float  # positive documents among those that came here
+    share: float  # of positive documents among the discovery documents that reach the node
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What is asked of the values `[n, m]` of m features."""
+    """A fitted rule over m feature values."""
 
     kind: str
-    thresholds: tuple[float, ...] = ()  # or, k-of-n, thresholds: fires when value > threshold
-    at_least: int = 1  # how many have to fire
+    thresholds: tuple[float, ...] = ()  # or, k-of-n, thresholds: a feature fires above its own
+    at_least: int = 1  # how many features have to fire
     weights: tuple[float, ...] = ()  # logistic
     intercept: float = 0.0
     nodes: tuple[Node, ...] = ()  # tree
 
     def score(self, values: np.ndarray) -> np.ndarray:
-        """`[n, m] -> [n]`: positive exactly where the rule says yes.
+        """The score of each document; it is positive exactly if the rule says yes. `[n, m] -> [n]`
 
-        For firing rules the value above its threshold of the weakest feature that is needed; for a
-        logistic one the log odds; for a tree the share of positives less one half.
+        For a logistic rule the score is the log odds; for a tree, the share of positives minus one
+        half. For the other rules, which need `at_least` features to fire, it is the excess of a
+        value over its threshold: that of the feature with the `at_least`-th largest excess.
         """
         values = np.asarray(values, dtype=np.float64)
         if self.kind == "logistic":
@@ -62,7 +63,7 @@ class Rule:
         return np.sort(above, axis=1)[:, -self.at_least]
 
     def responsible(self, values: np.ndarray) -> np.ndarray:
-        """Which features count for one document `[m]`, the heaviest first, by position."""
+        """Positions of the features behind the score of one document `[m]`, the strongest first."""
         values = np.asarray(values, dtype=np.float64)
         if self.kind == "logistic":
             weight = np.abs(values * np.array(self.weights))
@@ -75,7 +76,7 @@ class Rule:
         return order[weight[order] > 0]
 
     def needed(self) -> np.ndarray:
-        """Features that can change a decision, by position."""
+        """Positions of the features that can change a decision."""
         if self.kind == "logistic":
             return np.nonzero(np.array(self.weights))[0]
         if self.kind == "tree":
@@ -83,7 +84,7 @@ class Rule:
         return np.nonzero(np.isfinite(self.thresholds))[0]
 
     def take(self, positions: np.ndarray) -> Rule:
-        """The same rule over some of its features; those left out must not be needed."""
+        """The same rule over some of its features; the others must not be `needed`."""
         place = {int(old): new for new, old in enumerate(positions)}
         return Rule(
             self.kind,
@@ -119,7 +120,7 @@ class Rule:
         threshold = np.array([node.threshold for node in self.nodes])
         low = np.array([node.low for node in self.nodes])
         high = np.array([node.high for node in self.nodes])
-        for _ in self.nodes:  # no path is longer than there are nodes
+        for _ in self.nodes:  # a path is at most as long as the number of nodes
             inner = feature[at] >= 0
             if not inner.any():
                 break
@@ -138,18 +139,18 @@ class Rule:
 
 
 def f1_of(predicted: np.ndarray, truth: np.ndarray) -> float:
-    """F1 of the positive class; 0 where nothing is found."""
+    """F1 of the positive class; 0 if nothing is predicted or true."""
     hits = float((predicted & truth).sum())
     return 2 * hits / max(1.0, float(predicted.sum() + truth.sum()))
 
 
 def or_rule(values: np.ndarray, truth: np.ndarray, settings: Mapping[str, Any]) -> Rule:
-    """Equation 15: yes when any feature fires on any token."""
+    """Equation 15: yes if any feature fires on any token."""
     return Rule("or", (float(settings["threshold"]),) * values.shape[1])
 
 
 def k_of_n(values: np.ndarray, truth: np.ndarray, settings: Mapping[str, Any]) -> Rule:
-    """Yes when at least so many fire; how many is given, or the best on the discovery set."""
+    """Yes if at least k features fire; k is `at_least`, by default the best on discovery."""
     n, threshold = values.shape[1], float(settings["threshold"])
     count = (values > threshold).sum(1)
     at_least = settings["at_least"]
@@ -160,10 +161,10 @@ def k_of_n(values: np.ndarray, truth: np.ndarray, settings: Mapping[str, Any]) -
 
 
 def own_thresholds(values: np.ndarray, truth: np.ndarray, settings: Mapping[str, Any]) -> Rule:
-    """An OR whose features, one after the other, get the threshold that is best for the union.
+    """An OR in which each feature in turn gets the threshold that is best for the F1 of the union.
 
-    A feature that only costs precision gets an infinite one: adding features cannot lower the F1
-    on the discovery set.
+    A feature that would only cost precision gets an infinite threshold, so that more features
+    cannot lower the F1 on the discovery set.
     """
     least = float(settings["threshold"])
     union = np.zeros(len(values), dtype=bool)
@@ -182,7 +183,7 @@ def own_thresholds(values: np.ndarray, truth: np.ndarray, settings: Mapping[str,
 
 
 def logistic(values: np.ndarray, truth: np.ndarray, settings: Mapping[str, Any]) -> Rule:
-    """Logistic regression with an L1 penalty (scikit-learn's), on values over their maximum."""
+    """scikit-learn's logistic regression with an L1 penalty, on values divided by their maximum."""
     from sklearn.linear_model import LogisticRegression
 
     scale = np.abs(values).max(0)
@@ -204,7 +205,7 @@ def logistic(values: np.ndarray, truth: np.ndarray, settings: Mapping[str, Any])
 
 
 def tree(values: np.ndarray, truth: np.ndarray, settings: Mapping[str, Any]) -> Rule:
-    """A small decision tree (scikit-learn's)."""
+    """scikit-learn's decision tree with at most `max_depth` levels."""
     from sklearn.tree import DecisionTreeClassifier
 
     model = DecisionTreeClassifier(
@@ -212,7 +213,7 @@ def tree(values: np.ndarray, truth: np.ndarray, settings: Mapping[str, Any]) -> 
         min_samples_leaf=max(1, len(values) // 200),
         random_state=settings["random_state"],
     )
-    # The tree itself compares in float32.
+    # scikit-learn's tree compares in float32.
     grown = model.fit(values.astype(np.float32), truth).tree_
     share = grown.value[:, 0, -1] / grown.value[:, 0].sum(-1)
     nodes = tuple(
@@ -237,4 +238,4 @@ RULES: dict[str, Learn] = {
     "logistic": logistic,
     "tree": tree,
 }
-"""Kind -> how it is learned from values `[n, m]` and the truth `[n]`."""
+"""Kind -> the function that learns it from values `[n, m]` and the truth `[n]`."""

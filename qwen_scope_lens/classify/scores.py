@@ -1,7 +1,7 @@
-"""How good decisions are: F1, precision, recall, and how far resampling the documents moves them.
+"""How good decisions are: F1, precision and recall, with intervals over resampled documents.
 
-Resampling documents with replacement draws the counts of right and wrong decisions from a
-multinomial distribution, so intervals need no loop over documents. Nothing is fitted here.
+If documents are resampled with replacement, the counts of right and wrong decisions follow a
+multinomial distribution, so intervals need no loop over documents. This module fits nothing.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from qwen_scope_lens.errors import BadPlan
+from qwen_scope_lens.stats import Interval, between
 
 __all__ = ["At", "Scores", "cut_for", "difference", "macro", "scored"]
 
 REPEATS = 2000
-LEVEL = 0.95
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Of the positive class on some documents; `low` and `high` hold F1 in 95% of resamples."""
+    """Scores of the positive class; F1 lies between `low` and `high` in 95% of resamples."""
 
     n: int
     positives: int
@@ -31,12 +31,12 @@ class Scores:
     recall: float
 
     def __str__(self) -> str:
-        return f"{self.f1:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        return str(Interval(self.f1, self.low, self.high))
 
 
 @dataclass(frozen=True)
 class At:
-    """An operating point: at least so much precision, or so much recall."""
+    """An operating point: a minimum precision, or a minimum recall."""
 
     what: str
     value: float
@@ -62,31 +62,28 @@ class At:
 def scored(predicted: np.ndarray, truth: np.ndarray, seed: int = 0) -> Scores:
     """Decisions against the truth, both bool `[n]`."""
     cells = _cells(predicted, truth)
-    draws = _draws(cells, seed)
-    low, high = _interval(_f1(draws))
+    f1 = between(float(_f1(cells[None])[0]), _f1(_draws(cells, seed)))
     hits, false, missed, _ = cells
     return Scores(
         n=len(truth),
         positives=int(truth.sum()),
-        f1=float(_f1(cells[None])[0]),
-        low=low,
-        high=high,
+        f1=f1.value,
+        low=f1.low,
+        high=f1.high,
         precision=float(hits / max(1, hits + false)),
         recall=float(hits / max(1, hits + missed)),
     )
 
 
-def macro(sets: list[tuple[np.ndarray, np.ndarray]], seed: int = 0) -> tuple[float, float, float]:
-    """Mean F1 over (predicted, truth) of several sets, each resampled alone: mean, low, high."""
+def macro(sets: list[tuple[np.ndarray, np.ndarray]], seed: int = 0) -> Interval:
+    """Mean F1 over several sets of (predicted, truth), each of which is resampled by itself."""
     draws = [_f1(_draws(_cells(p, t), seed + i)) for i, (p, t) in enumerate(sets)]
     value = float(np.mean([_f1(_cells(p, t)[None])[0] for p, t in sets]))
-    return (value, *_interval(np.mean(draws, axis=0)))
+    return between(value, np.mean(draws, axis=0))
 
 
-def difference(
-    one: np.ndarray, other: np.ndarray, truth: np.ndarray, seed: int = 0
-) -> tuple[float, float, float]:
-    """F1 of `one` less F1 of `other` on the same documents: value, low, high."""
+def difference(one: np.ndarray, other: np.ndarray, truth: np.ndarray, seed: int = 0) -> Interval:
+    """F1 of `one` minus F1 of `other` on the same documents."""
     kind = one.astype(int) * 4 + other.astype(int) * 2 + truth.astype(int)
     counts = np.bincount(kind, minlength=8)
     draws = _draws(counts, seed)
@@ -97,16 +94,18 @@ def difference(
         total = table[:, says].sum(1) + table[:, [k for k in range(8) if k & 1]].sum(1)
         return np.asarray(2 * hits / np.maximum(1, total))
 
-    low, high = _interval(f1_of(4, draws) - f1_of(2, draws))
     value = f1_of(4, counts[None]) - f1_of(2, counts[None])
-    return float(value[0]), low, high
+    return between(float(value[0]), f1_of(4, draws) - f1_of(2, draws))
 
 
 def cut_for(scores: np.ndarray, truth: np.ndarray, at: At) -> float | None:
-    """The cut `score > cut` that keeps `at` and has most of the other; None where none does."""
+    """The cut `score > cut` that meets `at` with the most of the other figure.
+
+    None if no cut meets `at`.
+    """
     order = np.argsort(-scores, kind="stable")
     ranked, right = scores[order], truth[order].cumsum()
-    ends = np.append(ranked[1:] != ranked[:-1], True)  # a cut never parts equal scores
+    ends = np.append(ranked[1:] != ranked[:-1], True)  # a cut never separates equal scores
     precision = right / np.arange(1, len(truth) + 1)
     recall = right / max(1, int(truth.sum()))
     wanted, other = (precision, recall) if at.what == "precision" else (recall, precision)
@@ -119,7 +118,7 @@ def cut_for(scores: np.ndarray, truth: np.ndarray, at: At) -> float | None:
 
 
 def _cells(predicted: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """Hits, false alarms, misses, right rejections."""
+    """Counts of hits, false alarms, misses and correct rejections."""
     return np.array(
         [
             (predicted & truth).sum(),
@@ -139,8 +138,3 @@ def _draws(counts: np.ndarray, seed: int) -> np.ndarray:
 def _f1(cells: np.ndarray) -> np.ndarray:
     hits, false, missed = cells[:, 0], cells[:, 1], cells[:, 2]
     return np.asarray(2 * hits / np.maximum(1, 2 * hits + false + missed))
-
-
-def _interval(values: np.ndarray) -> tuple[float, float]:
-    low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return float(low), float(high)

@@ -1,7 +1,7 @@
-"""From a file or a store and the name of a label to documents with a truth.
+"""From a file or a store and the name of a label to `Documents`.
 
-What a user names on the command line becomes what methods and experiments take. Which label values
-exist, and which one is meant, is checked here; nothing is learned.
+This turns what a user names on the command line into what methods and experiments take. It checks
+which label values exist and which of them is the positive class. It fits nothing.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ __all__ = ["Task", "by_language", "documents_of", "open_data", "residuals_of", "
 
 @dataclass(frozen=True)
 class Task:
-    """The question: has `label` the value `positive`?"""
+    """The question of a classifier: does `label` have the value `positive`?"""
 
     label: str
-    positive: str | None = None  # None: true or 1
+    positive: str | None = None  # None: the positive value is true, yes or 1
 
     def truth(self, values: Sequence[Any] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Which documents are positive, and which have a label at all. bool `[n]` both."""
@@ -68,7 +68,11 @@ def open_data(
     max_tokens: int | None = None,
     split: str | None = None,
 ) -> FeatureStore:
-    """A store as it is; a corpus is extracted into `store` (else beside it) first, or goes on."""
+    """Open a store, or extract a corpus into a store first.
+
+    The store of a corpus is `store`, or a folder beside the corpus. An interrupted extraction
+    continues.
+    """
     from qwen_scope_lens.catalog import find_group
     from qwen_scope_lens.stores.corpus import read_corpus
     from qwen_scope_lens.stores.extract import extract
@@ -79,8 +83,8 @@ def open_data(
         return FeatureStore.open(path)
     if model is None or group is None:
         raise BadPlan(
-            f"{data} is no feature store; to read it as a corpus, pass --model and --sae, such as"
-            " --model mini-qwen3 --sae mini-qwen3/w1k-l0-16"
+            f"{data} is not a feature store. To read it as a corpus, pass --model and --sae, such"
+            " as --model mini-qwen3 --sae mini-qwen3/w1k-l0-16"
         )
     corpus = read_corpus(data, text=text, split=split)
     _check_column(corpus, column, data)
@@ -99,7 +103,7 @@ def documents_of(
     layers: Sequence[int] | None = None,
     language: str | None = None,
 ) -> Documents:
-    """The documents of a store that have the label; `language` names a second one."""
+    """The documents of a store that have the label; `language` names the label of languages."""
     truth, known = task.truth(store.labels(task.label))
     rows = np.nonzero(known)[0]
     languages = None
@@ -125,9 +129,9 @@ def residuals_of(
 
 
 def split(documents: Documents, share: float = 0.2, seed: int = 0) -> tuple[Documents, Documents]:
-    """Discovery and test: a share of every class of every language is held out.
+    """Split into discovery and test: `share` of each class of each language is held out.
 
-    Equal texts stay together: a copy on both sides would be recognised, not classified.
+    Equal texts stay on one side, because a test text that was seen in discovery measures nothing.
     """
     kind = documents.truth.astype(np.int64)
     if documents.languages is not None:
@@ -142,9 +146,9 @@ def split(documents: Documents, share: float = 0.2, seed: int = 0) -> tuple[Docu
 
 
 def by_language(documents: Documents) -> Mapping[str, Documents]:
-    """One set a language; those without both classes raise."""
+    """The documents of each language; raises if one of them has only one class."""
     if documents.languages is None:
-        raise BadPlan("no column of languages was named: pass --language")
+        raise BadPlan("the column of languages is not known: name it with --language")
     found = {}
     for language in sorted(set(map(str, documents.languages))):
         part = documents.take(documents.languages == language)
@@ -157,7 +161,7 @@ def by_language(documents: Documents) -> Mapping[str, Documents]:
 
 
 def _check_column(corpus: Any, column: str | None, data: str) -> None:
-    """Raise before hours of extraction where the label column does not exist."""
+    """Raise before a long extraction if the label column does not exist."""
     if column is None:
         return
     for document in corpus:

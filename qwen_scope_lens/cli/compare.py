@@ -101,8 +101,7 @@ def _drift_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _drift(arguments: argparse.Namespace) -> None:
     """What changed between two models, from two stores of the same texts and SAEs."""
-    from qwen_scope_lens.compare.drift import drift
-    from qwen_scope_lens.compare.drift_page import drift_page, summary
+    from qwen_scope_lens.compare.drift import drift, drift_page, summary
     from qwen_scope_lens.compare.sources import both_fvu
     from qwen_scope_lens.stores.store import FeatureStore
 

@@ -1,11 +1,11 @@
 from .align import align as align
-from .assign import assign as assign
 from .drift import Drift as Drift
 from .drift import drift as drift
-from .drift_page import drift_page as drift_page
-from .drift_page import summary as summary
+from .drift import drift_page as drift_page
+from .drift import summary as summary
 from .fidelity import fidelity as fidelity
 from .match import Matching as Matching
+from .match import assign as assign
 from .match import match_activations as match_activations
 from .match import match_decoders as match_decoders
 from .null import shuffled_directions as shuffled_directions

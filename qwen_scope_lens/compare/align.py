@@ -1,8 +1,8 @@
-"""Two stores of the same texts on common ground: pieces of text that both tokenizers cut out.
+"""Align two stores of the same texts on pieces of text that both tokenizers separate.
 
-Within a document every place in the text where both have a token border ends a piece; a feature's
-activation on a piece is its maximum over the tokens in it. With one tokenizer the pieces are the
-tokens; tokens of half a character join the character's piece.
+Within a document, a piece ends wherever both tokenizers have a token border. The activation of a
+feature on a piece is its maximum over the tokens of the piece. If both stores have the same
+tokenizer, the pieces are its tokens; tokens that are parts of one character share a piece.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True, eq=False)
 class Aligned:
-    """Both stores' activations, row by row on the same pieces of text."""
+    """The activations of both stores; each row is the same piece of text in both."""
 
     a: csr_matrix  # [n_pieces, d_sae of A]
     b: csr_matrix  # [n_pieces, d_sae of B]
-    doc: Array  # int64 [n_pieces], the document's number in A
+    doc: Array  # int64 [n_pieces], the number of the document in A
     n_docs: int
-    tokens: tuple[int, int]  # that went into the pieces, of A and of B
+    tokens: tuple[int, int]  # tokens of A and of B in the pieces
 
 
 def common_documents(a: FeatureStore, b: FeatureStore) -> list[tuple[int, int]]:
-    """Documents with the same text, by their numbers in both stores."""
+    """Pairs of documents with the same text, by their numbers in both stores."""
     numbers: dict[str, int] = {}
     for doc, text in enumerate(b.documents(["text"])["text"].to_pylist()):
         if text is not None:
@@ -48,7 +48,7 @@ def common_documents(a: FeatureStore, b: FeatureStore) -> list[tuple[int, int]]:
     ]
     if not pairs:
         raise StoreMismatch(
-            f"{_name(a)} and {_name(b)} have no document with the same text: extract both from one"
+            f"{_name(a)} and {_name(b)} have no document with the same text. Extract both from one"
             " corpus, with the same chat template if there is one"
         )
     return pairs
@@ -57,8 +57,11 @@ def common_documents(a: FeatureStore, b: FeatureStore) -> list[tuple[int, int]]:
 def align(
     a: FeatureStore, layer_a: int, b: FeatureStore, layer_b: int, max_pieces: int = 2_000_000
 ) -> Aligned:
-    """Read both layers and lay them side by side. Pieces with a first or extreme token on either
-    side are left out. Documents beyond `max_pieces` pieces are not read."""
+    """Read both layers and align them.
+
+    Pieces with a first token or an extreme-norm token in either store are left out. Documents
+    beyond `max_pieces` pieces are not read.
+    """
     from tqdm import tqdm
 
     chosen, starts, total = [], [], 0
@@ -84,22 +87,22 @@ def align(
     if not good.any():
         raise StoreMismatch(
             f"{_name(a)} and {_name(b)} share {len(chosen)} documents but no piece of text: they"
-            " have no token borders in common (stores made from token ids have no text to align)"
+            " have no common token borders (stores made from token ids have no text to align)"
         )
     return Aligned(x[good], y[good], doc[good], len(chosen), (used_a, used_b))
 
 
 def pieces(spans_a: Array, spans_b: Array) -> tuple[Array, Array, int]:
-    """The piece of every token of two tokenizations of one text, -1 for a token in none.
+    """The piece of every token in two tokenizations of one text; -1 means none.
 
-    `spans [n, 2]` are characters; `(piece of A's tokens, piece of B's tokens, number of pieces)`.
+    `spans [n, 2]` are characters. `-> piece of each token of A, of each token of B, piece count`
     """
     borders = np.intersect1d(_borders(spans_a), _borders(spans_b))
     return _piece_of(spans_a, borders), _piece_of(spans_b, borders), max(0, len(borders) - 1)
 
 
 def _borders(spans: Array) -> Array:
-    """Places in the text that no token covers on both sides: 0 and the clean ends of tokens."""
+    """The start of the text, and all ends of tokens that do not lie inside another token."""
     if not len(spans) or (spans < 0).any():
         return np.zeros(0, dtype=np.int64)
     end = np.maximum.accumulate(spans[:, 1])
@@ -120,7 +123,7 @@ def _piece_of(spans: Array, borders: Array) -> Array:
 def _rows(
     store: FeatureStore, layer: int, docs: list[int], cuts: list[Array], starts: list[int], n: int
 ) -> tuple[Any, Array, int]:
-    """One store's activations per piece: matrix, which pieces count, how many tokens went in."""
+    """Activations of one store per piece, which pieces count, and the number of tokens in them."""
     from scipy.sparse import csr_matrix
 
     place = np.full(store.n_docs, -1, dtype=np.int64)

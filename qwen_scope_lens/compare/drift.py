@@ -1,8 +1,8 @@
-"""What changed between two models, in features: the same texts, the same SAE, two stores.
+"""Feature drift between two models: the same texts and the same SAE in two stores.
 
-The unit is the document: tokens of one text are not independent. A change counts when documents
-move in one direction more often than a fair coin would (sign test, exact, two-sided), with the
-false-discovery rate controlled over all features of all layers. The page is `drift_page.py`.
+The unit is the document, because tokens of one text are not independent. A change counts if more
+documents move in one direction than a fair coin explains (exact two-sided sign test), with the
+false-discovery rate controlled over all features of all layers. `side_by_side.py` reads the stores.
 """
 
 from __future__ import annotations
@@ -15,21 +15,40 @@ import numpy as np
 
 from qwen_scope_lens.compare.side_by_side import SideBySide, side_by_side
 from qwen_scope_lens.errors import StoreMismatch, TooLittleData
+from qwen_scope_lens.pages import Link, Page, chart
 
 if TYPE_CHECKING:
     from qwen_scope_lens.stores.store import FeatureStore
 
-__all__ = ["Drift", "LayerDrift", "PairDrift", "drift"]
+__all__ = ["Drift", "LayerDrift", "PairDrift", "drift", "drift_page", "summary"]
 
 Array = np.ndarray[Any, Any]
 
 KINDS = ("appeared", "vanished", "more", "less", "stronger", "weaker", "same")
 MANY_TIMES = 5.0
+MOST_ROWS = 25
+MEANING = {
+    "appeared": f"fires more than {MANY_TIMES:g} times as often",
+    "vanished": f"fires less than a {MANY_TIMES:g}th as often",
+    "more": "fires more often",
+    "less": "fires less often",
+    "stronger": "as often, but stronger",
+    "weaker": "as often, but weaker",
+}
+LAYER_COLUMNS = (
+    "layer",
+    "overlap of active sets",
+    "cosine of codes",
+    "L0 before",
+    "L0 after",
+    "FVU before",
+    "FVU after",
+)
 
 
 @dataclass(frozen=True)
 class PairDrift:
-    """Two features that fire together more or less often than before."""
+    """Two features that fire together more often or less often than before."""
 
     a: int
     b: int
@@ -40,22 +59,22 @@ class PairDrift:
 
 @dataclass(frozen=True, eq=False)
 class LayerDrift:
-    """One layer; arrays are `[d_sae]`."""
+    """The drift of one layer; arrays are `[d_sae]`."""
 
     layer: int
     sae: str
-    tokens: int  # kept in both
-    l0: tuple[float, float]  # base, tuned
-    overlap: float  # Jaccard index of the active sets of a token, on average
-    cosine: float  # of a token's codes, on average
+    tokens: int  # tokens that count in both stores
+    l0: tuple[float, float]  # active features per token in base and tuned
+    overlap: float  # mean over tokens of the Jaccard index of active sets
+    cosine: float  # mean over tokens of the cosine of codes
     rate_base: Array  # share of tokens
     rate_tuned: Array
-    strength_base: Array  # mean activation where it fires, 0 where it never does
+    strength_base: Array  # mean activation where it fires; 0 if it never fires
     strength_tuned: Array
     rate_q: Array  # of the change of the rate
-    strength_q: Array  # of the change of the strength, on documents where both fire
+    strength_q: Array  # of the change of the strength, on documents where it fires in both
     kind: Array  # index into KINDS
-    pairs: tuple[PairDrift, ...]  # co-firing that changed, most certain first
+    pairs: tuple[PairDrift, ...]  # pairs whose co-firing changed, most certain first
     fvu: tuple[float, float] | None = None
 
     def count(self, kind: str) -> int:
@@ -63,11 +82,11 @@ class LayerDrift:
 
     @property
     def changed(self) -> Array:
-        """bool `[d_sae]`"""
+        """Which features changed. `-> bool [d_sae]`"""
         return self.kind != KINDS.index("same")
 
     def features(self, kind: str) -> list[int]:
-        """Of this kind, the largest change of rate (or of strength) first."""
+        """Features of this kind, the largest change of rate (or of strength) first."""
         mine = np.flatnonzero(self.kind == KINDS.index(kind))
         base, tuned = (
             (self.strength_base, self.strength_tuned)
@@ -80,7 +99,9 @@ class LayerDrift:
 
 @dataclass(frozen=True, eq=False)
 class Drift:
-    base: str  # the model's name
+    """The drift of all common layers between two models."""
+
+    base: str  # names of the models
     tuned: str
     layers: dict[int, LayerDrift]
     n_docs: int
@@ -97,8 +118,8 @@ def drift(
 ) -> Drift:
     """Compare two stores of the same texts, token by token.
 
-    `fvu` are the layers' unexplained variances in both models, where the caller measured them
-    (`fidelity.py`); a store has no residuals.
+    `fvu` holds the unexplained variance of each layer in both models, if the caller measured it
+    (`fidelity.py`), because a store has no residuals.
     """
     from tqdm import tqdm
 
@@ -109,12 +130,12 @@ def drift(
         if (ours.ref, ours.sha256) != (theirs.ref, theirs.sha256):
             raise StoreMismatch(
                 f"layer {layer}: {ours.ref} against {theirs.ref} (files {ours.sha256[:12]} and"
-                f" {theirs.sha256[:12]}). Drift reads two models through one SAE; two SAEs are"
+                f" {theirs.sha256[:12]}). Drift needs the same SAE for both models; two SAEs are"
                 " compared by `qsl compare match`"
             )
     if not wanted:
         raise StoreMismatch(
-            f"no layer is in both stores: {base.layers} and {tuned.layers}. Extract the same ones"
+            f"no layer is in both stores: {base.layers} and {tuned.layers}. Extract the same layers"
         )
     _require_same_texts(base, tuned)
     bar = tqdm(wanted, unit="layer", desc="drift", disable=None)
@@ -139,13 +160,13 @@ def _require_same_texts(base: FeatureStore, tuned: FeatureStore) -> None:
         )
     if base.n_docs < 6:
         raise TooLittleData(
-            f"{base.n_docs} documents: a change is judged over documents, and fewer than 6 can"
-            " never show one; some hundreds are needed to find moderate ones"
+            f"{base.n_docs} documents: changes are tested over documents, and fewer than 6 can"
+            " never be significant. Moderate changes need some hundreds"
         )
 
 
 def _across(p_values: list[Array]) -> list[Array]:
-    """q-values over all layers together, given back layer by layer."""
+    """q-values over all layers together, split by layer."""
     from scipy.stats import false_discovery_control
 
     joined = np.concatenate(p_values)
@@ -208,3 +229,140 @@ def _finish(
         pairs=pairs,
         fvu=fvu,
     )
+
+
+def summary(found: Drift) -> str:
+    """One line per layer."""
+    lines = [
+        f"{found.base} -> {found.tuned}: {found.n_docs:,} documents, q <= {found.fdr:g}",
+        "layer  overlap  cosine      L0 before/after   FVU before/after  appeared  vanished"
+        "   more   less  stronger  weaker  pairs",
+    ]
+    for layer, one in found.layers.items():
+        fvu = "–" if one.fvu is None else f"{one.fvu[0]:.3f} / {one.fvu[1]:.3f}"
+        counts = [one.count(kind) for kind in KINDS[:6]]
+        lines.append(
+            f"{layer:5}  {one.overlap:7.3f}  {one.cosine:6.3f}"
+            f"  {one.l0[0]:9.1f} / {one.l0[1]:<7.1f}"
+            f" {fvu:>17}  {counts[0]:8}  {counts[1]:8}  {counts[2]:5}  {counts[3]:5}"
+            f"  {counts[4]:8}  {counts[5]:6}  {len(one.pairs):5}"
+        )
+    return "\n".join(lines)
+
+
+def drift_page(found: Drift, labels: dict[str, str] | None = None, link: str | None = None) -> Page:
+    """The report as a page.
+
+    `labels` maps addresses to descriptions. `link` is a site made by `qsl dash build`, or a pattern
+    for other dashboards with {ref}, {layer} and {feature}.
+    """
+    labels = labels or {}
+    page = Page(f"Drift: {found.base} to {found.tuned}")
+    page.text(
+        f"Both models read the same {found.n_docs:,} documents with the same SAEs. A change counts"
+        " if more documents move in one direction than a fair coin explains (sign test over"
+        f" documents), at a false-discovery rate of {found.fdr:g} over all features of all layers."
+    )
+    page.heading("Layer by layer")
+    rows = [
+        [
+            layer,
+            one.overlap,
+            one.cosine,
+            *one.l0,
+            *(one.fvu or (None, None)),
+            *(one.count(kind) for kind in KINDS[:6]),
+            len(one.pairs),
+        ]
+        for layer, one in found.layers.items()
+    ]
+    page.table([*LAYER_COLUMNS, *KINDS[:6], "pairs changed"], rows)
+    page.text("; ".join(f"{kind}: {words}" for kind, words in MEANING.items()) + ".", quiet=True)
+    page.figure(
+        chart(_by_layer(found)),
+        "Overlap of active sets, averaged over tokens, and the share of features that changed",
+    )
+    for layer, one in found.layers.items():
+        if not one.changed.any():
+            continue
+        page.heading(f"Layer {layer}: {int(one.changed.sum()):,} features changed")
+        page.figure(
+            chart(_rates(one)),
+            "Share of tokens on which each feature fires, before and after. Red: changed features",
+        )
+        for kind in KINDS[:6]:
+            features = one.features(kind)
+            if features:
+                page.text(f"{kind} ({MEANING[kind]}): {len(features):,}")
+                page.table(*_feature_rows(one, features[:MOST_ROWS], labels, link))
+        if one.pairs:
+            page.text(f"Pairs that fire together more or less often: {len(one.pairs):,}")
+            page.table(
+                ["feature", "feature", "Jaccard before", "after", "q"],
+                [
+                    [str(p.a), str(p.b), p.jaccard_base, p.jaccard_tuned, f"{p.q_value:.1e}"]
+                    for p in one.pairs[:MOST_ROWS]
+                ],
+            )
+    return page
+
+
+def _feature_rows(
+    one: LayerDrift, features: list[int], labels: dict[str, str], link: str | None
+) -> tuple[list[str], list[list[Any]]]:
+    columns = ["feature", "rate before", "rate after", "strength before", "strength after", "q"]
+    rows = []
+    for f in features:
+        ref = f"{one.sae}/{f}"
+        q = min(one.rate_q[f], one.strength_q[f])
+        row: list[Any] = [
+            Link(ref, _target(link, ref)) if link else ref,
+            f"{one.rate_base[f]:.3%}",
+            f"{one.rate_tuned[f]:.3%}",
+            float(one.strength_base[f]),
+            float(one.strength_tuned[f]),
+            f"{q:.1e}",
+        ]
+        rows.append([*row, labels.get(ref)] if labels else row)
+    return [*columns, *(["label"] if labels else [])], rows
+
+
+def _target(link: str, ref: str) -> str:
+    if "{" not in link:
+        link = link.rstrip("/") + "/index.html#{ref}"
+    _, layer, feature = ref.rsplit("/", 2)
+    return link.replace("{ref}", ref).replace("{layer}", layer).replace("{feature}", feature)
+
+
+def _by_layer(found: Drift) -> Any:
+    def draw(axes: Any) -> None:
+        layers = list(found.layers)
+        changed = [one.changed.mean() for one in found.layers.values()]
+        axes.bar(layers, changed, width=0.6, color="#c0504d66", label="features changed")
+        overlaps = [one.overlap for one in found.layers.values()]
+        axes.plot(layers, overlaps, "o-", color="#4a7ebb", label="overlap of active sets")
+        axes.set_xlabel("layer")
+        axes.set_xticks(layers)
+        axes.set_ylim(0, 1.05)
+        axes.legend()
+
+    return draw
+
+
+def _rates(one: LayerDrift) -> Any:
+    def draw(axes: Any) -> None:
+        floor = 0.5 / one.tokens
+        x, y = np.maximum(one.rate_base, floor), np.maximum(one.rate_tuned, floor)
+        alive = (one.rate_base > 0) | (one.rate_tuned > 0)
+        for mask, colour, size in (
+            (alive & ~one.changed, "#80808055", 4),
+            (alive & one.changed, "#c0504d", 7),
+        ):
+            axes.scatter(x[mask], y[mask], s=size, color=colour, linewidths=0, rasterized=False)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.axline((floor, floor), (1, 1), color="#808080", linewidth=0.7)
+        axes.set_xlabel("before")
+        axes.set_ylabel("after")
+
+    return draw

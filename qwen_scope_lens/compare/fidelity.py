@@ -1,9 +1,8 @@
-"""How faithful SAEs are to a model: unexplained variance, and the loss with one spliced in.
+"""How well SAEs fit a model: unexplained variance, and the loss with reconstructions spliced in.
 
-One pass of the model reads all layers; then for each layer one pass with the SAE's reconstruction
-in the residual's place, and one with zeros. First tokens, tokens of extreme norm and pads keep
-their residual in both, as no SAE was trained on them. Which models and SAEs are compared is
-`transfer.py`.
+One pass of the model reads all layers. Then each layer gets one pass with the SAE's reconstruction
+in place of the residual, and one with zeros. First tokens, extreme-norm tokens and pads keep their
+residual in both, because SAEs are not trained on them. `transfer.py` compares models and SAEs.
 """
 
 from __future__ import annotations
@@ -38,19 +37,19 @@ TOKEN_BUDGET = 4096
 
 @dataclass(frozen=True)
 class Fidelity:
-    """One SAE on one model."""
+    """The figures of one SAE on one model."""
 
     layer: int
-    tokens: int  # that were reconstructed
-    fvu: float  # the share of variance that is not explained; 0 is perfect, 1 is the mean
-    l0: float
-    loss: float | None = None  # nats a token, the model untouched
-    spliced: float | None = None  # with reconstructions in the residual's place
-    zeroed: float | None = None  # with zeros there
+    tokens: int  # tokens that were reconstructed
+    fvu: float  # fraction of variance unexplained; 0 is perfect, 1 is as bad as the mean
+    l0: float  # active features per token
+    loss: float | None = None  # nats per token of the unchanged model
+    spliced: float | None = None  # the loss with reconstructions in place of residuals
+    zeroed: float | None = None  # the loss with zeros in place of residuals
 
     @property
     def recovered(self) -> float | None:
-        """1: the SAE costs nothing; 0: no better than zeros. None where zeros cost nothing."""
+        """1 if the SAE costs no loss, 0 if it is as bad as zeros; None if zeros cost nothing."""
         if self.loss is None or self.spliced is None or self.zeroed is None:
             return None
         cost = self.zeroed - self.loss
@@ -71,7 +70,7 @@ def fidelity(
     progress: Callable[[int], Any] | None = None,
     **encode_options: Any,
 ) -> dict[int, Fidelity]:
-    """`{layer: Fidelity}` for `{layer: SAE}`, on documents cut to `max_tokens`."""
+    """Measure `{layer: SAE}` on documents truncated to `max_tokens`: `{layer: Fidelity}`."""
     for layer, sae in saes.items():
         if sae.cfg.d_in != d_model(model):
             raise WrongModel(
@@ -83,7 +82,7 @@ def fidelity(
     encoded = encode(texts, tokenizer, limit=limit, truncate=True, **encode_options)
     rows = sorted((document.ids for document in encoded if len(document) > 1), key=len)
     if not rows:
-        raise TooLittleData("no text has two tokens: there is nothing to predict or reconstruct")
+        raise TooLittleData("no text has two tokens: expected one that can be predicted")
     sums = {layer: _Sums() for layer in saes}
     clean, predicted, ratio = 0.0, 0, extreme_norm_ratio
     for ids, mask in _batches(rows, token_budget, input_device(model)):
@@ -124,7 +123,7 @@ class _Sums:
 
     def result(self, layer: int, clean: float, predicted: int, losses: bool) -> Fidelity:
         if not self.n or self.total is None:
-            raise TooLittleData("every token is first or of extreme norm: nothing to reconstruct")
+            raise TooLittleData("every token is a first token or of extreme norm")
         variance = self.square - float(self.total.pow(2).sum()) / self.n
         fvu = self.error / variance if variance > 0 else math.nan
         per_token = (
@@ -167,7 +166,7 @@ def _zero(mask: Tensor, ratio: float) -> Callable[[Tensor], Tensor]:
 
 @contextlib.contextmanager
 def _hooks(model: Any, changes: Mapping[int, Callable[[Tensor], Tensor | None]]) -> Iterator[None]:
-    """While inside, every layer's output goes through its function."""
+    """Inside the `with` block, the output of each layer goes through its function."""
 
     def hook(change: Callable[[Tensor], Tensor | None]) -> Any:
         def run(module: Any, args: Any, output: Any) -> Any:
@@ -195,7 +194,7 @@ def _logits(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
 
 
 def _loss(logits: Tensor, ids: Tensor, mask: Tensor) -> float:
-    """Summed over the predicted tokens, in nats."""
+    """The loss in nats, summed over the predicted tokens."""
     real = mask[:, 1:]
     return float(
         torch.nn.functional.cross_entropy(
@@ -207,7 +206,7 @@ def _loss(logits: Tensor, ids: Tensor, mask: Tensor) -> float:
 def _batches(
     rows: Sequence[Sequence[int]], budget: int, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Ids and mask `[b, t]`, padded on the right; rows come sorted by length."""
+    """Ids and mask `[b, t]`, padded on the right, from rows that are sorted by length."""
     start = 0
     while start < len(rows):
         end = start + 1

@@ -1,9 +1,9 @@
-"""None
+"""Match the features of SAE A with those of SAE B, by decoder cosine or by activation correlation.
 
-Scores come from `nearest.py`; each best score is held against those of a shuffled copy of B, so
-that "unmatched" is an answer. Mutual nearest neighbours, the optimal one-to-one assignment
-(`assign.py`) and one-to-many splits are read off the same scores. Correlation needs tokens aligned
-between two stores: `align.py`.
+Scores come from `nearest.py`. Each best score is compared with best scores against a shuffled copy
+of B (`null.py`), so that a feature can be unmatched. Mutual nearest neighbours, the optimal
+one-to-one assignment and one-to-many splits all follow from the same scores. Correlations need the
+tokens of two stores aligned (`align.py`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from qwen_scope_lens.compare.assign import assign, crowded
 from qwen_scope_lens.compare.null import shuffled_directions, shuffled_rows
 from qwen_scope_lens.errors import TooLittleData, WrongShape
 from qwen_scope_lens.features.nearest import Nearest, nearest_by_correlation, nearest_by_cosine
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Matching",
+    "assign",
     "match_activations",
     "match_decoders",
     "save_matching",
@@ -41,41 +41,42 @@ Array = np.ndarray[Any, Any]
 
 CANDIDATES = 8
 NULL_ROWS, NULL_SCORES, MOST_SHUFFLES = 4096, 8192, 40
-"""Features of A compared with a shuffled B, scores of the null wanted, and shuffles made for them
-at most: with few scores no p-value can be small enough for a few matches among many features."""
+"""How many features of A are compared with a shuffled B, how many null scores are wanted, and how
+many shuffles are made at most. With few null scores no p-value could be small enough for a few
+matches among many features."""
 COSINE, CORRELATION = "decoder cosine", "activation correlation"
 
 
 @dataclass(frozen=True, eq=False)
 class Matching:
-    """For every feature of A its partner in B; -1 where there is none to speak of."""
+    """For every feature of A its partner in B; -1 means no partner."""
 
     a: str  # addresses of the two SAEs, or names of tensors
     b: str
     measure: str
-    nearest: Array  # int64 [n_a], the best of B whatever its score; -1 if nothing was comparable
+    nearest: Array  # int64 [n_a], the best of B at any score; -1 if no score is defined
     score: Array  # float32 [n_a], its score
-    q_value: Array  # float64 [n_a], against the null, false-discovery rate over A
-    mutual: Array  # bool [n_a], whether it is the best of B's feature as well
+    q_value: Array  # float64 [n_a], against the null, with the false-discovery rate over A
+    mutual: Array  # bool [n_a], whether both features are the best of each other
     assigned: Array  # int64 [n_a], the partner in the optimal one-to-one assignment
     assigned_score: Array  # float32 [n_a]
-    parent: Array  # int64 [n_b], the best of A for every feature of B, -1 below the null's level
+    parent: Array  # int64 [n_b], the best of A for each feature of B; -1 below `level`
     parent_score: Array  # float32 [n_b]
     null: Array  # float32, best scores against the shuffled B, ascending
-    level: float  # the null's score that a pair has to exceed to be assigned or a child
+    level: float  # the score that a pair has to exceed to be assigned or a child
     fdr: float
-    crowded: int  # features with more candidates than were kept: then `assigned` is nearly optimal
+    crowded: int  # features with more candidates than were kept; if 0, `assigned` is optimal
     candidates: Nearest = field(repr=False)
     settings: dict[str, Any]
 
     @property
     def matched(self) -> Array:
-        """Which features of A have a partner beyond chance. bool `[n_a]`"""
+        """Which features of A have a partner beyond chance. `-> bool [n_a]`"""
         return self.q_value <= self.fdr
 
     @property
     def n_children(self) -> Array:
-        """How many features of B have each feature of A as their best. int64 `[n_a]`"""
+        """For each feature of A, how many features of B have it as their best. `-> int64 [n_a]`"""
         return np.bincount(self.parent[self.parent >= 0], minlength=len(self.nearest))
 
     def children(self, feature: int) -> list[tuple[int, float]]:
@@ -95,12 +96,14 @@ def match_decoders(
     seed: int = 0,
     progress: Callable[[int], Any] | None = None,
 ) -> Matching:
-    """By the cosine of decoder directions `[n_a, d_model]` and `[n_b, d_model]` of one residual
-    space: the same model, or models that were made from one another."""
+    """Match by the cosine of decoder directions `[n_a, d_model]` and `[n_b, d_model]`.
+
+    Both SAEs must read the same residual space: one model, or a model and its fine-tune.
+    """
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
         raise WrongShape(
             f"directions {tuple(a.shape)} and {tuple(b.shape)}: expected two matrices over one"
-            " residual space. Other models are compared by activation correlation on their stores"
+            " residual space. Compare different models by activation correlation on their stores"
         )
     found = nearest_by_cosine(a, b, candidates, progress=progress)
     rng = np.random.default_rng(seed)
@@ -124,17 +127,15 @@ def match_activations(
     least: int = 5,
     seed: int = 0,
 ) -> Matching:
-    """By the correlation of activations on the same pieces of text `[n, n_a]`, `[n, n_b]`.
+    """Match by the correlation of activations `[n, n_a]` and `[n, n_b]` on the same pieces of text.
 
-    `doc [n]` says to which document each piece belongs: B is then shuffled within documents only,
-    and agreement that is no more than a common subject or language does not count.
+    `doc [n]` is the document of each piece. With it B is shuffled within documents only, so that a
+    common subject or language does not count as agreement.
     """
     if a.shape[0] != b.shape[0]:
         raise WrongShape(f"{a.shape[0]} and {b.shape[0]} rows: expected the same pieces of text")
     if a.shape[0] < 20:
-        raise TooLittleData(
-            f"{a.shape[0]} common pieces of text: some thousands are needed for correlations"
-        )
+        raise TooLittleData(f"{a.shape[0]} common pieces of text: correlations need some thousands")
     a, b = canonical(a), canonical(b)
     found = nearest_by_correlation(a, b, candidates, least=least)
     fires = np.diff(a.tocsc().indptr) >= least
@@ -176,14 +177,14 @@ def _matching(
 
     null = np.sort(null)
     best, score = found.of_a[:, 0], np.where(found.of_a[:, 0] >= 0, found.score_a[:, 0], 0.0)
-    # As many of the null as reach the score, the score itself counted among them.
+    # The share of null scores that reach the score, where the score itself counts as one.
     above = len(null) - np.searchsorted(null, score, side="left")
     p = (1 + above) / (1 + len(null))
     q = np.ones(len(p))
     mine = np.ones(len(p), dtype=bool) if tested is None else tested
     q[mine] = false_discovery_control(p[mine])
-    # The p-value at which the step-up procedure stopped, as a score: what any other pair has to
-    # exceed to be as believable as the matches are.
+    # The p-value at which the step-up procedure stopped, as a score. Any other pair has to exceed
+    # it to be as credible as the matches.
     stopped = fdr * max(1, int((q <= fdr).sum())) / max(1, int(mine.sum()))
     level = float(np.quantile(null, 1 - stopped))
     partner, partner_score = assign(found, level)
@@ -205,15 +206,71 @@ def _matching(
         null=null.astype(np.float32),
         level=level,
         fdr=fdr,
-        crowded=crowded(found, level),
+        crowded=_crowded(found, level),
         candidates=found,
         settings={"candidates": found.of_a.shape[1], "level_quantile": 1 - stopped, **settings},
     )
 
 
+def assign(nearest: Nearest, level: float) -> tuple[Array, Array]:
+    """The one-to-one assignment of A's features to B's with the largest total score.
+
+    `-> partner [n_a], score [n_a]`; the partner is -1 if a feature has none. A pair counts with the
+    excess of its score over `level`, so that a feature without a true partner stays unassigned
+    instead of taking the partner of another one. Candidates are the best matches of every feature
+    of either side, and SciPy's sparse matching assigns them. The result is the optimum over all
+    pairs if no feature has more candidates above `level` than were kept.
+    """
+    from scipy.sparse import coo_matrix
+    from scipy.sparse.csgraph import min_weight_full_bipartite_matching
+
+    n_a, n_b = len(nearest.of_a), len(nearest.of_b)
+    a, b, score = _candidates(nearest, level)
+    partner = np.full(n_a, -1, dtype=np.int64)
+    found = np.zeros(n_a, dtype=np.float32)
+    if not len(a):
+        return partner, found
+    # Only rows with a candidate. Each has an extra column of its own, which means no partner.
+    rows, at = np.unique(a, return_inverse=True)
+    alone = np.arange(len(rows))
+    cost = coo_matrix(
+        (
+            np.concatenate([2.0 - (score - level), np.full(len(rows), 2.0)]),
+            (np.concatenate([at, alone]), np.concatenate([b, n_b + alone])),
+        ),
+        shape=(len(rows), n_b + len(rows)),
+    ).tocsr()
+    row, column = min_weight_full_bipartite_matching(cost)
+    real = column < n_b
+    partner[rows[row[real]]] = column[real]
+    lookup = dict(zip(zip(a.tolist(), b.tolist(), strict=True), score.tolist(), strict=True))
+    for i in np.flatnonzero(partner >= 0).tolist():
+        found[i] = lookup[i, int(partner[i])]
+    return partner, found
+
+
+def _candidates(nearest: Nearest, level: float) -> tuple[Array, Array, Array]:
+    """Pairs of either side's candidates above the level, each once. `-> a, b, score`"""
+    n_b = len(nearest.of_b)
+    rows = np.repeat(np.arange(len(nearest.of_a)), nearest.of_a.shape[1])
+    columns = np.repeat(np.arange(n_b), nearest.of_b.shape[1])
+    a = np.concatenate([rows, nearest.of_b.ravel()])
+    b = np.concatenate([nearest.of_a.ravel(), columns])
+    score = np.concatenate([nearest.score_a.ravel(), nearest.score_b.ravel()])
+    good = (a >= 0) & (b >= 0) & (score > level)
+    a, b, score = a[good], b[good], score[good].astype(np.float64)
+    _, once = np.unique(a * n_b + b, return_index=True)
+    return a[once], b[once], score[once]
+
+
+def _crowded(nearest: Nearest, level: float) -> int:
+    """How many features of either side have more candidates above the level than were kept."""
+    return int((nearest.score_a[:, -1] > level).sum() + (nearest.score_b[:, -1] > level).sum())
+
+
 def to_table(found: Matching) -> pa.Table:
-    """`ref_a`, its nearest with score, q-value and whether mutual, its partner in the one-to-one
-    assignment, and the features of B that it is split into. Null is no partner."""
+    """One row per feature of A: its nearest feature of B with score, q-value and whether it is
+    mutual, its partner in the one-to-one assignment, and its children in B. Null means none."""
     import pyarrow as pa
 
     def names(features: Any) -> list[str | None]:
@@ -264,6 +321,7 @@ def save_matching(found: Matching, path: str | Path) -> None:
 
 
 def summary(found: Matching, show: int = 10) -> str:
+    """The matching in figures, and the best `show` mutual pairs."""
     n = len(found.nearest)
     matched = found.matched
     both = matched & found.mutual

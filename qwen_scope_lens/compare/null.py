@@ -1,8 +1,8 @@
-"""What chance looks like: copies of B that share no feature with A.
+"""Shuffled copies of B, which show what scores chance gives.
 
-Directions keep the mean, the covariance and the spread along every principal axis of B's decoder,
-so that the few dimensions which every feature of a language model uses do not pass for agreement.
-Activations keep their documents and lose their places in them.
+Shuffled directions keep the mean, the covariance and the distribution along every principal axis of
+B's decoder, so that the few dimensions that all features of a language model use do not count as
+agreement. Shuffled activations keep their documents but change their positions in them.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ CHUNK = 8192
 
 
 def shuffled_directions(directions: torch.Tensor, seed: int) -> torch.Tensor:
-    """`[n, d] -> [n, d]`: along each principal axis the values are dealt out anew among features.
+    """Permute the values along each principal axis among the features. `[n, d] -> [n, d]`
 
-    Directions are made unit-length first, as the cosine does.
+    Directions are normalised to unit length first, as for the cosine.
     """
     unit = torch.nn.functional.normalize
     n, d = directions.shape
@@ -51,11 +51,11 @@ def shuffled_directions(directions: torch.Tensor, seed: int) -> torch.Tensor:
     return rotated
 
 
-def shuffled_rows(activations: csr_matrix, seed: int, doc: Any = None) -> Any:
-    """The rows in another order: what fires together in B stays together, elsewhere in the text.
+def shuffled_rows(activations: csr_matrix, seed: int, doc: Any = None) -> csr_matrix:
+    """Permute the rows: features of B still fire together, but at other places in the text.
 
-    With `doc [n]` every row stays in its document, so that two features which merely fire on the
-    same kind of document, such as those of one language, agree with the shuffle as they did before.
+    With `doc [n]` every row stays in its document. Two features that merely fire on the same kind
+    of document, such as those of one language, then agree with the shuffled copy as well.
     """
     rng = np.random.default_rng(seed)
     n = activations.shape[0]
@@ -65,7 +65,7 @@ def shuffled_rows(activations: csr_matrix, seed: int, doc: Any = None) -> Any:
 
 
 def _within(doc: Any, rng: np.random.Generator) -> Any:
-    """A permutation that keeps every row in its document."""
+    """A random permutation that keeps every row in its document."""
     order = np.empty(len(doc), dtype=np.int64)
     order[np.argsort(doc, kind="stable")] = np.lexsort((rng.random(len(doc)), doc))
     return order

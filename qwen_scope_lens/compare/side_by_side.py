@@ -1,7 +1,8 @@
-"""Two stores of the same tokens and one SAE, read block by block: sums and tests per feature.
+"""Read two stores of the same tokens and SAE block by block: sums and tests per feature.
 
-A test counts documents that move up and documents that move down (`sign_test`); what is made of
-its p-values is `drift.py`. The non-zeros of one layer of both stores are held in memory.
+A test counts the documents on which a figure rises and those on which it falls (`sign_test`);
+`drift.py` interprets the p-values. The non-zero values of one layer of both stores are held in
+memory.
 """
 
 from __future__ import annotations
@@ -22,15 +23,15 @@ __all__ = ["SideBySide", "side_by_side", "sign_test"]
 Array = np.ndarray[Any, Any]
 
 PARTNERS = 4
-"""Co-firing features looked at, for every feature in either store."""
+"""How many co-firing features are tested per feature and store."""
 
 LEAST = 20
-"""Tokens on which a pair has to fire together, in one store at least, to be looked at."""
+"""A pair is tested if it fires together on this many tokens in at least one store."""
 
 
 @dataclass(frozen=True, eq=False)
 class SideBySide:
-    """One layer of both stores; pairs of arrays are (base, tuned)."""
+    """Figures of one layer in both stores; pairs of arrays are (base, tuned)."""
 
     tokens: int  # kept in both
     l0: tuple[float, float]
@@ -46,6 +47,7 @@ class SideBySide:
 
 
 def side_by_side(base: FeatureStore, tuned: FeatureStore, layer: int) -> SideBySide:
+    """Read one layer of both stores at once; the tokens must be the same."""
     from scipy.sparse import csr_matrix, vstack
 
     d_sae = base.sae(layer).d_sae
@@ -58,8 +60,8 @@ def side_by_side(base: FeatureStore, tuned: FeatureStore, layer: int) -> SideByS
     for ours, theirs in zip(base.iter_blocks(layer), tuned.iter_blocks(layer), strict=True):
         if not np.array_equal(ours.token_ids, theirs.token_ids):
             raise StoreMismatch(
-                f"the stores hold other tokens from document {int(ours.doc[0])} on: extract both"
-                " from one corpus with one tokenizer"
+                f"the stores hold different tokens from document {int(ours.doc[0])} on. Extract"
+                " both from one corpus with one tokenizer"
             )
         keep = np.flatnonzero(ours.keep & theirs.keep)
         if not len(keep):
@@ -84,7 +86,7 @@ def side_by_side(base: FeatureStore, tuned: FeatureStore, layer: int) -> SideByS
         cosine += _cosine(*sides)
         docs.append(doc)
     if not tokens:
-        raise TooLittleData(f"layer {layer}: every token is first or of extreme norm")
+        raise TooLittleData(f"layer {layer}: every token is a first token or of extreme norm")
     count, total = ([vstack(part).tocsc() for part in side] for side in (counts, totals))
     columns = [vstack(part).tocsc() for part in fires]
     pairs = np.unique(np.concatenate([_close_pairs(c) for c in cofiring]), axis=0)
@@ -105,7 +107,7 @@ def side_by_side(base: FeatureStore, tuned: FeatureStore, layer: int) -> SideByS
 
 
 def sign_test(up: Array, down: Array) -> Array:
-    """Two-sided exact p-values of `up` against `down` tosses of a fair coin; 1 without tosses."""
+    """Exact two-sided p-values of `up` and `down` under a fair coin; 1 if both are 0."""
     from scipy.stats import binom
 
     n = up + down
@@ -114,7 +116,7 @@ def sign_test(up: Array, down: Array) -> Array:
 
 
 def _signs(difference: Any) -> tuple[Array, Array]:
-    """Rows that went up, and down, of each column."""
+    """How many rows of each column rise, and how many fall."""
     columns = difference.tocsc()
     column = np.repeat(np.arange(columns.shape[1]), np.diff(columns.indptr))
     size = columns.shape[1]
@@ -123,7 +125,7 @@ def _signs(difference: Any) -> tuple[Array, Array]:
 
 
 def _strength_change(count: list[Any], total: list[Any]) -> Any:
-    """The change of the mean activation, on documents where the feature fires in both."""
+    """The change of the mean activation on documents where the feature fires in both stores."""
     both = _ones(count[0]).multiply(_ones(count[1])).tocsc()
     means = []
     for c, t in zip(count, total, strict=True):
@@ -156,7 +158,7 @@ def _pair_changes(fires: list[Any], pairs: Array, doc: Array) -> tuple[tuple[Arr
 
 
 def _overlap(x: Any, y: Any) -> float:
-    """Jaccard indices of the rows' active sets, summed; two empty sets are the same."""
+    """The sum of Jaccard indices of the rows' active sets; two empty sets count as equal."""
     shared = np.asarray(x.multiply(y).sum(1)).ravel()
     union = np.diff(x.indptr) + np.diff(y.indptr) - shared
     return float(np.where(union > 0, shared / np.maximum(union, 1), 1.0).sum())

@@ -1,4 +1,4 @@
-"""From stores, addresses and files to what the comparisons take."""
+"""Open the stores, SAEs and texts that a user names, and compare them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,10 @@ def match_sources(
     fdr: float = 0.05,
     seed: int = 0,
 ) -> Matching:
-    """Match two stores, or the SAEs at two addresses, by what suits them unless `by` says it."""
+    """Match two stores, or the SAEs at two addresses.
+
+    By default decoders are compared if both SAEs belong to the same model, else activations.
+    """
     from qwen_scope_lens.stores.store import FeatureStore
 
     stores: list[FeatureStore | None] = []
@@ -57,8 +60,8 @@ def match_sources(
     if by == "decoder":
         if not same_space:
             raise StoreMismatch(
-                f"{names[0]} and {names[1]} write into different residual spaces"
-                f" ({refs[0].row.backbone.model_id}, {refs[1].row.backbone.model_id}): their"
+                f"{names[0]} and {names[1]} belong to different residual spaces"
+                f" ({refs[0].row.backbone.model_id}, {refs[1].row.backbone.model_id}), so their"
                 " directions cannot be compared. Match stores of both by activation"
             )
         from tqdm import tqdm
@@ -70,8 +73,8 @@ def match_sources(
             )
     if stores[0] is None or stores[1] is None:
         raise UnknownName(
-            f"{names[0]} and {names[1]} are to be matched by activation: that needs a store of"
-            " each on the same texts (`qsl extract`), not addresses"
+            f"matching {names[0]} and {names[1]} by activation needs a store of each on the same"
+            " texts (`qsl extract`), not addresses"
         )
     common = align(stores[0], refs[0].layer, stores[1], refs[1].layer)
     return match_activations(
@@ -100,7 +103,7 @@ def both_fvu(
 
 
 def read_texts(path: str | Path, column: str | None, most: int) -> list[Any]:
-    """The first documents of a corpus file."""
+    """Read the first documents of a corpus file."""
     from qwen_scope_lens.stores.corpus import read_corpus
 
     texts = [document.content for document in islice(read_corpus(path, column), most)]

@@ -1,7 +1,8 @@
-"""One group of SAEs on several related models: the base, an instruct version, a quantised one, a
-merged adapter. The first model is the reference; a random SAE is the floor.
+"""Measure one group of SAEs on several related models: does an SAE still fit?
 
-Measuring is `fidelity.py`.
+Related models are for example a base model, an instruct version, a quantised version or a merged
+adapter. The first model is the reference, and a random SAE is the lower bound. `fidelity.py`
+measures each pair.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ FLOOR = "random SAE"
 
 @dataclass(frozen=True)
 class Transfer:
-    """Fidelity per model and layer; the last entry is the random SAE on the first model."""
+    """Fidelity per model and layer; the last row is the random SAE on the first model."""
 
     sae: str
     rows: dict[str, dict[int, Fidelity]]  # model -> layer -> figures
@@ -56,9 +57,12 @@ class Transfer:
                 one = found[layer]
                 losses = "".join(
                     f"{'–' if x is None else format(x, '.3f'):>{n}}"
-                    for x, n in ((one.loss, 8), (one.spliced, 9), (one.zeroed, 8),
-                                 (one.recovered, 11))
-                )  # fmt: skip
+                    for x, n in zip(
+                        (one.loss, one.spliced, one.zeroed, one.recovered),
+                        (8, 9, 8, 11),
+                        strict=True,
+                    )
+                )
                 lines.append(f"{layer:5}  {model:{width}}  {one.fvu:.3f}  {one.l0:5.1f}{losses}")
         return "\n".join(lines)
 
@@ -73,13 +77,13 @@ def transfer(
     seed: int = 0,
     **options: Any,
 ) -> Transfer:
-    """Measure `{layer: SAE}` on `{name: model}`; options as of `fidelity`.
+    """Measure `{layer: SAE}` on `{name: model}`; `options` are those of `fidelity`.
 
-    The models are measured one after the other and may be loaded lazily: a value that is not a
-    model but a function is called for one.
+    The models are measured one after another. A value may also be a function that loads the model,
+    which is called when its turn comes.
     """
     if not models or not saes:
-        raise TooLittleData("nothing to measure: expected at least one model and one SAE")
+        raise TooLittleData("expected at least one model and one SAE")
     from tqdm import tqdm
 
     rows: dict[str, dict[int, Fidelity]] = {}
@@ -101,10 +105,10 @@ def transfer(
 
 
 def random_sae(sae: ScopeSAE, seed: int = 0) -> ScopeSAE:
-    """The same sizes, k and `b_dec`, with random unit directions, read and written alike.
+    """An SAE of the same sizes, k and `b_dec` that encodes and decodes with random unit directions.
 
-    An activation is the projection of `x - b_dec` on its direction: what a dictionary reaches that
-    knows nothing but the mean.
+    An activation is the projection of `x - b_dec` on its direction. It shows what a dictionary
+    reaches that knows only the mean.
     """
     rng = torch.Generator().manual_seed(seed)
     directions = torch.nn.functional.normalize(
@@ -123,14 +127,14 @@ def random_sae(sae: ScopeSAE, seed: int = 0) -> ScopeSAE:
 
 
 def load_related(name: str, **options: Any) -> Any:
-    """A model by name or folder; a folder with an adapter is merged into the base it names."""
+    """Load a model by name or folder; an adapter is merged into the base model that it names."""
     from qwen_scope_lens.models.checkpoint import check_folder, in_short
     from qwen_scope_lens.models.load import load_model
 
     folder = Path(name)
     if not (folder / "adapter_config.json").is_file():
         if name.startswith((".", "/")) and not folder.is_dir():
-            raise UnknownName(f"{name} is no folder: expected a model's folder or a hub name")
+            raise UnknownName(f"{name} is not a folder: expected a model's folder or a hub name")
         return load_model(name, **options)
     peft = require("peft", "train")
     import json
@@ -141,8 +145,8 @@ def load_related(name: str, **options: Any) -> Any:
         base = str(content["base_model_name_or_path"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise NotACheckpoint(
-            f"{folder / 'adapter_config.json'} names no base model ({error!r:.100}): expected what"
-            " PEFT's save_pretrained writes"
+            f"{folder / 'adapter_config.json'} does not name a base model ({error!r:.100}):"
+            " expected a file that PEFT's save_pretrained wrote"
         ) from error
     bridge = load_model(base, **options)
     tokenizer = bridge.tokenizer

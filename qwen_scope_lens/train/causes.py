@@ -1,9 +1,9 @@
-"""Whether a feature makes a model loop: amplified on prompts, against random directions.
+"""Screen which features make a model loop, by amplifying them on prompts.
 
-A feature that rises over a repetition need not cause it. Every candidate is added to the residual
-while the model continues prompts; those that make it end in a loop more often than random
-directions of the same length do are kept. The loops that candidates are found in are best the
-model's own (`own_loops`), since those are the ones that it should unlearn.
+A feature whose activation rises over a repetition need not cause it. Each candidate is added to the
+residual while the model continues prompts. It is kept if the model then ends in a loop more often
+than with random directions of the same norm. Candidates are best found in loops that the model
+wrote itself (`own_loops`), because those are the loops that it should unlearn.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ LOOP_SAMPLING = Sampling(64, 0.7, 1.0, 0)
 
 @dataclass(frozen=True)
 class Cause:
-    """What one candidate does to the repeat ratio."""
+    """The repeat ratio while one candidate is amplified."""
 
     ref: FeatureRef
     ratio: Share
-    above: float  # the ratio less the mean of the random directions, on the same prompts
-    low: float  # lower limit of that difference, corrected for the number of candidates
+    above: float  # the ratio minus the mean over random directions, on the same prompts
+    low: float  # lower limit of `above`, corrected for the number of candidates
     kept: bool
 
 
 @dataclass(frozen=True)
 class Causes:
-    """All candidates, the strongest cause first, and what they are compared with."""
+    """All candidates, the strongest cause first, and the ratios that they are compared with."""
 
     untouched: Share
-    controls: tuple[Share, ...]  # one of each random direction
+    controls: tuple[Share, ...]  # one per random direction
     candidates: tuple[Cause, ...]
 
     @property
@@ -54,19 +54,19 @@ class Causes:
         chance = [control.value for control in self.controls]
         head = f"{'feature':36} {'repeat ratio':>22} {'above random':>13} {'at least':>9}"
         rows = [
-            f"{c.ref!s:36} {_interval(c.ratio):>22} {c.above:+13.3f} {c.low:+9.3f}"
+            f"{c.ref!s:36} {c.ratio.interval!s:>22} {c.above:+13.3f} {c.low:+9.3f}"
             f"{'  kept' if c.kept else ''}"
             for c in self.candidates
         ]
         foot = (
-            f"untouched {_interval(self.untouched)}; {len(chance)} random directions"
+            f"untouched {self.untouched.interval}; {len(chance)} random directions"
             f" {min(chance):.3f} to {max(chance):.3f}"
         )
         return "\n".join([head, *rows, foot])
 
 
 def amplified(refs: Sequence[FeatureRef], strength: float) -> Plan:
-    """Add each feature to every generated token, `strength` times as long as its residual."""
+    """A plan that adds each feature to every generated token, at `strength` times its norm."""
     return Plan([Edit(ref, "add", strength, "norm", Where("generation")) for ref in refs])
 
 
@@ -79,7 +79,7 @@ def own_loops(
     sampling: Sampling = LOOP_SAMPLING,
     batch: int = 32,
 ) -> list[tuple[str, Continuation]]:
-    """Prompts and the model's own continuations of them that end in a loop."""
+    """The prompts that the model continues with a loop, each with its continuation."""
     asked = [prompt for prompt in prompts for _ in range(samples)]
     found = generate(model, asked, tokenizer=tokenizer, sampling=sampling, batch=batch)
     return [
@@ -103,17 +103,17 @@ def screen_causes(
     batch: int = 32,
     allow_other_model: bool = False,
 ) -> Causes:
-    """Amplify every candidate on the same prompts, and as many random directions as `controls`.
+    """Amplify every candidate, and `controls` random directions, on the same prompts.
 
-    A candidate is kept when its repeat ratio lies above that of every random direction, and above
-    their mean by more than the prompts' chance: the lower limit of the paired difference, from a
-    bootstrap over prompts at `level` divided by the number of candidates, is above zero. Random
-    directions lie in the layers of the candidates. Confirm what is kept on other prompts.
+    A candidate is kept if two conditions hold. Its repeat ratio is above that of every random
+    direction. And the lower limit of its paired difference from their mean is above zero, by a
+    bootstrap over prompts at `level` divided by the number of candidates. The random directions are
+    in the layers of the candidates. Confirm the kept candidates on other prompts.
     """
     if len(prompts) < 2 or not candidates or controls < 1 or samples < 1:
         raise TooLittleData(
             f"{len(prompts)} prompts, {len(candidates)} candidates, {controls} random directions,"
-            f" {samples} samples: a screening needs two prompts and one each of the others"
+            f" {samples} samples: a screening needs two prompts and one of each of the others"
         )
     for row in {ref.sae.row.short: ref.sae.row for ref in candidates}.values():
         check_backbone(model, row, allow_other_model=allow_other_model)
@@ -157,7 +157,3 @@ def screen_causes(
         tuple(share(flags.tolist(), groups) for flags in chance),
         tuple(causes),
     )
-
-
-def _interval(ratio: Share) -> str:
-    return f"{ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]"

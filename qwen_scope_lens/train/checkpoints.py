@@ -1,9 +1,9 @@
-"""Checkpoints that are whole or not there: a run that was killed goes on from the last whole one.
+"""Complete checkpoints: a run that was killed continues from the last complete one.
 
-TRL writes a checkpoint file by file under its final name, so one that was being written when the
-run was killed looks like any other. Here a list of its files is put into it last; a folder without
-a list that fits is never resumed from. It is set aside under another name, with a word, and
-never deleted.
+TRL writes a checkpoint file by file under its final name, so an incomplete checkpoint of a killed
+run looks like a complete one. Here a list of its files is written into each checkpoint last. A
+checkpoint without a matching list is never resumed from: it is renamed with a warning, and never
+deleted.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
 
 
 class WholeCheckpoints:
-    """Mixed into a trainer: its checkpoints end with a list of their files."""
+    """Mixin for trainers that writes a list of its files into each checkpoint last."""
 
     args: Any
     state: Any
@@ -36,8 +36,7 @@ class WholeCheckpoints:
     _get_output_dir: Callable[..., str]
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        # TRL removes old checkpoints at the end of this; until the new one is known to be whole
-        # they are all there is.
+        # TRL would remove old checkpoints here, before the new one is known to be complete.
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             super()._save_checkpoint(model, trial)  # type: ignore[misc]
@@ -55,12 +54,14 @@ class WholeCheckpoints:
             )
 
     def train(self, resume_from_checkpoint: Any = None, **rest: Any) -> Any:
-        """As TRL's; with `resume_from_checkpoint=True` it goes on from the last whole one."""
+        """Train as TRL does; `resume_from_checkpoint=True` means the last complete checkpoint."""
         if resume_from_checkpoint is True:
             output = Path(self.args.output_dir)
             resume_from_checkpoint = last_whole(output)
             if resume_from_checkpoint is None:
-                raise BadFile(f"{output} has no whole checkpoint to go on from: start without one")
+                raise BadFile(
+                    f"{output} has no complete checkpoint to continue from: start without one"
+                )
         return super().train(resume_from_checkpoint, **rest)  # type: ignore[misc]
 
     def _load_from_checkpoint(self, checkpoint: str, *rest: Any, **named: Any) -> Any:
@@ -74,7 +75,7 @@ class WholeCheckpoints:
 
 @contextmanager
 def _named(checkpoint: str | None) -> Iterator[None]:
-    """A checkpoint of another model, or of another kind of run, is one line."""
+    """Turn the error of a checkpoint of another model or kind of run into one line."""
     try:
         yield
     except (RuntimeError, ValueError, KeyError, OSError, EOFError) as error:
@@ -82,19 +83,19 @@ def _named(checkpoint: str | None) -> Iterator[None]:
             raise
         reason = " ".join(str(error).split())[:200]
         raise BadFile(
-            f"{checkpoint} does not belong to this model and run ({reason}): go on with those it"
-            " was made with, or start without it (`qsl train .. --fresh`)"
+            f"{checkpoint} does not belong to this model and run ({reason}): continue with the"
+            " model and run that made it, or start without it (`qsl train .. --fresh`)"
         ) from error
 
 
 def last_whole(output: Path) -> str | None:
-    """The newest whole checkpoint of a run's folder, if it has one."""
+    """The newest complete checkpoint in the folder of a run; None if there is none."""
     found = [folder for _, folder in _checkpoints(output) if _is_whole(folder)]
     return str(found[-1]) if found else None
 
 
 def set_aside(output: Path, everything: bool = False) -> list[Path]:
-    """Rename the checkpoints that are not whole (or all of them), and say so. `-> new names`"""
+    """Rename the incomplete checkpoints, or all of them, with a warning. `-> new paths`"""
     moved = []
     for _, folder in _checkpoints(output):
         whole = _is_whole(folder)
@@ -105,20 +106,22 @@ def set_aside(output: Path, everything: bool = False) -> list[Path]:
             folder.rename(place)
         except OSError as error:
             raise CannotWrite(f"{folder} cannot be set aside: {error.strerror}") from error
-        why = "belongs to an earlier run" if whole else "was not written to its end"
-        warnings.warn(f"{folder} {why}: it is now {place.name}, yours to delete", stacklevel=2)
+        why = "belongs to an earlier run" if whole else "is not complete"
+        warnings.warn(
+            f"{folder} {why}: it was renamed to {place.name}, which you may delete", stacklevel=2
+        )
         moved.append(place)
     return moved
 
 
 def save_final(trainer: Any, folder: Path) -> None:
-    """The trained model in `folder`, which has that name only when everything is in it."""
+    """Save the trained model; `folder` gets its name only when it is complete."""
     partial = folder.with_name(f".{folder.name}.partial")
     if trainer.args.should_save:
         with whole_folder(folder) as place:
             assert place == partial
             trainer.save_model(str(place))
-    else:  # other processes take part in collecting sharded weights
+    else:  # other processes help to collect sharded weights
         trainer.save_model(str(partial))
     trainer.accelerator.wait_for_everyone()
 
@@ -143,7 +146,7 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _checkpoints(output: Path) -> list[tuple[int, Path]]:
-    """All of them by their steps, whole or not."""
+    """All checkpoints with their steps, complete or not."""
     if not output.is_dir():
         return []
     found = [(_CHECKPOINT.fullmatch(path.name), path) for path in output.iterdir()]
@@ -151,7 +154,7 @@ def _checkpoints(output: Path) -> list[tuple[int, Path]]:
 
 
 def _free(place: Path) -> Path:
-    """The name itself, or with the first number that is not taken."""
+    """The path itself, or with the first number that makes it new."""
     number = 2
     free = place
     while free.exists():

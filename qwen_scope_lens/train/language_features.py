@@ -1,7 +1,8 @@
-"""The table that SASFT needs: language features, and how high they stand on other languages.
+"""Language features for SASFT: how they are found, and the file that keeps them.
 
-What makes a feature one of a language (monolinguality), which of the best ones chance explains too,
-and the file that keeps them with their thresholds (`thresholds.py`). Nothing is trained here.
+A feature belongs to a language by its monolinguality, which is compared with chance. The file also
+holds the mean pre-activation of each feature on every language (`thresholds.py`), which is the
+threshold of the loss. This module trains nothing.
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ __all__ = [
     "monolinguality",
 ]
 
-FORMAT, VERSION = "qsl-language-features", 2  # 1: means that ignored the store's token limit
+FORMAT, VERSION = "qsl-language-features", 2  # version 1 ignored the store's token limit
 TEXTS_PER_LANGUAGE = 100
-"""As in the published code: texts a language for the means, first token left out."""
+"""Texts per language for the means, as in the published code."""
 
 
 @dataclass(frozen=True)
@@ -44,20 +45,20 @@ class LanguageFeature:
 
     ref: FeatureRef
     language: str
-    monolinguality: float  # on the documents it was chosen by
-    held_out: float  # on the others
-    chance: float  # the best monolinguality in this layer when languages are shuffled
+    monolinguality: float  # on the documents that chose it
+    held_out: float  # monolinguality on the other documents
+    chance: float  # largest monolinguality in this layer if languages are shuffled
     pre_activation: Mapping[str, float]  # language -> mean before ReLU and top-k
 
     @property
     def stands_out(self) -> bool:
-        """Whether the score is above chance, and holds on documents it was not chosen by."""
+        """Whether monolinguality is above chance, and positive on held-out documents."""
         return self.monolinguality > self.chance and self.held_out > 0
 
 
 @dataclass(frozen=True)
 class LanguageFeatures:
-    """The table: features of one or more languages, best first within language and layer."""
+    """Features of one or more languages, best first within each layer and language."""
 
     model: str
     features: tuple[LanguageFeature, ...]
@@ -65,7 +66,7 @@ class LanguageFeatures:
 
     @property
     def languages(self) -> tuple[str, ...]:
-        """Every language whose mean pre-activations are known."""
+        """All languages with known mean pre-activations."""
         return tuple(self.features[0].pre_activation)
 
     @property
@@ -75,10 +76,10 @@ class LanguageFeatures:
     def of(
         self, layer: int, targets: Sequence[str], most: int, *, below_chance: bool = False
     ) -> list[LanguageFeature]:
-        """The best `most` features of each target language in a layer.
+        """Up to `most` of the best features of each target language in a layer.
 
-        Only those that stand out from chance, unless `below_chance`. Fewer than `most` may do; a
-        target with none in the layer is refused.
+        Features below chance are left out, unless `below_chance`. A target without any feature in
+        the layer is refused.
         """
         found: list[LanguageFeature] = []
         for target in targets:
@@ -94,8 +95,8 @@ class LanguageFeatures:
                 raise TooLittleData(
                     f"no feature of {target!r} in layer {layer} stands out from chance (the best"
                     f" has monolinguality {here[0].monolinguality:.3g}, chance reaches"
-                    f" {here[0].chance:.3g}): leave the layer out, make the table from more texts"
-                    " with `qsl train languages`, or set below_chance to use it all the same"
+                    f" {here[0].chance:.3g}). Leave the layer out, make the table from more texts"
+                    " with `qsl train languages`, or set below_chance to use it anyway"
                 )
             found += good[:most]
         return found
@@ -153,7 +154,7 @@ def _numbers(features: Iterable[LanguageFeature]) -> list[float]:
 
 
 def monolinguality(means: np.ndarray) -> np.ndarray:
-    """`nu = mu - gamma`: a language's mean activation less the mean of the others' means.
+    """`nu = mu - gamma`: the mean activation on a language minus the mean over other languages.
 
     `[n_languages, d_sae] -> [n_languages, d_sae]`
     """
@@ -168,17 +169,17 @@ def mean_activations(
 ) -> np.ndarray:
     """Mean activation after top-k over the kept tokens of each group of documents.
 
-    `-> [n_groups, d_sae]`, float64; a token on which a feature does not fire counts as 0.
+    `-> float64 [n_groups, d_sae]`. Tokens on which a feature does not fire count as 0.
     """
     return _Sums.of(store, layer).means(groups)
 
 
 @dataclass(frozen=True)
 class _Sums:
-    """What every document of a layer adds up to, so that any grouping of them is one product."""
+    """Sums over the tokens of each document, from which the means of any groups follow."""
 
     values: csr_matrix  # [n_docs, d_sae], float64
-    tokens: np.ndarray  # [n_docs], kept ones
+    tokens: np.ndarray  # [n_docs], number of kept tokens
 
     @classmethod
     def of(cls, store: FeatureStore, layer: int, docs: Iterable[int] | None = None) -> _Sums:
@@ -201,7 +202,7 @@ class _Sums:
         tokens = chosen @ self.tokens[inside]
         if not tokens.all():
             raise TooLittleData(
-                "some language has no token that counts: its documents are too short"
+                "one of the languages has no token that counts: its documents are too short"
             )
         means: np.ndarray = (chosen @ self.values[inside]).toarray() / tokens[:, None]
         return means
@@ -227,13 +228,12 @@ def find_language_features(
     seed: int = 0,
     model: Any = None,
 ) -> LanguageFeatures:
-    """The features of each target language, chosen on half of its documents, scored on the rest.
+    """Find the features of each target language on half of its documents; score them on the rest.
 
-    `texts` documents of every language count (all, where there are fewer). `chance` is the best
-    monolinguality that any feature reaches when documents change languages at random: a feature
-    below it is kept in the table for the record, but the loss does not use it
-    (`LanguageFeatures.of`). The mean pre-activations need the model once more: by default the one
-    the store was made with.
+    At most `texts` documents of each language count. `chance` is the largest monolinguality of any
+    feature if documents change languages at random. Features below chance stay in the table, but
+    the loss does not use them (`LanguageFeatures.of`). The mean pre-activations need the model
+    again; the default is the model that filled the store.
     """
     rng = np.random.default_rng(seed)
     column = DocumentLabel.of(store, label)

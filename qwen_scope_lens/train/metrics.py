@@ -1,7 +1,7 @@
 """Code-switching ratio and repeat ratio, as figures and as reward functions for TRL.
 
-Both look at finished replies and at nothing else, so they measure any model, steered, trained or
-served elsewhere. As rewards for TRL they are in `metrics.py`.
+Both need only finished replies, so they measure any model, whether it is steered, trained or served
+by other software.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import numpy as np
 import regex
 
 from qwen_scope_lens.errors import TooLittleData, UnknownName
+from qwen_scope_lens.stats import Interval, between, draws_of_groups, proportion
 
 __all__ = [
     "SCRIPTS",
@@ -41,12 +42,12 @@ SCRIPTS = {
     "he": r"\p{Hebrew}",
     "el": r"\p{Greek}",
 }
-"""What shows a language by its script alone. Japanese text also has Han: to ask for Chinese in
-replies that should be Japanese this is no test, and the paper does not use it as one."""
+"""Languages that their script alone shows. Japanese text also has Han characters, so this cannot
+find Chinese in replies that should be Japanese, and the paper does not use it for that."""
 
 
 def has_script(text: str, language: str) -> bool:
-    """Whether any character of the language's script stands in a text."""
+    """Whether the text has any character of the language's script."""
     if language not in SCRIPTS:
         raise UnknownName(
             f"{language!r} has no script of its own here: expected one of {', '.join(SCRIPTS)}"
@@ -56,7 +57,7 @@ def has_script(text: str, language: str) -> bool:
 
 @dataclass(frozen=True)
 class Share:
-    """A share of replies with an interval."""
+    """A share of replies with its 95% interval."""
 
     count: int
     total: int
@@ -67,43 +68,45 @@ class Share:
     def value(self) -> float:
         return self.count / self.total
 
+    @property
+    def interval(self) -> Interval:
+        return Interval(self.value, self.low, self.high)
+
     def __str__(self) -> str:
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}] ({self.count} of {self.total})"
+        return f"{self.interval} ({self.count} of {self.total})"
 
 
-def share(
-    hits: Sequence[bool],
-    groups: Sequence[Hashable] | None = None,
-    *,
-    level: float = 0.95,
-    resamples: int = 2000,
-    seed: int = 0,
-) -> Share:
-    """How many are true, with a Wilson interval.
+def share(hits: Sequence[bool], groups: Sequence[Hashable] | None = None, seed: int = 0) -> Share:
+    """The share of hits that are true, with a Wilson interval.
 
-    Several replies to one prompt are not independent: with `groups` (the prompt of each reply)
-    whole groups are resampled instead, and the interval is that of the bootstrap.
+    Several replies to one prompt are not independent. With `groups` (the prompt of each reply) the
+    interval is a bootstrap that resamples whole groups.
     """
     if not len(hits):
         raise TooLittleData("no replies were given: a share needs at least one")
     flags = np.asarray(hits, dtype=bool)
+    count, total = int(flags.sum()), len(flags)
     if groups is None:
-        low, high = _wilson(int(flags.sum()), len(flags), level)
+        found = proportion(count, total)
     else:
-        low, high = _by_group(flags, groups, level, resamples, seed)
-    return Share(int(flags.sum()), len(flags), low, high)
+        if len(groups) != total:
+            raise ValueError(f"{total} replies and {len(groups)} groups: expected one per reply")
+        if len(set(groups)) < 2:
+            raise TooLittleData("all replies answer one prompt: an interval over prompts needs two")
+        found = between(count / total, draws_of_groups(flags, groups, seed=seed))
+    return Share(count, total, found.low, found.high)
 
 
 def code_switching_ratio(
     replies: Sequence[str], language: str, groups: Sequence[Hashable] | None = None
 ) -> Share:
-    """Eq. 24: the share of replies that hold any character of the unwanted language's script."""
+    """Eq. 24: the share of replies with any character of the unwanted language's script."""
     return share([has_script(reply, language) for reply in replies], groups)
 
 
 @dataclass(frozen=True)
 class Repeats:
-    """The loop that a sequence ends in: `times` x `period` of its last items."""
+    """The loop at the end of a sequence: its last `period` items are repeated `times` times."""
 
     period: int
     times: float
@@ -116,12 +119,11 @@ def find_repeats(
     min_items: int = 16,
     max_period: int = 128,
 ) -> Repeats | None:
-    """The loop at the end of a sequence of tokens (or characters), if it ends in one.
+    """The loop at the end of a sequence of tokens or characters; None if there is no loop.
 
-    The paper does not say how endless repetition is detected; this is our rule. The sequence ends
-    in a loop when its last items are `min_times` or more copies of one unit of at most
-    `max_period` items, the last copy possibly cut off, and `min_items` items or more in all. The
-    shortest such unit is returned.
+    The paper does not say how endless repetition is detected, so this rule is ours. The sequence
+    ends in a loop if its last `min_items` or more items are `min_times` or more copies of one unit
+    of at most `max_period` items; the last copy may be incomplete. The shortest such unit counts.
     """
     if min_times < 2 or min_items < 2 or max_period < 1:
         raise ValueError("min_times and min_items have to be 2 or more, max_period 1 or more")
@@ -145,39 +147,12 @@ def repeat_ratio(
     return share([detect(reply) is not None for reply in replies], groups)
 
 
-def _wilson(count: int, total: int, level: float) -> tuple[float, float]:
-    from scipy.stats import norm
-
-    z = float(norm.ppf(0.5 + level / 2))
-    p = count / total
-    middle = (p + z * z / (2 * total)) / (1 + z * z / total)
-    half = z * np.sqrt(p * (1 - p) / total + z * z / (4 * total * total)) / (1 + z * z / total)
-    return max(0.0, float(middle - half)), min(1.0, float(middle + half))
-
-
-def _by_group(
-    flags: np.ndarray, groups: Sequence[Hashable], level: float, resamples: int, seed: int
-) -> tuple[float, float]:
-    if len(groups) != len(flags):
-        raise ValueError(f"{len(flags)} replies and {len(groups)} groups: expected one a reply")
-    codes: dict[Hashable, int] = {}
-    rows = np.array([codes.setdefault(group, len(codes)) for group in groups])
-    if len(codes) < 2:
-        raise TooLittleData("all replies answer one prompt: an interval over prompts needs two")
-    hits = np.bincount(rows, weights=flags, minlength=len(codes))
-    sizes = np.bincount(rows, minlength=len(codes))
-    picks = np.random.default_rng(seed).integers(len(codes), size=(resamples, len(codes)))
-    shares = hits[picks].sum(axis=1) / sizes[picks].sum(axis=1)
-    low, high = np.quantile(shares, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
-
-
 Reward = Callable[..., list[float]]
 
 
 def no_repetition(value: float = -1.0, **rule: Any) -> Reward:
     """`value` for a reply that ends in a loop of tokens, else 0. `rule` as of `find_repeats`."""
-    find_repeats((), **rule)  # a wrong rule is refused now, not in the first step
+    find_repeats((), **rule)  # refuse a wrong rule now, not in the first step
     value = float(value)
 
     def no_repetition_reward(
@@ -190,7 +165,7 @@ def no_repetition(value: float = -1.0, **rule: Any) -> Reward:
 
 def no_script(language: str, value: float = -1.0) -> Reward:
     """`value` for a reply with any character of the language's script, else 0."""
-    has_script("", language)  # an unknown language is refused now, not in the first step
+    has_script("", language)  # refuse an unknown language now, not in the first step
     value = float(value)
 
     def no_script_reward(completions: Sequence[Any], **_: Any) -> list[float]:
@@ -200,7 +175,7 @@ def no_script(language: str, value: float = -1.0) -> Reward:
 
 
 def reply_text(reply: Any) -> str:
-    """A completion as TRL hands it over, a string or a list of messages, as text."""
+    """The text of a completion, which TRL passes as a string or as a list of messages."""
     if isinstance(reply, str):
         return reply
     return "\n".join(str(message.get("content") or "") for message in reply)

@@ -1,7 +1,8 @@
-"""The SASFT loss: what keeps chosen features quiet on other languages' text (Eq. 26).
+"""The SASFT loss, which penalises chosen features on text in other languages (Eq. 26).
 
-Arithmetic on residuals and the hooks that record them; no trainer and no data set lives here.
-Only the encoder rows of the chosen features are kept, so the cost does not grow with the SAE.
+This module has the arithmetic on residuals and the hooks that record them, without a trainer or
+dataset. Only the encoder rows of the chosen features are kept, so the cost does not depend on the
+width of the SAE.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qwen_scope_lens.errors import WrongModel
 from qwen_scope_lens.models.architecture import check_layer, decoder_layers
@@ -24,7 +25,7 @@ __all__ = ["FeatureRows", "Penalty", "record_residuals", "require_graph"]
 
 @dataclass(frozen=True)
 class FeatureRows:
-    """What m features of one layer read: `pre = x @ weight.T + bias`. Frozen, float32."""
+    """The encoder rows of m features of one layer: `pre = x @ weight.T + bias`, in float32."""
 
     weight: Tensor  # [m, d_model]
     bias: Tensor  # [m]
@@ -41,25 +42,25 @@ class FeatureRows:
         return FeatureRows(self.weight.to(device), self.bias.to(device))
 
     def pre_activations(self, x: Tensor) -> Tensor:
-        """`[.., d_model] -> [.., m]`, differentiable in x; computed in float32."""
+        """Pre-activations in float32, differentiable in x. `[.., d_model] -> [.., m]`"""
         return x.float() @ self.weight.T + self.bias
 
 
 @dataclass(frozen=True)
 class Penalty:
-    """The rows and thresholds of every penalised layer."""
+    """The encoder rows and thresholds of every penalised layer."""
 
     rows: Mapping[int, FeatureRows]  # layer -> m features
-    # layer -> [n_languages, m]: how high a pre-activation may be on text of a language. +inf where
-    # the feature is the language's own, so that it costs nothing there.
+    # layer -> [n_languages, m]: the threshold of each feature on text of each language. It is +inf
+    # for a feature of the same language, which costs nothing there.
     thresholds: Mapping[int, Tensor]
 
     def loss(self, residuals: Mapping[int, Tensor], languages: Tensor, counted: Tensor) -> Tensor:
         """Sum over layers of the mean of `ReLU(pre - threshold)` over counted tokens and features.
 
         `residuals[layer] [batch, position, d_model]`; `languages [batch, position]` indexes the
-        thresholds; `counted` is bool of that shape. As in the published code the mean divides by
-        one more than the number of terms, so an empty batch costs nothing.
+        thresholds; `counted` is a bool tensor of that shape. As in the published code the sum is
+        divided by the number of terms plus one, so that an empty batch costs nothing.
         """
         total = torch.zeros((), device=languages.device)
         for layer, rows in self.rows.items():
@@ -73,11 +74,11 @@ class Penalty:
 
 
 @contextmanager
-def record_residuals(model: Any, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
-    """The output of some decoder layers during one forward, with its graph.
+def record_residuals(model: nn.Module, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+    """Record the outputs of some decoder layers during one forward pass, with their graph.
 
-    Recording ends with the `with` block, so what gradient checkpointing runs again in the backward
-    pass is not taken for a second batch.
+    Recording ends with the `with` block, so a layer that gradient checkpointing runs again in the
+    backward pass is not recorded twice.
     """
     found: dict[int, Tensor] = {}
     modules = decoder_layers(model)
@@ -100,11 +101,11 @@ def record_residuals(model: Any, layers: Sequence[int]) -> Iterator[dict[int, Te
 
 
 def require_graph(residuals: Mapping[int, Tensor]) -> None:
-    """Refuse residuals that gradient checkpointing has cut off: the loss would train nothing."""
+    """Refuse residuals without a gradient, with which the loss would train nothing."""
     cut = [layer for layer, x in residuals.items() if not x.requires_grad]
     if cut:
         raise WrongModel(
             f"the residuals of layers {cut} carry no gradient, so the loss would change nothing."
             " With gradient checkpointing pass gradient_checkpointing_kwargs="
-            "{'use_reentrant': False}; with LoRA put adapters into some layer at or before them"
+            "{'use_reentrant': False}. With LoRA, adapt at least one layer at or before them"
         )

@@ -1,8 +1,8 @@
-"""Rare negatives: one rollout of every GRPO group is written under a plan that makes it go wrong.
+"""Rare negatives: one rollout of each GRPO group is steered into the behaviour to unlearn.
 
-Endless repetition is so rare in a model's own rollouts that a reward against it hardly ever has
-anything to say. A plan that amplifies a repetition feature supplies the example; TRL's GRPOTrainer
-scores it with the others. Rewards, batches, checkpoints and the objective are TRL's.
+Endless repetition is rare in a model's own rollouts, so a reward against it seldom has an effect. A
+plan that amplifies a repetition feature supplies examples, which TRL's GRPOTrainer scores with the
+other rollouts. TRL handles rewards, batches, checkpoints and the objective.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ __all__ = ["RareNegativeGRPOConfig", "RareNegativeGRPOTrainer"]
 
 @dataclass
 class RareNegativeGRPOConfig(GRPOConfig):
-    """GRPOConfig with DAPO's objective, without its dynamic sampling (TRL has none).
+    """GRPOConfig with DAPO's objective, without dynamic sampling, which TRL does not have.
 
-    What the paper leaves open is set here to values of DAPO or of our own, each to be changed.
+    Settings that the paper does not give have values from DAPO or our own, and all can be changed.
 
     Args:
-        steered_per_group: rollouts of each group that are written under the plan; the paper: one.
+        steered_per_group: rollouts of each group that are steered by the plan. Paper: one.
         behaviour: the policy in the denominator of a steered rollout's importance ratio.
-            "unsteered" is the policy before the update, as for the other rollouts. "steered" is
-            the policy that wrote it. By default unsteered: a steered rollout is likelier under
-            the plan than without, so with the true behaviour policy its ratio starts far below
-            1 - epsilon, where the clipped objective of a negative advantage has no gradient, and
-            the example that was made on purpose would teach nothing.
-        allow_other_model: train a model of which the plan's features are not known to be.
+            "unsteered", the default, is the policy before the update, as for the other rollouts.
+            "steered" is the policy that wrote the rollout. A steered rollout is more likely with
+            the plan than without, so with "steered" its ratio starts far below 1 - epsilon, where
+            the clipped objective of a negative advantage has no gradient, and the example would
+            teach nothing.
+        allow_other_model: train a model that may not be the one the plan's features belong to.
     """
 
     steered_per_group: int = field(default=1)
@@ -62,7 +62,7 @@ class RareNegativeGRPOConfig(GRPOConfig):
         if not 0 <= self.steered_per_group < self.num_generations:
             raise ValueError(
                 f"steered_per_group {self.steered_per_group}: expected less than num_generations"
-                f" ({self.num_generations}), so that the group has rollouts of the model's own"
+                f" ({self.num_generations}), so that each group also has unsteered rollouts"
             )
 
 
@@ -87,20 +87,20 @@ class RareNegativeGRPOTrainer(WholeCheckpoints, GRPOTrainer):
         _refuse_bypasses(args, rest)
         if args.behaviour == "steered" and any(e.where.positions is not None for e in plan.edits):
             raise BadPlan(
-                "behaviour='steered' needs edits without positions: which token of the completed"
-                " text they meant while it was written is not known afterwards"
+                "behaviour='steered' needs edits without positions, because the tokens to which"
+                " positions referred while the text was written are not known afterwards"
             )
         self.plan = plan
-        if not isinstance(model, str):  # before the data set is read
+        if not isinstance(model, str):  # before the dataset is read
             _check_model(model, args, plan)
         super().__init__(model, reward_funcs, args, **rest)
         _check_model(self.model, args, plan)
 
     def _steered_rows(self, count: int) -> list[bool]:
-        """Which of this process's rows are written under the plan: the last of each group.
+        """Which rows of this process are steered: the last ones of each group.
 
-        TRL repeats a prompt `num_generations` times in a row and hands each process a contiguous
-        part of that table.
+        TRL repeats each prompt `num_generations` times in a row, and each process gets a contiguous
+        part of the rows.
         """
         group = self.num_generations
         start = self.accelerator.process_index * count
@@ -114,7 +114,7 @@ class RareNegativeGRPOTrainer(WholeCheckpoints, GRPOTrainer):
         rows = self._steered_rows(len(prompt_ids))
         with self._steered([self.plan if steered else None for steered in rows]) as report:
             found = super()._generate_single_turn(prompt_ids, *rest, **named)
-        # Also by a process that steers no row of its own: the others wait for its figures.
+        # A process without steered rows logs as well, because the others wait for its figures.
         self._log_rollouts(found[0], rows, report is not None and report.fired)
         return found
 
@@ -126,7 +126,7 @@ class RareNegativeGRPOTrainer(WholeCheckpoints, GRPOTrainer):
 
     @torch.no_grad()
     def _behaviour_logprobs(self, output: dict[str, Any]) -> torch.Tensor:
-        """Log-probabilities under whatever wrote each rollout. `[rows, completion]`"""
+        """Log-probabilities under the policy that wrote each rollout. `-> [rows, completion]`"""
         ids = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)
         mask = torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1)
         keep = output["completion_ids"].shape[1]
@@ -159,7 +159,7 @@ class RareNegativeGRPOTrainer(WholeCheckpoints, GRPOTrainer):
         )
 
     def _log_rollouts(self, completions: Any, rows: Sequence[bool], fired: bool) -> None:
-        """How often each kind of rollout ends in a loop, and whether the plan did anything."""
+        """Log how often each kind of rollout ends in a loop, and whether the plan fired."""
         table = [
             [float(find_repeats(ids) is not None), float(steered), float(fired)]
             for ids, steered in zip(completions, rows, strict=True)
@@ -179,7 +179,7 @@ def _check_model(model: Any, args: RareNegativeGRPOConfig, plan: Plan) -> None:
 
 
 def _in_hindsight(plan: Plan, prompt: int) -> Plan:
-    """The plan as it acted while a text was written, for one pass over the finished text."""
+    """The plan for one pass over a finished text, acting as it did while the text was written."""
 
     def placed(edit: Edit) -> Edit:
         where = edit.where
@@ -191,7 +191,7 @@ def _in_hindsight(plan: Plan, prompt: int) -> Plan:
 
 
 def _refuse_bypasses(args: RareNegativeGRPOConfig, rest: dict[str, Any]) -> None:
-    """Refuse what generates outside the hooks, and what would hide the negative again."""
+    """Refuse settings that generate without the plan's hooks, or that hide the negatives."""
     engines = {
         "use_vllm=True": args.use_vllm,
         "use_transformers_continuous_batching=True": getattr(
@@ -204,11 +204,11 @@ def _refuse_bypasses(args: RareNegativeGRPOConfig, rest: dict[str, Any]) -> None
     for name, used in engines.items():
         if used:
             raise WrongModel(
-                f"{name}: rollouts would be generated where the plan's hooks do not act, so none"
-                " would be steered. Leave it out: TRL then generates with the model itself"
+                f"{name}: rollouts would be generated without the plan's hooks, so none of them"
+                " would be steered. Leave it out, so that TRL generates with the model itself"
             )
     if args.mask_truncated_completions:
         raise WrongModel(
-            "mask_truncated_completions=True drops every completion that reaches the length limit,"
-            " which an endless repetition does: the negatives would not count. Set it to False"
+            "mask_truncated_completions=True ignores completions that reach the length limit, as"
+            " endless repetitions do, so the negatives would not count. Set it to False"
         )

@@ -1,8 +1,9 @@
-"""Repetition features: what rises between the first and the last occurrence of a repeated token.
+"""Repetition features: activations that rise from the first to the last copy of a repeated token.
 
-The paper takes, for each repeated token, the activation at its last occurrence less that at its
-first, same token and same context; the largest increases are repetition features. What it leaves
-open is a parameter here. Whether such a feature causes loops is asked by `causes.py`.
+For each repeated token the paper takes the activation at its last occurrence minus that at its
+first occurrence in the same context. Features with the largest increases are repetition features.
+Details that the paper leaves open are parameters here. `causes.py` tests whether such a feature
+causes loops.
 """
 
 from __future__ import annotations
@@ -23,29 +24,32 @@ if TYPE_CHECKING:
 
 __all__ = ["RepetitionFeature", "RepetitionFeatures", "find_repetition_features", "occurrences"]
 
-FORMAT, VERSION = "qsl-repetition-features", 2  # 1: ordered by z
+FORMAT, VERSION = "qsl-repetition-features", 2  # version 1 was ordered by z
 
 
 @dataclass(frozen=True)
 class RepetitionFeature:
-    """How much a feature rises over a repetition, averaged over documents."""
+    """How much the activation of a feature rises over a repetition, averaged over documents."""
 
     ref: FeatureRef
-    rise: float  # on the documents it was chosen by
-    held_out: float  # on the others
-    z: float  # rise over its standard error across documents
-    last: float  # mean activation at last occurrences: the scale for a steering strength
-    chance: float  # the largest z of any feature when first and last are swapped at random
+    rise: float  # on the documents that chose it
+    held_out: float  # the rise on the other documents
+    z: float  # rise divided by its standard error across documents
+    last: float  # mean activation at last occurrences, a scale for steering strengths
+    chance: float  # largest z of any feature if first and last are swapped at random
 
     @property
     def stands_out(self) -> bool:
-        """Whether every document shows the rise: a remark, since a cause of loops need not."""
+        """Whether the rise is above chance and holds on other documents.
+
+        This is only a remark: a feature that causes loops may rise in a few documents only.
+        """
         return self.z > self.chance and self.held_out > 0
 
 
 @dataclass(frozen=True)
 class RepetitionFeatures:
-    """The features of some layers, largest rise first."""
+    """Repetition features of some layers, largest rise first."""
 
     features: tuple[RepetitionFeature, ...]
     settings: Mapping[str, Any]
@@ -74,9 +78,9 @@ class RepetitionFeatures:
 
 
 def occurrences(tokens: Sequence[int], *, context: int = 2, min_times: int = 3) -> np.ndarray:
-    """First and last position of every token that repeats after the same `context` tokens.
+    """First and last positions of tokens that repeat after the same `context` tokens.
 
-    `[n] -> [m, 2]`; a token counts when it stands `min_times` times or more in its context.
+    `[n] -> [m, 2]`. A token counts if it occurs in its context at least `min_times` times.
     """
     seen: dict[tuple[int, ...], list[int]] = {}
     for position in range(context, len(tokens)):
@@ -96,13 +100,13 @@ def find_repetition_features(
     shuffles: int = 100,
     seed: int = 0,
 ) -> RepetitionFeatures:
-    """The features that rise most from first to last occurrence in repeating documents.
+    """Find the features that rise most from first to last occurrences in repeating documents.
 
-    Rises are averaged within a document first, then over documents, so that one long loop does not
-    speak for all; as in the paper the largest rises come first, `top` of each layer. Half of the
-    documents choose, half score. `z` is the rise over its standard error and `chance` the largest z
-    of any feature when the two ends of every document are swapped at random (95th percentile of
-    `shuffles`): both describe a rise and neither selects, since a feature that makes a model loop
+    Rises are averaged within each document and then over documents, so that one long loop does not
+    dominate. As in the paper the `top` largest rises of each layer are taken. Half of the documents
+    choose features and half score them. `z` is the rise divided by its standard error. `chance` is
+    the largest z of any feature if the two ends of each document are swapped at random (the 95th
+    percentile over `shuffles`). Neither selects features, because a feature that makes a model loop
     may rise in a few documents only.
     """
     wanted = tuple(layers) if layers is not None else store.layers
@@ -116,8 +120,8 @@ def find_repetition_features(
         if used < 4:
             raise TooLittleData(
                 f"{used} documents repeat a token {min_times} times after the same {context}"
-                " tokens: half of them choose and half score, so four are the least. Extract texts"
-                " that loop, or lower the context or the number of times"
+                " tokens, but at least four are needed: half of them choose features and half score"
+                " them. Extract texts that loop, or lower the context or the number of times"
             )
         order = rng.permutation(used)
         first, second = rises[order[::2]], rises[order[1::2]]
@@ -149,7 +153,7 @@ def _rises(
     context: int,
     min_times: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Mean rise and mean last activation of every repeating document. `[n, d_sae]` each"""
+    """Mean rises and mean last activations of repeating documents. `-> [n, d_sae]` each"""
     rises, lasts = [], []
     for block in store.iter_blocks(layer, docs=docs):
         matrix = block.codes.to_scipy_csr()
@@ -166,10 +170,10 @@ def _rises(
 
 
 def _z(rises: np.ndarray) -> np.ndarray:
-    """Mean over standard error across documents; 0 where nothing moves. `[n, d] -> [d]`
+    """Mean divided by standard error across documents; 0 if nothing changes. `[n, d] -> [d]`
 
-    A pseudo-count of one document at the mean spread keeps a feature that moves in a single
-    document from dividing by nothing.
+    A pseudo-count of one document with the mean spread avoids a division by zero for a feature that
+    changes in a single document.
     """
     n = len(rises)
     spread = rises.std(axis=0)

@@ -1,7 +1,7 @@
-"""What is refused in a run's file before a model is loaded, and before a run goes on.
+"""Checks on the file of a run, before a model is loaded and before a run continues.
 
-Numbers that no trainer can use, and a run that is not the one its checkpoints were made by: going
-on would mix two experiments under one name.
+They refuse numbers that no trainer can use. They also refuse to continue from the checkpoints of a
+run with other data, features or settings, because that would mix two experiments under one name.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ LEAST = {
     "steered_per_group": 0,
 }
 FREE = ("max_steps", "num_train_epochs", "report_to", "run_name", "disable_tqdm", "output_dir")
-"""Settings under `trainer` with which a run may go on differently, besides logging, saving,
+"""Settings under `trainer` that may change when a run continues, besides those on logging, saving,
 evaluation and data loading."""
 FREE_BEGINNINGS = ("logging_", "save_", "eval_", "dataloader_", "log_", "hub_", "push_to_")
 
 
 def check_numbers(path: Path, content: Any, name: str = "") -> None:
-    """Refuse numbers anywhere in a file that are not finite or do not fit into 64 bits."""
+    """Refuse numbers anywhere in the file that are not finite or do not fit into 64 bits."""
     if isinstance(content, Mapping):
         for key, value in content.items():
             check_numbers(path, value, f"{name}.{key}" if name else str(key))
@@ -53,7 +53,9 @@ def check_numbers(path: Path, content: Any, name: str = "") -> None:
     elif isinstance(content, float) and not math.isfinite(content):
         raise BadFile(f"{path}: `{name}` is {content}: expected a finite number")
     elif isinstance(content, int) and not -(2**63) <= content < 2**63:
-        raise BadFile(f"{path}: `{name}` is a whole number of {content.bit_length()} bits: 64 fit")
+        raise BadFile(
+            f"{path}: `{name}` is a whole number of {content.bit_length()} bits: expected up to 64"
+        )
 
 
 def check_settings(path: Path, given: Mapping[str, Any], kind: type) -> None:
@@ -74,7 +76,7 @@ def check_settings(path: Path, given: Mapping[str, Any], kind: type) -> None:
 
 
 def check_same_run(path: Path, kind: str, content: Mapping[str, Any], output: Path) -> None:
-    """Refuse to go on where the folder's record is of a run with other inputs or settings."""
+    """Refuse to continue if the folder's record names other inputs or settings."""
     try:
         before = yaml.safe_load((output / RECORD).read_text("utf-8"))
         mine, theirs = _identity(path, kind, content), before["identity"]
@@ -87,18 +89,18 @@ def check_same_run(path: Path, kind: str, content: Mapping[str, Any], output: Pa
         return  # nothing is known of an earlier run
     except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         raise BadFile(
-            f"{output / RECORD} cannot be read, so which run the checkpoints beside it belong to is"
-            " not known: --fresh starts again and sets them aside"
+            f"{output / RECORD} cannot be read, so it is not known to which run the checkpoints"
+            " beside it belong. Use --fresh to start again, which sets them aside"
         ) from error
     if changed:
         raise BadFile(
-            f"the checkpoints in {output} are of another run: {'; '.join(changed)[:400]}. Put that"
-            f" back in {path}, name another output_dir, or start again with --fresh"
+            f"the checkpoints in {output} belong to another run: {'; '.join(changed)[:400]}. Undo"
+            f" this change in {path}, name another output_dir, or start again with --fresh"
         )
 
 
 def check_checkpoint(path: Path, checkpoint: str, max_steps: int) -> None:
-    """Refuse a checkpoint whose state is damaged, or that is further than the run goes."""
+    """Refuse a checkpoint whose state is damaged, or that has more steps than the run."""
     state = Path(checkpoint, "trainer_state.json")
     try:
         step = json.loads(state.read_text("utf-8"))["global_step"]
@@ -106,16 +108,19 @@ def check_checkpoint(path: Path, checkpoint: str, max_steps: int) -> None:
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise BadFile(f"{state} is damaged ({error!r}): start again with --fresh") from error
     if not right:
-        raise BadFile(f"{state} is of step {step}, not of {Path(checkpoint).name}: use --fresh")
+        raise BadFile(
+            f"{state} belongs to step {step}, not to {Path(checkpoint).name}: start again with"
+            " --fresh"
+        )
     if 0 < max_steps < step:
         raise BadFile(
-            f"{checkpoint} has done {step} steps, {path} asks for {max_steps}: raise max_steps, or"
-            " start again with --fresh"
+            f"{checkpoint} has done {step} steps, but {path} asks for {max_steps}: raise max_steps,"
+            " or start again with --fresh"
         )
 
 
 def record(path: Path, kind: str, content: Mapping[str, Any], output: Path) -> None:
-    """The run's file and what it ran with, beside its checkpoints."""
+    """Write the content of the run's file and the versions beside its checkpoints."""
     packages = versions("trl", "peft", "accelerate")
     rows = {
         "kind": kind,
@@ -129,7 +134,7 @@ def record(path: Path, kind: str, content: Mapping[str, Any], output: Path) -> N
 
 
 def _identity(path: Path, kind: str, content: Mapping[str, Any]) -> dict[str, Any]:
-    """What may not change between two parts of one run. Files count by their content."""
+    """What may not change if a run continues. Files are compared by their content."""
     found: dict[str, Any] = {"kind": kind}
     for key, value in content.items():
         if key != "trainer":

@@ -1,8 +1,9 @@
-"""One YAML file, one training run: read, checked, run, resumed.
+"""Read, check, run and resume a training run that one YAML file describes.
 
-The file names a model, data and what to train with; everything under `trainer` goes to TRL's
-configuration as it stands. A copy and the versions are written beside the checkpoints
-(`run_checks.py`), and an interrupted run goes on from the last whole one (`checkpoints.py`).
+The file names a model, data, and features or a plan; everything under `trainer` is passed to TRL's
+configuration. A copy of the file and the versions are written beside the checkpoints
+(`run_checks.py`). An interrupted run continues from the last complete checkpoint
+(`checkpoints.py`).
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ GRPO = COMMON | {"plan", "rewards"}
 
 @dataclass(frozen=True)
 class Run:
-    """A run as its file describes it; paths in it are relative to the file."""
+    """The content of a run's file; paths in it are relative to the file."""
 
     path: Path
     content: Mapping[str, Any]
@@ -55,19 +56,21 @@ class Run:
     def output(self) -> Path:
         folder = dict(self.content.get("trainer") or {}).get("output_dir")
         if not folder:
-            raise BadFile(f"{self.path} has no `trainer: output_dir`: where should the run go?")
+            raise BadFile(
+                f"{self.path} has no `trainer: output_dir`: name the folder for the checkpoints"
+            )
         return (self.path.parent / str(folder)).expanduser()
 
 
 def read_run(path: Path, keys: set[str]) -> Run:
-    """A YAML mapping with known keys only, so that a misspelt one is not ignored."""
+    """Read a YAML mapping; unknown keys are refused, so that a misspelt one is not ignored."""
     try:
         content = yaml.safe_load(read_text(path))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())  # PyYAML draws a picture in four lines
         raise BadFile(f"{path} cannot be read as YAML: {reason}") from error
     if not isinstance(content, dict):
-        raise BadFile(f"{path} is no mapping: expected `model: ..`, `train: ..`, `trainer: ..`")
+        raise BadFile(f"{path} is not a mapping: expected `model: ..`, `train: ..`, `trainer: ..`")
     if unknown := sorted(map(str, set(content) - keys)):
         raise BadFile(
             f"{path} has unknown keys {', '.join(unknown)}: expected {', '.join(sorted(keys))}"
@@ -80,29 +83,19 @@ def read_run(path: Path, keys: set[str]) -> Run:
 
 
 def run_sasft(path: Path, resume: bool = True) -> Path:
-    """Supervised fine-tuning with the penalty; returns the folder of the trained model."""
+    """Run supervised fine-tuning with the penalty; returns the folder of the trained model."""
     from qwen_scope_lens.train.sasft import SASFTConfig, SASFTTrainer
 
     run = read_run(path, SASFT)
     args = _arguments(run, SASFTConfig)
     _check_earlier(run, "sasft", args, resume)
-    model, tokenizer = _model(run)
-    trainer = _set_up(
-        run,
-        SASFTTrainer,
-        model,
-        args,
-        language_features=LanguageFeatures.load(run.file("language_features")),
-        train_dataset=_data(run, "train"),
-        eval_dataset=_data(run, "eval"),
-        processing_class=tokenizer,
-        peft_config=_lora(run),
-    )
+    features = LanguageFeatures.load(run.file("language_features"))
+    trainer = _set_up(run, SASFTTrainer, args, language_features=features)
     return _train(run, "sasft", trainer, resume)
 
 
 def run_grpo(path: Path, resume: bool = True) -> Path:
-    """GRPO with rare negatives; returns the folder of the trained model."""
+    """Run GRPO with rare negatives; returns the folder of the trained model."""
     from qwen_scope_lens.steering.plan import Plan
     from qwen_scope_lens.train.rare_negatives import (
         RareNegativeGRPOConfig,
@@ -112,24 +105,14 @@ def run_grpo(path: Path, resume: bool = True) -> Path:
     run = read_run(path, GRPO)
     args = _arguments(run, RareNegativeGRPOConfig)
     _check_earlier(run, "grpo", args, resume)
-    model, tokenizer = _model(run)
-    trainer = _set_up(
-        run,
-        RareNegativeGRPOTrainer,
-        model,
-        _rewards(run),
-        args,
-        plan=Plan.load(run.file("plan")),
-        train_dataset=_data(run, "train"),
-        eval_dataset=_data(run, "eval"),
-        processing_class=tokenizer,
-        peft_config=_lora(run),
-    )
+    plan = Plan.load(run.file("plan"))
+    rewards = _rewards(run)
+    trainer = _set_up(run, RareNegativeGRPOTrainer, args, reward_funcs=rewards, plan=plan)
     return _train(run, "grpo", trainer, resume)
 
 
 def read_replies(path: Path, text: str, prompt: str | None) -> tuple[list[str], list[str] | None]:
-    """Two columns of a file: the replies, and the prompt of each where one is named."""
+    """Read two columns of a file: the replies, and their prompts if a column is named."""
     replies, prompts = [], []
     for where, row in read_rows(path):
         try:
@@ -161,7 +144,7 @@ def _model(run: Run) -> tuple[Any, Any]:
     beside = run.path.parent / name
     source = bundled_model(name) or (beside if beside.is_dir() else name)
     try:
-        open_config(str(source))  # refuses a model that brings its own code
+        open_config(str(source))  # refuses a model that needs its own code
         tokenizer = open_tokenizer(str(source))
         model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", trust_remote_code=False)
         return model, tokenizer
@@ -173,7 +156,7 @@ def _model(run: Run) -> tuple[Any, Any]:
 
 
 def _data(run: Run, key: str) -> Any:
-    """JSONL, CSV, Parquet, a folder of `datasets`, or a name on the hub."""
+    """A dataset: JSONL, CSV, Parquet, a folder of `datasets`, or a name on the hub."""
     import datasets
 
     if run.content.get(key) is None:
@@ -209,7 +192,7 @@ def _lora(run: Run) -> Any:
 
 
 def _rewards(run: Run) -> list[Any]:
-    """`no_repetition`, `no_script: zh`, or `module:function` of the user's own."""
+    """Reward functions: `no_repetition`, `no_script: zh`, or the user's `module:function`."""
     from importlib import import_module
 
     from qwen_scope_lens.train import metrics as rewards
@@ -241,7 +224,7 @@ def _rewards(run: Run) -> list[Any]:
         module, colon, function = name.partition(":")
         if not colon:
             raise UnknownName(
-                f"{run.path}: no reward {name!r}: expected {', '.join(own)}, or module:function"
+                f"{run.path}: unknown reward {name!r}: expected {', '.join(own)} or module:function"
             )
         try:
             found.append(getattr(import_module(module), function))
@@ -256,10 +239,17 @@ def _is_reward(entry: Any) -> bool:
     )
 
 
-def _set_up(run: Run, kind: Any, *arguments: Any, **named: Any) -> Any:
-    """The trainer; what TRL finds wrong with the settings is one line."""
+def _set_up(run: Run, kind: Any, args: Any, **own: Any) -> Any:
+    """The trainer on the run's model and data; an error of TRL becomes one line."""
+    model, tokenizer = _model(run)
+    named = {
+        "train_dataset": _data(run, "train"),
+        "eval_dataset": _data(run, "eval"),
+        "processing_class": tokenizer,
+        "peft_config": _lora(run),
+    }
     try:
-        return kind(*arguments, **named)
+        return kind(model, args=args, **own, **named)
     except (TypeError, ValueError, KeyError, OverflowError, NotImplementedError) as error:
         if isinstance(error, ScopeError):
             raise
@@ -268,7 +258,7 @@ def _set_up(run: Run, kind: Any, *arguments: Any, **named: Any) -> Any:
 
 
 def _check_earlier(run: Run, kind: str, args: Any, resume: bool) -> None:
-    """Refuse, before a model is loaded, checkpoints that this run may not go on from."""
+    """Before a model is loaded, refuse checkpoints from which this run may not continue."""
     output = run.output()
     last = last_whole(output) if resume else None
     if last is not None:
@@ -285,7 +275,7 @@ def _train(run: Run, kind: str, trainer: Any, resume: bool) -> Path:
     if trainer.args.should_save:
         record(run.path, kind, run.content, output)
     if last is not None and last.endswith(f"-{trainer.args.max_steps}"):
-        # Killed between its last checkpoint and the end: TRL would do one step too many.
+        # The run was killed after its last checkpoint. TRL would do one more step here.
         trainer._load_from_checkpoint(last)
     else:
         trainer.train(resume_from_checkpoint=last)

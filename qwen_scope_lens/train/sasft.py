@@ -1,7 +1,7 @@
-"""SASFT: a TRL SFTTrainer whose loss also keeps language features quiet on other languages.
+"""SASFT: a TRL SFTTrainer whose loss also penalises language features on other languages.
 
-Everything about data, batches, checkpoints and metrics is TRL's. This adds a language to every
-token of the data set, records the residuals of a few layers, and adds `lam` times the penalty.
+TRL handles data, batches, checkpoints and metrics. This trainer adds a language to every token of
+the dataset, records the residuals of a few layers, and adds `lam` times the penalty to the loss.
 """
 
 from __future__ import annotations
@@ -40,20 +40,20 @@ NO_LANGUAGE = -1
 
 @dataclass
 class SASFTConfig(SFTConfig):
-    """SFTConfig with the penalty's settings. Nothing is reported to outside services by default.
+    """SFTConfig with settings for the penalty. By default nothing is reported to other services.
 
     Args:
-        lam: weight of the penalty. Not found in the paper for Qwen; the published code has 0.0005
-            for Gemma-2 and 0.001 for Llama-3.1.
-        layers: decoder layers, negative ones from the end; published code: the last two.
-        targets: the languages that should not break in.
-        features_per_layer: of each target language; published code: 2.
+        lam: weight of the penalty. The paper does not give it for Qwen; the published code has
+            0.0005 for Gemma-2 and 0.001 for Llama-3.1.
+        layers: decoder layers; negative numbers count from the end. Published code: the last two.
+        targets: the languages that replies in other languages should not switch to.
+        features_per_layer: number of features per target language. Published code: 2.
         threshold: "mean" is the mean pre-activation on the text's language, "zero" is 0.
         positions: "predicting" counts the residuals from which a response token is predicted,
-            "response" those of the response tokens themselves.
-        language_column: of the data set, one value an example, as in the table.
-        below_chance: use features that do not stand out from chance, too.
-        allow_other_model: train a model of which the table's features are not known to be.
+            "response" counts those of the response tokens themselves.
+        language_column: the column with the language of each example, named as in the table.
+        below_chance: also use features that do not stand out from chance.
+        allow_other_model: train a model that may not be the one the features belong to.
     """
 
     lam: float = field(default=1e-3)
@@ -88,9 +88,9 @@ class SASFTConfig(SFTConfig):
 class SASFTTrainer(WholeCheckpoints, SFTTrainer):
     """`SFTTrainer(..., language_features=table)`: CE + lam * sum_layers mean ReLU(pre - alpha).
 
-    `language_features` is a `LanguageFeatures`, or the file that `qsl train languages` wrote. The
-    data set has a language column; text in a target language itself costs nothing for that
-    language's features. Gradients go into the model, none into the SAE.
+    `language_features` is a `LanguageFeatures` or a file that `qsl train languages` wrote. The
+    dataset needs a column with languages. Text in a target language costs nothing for the features
+    of that language. Gradients reach the model but not the SAE.
     """
 
     _tag_names = ("trl", "sft", "sasft")
@@ -110,7 +110,7 @@ class SASFTTrainer(WholeCheckpoints, SFTTrainer):
         if not isinstance(language_features, LanguageFeatures):
             language_features = LanguageFeatures.load(Path(language_features))
         self._language_number = {name: i for i, name in enumerate(language_features.languages)}
-        if not isinstance(model, str):  # before the data set is read
+        if not isinstance(model, str):  # before the dataset is read
             _check_model(model, args, language_features)
         super().__init__(model, args, **rest)
         self.data_collator = _WithLanguages(self.data_collator)
@@ -122,10 +122,10 @@ class SASFTTrainer(WholeCheckpoints, SFTTrainer):
         column = args.language_column
         if column not in get_dataset_column_names(dataset):
             raise BadCorpus(
-                f"the data set has no column {column!r}, which says the language of each example:"
-                f" it has {', '.join(get_dataset_column_names(dataset))}"
+                f"the dataset has no column {column!r} with the language of each example: it has"
+                f" {', '.join(get_dataset_column_names(dataset))}"
             )
-        # TRL packs input_ids and labels only, so packing waits until the languages are there.
+        # TRL packs only input_ids and labels, so packing is done here after languages are added.
         whole = copy.copy(args)
         if packing:
             whole.max_length = None
@@ -143,7 +143,7 @@ class SASFTTrainer(WholeCheckpoints, SFTTrainer):
         if number is None:
             raise UnknownName(
                 f"an example is in {example[column]!r}, but the table of language features knows"
-                f" {', '.join(self._language_number)}: make it from texts in that language too"
+                f" {', '.join(self._language_number)}. Make the table with texts in that language"
             )
         return {"languages": [number] * len(example["input_ids"])}
 
@@ -174,8 +174,8 @@ class SASFTTrainer(WholeCheckpoints, SFTTrainer):
         mean = self.accelerator.gather_for_metrics(penalty.detach()).mean().item()
         self._metrics["train"]["penalty"].append(mean)
         if self.args.lam > 0:
-            # A mean over this micro-batch; where TRL leaves the division by the accumulation
-            # steps to the loss, this has to divide too.
+            # The penalty is a mean over this micro-batch. If TRL's loss is already divided by the
+            # accumulation steps, the penalty has to be divided as well.
             steps = (
                 self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
             )
@@ -184,7 +184,7 @@ class SASFTTrainer(WholeCheckpoints, SFTTrainer):
 
 
 def build_penalty(model: Any, args: SASFTConfig, table: LanguageFeatures) -> Penalty:
-    """The rows of the chosen features and their thresholds on every language of the table."""
+    """Encoder rows of the chosen features, and their thresholds on each language of the table."""
     from qwen_scope_lens.saes.load import load_sae
 
     _check_model(model, args, table)
@@ -234,16 +234,16 @@ def _name_what_is_left_out(
             warnings.warn(
                 f"{feature.ref} is left out of the loss: its monolinguality for {feature.language}"
                 f" is {feature.monolinguality:.3g}, chance reaches {feature.chance:.3g}"
-                " (below_chance=True uses it all the same)",
+                " (below_chance=True uses it anyway)",
                 stacklevel=3,
             )
 
 
 def _counted(labels: torch.Tensor, languages: torch.Tensor, positions: str) -> torch.Tensor:
-    """Which residuals the penalty counts. `[batch, position]`, bool
+    """Which residuals the penalty counts. `-> bool [batch, position]`
 
-    The model shifts labels itself: the residual at t predicts the token at t + 1. At the end of a
-    packed document the next label is masked (-100), so nothing leaks into the next one.
+    The residual at t predicts the token at t + 1, because the model shifts labels. At the end of a
+    packed document the next label is masked (-100), so no document affects the next one.
     """
     response = labels != -100
     if positions == "predicting":
@@ -252,7 +252,7 @@ def _counted(labels: torch.Tensor, languages: torch.Tensor, positions: str) -> t
 
 
 class _WithLanguages:
-    """A collator that hands the languages of tokens along, padded and flattened as the ids are."""
+    """A collator that also pads and flattens the languages of tokens, like the token ids."""
 
     def __init__(self, inner: Any) -> None:
         self.inner = inner

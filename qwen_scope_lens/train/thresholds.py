@@ -1,7 +1,7 @@
-"""How high chosen features stand on each language before ReLU and top-k: alpha of Eq. 26.
+"""Mean pre-activations of chosen features on each language, before ReLU and top-k: alpha of Eq. 26.
 
-A store keeps only what top-k left, so the model reads the documents once more. It reads the
-store's own token ids, not the texts: cut where the store cut them, chats as the store wrote them.
+A store keeps only values after top-k, so the model reads the documents again. It reads the token
+ids of the store, not the texts, so that truncation and chat templates are the same.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def mean_pre_activations(
 ) -> dict[FeatureRef, dict[str, float]]:
     """`{feature: {language: mean}}` over the kept tokens of each language's documents.
 
-    `docs_of` has the documents of every language, by their numbers in the store. `model` is the
-    store's own unless given; one of another backbone is refused.
+    `docs_of` gives the numbers of each language's documents in the store. The default `model` is
+    the one that filled the store; a model with another backbone is refused.
     """
     layers = sorted({ref.layer for ref in refs})
     numbers = {
@@ -64,7 +64,9 @@ def mean_pre_activations(
         for ref in means:
             count = tokens[ref.layer]
             if not count:
-                raise TooLittleData(f"no token of {language!r} counts: its documents are too short")
+                raise TooLittleData(
+                    f"{language!r} has no token that counts: its documents are too short"
+                )
             at = numbers[ref.layer].index(ref.feature)
             means[ref][language] = float(sums[ref.layer][at] / count)
     return means
