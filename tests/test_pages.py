@@ -54,7 +54,7 @@ def test_json_says_what_it_is(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     write_json(path, "qsl-plan", 2, {"edits": ["é"]})
     assert read_json(path, "qsl-plan", 2, "qsl steer") == {"edits": ["é"]}
-    with pytest.raises(BadFile, match=r"no qsl-rule file.*'qsl-plan'.*qsl classify fit"):
+    with pytest.raises(BadFile, match=r"not a qsl-rule file.*'qsl-plan'.*qsl classify fit"):
         read_json(path, "qsl-rule", 1, "qsl classify fit")
     with pytest.raises(BadFile, match="version 2, this package reads version 3"):
         read_json(path, "qsl-plan", 3, "qsl steer")
