@@ -37,6 +37,7 @@ from qwen_scope_lens.labels import LabelPack
 from qwen_scope_lens.models import load_model
 from qwen_scope_lens.models.tokenize import encode
 from qwen_scope_lens.stores import FeatureStore, Manifest, extract, merge
+from qwen_scope_lens.stores.corpus import as_corpus, survey
 from qwen_scope_lens.stores.fingerprints import fingerprint, is_sample, sampled_fingerprint
 from qwen_scope_lens.stores.merge import check
 from qwen_scope_lens.stores.shard_files import NAME as SHARD
@@ -468,7 +469,7 @@ def test_half_a_character_is_refused_by_name() -> None:
 def test_labels_that_differ_only_in_case(tmp_path: Path) -> None:
     for row in ({"text": "a", "lang": "x", "Lang": "y"}, {"text": "a", "Doc": 7}):
         with pytest.raises(BadCorpus, match="differ only in case"):
-            qsl.features.corpus.survey(qsl.features.corpus.as_corpus([row]), "corpus")
+            survey(as_corpus([row]), "corpus")
     mixed = build_store(
         tmp_path / "store", random_documents(2), {"lang": ["a", "b"], "Lang": ["c", "d"]}
     )

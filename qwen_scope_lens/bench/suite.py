@@ -104,7 +104,7 @@ def extract_suite(
     """One store per benchmark under `out`; what is finished is not made again.
 
     Prompts longer than the model's context are refused: the last token of a cut prompt is not where
-    the answer begins. `options` go to `features.extract.extract`.
+    the answer begins. `options` go to `stores.extract`.
     """
     folder = Path(out).expanduser()
     wanted = suite_layers(group, layers)
