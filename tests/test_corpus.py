@@ -113,7 +113,7 @@ BAD = {
     "what.docx": (b"x", ".docx is not a known format"),
     "none.jsonl": (b"\n\n", "has no documents"),
     "none.txt": (b"", "has no documents"),
-    "keys.jsonl": (b'{"id": 1, "text": "a"}\n{"id": 1, "text": "b"}\n', "the key of another"),
+    "keys.jsonl": (b'{"id": 1, "text": "a"}\n{"id": 1, "text": "b"}\n', "the same key as another"),
 }
 
 

@@ -94,7 +94,7 @@ class Packed:
             indices |= self.high.astype(np.int32) << 16
         if indices.size and (most := int(indices.max())) >= self.d_sae:
             raise StoreDamaged(
-                f"a file of codes names feature {most}, but its SAE has 0..{self.d_sae - 1}."
+                f"feature {most} is in a file of codes, but the SAE has 0..{self.d_sae - 1}."
                 f" {REPAIR}"
             )
         return indices
