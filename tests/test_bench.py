@@ -118,9 +118,13 @@ def test_what_a_suite_refuses(suite: Suite, model: object, tmp_path: Path) -> No
 def test_a_suite_grows_and_is_not_made_again(suite: Suite, model: object) -> None:
     stamp = {path: path.stat().st_mtime_ns for path in suite.folder.rglob("*.parquet")}
     grown = extract_suite(
-        {**benchmarks(), "more": items(["a b c", "a b c"])}, model, GROUP, LAYERS, suite.folder,
+        {**benchmarks(), "more": items(["a b c", "a b c"])},
+        model,
+        GROUP,
+        LAYERS,
+        suite.folder,
         progress=False,
-    )  # fmt: skip
+    )
     assert "more" in grown.names
     assert grown["more"].footprint().keys == ("0", "1")
     assert all(path.stat().st_mtime_ns == before for path, before in stamp.items())
@@ -238,8 +242,21 @@ def test_a_limit_draws_by_lot(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     keys = []
     for seed in (0, 0, 1):
         out = tmp_path / f"s{len(keys)}"
-        words = ["bench", "extract", str(source), "--model", "mini-qwen3", "--sae", GROUP,
-                 "--layer", "0", "--out", str(out), "--limit", "9"]  # fmt: skip
+        words = [
+            "bench",
+            "extract",
+            str(source),
+            "--model",
+            "mini-qwen3",
+            "--sae",
+            GROUP,
+            "--layer",
+            "0",
+            "--out",
+            str(out),
+            "--limit",
+            "9",
+        ]
         assert main([*words, "--seed", str(seed), "--quiet"]) == 0
         one = open_benchmark(out / "many")
         assert (one.facts["limit"], one.facts["seed"], one.facts["drawn_from"]) == (9, seed, 80)

@@ -288,9 +288,12 @@ def lines_of(path: Path) -> list[str]:
 
 
 def test_what_users_get_wrong(
-    corpus: Path, store: FeatureStore, fitted: FeatureRuleClassifier, tmp_path: Path,
+    corpus: Path,
+    store: FeatureStore,
+    fitted: FeatureRuleClassifier,
+    tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     out = tmp_path / "clf.json"
     with pytest.raises(SystemExit, match="2"):
         command("fit", store.path, "--label", "chinese", "--top-k", "0", "--out", out)

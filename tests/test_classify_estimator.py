@@ -281,8 +281,10 @@ def untidy(dense: np.ndarray, seed: int = 0) -> csr_matrix:
     starts = np.concatenate([[0], np.bincount(rows, minlength=len(dense)).cumsum()])
     found = csr_matrix(dense.shape, dtype=dense.dtype)
     found.data, found.indices, found.indptr = (
-        values[order], columns[order].astype(np.int64), starts.astype(np.int64),
-    )  # fmt: skip
+        values[order],
+        columns[order].astype(np.int64),
+        starts.astype(np.int64),
+    )
     np.testing.assert_array_equal(found.toarray(), dense)
     return found
 

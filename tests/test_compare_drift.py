@@ -51,13 +51,22 @@ def edited_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def stores(
-    texts: list[str], base_model: object, edited_folder: Path,
+    texts: list[str],
+    base_model: object,
+    edited_folder: Path,
     tmp_path_factory: pytest.TempPathFactory,
-) -> tuple[Path, Path]:  # fmt: skip
+) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("drift")
     for name, model in (("base", base_model), ("tuned", str(edited_folder))):
-        extract(texts, model=model, group=GROUP, layers=LAYERS, out=folder / name,
-                max_tokens=48, progress=False)  # fmt: skip
+        extract(
+            texts,
+            model=model,
+            group=GROUP,
+            layers=LAYERS,
+            out=folder / name,
+            max_tokens=48,
+            progress=False,
+        )
     return folder / "base", folder / "tuned"
 
 
@@ -133,12 +142,14 @@ def test_the_same_noise_drawn_twice_is_no_drift(tmp_path: Path) -> None:
     pair = [
         build_store(
             tmp_path / name,
-            [[{int(f): 1 + rng.random() for f in rng.integers(0, 40, 4)} for _ in range(8)]
-             for _ in range(60)],
+            [
+                [{int(f): 1 + rng.random() for f in rng.integers(0, 40, 4)} for _ in range(8)]
+                for _ in range(60)
+            ],
             texts=[f"t{n:03d}aaaa" for n in range(60)],
         )
         for name in "ab"
-    ]  # fmt: skip
+    ]
     [one] = drift(*pair).layers.values()
     assert one.changed.sum() <= 2
     assert one.overlap < 0.5  # and yet hardly a token has the same features
@@ -272,8 +283,20 @@ def test_the_commands_run_on_files(
     texts = tmp_path / "texts.jsonl"
     texts.write_text("\n".join(json.dumps({"text": f"Some words, {n} of them"}) for n in range(6)))
     out = tmp_path / "transfer.json"
-    words = ["compare", "transfer", "--sae", GROUP, "--layers", "2", "--models", "mini-qwen3",
-             "--texts", str(texts), "--out", str(out)]  # fmt: skip
+    words = [
+        "compare",
+        "transfer",
+        "--sae",
+        GROUP,
+        "--layers",
+        "2",
+        "--models",
+        "mini-qwen3",
+        "--texts",
+        str(texts),
+        "--out",
+        str(out),
+    ]
     assert main(words) == 0
     rows = json.loads(out.read_text())["rows"]
     assert [row["model"] for row in rows] == ["mini-qwen3", "random SAE"]

@@ -150,8 +150,12 @@ def test_correlations_are_pearson_s(seed: int, tile: int) -> None:
 def test_the_assignment_is_scipy_s_dense_optimum(n_a: int, n_b: int, seed: int) -> None:
     scores = np.random.default_rng(seed).random((n_a, n_b)).astype(np.float32)
     order_a, order_b = np.argsort(-scores, 1), np.argsort(-scores.T, 1)
-    nearest = Nearest(order_a, np.take_along_axis(scores, order_a, 1),
-                      order_b, np.take_along_axis(scores.T, order_b, 1))  # fmt: skip
+    nearest = Nearest(
+        order_a,
+        np.take_along_axis(scores, order_a, 1),
+        order_b,
+        np.take_along_axis(scores.T, order_b, 1),
+    )
     partner, found = assign(nearest, level=0.6)
     gain = np.maximum(scores.astype(np.float64) - 0.6, 0)
     best = gain[linear_sum_assignment(-gain)].sum()
@@ -201,8 +205,9 @@ def test_a_common_subject_is_no_match_when_rows_stay_in_their_documents() -> Non
     rng = np.random.default_rng(0)
     doc = np.repeat(np.arange(200), 20)
     subject = (doc % 2 == 0)[:, None]
-    a, b = ((rng.random((4000, 30)) < 0.3) * subject * rng.gamma(2, size=(4000, 30))
-            for _ in range(2))  # fmt: skip
+    a, b = (
+        (rng.random((4000, 30)) < 0.3) * subject * rng.gamma(2, size=(4000, 30)) for _ in range(2)
+    )
     b[:, 4] = a[:, 9]
     loose = match_activations(csr_matrix(a), csr_matrix(b))
     strict = match_activations(csr_matrix(a), csr_matrix(b), doc=doc)

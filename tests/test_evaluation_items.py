@@ -67,8 +67,11 @@ def test_screening_counts_what_is_new() -> None:
     new = footprint("new", [[1, 1, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 1, 0], [1, 0, 0, 1, 1]])
     found = screen(own, new)
     assert [(s.new, s.adds, s.useful) for s in found] == [
-        (0, 0, False), (1, 1, True), (1, 0, False), (2, 1, True),
-    ]  # fmt: skip
+        (0, 0, False),
+        (1, 1, True),
+        (1, 0, False),
+        (2, 1, True),
+    ]
     assert own_novelty(own).tolist() == [1, 1]
     assert [s.percentile for s in found] == [0.0, 0.5, 0.5, 1.0]
     # Good-Turing: what one more item adds, over many sources
@@ -141,8 +144,14 @@ def test_ids_are_names_not_numbers(tmp_path: Path) -> None:
     assert found.models == ("01", "1")
     assert found.items == {"b": ("007", "1e3", "7")}
     assert found.only(["b"]).items == found.items
-    table = pa.table({"model": ["m", "n"] * 2, "benchmark": ["b"] * 4,
-                      "item": [3.0, 3.0, 4.0, 4.0], "correct": [1, 0, 1, 1]})  # fmt: skip
+    table = pa.table(
+        {
+            "model": ["m", "n"] * 2,
+            "benchmark": ["b"] * 4,
+            "item": [3.0, 3.0, 4.0, 4.0],
+            "correct": [1, 0, 1, 1],
+        }
+    )
     pq.write_table(table, tmp_path / "t.parquet")
     assert read_scores(tmp_path / "t.parquet").items == {"b": ("3", "4")}
 

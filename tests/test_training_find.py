@@ -81,9 +81,14 @@ def languages(tmp_path_factory: pytest.TempPathFactory) -> FeatureStore:
     ]
     out = tmp_path_factory.mktemp("languages") / "store"
     return extract(
-        documents, model="mini-qwen3", group=GROUP, layers=[LAYER], out=out, progress=False,
+        documents,
+        model="mini-qwen3",
+        group=GROUP,
+        layers=[LAYER],
+        out=out,
+        progress=False,
         max_tokens=CUT,
-    )  # fmt: skip
+    )
 
 
 def test_the_means_before_topk_are_the_models_up_to_the_stores_limit(

@@ -20,8 +20,12 @@ def run(what: str, out: Path, processes: int) -> list[dict[str, Any]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    launch = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}",
-              f"--master-port={port}"]  # fmt: skip
+    launch = [
+        "-m",
+        "torch.distributed.run",
+        f"--nproc-per-node={processes}",
+        f"--master-port={port}",
+    ]
     path = os.pathsep.join([str(SCRIPT.parent), str(SCRIPT.parent.parent)])
     done = subprocess.run(
         [sys.executable, *(launch if processes > 1 else []), str(SCRIPT), what, str(out)],

@@ -53,8 +53,12 @@ def group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         base_model="qwen-scope-lens/mini-qwen3", d_model=WIDTH, d_sae=D_SAE, k=4, num_layers=8
     )
     (folder / "config.json").write_text(json.dumps(content))
-    tensors = {"W_enc": encoder, "W_dec": decoder.T.contiguous(), "b_enc": torch.zeros(D_SAE),
-               "b_dec": torch.zeros(WIDTH)}  # fmt: skip
+    tensors = {
+        "W_enc": encoder,
+        "W_dec": decoder.T.contiguous(),
+        "b_enc": torch.zeros(D_SAE),
+        "b_dec": torch.zeros(WIDTH),
+    }
     torch.save(tensors, folder / f"layer{LAYER}.sae.pt")
     monkeypatch.setenv("QWEN_SCOPE_HOME", str(tmp_path / "home"))
     return "local/made"
@@ -64,9 +68,14 @@ def test_the_planted_cause_of_loops_is_kept_and_nothing_else(group: str) -> None
     model, tokenizer = mini()
     refs = [qsl.FeatureRef(group, LAYER, n) for n in (3, LOOPING, 11, 20)]
     found = screen_causes(
-        model.eval(), refs, PROMPTS, strength=STRENGTH, controls=3, tokenizer=tokenizer,
+        model.eval(),
+        refs,
+        PROMPTS,
+        strength=STRENGTH,
+        controls=3,
+        tokenizer=tokenizer,
         sampling=SAMPLING,
-    )  # fmt: skip
+    )
     assert found.kept == (refs[1],)
     assert found.candidates[0].ref == refs[1]
     assert found.candidates[0].ratio.value == 1.0
@@ -105,8 +114,21 @@ def test_screening_writes_a_plan_or_refuses(
     group: str, found_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     prompts, plan = found_file.with_name("prompts.jsonl"), found_file.with_name("plan.json")
-    common = ["train", "repetition", "screen", str(found_file), str(prompts), "--new-tokens", "20",
-              "--controls", "2", "--save-plan", str(plan), "--model", "mini-qwen3"]  # fmt: skip
+    common = [
+        "train",
+        "repetition",
+        "screen",
+        str(found_file),
+        str(prompts),
+        "--new-tokens",
+        "20",
+        "--controls",
+        "2",
+        "--save-plan",
+        str(plan),
+        "--model",
+        "mini-qwen3",
+    ]
     assert main([*common, "--strength", "4", "--temperature", "1"]) == 0
     assert Plan.load(plan) == amplified([qsl.FeatureRef(group, LAYER, LOOPING)], 4.0)
     plan.unlink()
@@ -135,8 +157,14 @@ def test_planted_language_features_through_sasft_in_closed_form(group: str, tmp_
         return [own | ({9: chance[doc]} if doc in chance else {})] * 8
 
     facts = {LAYER: _facts(group)}
-    store = build_store(tmp_path / "store", [document(doc) for doc in range(32)], {"lang": langs},
-                        group=group, layers=(LAYER,), saes=facts)  # fmt: skip
+    store = build_store(
+        tmp_path / "store",
+        [document(doc) for doc in range(32)],
+        {"lang": langs},
+        group=group,
+        layers=(LAYER,),
+        saes=facts,
+    )
     model, _ = mini()
     table = find_language_features(store, ["zh"], model=model.eval(), shuffles=40)
     assert table.features[0].ref.feature == 5

@@ -149,9 +149,12 @@ def test_a_grpo_run(tmp_path: Path) -> None:
     Plan([Edit(FeatureRef(GROUP, 5, 7), "add", 200.0)]).save(tmp_path / "plan.json")
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "Use the"}\n{"prompt": "A file"}\n')
     trainer = settings(
-        Path("out"), max_steps=1, num_generations=2, per_device_train_batch_size=2,
+        Path("out"),
+        max_steps=1,
+        num_generations=2,
+        per_device_train_batch_size=2,
         max_completion_length=4,
-    )  # fmt: skip
+    )
     path = write_run(
         tmp_path,
         model="mini-qwen3",

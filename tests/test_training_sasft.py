@@ -182,10 +182,16 @@ def test_checkpointed_activations_give_the_same_gradient(tmp_path: Path) -> None
 def test_accumulated_batches_weigh_as_one(tmp_path: Path) -> None:
     """Two micro-batches give the mean of their penalties, not the sum."""
     one = trainer(tmp_path / "a", per_device_train_batch_size=1, gradient_accumulation_steps=1)
-    two = trainer(tmp_path / "b", per_device_train_batch_size=1, gradient_accumulation_steps=2,
-                  max_steps=1)  # fmt: skip
-    plain = trainer(tmp_path / "c", per_device_train_batch_size=1, gradient_accumulation_steps=2,
-                    max_steps=1, lam=0.0)  # fmt: skip
+    two = trainer(
+        tmp_path / "b", per_device_train_batch_size=1, gradient_accumulation_steps=2, max_steps=1
+    )
+    plain = trainer(
+        tmp_path / "c",
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=2,
+        max_steps=1,
+        lam=0.0,
+    )
     for each in (one, two, plain):
         each.args.learning_rate = 0.0
         each.train()
