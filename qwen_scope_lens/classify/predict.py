@@ -13,9 +13,10 @@ from __future__ import annotations
 import json
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -150,11 +151,12 @@ def predict_data(
     """Write predictions to `out` (default: stdout) and return how many this run made."""
     classifier.fitted_.require_source()
     path = Path(data).expanduser()
-    rows: Any
+    rows: Callable[[int], Iterator[dict[str, Any]]]
     if path.is_dir() and Manifest.exists(path):
-        rows = _FromStore(classifier, FeatureStore.open(path), labels)
+        rows = partial(_from_store, classifier, FeatureStore.open(path), labels)
     else:
-        rows = _FromCorpus(classifier, read_corpus(data, text=text, labels=[], split=split), labels)
+        corpus = read_corpus(data, text=text, labels=[], split=split)
+        rows = partial(_from_corpus, classifier, corpus, labels)
     if out is not None:
         return _write(rows, out, classifier, data)
     made = 0
@@ -164,57 +166,46 @@ def predict_data(
     return made
 
 
-class _FromCorpus:
-    """Yields rows of predictions from the n-th document of a corpus on."""
+def _from_corpus(
+    classifier: FeatureRuleClassifier, corpus: Corpus, labels: LabelPack | None, start: int
+) -> Iterator[dict[str, Any]]:
+    """Rows of predictions from document number `start` of a corpus on."""
+    stream = Stream(classifier, open_reader(classifier.fitted_.require_source()), labels)
+    keys: deque[str] = deque()
 
-    def __init__(
-        self, classifier: FeatureRuleClassifier, corpus: Corpus, labels: LabelPack | None
-    ) -> None:
-        self.classifier, self.corpus, self.labels = classifier, corpus, labels
+    def contents(documents: Iterable[Document]) -> Iterator[Any]:
+        for document in documents:
+            keys.append(document.key)
+            yield document.content
 
-    def __call__(self, start: int) -> Iterator[dict[str, Any]]:
-        source = self.classifier.fitted_.require_source()
-        stream = Stream(self.classifier, open_reader(source), self.labels)
-        keys: deque[str] = deque()
-
-        def contents(documents: Iterable[Document]) -> Iterator[Any]:
-            for document in documents:
-                keys.append(document.key)
-                yield document.content
-
-        texts = contents(islice(iter(self.corpus), start, None))
-        for prediction in stream.predict(texts):
-            yield {"key": keys.popleft(), **prediction.to_json()}
+    for prediction in stream.predict(contents(islice(iter(corpus), start, None))):
+        yield {"key": keys.popleft(), **prediction.to_json()}
 
 
-class _FromStore:
+def _from_store(
+    classifier: FeatureRuleClassifier, store: FeatureStore, labels: LabelPack | None, start: int
+) -> Iterator[dict[str, Any]]:
     """The same for a store; evidence is read only for documents that are called positive."""
-
-    def __init__(
-        self, classifier: FeatureRuleClassifier, store: FeatureStore, labels: LabelPack | None
-    ) -> None:
-        self.classifier, self.store, self.labels = classifier, store, labels
-
-    def __call__(self, start: int) -> Iterator[dict[str, Any]]:
-        scores = self.classifier.decision_function(self.store)
-        keys = self.store.documents(["key"])["key"].to_pylist()
-        for doc in range(start, len(keys)):
-            evidence: list[dict[str, Any]] = []
-            if scores[doc] > 0:
-                found = explain(self.classifier.fitted_, doc, self.store, self.labels)
-                seen: set[str] = set()
-                for one in found.evidence:  # the strongest place of each feature
-                    if one.feature not in seen:
-                        seen.add(one.feature)
-                        evidence.append(one.to_json())
-            [predicted] = self.classifier.fitted_.predicted(scores[[doc]]).tolist()
-            row = {"predicted": predicted, "score": round(float(scores[doc]), 6)}
-            yield {"key": keys[doc], **row, "evidence": evidence}
+    fitted, scores = classifier.fitted_, classifier.decision_function(store)
+    keys = store.documents(["key"])["key"].to_pylist()
+    for doc in range(start, len(keys)):
+        evidence: dict[str, dict[str, Any]] = {}
+        if scores[doc] > 0:
+            for one in explain(fitted, doc, store, labels).evidence:
+                evidence.setdefault(one.feature, one.to_json())  # its strongest token comes first
+        [predicted] = fitted.predicted(scores[[doc]]).tolist()
+        row = {"predicted": predicted, "score": round(float(scores[doc]), 6)}
+        yield {"key": keys[doc], **row, "evidence": list(evidence.values())}
 
 
-def _write(rows: Any, out: Path, classifier: FeatureRuleClassifier, data: str) -> int:
+def _write(
+    rows: Callable[[int], Iterator[dict[str, Any]]],
+    out: Path,
+    classifier: FeatureRuleClassifier,
+    data: str,
+) -> int:
     """Append to a partial file, which gets the name `out` when it is complete."""
-    partial = out.with_name(f".{out.name}.partial")
+    unfinished = out.with_name(f".{out.name}.partial")
     path = Path(data).expanduser()
     changed = path.stat().st_mtime_ns if path.is_file() else None  # edited since: start again
     head = json.dumps(
@@ -227,9 +218,9 @@ def _write(rows: Any, out: Path, classifier: FeatureRuleClassifier, data: str) -
     )
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        done = _finished(partial, head)
+        done = _finished(unfinished, head)
         with ExitStack() as stack:
-            file = stack.enter_context(open_own(partial, "a"))
+            file = stack.enter_context(open_own(unfinished, "a"))
             if done < 0:
                 file.write(head + "\n")
                 done = 0
@@ -240,12 +231,12 @@ def _write(rows: Any, out: Path, classifier: FeatureRuleClassifier, data: str) -
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
                 made += 1
         finished = out.with_name(f".{out.name}.finished")
-        with partial.open(encoding="utf-8") as lines, whole_file(finished) as place:
+        with unfinished.open(encoding="utf-8") as lines, whole_file(finished) as place:
             next(lines)
             with place.open("w", encoding="utf-8") as target:
                 target.writelines(lines)
         finished.replace(out)
-        partial.unlink()
+        unfinished.unlink()
     except OSError as error:
         if isinstance(error, ScopeError):
             raise
@@ -256,19 +247,19 @@ def _write(rows: Any, out: Path, classifier: FeatureRuleClassifier, data: str) -
     return made
 
 
-def _finished(partial: Path, head: str) -> int:
+def _finished(unfinished: Path, head: str) -> int:
     """How many documents the partial file of the same job holds; -1 if there is no such file."""
-    if not partial.is_file() or partial.is_symlink():
+    if not unfinished.is_file() or unfinished.is_symlink():
         return -1
-    content = partial.read_bytes()
+    content = unfinished.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
     lines = whole.split(b"\n")[:-1]
     if not lines or lines[0] != head.encode("utf-8"):
-        partial.unlink()
+        unfinished.unlink()
         return -1
     # Documents are read in windows. An incomplete window is read again as a whole, so that the
     # batches, and with them the last bits of the scores, equal those of an uninterrupted run.
     done = (len(lines) - 1) // WINDOW * WINDOW
-    with open_own(partial, "r+b") as file:
+    with open_own(unfinished, "r+b") as file:
         file.truncate(sum(len(line) + 1 for line in lines[: done + 1]))
     return done
