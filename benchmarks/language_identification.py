@@ -25,8 +25,27 @@ from qwen_scope_lens.mini import heldout
 from qwen_scope_lens.synth.language import wrong_language
 
 RESULTS = Path(__file__).parent / "results" / "language_identification.txt"
-LANGUAGES = ("am", "ar", "de", "el", "en", "es", "fr", "he", "hi", "it", "ja", "ko", "pt", "ru",
-             "th", "tr", "uk", "vi", "zh")  # fmt: skip
+LANGUAGES = (
+    "am",
+    "ar",
+    "de",
+    "el",
+    "en",
+    "es",
+    "fr",
+    "he",
+    "hi",
+    "it",
+    "ja",
+    "ko",
+    "pt",
+    "ru",
+    "th",
+    "tr",
+    "uk",
+    "vi",
+    "zh",
+)
 UNSPACED = ("ja", "th", "zh")
 
 
@@ -52,8 +71,10 @@ def main() -> None:
     say = Printed()
     given = list(texts(Path(sys.argv[1]) if len(sys.argv) > 1 else None))
     say(f"Language filter of synthesis, py3langid {version('py3langid')}, {cpu_name()}")
-    say(f"{len({language for _, language, _ in given})} languages of texts, each asked about in"
-        f" {len(LANGUAGES)}")  # fmt: skip
+    say(
+        f"{len({language for _, language, _ in given})} languages of texts, each asked about in"
+        f" {len(LANGUAGES)}"
+    )
     wrong_language("the first call loads the model", "en")
     counts: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0, 0])
     began = time.process_time()

@@ -76,9 +76,12 @@ def steered_token(x: Tensor, edits: Sequence[Edit], weights: Weights) -> Tensor:
 
 
 def run(
-    model: Any, rows: Sequence[Sequence[int]], edits: Sequence[Edit], by_layer: dict[int, Weights],
+    model: Any,
+    rows: Sequence[Sequence[int]],
+    edits: Sequence[Edit],
+    by_layer: dict[int, Weights],
     chosen: Chosen,
-) -> list[Tensor]:  # fmt: skip
+) -> list[Tensor]:
     """Logits of every row, run alone, without cache or pads, on a float64 model."""
     results = []
     for row, ids in enumerate(rows):
@@ -109,9 +112,13 @@ def run(
 
 
 def generate(
-    model: Any, rows: Sequence[Sequence[int]], edits: Sequence[Edit], by_layer: dict[int, Weights],
-    chosen: Chosen, new: int,
-) -> list[list[int]]:  # fmt: skip
+    model: Any,
+    rows: Sequence[Sequence[int]],
+    edits: Sequence[Edit],
+    by_layer: dict[int, Weights],
+    chosen: Chosen,
+    new: int,
+) -> list[list[int]]:
     """Greedy continuations, every step from the start."""
     texts = [list(ids) for ids in rows]
     for _ in range(new):
