@@ -16,7 +16,7 @@ from qwen_scope_lens.features.document_sets import by_label, halves, split
 from qwen_scope_lens.site.build import document_heads
 from qwen_scope_lens.site.layer import break_down
 from qwen_scope_lens.stores import FeatureStore
-from qwen_scope_lens.synth.relevance import choose_relevance
+from qwen_scope_lens.synth.judgements import choose_relevance
 from qwen_scope_lens.train import find_language_features
 
 YES = ("True", "true", "TRUE", "1", "1.0", "yes")

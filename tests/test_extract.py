@@ -350,7 +350,7 @@ def test_what_does_not_belong_is_refused_before_the_model_loads(
         run(name, store.path, layers=[8])
     with pytest.raises(BadCorpus, match="no documents"):
         run(name, store.path, [])
-    with pytest.raises(BadCorpus, match="pass enable_thinking"):
+    with pytest.raises(BadCorpus, match="say enable_thinking"):
         run(name, store.path, [[{"role": "user", "content": "hi"}]])
 
 

@@ -131,8 +131,8 @@ class RepairedBridge(AttachesSAEs):
         return (self.end_tokens() or None) if stop_at_eos and given is None else given
 
     @property
-    def tokenizer(self) -> Tokenizer | None:
-        """The tokenizer as it was given. No BOS token is made up for it."""
+    def tokenizer(self) -> Any:
+        """The tokenizer as it was given, or None. No BOS token is made up for it."""
         return self._tokenizer
 
     @tokenizer.setter
