@@ -19,7 +19,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformer_lens.hook_points import HookPoint
 
-from qwen_scope_lens.errors import UnknownHook, WrongModel
+from qwen_scope_lens.address import LayerRef
+from qwen_scope_lens.catalog import Group
+from qwen_scope_lens.errors import ScopeError, UnknownHook, WrongModel
+from qwen_scope_lens.models.backbone import check_backbone
 from qwen_scope_lens.models.layers import describe
 from qwen_scope_lens.models.names import NamedHooks
 
@@ -109,11 +112,15 @@ class AttachesSAEs(NamedHooks):
         sae: SAE[Any],
         use_error_term: bool | None = None,
         exclude_special_tokens: bool | Sequence[int] = False,
+        allow_other_model: bool = False,
     ) -> None:
         """Attach an SAE at its hook until `reset_saes`; one already there is replaced.
 
         Hooks at that point see what flows on, the reconstruction; what came in is its
         `hook_sae_input`. With the error term and no edit, what flows on is what came in.
+
+        An SAE of a known group is refused on a model that is known to be another, unless
+        `allow_other_model`; of one whose metadata name no group nothing is known, as in SAELens.
         """
         name = sae.cfg.metadata.hook_name
         out = sae.cfg.metadata.hook_name_out or name
@@ -126,6 +133,9 @@ class AttachesSAEs(NamedHooks):
             )
         if getattr(sae, "hook_z_reshaping_mode", False):
             raise WrongModel("SAEs on hook_z are not supported here: use SAELens's own bridge")
+        group = _group_of(sae)
+        if group is not None:
+            check_backbone(self, group, allow_other_model=allow_other_model)
         if name in self._acts_to_saes:
             self._reset_sae(name)
         special = None
@@ -159,6 +169,7 @@ class AttachesSAEs(NamedHooks):
                 prev_wrapper.sae,
                 prev_wrapper.use_error_term,
                 False if special is None else special.tolist(),
+                allow_other_model=True,  # which was asked when it was attached
             )
 
     def reset_saes(self, act_names: str | list[str] | None = None) -> None:
@@ -177,13 +188,14 @@ class AttachesSAEs(NamedHooks):
         reset_saes_end: bool = True,
         use_error_term: bool | None = None,
         exclude_special_tokens: bool | Sequence[int] = False,
+        allow_other_model: bool = False,
     ) -> Iterator[AttachesSAEs]:
         """SAEs for the time of a block; those that were there before come back."""
         before = dict(self._acts_to_saes)
         added: list[str] = []
         try:
             for sae in [saes] if isinstance(saes, SAE) else saes:
-                self.add_sae(sae, use_error_term, exclude_special_tokens)
+                self.add_sae(sae, use_error_term, exclude_special_tokens, allow_other_model)
                 added.append(sae.cfg.metadata.hook_name)
             yield self
         finally:
@@ -207,7 +219,18 @@ class AttachesSAEs(NamedHooks):
             return self.run_with_hooks(*args, **kwargs)
 
 
+def _group_of(sae: SAE[Any]) -> Group | None:
+    """The group that an SAE's own metadata name; None where they name none that is known here."""
+    said = getattr(sae.cfg.metadata, "qwen_scope_ref", None)
+    if not isinstance(said, str):
+        return None
+    try:
+        return LayerRef.parse(said).row
+    except ScopeError:  # a group of one's own, whose folder is not in QWEN_SCOPE_HOME
+        return None
+
+
 def _sae_options(kwargs: dict[str, Any]) -> dict[str, Any]:
     """Take what concerns SAEs out of the arguments of a run."""
-    names = ("reset_saes_end", "use_error_term", "exclude_special_tokens")
+    names = ("reset_saes_end", "use_error_term", "exclude_special_tokens", "allow_other_model")
     return {name: kwargs.pop(name) for name in names if name in kwargs}
