@@ -107,6 +107,21 @@ def test_corpora(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     refused(capsys, [*words, "--quiet", "--no-thinking"])
 
 
+def test_a_file_without_texts_to_verify_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty.txt").write_text("\n")
+    words = [
+        "verify",
+        f"{GROUP}/6",
+        "--model",
+        "mini-qwen3",
+        "--texts",
+        str(tmp_path / "empty.txt"),
+    ]
+    assert "no text" in refused(capsys, words)
+
+
 def test_half_characters_in_a_corpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "corpus.jsonl"
     path.write_text('{"text": "a\\ud800b", "\\udfff": 1, "name": "\\ud800"}\n')
