@@ -28,6 +28,7 @@ __all__ = [
     "exclusive",
     "file_sha256",
     "json_text",
+    "load_yaml",
     "open_own",
     "open_regular",
     "parse_json",
@@ -39,6 +40,9 @@ __all__ = [
     "whole_folder",
     "write_json",
 ]
+
+MOST_VALUES = 100_000
+"""Of a YAML file that people write."""
 
 _FULL = (
     "No space left",
@@ -179,6 +183,28 @@ def read_text(path: Path, encoding: str = "utf-8") -> str:
     """All of a text file."""
     with open_regular(path) as file:
         return file.read().decode(encoding).replace("\r\n", "\n")
+
+
+def load_yaml(path: Path) -> Any:
+    """The plain values in a YAML file; ValueError or YAMLError for a damaged one.
+
+    Aliases let a few lines stand for millions of values, or for one that holds itself: what comes
+    to more than `MOST_VALUES` is a ValueError, too.
+    """
+    import yaml
+
+    content = yaml.safe_load(read_text(path))
+    waiting, found = [content], 0
+    while waiting:
+        value = waiting.pop()
+        found += 1
+        if found + len(waiting) > MOST_VALUES:
+            raise ValueError(f"it comes to more than {MOST_VALUES:,} values, aliases followed")
+        if isinstance(value, dict):
+            waiting += [*value, *value.values()]
+        elif isinstance(value, (list, tuple, set)):
+            waiting += value
+    return content
 
 
 def file_sha256(path: Path) -> str:

@@ -166,6 +166,16 @@ def test_places_that_cannot_be_written(
     assert os.path.exists("/dev/null")
 
 
+def test_links_that_go_round_and_labels_that_are_not_there(
+    files: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loop, store = files / "loop", str(files / "store")
+    loop.symlink_to(loop)
+    refused(capsys, ["store", "merge", str(files / "merged"), str(loop), store])
+    # Without --out no name is shown; before, whatever --labels said was then not read.
+    refused(capsys, ["compare", "drift", store, store, "--labels", str(files / "absent.jsonl")])
+
+
 def test_what_a_terminal_is_shown(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     written = r"\x1b[31mred\x07\x9b2J\u202e"
     assert plain(ESCAPE) == written

@@ -117,12 +117,13 @@ def _drift(arguments: argparse.Namespace) -> int:
     from qwen_scope_lens.compare.sources import both_fvu
     from qwen_scope_lens.features.store import FeatureStore
 
+    labels = _labels(arguments.labels)  # what is wrong with them is said now
     base, tuned = FeatureStore.open(arguments.base), FeatureStore.open(arguments.tuned)
     fvu = both_fvu(base, tuned, arguments.layers, arguments.fvu) if arguments.fvu else None
     found = drift(base, tuned, arguments.layers, fdr=arguments.fdr, fvu=fvu)
     print(summary(found))
     if arguments.out:
-        page = drift_page(found, _labels(arguments.labels), arguments.link)
+        page = drift_page(found, labels, arguments.link)
         print(f"written: {page.save(arguments.out)}")
     return 0
 

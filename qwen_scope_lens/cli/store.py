@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwen_scope_lens.cli.arguments import count
+from qwen_scope_lens.cli.arguments import count, memory
 from qwen_scope_lens.cli.terminal import plain
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sql.add_argument("store", type=Path)
     sql.add_argument("query", help="over the views features, documents, tokens")
     sql.add_argument("--json", action="store_true", help="as JSON Lines instead")
+    sql.add_argument("--memory", type=memory, metavar="SIZE", help="for DuckDB; default: 2 GiB")
     merge = verbs.add_parser("merge", help="one store of several")
     merge.add_argument("out", type=Path, help="the folder of the new store")
     merge.add_argument("stores", type=Path, nargs="+")
@@ -94,7 +95,7 @@ def _sql(arguments: argparse.Namespace) -> int:
 
     from qwen_scope_lens.features.store import FeatureStore
 
-    answer = FeatureStore.open(arguments.store).sql(arguments.query)
+    answer = FeatureStore.open(arguments.store).sql(arguments.query, arguments.memory)
     rows = _rows(answer)
     if arguments.json:
         for row in rows:

@@ -50,7 +50,7 @@ def merge(
         raise TooLittleData(
             "merging takes at least two stores, or one and shard_docs (--shard-docs)"
         )
-    if target.resolve() in [folder.resolve() for folder in folders]:
+    if os.path.realpath(target) in map(os.path.realpath, folders):  # takes loops of links, too
         raise StoreMismatch(f"{target} is one of the stores to merge: name another folder")
     manifests = [Manifest.read(folder) for folder in folders]
     for folder, manifest in zip(folders[1:], manifests[1:], strict=True):

@@ -245,11 +245,14 @@ class FeatureStore:
             )
         return ref.layer, ref.feature
 
-    def sql(self, query: str) -> pa.Table:
-        """DuckDB over the views `features`, `documents` and `tokens`; reads only."""
-        from qwen_scope_lens.features.query import run_query
+    def sql(self, query: str, most_memory: int | None = None) -> pa.Table:
+        """DuckDB over the views `features`, `documents` and `tokens`; reads only.
 
-        return run_query(self, query)
+        `most_memory`: bytes that DuckDB may use; default 2 GiB.
+        """
+        from qwen_scope_lens.features.query import MOST_MEMORY, run_query
+
+        return run_query(self, query, MOST_MEMORY if most_memory is None else most_memory)
 
     # Where documents and tokens are.
 

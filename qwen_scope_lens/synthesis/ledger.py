@@ -236,6 +236,7 @@ class _Book:
 
 
 _NUMBER = (int, float)
+MOST = 2**63
 _FIELDS: Mapping[str, Mapping[str, type | tuple[type, ...]]] = {
     "start": {},
     "answer": {"purpose": str, "cost": _NUMBER, "text": str, "finish": str, "prompt_tokens": int,
@@ -271,8 +272,8 @@ def _wrong(line: bytes) -> str:
         value = row.get(name)
         if name not in row or not isinstance(value, kind):
             return f"{name} is {value!r:.40}"
-        if isinstance(value, float) and not math.isfinite(value):
-            return f"{name} is {value!r}"
+        if type(value) in _NUMBER and not -MOST < value < MOST:  # nor NaN
+            return f"{name} is a number that no sum takes"
     return ""
 
 

@@ -18,7 +18,7 @@ import yaml
 
 from qwen_scope_lens.errors import BadFile
 from qwen_scope_lens.features.facts import versions
-from qwen_scope_lens.files import file_sha256, whole_file
+from qwen_scope_lens.files import file_sha256, load_yaml, whole_file
 
 __all__ = ["check_checkpoint", "check_numbers", "check_same_run", "check_settings", "record"]
 
@@ -76,7 +76,7 @@ def check_settings(path: Path, given: Mapping[str, Any], kind: type) -> None:
 def check_same_run(path: Path, kind: str, content: Mapping[str, Any], output: Path) -> None:
     """Refuse to go on where the folder's record is of a run with other inputs or settings."""
     try:
-        before = yaml.safe_load((output / RECORD).read_text("utf-8"))
+        before = load_yaml(output / RECORD)
         mine, theirs = _identity(path, kind, content), before["identity"]
         changed = [
             f"{name} was {theirs.get(name)!r}, is {mine.get(name)!r}"
@@ -85,7 +85,10 @@ def check_same_run(path: Path, kind: str, content: Mapping[str, Any], output: Pa
         ]
     except FileNotFoundError:
         return  # nothing is known of an earlier run
-    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+    except (
+        BadFile, OSError, ValueError, RecursionError, yaml.YAMLError, KeyError, TypeError,
+        AttributeError,
+    ) as error:  # fmt: skip
         raise BadFile(
             f"{output / RECORD} cannot be read, so which run the checkpoints beside it belong to is"
             " not known: --fresh starts again and sets them aside"

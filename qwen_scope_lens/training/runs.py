@@ -18,7 +18,7 @@ import yaml
 from qwen_scope_lens.catalog import bundled_model
 from qwen_scope_lens.errors import BadCorpus, BadFile, ScopeError, UnknownName
 from qwen_scope_lens.features.corpus import read_rows
-from qwen_scope_lens.files import read_text
+from qwen_scope_lens.files import load_yaml
 from qwen_scope_lens.training.checkpoints import last_whole, save_final, set_aside
 from qwen_scope_lens.training.languages import LanguageFeatures
 from qwen_scope_lens.training.rewards import reply_text
@@ -62,7 +62,7 @@ class Run:
 def read_run(path: Path, keys: set[str]) -> Run:
     """A YAML mapping with known keys only, so that a misspelt one is not ignored."""
     try:
-        content = yaml.safe_load(read_text(path))
+        content = load_yaml(path)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())  # PyYAML draws a picture in four lines
         raise BadFile(f"{path} cannot be read as YAML: {reason}") from error
