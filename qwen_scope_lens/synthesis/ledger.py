@@ -272,7 +272,7 @@ def _wrong(line: bytes) -> str:
         value = row.get(name)
         if name not in row or not isinstance(value, kind):
             return f"{name} is {value!r:.40}"
-        if type(value) in _NUMBER and not -MOST < value < MOST:  # nor NaN
+        if isinstance(value, _NUMBER) and not -MOST < value < MOST:  # nor NaN
             return f"{name} is a number that no sum takes"
     return ""
 
