@@ -15,6 +15,7 @@ from feature_stores import GROUP, build_store
 
 from qwen_scope_lens.cli import main
 from qwen_scope_lens.cli.terminal import plain, shown_safely
+from qwen_scope_lens.errors import BadFile
 
 ESCAPE = "\x1b[31mred\x07\x9b2J\u202e"
 DIGITS = "9" * 5000
@@ -164,6 +165,20 @@ def test_places_that_cannot_be_written(
     ):
         refused(capsys, words)
     assert os.path.exists("/dev/null")
+
+
+def test_a_message_does_not_repeat_a_whole_file(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(arguments: object) -> int:
+        raise BadFile("the beginning" + "x" * 100_000 + "the end")
+
+    monkeypatch.setattr("qwen_scope_lens.cli.list.run", read)
+    assert run(["list"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("qsl list: the beginning")
+    assert said.endswith("the end\n")
+    assert len(said) < 7000
 
 
 def test_links_that_go_round_and_labels_that_are_not_there(
