@@ -29,6 +29,7 @@ __all__ = [
     "exclusive",
     "file_sha256",
     "json_text",
+    "load_yaml",
     "open_own",
     "open_regular",
     "parse_json",
@@ -40,6 +41,9 @@ __all__ = [
     "whole_folder",
     "write_json",
 ]
+
+MOST_VALUES = 100_000
+"""The most values that are read from a YAML file, which people write by hand."""
 
 _FULL = (
     "No space left",
@@ -185,6 +189,28 @@ def read_text(path: Path, encoding: str = "utf-8") -> str:
     """The whole text of a file."""
     with open_regular(path) as file:
         return file.read().decode(encoding).replace("\r\n", "\n")
+
+
+def load_yaml(path: Path) -> Any:
+    """Read the plain values of a YAML file. A damaged one raises ValueError or YAMLError.
+
+    With aliases, a few lines can stand for millions of values, or for a value that holds itself. So
+    a file with more than `MOST_VALUES` values, aliases followed, raises ValueError, too.
+    """
+    import yaml
+
+    content = yaml.safe_load(read_text(path))
+    waiting, found = [content], 0
+    while waiting:
+        value = waiting.pop()
+        found += 1
+        if found + len(waiting) > MOST_VALUES:
+            raise ValueError(f"it comes to more than {MOST_VALUES:,} values, aliases followed")
+        if isinstance(value, dict):
+            waiting += [*value, *value.values()]
+        elif isinstance(value, (list, tuple, set)):
+            waiting += value
+    return content
 
 
 def file_sha256(path: Path) -> str:

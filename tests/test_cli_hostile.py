@@ -16,6 +16,7 @@ from feature_stores import GROUP, build_store
 
 from qwen_scope_lens.cli import main
 from qwen_scope_lens.cli.terminal import plain, shown_safely
+from qwen_scope_lens.errors import BadFile
 
 ESCAPE = "\x1b[31mred\x07\x9b2J\u202e"
 DIGITS = "9" * 5000
@@ -108,6 +109,21 @@ def test_corpora(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     refused(capsys, [*words, "--quiet", "--no-thinking"])
 
 
+def test_a_file_without_texts_to_verify_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty.txt").write_text("\n")
+    words = [
+        "verify",
+        f"{GROUP}/6",
+        "--model",
+        "mini-qwen3",
+        "--texts",
+        str(tmp_path / "empty.txt"),
+    ]
+    assert "no text" in refused(capsys, words)
+
+
 def test_half_characters_in_a_corpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "corpus.jsonl"
     path.write_text('{"text": "a\\ud800b", "\\udfff": 1, "name": "\\ud800"}\n')
@@ -150,6 +166,30 @@ def test_places_that_cannot_be_written(
     ):
         refused(capsys, words)
     assert os.path.exists("/dev/null")
+
+
+def test_a_message_does_not_repeat_a_whole_file(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(arguments: object) -> int:
+        raise BadFile("the beginning" + "x" * 100_000 + "the end")
+
+    monkeypatch.setattr("qwen_scope_lens.cli.list.run", read)
+    assert run(["list"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("qsl list: the beginning")
+    assert said.endswith("the end\n")
+    assert len(said) < 7000
+
+
+def test_links_that_go_round_and_labels_that_are_not_there(
+    files: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loop, store = files / "loop", str(files / "store")
+    loop.symlink_to(loop)
+    refused(capsys, ["store", "merge", str(files / "merged"), str(loop), store])
+    # Without --out no name is shown; before, whatever --labels said was then not read.
+    refused(capsys, ["compare", "drift", store, store, "--labels", str(files / "absent.jsonl")])
 
 
 def test_what_a_terminal_is_shown(files: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qwen_scope_lens.errors import BadCorpus
-from qwen_scope_lens.stores import Document, read_corpus
+from qwen_scope_lens.stores import Document, corpus_formats, read_corpus
 from qwen_scope_lens.stores.corpus import as_corpus, survey
 
 ROWS: list[dict[str, Any]] = [
@@ -125,6 +125,17 @@ def test_bad_corpora_are_named(tmp_path: Path, name: str) -> None:
         survey(read_corpus(tmp_path / name), name)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["c.jsonl", "c.txt", "c.csv"])
+def test_a_file_without_an_end_of_line(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as a sparse one of 200 GB: it is not read whole, line by line means that."""
+    monkeypatch.setattr(corpus_formats, "MOST_IN_A_LINE", 1000)
+    (tmp_path / name).write_text("text" + " " * 997)
+    with pytest.raises(BadCorpus, match="a line of more than 1,000 characters"):
+        list(read_corpus(tmp_path / name))
 
 
 def test_bad_arguments(tmp_path: Path) -> None:

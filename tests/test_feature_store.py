@@ -150,11 +150,14 @@ def test_sql(store: FeatureStore) -> None:
         "drop view features",
         "select * from read_csv('/etc/passwd')",
         "attach 'x.db'",
+        "select " + "(" * 3000,  # before: minutes
+        "select list(range) from range(1000000000)",  # before: all memory
     ],
 )
 def test_bad_sql_is_one_line(store: FeatureStore, query: str, tmp_path: Path) -> None:
     with pytest.raises(BadQuery) as caught:
-        store.sql(query)
+        store.sql(query, 64 * 2**20)
+    assert len(str(caught.value)) < 1000
     assert "\n" not in str(caught.value)
     assert not list(store.path.glob("x*"))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import copy
 import subprocess
+import threading
 import warnings
 from pathlib import Path
 from typing import Any
@@ -292,6 +293,23 @@ def test_stop_at_layer_runs_those_layers_and_no_head() -> None:
     assert torch.equal(bridge(IDS, stop_at_layer=0), cache["hook_embed"])
     assert bridge(IDS).shape[-1] > 200
     assert torch.equal(bridge.run_with_hooks(IDS, stop_at_layer=2), cache[HOOK])
+
+
+def test_a_stopped_run_does_not_stop_that_of_another_thread() -> None:
+    bridge = make_bridge()
+    whole, part = bridge(IDS), bridge(IDS, stop_at_layer=2)
+    beside: list[Tensor] = []
+
+    def meanwhile(residual: Tensor, hook: Any) -> None:
+        if threading.current_thread() is threading.main_thread():
+            thread = threading.Thread(target=lambda: beside.append(bridge(IDS)))
+            thread.start()
+            thread.join()
+
+    hooks = [("blocks.0.hook_resid_post", meanwhile)]
+    assert torch.equal(bridge.run_with_hooks(IDS, fwd_hooks=hooks, stop_at_layer=2), part)
+    assert len(beside) == 1
+    assert torch.equal(beside[0], whole)  # before: the residual after layer 1, in place of logits
 
 
 def test_texts_are_checked() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import datasets
@@ -13,6 +14,7 @@ from sae_lens.training.activation_scaler import ActivationScaler
 from tiny_models import make_model, make_sae, make_tokenizer
 from torch import Tensor
 
+import qwen_scope_lens as qsl
 from qwen_scope_lens.errors import UnknownHook, WrongModel
 from qwen_scope_lens.models import ScopeBridge, load_model
 
@@ -183,6 +185,37 @@ def test_7_a_missing_hook_or_another_width_raises(bridge: ScopeBridge) -> None:
     with pytest.raises(WrongModel, match=r"d_in=16.*d_model=32"):
         bridge.add_sae(make_sae(d_in=16))
     assert bridge.acts_to_saes == {}
+
+
+@no_grad
+def test_an_sae_of_another_backbone_is_refused_unless_it_is_allowed() -> None:
+    """The two minis have one width: only the SAE's metadata tell whose it is."""
+    model = qsl.load_model("mini-qwen3")
+    own, other = qsl.load_sae("mini-qwen3/w1k-l0-16/6"), qsl.load_sae("mini-qwen3.5/w1k-l0-16/6")
+    ids = model.to_tokens("a text of some words")
+    for use in (
+        lambda **flag: model.add_sae(other, **flag),
+        lambda **flag: model.saes([other], **flag).__enter__(),
+        lambda **flag: model.run_with_saes(ids, saes=[other], **flag),
+        lambda **flag: model.run_with_cache_with_saes(ids, saes=[other], **flag),
+        lambda **flag: model.run_with_hooks_with_saes(ids, saes=[other], **flag),
+    ):
+        with pytest.raises(WrongModel, match=r"qwen3, not qwen3_5.*allow_other_model=True"):
+            use()
+        assert model.acts_to_saes == {}
+        use(allow_other_model=True)
+        model.reset_saes()
+    model.add_sae(other, allow_other_model=True)
+    with model.saes([own]):
+        pass
+    assert [w.sae for w in model._acts_to_saes.values()] == [other]  # it came back
+    model.reset_saes()
+    # As SAELens: of an SAE whose metadata name no group, nothing is asked and nothing is said.
+    for said in (None, "local/not-here/6", 7):
+        other.cfg.metadata.qwen_scope_ref = said
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model.run_with_saes(ids, saes=[other])
 
 
 @no_grad

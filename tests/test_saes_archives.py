@@ -171,6 +171,19 @@ def test_damaged_headers_of_arrays(tmp_path: Path, content: bytes) -> None:
         read_activations(tmp_path / "x.pt")
 
 
+@pytest.mark.parametrize("kind", ["meta", "quantised", "torch.sparse_coo"])
+def test_tensors_that_are_no_plain_numbers(kind: str, tmp_path: Path) -> None:
+    plain = torch.zeros(20, 4)
+    odd = {
+        "meta": plain.to("meta"),
+        "quantised": torch.quantize_per_tensor(plain, 1.0, 0, torch.qint8),
+        "torch.sparse_coo": plain.to_sparse(),
+    }[kind]
+    torch.save(odd, tmp_path / "x.pt")
+    with pytest.raises(errors.NotACheckpoint, match=f"of the kind {kind}: expected plain numbers"):
+        read_activations(tmp_path / "x.pt")
+
+
 # config.json
 
 

@@ -522,6 +522,7 @@ MINE = ref(1, 3)
         lambda: Plan.from_dict({"edits": [{"op": "add", "strength": 10**5000}]}),
         lambda: Plan([f"{MINE}:add:{DIGITS}"]),
         lambda: Plan([f"{MINE}:add:1@pos={DIGITS}"]),
+        lambda: Edit(MINE, "a" * 5000, 1.0),
         lambda: Plan([f"{MINE}:add:1@token={DIGITS}"]),
         lambda: Plan([f"{MINE}:add:1@role={HALF}"]),
         lambda: Where(positions=10**5000),

@@ -113,9 +113,11 @@ def test_a_calibration_survives_a_file(model: Any, tmp_path: Path) -> None:
     assert again.facts == found.facts
     assert again.provenance["documents"] == 3
     assert again.provenance["saes"] == ["local/tiny/1"]
-    (tmp_path / "typical.json").write_text('{"format": "qsl-calibration", "version": 1}')
-    with pytest.raises(BadFile, match="damaged"):
-        Calibration.load(tmp_path / "typical.json")
+    for rest in ("", ', "features": {}, "provenance": "x"', ', "features": {}, "provenance": 3'):
+        text = f'{{"format": "qsl-calibration", "version": 1{rest}}}'
+        (tmp_path / "typical.json").write_text(text)
+        with pytest.raises(BadFile, match="damaged"):
+            Calibration.load(tmp_path / "typical.json")
     with pytest.raises(TooLittleData):
         calibrate(model, ["local/tiny/1"], ["x"])  # only a first token
 

@@ -651,6 +651,8 @@ def test_a_torn_end_is_cut_and_damage_is_named(tmp_path: Path) -> None:
                 for name in ("key", "event", "purpose", "cost", "text")
             ),
             json.dumps({**row, "cost": float("nan")}).encode(),
+            json.dumps({**row, "cost": 10**400}).encode(),
+            json.dumps({**row, "prompt_tokens": -(10**400)}).encode(),
         ):
             bad = [*lines[:of_answer], broken + b"\n", *lines[of_answer + 1 :]]
             path.write_bytes(b"".join(bad))

@@ -168,6 +168,13 @@ def test_a_grpo_run(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "final" / "adapter_config.json").is_file()
 
 
+BILLION = "trainer:\n" + "".join(
+    f"  {name}: &{name} [{', '.join([f'*{before}'] * 9 if before else ['x'] * 9)}]\n"
+    for before, name in zip(["", *"abcdefgh"], "abcdefghi", strict=True)
+)
+"""Ten lines that stand for 9^9 values."""
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -178,6 +185,8 @@ def test_a_grpo_run(tmp_path: Path) -> None:
         (f"model: {'7' * 5000}\n", "cannot be read as YAML"),
         ("model: " + "[" * 5000, "cannot be read as YAML"),
         ("model: 2026-13-45\n", "cannot be read as YAML"),
+        ("trainer: &a {a: *a}\n", "more than 100,000 values"),  # itself
+        (BILLION, "more than 100,000 values"),
         (f"lora: {{r: {2**70}}}\n", "lora.r. is a whole number of 71 bits"),
         ("trainer: {learning_rate: .nan}\n", "learning_rate. is nan"),
         ("lora: {target_modules: [a, .inf]}\n", "lora.target_modules. is inf"),

@@ -6,6 +6,7 @@ import io
 import subprocess
 import sys
 import tarfile
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,22 @@ def test_what_cannot_be_fetched_is_no_success(
     monkeypatch.setattr(sys, "argv", ["upstream_suites.py", "--only", "sae-lens"])
     assert upstream_suites.main() == 2
     assert "not run. sae-lens==" in capsys.readouterr().out
+
+
+def test_what_is_printed_can_be_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = {"mini-qwen3/thin/one": ["failed", "boom"], "mini-qwen3/thin/two": ["passed", ""]}
+    monkeypatch.setattr(upstream_suites, "BUILD", tmp_path)
+    monkeypatch.setattr(upstream_suites, "run_benchmarks", lambda: found)
+    words = ["suites", "--only", "benchmarks", "--out", str(tmp_path / "out.txt")]
+    monkeypatch.setattr(sys, "argv", words)
+    assert upstream_suites.main() == 1
+    kept = (tmp_path / "out.txt").read_text()
+    assert kept == capsys.readouterr().out
+    assert kept.startswith("commit ")
+    assert f"transformer-lens {version('transformer-lens')}" in kept
+    assert "FAILED mini-qwen3/thin/one: boom" in kept
 
 
 def test_a_failure_counts_unless_it_is_a_known_difference(

@@ -15,7 +15,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwen_scope_lens.cli.options import Word, add_words, count, remark
+from qwen_scope_lens.cli.options import Word, add_words, count, memory, remark
 from qwen_scope_lens.cli.terminal import plain
 
 if TYPE_CHECKING:
@@ -89,6 +89,12 @@ def _sql_arguments(parser: argparse.ArgumentParser) -> None:
     _store(parser)
     parser.add_argument("query", help="one SELECT over the views features, documents, tokens")
     parser.add_argument("--json", action="store_true", help="print JSON Lines instead")
+    parser.add_argument(
+        "--memory",
+        type=memory,
+        metavar="SIZE",
+        help="the most memory that DuckDB may use, such as 8GB; default: 2 GiB",
+    )
 
 
 def _sql(arguments: argparse.Namespace) -> None:
@@ -97,7 +103,7 @@ def _sql(arguments: argparse.Namespace) -> None:
 
     from qwen_scope_lens.stores.store import FeatureStore
 
-    answer = FeatureStore.open(arguments.store).sql(arguments.query)
+    answer = FeatureStore.open(arguments.store).sql(arguments.query, arguments.memory)
     rows = _rows(answer)
     if arguments.json:
         for row in rows:

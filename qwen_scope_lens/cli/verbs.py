@@ -61,6 +61,8 @@ VERBS = {verb: what for section in SECTIONS.values() for verb, what in section.i
 OLD_NAMES = {"lm_eval": "lm-eval"}
 
 EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+MOST_SAID = 6000
+"""The most characters of an error's message that are printed."""
 
 AddArguments = Callable[[argparse.ArgumentParser], None]
 Run = Callable[[argparse.Namespace], int]
@@ -136,7 +138,7 @@ def _run(
             sys.stdout.flush()
             return code
     except ScopeError as error:
-        print(plain(f"{parser.prog}: {error}"), file=sys.stderr)
+        print(plain(f"{parser.prog}: {_in_short(str(error))}"), file=sys.stderr)
         return EXIT_ERROR
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted; what was finished is kept", file=sys.stderr)
@@ -151,6 +153,14 @@ def _run(
     except MemoryError as error:
         print(f"{parser.prog}: out of memory {plain(error)}", file=sys.stderr)
         return EXIT_ERROR
+
+
+def _in_short(message: str) -> str:
+    """The message; the middle of a very long one is left out."""
+    if len(message) <= MOST_SAID:
+        return message
+    half = MOST_SAID // 2
+    return f"{message[:half]} [.. {len(message):,} characters ..] {message[-half:]}"
 
 
 def _overview() -> str:

@@ -19,8 +19,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformer_lens.hook_points import HookPoint
 
-from qwen_scope_lens.errors import UnknownHook, WrongModel
+from qwen_scope_lens.address import LayerRef
+from qwen_scope_lens.catalog import Group
+from qwen_scope_lens.errors import ScopeError, UnknownHook, WrongModel
 from qwen_scope_lens.models.architecture import describe
+from qwen_scope_lens.models.backbone import check_backbone
 from qwen_scope_lens.models.hook_names import NamedHooks
 
 __all__ = ["AttachedSAE", "AttachesSAEs"]
@@ -111,12 +114,17 @@ class AttachesSAEs(NamedHooks):
         sae: SAE[Any],
         use_error_term: bool | None = None,
         exclude_special_tokens: bool | Sequence[int] = False,
+        allow_other_model: bool = False,
     ) -> None:
         """Attach an SAE at its hook until `reset_saes`. It replaces an SAE that is already there.
 
         Hooks at that point then see the SAE's reconstruction, which flows on; the SAE's own
         `hook_sae_input` sees the residual that came in. With the error term and no edit, the two
         are the same.
+
+        An SAE of a known group is refused on a model that is known to be another one, unless
+        `allow_other_model` is set. If its metadata name no group, nothing is checked, as in
+        SAELens.
         """
         name = sae.cfg.metadata.hook_name
         out = sae.cfg.metadata.hook_name_out or name
@@ -129,6 +137,9 @@ class AttachesSAEs(NamedHooks):
             )
         if getattr(sae, "hook_z_reshaping_mode", False):
             raise WrongModel("SAEs on hook_z are not supported here: use SAELens's own bridge")
+        group = _group_of(sae)
+        if group is not None:
+            check_backbone(self, group, allow_other_model=allow_other_model)
         if name in self._acts_to_saes:
             self._reset_sae(name)
         special = None
@@ -162,6 +173,7 @@ class AttachesSAEs(NamedHooks):
                 prev_wrapper.sae,
                 prev_wrapper.use_error_term,
                 False if special is None else special.tolist(),
+                allow_other_model=True,  # this was checked when it was first attached
             )
 
     def reset_saes(self, act_names: str | list[str] | None = None) -> None:
@@ -180,13 +192,14 @@ class AttachesSAEs(NamedHooks):
         reset_saes_end: bool = True,
         use_error_term: bool | None = None,
         exclude_special_tokens: bool | Sequence[int] = False,
+        allow_other_model: bool = False,
     ) -> Iterator[AttachesSAEs]:
         """Attach SAEs while a `with` block runs. SAEs that they replaced come back afterwards."""
         before = dict(self._acts_to_saes)
         added: list[str] = []
         try:
             for sae in [saes] if isinstance(saes, SAE) else saes:
-                self.add_sae(sae, use_error_term, exclude_special_tokens)
+                self.add_sae(sae, use_error_term, exclude_special_tokens, allow_other_model)
                 added.append(sae.cfg.metadata.hook_name)
             yield self
         finally:
@@ -216,7 +229,18 @@ class AttachesSAEs(NamedHooks):
             return self.run_with_hooks(*args, **kwargs)
 
 
+def _group_of(sae: SAE[Any]) -> Group | None:
+    """The group that an SAE's own metadata name, or None if they name none that is known here."""
+    said = getattr(sae.cfg.metadata, "qwen_scope_ref", None)
+    if not isinstance(said, str):
+        return None
+    try:
+        return LayerRef.parse(said).row
+    except ScopeError:  # the user's own group, whose folder is not in QWEN_SCOPE_HOME
+        return None
+
+
 def _sae_options(kwargs: dict[str, Any]) -> dict[str, Any]:
     """Take the options of `saes` out of the arguments of a run."""
-    names = ("reset_saes_end", "use_error_term", "exclude_special_tokens")
+    names = ("reset_saes_end", "use_error_term", "exclude_special_tokens", "allow_other_model")
     return {name: kwargs.pop(name) for name in names if name in kwargs}

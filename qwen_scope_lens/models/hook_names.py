@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import difflib
 import re
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
-from typing import Any, NoReturn
+from typing import Any
 
 from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
 from torch import Tensor, nn
@@ -214,16 +215,23 @@ class NamedHooks(SAETransformerBridge):
 
     @contextmanager
     def _stopping(self, stop: int | None) -> Iterator[None]:
-        """End forward passes after `stop` layers, with an exception that upstream catches."""
+        """End this thread's forward passes after `stop` layers.
+
+        The hook raises an exception that upstream catches. Passes of other threads through the same
+        layers go on.
+        """
         if stop is None:
             yield
             return
+        mine = threading.get_ident()
 
-        def before(module: nn.Module, args: Any) -> NoReturn:
-            raise StopAtLayerException(args[0])
+        def before(module: nn.Module, args: Any) -> None:
+            if threading.get_ident() == mine:
+                raise StopAtLayerException(args[0])
 
-        def after(module: nn.Module, args: Any, output: Any) -> NoReturn:
-            raise StopAtLayerException(output[0] if isinstance(output, tuple) else output)
+        def after(module: nn.Module, args: Any, output: Any) -> None:
+            if threading.get_ident() == mine:
+                raise StopAtLayerException(output[0] if isinstance(output, tuple) else output)
 
         if stop == 0:
             handle = self.blocks[0].register_forward_pre_hook(before)

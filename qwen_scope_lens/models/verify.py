@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 
 from qwen_scope_lens.catalog import BACKBONES
-from qwen_scope_lens.errors import UnknownHook, VerificationFailed, WrongModel
+from qwen_scope_lens.errors import BadText, UnknownHook, VerificationFailed, WrongModel
 from qwen_scope_lens.models.architecture import (
     Model,
     check_layer,
@@ -85,6 +85,8 @@ def verify_model(
     check_width(model, sae)
     tokenizer = find_tokenizer(model, tokenizer)
     texts = sample_texts() if texts is None else texts
+    if len(texts) == 0:
+        raise BadText("no text was given: expected some, or None for the bundled sample")
     difference = hook_difference(model, layer, texts[0], tokenizer)
     if difference != 0.0:
         raise WrongModel(

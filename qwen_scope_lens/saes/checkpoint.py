@@ -127,7 +127,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     _refuse_pointer_file(path)
     found = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pt(path)
     for name, tensor in found.items():
-        _refuse_expanded(path, name, tensor)
+        _check_plain(path, name, tensor)
     return found
 
 
@@ -145,14 +145,20 @@ def read_activations(path: Path) -> torch.Tensor:
     tensors = list(loaded.values()) if isinstance(loaded, dict) else [loaded]
     if len(tensors) != 1 or not isinstance(tensors[0], torch.Tensor):
         raise WrongKeys(f"{path} holds {_kinds(loaded)}: expected one tensor of activations")
-    _refuse_expanded(path, "the tensor", tensors[0])
+    _check_plain(path, "the tensor", tensors[0])
     return tensors[0]
 
 
-def _refuse_expanded(path: Path, name: str, tensor: torch.Tensor) -> None:
-    if tensor.layout == torch.strided:
-        numbers = tensor.untyped_storage().nbytes() // tensor.dtype.itemsize
-        refuse_expanded(path, name, tensor, numbers)
+def _check_plain(path: Path, name: str, tensor: torch.Tensor) -> None:
+    """Raise if the file does not hold one plain number for each entry of the tensor."""
+    kind = "quantised" if tensor.is_quantized else "meta" if tensor.is_meta else None
+    if kind is not None or tensor.layout != torch.strided:
+        raise NotACheckpoint(
+            f"{path}: {name} is of the kind {kind or tensor.layout}: expected plain numbers, such"
+            " as tensor.dequantize() or tensor.to_dense() gives them"
+        )
+    numbers = tensor.untyped_storage().nbytes() // tensor.dtype.itemsize
+    refuse_expanded(path, name, tensor, numbers)
 
 
 def _refuse_pointer_file(path: Path) -> None:

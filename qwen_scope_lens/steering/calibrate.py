@@ -81,8 +81,10 @@ class Calibration(Mapping[str, float]):
                 for ref, row in content["features"].items()
             }
             return cls(rows, dict(content["provenance"]))
-        except (KeyError, TypeError, AttributeError, ScopeError) as error:
-            raise BadFile(f"{path} is damaged ({error!r}): make it with `qsl calibrate`") from error
+        except (KeyError, TypeError, ValueError, AttributeError, ScopeError) as error:
+            raise BadFile(
+                f"{path} is damaged ({error!r:.200}): make it with `qsl calibrate`"
+            ) from error
 
 
 def calibrate(

@@ -120,7 +120,7 @@ _BY_NAME = {row.name: row for row in OPERATIONS}
 def find_operation(name: object) -> Operation:
     row = _BY_NAME.get(name) if isinstance(name, str) else None
     if row is None:
-        raise BadPlan(f"no operation is named {name!r}: there are {', '.join(_BY_NAME)}")
+        raise BadPlan(f"no operation is named {name!r:.60}: there are {', '.join(_BY_NAME)}")
     return row
 
 

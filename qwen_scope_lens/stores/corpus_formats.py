@@ -11,11 +11,14 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from qwen_scope_lens.errors import BadCorpus, HubUnreachable
 
 __all__ = ["READERS", "Datasets", "Given"]
+
+MOST_IN_A_LINE = 2**26
+"""The most characters in one line of a corpus."""
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
@@ -50,7 +53,9 @@ def _csv(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             rows = csv.DictReader(
-                file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True
+                _bounded(file, path),
+                delimiter="\t" if path.suffix.lower() == ".tsv" else ",",
+                strict=True,
             )
             for row in rows:
                 where = f"{path}, line {rows.line_num}"
@@ -82,9 +87,20 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     try:
         with path.open(encoding="utf-8-sig", newline="\n") as file:
-            yield from enumerate(file, start=1)
+            yield from enumerate(_bounded(file, path), start=1)
     except UnicodeDecodeError as error:
         raise BadCorpus(f"{path} is not UTF-8: {error}") from error
+
+
+def _bounded(file: TextIO, path: Path) -> Iterator[str]:
+    """The lines of a file. A line that is too long is refused, because it could fill the memory."""
+    while line := file.readline(MOST_IN_A_LINE + 1):
+        if len(line) > MOST_IN_A_LINE:
+            raise BadCorpus(
+                f"{path} has a line of more than {MOST_IN_A_LINE:,} characters: expected one"
+                " document per line"
+            )
+        yield line
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,8 @@ def merge(
         raise TooLittleData(
             "merging takes at least two stores, or one and shard_docs (--shard-docs)"
         )
-    if target.resolve() in [folder.resolve() for folder in folders]:
+    # Unlike Path.resolve, realpath accepts links that go round.
+    if os.path.realpath(target) in map(os.path.realpath, folders):
         raise StoreMismatch(f"{target} is one of the stores to merge: name another folder")
     manifests = [Manifest.read(folder) for folder in folders]
     for folder, manifest in zip(folders[1:], manifests[1:], strict=True):

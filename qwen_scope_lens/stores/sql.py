@@ -21,16 +21,25 @@ if TYPE_CHECKING:
 __all__ = ["run_query"]
 
 VIEWS = "features, documents and tokens"
+MOST_MEMORY = 2 * 2**30
+"""The most bytes that DuckDB uses by default; its own default is most of the machine's memory."""
+
+MOST_NESTED = 200
+"""The most brackets inside each other. DuckDB's parser takes minutes for some thousands."""
 
 
-def run_query(store: FeatureStore, query: str) -> pa.Table:
-    """The answer to one SELECT."""
+def run_query(store: FeatureStore, query: str, most_memory: int = MOST_MEMORY) -> pa.Table:
+    """The answer to one SELECT. DuckDB uses at most `most_memory` bytes for it."""
     import duckdb
 
     if not store.shards:
         raise StoreDamaged(f"{store.path} has no finished document yet: let `qsl extract` run")
     if any("\ud800" <= letter <= "\udfff" for letter in query):
         raise BadQuery("the query has half of a surrogate pair in it: expected whole characters")
+    if most_memory < 2**20:
+        raise BadQuery(f"most_memory={most_memory}: expected a MiB (2^20 bytes) or more")
+    if (deep := _nested(query)) > MOST_NESTED:
+        raise BadQuery(f"the query nests {deep} brackets: expected {MOST_NESTED} or fewer")
     hint = f"(the views are {VIEWS})"
     if mixed := _mixed_labels(store):
         hint = (
@@ -39,6 +48,7 @@ def run_query(store: FeatureStore, query: str) -> pa.Table:
             " FeatureStore.labels)"
         )
     with duckdb.connect() as connection:
+        connection.execute(f"set memory_limit = '{most_memory // 2**20} MiB'")
         _register(connection, store, documents=not mixed)
         try:
             statements = connection.extract_statements(query)
@@ -51,9 +61,27 @@ def run_query(store: FeatureStore, query: str) -> pa.Table:
                     f" {str(kind).rpartition('.')[2]}"
                 )
             return connection.sql(query).to_arrow_table()
+        except duckdb.OutOfMemoryException as error:
+            raise BadQuery(
+                f"DuckDB needs more than {most_memory / 2**30:.3g} GiB for this query: ask for less"
+                " (fewer columns, a where or a limit), or give it more with most_memory=..."
+                " (--memory 8GB)"
+            ) from error
         except duckdb.Error as error:
             words = " ".join(str(error).split())
             raise BadQuery(f"DuckDB: {words} {hint}") from error
+
+
+def _nested(query: str) -> int:
+    """The most brackets that are open at once; those in texts and comments count, too."""
+    depth = most = 0
+    for letter in query:
+        if letter in "([{":
+            depth += 1
+            most = max(most, depth)
+        elif letter in ")]}":
+            depth = max(0, depth - 1)
+    return most
 
 
 def _mixed_labels(store: FeatureStore) -> tuple[str, str] | None:

@@ -259,11 +259,14 @@ class FeatureStore:
             )
         return ref.layer, ref.feature
 
-    def sql(self, query: str) -> pa.Table:
-        """Ask DuckDB about the views `features`, `documents` and `tokens`; it can only read."""
-        from qwen_scope_lens.stores.sql import run_query
+    def sql(self, query: str, most_memory: int | None = None) -> pa.Table:
+        """Ask DuckDB about the views `features`, `documents` and `tokens`; it can only read.
 
-        return run_query(self, query)
+        DuckDB uses at most `most_memory` bytes; None means 2 GiB.
+        """
+        from qwen_scope_lens.stores.sql import MOST_MEMORY, run_query
+
+        return run_query(self, query, MOST_MEMORY if most_memory is None else most_memory)
 
     # Where documents and tokens stand.
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from qwen_scope_lens.errors import BadFile, BadPlan, UnknownName
-from qwen_scope_lens.files import read_text, whole_file
+from qwen_scope_lens.files import load_yaml, read_text, whole_file
 from qwen_scope_lens.synth.language import check_language
 from qwen_scope_lens.writers.generator import Sampling
 
@@ -149,7 +149,7 @@ def read_recipe(name: str) -> Recipe:
     import yaml
 
     try:
-        content = yaml.safe_load(read_text(path))
+        content = load_yaml(path)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())[:120]
         raise BadFile(f"{path} cannot be read as YAML ({reason})") from error

@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from qwen_scope_lens.errors import BadFile
-from qwen_scope_lens.files import file_sha256, whole_file
+from qwen_scope_lens.files import file_sha256, load_yaml, whole_file
 from qwen_scope_lens.stores.facts import versions
 
 __all__ = ["check_checkpoint", "check_numbers", "check_same_run", "check_settings", "record"]
@@ -78,7 +78,7 @@ def check_settings(path: Path, given: Mapping[str, Any], kind: type) -> None:
 def check_same_run(path: Path, kind: str, content: Mapping[str, Any], output: Path) -> None:
     """Refuse to continue if the folder's record names other inputs or settings."""
     try:
-        before = yaml.safe_load((output / RECORD).read_text("utf-8"))
+        before = load_yaml(output / RECORD)
         mine, theirs = _identity(path, kind, content), before["identity"]
         changed = [
             f"{name} was {theirs.get(name)!r}, is {mine.get(name)!r}"
@@ -87,7 +87,16 @@ def check_same_run(path: Path, kind: str, content: Mapping[str, Any], output: Pa
         ]
     except FileNotFoundError:
         return  # nothing is known of an earlier run
-    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+    except (
+        BadFile,
+        OSError,
+        ValueError,
+        RecursionError,
+        yaml.YAMLError,
+        KeyError,
+        TypeError,
+        AttributeError,
+    ) as error:
         raise BadFile(
             f"{output / RECORD} cannot be read, so it is not known to which run the checkpoints"
             " beside it belong. Use --fresh to start again, which sets them aside"

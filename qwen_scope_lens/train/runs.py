@@ -18,7 +18,7 @@ import yaml
 
 from qwen_scope_lens.catalog import bundled_model
 from qwen_scope_lens.errors import BadCorpus, BadFile, ScopeError, UnknownName
-from qwen_scope_lens.files import read_text
+from qwen_scope_lens.files import load_yaml
 from qwen_scope_lens.stores.corpus import read_rows
 from qwen_scope_lens.train.checkpoints import last_whole, save_final, set_aside
 from qwen_scope_lens.train.language_features import LanguageFeatures
@@ -65,7 +65,7 @@ class Run:
 def read_run(path: Path, keys: set[str]) -> Run:
     """Read a YAML mapping; unknown keys are refused, so that a misspelt one is not ignored."""
     try:
-        content = yaml.safe_load(read_text(path))
+        content = load_yaml(path)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())  # PyYAML draws a picture in four lines
         raise BadFile(f"{path} cannot be read as YAML: {reason}") from error

@@ -239,6 +239,8 @@ class _Book:
 
 
 _NUMBER = (int, float)
+MOST = 2**63
+"""A line with a number of this size or more is damaged. A larger one may not fit into a float."""
 _FIELDS: Mapping[str, Mapping[str, type | tuple[type, ...]]] = {
     "start": {},
     "answer": {
@@ -283,8 +285,8 @@ def _wrong(line: bytes) -> str:
         value = row.get(name)
         if name not in row or not isinstance(value, kind):
             return f"{name} is {value!r:.40}"
-        if isinstance(value, float) and not math.isfinite(value):
-            return f"{name} is {value!r}"
+        if isinstance(value, _NUMBER) and not -MOST < value < MOST:  # NaN, too
+            return f"{name} is a number that cannot be summed up"
     return ""
 
 

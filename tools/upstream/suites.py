@@ -7,13 +7,19 @@ and with 2 where nothing could be fetched.
     python -m tools.upstream.suites                         # everything
     python -m tools.upstream.suites --only benchmarks       # what ships inside transformer-lens
     python -m tools.upstream.suites --tests sae-lens=FOLDER  # a checkout's, whose sdist has none
+    python -m tools.upstream.suites --out benchmarks/results/upstream.txt  # all of it, kept
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import datetime
+import io
 import json
 import os
+import platform
+import re
 import subprocess
 import sys
 import tarfile
@@ -21,7 +27,7 @@ from collections import Counter
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TextIO
 
 from tools.upstream.tables import SUITES, Suite
 
@@ -134,6 +140,39 @@ def judge(title: str, found: dict[str, list[str]], known: dict[str, str]) -> int
     return len(unknown)
 
 
+def conditions() -> str:
+    """The commit, date, machine and versions for which the figures hold."""
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--exclude", "*"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    ).stdout.strip()
+    cpus = Path("/proc/cpuinfo")
+    named = re.search(r"model name\s*:\s*(.*)", cpus.read_text()) if cpus.exists() else None
+    machine = named[1] if named else platform.processor() or platform.machine()
+    packages = ("qwen-scope-lens", *SUITES, "transformers", "torch", "pytest")
+    listed = ", ".join(f"{name} {version(name)}" for name in packages)
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    return (
+        f"commit {commit or 'unknown'}, {today}, Python {platform.python_version()},"
+        f" {machine}\n{listed}\n"
+    )
+
+
+class Both(io.TextIOBase):
+    """A stream that goes to the terminal, and whose text is kept."""
+
+    def __init__(self, shown: TextIO) -> None:
+        self.shown = shown
+        self.kept: list[str] = []
+
+    def write(self, text: str) -> int:
+        self.kept.append(text)
+        self.shown.flush()
+        return self.shown.write(text)
+
+
 def run_benchmarks() -> dict[str, list[str]]:
     """TransformerLens's benchmarks of a bridge, on both toy models and both adapters."""
     from tools.upstream import benchmarks
@@ -145,12 +184,25 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=["benchmarks", *SUITES], default=None)
     parser.add_argument("--tests", action="append", default=[], metavar="PACKAGE=FOLDER")
+    parser.add_argument("--out", type=Path, help="also write what is printed into this file")
     options = parser.parse_args()
     given: dict[str, Any] = dict(text.split("=", 1) for text in options.tests)
+    if options.out is None:
+        return run(options.only, given)
+    both = Both(sys.stdout)
+    with contextlib.redirect_stdout(both):
+        print(conditions())
+        code = run(options.only, given)
+    options.out.write_text("".join(both.kept), encoding="utf-8")
+    return code
+
+
+def run(only: str | None, given: dict[str, Any]) -> int:
+    """Run all suites, or only one. `given` has folders with tests, by the name of the package."""
     BUILD.mkdir(parents=True, exist_ok=True)
     failures = missing = 0
     for name, suite in SUITES.items():
-        if options.only not in (None, name):
+        if only not in (None, name):
             continue
         try:
             root = Path(given[name]).resolve() if name in given else unpack(fetch(suite))
@@ -164,7 +216,7 @@ def main() -> int:
             missing += 1
             continue
         failures += judge(f"{name} {version(name)}, its tests", found, suite.known)
-    if options.only in (None, "benchmarks"):
+    if only in (None, "benchmarks"):
         from tools.upstream.tables import KNOWN_BENCHMARKS
 
         title = f"transformer-lens {version('transformer-lens')}, its benchmarks"
