@@ -4,4 +4,5 @@ import sys
 
 from qwen_scope_lens.cli.verbs import main
 
-sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(main())
