@@ -6,6 +6,7 @@ import csv
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -62,7 +63,7 @@ def suite(model: object, tmp_path_factory: pytest.TempPathFactory) -> Suite:
     return extract_suite(benchmarks(), model, GROUP, LAYERS, out, facts, progress=False)
 
 
-def test_footprints_are_those_of_the_encoder(suite: Suite, model: object) -> None:
+def test_footprints_are_those_of_the_encoder(suite: Suite, model: Any) -> None:
     """Last token, one before it, and any token, against `capture` and the SAE's own encoding."""
     texts = [document.text or "" for document in benchmarks()["capitals"]]
     assert all(texts)

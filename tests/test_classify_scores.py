@@ -96,8 +96,8 @@ def test_intervals_are_those_of_resampling_documents() -> None:
         two.append(one[-1] - f1_of(other[rows], truth[rows]))
     found = scored(says, truth)
     assert (found.low, found.high) == pytest.approx(np.quantile(one, [0.025, 0.975]), abs=0.006)
-    found = difference(says, other, truth)
-    assert (found.low, found.high) == pytest.approx(np.quantile(two, [0.025, 0.975]), abs=0.008)
+    less = difference(says, other, truth)
+    assert (less.low, less.high) == pytest.approx(np.quantile(two, [0.025, 0.975]), abs=0.008)
 
 
 @settings(max_examples=80, deadline=None)

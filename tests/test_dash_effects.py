@@ -167,4 +167,4 @@ def test_the_minis_vocabulary_is_that_of_its_tokenizer() -> None:
 
 def test_other_tokenizers_are_refused() -> None:
     with pytest.raises(WrongTokenizer, match="byte-level"):
-        Vocabulary(object())
+        Vocabulary(object())  # type: ignore[arg-type]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,7 +33,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> FeatureStore:
         [{}, {60: 1.0 + rng.random()} | ({50: 3.0} if good[n] else {}), {int(rng.integers(8)): 1.0}]
         for n in range(N)
     ]
-    labels = {
+    labels: dict[str, list[Any]] = {
         "bool": [None if n == 79 else value for n, value in enumerate(good)],
         "int": [int(value) for value in good],
         "float": [float(value) for value in good],

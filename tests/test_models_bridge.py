@@ -222,7 +222,7 @@ def test_d11_nothing_is_put_before_the_text(full: bool) -> None:
     assert bridge.tokenizer is tokenizer
     assert tokenizer.bos_token is None
     bridge.tokenizer = make_tokenizer()
-    assert bridge.tokenizer.bos_token is None
+    assert getattr(bridge.tokenizer, "bos_token", "none") is None
 
 
 @no_grad

@@ -69,7 +69,7 @@ def test_another_family_is_refused() -> None:
     with pytest.raises(WrongModel, match="another family"):
         layers.places_of_config(config)
     with pytest.raises(WrongModel, match="expected a model, found str"):
-        layers.unwrap("Qwen/Qwen3-8B-Base")
+        layers.unwrap("Qwen/Qwen3-8B-Base")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("layer", [-1, N_LAYERS, True, "1"])

@@ -123,7 +123,7 @@ def test_unexplained_variance_is_that_of_the_store_s_tokens(
 
 def test_candidates_of_a_benchmark_are_read_like_it(model: Any, tmp_path: Path) -> None:
     items = {"own": [Document(str(n), text) for n, text in enumerate(TEXTS[:3])]}
-    how = {"max_tokens": LIMIT, "truncate": True, "extreme_norm_ratio": RATIO}
+    how: dict[str, Any] = {"max_tokens": LIMIT, "truncate": True, "extreme_norm_ratio": RATIO}
     facts = {"own": {"template": "{text}"}}
     extract_suite(items, model, GROUP, [6], tmp_path / "suite", facts, progress=False, **how)
     path = tmp_path / "again.jsonl"

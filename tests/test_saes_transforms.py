@@ -136,11 +136,12 @@ def test_each_product_is_the_others_derivative(product: type[torch.autograd.Func
         torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((3, 2), (3, 4), (5, 4))
     )
     indices = torch.tensor([[0, 4], [1, 1], [0, 0]])
-    call, inputs = {
+    calls: dict[Any, tuple[Callable[..., Any], tuple[torch.Tensor, torch.Tensor]]] = {
         _Gather: (lambda v, r: _Gather.apply(v, indices, r), (values, rows)),
         _Dots: (lambda g, r: _Dots.apply(g, indices, r), (grads, rows)),
         _Scatter: (lambda v, g: _Scatter.apply(v, g, indices, 5), (values, grads)),
-    }[product]
+    }
+    call, inputs = calls[product]
     assert torch.autograd.gradcheck(call, inputs, check_forward_ad=True)
     assert torch.autograd.gradgradcheck(call, inputs)
     stacked = tuple(torch.stack([part, 2 * part]).detach() for part in inputs)

@@ -659,7 +659,7 @@ def test_output_and_report(
     other = replace(planted, targets=(Target(SAE.feature(1023)),))
     with pytest.raises(StoreMismatch, match="other features"):
         make_report(out, other)
-    for content, words in (("{", "no JSON"), ('{"a": 1}', "lacks"), ("", "nothing to report")):
+    for content, words in (("{", "is not JSON"), ('{"a": 1}', "lacks"), ("", "nothing to report")):
         (tmp_path / "bad.jsonl").write_text(content)
         with pytest.raises((BadCorpus, BadFile, TooLittleData), match=words):
             make_report(tmp_path / "bad.jsonl", planted)

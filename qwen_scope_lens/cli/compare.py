@@ -106,8 +106,8 @@ def _drift(arguments: argparse.Namespace) -> None:
     from qwen_scope_lens.stores.store import FeatureStore
 
     # Labels are read first, so that a damaged file is refused before the work.
-    labels = read_labels(arguments.labels) or {}
-    texts = {str(ref): label.text for ref, label in labels.items()}
+    labels = read_labels(arguments.labels)
+    texts = {str(ref): label.text for ref, label in labels.items()} if labels else {}
     base, tuned = FeatureStore.open(arguments.base), FeatureStore.open(arguments.tuned)
     fvu = both_fvu(base, tuned, arguments.layers, arguments.fvu) if arguments.fvu else None
     found = drift(base, tuned, arguments.layers, fdr=arguments.fdr, fvu=fvu)

@@ -94,11 +94,16 @@ def both_fvu(
     found = []
     for reading in (Reading.of(store, wanted) for store in (base, tuned)):
         model = load_related(reading.model, **reading.load_options)
-        limits = {
-            "max_tokens": reading.settings.max_tokens,
-            "extreme_norm_ratio": reading.settings.extreme_norm_ratio,
-        }
-        found.append(fidelity(model, saes, sample, losses=False, **limits))
+        found.append(
+            fidelity(
+                model,
+                saes,
+                sample,
+                losses=False,
+                max_tokens=reading.settings.max_tokens,
+                extreme_norm_ratio=reading.settings.extreme_norm_ratio,
+            )
+        )
     return {layer: (found[0][layer].fvu, found[1][layer].fvu) for layer in wanted}
 
 
