@@ -229,7 +229,7 @@ def test_flipped_bytes_never_give_a_raw_error(layer: Path, seed: int) -> None:
 
 def test_sparse_tensors(layer: Path) -> None:
     save_with(layer, lambda w: w | {"b_enc": w["b_enc"].to_sparse()})
-    with pytest.raises(errors.WrongShape, match="dense"):
+    with pytest.raises(errors.NotACheckpoint, match=r"sparse_coo.*to_dense"):
         load(layer)
 
 
