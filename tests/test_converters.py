@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import resource
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import planted
 import pytest
 import torch
+from forks import Fork, command
 from sae_lens import SAE
 from sae_lens.saes.standard_sae import StandardSAE, StandardSAEConfig
 from sae_lens.saes.topk_sae import TopKSAE
 from safetensors.torch import load_file, save_file
 
 import qwen_scope_lens as qsl
+from qwen_scope_lens.cli import main
 from qwen_scope_lens.converters import (
     official_to_saelens,
     openinterp_to_saelens,
@@ -135,35 +134,27 @@ def test_finished_layers_are_left_alone(out: Path) -> None:
     assert SAE.load_from_disk(first).W_dec.dtype == torch.bfloat16
 
 
-@pytest.mark.slow
 def test_killed_in_the_middle_nothing_half_is_visible_and_it_goes_on(
     tmp_path: Path, out: Path
 ) -> None:
     """A real process is killed with SIGKILL while it writes the second layer."""
     home = tmp_path / "big"
-    folder = planted.write_group(home / "big", range(0), d_model=1024, d_sae=16384, k=8)
-    for layer in range(3):
-        weights = planted.tensors(seed=layer, d_model=1024, d_sae=16384)
+    folder = planted.write_group(home / "big", range(0), d_model=512, d_sae=8192, k=8)
+    layers = [planted.tensors(seed=layer, d_model=512, d_sae=8192) for layer in range(3)]
+    for layer, weights in enumerate(layers):
         torch.save(weights, folder / f"layer{layer}.sae.pt")
-    command = [
-        sys.executable,
-        "-c",
-        "import sys; from qwen_scope_lens.cli import main; sys.exit(main())",
-    ]
-    command += ["convert", "official-to-saelens", "local/big", "--out", str(out)]
-    environment = os.environ | {"QWEN_SCOPE_HOME": str(home)}
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    words = ["convert", "official-to-saelens", "local/big", "--out", str(out)]
+    environment = {"QWEN_SCOPE_HOME": str(home)}
+    fork = command(words, env=environment)
     root = out / "big"
-    deadline = time.monotonic() + 120
     while not (root / ".layer1.partial" / "sae_weights.safetensors").exists():
-        assert process.poll() is None, "it finished before it could be killed"
-        assert time.monotonic() < deadline
+        assert fork.process.is_alive(), "it finished before it could be killed"
         time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    fork.kill()
+    assert fork.wait() == -signal.SIGKILL
     assert sorted(path.name for path in root.glob("layer*")) == ["layer0"]
     stamp = (root / "layer0" / "cfg.json").stat().st_mtime_ns
-    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=120)
+    assert command(words, env=environment).wait() == 0
     assert sorted(path.name for path in root.iterdir()) == [
         ".lock",
         "config.json",
@@ -172,31 +163,25 @@ def test_killed_in_the_middle_nothing_half_is_visible_and_it_goes_on(
         "layer2",
     ]
     assert (root / "layer0" / "cfg.json").stat().st_mtime_ns == stamp
-    for layer in range(3):
+    for layer, weights in enumerate(layers):
         stored = load_file(root / f"layer{layer}" / "sae_weights.safetensors")
-        assert torch.equal(
-            stored["W_dec"], planted.tensors(seed=layer, d_model=1024, d_sae=16384)["W_dec"].T
-        )
+        assert torch.equal(stored["W_dec"], weights["W_dec"].T)
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("home")
-def test_full_disk_leaves_nothing_and_says_so(out: Path) -> None:
+def test_full_disk_leaves_nothing_and_says_so(out: Path, tmp_path: Path) -> None:
     """The kernel refuses to let the file grow, as it does on a full disk."""
-    code = (
-        "import resource, signal, sys\n"
-        "from qwen_scope_lens.cli import main\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
-        f"sys.exit(main(['convert', 'official-to-saelens', 'local/mine', '--out', {str(out)!r}]))"
-    )
+
+    def with_small_files() -> int:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+        return main(["convert", "official-to-saelens", "local/mine", "--out", str(out)])
+
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 20_000
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120
-    )
-    assert result.returncode == 1
-    assert "cannot write" in result.stderr
-    assert "make room" in result.stderr
+    log = tmp_path / "log"
+    assert Fork(with_small_files, log).wait() == 1
+    assert "cannot write" in log.read_text()
+    assert "make room" in log.read_text()
     assert [path.name for path in (out / "mine").iterdir()] == [".lock"]
 
 
@@ -266,7 +251,9 @@ def test_openinterp_takes_the_publishers_other_group_and_no_others(out: Path) ->
 
 
 @pytest.mark.usefixtures("home")
-def test_round_trip_official_saelens_official_is_bit_exact(home: Path, out: Path) -> None:
+def test_round_trip_official_saelens_official_is_bit_exact(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for folder in official_to_saelens.convert("local/mine", out, progress=False):
         saelens_to_official.convert(folder, out / "back", num_layers=planted.NUM_LAYERS)
     for layer in range(planted.NUM_LAYERS):
@@ -276,7 +263,7 @@ def test_round_trip_official_saelens_official_is_bit_exact(home: Path, out: Path
             assert torch.equal(again[name], tensor)
             assert again[name].is_contiguous()
     assert json.loads((out / "back" / "config.json").read_text()) == planted.settings()
-    os.environ["QWEN_SCOPE_HOME"] = str(out)
+    monkeypatch.setenv("QWEN_SCOPE_HOME", str(out))
     assert torch.equal(qsl.load_sae("local/back/2").b_dec, planted.tensors(seed=2)["b_dec"])
 
 

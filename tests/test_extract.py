@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from feature_stores import GROUP, LAYER
+from forks import forked
 from tiny_models import before_each_run
 
 import qwen_scope_lens as qsl
@@ -102,17 +103,6 @@ def test_labels_and_manifest(store: FeatureStore) -> None:
 
 
 # Killed, stopped, damaged.
-
-
-def forked(work: Callable[[], Any], after: float | None = None) -> int:
-    """Run `work` in a fork of this process and, if asked to, kill -9 it; the exit code."""
-    process = multiprocessing.get_context("fork").Process(target=work)
-    process.start()
-    if after is not None:
-        time.sleep(after)
-        os.kill(process.pid or 0, signal.SIGKILL)
-    process.join()
-    return int(process.exitcode or 0)
 
 
 SMALL: dict[str, Any] = {"rows": ROWS[:3], "shard_docs": 2, "max_tokens": 12, "layers": [2]}

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import planted
 import pytest
 import torch
+from forks import Fork, forget
 from sae_lens import SAE
 from sae_lens.loading import pretrained_sae_loaders as upstream
 from sae_lens.loading.pretrained_saes_directory import (
@@ -65,17 +65,19 @@ def snapshot() -> tuple[dict[str, Any], ...]:
     )
 
 
-@pytest.mark.slow
-def test_importing_changes_nothing() -> None:
-    code = (
-        "import sae_lens.loading.pretrained_sae_loaders as u, sae_lens.registry as r\n"
-        "from sae_lens.loading import pretrained_saes_directory as p\n"
-        "d = p.get_pretrained_saes_directory\n"
-        "before = dict(u.NAMED_PRETRAINED_SAE_LOADERS), dict(d()), dict(r.SAE_CLASS_REGISTRY)\n"
-        "import qwen_scope_lens as qsl; qsl.load_sae, qsl.install, qsl.verify\n"
-        "assert before == (u.NAMED_PRETRAINED_SAE_LOADERS, d(), r.SAE_CLASS_REGISTRY)\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+def test_importing_changes_nothing(tmp_path: Path) -> None:
+    def import_again() -> None:
+        qsl.uninstall()
+        before = snapshot()
+        forget("qwen_scope_lens")
+        fresh = importlib.import_module("qwen_scope_lens")
+        assert fresh is not qsl
+        assert callable(fresh.load_sae)
+        assert callable(fresh.install)
+        assert callable(fresh.verify)
+        assert snapshot() == before
+
+    assert Fork(import_again, tmp_path / "log").wait() == 0, (tmp_path / "log").read_text()
 
 
 def test_install_is_idempotent_and_uninstall_puts_everything_back() -> None:

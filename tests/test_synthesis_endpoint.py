@@ -7,11 +7,8 @@ import errno
 import gzip
 import json
 import logging
-import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 import traceback
 from collections import Counter
@@ -23,6 +20,7 @@ from urllib.parse import quote
 
 import pytest
 from endpoint_server import Call, Server, answer
+from forks import Fork
 
 from qwen_scope_lens.address import FeatureRef
 from qwen_scope_lens.errors import BadFile, BadPlan, CannotWrite, GeneratorFailed
@@ -680,36 +678,29 @@ def test_a_full_disk_leaves_whole_lines(tmp_path: Path, monkeypatch: pytest.Monk
         assert [ledger.measured(key) for key in "abc"] == [1, None, 3]
 
 
-ASK = """
-import sys
-from pathlib import Path
-from qwen_scope_lens.writers import Endpoint
-from qwen_scope_lens.writers import Request
-from qwen_scope_lens.writers import Ledger
-requests = [Request((("user", f"question {i}"),), "prompt") for i in range(40)]
-with Ledger.open(Path(sys.argv[1])) as ledger:
-    found = ledger.ask(Endpoint(sys.argv[2], "writer", concurrency=3), requests)
-    print(sum(one is not None for one in found), ledger.spent.maybe_charged)
-"""
-
-
 def test_killed_anywhere_it_goes_on(tmp_path: Path) -> None:
     """kill -9 twice: what was kept is not asked again; what was in flight is counted."""
 
     def behave(call: Call) -> Any:
         time.sleep(0.02)
         if call.number in kills:
-            os.kill(running[0].pid, signal.SIGKILL)
+            running[0].kill()
         return echo(call)
 
+    def ask() -> None:
+        requests = [Request((("user", f"question {i}"),), "prompt") for i in range(40)]
+        with Ledger.open(tmp_path / "ledger") as ledger:
+            found = ledger.ask(Endpoint(server.url, "writer", concurrency=3), requests)
+            print(sum(one is not None for one in found), ledger.spent.maybe_charged)
+
     kills = {13, 31}
-    running: list[subprocess.Popen[str]] = []
+    running: list[Fork] = []
     with Server(behave) as server:
-        for _ in range(3):
-            command = [sys.executable, "-c", ASK, str(tmp_path), server.url]
-            running[:] = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True)]
-            out, _ = running[0].communicate(timeout=60)
-        answered, maybe_charged = map(int, out.split())
+        for turn in range(3):
+            running[:] = [Fork(ask, tmp_path / f"log{turn}")]
+            code = running[0].wait()
+            assert code == (0 if turn == 2 else -signal.SIGKILL)
+        answered, maybe_charged = map(int, (tmp_path / "log2").read_text().split())
         asked = Counter(call.key for call in server.calls)
     assert answered == len(asked) == 40
     again = sum(asked.values()) - 40

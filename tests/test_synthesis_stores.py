@@ -7,10 +7,7 @@ and what is made of their answers is real.
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from endpoint_server import Call, Server, answer
+from forks import Fork, command
 
 import qwen_scope_lens as qsl
 from qwen_scope_lens.address import FeatureRef
@@ -497,21 +495,17 @@ def test_killed_it_continues_and_pays_for_nothing_twice(
                 str(folder / "targets.json"),
             ]
         )
-    running: list[subprocess.Popen[bytes]] = []
+    running: list[Fork] = []
 
     def behave(call: Call) -> Any:
         if call.number == 15:
-            os.kill(running[0].pid, signal.SIGKILL)
+            running[0].kill()
         return write_chinese(chinese)(Call(0, call.path, call.headers, call.body, None))
 
     with Server(behave) as server:
         out = tmp_path / "killed.jsonl"
-        code = "import sys; from qwen_scope_lens.cli import main; sys.exit(main(sys.argv[1:]))"
-        command = [sys.executable, "-c", code, *run_words(folder, out, server)]
-        running.append(
-            subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        )
-        assert running[0].wait(timeout=300) == -signal.SIGKILL
+        running.append(command(run_words(folder, out, server)))
+        assert running[0].wait() == -signal.SIGKILL
         main(run_words(folder, out, server))
         asked = Counter(call.key for call in server.calls)
         main(run_words(folder, tmp_path / "whole.jsonl", server))

@@ -1,4 +1,4 @@
-"""The Triton kernels against plain PyTorch, in Triton's interpreter, in a process of its own.
+"""The Triton kernels against plain PyTorch, in Triton's interpreter, in a fresh process.
 
 `TRITON_INTERPRET` is read when the kernels are defined, and other tests have imported them by now.
 """
@@ -84,9 +84,8 @@ assert kernels.decode(values[:0], indices[:0], rows).shape == (0, 700)
 """
 
 
-@pytest.mark.parametrize("name", ["CANDIDATES", "ENCODE", "DECODE"])
-def test_in_the_interpreter(name: str) -> None:
-    script = COMMON + globals()[name]
+def test_in_the_interpreter() -> None:
+    script = COMMON + CANDIDATES + ENCODE + DECODE
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", script],
         env={**os.environ, "TRITON_INTERPRET": "1"},

@@ -1,43 +1,45 @@
-"""Both trainers on two processes, started as accelerate starts them, on CPUs."""
+"""Both trainers on two processes, with the variables that accelerate's launcher sets, on CPUs."""
 
 from __future__ import annotations
 
 import json
-import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import two_processes
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from forks import Fork
 
 pytestmark = pytest.mark.slow
 
-SCRIPT = Path(__file__).with_name("two_processes.py")
-
 
 def run(what: str, out: Path, processes: int) -> list[dict[str, Any]]:
-    """What each process of a run printed."""
+    """What each process of a run found."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    launch = [
-        "-m",
-        "torch.distributed.run",
-        f"--nproc-per-node={processes}",
-        f"--master-port={port}",
+
+    def work(rank: int) -> None:
+        for state in (AcceleratorState, GradientState, PartialState):
+            state._shared_state.clear()  # of trainers that earlier tests ran in this process
+        (out / f"{what}-{rank}.json").write_text(json.dumps(two_processes.found(what, out)))
+
+    def launched(rank: int) -> dict[str, str]:
+        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_PORT": port}
+        one = {name: str(value) for name, value in names.items()}
+        return {**one, "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
+
+    ranks = range(processes)
+    logs = [out / f"{what}-{rank}.log" for rank in ranks]
+    forks = [
+        Fork(lambda rank=rank: work(rank), logs[rank], launched(rank) if processes > 1 else {})  # type: ignore[misc]
+        for rank in ranks
     ]
-    path = os.pathsep.join([str(SCRIPT.parent), str(SCRIPT.parent.parent)])
-    done = subprocess.run(
-        [sys.executable, *(launch if processes > 1 else []), str(SCRIPT), what, str(out)],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads((out / f"{what}-{rank}.json").read_text()) for rank in range(processes)]
+    for fork, log in zip(forks, logs, strict=True):
+        assert fork.wait() == 0, log.read_text()[-3000:]
+    return [json.loads((out / f"{what}-{rank}.json").read_text()) for rank in ranks]
 
 
 def test_sasft_on_two_processes(tmp_path: Path) -> None:

@@ -1,13 +1,10 @@
-"""One rank of a data-parallel run, started by test_training_parallel.py; prints what it did."""
+"""What one process of a data-parallel run does; test_training_parallel.py starts them."""
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
 from training_data import GROUP, examples, losses, mini, settings, table
 
@@ -57,9 +54,6 @@ def grpo(folder: Path) -> dict[str, Any]:
     return {"steered": run._steered_rows(2)}
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    what, out = sys.argv[1], Path(sys.argv[2])
-    found = grpo(out / "grpo") if what == "grpo" else sasft(out / what, int(what))
-    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-    (out / f"{what}-{rank}.json").write_text(json.dumps(found))
+def found(what: str, out: Path) -> dict[str, Any]:
+    """`what` is `grpo`, or SASFT's batch size per process."""
+    return grpo(out / "grpo") if what == "grpo" else sasft(out / what, int(what))
