@@ -146,11 +146,11 @@ def test_a_perfect_feature_survives_the_file(tmp_path: Path) -> None:
 
 
 def test_the_table_names_features_and_controls(store: FeatureStore) -> None:
-    text = rank(store, "zh", label="lang").table()
+    text = str(rank(store, "zh", label="lang").table())
     assert f"mini-qwen3/w1k-l0-16/5/{PLANT}" in text
     assert "shuffled labels" in text
     assert "random features" in text
-    empty = rank(store, np.arange(30), layer=2).table()
+    empty = str(rank(store, np.arange(30), layer=2).table())
     assert "no feature tells the groups apart" in empty
 
 
