@@ -36,16 +36,16 @@ MEANING = {
     "stronger": "as often, but stronger",
     "weaker": "as often, but weaker",
 }
-SHORT_COLUMNS = tuple("layer,overlap,cosine,L0 before,L0 after,FVU before,FVU after".split(","))
-LAYER_COLUMNS = (
-    "layer",
-    "overlap of active sets",
-    "cosine of codes",
-    "L0 before",
-    "L0 after",
-    "FVU before",
-    "FVU after",
-)
+COLUMNS = {
+    "layer": "layer",
+    "overlap": "overlap of active sets",
+    "cosine": "cosine of codes",
+    "L0 before": "L0 before",
+    "L0 after": "L0 after",
+    "FVU before": "FVU before",
+    "FVU after": "FVU after",
+}
+"""What the table says of a layer -> the words for it on the page."""
 
 
 @dataclass(frozen=True)
@@ -124,11 +124,9 @@ class Drift(View):
             for layer, one in self.layers.items()
         ][:most]
         return Table.of(
-            [*SHORT_COLUMNS, *KINDS[:6], "pairs"],
+            [*COLUMNS, *KINDS[:6], "pairs"],
             rows,
-            above=(
-                f"{self.base} -> {self.tuned}: {self.n_docs:,} documents, q <= {self.fdr:g}",
-            ),
+            above=(f"{self.base} -> {self.tuned}: {self.n_docs:,} documents, q <= {self.fdr:g}",),
             more=len(self.layers) - len(rows),
             formats={"L0 before": ".1f", "L0 after": ".1f"},
         )
@@ -276,7 +274,7 @@ def drift_page(found: Drift, labels: dict[str, str] | None = None, link: str | N
         f" documents), at a false-discovery rate of {found.fdr:g} over all features of all layers."
     )
     page.heading("Layer by layer")
-    page.table([*LAYER_COLUMNS, *KINDS[:6], "pairs changed"], found.table().rows)
+    page.table([*COLUMNS.values(), *KINDS[:6], "pairs changed"], found.table().rows)
     page.text("; ".join(f"{kind}: {words}" for kind, words in MEANING.items()) + ".", quiet=True)
     page.figure(
         chart(_by_layer(found)),

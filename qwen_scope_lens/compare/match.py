@@ -93,10 +93,7 @@ class Matching(View):
         pairs = order[:most].tolist()
         return Table.of(
             ("A", "B", "score"),
-            [
-                (f"{self.a}/{f}", f"{self.b}/{self.nearest[f]}", float(self.score[f]))
-                for f in pairs
-            ],
+            [(f"{self.a}/{f}", f"{self.b}/{self.nearest[f]}", float(self.score[f])) for f in pairs],
             above=_figures(self),
             more=len(order) - len(pairs),
         )

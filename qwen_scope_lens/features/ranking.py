@@ -123,7 +123,9 @@ class Ranking(View):
             for one in self.baselines
             if one.mean_auroc is not None
         ]
-        probes = [(f"{one.name}, {one.on}", None, one.auroc, None, one.layer) for one in self.probes]
+        probes = [
+            (f"{one.name}, {one.on}", None, one.auroc, None, one.layer) for one in self.probes
+        ]
         columns = ["held-out AUROC", "features", "mean", "highest", "layer"]
         return Table.of(columns, [*features, *probes])
 
