@@ -60,8 +60,13 @@ def test_plain_keeps_nested_data() -> None:
     assert plain({"a": (1, np.float64("nan")), 2: Table.of(["c"], [])}) == {
         "a": [1, None],
         "2": {
-            **{"columns": ["c"], "rows": [], "above": [], "below": []},
-            **{"more": 0, "formats": {}, "heat": []},
+            "columns": ["c"],
+            "rows": [],
+            "above": [],
+            "below": [],
+            "more": 0,
+            "formats": {},
+            "heat": [],
         },
     }
 

@@ -236,20 +236,24 @@ class Reading(View):
         Pieces that do not count have no shade.
         """
         counts = set(self.counted(layer))
-        found = []
-        for one in self.strongest(layer, top=top):
-            pieces = [
-                Shaded(
-                    piece.text,
-                    value / one.value if counts.intersection(self.tokens_of(i)) else None,
-                    ", ".join([f"{value:.4g}", *self.notes(i, layer)]),
-                )
-                for i, (piece, value) in enumerate(
-                    zip(self.pieces, self.track(one.ref), strict=True)
-                )
-            ]
-            found.append((one, pieces))
-        return found
+        left_out = [counts.isdisjoint(self.tokens_of(i)) for i in range(len(self.pieces))]
+        notes = [self.notes(i, layer) for i in range(len(self.pieces))]
+        return [
+            (
+                one,
+                [
+                    Shaded(
+                        piece.text,
+                        None if out else value / one.value,
+                        ", ".join([f"{value:.4g}", *note]),
+                    )
+                    for piece, value, out, note in zip(
+                        self.pieces, self.track(one.ref), left_out, notes, strict=True
+                    )
+                ],
+            )
+            for one in self.strongest(layer, top=top)
+        ]
 
     def _repr_html_(self) -> str:
         heat = [shaded_html(self._named_heat(layer, TOP)) for layer in self.layers]

@@ -154,8 +154,10 @@ class FeatureStatistics(View):
             ),
             more=self.d_sae - len(chosen),
             formats={
-                **{"share of tokens": ".3%", "of documents": ".1%"},
-                **dict.fromkeys(("mean", "maximum"), ".3g"),
+                "share of tokens": ".3%",
+                "of documents": ".1%",
+                "mean": ".3g",
+                "maximum": ".3g",
             },
             heat=("share of tokens", "of documents"),
         )
