@@ -183,7 +183,8 @@ def shaded_html(rows: Iterable[tuple[str, Sequence[Shaded]]]) -> str:
     for name, pieces in rows:
         spans = "".join(
             f'<span{_shade(piece.share)} title="{html.escape(piece.hint)}">'
-            f"{html.escape(piece.text)}</span>"
+            + html.escape(piece.text).replace("\n", "↵\n")  # a line break can be seen, too
+            + "</span>"
             for piece in pieces
         )
         parts.append(
@@ -253,4 +254,5 @@ def _shown(cell: Any, how: str = "") -> str:
         return format(cell, how or (",.3f" if cell == 0 or abs(cell) >= 0.001 else ".3g"))
     if isinstance(cell, int) and not isinstance(cell, bool):
         return f"{cell:,}"
-    return html.escape(str(cell))
+    text = str(cell)
+    return html.escape(text if text.strip() else text.encode("unicode_escape").decode())

@@ -166,7 +166,8 @@ def read_layers(
     ids = tuple(found.token_ids.tolist())
     pieces = tuple(vocabulary.pieces(ids))
     tokenizer = find_tokenizer(model, options.get("tokenizer"))
-    special = set(tokenizer.all_special_ids)
+    added = tokenizer.added_tokens_decoder.items()
+    special = {*tokenizer.all_special_ids, *(int(n) for n, token in added if token.special)}
     name = describe(model)
     return Reading(
         text=found.texts[0] or "".join(piece.text for piece in pieces),

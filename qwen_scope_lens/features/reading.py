@@ -140,6 +140,11 @@ class Reading(View):
 
     # As tables.
 
+    @property
+    def _heat_columns(self) -> tuple[str, ...]:
+        """Activations of one layer are on one scale; those of several layers are not."""
+        return ("activation",) if len(self.layers) == 1 else ()
+
     def table(self, most: int | None = None) -> Table:
         """The strongest features of the text; with `most` so many per layer."""
         found = [one for layer in self.layers for one in self.strongest(layer, top=most)]
@@ -164,7 +169,7 @@ class Reading(View):
             above=tuple(self.said()),
             more=every - len(found),
             formats={"activation": ".4g"},
-            heat=("activation",),
+            heat=self._heat_columns,
         )
 
     def tokens(self, top: int | None = TOP_OF_TOKEN) -> Table:
@@ -178,7 +183,7 @@ class Reading(View):
                     where = (at.start, piece.text, note, layer)
                     rows.append((*where, one.ref.feature, one.value, one.label))
         columns = ("position", "token", "note", "layer", "feature", "activation", "label")
-        return Table.of(columns, rows, formats={"activation": ".4g"}, heat=("activation",))
+        return Table.of(columns, rows, formats={"activation": ".4g"}, heat=self._heat_columns)
 
     def by_token(self, top: int = TOP_OF_TOKEN) -> Table:
         """One row per token, with the strongest features of each layer and their activations."""
