@@ -191,7 +191,7 @@ def _saes(
     if isinstance(sae, (str, LayerRef)):
         return saes_named(sae, layers), {}
     found: dict[LayerRef, ScopeSAE] = {}
-    for one in [sae] if isinstance(sae, ScopeSAE) else list(sae):
+    for one in [sae] if isinstance(sae, nn.Module) else list(sae):
         if not isinstance(one, ScopeSAE) or one.cfg.metadata.qwen_scope_ref is None:
             raise UnknownName(
                 f"a {type(one).__name__} does not say which SAE it is: expected SAEs as load_sae()"
