@@ -148,8 +148,8 @@ def test_the_command_prints_versioned_json_and_a_page(
     reading: qsl.Reading, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     page = tmp_path / "page.html"
-    words = ["read", TEXT, "A file.", "--layers", "2,6", "--top", "2", "--out", str(page)]
-    assert main([*words, "--json"]) == 0
+    words = ["read", TEXT, "A file." * 30, "--layers", "2,6", "--top", "2", "--out", str(page)]
+    assert main([*words, "--json", "--max-tokens", "60"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["format"], found["version"]) == ("qwen-scope-reading", 1)
     assert (found["model"], found["sae"], found["layers"]) == ("mini-qwen3", GROUP, [2, 6])
@@ -159,7 +159,8 @@ def test_the_command_prints_versioned_json_and_a_page(
     ]
     assert first["tokens"][0]["first"]
     assert sum(len(token["token_ids"]) for token in first["tokens"]) == len(reading.token_ids)
-    assert found["texts"][1]["text"] == "A file."
+    assert [text["truncated"] for text in found["texts"]] == [False, True]
+    assert "the first 60 tokens; the text is longer" in page.read_text("utf-8")
     assert page.read_text("utf-8").count("Token by token") == 2
 
 

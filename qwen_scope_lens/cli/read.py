@@ -53,6 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_layers(parser, "such as 12,20 or 0-7; default: the middle one of the group")
     parser.add_argument("--labels", type=Path, help="JSON lines: address, text, score, provenance")
     parser.add_argument("--top", type=count, default=5, help="features per layer (%(default)s)")
+    parser.add_argument(
+        "--max-tokens", type=count, help="per text; default: the model's context. The rest is cut"
+    )
     add_reader_tokens(parser)
     add_sae_files(parser)
     plans.add_allowance(parser)
@@ -93,6 +96,8 @@ def run(arguments: argparse.Namespace) -> int:
             sae_folder=arguments.sae_folder,
             device=arguments.device,
             allow_other_model=arguments.allow_other_model,
+            max_tokens=arguments.max_tokens,
+            truncate=True,
         )
     found = []
     for reading in readings:

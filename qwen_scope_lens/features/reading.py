@@ -203,9 +203,12 @@ class Reading(View):
     def said(self) -> list[str]:
         """Which text, model and SAEs this is, and which tokens are special or do not count."""
         plural = "s" * (len(self.layers) > 1)
+        length = f"{len(self.token_ids):,} tokens"
+        if self.truncated:
+            length = f"the first {length}; the text is longer"
         lines = [
             f"{self.group} on {self.model}, layer{plural} {', '.join(map(str, self.layers))}:"
-            f" {len(self.token_ids):,} tokens{', cut off after them' if self.truncated else ''}"
+            f" {length}"
         ]
         unusual = [f"the first token, {self._where(FIRST)}"]
         if where := self._where(EXTREME):
