@@ -22,6 +22,9 @@ from .classify.estimator import FeatureRuleClassifier as FeatureRuleClassifier
 from .errors import ScopeError as ScopeError
 from .features.rank import rank as rank
 from .features.ranking import Ranking as Ranking
+from .features.read import read as read
+from .features.read import read_all as read_all
+from .features.reading import Reading as Reading
 from .features.statistics import FeatureStatistics as FeatureStatistics
 from .features.statistics import statistics as statistics
 from .labels.packs import Label as Label

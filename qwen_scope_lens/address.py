@@ -6,12 +6,13 @@ The groups themselves are listed in `catalog.py`.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from qwen_scope_lens.catalog import Group, find_group, is_known
 from qwen_scope_lens.errors import LayerOutOfRange, UnknownName
 
-__all__ = ["FeatureRef", "LayerRef"]
+__all__ = ["FeatureRef", "LayerRef", "saes_named"]
 
 
 @dataclass(frozen=True, order=True)
@@ -92,6 +93,33 @@ class FeatureRef:
 
     def __str__(self) -> str:
         return f"{self.group}/{self.layer}/{self.feature}"
+
+
+def saes_named(
+    name: str | LayerRef, layers: Iterable[int] | int | None = None
+) -> tuple[LayerRef, ...]:
+    """The SAEs that a group's name and some layers stand for, or the address of one SAE.
+
+    Without layers, a group stands for its middle layer.
+    """
+    chosen = [layers] if isinstance(layers, int) else None if layers is None else list(layers)
+    try:
+        row = find_group(str(name))
+    except UnknownName:
+        if not isinstance(name, LayerRef) and not str(name).rpartition("/")[2].isdecimal():
+            raise
+        ref = LayerRef.parse(name)
+        if chosen not in (None, [ref.layer]):
+            raise LayerOutOfRange(
+                f"{ref} is the SAE of layer {ref.layer}, and layers {chosen} were asked for: give"
+                f" the group, {ref.group}, with these layers"
+            ) from None
+        return (ref,)
+    if chosen is None:
+        chosen = [row.layers[len(row.layers) // 2]]
+    if not chosen:
+        raise UnknownName("no layer is chosen: choose one or more")
+    return tuple(LayerRef(row.short, layer) for layer in sorted(set(chosen)))
 
 
 def _whole(number: object, what: str) -> int:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import html
 import io
+import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,16 @@ from typing import Any
 from qwen_scope_lens.errors import BadText
 from qwen_scope_lens.files import whole_file
 
-__all__ = ["Link", "Page", "chart", "save_chart", "table_html"]
+__all__ = [
+    "Link",
+    "Page",
+    "Shaded",
+    "chart",
+    "lines_html",
+    "save_chart",
+    "shaded_html",
+    "table_html",
+]
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --quiet: #777; --mark: #4a7ebb33; }
@@ -52,6 +62,16 @@ class Link:
             )
 
 
+@dataclass(frozen=True)
+class Shaded:
+    """A piece of a text on a background as strong as `share` (0 to 1). None: it is not counted, and
+    shown in grey. `hint` appears where the pointer rests."""
+
+    text: str
+    share: float | None
+    hint: str = ""
+
+
 class Page:
     """One report. Add its parts from the top down, then write the file with `save`."""
 
@@ -71,9 +91,19 @@ class Page:
         """Add a text with its line breaks and spaces as they are."""
         return self._add(f'<pre dir="auto">{html.escape(text)}</pre>')
 
-    def table(self, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Page:
+    def table(
+        self,
+        columns: Sequence[str],
+        rows: Iterable[Sequence[Any]],
+        formats: Mapping[str, str] | None = None,
+        heat: Sequence[str] = (),
+    ) -> Page:
         """Add a table: numbers to the right, floats with three decimals, None as a dash."""
-        return self._add(table_html(columns, rows))
+        return self._add(table_html(columns, rows, formats, heat))
+
+    def shaded(self, rows: Iterable[tuple[str, Sequence[Shaded]]]) -> Page:
+        """Add texts whose pieces are shaded, each with a name before it."""
+        return self._add(shaded_html(rows))
 
     def figure(self, svg: str, caption: str = "") -> Page:
         """Add a picture made by `chart`."""
@@ -103,26 +133,74 @@ class Page:
         return self
 
 
-def table_html(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A table as HTML, with every text escaped."""
-    body = [[(_shown(cell), isinstance(cell, (int, float))) for cell in row] for row in rows]
+def table_html(
+    columns: Sequence[str],
+    rows: Iterable[Sequence[Any]],
+    formats: Mapping[str, str] | None = None,
+    heat: Sequence[str] = (),
+) -> str:
+    """A table as HTML, with every text escaped.
+
+    `formats` are those of the floats of some columns. The numbers of the columns `heat` are shaded,
+    all on one scale from 0 to the largest of them.
+    """
+    how = [(formats or {}).get(name, "") for name in columns]
+    body = [list(row) for row in rows]
     right = [
-        bool(body) and all(row[i][1] or row[i][0] == "–" for row in body)
+        bool(body)
+        and all(row[i] in (None, "–") or isinstance(row[i], (int, float)) for row in body)
         for i in range(len(columns))
     ]
+    hot = [name in heat for name in columns]
+    found = [cell for row in body for cell, is_hot in zip(row, hot, strict=True) if is_hot and cell]
+    most = max((cell for cell in found if math.isfinite(cell)), default=0.0)
     kinds = [' class="number"' if number else ' dir="auto"' for number in right]
     head = "".join(
         f"<th{kind}>{html.escape(name)}</th>" for kind, name in zip(kinds, columns, strict=True)
     )
-    lines = (
-        "".join(f"<td{kind}>{cell}</td>" for kind, (cell, _) in zip(kinds, row, strict=True))
-        for row in body
-    )
+
+    def cell_html(cell: Any, i: int) -> str:
+        style = _shade(cell / most) if hot[i] and most and cell is not None else ""
+        return f"<td{kinds[i]}{style}>{_shown(cell, how[i])}</td>"
+
+    lines = ("".join(cell_html(cell, i) for i, cell in enumerate(row)) for row in body)
     inside = "\n".join(f"<tr>{line}</tr>" for line in lines)
     return (
         f'<div class="wide"><table><thead><tr>{head}</tr></thead>'
         f"<tbody>\n{inside}\n</tbody></table></div>"
     )
+
+
+def lines_html(lines: Sequence[str]) -> str:
+    """Lines of text as they are, aligned columns included; nothing for no line."""
+    text = "\n".join(lines).strip("\n")
+    return f"<pre>{html.escape(text)}</pre>" if text else ""
+
+
+def shaded_html(rows: Iterable[tuple[str, Sequence[Shaded]]]) -> str:
+    """A heat map of texts: under each name a text whose pieces are shaded."""
+    parts = []
+    for name, pieces in rows:
+        spans = "".join(
+            f'<span{_shade(piece.share)} title="{html.escape(piece.hint)}">'
+            + html.escape(piece.text).replace("\n", "↵\n")  # a line break can be seen, too
+            + "</span>"
+            for piece in pieces
+        )
+        parts.append(
+            f"<div dir='auto' style='unicode-bidi:isolate;opacity:.75'>{html.escape(name)}</div>"
+            "<div dir='auto' style='unicode-bidi:isolate;white-space:pre-wrap;margin:0 0 .7em'>"
+            f"{spans}</div>"
+        )
+    return "".join(parts)
+
+
+def _shade(share: float | None) -> str:
+    """The style of a background that suits light and dark screens."""
+    if share is None:
+        return ' style="opacity:.45"'
+    strength = 0.75 * min(1.0, max(0.0, share)) if math.isfinite(share) else 0.0
+    return f' style="background:rgba(240,130,30,{strength:.2f})"' if strength else ""
 
 
 def chart(draw: Callable[[Any], None], width: float = 7.0, height: float = 3.6) -> str:
@@ -166,14 +244,15 @@ def _drawn(draw: Callable[[Any], None], width: float, height: float) -> io.Bytes
     return out
 
 
-def _shown(cell: Any) -> str:
+def _shown(cell: Any, how: str = "") -> str:
     """A cell as HTML."""
     if isinstance(cell, Link):
         return f'<a href="{html.escape(cell.target)}">{html.escape(cell.text)}</a>'
-    if cell is None:
+    if cell is None or (isinstance(cell, float) and math.isnan(cell)):
         return "–"
     if isinstance(cell, float):
-        return f"{cell:,.3f}"
+        return format(cell, how or (",.3f" if cell == 0 or abs(cell) >= 0.001 else ".3g"))
     if isinstance(cell, int) and not isinstance(cell, bool):
         return f"{cell:,}"
-    return html.escape(str(cell))
+    text = str(cell)
+    return html.escape(text if text.strip() else text.encode("unicode_escape").decode())

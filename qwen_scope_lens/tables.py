@@ -2,6 +2,8 @@
 
 What the numbers mean is the business of the room that made them; here is only how a table is shown.
 Text for terminals has no control characters, so a label from elsewhere cannot move the cursor.
+Whatever has a table inherits `View`: it then prints short, shows as HTML in notebooks, and turns
+into a pandas frame.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import math
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,21 +23,28 @@ from qwen_scope_lens.files import whole_file
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Table", "plain", "printable", "shown", "width_of"]
+__all__ = ["Table", "View", "plain", "printable", "shown", "width_of"]
 
 MISSING = "–"
+FEW, SOME = 5, 20
+"""How many rows `repr` and a notebook show."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Table:
     """Column names and rows of equal length. Cells are strings, numbers, booleans or None."""
 
     columns: tuple[str, ...]
     rows: tuple[tuple[Any, ...], ...]
+    above: tuple[str, ...] = ()  # lines that text and HTML show before the table, and after it
+    below: tuple[str, ...] = ()
+    more: int = 0  # rows that whoever made the table left out
+    formats: Mapping[str, str] = field(default_factory=dict)  # column -> format of its floats
+    heat: tuple[str, ...] = ()  # columns of numbers that HTML shades, all on one scale from 0
 
     @classmethod
-    def of(cls, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Table:
-        return cls(tuple(columns), tuple(tuple(row) for row in rows))
+    def of(cls, columns: Sequence[str], rows: Iterable[Sequence[Any]], **more: Any) -> Table:
+        return cls(tuple(columns), tuple(tuple(row) for row in rows), **more)
 
     @classmethod
     def of_records(cls, records: Sequence[Mapping[str, Any]]) -> Table:
@@ -54,8 +63,12 @@ class Table:
         right = [
             bool(rows) and all(_is_number(row[i]) for row in rows) for i in range(len(self.columns))
         ]
+        formats = [self.formats.get(name, "") for name in self.columns]
         cells = [[printable(name) for name in self.columns]]
-        cells += [[printable(shown(cell)) for cell in row] for row in rows]
+        cells += [
+            [printable(shown(cell, how)) for cell, how in zip(row, formats, strict=True)]
+            for row in rows
+        ]
         widths = [max(width_of(line[i]) for line in cells) for i in range(len(self.columns))]
         lines = [
             "  ".join(
@@ -64,9 +77,16 @@ class Table:
             ).rstrip()
             for line in cells
         ]
-        if len(self.rows) > len(rows):
-            lines.append(f"... and {len(self.rows) - len(rows):,} more")
-        return "\n".join(lines)
+        if left_out := self.more + len(self.rows) - len(rows):
+            lines.append(f"... and {left_out:,} more")
+        around = [[printable(line) for line in part] for part in (self.above, self.below)]
+        return "\n".join([*around[0], *lines, *around[1]])
+
+    def __str__(self) -> str:
+        return self.text()
+
+    def __repr__(self) -> str:
+        return replace(self, below=()).text(FEW)
 
     def records(self) -> list[dict[str, Any]]:
         """Rows as mappings of what JSON has: numbers that are not finite become None."""
@@ -89,14 +109,39 @@ class Table:
         return pd.DataFrame(self.rows, columns=list(self.columns))
 
     def _repr_html_(self) -> str:
-        """For notebooks."""
-        from qwen_scope_lens.pages import table_html
+        """For notebooks: the first rows, with the lines around them."""
+        from qwen_scope_lens.pages import lines_html, table_html
 
-        return table_html(self.columns, self.rows)
+        table = table_html(self.columns, self.rows[:SOME], self.formats, self.heat)
+        left_out = self.more + max(0, len(self.rows) - SOME)
+        tail = [f"... and {left_out:,} more"] if left_out else []
+        return lines_html(self.above) + table + lines_html([*tail, *self.below])
 
 
-def shown(cell: Any) -> str:
-    """A cell as people read it: floats to three significant places, None as a dash."""
+class View:
+    """What has a table is shown as that table: a few rows by `repr`, more of them in a notebook,
+    and all of them by `to_pandas`. A dataclass that inherits this needs `repr=False`."""
+
+    def table(self, most: int | None = None) -> Table:
+        """The first `most` rows; by default all of them."""
+        raise NotImplementedError
+
+    def to_pandas(self) -> pd.DataFrame:
+        return self.table().to_pandas()
+
+    def __repr__(self) -> str:
+        table = self.table(FEW)
+        return f"{type(self).__name__}{': ' if table.above else chr(10)}{table!r}"
+
+    def _repr_html_(self) -> str:
+        return self.table(SOME)._repr_html_()
+
+
+def shown(cell: Any, how: str = "") -> str:
+    """A cell as people read it: a float with three decimals or in the format `how`, None as a
+    dash."""
+    if how and isinstance(cell, float) and not math.isnan(cell):
+        return format(cell, how)
     if cell is None:
         return MISSING
     if isinstance(cell, bool):

@@ -32,7 +32,7 @@ def bench() -> Workbench:
 
 def strongest(bench: Workbench, text: str, layer: int = 6) -> FeatureRef:
     reading = bench.read(text, [layer])
-    return bench.firings(reading, layer, range(1, len(reading.token_ids)), 1)[0].ref
+    return reading.strongest(layer, range(1, len(reading.token_ids)), 1)[0].ref
 
 
 def test_read_says_what_fires_on_every_token(bench: Workbench) -> None:
@@ -44,12 +44,12 @@ def test_read_says_what_fires_on_every_token(bench: Workbench) -> None:
     residual = qsl.capture(bench.model, [B], [6]).residuals[6]
     dense = qsl.load_sae(f"{GROUP}/6").encode_sparse(residual).to_dense()
     tokens = reading.tokens_of(2)
-    found = bench.firings(reading, 6, tokens, 4)
+    found = reading.strongest(6, tokens, 4)
     expected = dense[list(tokens)].amax(0).topk(4)
     assert [one.ref.feature for one in found] == expected.indices.tolist()
     assert [one.value for one in found] == pytest.approx(expected.values.tolist())
     assert found[0].label == f"label {found[0].ref.feature}"
-    track = bench.track(reading, found[0].ref)
+    track = reading.track(found[0].ref)
     assert max(track) == pytest.approx(float(dense[:, found[0].ref.feature].max()))
     with pytest.raises(BadText, match="type some"):
         bench.read("  ", LAYERS)

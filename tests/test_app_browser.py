@@ -118,7 +118,7 @@ def directly(bench: Workbench, prompt: str, feature: int, strength: str) -> tupl
 
 def strongest(bench: Workbench, text: str) -> int:
     reading = bench.read(text, [LAYER])
-    [found] = bench.firings(reading, LAYER, range(1, len(reading.token_ids)), 1)
+    [found] = reading.strongest(LAYER, range(1, len(reading.token_ids)), 1)
     return found.ref.feature
 
 

@@ -173,6 +173,14 @@ def test_analysis_and_report(suite: Suite, tmp_path: Path) -> None:
     assert found.performance is not None
     assert found.performance.partial is not None
     assert found.rank_check is not None
+    assert len(repr(found)) < 2000
+    assert found.to_pandas()["benchmark"].tolist() == [
+        row.name for row in sorted(found.redundancy, key=lambda row: -row.r_hat.value)
+    ]
+    square = found.overlap_table().to_pandas().set_index("benchmark")
+    assert square.loc["some sums", "sums"] == square.loc["sums", "sums"] == 1.0
+    assert square.loc["sums", "some sums"] == by["sums", "some sums"].overlap.value
+    assert found._repr_html_().count("<table>") == 2
     with pytest.raises(StoreMismatch, match="is one of the pairs"):
         performance(suite.footprints(6), scores, "sums")
     files = save_report(found, tmp_path / "r.html")

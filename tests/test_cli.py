@@ -117,6 +117,10 @@ QUICK = {
     "extract an empty corpus": [
         *("extract", "empty.jsonl", "--sae", MINI, "--layers", "6", "--out", "o")
     ],
+    "read no text": ["read", " "],
+    "read with an unknown SAE": ["read", "text", "--sae", "x"],
+    "read a layer that is not there": ["read", "text", "--layers", "99"],
+    "read with labels that are not there": ["read", "text", "--labels", "none.jsonl"],
     "app with an unknown SAE": ["app", "--sae", "x"],
     "app with a layer that is not there": ["app", "--layers", "99"],
     "app without its extra": ["app"],

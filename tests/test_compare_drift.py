@@ -178,7 +178,8 @@ def test_the_report_escapes_links_and_names(
     site = drift_page(found, link="../site/").render()
     assert 'href="../site/index.html#mini-qwen3/w1k-l0-16/6/10"' in site
     assert html.count("<svg") >= 2
-    assert "appeared" in summary(found)
+    assert "appeared" in str(summary(found))
+    assert found.to_pandas()["layer"].tolist() == list(found.layers)
 
 
 def test_other_texts_and_other_saes_are_refused(
@@ -257,7 +258,9 @@ def test_transfer_orders_own_model_edited_model_and_random_sae(
         assert own[layer].fvu < floor[layer].fvu < 1.2
         assert lost > nothing
         assert own[layer].loss == floor[layer].loss
-    assert "random SAE" in found.table()
+    assert "random SAE" in str(found.table())
+    assert len(found.to_pandas()) == 6
+    assert repr(found).startswith(f"Transfer: {GROUP} on 20 texts\nlayer  model")
 
 
 def test_an_adapter_is_merged_into_the_base_it_names(tmp_path: Path) -> None:

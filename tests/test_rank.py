@@ -146,11 +146,19 @@ def test_a_perfect_feature_survives_the_file(tmp_path: Path) -> None:
 
 
 def test_the_table_names_features_and_controls(store: FeatureStore) -> None:
-    text = rank(store, "zh", label="lang").table()
+    text = str(rank(store, "zh", label="lang").table())
     assert f"mini-qwen3/w1k-l0-16/5/{PLANT}" in text
     assert "shuffled labels" in text
     assert "random features" in text
-    empty = rank(store, np.arange(30), layer=2).table()
+    ranking = rank(store, "zh", label="lang", fdr=1, residuals=None)
+    assert len(ranking.rows) == 50
+    assert repr(ranking).startswith("Ranking: lang = zh against all others")
+    assert repr(ranking).endswith("... and 45 more")
+    assert "... and 47 more" in str(ranking.table(3))
+    frame = ranking.to_pandas()
+    assert frame["held_out_auroc"].tolist() == [row.held_out_auroc for row in ranking.rows]
+    assert ranking._repr_html_().count("<tr>") == 21
+    empty = str(rank(store, np.arange(30), layer=2).table())
     assert "no feature tells the groups apart" in empty
 
 

@@ -94,6 +94,21 @@ def test_to_equality_repr(codes: SparseCodes) -> None:
         hash(codes)
 
 
+def test_codes_as_a_frame_and_in_a_notebook(codes: SparseCodes) -> None:
+    frame = codes.to_pandas()
+    dense = torch.zeros(6, 5)
+    for row in frame.itertuples():
+        dense[row.position, row.feature] += row.activation
+    assert torch.equal(dense, codes.flatten().to_dense())
+    assert len(frame) == int(codes.l0.sum())
+    assert codes.table(1).more == len(frame) - int(codes.flatten().l0[0])
+    html = codes.to(dtype=torch.bfloat16)._repr_html_()
+    assert html.count("<span") == len(frame)
+    assert "rgba(240,130,30,0.75)" in html
+    assert "position 0" not in codes[:0]._repr_html_()
+    assert "SparseCodes([], k=2 of 5, float32)" in codes[0, 0]._repr_html_()
+
+
 def test_empty_batches(codes: SparseCodes) -> None:
     empty = codes[:0]
     assert empty.shape == (0, 3)

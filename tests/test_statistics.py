@@ -70,6 +70,11 @@ def test_counts_are_those_of_the_dense_matrix(planted: Planted, store: FeatureSt
     for f in range(D_SAE):
         expected = np.histogram(x[fires[:, f], f].astype(np.float32), BIN_EDGES)[0]
         assert (found.histogram[f] == expected).all()
+    frame = found.to_pandas().set_index("feature").sort_index()
+    assert (frame["tokens"] == found.token_count).all()
+    assert (frame["of documents"] == found.document_frequency).all()
+    assert repr(found).count("\n") == 8
+    assert found.table(1).rows[0][1] == found.token_count.max()
 
 
 @pytest.mark.parametrize(("block", "shard_docs"), [(1, 16), (13, 1), (37, 7), (1000, 1000)])

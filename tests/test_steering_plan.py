@@ -27,6 +27,18 @@ def test_the_text_form_says_everything() -> None:
     assert Edit.parse(f"{REF}:set:.5e1").strength == 5
 
 
+def test_a_plan_is_shown_as_a_table() -> None:
+    plan = Plan([f"{REF}:add:+2sigma@generation", f"{OTHER}:ablate"]).calibrated({REF: 30})
+    assert repr(plan).splitlines() == [
+        "Plan",
+        "feature                    operation  strength  unit   where       typical",
+        f"{REF}  add              +2  sigma  generation       30",
+        f"{OTHER}   ablate            –  raw    both              –",
+    ]
+    assert plan._repr_html_().count("<tr>") == 3
+    assert plan.to_pandas()["operation"].tolist() == ["add", "ablate"]
+
+
 @pytest.mark.parametrize(
     "text",
     [

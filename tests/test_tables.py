@@ -10,7 +10,7 @@ import pytest
 from scipy import stats as scipy_stats
 
 from qwen_scope_lens import stats
-from qwen_scope_lens.tables import Table, plain, printable, shown
+from qwen_scope_lens.tables import Table, View, plain, printable, shown
 
 TABLE = Table.of(["feature", "rate", "texts"], [("a/b/1/2", 0.25, 1200), ("日本", None, 3)])
 
@@ -48,6 +48,49 @@ def test_rows_of_another_length_are_refused() -> None:
     assert Table.of_records([{"a": 1}, {"b": 2}]).rows == ((1, None), (None, 2))
 
 
+class Squares(View):
+    """Forty numbers and their squares, with words around them."""
+
+    def table(self, most: int | None = None) -> Table:
+        rows = [(f"<b>{n}</b>", n * n / 8) for n in range(40)][:most]
+        return Table.of(
+            ["n", "an eighth of the square"],
+            rows,
+            above=("squares <i>",),
+            below=("these were squares",),
+            more=40 - len(rows),
+            formats={"an eighth of the square": ".1e"},
+            heat=("an eighth of the square",),
+        )
+
+
+def test_a_view_is_short_in_text_longer_in_a_notebook_and_whole_in_pandas() -> None:
+    found = Squares()
+    assert repr(found).splitlines() == [
+        "Squares: squares <i>",
+        "n         an eighth of the square",
+        "<b>0</b>                  0.0e+00",
+        "<b>1</b>                  1.2e-01",
+        "<b>2</b>                  5.0e-01",
+        "<b>3</b>                  1.1e+00",
+        "<b>4</b>                  2.0e+00",
+        "... and 35 more",
+    ]
+    html = found._repr_html_()
+    assert html.count("<tr>") == 21
+    assert "<b>" not in html
+    assert "<i>" not in html
+    assert "these were squares" in html
+    assert "... and 20 more" in html
+    strengths = [float(part[:4]) for part in html.split("rgba(240,130,30,")[1:]]
+    assert strengths == sorted(strengths)
+    assert strengths[-1] == 0.75
+    assert len(found.to_pandas()) == 40
+    text = str(found.table())
+    assert text.endswith("these were squares")
+    assert len(text.splitlines()) == 43
+
+
 @pytest.mark.parametrize(
     ("cell", "text"),
     [(0.5, "0.500"), (1e-7, "1e-07"), (123456.0, "1.23e+05"), (0.0, "0.000"), (True, "yes")],
@@ -59,7 +102,15 @@ def test_cells_as_people_read_them(cell: object, text: str) -> None:
 def test_plain_keeps_nested_data() -> None:
     assert plain({"a": (1, np.float64("nan")), 2: Table.of(["c"], [])}) == {
         "a": [1, None],
-        "2": {"columns": ["c"], "rows": []},
+        "2": {
+            "columns": ["c"],
+            "rows": [],
+            "above": [],
+            "below": [],
+            "more": 0,
+            "formats": {},
+            "heat": [],
+        },
     }
 
 

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from qwen_scope_lens.address import FeatureRef
 from qwen_scope_lens.app.steering_run import Outcome, Step, run_steering
-from qwen_scope_lens.app.workbench import Kept, Reading, Workbench, compare
+from qwen_scope_lens.app.workbench import Kept, Workbench, compare
 from qwen_scope_lens.errors import BadPlan, BadText, ScopeError
 from qwen_scope_lens.extras import require
+from qwen_scope_lens.features.reading import Reading
 from qwen_scope_lens.files import json_text, parse_json
 from qwen_scope_lens.steering.generate import Sampling
 from qwen_scope_lens.steering.plan import FORMAT, MADE_BY, VERSION, Edit, Plan, find_operation
@@ -99,14 +100,13 @@ class Actions:
         progress: gr.Progress = gr.Progress(),  # noqa: B008
     ) -> tuple[Reading, list[tuple[str, None]], Rows]:
         reading = self._bench.read(text, [int(layer) for layer in layers], _told_to(progress))
-        everything = range(len(reading.token_ids))
         plain = [(piece.text, None) for piece in reading.pieces]
-        return reading, plain, self._firings(reading, everything, top)
+        return reading, plain, _firings(reading, None, top)
 
     def on_token(self, reading: Reading | None, top: int, event: gr.SelectData) -> Any:
         if reading is None:  # the server was started again
             return gr.skip()
-        return self._firings(reading, reading.tokens_of(int(event.index)), top)
+        return _firings(reading, reading.tokens_of(int(event.index)), top)
 
     def coloured(self, reading: Reading | None, address: str) -> Any:
         """The text, coloured by one feature's activations."""
@@ -116,18 +116,11 @@ class Actions:
             return gr.skip()
         if reading is None or ref.layer not in reading.codes:
             return gr.skip()
-        track = self._bench.track(reading, ref)
+        track = reading.track(ref)
         most = max(track) or 1.0
         return [
             (piece.text, value / most if value else None)
             for piece, value in zip(reading.pieces, track, strict=True)
-        ]
-
-    def _firings(self, reading: Reading, tokens: Sequence[int], top: int) -> Rows:
-        return [
-            [str(one.ref), round(one.value, 3), one.label]
-            for layer in reading.codes
-            for one in self._bench.firings(reading, layer, tokens, int(top))
         ]
 
     # Compare.
@@ -271,6 +264,14 @@ class Actions:
     def _stop(self, session: str) -> None:
         if event := self._runs.get(session):
             event.set()
+
+
+def _firings(reading: Reading, tokens: Sequence[int] | None, top: int) -> Rows:
+    return [
+        [str(one.ref), round(one.value, 3), one.label]
+        for layer in reading.layers
+        for one in reading.strongest(layer, tokens, int(top))
+    ]
 
 
 def _shown_plan(edits: Edits) -> tuple[Rows, str]:

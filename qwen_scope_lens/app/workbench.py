@@ -21,45 +21,22 @@ import numpy as np
 
 from qwen_scope_lens.address import FeatureRef, LayerRef
 from qwen_scope_lens.catalog import Group
-from qwen_scope_lens.errors import BadText, TooLittleData
+from qwen_scope_lens.errors import TooLittleData
+from qwen_scope_lens.features.read import read_layers
+from qwen_scope_lens.features.reading import Reading
 from qwen_scope_lens.features.token_effects import TokenEffects, token_effects
 from qwen_scope_lens.labels.packs import LabelPack
-from qwen_scope_lens.models.residuals import Capture, capture
-from qwen_scope_lens.models.token_text import Piece, Vocabulary
+from qwen_scope_lens.models.token_text import Vocabulary
 from qwen_scope_lens.models.unembedding import Unembedding, read_unembedding
 from qwen_scope_lens.models.verify import sample_texts
-from qwen_scope_lens.saes.codes import SparseCodes
 from qwen_scope_lens.saes.load import load_sae
 from qwen_scope_lens.saes.sae import ScopeSAE
 from qwen_scope_lens.steering.calibrate import calibrate
 from qwen_scope_lens.steering.plan import Plan
 
-__all__ = ["Difference", "Firing", "Kept", "Reading", "Workbench", "compare"]
+__all__ = ["Difference", "Kept", "Workbench", "compare"]
 
 OnLayer = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class Firing:
-    """One feature on one token, or the strongest of a text."""
-
-    ref: FeatureRef
-    value: float
-    label: str
-
-
-@dataclass(frozen=True)
-class Reading:
-    """A text through the model and some SAEs."""
-
-    token_ids: tuple[int, ...]
-    pieces: tuple[Piece, ...]
-    codes: dict[int, SparseCodes]  # layer -> [n_tokens]
-
-    def tokens_of(self, piece: int) -> range:
-        """The tokens that make up a piece."""
-        start = sum(p.tokens for p in self.pieces[:piece])
-        return range(start, start + self.pieces[piece].tokens)
 
 
 @dataclass(eq=False)
@@ -106,41 +83,18 @@ class Workbench:
 
     def read(self, text: str, layers: Sequence[int], on_layer: OnLayer | None = None) -> Reading:
         """What fires on every token of a text, in every layer of `layers`."""
-        if not text.strip():
-            raise BadText("there is no text to read: type some")
-        if not layers:
-            raise BadText("no layer is chosen: choose one or more")
         with self.lock:
-            found: Capture = capture(self.model, [text], sorted(layers))
-            codes = {}
-            for done, layer in enumerate(sorted(layers)):
-                codes[layer] = self.sae(layer).encode_sparse(found.residuals[layer])
-                if on_layer is not None:
-                    on_layer(done + 1, len(layers))
-        ids = tuple(found.token_ids.tolist())
-        return Reading(ids, tuple(self.vocabulary.pieces(ids)), codes)
-
-    def firings(
-        self, reading: Reading, layer: int, tokens: Sequence[int], top: int
-    ) -> list[Firing]:
-        """The strongest features of a layer over some tokens, each with its largest value."""
-        codes = reading.codes[layer][list(tokens)]
-        best: dict[int, float] = {}
-        active = codes.active
-        for feature, value in zip(
-            codes.indices[active].tolist(), codes.values[active].tolist(), strict=True
-        ):
-            best[feature] = max(value, best.get(feature, 0.0))
-        order = sorted(best, key=lambda feature: (-best[feature], feature))[:top]
-        refs = [self.ref(layer, feature) for feature in order]
-        return [Firing(ref, best[ref.feature], self.labels.text(ref)) for ref in refs]
-
-    def track(self, reading: Reading, ref: FeatureRef) -> list[float]:
-        """What one feature does on every piece of a text. `[n_pieces]`"""
-        codes = reading.codes[ref.layer]
-        mine = (codes.indices.numpy() == ref.feature) & codes.active.numpy()
-        values = np.where(mine, codes.values.numpy(), 0).sum(axis=-1)
-        return [float(values[list(reading.tokens_of(i))].max()) for i in range(len(reading.pieces))]
+            return read_layers(
+                self.model,
+                text,
+                layers,
+                self.sae,
+                group=self.group.short,
+                vocabulary=self.vocabulary,
+                labels=self.labels,
+                all_tokens=True,
+                on_layer=on_layer,
+            )
 
     def effects(self, ref: FeatureRef, count: int = 10) -> TokenEffects:
         """The tokens that a feature promotes and suppresses."""

@@ -38,6 +38,7 @@ from qwen_scope_lens.bench.panel import Agreement, Scores, agreement
 from qwen_scope_lens.bench.suite import Suite
 from qwen_scope_lens.errors import StoreMismatch, TooLittleData
 from qwen_scope_lens.stats import Interval, spearman
+from qwen_scope_lens.tables import Table, View
 
 __all__ = [
     "Analysis",
@@ -48,6 +49,18 @@ __all__ = [
     "performance",
     "rank_check",
 ]
+
+COLUMNS = (
+    "benchmark",
+    "items",
+    "features",
+    "features per item",
+    "AUC",
+    "R-hat",
+    "R-hat at equal size",
+    "items for half of the footprint",
+    "new features per further item",
+)
 
 
 @dataclass(frozen=True)
@@ -81,8 +94,8 @@ class Performance:
     partial: PairCorrelation | None  # with the control held fixed, equation 12
 
 
-@dataclass(frozen=True, eq=False)
-class Analysis:
+@dataclass(frozen=True, eq=False, repr=False)
+class Analysis(View):
     """The findings on one suite at one layer."""
 
     layer: int
@@ -103,6 +116,49 @@ class Analysis:
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(row.name for row in self.redundancy)
+
+    def table(self, most: int | None = None) -> Table:
+        """The redundancy of each benchmark, the most redundant first."""
+        rows = [
+            (
+                row.name,
+                row.n_items,
+                row.n_features,
+                row.features_per_item,
+                str(row.auc),
+                str(row.r_hat),
+                at_size,
+                row.half,
+                row.new_per_item,
+            )
+            for row, at_size in zip(self.redundancy, self.r_hat_at, strict=True)
+        ]
+        order = np.argsort([-row.r_hat.value for row in self.redundancy], kind="stable")[:most]
+        facts = self.provenance
+        return Table.of(
+            COLUMNS,
+            [rows[i] for i in order],
+            above=(
+                f"{len(rows)} benchmarks, read with {facts['model']} and {facts['sae']} at token"
+                f" position {self.position!r}",
+                *self.warnings,
+            ),
+            more=len(rows) - len(order),
+        )
+
+    def overlap_table(self, kind: str = "overlap") -> Table:
+        """The share of the row's footprint that the column covers; `overlap_min` for the share of
+        the smaller footprint."""
+        found = {(row.first, row.second): getattr(row, kind).value for row in self.overlaps}
+        rows = [
+            [first, *(found.get((first, second), 1.0) for second in self.names)]
+            for first in self.names
+        ]
+        return Table.of(["benchmark", *self.names], rows, heat=self.names)
+
+    def _repr_html_(self) -> str:
+        overlaps = self.overlap_table()._repr_html_() if self.overlaps else ""
+        return super()._repr_html_() + overlaps
 
 
 def analyse(

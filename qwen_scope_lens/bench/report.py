@@ -26,17 +26,6 @@ __all__ = ["save_report"]
 FORMAT, VERSION = "qwen-scope-lens/benchmark-report", 1
 SHOWN_PAIRS = 30
 NAMED_CURVES = 12
-REDUNDANCY_COLUMNS = (
-    "benchmark",
-    "items",
-    "features",
-    "features per item",
-    "AUC",
-    "R-hat",
-    "R-hat at equal size",
-    "items for half of the footprint",
-    "new features per further item",
-)
 IN_FULL = (
     "redundancy",
     "r_hat_at",
@@ -82,22 +71,8 @@ def save_report(found: Analysis, path: Path) -> list[Path]:
 
 def _redundancy(page: Page, found: Analysis) -> None:
     page.heading("Redundancy, estimated from footprints")
-    rows = [
-        (
-            row.name,
-            row.n_items,
-            row.n_features,
-            row.features_per_item,
-            str(row.auc),
-            str(row.r_hat),
-            at_size,
-            row.half,
-            row.new_per_item,
-        )
-        for row, at_size in zip(found.redundancy, found.r_hat_at, strict=True)
-    ]
-    order = np.argsort([-row.r_hat.value for row in found.redundancy], kind="stable")
-    page.table(REDUNDANCY_COLUMNS, [rows[i] for i in order])
+    table = found.table()
+    page.table(table.columns, table.rows)
     page.text(
         "R-hat (equation 9) is large if a few features occur in many items. AUC (equation 8) is the"
         " mean coverage of a random subset over all sizes. Both are computed exactly, without"

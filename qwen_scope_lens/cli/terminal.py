@@ -8,13 +8,18 @@ written out, as `\\x1b`; JSON and CSV in files and pipes stay exact.
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TextIO
 
-from qwen_scope_lens.tables import printable
+from qwen_scope_lens.pages import Shaded
+from qwen_scope_lens.tables import printable, width_of
 
-__all__ = ["plain", "shown_safely"]
+__all__ = ["has_colour", "plain", "print_shaded", "shown_safely"]
+
+SHADES = (230, 222, 215, 208, 202)
+"""Numbers of a terminal's 256 colours, from weak to strong; the text on them is black (16)."""
 
 
 def plain(text: object) -> str:
@@ -55,3 +60,40 @@ def shown_safely() -> Iterator[None]:
         yield
     finally:
         sys.stdout = out
+
+
+def has_colour() -> bool:
+    """Whether the output is a terminal that shows colours, and nobody forbids them (NO_COLOR)."""
+    forbidden = os.environ.get("NO_COLOR") or os.environ.get("TERM", "dumb") == "dumb"
+    return sys.stdout.isatty() and not forbidden
+
+
+def print_shaded(name: str, pieces: Sequence[Shaded], width: int) -> None:
+    """One line: a name, and as much of the text around its strongest piece as `width` has room for.
+
+    The colours are the only commands that a terminal gets here: texts go through `printable`.
+    """
+    texts = [printable(piece.text) for piece in pieces]
+    name = printable(name)
+    line = [f"{name}  "]
+    for i in _around_strongest(pieces, texts, width - width_of(name) - 2):
+        share = pieces[i].share
+        if share:
+            colour = SHADES[min(len(SHADES) - 1, int(share * len(SHADES)))]
+            line.append(f"\x1b[38;5;16;48;5;{colour}m{texts[i]}\x1b[0m")
+        else:
+            line.append(texts[i] if share is not None else f"\x1b[2m{texts[i]}\x1b[0m")
+    out = sys.stdout._out if isinstance(sys.stdout, _Plain) else sys.stdout
+    out.write("".join(line) + "\n")
+
+
+def _around_strongest(pieces: Sequence[Shaded], texts: Sequence[str], room: int) -> range:
+    first = last = max(range(len(pieces)), key=lambda i: pieces[i].share or 0.0)
+    room -= width_of(texts[first])
+    while True:
+        sides = {first - 1: True, last + 1: False}
+        fits = [i for i in sides if 0 <= i < len(texts) and width_of(texts[i]) <= room]
+        if not fits:
+            return range(first, last + 1)
+        first, last = min(first, *fits), max(last, *fits)
+        room -= sum(width_of(texts[i]) for i in fits)

@@ -37,6 +37,7 @@ SECTIONS = {
         "label": "packs of what features mean: list, show, merge, check",
     },
     "looking": {
+        "read": "which features fire on a text, per token and as a whole",
         "dash": "every feature on a page: a static site, or Neuronpedia's format",
         "app": "read, compare and steer in a browser",
         "compare": "features across SAEs, layers and models: match, drift, transfer",

@@ -16,6 +16,7 @@ import numpy as np
 from qwen_scope_lens.compare.side_by_side import SideBySide, side_by_side
 from qwen_scope_lens.errors import StoreMismatch, TooLittleData
 from qwen_scope_lens.pages import Link, Page, chart
+from qwen_scope_lens.tables import Table, View
 
 if TYPE_CHECKING:
     from qwen_scope_lens.stores.store import FeatureStore
@@ -35,15 +36,16 @@ MEANING = {
     "stronger": "as often, but stronger",
     "weaker": "as often, but weaker",
 }
-LAYER_COLUMNS = (
-    "layer",
-    "overlap of active sets",
-    "cosine of codes",
-    "L0 before",
-    "L0 after",
-    "FVU before",
-    "FVU after",
-)
+COLUMNS = {
+    "layer": "layer",
+    "overlap": "overlap of active sets",
+    "cosine": "cosine of codes",
+    "L0 before": "L0 before",
+    "L0 after": "L0 after",
+    "FVU before": "FVU before",
+    "FVU after": "FVU after",
+}
+"""What the table says of a layer -> the words for it on the page."""
 
 
 @dataclass(frozen=True)
@@ -97,8 +99,8 @@ class LayerDrift:
         return [int(feature) for feature in mine[order]]
 
 
-@dataclass(frozen=True, eq=False)
-class Drift:
+@dataclass(frozen=True, eq=False, repr=False)
+class Drift(View):
     """The drift of all common layers between two models."""
 
     base: str  # names of the models
@@ -106,6 +108,28 @@ class Drift:
     layers: dict[int, LayerDrift]
     n_docs: int
     fdr: float
+
+    def table(self, most: int | None = None) -> Table:
+        """One row per layer."""
+        rows = [
+            (
+                layer,
+                one.overlap,
+                one.cosine,
+                *one.l0,
+                *(one.fvu or (None, None)),
+                *(one.count(kind) for kind in KINDS[:6]),
+                len(one.pairs),
+            )
+            for layer, one in self.layers.items()
+        ][:most]
+        return Table.of(
+            [*COLUMNS, *KINDS[:6], "pairs"],
+            rows,
+            above=(f"{self.base} -> {self.tuned}: {self.n_docs:,} documents, q <= {self.fdr:g}",),
+            more=len(self.layers) - len(rows),
+            formats={"L0 before": ".1f", "L0 after": ".1f"},
+        )
 
 
 def drift(
@@ -231,23 +255,9 @@ def _finish(
     )
 
 
-def summary(found: Drift) -> str:
-    """One line per layer."""
-    lines = [
-        f"{found.base} -> {found.tuned}: {found.n_docs:,} documents, q <= {found.fdr:g}",
-        "layer  overlap  cosine      L0 before/after   FVU before/after  appeared  vanished"
-        "   more   less  stronger  weaker  pairs",
-    ]
-    for layer, one in found.layers.items():
-        fvu = "–" if one.fvu is None else f"{one.fvu[0]:.3f} / {one.fvu[1]:.3f}"
-        counts = [one.count(kind) for kind in KINDS[:6]]
-        lines.append(
-            f"{layer:5}  {one.overlap:7.3f}  {one.cosine:6.3f}"
-            f"  {one.l0[0]:9.1f} / {one.l0[1]:<7.1f}"
-            f" {fvu:>17}  {counts[0]:8}  {counts[1]:8}  {counts[2]:5}  {counts[3]:5}"
-            f"  {counts[4]:8}  {counts[5]:6}  {len(one.pairs):5}"
-        )
-    return "\n".join(lines)
+def summary(found: Drift) -> Table:
+    """One row per layer."""
+    return found.table()
 
 
 def drift_page(found: Drift, labels: dict[str, str] | None = None, link: str | None = None) -> Page:
@@ -264,19 +274,7 @@ def drift_page(found: Drift, labels: dict[str, str] | None = None, link: str | N
         f" documents), at a false-discovery rate of {found.fdr:g} over all features of all layers."
     )
     page.heading("Layer by layer")
-    rows = [
-        [
-            layer,
-            one.overlap,
-            one.cosine,
-            *one.l0,
-            *(one.fvu or (None, None)),
-            *(one.count(kind) for kind in KINDS[:6]),
-            len(one.pairs),
-        ]
-        for layer, one in found.layers.items()
-    ]
-    page.table([*LAYER_COLUMNS, *KINDS[:6], "pairs changed"], rows)
+    page.table([*COLUMNS.values(), *KINDS[:6], "pairs changed"], found.table().rows)
     page.text("; ".join(f"{kind}: {words}" for kind, words in MEANING.items()) + ".", quiet=True)
     page.figure(
         chart(_by_layer(found)),

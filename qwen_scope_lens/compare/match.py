@@ -22,6 +22,7 @@ from qwen_scope_lens.errors import TooLittleData, WrongShape
 from qwen_scope_lens.features.nearest import Nearest, nearest_by_correlation, nearest_by_cosine
 from qwen_scope_lens.features.pool import canonical
 from qwen_scope_lens.files import whole_file
+from qwen_scope_lens.tables import Table, View
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -47,8 +48,8 @@ matches among many features."""
 COSINE, CORRELATION = "decoder cosine", "activation correlation"
 
 
-@dataclass(frozen=True, eq=False)
-class Matching:
+@dataclass(frozen=True, eq=False, repr=False)
+class Matching(View):
     """For every feature of A its partner in B; -1 means no partner."""
 
     a: str  # addresses of the two SAEs, or names of tensors
@@ -84,6 +85,18 @@ class Matching:
         mine = np.flatnonzero(self.parent == feature)
         order = np.lexsort((mine, -self.parent_score[mine]))
         return [(int(mine[i]), float(self.parent_score[mine[i]])) for i in order]
+
+    def table(self, most: int | None = None) -> Table:
+        """The matching in figures, and its mutual pairs beyond chance, best first."""
+        both = self.matched & self.mutual
+        order = np.argsort(-np.where(both, self.score, -1), kind="stable")[: both.sum()]
+        pairs = order[:most].tolist()
+        return Table.of(
+            ("A", "B", "score"),
+            [(f"{self.a}/{f}", f"{self.b}/{self.nearest[f]}", float(self.score[f])) for f in pairs],
+            above=_figures(self),
+            more=len(order) - len(pairs),
+        )
 
 
 def match_decoders(
@@ -320,8 +333,12 @@ def save_matching(found: Matching, path: str | Path) -> None:
         pq.write_table(to_table(found), partial, compression="zstd")
 
 
-def summary(found: Matching, show: int = 10) -> str:
+def summary(found: Matching, show: int = 10) -> Table:
     """The matching in figures, and the best `show` mutual pairs."""
+    return found.table(show)
+
+
+def _figures(found: Matching) -> tuple[str, ...]:
     n = len(found.nearest)
     matched = found.matched
     both = matched & found.mutual
@@ -329,7 +346,7 @@ def summary(found: Matching, show: int = 10) -> str:
     quantiles = ", ".join(f"{x:.3f}" for x in np.quantile(found.score, [0.1, 0.5, 0.9]))
     null = ", ".join(f"{x:.3f}" for x in np.quantile(found.null, [0.1, 0.5, 0.9]))
     sizes = np.bincount(np.minimum(found.n_children, 4), minlength=5)
-    lines = [
+    return (
         f"{found.a} -> {found.b}, by {found.measure}",
         f"matched beyond chance (q <= {found.fdr:g}): {_share(matched.sum(), n)};"
         f" mutual: {_share(both.sum(), n)}; unmatched: {_share(n - matched.sum(), n)}",
@@ -340,14 +357,7 @@ def summary(found: Matching, show: int = 10) -> str:
         + (f"; {found.crowded} features had more candidates than kept" if found.crowded else ""),
         f"features of B whose best is a feature of A, per feature of A: none {sizes[0]:,},"
         f" one {sizes[1]:,}, two {sizes[2]:,}, three {sizes[3]:,}, more {sizes[4]:,}",
-    ]
-    order = np.argsort(-np.where(both, found.score, -1), kind="stable")[: min(show, both.sum())]
-    width = max((len(f"{found.a}/{f}") for f in order.tolist()), default=0)
-    lines += [
-        f"  {f'{found.a}/{f}':{width}}  {found.b}/{found.nearest[f]}  {found.score[f]:.3f}"
-        for f in order.tolist()
-    ]
-    return "\n".join(lines)
+    )
 
 
 def _share(part: Any, whole: int) -> str:

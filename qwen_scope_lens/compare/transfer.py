@@ -20,6 +20,7 @@ from qwen_scope_lens.extras import require
 from qwen_scope_lens.files import read_text, write_json
 from qwen_scope_lens.models.tokenize import Content
 from qwen_scope_lens.saes.sae import ScopeSAE
+from qwen_scope_lens.tables import Table, View
 
 __all__ = ["Transfer", "load_related", "random_sae", "transfer"]
 
@@ -27,8 +28,8 @@ FORMAT, VERSION = "qwen-scope-transfer", 1
 FLOOR = "random SAE"
 
 
-@dataclass(frozen=True)
-class Transfer:
+@dataclass(frozen=True, repr=False)
+class Transfer(View):
     """Fidelity per model and layer; the last row is the random SAE on the first model."""
 
     sae: str
@@ -45,26 +46,20 @@ class Transfer:
         content = {"sae": self.sae, "rows": rows, "texts": self.texts, "settings": self.settings}
         write_json(Path(path), FORMAT, VERSION, content)
 
-    def table(self) -> str:
-        width = max(map(len, self.rows))
-        lines = [
-            f"{self.sae} on {self.texts} texts",
-            f"layer  {'model':{width}}   FVU     L0    loss  spliced  zeroed  recovered",
+    def table(self, most: int | None = None) -> Table:
+        """One row per layer and model."""
+        rows = [
+            (n, model, one.fvu, one.l0, one.loss, one.spliced, one.zeroed, one.recovered)
+            for n in next(iter(self.rows.values()))
+            for model, one in ((model, layers[n]) for model, layers in self.rows.items())
         ]
-        layers = next(iter(self.rows.values()))
-        for layer in layers:
-            for model, found in self.rows.items():
-                one = found[layer]
-                losses = "".join(
-                    f"{'–' if x is None else format(x, '.3f'):>{n}}"
-                    for x, n in zip(
-                        (one.loss, one.spliced, one.zeroed, one.recovered),
-                        (8, 9, 8, 11),
-                        strict=True,
-                    )
-                )
-                lines.append(f"{layer:5}  {model:{width}}  {one.fvu:.3f}  {one.l0:5.1f}{losses}")
-        return "\n".join(lines)
+        return Table.of(
+            ("layer", "model", "FVU", "L0", "loss", "spliced", "zeroed", "recovered"),
+            rows[:most],
+            above=(f"{self.sae} on {self.texts} texts",),
+            more=len(rows) - len(rows[:most]),
+            formats={"L0": ".1f"},
+        )
 
 
 def transfer(

@@ -6,6 +6,9 @@ from .pool import pool as pool
 from .rank import rank as rank
 from .ranking import RankedFeature as RankedFeature
 from .ranking import Ranking as Ranking
+from .read import read as read
+from .read import read_all as read_all
+from .reading import Reading as Reading
 from .statistics import FeatureStatistics as FeatureStatistics
 from .statistics import statistics as statistics
 from .token_effects import token_effects as token_effects

@@ -8,16 +8,30 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qwen_scope_lens.errors import BadFile
 from qwen_scope_lens.features.controls import Baseline, Probe, Shuffles
 from qwen_scope_lens.files import read_json, write_json
+from qwen_scope_lens.tables import Table, View
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 __all__ = ["RankedFeature", "Ranking"]
 
 FORMAT, VERSION = "qwen-scope-ranking", 1
 MAY_BE_INFINITE = ("effect", "held_out_effect")
+COLUMNS = {
+    "AUROC": ("auroc", ".3f"),
+    "held out": ("held_out_auroc", ".3f"),
+    "effect": ("effect", ".2f"),
+    "mean diff": ("mean_difference", ".4g"),
+    "rate +": ("rate_positive", ".3f"),
+    "rate -": ("rate_negative", ".3f"),
+    "q": ("q_value", ".1e"),
+}
+"""The columns of the table after the address: the row's field, and the format."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +55,8 @@ class RankedFeature:
     held_out_rate_difference: float
 
 
-@dataclass(frozen=True)
-class Ranking:
+@dataclass(frozen=True, repr=False)
+class Ranking(View):
     """The features that passed, best first, with all that is needed to judge and repeat it."""
 
     rows: tuple[RankedFeature, ...]
@@ -84,12 +98,39 @@ class Ranking:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise BadFile(f"{path} is a damaged ranking ({error}): make it again") from error
 
-    def table(self, most: int = 20) -> str:
-        """The best features and the controls, as text for a terminal."""
-        return "\n".join([*_head(self), *_rows(self, most), *_controls(self)])
+    def table(self, most: int | None = None) -> Table:
+        """The best features, and below them the controls."""
+        rows = self.rows if most is None else self.rows[:most]
+        nothing = () if self.rows else ("no feature tells the groups apart",)
+        return Table.of(
+            ["feature", *COLUMNS],
+            ([row.ref, *(getattr(row, name) for name, _ in COLUMNS.values())] for row in rows),
+            above=_head(self),
+            below=(*nothing, "", _shuffles(self), *self.controls().text().splitlines()),
+            more=len(self.rows) - len(rows),
+            formats={column: how for column, (_, how) in COLUMNS.items()},
+            heat=("rate +", "rate -"),
+        )
+
+    def to_pandas(self) -> pd.DataFrame:
+        """All that is known of each feature, not only what the table shows."""
+        return Table.of_records([asdict(row) for row in self.rows]).to_pandas()
+
+    def controls(self) -> Table:
+        """The held-out AUROCs of the features, of other features and of probes."""
+        features = [
+            (one.name, one.features, one.mean_auroc, one.highest_auroc, None)
+            for one in self.baselines
+            if one.mean_auroc is not None
+        ]
+        probes = [
+            (f"{one.name}, {one.on}", None, one.auroc, None, one.layer) for one in self.probes
+        ]
+        columns = ["held-out AUROC", "features", "mean", "highest", "layer"]
+        return Table.of(columns, [*features, *probes])
 
 
-def _head(ranking: Ranking) -> list[str]:
+def _head(ranking: Ranking) -> tuple[str, ...]:
     said, n = ranking.settings, ranking.documents
     question = (
         f"{said['label']} = {', '.join(said['positive'])} against"
@@ -97,55 +138,22 @@ def _head(ranking: Ranking) -> list[str]:
         if "label" in said
         else "positive against negative documents"
     )
-    return [
+    return (
         f"{question}; pooled by {said['pool']}, layers {', '.join(map(str, said['layers']))}",
         f"documents: {n['positive_discovery']} + {n['negative_discovery']} for discovery,"
         f" {n['positive_held_out']} + {n['negative_held_out']} held out (positive + negative)",
         f"{ranking.found:,} of {ranking.tested:,} tested features pass (q <= {said['fdr']:g},"
         f" {said['correction'].upper()})",
         "",
-    ]
+    )
 
 
-def _rows(ranking: Ranking, most: int) -> list[str]:
-    if not ranking.rows:
-        return ["no feature tells the groups apart", ""]
-    width = max(len(row.ref) for row in ranking.rows[:most])
-    lines = [
-        f"{'feature':{width}}  AUROC  held out  effect  mean diff  rate +  rate -        q",
-        *(
-            f"{row.ref:{width}}  {row.auroc:5.3f}  {row.held_out_auroc:8.3f}  {row.effect:6.2f}"
-            f"  {row.mean_difference:9.4g}  {row.rate_positive:6.3f}  {row.rate_negative:6.3f}"
-            f"  {row.q_value:7.1e}"
-            for row in ranking.rows[:most]
-        ),
-    ]
-    if len(ranking.rows) > most:
-        lines.append(f"... and {len(ranking.rows) - most} more rows in the file")
-    return [*lines, ""]
-
-
-def _controls(ranking: Ranking) -> list[str]:
+def _shuffles(ranking: Ranking) -> str:
     shuffled = ranking.shuffled
     runs, some = len(shuffled.found), sum(n > 0 for n in shuffled.found)
     beyond = sum(max(row.auroc, 1 - row.auroc) > shuffled.ceiling for row in ranking.rows)
-    lines = [
+    return (
         f"shuffled labels: something passes in {some} of {runs} runs (at most"
         f" {max(shuffled.found, default=0)} features); highest AUROC {shuffled.ceiling:.3f},"
-        f" exceeded by {beyond} of {len(ranking.rows)} rows",
-        "held-out AUROC            features   mean  highest",
-    ]
-    lines.extend(
-        f"{_short(line.name):25} {line.features:8}  {line.mean_auroc:5.3f}"
-        f"    {line.highest_auroc:5.3f}"
-        for line in ranking.baselines
-        if line.mean_auroc is not None
+        f" exceeded by {beyond} of {len(ranking.rows)} rows"
     )
-    for probe in ranking.probes:
-        name = f"{probe.name}, {probe.on}"
-        lines.append(f"{name:35} {probe.auroc:5.3f}   (layer {probe.layer})")
-    return lines
-
-
-def _short(name: str) -> str:
-    return {"features alike in rate and strength": "alike in rate, strength"}.get(name, name)

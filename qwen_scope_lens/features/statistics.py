@@ -18,6 +18,7 @@ import numpy as np
 from qwen_scope_lens.errors import LayerOutOfRange, TooLittleData
 from qwen_scope_lens.features.best_entries import Best, place_hash
 from qwen_scope_lens.features.cofiring import PAIR_TOKENS, Cofiring
+from qwen_scope_lens.tables import Table, View
 
 if TYPE_CHECKING:
     from qwen_scope_lens.stores.store import Block, FeatureStore
@@ -43,8 +44,8 @@ class Example:
     value: float
 
 
-@dataclass(frozen=True, eq=False)
-class FeatureStatistics:
+@dataclass(frozen=True, eq=False, repr=False)
+class FeatureStatistics(View):
     """Statistics of all features of one layer; arrays have one row per feature, as in the SAE.
 
     Entries of the example and partner arrays that do not exist are -1 (documents, positions,
@@ -132,6 +133,34 @@ class FeatureStatistics:
         low, high, count, score = low[once], high[once], count[good][once], score[good][once]
         order = np.lexsort((high, low, -score))[:n]
         return [(int(low[i]), int(high[i]), int(count[i]), float(score[i])) for i in order]
+
+    def table(self, most: int | None = None) -> Table:
+        """One row per feature, the most frequent first."""
+        chosen = np.argsort(-self.token_count, kind="stable")[:most]
+        arrays = (self.density, self.document_frequency, self.mean_active, self.maximum)
+        left_out = " (first and extreme ones left out)" if self.kept_only else ""
+        return Table.of(
+            ("feature", "tokens", "share of tokens", "of documents", "mean", "maximum"),
+            zip(
+                chosen.tolist(),
+                self.token_count[chosen].tolist(),
+                *(array[chosen].tolist() for array in arrays),
+                strict=True,
+            ),
+            above=(
+                f"{self.sae}: {self.n_tokens:,} tokens of {self.n_docs:,} documents{left_out}",
+                f"features that fire: {int((~self.dead).sum()):,} of {self.d_sae:,};"
+                f" {self.l0:.1f} per token",
+            ),
+            more=self.d_sae - len(chosen),
+            formats={
+                "share of tokens": ".3%",
+                "of documents": ".1%",
+                "mean": ".3g",
+                "maximum": ".3g",
+            },
+            heat=("share of tokens", "of documents"),
+        )
 
     def _examples(self, feature: int, doc: Array, position: Array, value: Array) -> list[Example]:
         if not 0 <= feature < self.d_sae:

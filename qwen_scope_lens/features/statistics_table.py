@@ -68,11 +68,7 @@ def save_table(found: FeatureStatistics, path: str | Path) -> None:
 def summary(found: FeatureStatistics, pairs: int = 10) -> str:
     """The layer as a whole, and the features that most often fire together."""
     alive = ~found.dead
-    lines = [
-        f"{found.sae}: {found.n_tokens:,} tokens of {found.n_docs:,} documents"
-        + (" (first and extreme ones left out)" if found.kept_only else ""),
-        f"features that fire: {int(alive.sum()):,} of {found.d_sae:,}; {found.l0:.1f} per token",
-    ]
+    lines = [*found.table(0).above]
     if alive.any():
         shares = np.quantile(found.density[alive], SHORT)
         lines.append(

@@ -13,14 +13,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils._pytree import register_pytree_node
 
+from qwen_scope_lens.pages import Shaded, lines_html, shaded_html
+from qwen_scope_lens.tables import Table, View
+
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
 
 __all__ = ["SparseCodes"]
 
+SHOWN = 12
+"""How many positions a notebook shows."""
+
 
 @dataclass(frozen=True, eq=False, repr=False)
-class SparseCodes:
+class SparseCodes(View):
     """The k features of each position: `values [.., k]` and `indices [.., k]` (int32).
 
     `d_sae` is the number of features that the SAE has. The entries of a position are ordered by
@@ -184,6 +190,45 @@ class SparseCodes:
         )
         matrix.sort_indices()
         return matrix
+
+    def table(self, most: int | None = None) -> Table:
+        """One row per active entry; with `most`, of the first `most` positions only.
+
+        In codes `[.., k]` of several dimensions, positions are counted through, as in `flatten`.
+        """
+        flat = self.flatten().detach()
+        some = (flat if most is None else flat[:most]).to("cpu")
+        position, entry = some.active.nonzero(as_tuple=True)
+        return Table.of(
+            ("position", "feature", "activation"),
+            zip(
+                position.tolist(),
+                some.indices[position, entry].tolist(),
+                some.values[position, entry].float().tolist(),
+                strict=True,
+            ),
+            above=(repr(self),),
+            more=int(flat.active.sum()) - len(position),
+            heat=("activation",),
+        )
+
+    def _repr_html_(self) -> str:
+        """The features of the first positions, shaded by their activations."""
+        some = self.flatten()[:SHOWN].detach().to("cpu", torch.float32)
+        most = float(some.values.max()) if some.values.numel() else 0.0
+        rows = [
+            (
+                f"position {i}: {n} features",
+                [
+                    Shaded(f" {feature} ", value / most, f"{value:.4g}")
+                    for feature, value in zip(
+                        some.indices[i, :n].tolist(), some.values[i, :n].tolist(), strict=True
+                    )
+                ],
+            )
+            for i, n in enumerate(some.l0.tolist())
+        ]
+        return lines_html((repr(self),)) + shaded_html(rows)
 
     def __eq__(self, other: object) -> bool:
         """Whether shape, d_sae, dtype, device, indices and values are the same, bit for bit."""

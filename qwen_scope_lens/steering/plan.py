@@ -20,6 +20,7 @@ from qwen_scope_lens.address import FeatureRef
 from qwen_scope_lens.errors import BadFile, BadPlan, ScopeError
 from qwen_scope_lens.files import read_json, write_json
 from qwen_scope_lens.steering.where import Where, shown
+from qwen_scope_lens.tables import Table, View
 
 __all__ = [
     "OPERATIONS",
@@ -240,8 +241,8 @@ class Edit:
         return cls(**row)
 
 
-@dataclass(frozen=True)
-class Plan:
+@dataclass(frozen=True, repr=False)
+class Plan(View):
     """Edits that act together. Their order does not matter."""
 
     edits: tuple[Edit, ...]
@@ -311,6 +312,16 @@ class Plan:
             return cls.from_dict(content)
         except (ScopeError, TypeError) as error:
             raise BadFile(f"{path}: {error}") from error
+
+    def table(self, most: int | None = None) -> Table:
+        """One row per edit."""
+        edits = self.edits[:most]
+        return Table.of(
+            ("feature", "operation", "strength", "unit", "where", "typical"),
+            [(str(e.ref), e.op, e.strength, e.unit, str(e.where), e.typical) for e in edits],
+            more=len(self) - len(edits),
+            formats={"strength": "+g", "typical": ".3g"},
+        )
 
     def __len__(self) -> int:
         return len(self.edits)

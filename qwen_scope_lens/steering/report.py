@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from qwen_scope_lens.steering.plan import Edit
+from qwen_scope_lens.tables import Table, View
 
 __all__ = ["EditReport", "Report"]
 
@@ -31,7 +32,7 @@ class EditReport:
         )
 
 
-class Report:
+class Report(View):
     """Counts while a plan is active, and can be read at any time; `str(report)` shows all of it."""
 
     def __init__(self, edits: Sequence[Edit]) -> None:
@@ -75,6 +76,16 @@ class Report:
     def fired(self) -> bool:
         """Whether any edit acted; one of neutral strength acts where it is selected."""
         return any(row.selected if row.edit.changes_nothing else row.fired for row in self.edits)
+
+    def table(self, most: int | None = None) -> Table:
+        """One row per edit."""
+        rows = [(str(e.edit), e.selected, e.fired, e.moved, e.share) for e in self.edits]
+        return Table.of(
+            ("edit", "tokens", "fired on", "moved by", "of the residual"),
+            rows[:most],
+            more=len(rows) - len(rows[:most]),
+            formats={"moved by": ".3g", "of the residual": ".1%"},
+        )
 
     def __str__(self) -> str:
         return "\n".join(map(str, self.edits))
