@@ -10,7 +10,9 @@ called whole, logits and all) and with care (the model without its head). Ours i
 tokenising, encoding, both views, checksums.
 
 CPU times of the process on one thread, one of each per round; ratios are medians over rounds. Peak
-memory is what a variant needs beyond the loaded models and code, measured in a fresh process.
+memory is what a variant needs beyond the loaded models and code, measured in a fresh process. With
+--model and --sae (a folder and a group, as `tools/real` makes them) a real model is measured instead
+of the two toys.
 """
 
 from __future__ import annotations
@@ -60,10 +62,14 @@ SIZES = {"mini": ("mini-qwen3/w1k-l0-16", [3, 6], 160), "middle": ("local/middle
 class Bench:
     """A model, its SAEs and some documents, with the variants to be measured."""
 
-    def __init__(self, size: str, folder: Path) -> None:
-        self.group, self.layers, count = SIZES[size]
+    def __init__(self, size: str, folder: Path, real: str | None = None) -> None:
         self.folder = folder
-        if size == "mini":
+        self.group, self.layers, count = SIZES.get(size, (size, [], 64))
+        if real is not None:
+            self.layers = list(qsl.find_group(size).layers[1:3])
+            self.model = qsl.load_model(real, dtype=torch.bfloat16)
+            self.tokenizer = self.model.tokenizer
+        elif size == "mini":
             self.model = qsl.load_model("mini-qwen3")
             self.tokenizer = self.model.tokenizer
         else:
@@ -116,14 +122,14 @@ class Bench:
                 residuals = self.forward(False, batch, stop=True)
                 for n, x in residuals.items():
                     W, b = weights[n]
-                    torch.nn.functional.linear(x[batch["attention_mask"].bool()], W, b)
+                    torch.nn.functional.linear(x[batch["attention_mask"].bool()].float(), W, b)
 
         @torch.no_grad()
         def usual(whole: bool) -> None:
             rows: dict[int, list[Any]] = {n: [] for n in self.layers}
             for batch in self.batches():
                 for n, x in self.forward(whole, batch).items():
-                    acts = saes[n].encode(x)[batch["attention_mask"].bool()]
+                    acts = saes[n].encode(x.float())[batch["attention_mask"].bool()]
                     token, feature = acts.nonzero(as_tuple=True)
                     rows[n].append((token.numpy(), feature.numpy(), acts[token, feature].numpy()))
             for n, parts in rows.items():
@@ -180,20 +186,28 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--rounds", type=int, default=3)
     arguments.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    arguments.add_argument("--model", help="a real model's folder, with --sae")
+    arguments.add_argument(
+        "--sae", help="the group of its SAEs, of which two layers are read"
+    )
     arguments.add_argument("--peak", nargs=2, metavar=("SIZE", "VARIANT"))
     given = arguments.parse_args()
+    if given.model:
+        given.sizes = [given.sae]
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         if given.peak:
-            bench = Bench(given.peak[0], Path(folder))
+            bench = Bench(given.peak[0], Path(folder), given.model)
             print(peak_extra(bench.variants()[given.peak[1]]))
             return
         print(f"CPU: {cpu_name()}, one thread, CPU time; torch {torch.__version__}")
         for size in given.sizes:
-            report(size, Bench(size, Path(folder)), given.rounds)
+            report(size, Bench(size, Path(folder), given.model), given)
 
 
-def report(size: str, bench: Bench, rounds: int) -> None:
+def report(size: str, bench: Bench, given: argparse.Namespace) -> None:
+    rounds = given.rounds
+    real = ["--model", given.model] if given.model else []
     tokens = sum(int(batch["attention_mask"].sum()) for batch in bench.batches())
     config = bench.hf.config
     print(
@@ -214,7 +228,7 @@ def report(size: str, bench: Bench, rounds: int) -> None:
         return statistics.median(a / b for a, b in zip(times[one], times[other], strict=True))
 
     for name in variants:
-        peak = peak_in_fresh_process(__file__, size, name) / 1e6
+        peak = peak_in_fresh_process(__file__, size, name, *real) / 1e6
         print(
             f"{name:24}{tokens / statistics.median(times[name]):10,.0f}{ratio(name, 'floor'):10.2f}"
             f"{ratio('usual loop', name):9.2f}{peak:9.0f}",

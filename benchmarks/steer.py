@@ -3,9 +3,10 @@
     python benchmarks/steer.py > benchmarks/results/steer-cpu.txt
 
 A random Qwen3 of 16 layers (d_model 1024) with an SAE whose encode is about as large a share of the
-model's work as on Qwen3-8B. SAELens's way: the SAE attached to a bridge at its hook with the error
-term, and a hook on its activations that sets the feature. One CPU thread, float32, greedy, batch
-of one; CPU time, interleaved; a ratio is the median over the rounds of variant / unsteered.
+model's work as on Qwen3-8B, or a real model (--model, --sae). SAELens's way: the SAE attached to a
+bridge at its hook with the error term, and a hook on its activations that sets the feature. One CPU
+thread, float32, greedy, batch of one; CPU time, interleaved; a ratio is the median over the rounds
+of variant / unsteered.
 """
 
 from __future__ import annotations
@@ -32,8 +33,9 @@ from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from tiny_models import make_model, make_tokenizer
 
-from qwen_scope_lens.models import load_model
-from qwen_scope_lens.saes import load_sae
+from qwen_scope_lens.catalog import find_group
+from qwen_scope_lens.models import load_model, unwrap
+from qwen_scope_lens.saes import ScopeSAE, load_sae
 from qwen_scope_lens.steering import Plan, steer
 
 LAYERS, WIDTH, D_SAE, K = 16, 1024, 8192, 50
@@ -48,22 +50,28 @@ SIZE = {
     "initializer_range": 0.02,
 }
 PROMPT = 32
-ADDED = "local/mid/8/7"
 
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--rounds", type=int, default=9)
     arguments.add_argument("--new-tokens", type=int, default=16)
+    arguments.add_argument("--model", help="a real model's folder, with --sae")
+    arguments.add_argument("--sae", help="the group of its SAEs; the first three layers are used")
     options = arguments.parse_args()
     warnings.simplefilter("ignore")
     transformers.utils.logging.set_verbosity_error()
     torch.set_grad_enabled(False)
     torch.set_num_threads(1)
+    if options.model:
+        bridge = load_model(options.model)
+        measure(options, bridge, options.sae, find_group(options.sae).layers[:3])
+        return
     with tempfile.TemporaryDirectory() as home:
         os.environ["QWEN_SCOPE_HOME"] = home
         write_saes(Path(home) / "mid")
-        measure(options.rounds, options.new_tokens)
+        bridge = load_model(make_model(**SIZE), tokenizer=make_tokenizer())
+        measure(options, bridge, "local/mid", (4, 8, 12))
 
 
 def write_saes(folder: Path) -> None:
@@ -89,37 +97,40 @@ def write_saes(folder: Path) -> None:
         torch.save(weights, folder / f"layer{layer}.sae.pt")
 
 
-def plain_sae(layer: int) -> TopKSAE:
+def plain_sae(ours: ScopeSAE) -> TopKSAE:
     """The same weights as SAELens's own class."""
-    ours = load_sae(f"local/mid/{layer}")
-    cfg = TopKSAEConfig(d_in=WIDTH, d_sae=D_SAE, k=K, apply_b_dec_to_input=False)
-    cfg.metadata.hook_name = f"blocks.{layer}.hook_resid_post"
+    d_in, d_sae, k = ours.cfg.d_in, ours.cfg.d_sae, ours.cfg.k
+    cfg = TopKSAEConfig(d_in=d_in, d_sae=d_sae, k=k, apply_b_dec_to_input=False)
+    cfg.metadata.hook_name = ours.cfg.metadata.hook_name
     sae = TopKSAE(cfg)
     sae.load_state_dict({name: value.clone() for name, value in ours.state_dict().items()})
     return sae.requires_grad_(False)
 
 
-def measure(rounds: int, new_tokens: int) -> None:
-    model = make_model(**SIZE)
+def measure(
+    options: argparse.Namespace, bridge: Any, group: str, layers: tuple[int, int, int]
+) -> None:
+    rounds, new_tokens = options.rounds, options.new_tokens
+    model = unwrap(bridge)
     model.generation_config.eos_token_id = None
     model.config.eos_token_id = None
-    bridge = load_model(model, tokenizer=make_tokenizer())
     ids = torch.randint(0, 256, (1, PROMPT), generator=torch.Generator().manual_seed(0))
-    saes = {f"local/mid/{layer}": load_sae(f"local/mid/{layer}") for layer in (4, 8, 12)}
-    saelens = plain_sae(8)
+    saes = {f"{group}/{layer}": load_sae(f"{group}/{layer}") for layer in layers}
+    middle = f"{group}/{layers[1]}"
+    saelens = plain_sae(saes[middle])
 
     def ours(*edits: str) -> Callable[[], Any]:
         return lambda: steer(bridge, Plan(edits), saes)
 
     variants = {
         "unsteered": nullcontext,
-        "add, one feature": ours(f"{ADDED}:add:3"),
+        "add, one feature": ours(f"{middle}/7:add:3"),
         "add, 9 features in 3 layers": ours(
-            *(f"local/mid/{layer}/{f}:add:1" for layer in (4, 8, 12) for f in (1, 2, 3))
+            *(f"{group}/{layer}/{f}:add:1" for layer in layers for f in (1, 2, 3))
         ),
-        "set, one feature": ours(f"{ADDED}:set:3"),
-        "set, 8 features of one layer": ours(*(f"local/mid/8/{f}:set:1" for f in range(8))),
-        "set, in 3 layers": ours(*(f"local/mid/{layer}/7:set:3" for layer in (4, 8, 12))),
+        "set, one feature": ours(f"{middle}/7:set:3"),
+        "set, 8 features of one layer": ours(*(f"{middle}/{f}:set:1" for f in range(8))),
+        "set, in 3 layers": ours(*(f"{group}/{layer}/7:set:3" for layer in layers)),
         "SAELens: attach and hook, one feature": lambda: attached(bridge, saelens),
     }
     produced: dict[str, list[int]] = {}
@@ -147,7 +158,9 @@ def measure(rounds: int, new_tokens: int) -> None:
     base = times["unsteered"]
     print(f"CPU: {cpu_name()}, one thread, CPU time; torch {torch.__version__},")
     print(f"transformers {transformers.__version__}, sae-lens {sae_lens.__version__}")
-    print(f"{LAYERS} layers, d_model {WIDTH}, SAE {D_SAE} features, k={K}, float32;")
+    cfg = saelens.cfg
+    print(f"{group}: {model.config.num_hidden_layers} layers, d_model {cfg.d_in}, SAE {cfg.d_sae}")
+    print(f"features, k={cfg.k}, float32;")
     print(f"prompt of {PROMPT} tokens, {new_tokens} new ones; {rounds} interleaved rounds")
     print(f"unsteered: {statistics.median(base) / new_tokens * 1e3:.0f} ms a new token\n")
     for name, found in times.items():

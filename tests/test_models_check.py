@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -12,18 +13,27 @@ from qwen_scope_lens.errors import UnknownHook, VerificationFailed, WrongModel
 from qwen_scope_lens.models import load_model, verify_model
 from qwen_scope_lens.models import verify as check
 from qwen_scope_lens.models.verify import hook_difference, sample_texts
-from qwen_scope_lens.saes import verify
+from qwen_scope_lens.saes import load_sae, verify
 
 FVU = 0.3
 calls: list[dict[str, Any]] = []
 
 
-def stand_in(sae: Any, activations: Any, *, mask: Any = None, max_fvu: float = 0.8) -> str:
+class Found:
+    """What the tests here read of a `Verification`."""
+
+    convention, fvu = "as documented", {"as documented": FVU}
+
+    def __str__(self) -> str:
+        return f"FVU {FVU}"
+
+
+def stand_in(sae: Any, activations: Any, *, mask: Any = None, max_fvu: float = 0.8) -> Found:
     """A stand-in for `saes.verify.verify`, which has tests of its own."""
     calls.append({"activations": activations, "mask": mask})
     if max_fvu < FVU:
         raise VerificationFailed(f"FVU {FVU} is above {max_fvu}")
-    return f"FVU {FVU}"
+    return Found()
 
 
 @pytest.fixture(autouse=True)
@@ -112,6 +122,21 @@ def test_with_the_real_measurement(kind: str, monkeypatch: pytest.MonkeyPatch) -
         sae.W_dec.copy_(sae.W_dec.flip(0))
     with pytest.raises(VerificationFailed, match="right layer"):
         verify_model(make_model(kind), sae, tokenizer=make_tokenizer())
+
+
+def test_a_layer_counted_from_one_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Real residuals of neighbouring layers are so alike that either passes alone."""
+    monkeypatch.setattr(check, "verify", verify)
+    model, sae = load_model("mini-qwen3"), load_sae("mini-qwen3/w1k-l0-16/4")
+    found = verify_model(model, sae)
+    own = found.verification.fvu["as documented"]
+    assert set(found.neighbours) == {3, 5}
+    assert all(fvu > own for fvu in found.neighbours.values())
+    assert f"FVU {found.neighbours[5]:.4f} on layer 5" in str(found)
+    moved = deepcopy(sae)
+    moved.cfg.metadata.hook_name = "blocks.3.hook_resid_post"
+    with pytest.raises(VerificationFailed, match=r"layer 4 better .* than those of layer 3"):
+        verify_model(model, moved, max_fvu=10)
 
 
 def test_the_sample() -> None:

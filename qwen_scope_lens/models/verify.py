@@ -32,9 +32,12 @@ from qwen_scope_lens.models.architecture import (
 from qwen_scope_lens.models.checkpoint import Tokenizer
 from qwen_scope_lens.models.residuals import capture
 from qwen_scope_lens.models.tokenize import Content, find_tokenizer
-from qwen_scope_lens.saes.verify import Verification, verify
+from qwen_scope_lens.saes.verify import Verification, unexplained, verify
 
 __all__ = ["ModelCheck", "check_width", "hook_difference", "sample_texts", "verify_model"]
+
+BETTER = 0.01
+"""How much better a neighbouring layer must fit to count, as FVU and as a share of the FVU."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ class ModelCheck:
     left_out: int  # how many of them are first or extreme-norm tokens
     notes: tuple[str, ...]
     verification: Verification
+    neighbours: dict[int, float]  # FVU of the SAE on the residuals of the layers before and after
 
     def __str__(self) -> str:
         lines = [
@@ -60,6 +64,8 @@ class ModelCheck:
             f"  {self.tokens:,} tokens read, {self.left_out:,} first or extreme-norm ones left out",
             *(f"  NOTE: {note}" for note in self.notes),
             str(self.verification),
+            "  the same SAE on the neighbouring layers: "
+            + ", ".join(f"FVU {fvu:.4f} on layer {n}" for n, fvu in self.neighbours.items()),
         ]
         return "\n".join(lines)
 
@@ -78,7 +84,7 @@ def verify_model(
     `thresholds` (such as `max_fvu`) go to `saes.verify.verify`, which raises `VerificationFailed`
     with the whole report. If the SAE is of a base model and this is an instruct or quantised
     version, the report notes it; the threshold is the same. First and extreme-norm tokens are left
-    out.
+    out. The SAE must fit its own layer better than the layers before and after.
     """
     layer, hook_name = _layer_of(sae)
     check_layer(model, layer)
@@ -94,12 +100,19 @@ def verify_model(
             f" {difference:g}: a hook or an SAE is active, or the bridge hooks another module"
         )
     notes = _notes(model, sae)
+    around = [n for n in (layer - 1, layer, layer + 1) if 0 <= n < len(decoder_layers(model))]
     found = capture(
-        model, texts, [layer], tokenizer=tokenizer, token_budget=token_budget, truncate=True
+        model, texts, around, tokenizer=tokenizer, token_budget=token_budget, truncate=True
     )
     keep = found.keep(layer)
     try:
         result = verify(sae, found.residuals[layer], mask=keep, **thresholds)
+        neighbours = {
+            n: unexplained(sae, found.residuals[n], mask=keep & found.keep(n))
+            for n in around
+            if n != layer
+        }
+        _require_nearest(layer, result, neighbours)
     except VerificationFailed as error:
         said = "".join(f"\n  NOTE: {note}" for note in notes)
         raise VerificationFailed(f"{describe(model)}: {error}{said}") from error
@@ -114,7 +127,20 @@ def verify_model(
         left_out=int((~keep).sum()),
         notes=notes,
         verification=result,
+        neighbours=neighbours,
     )
+
+
+def _require_nearest(layer: int, own: Verification, neighbours: dict[int, float]) -> None:
+    """Neighbouring layers resemble each other: only the comparison tells them apart."""
+    fvu = own.fvu[own.convention]
+    for other, theirs in neighbours.items():
+        if theirs < fvu - max(BETTER, BETTER * fvu):
+            raise VerificationFailed(
+                f"{own}\n  PROBLEM: the SAE fits the residuals of layer {other} better (FVU"
+                f" {theirs:.4f}) than those of layer {layer} ({fvu:.4f}): is the layer counted from"
+                " 0, and is it the output of the decoder layer?"
+            )
 
 
 def sample_texts() -> list[str]:

@@ -8,6 +8,7 @@ under the wrong ones, on the same tokens, and the reconstruction errors decide.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypedDict, Unpack
 
@@ -16,7 +17,7 @@ from sae_lens.saes.topk_sae import TopKSAE
 
 from qwen_scope_lens.errors import NotFinite, UnsupportedSAE, VerificationFailed, WrongShape
 
-__all__ = ["CONVENTIONS", "Convention", "Verification", "measure", "verify"]
+__all__ = ["CONVENTIONS", "Convention", "Verification", "measure", "unexplained", "verify"]
 
 MAX_FVU = 0.8
 """The largest accepted FVU. The threshold is ours, not the paper's. Official layers were measured
@@ -139,21 +140,10 @@ def measure(
     kept, excluded = _select_tokens(sae, activations, mask, include_first, max_norm_ratio)
     own = _own_convention(sae)
     others = [c for c in CONVENTIONS if not _same(c, own)]
-    sums = {c.name: _Sums(sae.cfg.d_sae) for c in (own, *others)}
-    mean = kept.double().mean(dim=0)
-    variance = 0.0
-    weights = _Weights(sae)
-    for chunk in kept.split(max(1, 2**24 // sae.cfg.d_sae)):  # 64 MB of dense pre-activations
-        x = chunk.to(device=sae.W_enc.device, dtype=torch.float32)
-        variance += float(((x.double() - mean.to(x.device)) ** 2).sum())
-        trial = _Trial(weights, x)
-        for convention in (own, *others):
-            trial.add_to(sums[convention.name], convention)
-    tokens = len(kept)
-    if variance == 0.0:
-        raise NotFinite("all activations are equal: the FVU needs tokens that differ")
+    sums, variance = _sums_of(sae, kept, (own, *others))
     fvu = {name: s.squared_error / variance for name, s in sums.items()}
     s = sums[own.name]
+    tokens = len(kept)
     problems = _problems(own, fvu, max_fvu)
     return Verification(
         name=str(sae.cfg.metadata.qwen_scope_ref or sae.cfg.metadata.hook_name or "SAE"),
@@ -169,6 +159,41 @@ def measure(
         max_fvu=max_fvu,
         problems=tuple(problems),
     )
+
+
+@torch.no_grad()
+def unexplained(
+    sae: TopKSAE,
+    activations: torch.Tensor,
+    *,
+    mask: torch.Tensor | None = None,
+    max_norm_ratio: float = MAX_NORM_RATIO,
+) -> float:
+    """The FVU under the SAE's own convention alone; arguments as in `verify`."""
+    _check_arithmetic(sae)
+    kept, _ = _select_tokens(sae, activations, mask, False, max_norm_ratio)
+    own = _own_convention(sae)
+    sums, variance = _sums_of(sae, kept, (own,))
+    return sums[own.name].squared_error / variance
+
+
+def _sums_of(
+    sae: TopKSAE, kept: torch.Tensor, conventions: Sequence[Convention]
+) -> tuple[dict[str, _Sums], float]:
+    """The sums of each convention; the squared distances of `kept [n, d_model]` from its mean."""
+    sums = {convention.name: _Sums(sae.cfg.d_sae) for convention in conventions}
+    mean = kept.double().mean(dim=0)
+    variance = 0.0
+    weights = _Weights(sae)
+    for chunk in kept.split(max(1, 2**24 // sae.cfg.d_sae)):  # 64 MB of dense pre-activations
+        x = chunk.to(device=sae.W_enc.device, dtype=torch.float32)
+        variance += float(((x.double() - mean.to(x.device)) ** 2).sum())
+        trial = _Trial(weights, x)
+        for convention in conventions:
+            trial.add_to(sums[convention.name], convention)
+    if variance == 0.0:
+        raise NotFinite("all activations are equal: the FVU needs tokens that differ")
+    return sums, variance
 
 
 class _Sums:
