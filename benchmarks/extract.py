@@ -187,9 +187,7 @@ def main() -> None:
     arguments.add_argument("--rounds", type=int, default=3)
     arguments.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     arguments.add_argument("--model", help="a real model's folder, with --sae")
-    arguments.add_argument(
-        "--sae", help="the group of its SAEs, of which two layers are read"
-    )
+    arguments.add_argument("--sae", help="the group of its SAEs, of which two layers are read")
     arguments.add_argument("--peak", nargs=2, metavar=("SIZE", "VARIANT"))
     given = arguments.parse_args()
     if given.model:

@@ -51,8 +51,10 @@ def convert(
     apply_b_dec_to_input: bool | None = None,
     progress: bool = True,
 ) -> list[Path]:
-    """Convert layers of a group (all by default) and return their folders.
+    """Convert layers of a group (all by default) to SAELens's layout, and return their folders.
 
+    Layer n goes into `out/REPOSITORY/layer{n}`. `folder` is a local copy of the published files.
+    `apply_b_dec_to_input=None` keeps what the group's row says.
     A layer that is already there, with the same dtype, convention and revision, is left as it is,
     and its source is not read again. With `overwrite` the whole folder of the layer is replaced.
     """

@@ -138,8 +138,11 @@ class View:
 
 
 def shown(cell: Any, how: str = "") -> str:
-    """A cell as people read it: a float with three decimals or in the format `how`, None as a
-    dash."""
+    """A cell as people read it.
+
+    A float from 0.001 to 1000 has three decimals, any other has three significant digits, unless
+    `how` gives a format. None and NaN are a dash, and a bool is yes or no.
+    """
     if how and isinstance(cell, float) and not math.isnan(cell):
         return format(cell, how)
     if cell is None:

@@ -236,7 +236,17 @@ def analyse(
 
 
 def rank_check(rows: Sequence[Redundancy], truths: Sequence[Agreement]) -> RankCheck:
-    """R-hat against R, also with the number of items held fixed."""
+    """Correlate the redundancy estimated from features (R-hat) with the one of models' scores (R).
+
+    The correlation is also given with the number of items held fixed. `rows` and `truths` list the
+    same benchmarks in the same order; otherwise `StoreMismatch` is raised.
+    """
+    ours, theirs = [row.name for row in rows], [truth.name for truth in truths]
+    if ours != theirs:
+        raise StoreMismatch(
+            f"footprints are of {', '.join(ours)}, the scores of {', '.join(theirs)}: expected the"
+            " same benchmarks in the same order"
+        )
     r_hat = np.array([row.r_hat.value for row in rows])
     r = np.array([truth.r.value for truth in truths])
     size = np.array([float(row.n_items) for row in rows])
@@ -247,7 +257,11 @@ def rank_check(rows: Sequence[Redundancy], truths: Sequence[Agreement]) -> RankC
 def performance(
     footprints: Sequence[Footprint], scores: Scores, control: str | None
 ) -> Performance:
-    """Overlap of footprints against similarity of scores, raw and with the control held fixed."""
+    """Correlate, over all pairs of benchmarks, overlapping footprints with similar scores.
+
+    With `control`, a benchmark that is not among the footprints, its scores are held fixed as well.
+    Raises `StoreMismatch` if it is among them.
+    """
     names = [f.name for f in footprints]
     if control is not None and control in names:
         raise StoreMismatch(

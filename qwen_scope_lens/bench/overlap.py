@@ -60,7 +60,11 @@ def overlap(
 
 
 def overlaps(footprints: Sequence[Footprint], draws: int = DRAWS, seed: int = 0) -> list[Overlap]:
-    """Overlaps of every ordered pair; `at_size` is the size of the smallest benchmark."""
+    """Compute the overlap of every ordered pair of different benchmarks.
+
+    The field `at_size` of each is the overlap at the item count of the smallest benchmark given.
+    Raises `TooLittleData` for fewer than two.
+    """
     if len(footprints) < 2:
         raise TooLittleData(f"an overlap needs two benchmarks; found {len(footprints)}")
     check_comparable(*footprints)

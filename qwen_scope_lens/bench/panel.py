@@ -231,7 +231,10 @@ sizes is computed, and values between them are interpolated."""
 
 @dataclass(frozen=True, eq=False)
 class Agreement:
-    """The curve tau_n of one benchmark, and its mean R."""
+    """How well random subsets of a benchmark rank the models as the whole benchmark does.
+
+    Kendall's tau at each number of items (the paper's tau_n), and its mean over them (R).
+    """
 
     name: str
     n_items: int

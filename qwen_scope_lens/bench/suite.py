@@ -49,7 +49,10 @@ class Benchmark:
     facts: Mapping[str, Any]  # source and prompt format
 
     def footprint(self, layer: int | None = None, position: str = "last") -> Footprint:
-        """Its footprint at a layer (default: the last stored one) and a token position."""
+        """Read which features each item activates at a layer (by default the last stored one).
+
+        `position` is "last", "-2", "-3" and so on, counted from the end, or "any".
+        """
         return read_footprint(self.store, layer, position, self.name)
 
 

@@ -121,7 +121,11 @@ def transfer(
     test: Mapping[str, Documents],
     settings: Mapping[str, Any] | None = None,
 ) -> Transfer:
-    """Fit a rule on each language and test it on each language."""
+    """Fit one rule on each language's discovery documents; test it on every language's tests.
+
+    Keys are languages; `settings` goes to `FeatureRuleClassifier`. Raises `TooLittleData` if a
+    language has no test documents.
+    """
     names = tuple(discovery)
     if missing := [name for name in names if name not in test]:
         raise TooLittleData(f"no test documents of {', '.join(missing)}")

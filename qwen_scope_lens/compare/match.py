@@ -140,10 +140,13 @@ def match_activations(
     least: int = 5,
     seed: int = 0,
 ) -> Matching:
-    """Match by the correlation of activations `[n, n_a]` and `[n, n_b]` on the same pieces of text.
+    """Find for every feature of A its partner in B, by the correlation of their activations.
 
-    `doc [n]` is the document of each piece. With it B is shuffled within documents only, so that a
-    common subject or language does not count as agreement.
+    `a [n, n_a]` and `b [n, n_b]` have the same pieces of text as rows. A pair that fires together
+    on fewer than `least` pieces has no score; `candidates` partners are kept per feature. Raises
+    `WrongShape` if the rows differ in number, and `TooLittleData` below 20 of them. `doc [n]` is
+    the document of each piece. With it B is shuffled within documents only, so that a common
+    subject or language does not count as agreement.
     """
     if a.shape[0] != b.shape[0]:
         raise WrongShape(f"{a.shape[0]} and {b.shape[0]} rows: expected the same pieces of text")

@@ -3,7 +3,7 @@
 One part of the documents is for discovery: every feature of every layer is tested there, and the
 false-discovery rate is controlled over all of them. The winners are scored again on the held-out
 part, beside the controls of `controls.py`. `document_sets.py` chooses the documents, `contrast.py`
-computes the tests, and `ranking.py` holds the result.
+computes the tests and q-values, and `ranking.py` holds the result.
 """
 
 from __future__ import annotations

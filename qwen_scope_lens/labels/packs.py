@@ -153,9 +153,11 @@ class LabelPack(Mapping[FeatureRef, Label]):
 
     @classmethod
     def merge(cls, packs: Iterable[LabelPack], prefer: Prefer = "first") -> LabelPack:
-        """One pack from several. Where two label the same feature, `prefer` chooses the first, the
-        last, or the one with the higher score. A tested label wins over an untested one, and the
-        earlier pack where scores are equal."""
+        """Merge packs into one. `prefer` chooses where several label the same feature.
+
+        It is "first", "last" or "score". With "score" the label with the higher score wins, a label
+        without a score loses, and the earlier pack wins a tie. Raises `UnknownName` for another.
+        """
         if prefer not in ("first", "last", "score"):
             raise UnknownName(f"prefer={prefer!r}: expected first, last or score")
         kept: dict[FeatureRef, Label] = {}

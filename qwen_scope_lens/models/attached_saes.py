@@ -120,11 +120,12 @@ class AttachesSAEs(NamedHooks):
 
         Hooks at that point then see the SAE's reconstruction, which flows on; the SAE's own
         `hook_sae_input` sees the residual that came in. With the error term and no edit, the two
-        are the same.
+        are the same. `use_error_term=None` keeps the SAE's own setting; `exclude_special_tokens` is
+        True for all special tokens, or a list of token ids.
 
         An SAE of a known group is refused on a model that is known to be another one, unless
-        `allow_other_model` is set. If its metadata name no group, nothing is checked, as in
-        SAELens.
+        `allow_other_model` is set (`WrongModel`). If its metadata name no group, nothing is checked,
+        as in SAELens.
         """
         name = sae.cfg.metadata.hook_name
         out = sae.cfg.metadata.hook_name_out or name

@@ -155,7 +155,11 @@ def site_of_documents(
 def build_neuronpedia(
     sources: Sources, out: Path, release: Release | None = None, *, progress: bool = False
 ) -> Path:
-    """Write all layers in Neuronpedia's layout."""
+    """Write the features of all layers in the layout that Neuronpedia imports.
+
+    It is written whole or not at all; the path returned is `out`. `release=None` takes
+    the defaults of `Release`.
+    """
     store = sources.store
     return write_neuronpedia(
         out,

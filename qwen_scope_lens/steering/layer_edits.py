@@ -53,7 +53,12 @@ class LayerEdits:
     def build(
         cls, edits: Sequence[Edit], directions: Tensor, saes: dict[str, ScopeSAE]
     ) -> LayerEdits:
-        """`saes` has, by address, the SAE of every edit that reads a code."""
+        """Build the arithmetic of one layer's edits.
+
+        `directions [m, d_model]` has the decoder row of each edit, in the same order. `saes` has,
+        by address, the SAE of every edit that reads a code. Raises `BadPlan` if an edit needs a
+        direction and its row is zero.
+        """
         by_sae: dict[str, list[int]] = {}
         for i, edit in enumerate(edits):
             if edit.operation.reads == "code":

@@ -3,7 +3,8 @@
 `extract` can be killed at any instant and called again: finished shards stay, and the rest is made
 as it would have been made without the interruption. A `Request` says what is wanted, `check`
 refuses everything that can be refused before a weight is read, `prepare` loads the model and writes
-the manifest, and `extraction.py` does the work. `extract_ray.py` does the same on a cluster.
+the manifest, and `Job` in `extraction.py`
+finds the shards that are missing and makes them. `extract_ray.py` does the same on a cluster.
 """
 
 from __future__ import annotations

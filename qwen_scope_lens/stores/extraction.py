@@ -163,7 +163,10 @@ class Job:
         return Encoder(self._load, self.manifest.layers, self._room(sae_memory))
 
     def run(self, shards: Sequence[int], encoder: Encoder, progress: bool) -> None:
-        """Make these shards."""
+        """Run the model and the SAEs over the documents of these shards, and write them to disk.
+
+        The numbers must be ascending, because the corpus is read once from its beginning.
+        """
         total = sum(end - start for start, end in map(self.facts.span, shards))
         waiting: list[_Read] = []
         truncated = 0

@@ -70,7 +70,11 @@ class Reading:
         layers: Iterable[int] | None = None,
         **options: Any,
     ) -> Iterator[Capture]:
-        """The residuals of some texts, batch by batch. Options as of `iter_captures`."""
+        """Run the model over some texts and yield their residuals, batch by batch.
+
+        `layers` are by default those of this reading. Other options go to `iter_captures` and stand
+        before the store's settings.
+        """
         wanted = self.layers if layers is None else layers
         return iter_captures(model, texts, wanted, **{**asdict(self.settings), **options})
 

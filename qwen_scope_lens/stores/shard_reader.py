@@ -38,7 +38,10 @@ BLOCK_TOKENS = 16384
 
 
 class Shard:
-    """One finished shard, memory-mapped; nothing is read before it is needed."""
+    """One finished shard. Its arrays are memory-mapped and read when they are needed.
+
+    Opening it reads `shard.json` and raises `StoreDamaged` if that contradicts the manifest.
+    """
 
     def __init__(self, store: Path, number: int, manifest: Manifest) -> None:
         self.folder, self.number, self._manifest = shard_folder(store, number), number, manifest

@@ -223,7 +223,7 @@ def open_reader(
 
 
 def made_with(targets: TargetSet) -> Reading:
-    """How the texts were read in which the targets were looked for."""
+    """The model, layers, dtype and revision with which texts were read when targets were found."""
     made, layers = targets.provenance, tuple(sorted({ref.layer for ref in targets.saes}))
     return Reading(
         str(made["model"]), layers, dtype=made.get("dtype"), revision=made.get("revision")

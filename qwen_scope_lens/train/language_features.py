@@ -230,10 +230,12 @@ def find_language_features(
 ) -> LanguageFeatures:
     """Find the features of each target language on half of its documents; score them on the rest.
 
-    At most `texts` documents of each language count. `chance` is the largest monolinguality of any
-    feature if documents change languages at random. Features below chance stay in the table, but
-    the loss does not use them (`LanguageFeatures.of`). The mean pre-activations need the model
-    again; the default is the model that filled the store.
+    At most `texts` documents of each language count, and `per_layer` features of each language and
+    layer are kept. Their `chance` is the largest monolinguality that any feature reaches when the
+    documents' languages are shuffled `shuffles` times; features below it stay in the table, but the
+    loss does not use them (`LanguageFeatures.of`). The table also has each feature's mean pre-
+    activation per language, for which the model runs again (by default the one that filled the
+    store). Raises `TooLittleData` if a language has fewer than four different documents.
     """
     rng = np.random.default_rng(seed)
     column = DocumentLabel.of(store, label)

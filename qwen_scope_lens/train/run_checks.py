@@ -129,7 +129,7 @@ def check_checkpoint(path: Path, checkpoint: str, max_steps: int) -> None:
 
 
 def record(path: Path, kind: str, content: Mapping[str, Any], output: Path) -> None:
-    """Write the content of the run's file and the versions beside its checkpoints."""
+    """Write what the run file `path` says, and the packages' versions, into the folder `output`."""
     packages = versions("trl", "peft", "accelerate")
     rows = {
         "kind": kind,

@@ -72,7 +72,12 @@ def to_gguf(plan: Plan, path: Path, saes: SAEs = None) -> Path:
 
 
 def to_safetensors(plan: Plan, path: Path, saes: SAEs = None) -> Path:
-    """`layers.N`: what to add to the output of decoder layer N; the metadata says where."""
+    """Write the plan as one vector per layer into a safetensors file, and return its path.
+
+    Tensor `layers.N` is added to the output of decoder layer N; the metadata says whether the first
+    token is included. Raises `BadPlan` unless all edits act on every token, or all on every token
+    but the first.
+    """
     from safetensors.torch import save_file
 
     places = {edit.where for edit in plan.edits}
