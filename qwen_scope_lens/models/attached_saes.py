@@ -124,8 +124,8 @@ class AttachesSAEs(NamedHooks):
         True for all special tokens, or a list of token ids.
 
         An SAE of a known group is refused on a model that is known to be another one, unless
-        `allow_other_model` is set (`WrongModel`). If its metadata name no group, nothing is checked,
-        as in SAELens.
+        `allow_other_model` is set (`WrongModel`). If its metadata name no group, nothing is
+        checked, as in SAELens.
         """
         name = sae.cfg.metadata.hook_name
         out = sae.cfg.metadata.hook_name_out or name
