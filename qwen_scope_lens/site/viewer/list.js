@@ -72,15 +72,18 @@ QSL.showList = (main, layer, index) => {
   const state = QSL.state;
   const body = QSL.make("tbody");
   const count = QSL.make("span", { class: "count quiet", role: "status" });
-  const more = QSL.button("", () => fill(state.shown + 2 * PAGE), { class: "more" });
+  const more = QSL.button("", () => fill(state.shown + 2 * PAGE, state.shown), { class: "more" });
   const elsewhere = QSL.make("section", { class: "card elsewhere", id: "elsewhere" });
   const nothing = QSL.make("section", { class: "card", id: "nothing" });
   const table = QSL.make("table", { class: "list" });
+  const about = summary(layer, index);
 
-  function fill(upTo) {
+  // Show the list up to a place; the rows before `from` are there already.
+  function fill(upTo, from = 0) {
     state.shown = Math.min(state.order.length, Math.max(PAGE, upTo));
-    const here = state.order.slice(0, state.shown);
-    body.replaceChildren(...here.map((f, i) => row(layer, index, f, i, state)));
+    const rows = state.order.slice(from, state.shown).map((f, i) => row(layer, index, f, from + i, state));
+    if (from) body.append(...rows);
+    else body.replaceChildren(...rows);
     more.hidden = state.shown >= state.order.length;
     more.textContent = `Show more (${QSL.number(state.order.length - state.shown)} left)`;
   }
@@ -93,6 +96,7 @@ QSL.showList = (main, layer, index) => {
     fill(keep ? state.shown : PAGE);
     head.replaceChildren(...heads());
     table.hidden = scale.hidden = !found;
+    about.hidden = Boolean(state.query.trim()); // results stand where they are seen
     nothing.hidden = Boolean(found);
     nothing.replaceChildren(...(found ? [] : QSL.nothing(index, state, set)));
     QSL.searchElsewhere(elsewhere, layer).catch((error) => elsewhere.append(QSL.make("p", {}, error.message)));
@@ -125,7 +129,7 @@ QSL.showList = (main, layer, index) => {
       const none = key === "label" && !Object.keys(index.labels).length;
       return QSL.make("th", { scope: "col", class: none ? "none" : kind, "aria-sort": sorted }, QSL.button(column.name, press));
     });
-    return [...sortable, QSL.make("th", { scope: "col" }, "Tokens it fires on"),
+    return [...sortable, QSL.make("th", { scope: "col", class: "plain" }, "Tokens it fires on"),
       QSL.make("th", { scope: "col", class: "spare" }, "Tokens it promotes")];
   }
   const head = QSL.make("tr", {}, heads());
@@ -144,9 +148,9 @@ QSL.showList = (main, layer, index) => {
   main.replaceChildren(
     QSL.make("h1", {}, QSL.site.title),
     QSL.make("div", { class: "address" }, layer.ref),
-    summary(layer, index),
+    about,
     QSL.make("div", { class: "tools" }, QSL.make("label", {}, "Features", only), count),
-    elsewhere, nothing, scale, table, more,
+    nothing, elsewhere, scale, table, more,
     QSL.make("p", { class: "quiet" }, layer.made));
   QSL.refresh(true);
   body.querySelector(".here")?.scrollIntoView({ block: "center" });

@@ -41,8 +41,8 @@ QSL.nothing = (index, state, set) => {
   const query = state.query.trim();
   const all = state.only === "all" ? 0 : QSL.select(index, { ...state, only: "all" }).length;
   return [
-    QSL.make("p", {}, QSL.make("b", {}, query ? "Nothing found for “" : "This layer has no ",
-      query ? [QSL.make("bdi", {}, query), `” among the ${kinds[state.only]} of this layer.`] : `${kinds[state.only]}.`)),
+    QSL.make("p", {}, QSL.make("b", {}, query ? ["Nothing found in this layer for “", QSL.make("bdi", {}, query), "”",
+      state.only === "all" ? "." : `, among the ${kinds[state.only]}.`] : `This layer has no ${kinds[state.only]}.`)),
     query ? QSL.make("p", { class: "quiet" }, "The search reads numbers, addresses and labels, the tokens of a"
       + " feature's strongest examples, and the tokens that it promotes. It does not read whole texts.") : null,
     QSL.make("p", { class: "buttons" },
@@ -80,6 +80,6 @@ QSL.searchElsewhere = async (box, layer) => {
         index.labels[f] ? [" ", QSL.make("bdi", {}, index.labels[f])] : ""]),
       found.length > NAMED_HITS ? " …" : ""));
   }
-  says.textContent = layers ? `Found in ${layers} of ${others.length}.`
+  says.textContent = layers ? `Found in ${layers} of ${others.length} other layers.`
     : others.length === 1 ? "Nothing found there either." : `Nothing found in any of the ${others.length} others.`;
 };
