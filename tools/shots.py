@@ -3,7 +3,8 @@
     python -m tools.shots pictures/ report.html 'site/index.html#mini-qwen3/w1k-l0-16/6/3'
 
 A page is an HTML file, with an address inside it where it has one. It prints what the browser
-complains about and how far a page is wider than the window, and then exits with 1.
+complains about and how far a page is wider than the window, and then exits with 1. The picture in
+`docs/dash.md` is one with `--width 1180 --scheme light --height 800`.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, help="the folder of the pictures")
     parser.add_argument("pages", nargs="+", help="HTML files, with #address where there is one")
+    parser.add_argument("--width", nargs="+", type=int, default=WIDTHS, help="of the window")
+    parser.add_argument("--scheme", nargs="+", choices=SCHEMES, default=SCHEMES)
+    parser.add_argument("--height", type=int, help="the top of the page, not the whole of it")
     given = parser.parse_args(arguments)
     given.out.mkdir(parents=True, exist_ok=True)
     path, line = get_browser()
@@ -43,11 +47,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file, mark, inside = page.partition("#")
             address = Path(file).resolve(strict=True).as_uri() + mark + inside
             name = re.sub(r"\W+", "-", f"{Path(file).parent.name} {Path(file).stem} {inside}")
-            for width in WIDTHS:
-                for scheme in SCHEMES:
+            for width in given.width:
+                for scheme in given.scheme:
                     view = engine.new_page(
-                        viewport={"width": width, "height": 900},
-                        color_scheme=scheme,  # type: ignore[arg-type]
+                        viewport={"width": width, "height": given.height or 900},
+                        color_scheme=scheme,
                     )
                     picture = given.out / f"{name.strip('-')}-{width}-{scheme}.png"
                     complaints: list[str] = []
@@ -58,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     wide = view.evaluate("document.documentElement.scrollWidth - innerWidth")
                     if wide > 0:
                         complaints.append(f"{wide} pixels wider than the window")
-                    view.screenshot(path=picture, full_page=True)
+                    view.screenshot(path=picture, full_page=given.height is None)
                     view.close()
                     print(picture)
                     wrong += [f"{picture.name}: {text}" for text in complaints]

@@ -61,7 +61,7 @@ QSL.searchElsewhere = async (box, layer) => {
   box.replaceChildren();
   box.hidden = !query || !others.length;
   if (box.hidden) return;
-  const says = QSL.make("span", { class: "quiet", "aria-live": "polite" }, "…");
+  const says = QSL.make("span", { class: "quiet", "aria-live": "polite" }, "Searching the other layers …");
   const rows = QSL.make("ul", {});
   box.append(QSL.make("h2", {}, "In other layers"), says, rows);
   await new Promise((done) => setTimeout(done, PATIENCE));
