@@ -167,17 +167,22 @@ def test_the_whole_document_of_an_example(
     with browser.page() as page:
         page.goto(address(site, f"{REF}/3"))
         page.wait_for_selector(".passage")
-        for i, example in enumerate(read_data(site, f"{FOLDER}/block-0000")[3]["top"][:3]):
+        examples = read_data(site, f"{FOLDER}/block-0000")[3]["top"]
+        assert any(e["c"] != [0, len(texts[e["d"]])] for e in examples[:4])
+        for i, example in enumerate(examples[:4]):
             block = page.locator(".example").nth(i)
             before = block.locator(".passage").text_content()
             block.get_by_role("button", name="whole document").click()
-            expect(block.locator(".rest").first).to_be_attached()
-            parts = block.locator(".rest").all_text_contents()
             start, end = example["c"]
             text = texts[example["d"]]
+            assert "".join(example["t"]) == text[start:end]
+            if (start, end) == (0, len(text)):
+                expect(block.get_by_text("this is the whole document")).to_be_visible()
+                continue
+            expect(block.locator(".rest").first).to_be_attached()
+            parts = block.locator(".rest").all_text_contents()
             plain = [part.replace("↵", "") for part in parts]
             assert plain == [text[:start], text[end:]]
-            assert "".join(example["t"]) == text[start:end]
             block.get_by_role("button", name="only the passage").click()
             assert block.locator(".passage").text_content() == before
 

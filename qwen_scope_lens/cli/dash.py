@@ -7,6 +7,9 @@
 The store comes from `qsl extract`; the labels come from `qsl synth describe` or from a person. A
 site needs no server and no network: it works from disk and from any file host. Each feature has its
 page at its address: site/index.html#mini-qwen3/w1k-l0-16/6/123
+
+A site grows: a build keeps the layers that are there, and the labels of those that it builds again.
+--replace begins from nothing.
 """
 
 from __future__ import annotations
@@ -71,7 +74,7 @@ def _build_arguments(parser: argparse.ArgumentParser) -> None:
     _add_sources(parser)
     parser.add_argument("--title", help="the heading of the site")
     parser.add_argument(
-        "--replace", action="store_true", help="drop layers and labels that the site has by now"
+        "--replace", action="store_true", help="drop the layers and labels that the site has"
     )
     parser.add_argument("--no-texts", action="store_true", help="leave out whole documents")
 
@@ -79,7 +82,7 @@ def _build_arguments(parser: argparse.ArgumentParser) -> None:
 def _build(arguments: argparse.Namespace) -> None:
     """Write a static site with a page for every feature.
 
-    A site that is there by now keeps its other layers, and the labels of those that are built
+    A site that is there already keeps its other layers, and the labels of those that are built
     again. --replace drops them.
     """
     from qwen_scope_lens.site.build import build_site

@@ -32,7 +32,16 @@ function wholeDocument(layer, example, text) {
     } else {
       press.disabled = true;
       // Characters are counted as Python counts them, so that one of two code units is one.
-      const whole = Array.from((await QSL.loadText(layer, example.d).catch((error) => error.message)) ?? "");
+      const found = await QSL.loadText(layer, example.d).catch((error) => error);
+      if (typeof found !== "string") {
+        press.textContent = found ? found.message : "the store has no text of it";
+        return;
+      }
+      const whole = Array.from(found);
+      if (example.c[0] === 0 && whole.length <= example.c[1]) {
+        press.textContent = "this is the whole document";
+        return;
+      }
       press.disabled = false;
       around.push(QSL.make("span", { class: "rest" }, lines(whole.slice(0, example.c[0]).join(""))),
         QSL.make("span", { class: "rest" }, lines(whole.slice(example.c[1]).join(""))));
