@@ -10,6 +10,7 @@ from __future__ import annotations
 import html
 import io
 import math
+import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,20 +32,42 @@ __all__ = [
 ]
 
 STYLE = """
-:root { color-scheme: light dark; --line: #8884; --quiet: #777; --mark: #4a7ebb33; }
-body { font: 16px/1.5 system-ui, "Noto Sans", "Noto Sans CJK SC", sans-serif; max-width: 62rem;
-  margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
+:root { color-scheme: light dark; --line: #8884; --quiet: #63605a; --link: #1f57a4; }
+@media (prefers-color-scheme: dark) { :root { --quiet: #aaa69d; --link: #8ab4f0; } }
+body { font: 16px/1.5 system-ui, "Noto Sans", "Noto Sans CJK SC", sans-serif; max-width: 66rem;
+  margin: 2rem auto; padding: 0 1rem; overflow-wrap: anywhere; }
+h1 { font-size: 1.6rem; line-height: 1.25; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
+a { color: var(--link); }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
 th, td { border-bottom: 1px solid var(--line); padding: .25rem .7rem; text-align: left;
-  vertical-align: top; unicode-bidi: isolate; }
-td.number, th.number { text-align: right; }
+  vertical-align: top; unicode-bidi: isolate; overflow-wrap: break-word; }
+th { vertical-align: bottom; }
+td.number, th.number { text-align: right; } .whole { white-space: nowrap; }
+td.long { min-width: 15rem; }
 p.quiet, figcaption, footer { color: var(--quiet); font-size: .85rem; }
-figure { margin: 1rem 0; overflow-x: auto; } .wide { overflow-x: auto; }
+figure { margin: 1rem 0; overflow-x: auto; color: var(--quiet); }
+/* A shadow at an edge says that the table goes on there. */
+.wide { overflow-x: auto; margin: 1rem 0; background:
+  linear-gradient(to right, Canvas 40%, transparent) left / 2rem 100% no-repeat local,
+  linear-gradient(to left, Canvas 40%, transparent) right / 2rem 100% no-repeat local,
+  linear-gradient(to right, #8887, transparent) left / .5rem 100% no-repeat scroll,
+  linear-gradient(to left, #8887, transparent) right / .5rem 100% no-repeat scroll; }
 svg { max-width: 100%; height: auto; } code, pre { font-size: .88em; } pre { overflow-x: auto; }
-@media print { body { max-width: none; } h2 { break-after: avoid; }
+@media (max-width: 640px) { body { margin: 1rem auto; } h1 { font-size: 1.35rem; }
+  th, td { padding: .25rem .5rem; } }
+@media print { body { max-width: none; } h2 { break-after: avoid; } .wide { background: none; }
   figure { break-inside: avoid; } }
 """.strip()
+
+
+WHOLE = re.compile(r"[!-~]{1,48}|[\d\s.,%±()\[\]–-]{1,32}")
+"""Cells that are not broken into lines: one word, such as an address; a number and its interval."""
+
+LONG = 60
+"""A cell of more characters is a text, and its column is not squeezed."""
+
+GREY = "#808080"
+"""Text and axes of charts. A page shows them in the colour of its captions."""
 
 
 @dataclass(frozen=True)
@@ -161,7 +184,9 @@ def table_html(
 
     def cell_html(cell: Any, i: int) -> str:
         style = _shade(cell / most) if hot[i] and most and cell is not None else ""
-        return f"<td{kinds[i]}{style}>{_shown(cell, how[i])}</td>"
+        shown = _shown(cell, how[i])
+        breaks = _breaks(shown) if kinds[i].startswith(" dir") else ""
+        return f"<td{kinds[i]}{breaks}{style}>{shown}</td>"
 
     lines = ("".join(cell_html(cell, i) for i, cell in enumerate(row)) for row in body)
     inside = "\n".join(f"<tr>{line}</tr>" for line in lines)
@@ -205,7 +230,8 @@ def _shade(share: float | None) -> str:
 
 def chart(draw: Callable[[Any], None], width: float = 7.0, height: float = 3.6) -> str:
     """What `draw(axes)` draws with matplotlib, as SVG for light and dark backgrounds."""
-    return _drawn(draw, width, height).getvalue().decode("utf-8").split("?>", 1)[-1].strip()
+    text = _drawn(draw, width, height).getvalue().decode("utf-8").split("?>", 1)[-1].strip()
+    return text.replace(GREY, "currentColor")
 
 
 def save_chart(
@@ -226,22 +252,31 @@ def _drawn(draw: Callable[[Any], None], width: float, height: float) -> io.Bytes
         "svg.fonttype": "none",
         # A fixed salt here and no date below: the same numbers give the same file.
         "svg.hashsalt": "qsl",
-        "font.size": 9,
+        "font.size": 11,  # legible where a phone shows the picture at half its size
         "axes.spines.top": False,
         "axes.spines.right": False,
         "legend.frameon": False,
-        **dict.fromkeys(grey, "#808080"),
+        **dict.fromkeys(grey, GREY),
     }
     with rc_context(style):
         figure = Figure(figsize=(width, height), layout="constrained")
         axes = figure.subplots()
         draw(axes)
+        for artist in figure.findobj():  # such as a colour bar: a page may not load a bitmap
+            artist.set_rasterized(False)
         out = io.BytesIO()
         # Text stays text in the SVG: the reader's fonts are used, so a font missing here is fine.
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Glyph .* missing from font")
             figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
     return out
+
+
+def _breaks(cell: str) -> str:
+    """The class of a cell of text, by how it may be broken into lines."""
+    text = html.unescape(re.sub("<[^>]*>", "", cell))
+    kind = "whole" if WHOLE.fullmatch(text) else "long" if len(text) > LONG else ""
+    return f' class="{kind}"' if kind else ""
 
 
 def _shown(cell: Any, how: str = "") -> str:

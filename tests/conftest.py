@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import planted
 import pytest
-from browser import NO_BROWSER
+from browser import NO_BROWSER, Browser, open_browser
 
 if TYPE_CHECKING:
     from qwen_scope_lens.stores import FeatureStore
@@ -38,6 +39,23 @@ def small_store(tmp_path_factory: pytest.TempPathFactory) -> FeatureStore:
     from dash_site import build_small_store
 
     return build_small_store(tmp_path_factory.mktemp("dash") / "store")
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Browser]:
+    with open_browser() as browser:
+        yield browser
+
+
+@pytest.fixture
+def browser(chromium: Browser) -> Iterator[Browser]:
+    """Every test of a page: no error or warning in the console or of the page, no dialog, and no
+    request to anywhere else."""
+    chromium.complaints.clear()
+    chromium.outside.clear()
+    yield chromium
+    assert chromium.complaints == []
+    assert chromium.outside == []
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import Browser, open_browser
+from browser import Browser
 from dash_site import ARABIC, HOSTILE, HOSTILE_LABEL, read_data, small_labels
 from feature_stores import GROUP, LAYER
 from playwright.sync_api import expect
@@ -16,28 +17,13 @@ from playwright.sync_api import expect
 from qwen_scope_lens.labels import LabelPack
 from qwen_scope_lens.site import build_site, make_server
 from qwen_scope_lens.site.build import Sources
+from qwen_scope_lens.steering import Plan
 from qwen_scope_lens.stores import FeatureStore
 
 pytestmark = pytest.mark.browser
 
 REF = f"{GROUP}/{LAYER}"
 FOLDER = "mini-qwen3_w1k-l0-16_6"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with open_browser() as browser:
-        yield browser
-
-
-@pytest.fixture(autouse=True)
-def _no_complaints(browser: Browser) -> Iterator[None]:
-    """Every test: nothing in the console, no dialog, no request to anywhere else."""
-    browser.complaints.clear()
-    browser.outside.clear()
-    yield
-    assert browser.complaints == []
-    assert browser.outside == []
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +59,7 @@ def test_the_list_searches_sorts_and_opens(site: Path, browser: Browser) -> None
         by_density = sorted(alive, key=lambda f: (-index["count"][f], f))
         shown = [int(row.get_attribute("data-feature")) for row in rows.all()[:5]]
         assert shown == by_density[:5]
-        page.get_by_role("button", name="Maximum").click()
+        page.get_by_role("button", name="Strongest").click()
         by_maximum = sorted(alive, key=lambda f: (-index["maximum"][f], f))
         assert int(rows.first.get_attribute("data-feature")) == by_maximum[0]
         # By label, by token, by number.
@@ -103,6 +89,104 @@ def test_the_list_searches_sorts_and_opens(site: Path, browser: Browser) -> None
         assert page.locator("#search").input_value() == str(alive[7])
 
 
+def test_a_search_says_what_is_not_there_and_reads_all_layers(site: Path, browser: Browser) -> None:
+    index, other = (read_data(site, f"mini-qwen3_w1k-l0-16_{n}/index") for n in (LAYER, 2))
+    with browser.page() as page:
+        page.goto(address(site, REF))
+        more, elsewhere = page.locator("button.more"), page.locator("#elsewhere")
+        expect(more).to_be_visible()
+        expect(page.locator(".scale")).to_contain_text("logarithmic")
+        expect(elsewhere).to_be_hidden()
+        page.locator("#search").fill("nowhere to be found")
+        expect(page.locator("#nothing")).to_contain_text("Nothing found in this layer")
+        expect(elsewhere).to_contain_text("Nothing found there either")
+        for part in (more, page.locator("table.list"), page.locator(".scale")):
+            expect(part).to_be_hidden()
+        page.get_by_role("button", name="Clear the search").click()
+        expect(more).to_be_visible()
+        more.click()
+        rows = page.locator("table.list tbody tr")
+        assert rows.count() == 300
+        page.locator("#search").fill("a label to search for")
+        expect(rows).to_have_count(1)
+        expect(more).to_be_hidden()
+        # A token that only the other layer's lists have leads there.
+        shown = [
+            {at["words"][w].strip().lower() for row in at["peaks"] + at["promoted"] for w in row}
+            for at in (index, other)
+        ]
+        only = next(
+            word
+            for word in sorted(shown[1])
+            if word.isalpha() and len(word) > 3 and not any(word in here for here in shown[0])
+        )
+        page.locator("#search").fill(only)
+        expect(page.locator("#nothing")).to_be_visible()
+        expect(elsewhere).to_contain_text("Found in 1 of 1 other layers")
+        elsewhere.get_by_role("link", name=f"{GROUP}/2", exact=True).click()
+        expect(page.locator("#layers")).to_have_value(f"{GROUP}/2")
+        expect(rows.first).to_be_visible()
+        assert page.locator("#search").input_value() == only
+
+
+def test_a_reader_takes_a_feature_along(site: Path, browser: Browser, tmp_path: Path) -> None:
+    content = read_data(site, f"{FOLDER}/block-0000")[3]
+    ref = f"{REF}/3"
+    with browser.page(permissions=["clipboard-read", "clipboard-write"]) as page:
+        page.goto(address(site, ref))
+        page.locator("#copy-plan").click()
+        expect(page.locator("#taken")).to_contain_text("--plan plan.json")
+        (tmp_path / "plan.json").write_text(page.evaluate("navigator.clipboard.readText()"))
+        [edit] = Plan.load(tmp_path / "plan.json").edits
+        assert (str(edit.ref), edit.op, edit.value) == (ref, "add", content["mean"])
+        texts = []
+        for kind in ("JSON", "CSV"):
+            with page.expect_download() as download:
+                page.get_by_role("button", name=f"Download {kind}").click()
+            path = tmp_path / download.value.suggested_filename
+            download.value.save_as(path)
+            texts.append(path.read_text("utf-8"))
+        whole = json.loads(texts[0])
+        assert whole["address"] == ref
+        assert whole["label"]["text"] == "a label to search for"
+        assert whole["activation"]["maximum"] == content["maximum"]
+        near = [row["address"] for row in whole["similar"]]
+        assert near[:8] == [f"{REF}/{f}" for f, _ in content["nearest"]]
+        assert near[8:] == [f"{other}/{f}" for other, f, _ in content["across"]]
+        rows = list(csv.DictReader(texts[1].splitlines(keepends=True)))
+        assert len(rows) == len(whole["examples"]) == page.locator(".passage").count()
+        assert [row["text"] for row in rows] == [row["text"] for row in whole["examples"]]
+        page.get_by_role("link", name="layer 2, ").first.click()
+        expect(page.locator("#address")).to_have_text(near[8])
+
+
+def test_the_whole_document_of_an_example(
+    site: Path, small_store: FeatureStore, browser: Browser
+) -> None:
+    texts = small_store.documents(["text"])["text"].to_pylist()
+    with browser.page() as page:
+        page.goto(address(site, f"{REF}/3"))
+        page.wait_for_selector(".passage")
+        examples = read_data(site, f"{FOLDER}/block-0000")[3]["top"]
+        assert any(e["c"] != [0, len(texts[e["d"]])] for e in examples[:4])
+        for i, example in enumerate(examples[:4]):
+            block = page.locator(".example").nth(i)
+            before = block.locator(".passage").text_content()
+            block.get_by_role("button", name="whole document").click()
+            start, end = example["c"]
+            text = texts[example["d"]]
+            assert "".join(example["t"]) == text[start:end]
+            if (start, end) == (0, len(text)):
+                expect(block.get_by_text("this is the whole document")).to_be_visible()
+                continue
+            expect(block.locator(".rest").first).to_be_attached()
+            parts = block.locator(".rest").all_text_contents()
+            plain = [part.replace("↵", "") for part in parts]
+            assert plain == [text[:start], text[end:]]
+            block.get_by_role("button", name="only the passage").click()
+            assert block.locator(".passage").text_content() == before
+
+
 def test_a_feature_page_shows_its_examples(site: Path, browser: Browser) -> None:
     with browser.page() as page:
         page.goto(address(site, f"{REF}/3"))  # a deep link, from disk
@@ -120,9 +204,9 @@ def test_a_feature_page_shows_its_examples(site: Path, browser: Browser) -> None
             "e => getComputedStyle(e).backgroundColor"
         )
         assert "0)" not in colours.replace(" ", "")[-3:]
-        for text in ("Promotes", "Suppresses", "Activations, by size", "Fires on, by lang"):
+        for text in ("Promotes", "Suppresses", "How strongly it fires", "Fires on, by lang"):
             assert page.get_by_text(text, exact=True).first.is_visible(), text
-        for text in ("Directions nearest to its own", "Fires together with", "In the SAE"):
+        for text in ("Similar features of this layer", "Fires together with", "Weights in the SAE"):
             assert page.get_by_text(text, exact=True).first.is_visible(), text
         page.locator("a", has_text=str(content["nearest"][0][0])).first.click()
         expect(page.locator("#address")).to_have_text(f"{REF}/{content['nearest'][0][0]}")

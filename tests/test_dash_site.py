@@ -22,9 +22,11 @@ from tiny_models import make_model, make_tokenizer
 
 import qwen_scope_lens as qsl
 from qwen_scope_lens.cli import main
-from qwen_scope_lens.errors import BadFile, CannotWrite
+from qwen_scope_lens.errors import BadFile, CannotWrite, StoreMismatch
 from qwen_scope_lens.models import Vocabulary
 from qwen_scope_lens.site import make_server
+from qwen_scope_lens.site.data_files import deliver
+from qwen_scope_lens.site.earlier import EarlierSite
 from qwen_scope_lens.site.neuronpedia import neuronpedia_id
 from qwen_scope_lens.site.static import VIEWER
 from qwen_scope_lens.stores import FeatureStore
@@ -61,7 +63,10 @@ def page_of(site: Path, feature: int) -> dict[str, Any]:
 
 def test_every_data_file_is_one_call_and_no_text(site: Path) -> None:
     files = sorted(p.relative_to(site / "data") for p in (site / "data").rglob("*.js"))
-    assert len(files) == 1 + 2 * (1 + 1024 // 128)
+    [documents] = {p.parent for p in files if p.parent.name.startswith("documents-")}
+    assert len(files) == 1 + 2 * (1 + 1024 // 128) + len(
+        list((site / "data" / documents).iterdir())
+    )
     for path in files:
         read_data(site, str(path.with_suffix("")))
     facts = read_data(site, "site")
@@ -170,6 +175,13 @@ def test_neighbours_and_geometry(site: Path, frequent: list[int]) -> None:
     cosines[feature] = -2
     page = page_of(site, feature)
     assert [f for f, _ in page["nearest"]] == cosines.topk(8).indices.tolist()
+    other = torch.nn.functional.normalize(qsl.load_sae(f"{GROUP}/2").W_dec.double(), dim=-1)
+    best = (other @ unit[feature]).topk(3)
+    assert [(ref, f) for ref, f, _ in page["across"]] == [
+        (f"{GROUP}/2", f) for f in best.indices.tolist()
+    ]
+    shown = [cosine for *_, cosine in page["across"]]
+    assert shown == pytest.approx(best.values.tolist(), abs=6e-4)
     assert page["geometry"]["bias"] == pytest.approx(float(sae.b_enc[feature]), rel=1e-3)
     read, write = sae.encoder_row(feature), sae.direction(feature)
     assert page["geometry"]["cosine"] == pytest.approx(
@@ -177,20 +189,73 @@ def test_neighbours_and_geometry(site: Path, frequent: list[int]) -> None:
     )
 
 
-def test_a_site_is_replaced_and_nothing_else(
-    site: Path, store: FeatureStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_build_keeps_what_was_there_and_replaces_nothing_else(
+    site: Path,
+    store: FeatureStore,
+    frequent: list[int],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
-    command = ["dash", "build", str(store.path), "--layers", "2", "--no-tokens"]
+    quick = ["dash", "build", str(store.path), "--no-tokens", "--examples", "1"]
+    command = [*quick, "--layers", "2"]
     assert main([*command, "--out", str(tmp_path)]) == 1
     assert "other files" in capsys.readouterr().err
     assert (tmp_path / "thesis.txt").read_text() == "mine"
     out = tmp_path / "site"
     shutil.copytree(site, out)
+    # Another layer and the labels that were there stay, and so does the title.
     assert main([*command, "--out", str(out)]) == 0
+    assert f"kept from an earlier build: {GROUP}/6" in capsys.readouterr().out
+    facts = read_data(out, "site")
+    assert [layer["ref"] for layer in facts["layers"]] == [f"{GROUP}/2", f"{GROUP}/6"]
+    assert facts["title"] == "A </title> test"
     block = read_data(out, "mini-qwen3_w1k-l0-16_2/block-0000")
     assert block[0]["promoted"] is None
-    assert not (out / "data" / FOLDER).exists()
+    assert block[0]["across"] == []
+    for name in ("index", "block-0000", "block-0007"):
+        assert read_data(out, f"{FOLDER}/{name}") == read_data(site, f"{FOLDER}/{name}")
+    one, two = frequent[:2]
+    again = [*quick, "--layers", "6", "--out", str(out)]
+    newer = small_labels(tmp_path / "newer.jsonl", one, frequent[2])
+    newer.write_text(newer.read_text().replace("a label to search for", "a better label"))
+    assert main([*again, "--labels", str(newer)]) == 0
+    shown = read_data(out, f"{FOLDER}/index")["labels"]
+    assert set(shown) == {str(one), str(two), str(frequent[2])}
+    assert shown[str(one)] == "a better label"
+    label = page_of(out, two)["label"]
+    assert label == page_of(site, two)["label"]
+    assert label["score"] == 0.75
+    other = tmp_path / "of-layer-4.jsonl"
+    other.write_text('{"address": "mini-qwen3/w1k-l0-16/4/3", "text": "elsewhere"}\n')
+    assert main([*again, "--labels", str(other)]) == 1  # also where old labels would fit
+    assert "no feature has a label" in capsys.readouterr().err
+    # --replace begins from nothing.
+    assert main([*command, "--replace", "--no-texts", "--out", str(out)]) == 0
+    assert [p.name for p in (out / "data").iterdir() if p.is_dir()] == ["mini-qwen3_w1k-l0-16_2"]
+
+
+def test_a_site_that_cannot_be_kept_is_not_touched(site: Path, tmp_path: Path) -> None:
+    out = tmp_path / "site"
+    shutil.copytree(site, out)
+    earlier = EarlierSite.read(out)
+    assert earlier is not None
+    with pytest.raises(StoreMismatch, match=r"pages of mini-qwen3,.*--replace"):
+        earlier.check_model("Qwen3-8B")
+    facts = read_data(out, "site")
+    for change in (
+        {"version": 1},
+        {"layers": [{"ref": "a/b/1", "folder": "../elsewhere"}]},
+        {"layers": [facts["layers"][0] | {"documents_folder": "../../elsewhere"}]},
+        {"layers": 3},
+    ):
+        deliver(out / "data", "site", facts | change)
+        with pytest.raises(BadFile, match="--replace"):
+            EarlierSite.read(out)
+    (out / "data" / "site.js").write_text("alert(1)")
+    with pytest.raises(BadFile, match="not one call"):
+        EarlierSite.read(out)
+    assert EarlierSite.read(tmp_path) is None
 
 
 def test_what_does_not_belong_together_is_refused(

@@ -10,7 +10,7 @@ from qwen_scope_lens.app.gate import Gate
 from qwen_scope_lens.app.workbench import Workbench
 from qwen_scope_lens.errors import BadFile, CannotWrite
 from qwen_scope_lens.extras import require
-from qwen_scope_lens.site.static import is_site
+from qwen_scope_lens.site.data_files import is_site
 
 __all__ = ["SITE_PATH", "make_web_app", "serve"]
 

@@ -25,7 +25,17 @@ __all__ = ["save_report"]
 
 FORMAT, VERSION = "qwen-scope-lens/benchmark-report", 1
 SHOWN_PAIRS = 30
-NAMED_CURVES = 12
+REDUNDANCY_COLUMNS = (
+    "benchmark",
+    "items",
+    "features",
+    "features per item",
+    "AUC",
+    "R-hat",
+    "R-hat at equal size",
+    "items for half of the footprint",
+    "new features per further item",
+)
 IN_FULL = (
     "redundancy",
     "r_hat_at",
@@ -93,11 +103,10 @@ def _curves(page: Page, found: Analysis) -> None:
             axes.plot(curve.sizes, curve.coverage, style, color=colour, lw=1.2, label=curve.name)
             axes.fill_between(curve.sizes, curve.low, curve.high, color=colour, alpha=0.12, lw=0)
         axes.set(xscale="log", xlabel="items", ylabel="share of the footprint", ylim=(0, 1.02))
-        columns = 1 if len(found.curves) <= NAMED_CURVES else 2
-        axes.legend(fontsize=7, ncols=columns, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        axes.legend(fontsize=9, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.18))
 
     page.figure(
-        chart(draw, width=8.5, height=4.2),
+        chart(draw, height=3.6 + 0.25 * math.ceil(len(found.curves) / 4)),
         "Equation 7, in closed form. Shaded: 95% interval by bootstrap over the items",
     )
 
@@ -246,16 +255,17 @@ def _reading(page: Page, found: Analysis) -> None:
 def _heat(names: Sequence[str], table: np.ndarray, axes: Any) -> None:
     n = len(names)
     mesh = axes.pcolormesh(table[::-1], vmin=0, vmax=1, cmap="viridis", edgecolors="none")
-    axes.set_xticks(np.arange(n) + 0.5, names, rotation=90, fontsize=7)
-    axes.set_yticks(np.arange(n) + 0.5, list(names)[::-1], fontsize=7)
+    axes.set_xticks(np.arange(n) + 0.5, names, rotation=90, fontsize=8)
+    axes.set_yticks(np.arange(n) + 0.5, list(names)[::-1], fontsize=8)
     if n <= 20:
         for i in range(n):
             for j in range(n):
                 colour = "w" if table[i, j] < 0.6 else "k"
                 text = f"{table[i, j]:.2f}".lstrip("0")
-                place = {"fontsize": 5.5, "ha": "center", "va": "center"}
+                place = {"fontsize": 8 if n <= 8 else 5.5, "ha": "center", "va": "center"}
                 axes.text(j + 0.5, n - i - 0.5, text, color=colour, **place)
-    axes.figure.colorbar(mesh, ax=axes, shrink=0.7)
+    bar = axes.figure.colorbar(mesh, ax=axes, shrink=0.7)
+    bar.solids.set_edgecolor("face")  # else light lines show between its steps
 
 
 def _scatter(
@@ -269,7 +279,7 @@ def _scatter(
 ) -> None:
     axes.scatter(xs, ys, s=14, color="C0")
     for name, a, b in zip(names, xs, ys, strict=False):
-        axes.annotate(name, (a, b), fontsize=6, xytext=(3, 2), textcoords="offset points")
+        axes.annotate(name, (a, b), fontsize=8, xytext=(3, 2), textcoords="offset points")
     axes.set(xlabel=x, ylabel=y, xscale="log" if log else "linear")
 
 

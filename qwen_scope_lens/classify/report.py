@@ -91,20 +91,27 @@ def report_page(report: Report, title: str = "Feature classifier") -> Page:
     )
     page.table(_growth_head(report), _growth_rows(report))
     page.heading("The rule").table(("feature", "Δ of firing rates"), report.features)
+    page.text(
+        "Δ of firing rates: the share of the positive documents in which the feature fires, minus"
+        " that share of the others. The rule “or” says yes where any of its features fires, and"
+        " “k-of-n” where k of them do; “thresholds” gives each feature a threshold of its own.",
+        quiet=True,
+    )
     page.heading("Largest Δ of each layer")
-    page.table(("layer", "d"), [(str(n), d) for n, d in report.layers.items()])
+    page.table(("layer", "Δ of firing rates"), [(str(n), d) for n, d in report.layers.items()])
     page.heading("Errors, most extreme scores first")
     rows = [
         (
             "missed" if error.truth else "false alarm",
             str(error.doc),
-            error.language,
+            *([error.language] if report.languages else []),
             error.text[:400],
             "; ".join(error.features) or None,
         )
         for error in report.errors
     ]
-    page.table(("error", "document", "language", "text", "features that fire"), rows)
+    language = ["language"] if report.languages else []
+    page.table(("error", "document", *language, "text", "features that fire"), rows)
     return page
 
 

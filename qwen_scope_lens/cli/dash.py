@@ -7,11 +7,15 @@
 The store comes from `qsl extract`; the labels come from `qsl synth describe` or from a person. A
 site needs no server and no network: it works from disk and from any file host. Each feature has its
 page at its address: site/index.html#mini-qwen3/w1k-l0-16/6/123
+
+A site grows: a build keeps the layers that are there, and the labels of those that it builds again.
+--replace begins from nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -69,14 +73,29 @@ def _sources(arguments: argparse.Namespace) -> Sources:
 def _build_arguments(parser: argparse.ArgumentParser) -> None:
     _add_sources(parser)
     parser.add_argument("--title", help="the heading of the site")
+    parser.add_argument(
+        "--replace", action="store_true", help="drop the layers and labels that the site has"
+    )
+    parser.add_argument("--no-texts", action="store_true", help="leave out whole documents")
 
 
 def _build(arguments: argparse.Namespace) -> None:
-    """Write a static site with a page for every feature."""
-    from qwen_scope_lens.site.build import build_site
+    """Write a static site with a page for every feature.
 
-    build_site(_sources(arguments), arguments.out, title=arguments.title, progress=True)
-    print(f"{arguments.out}/index.html: open it, or `qsl dash serve {arguments.out}`")
+    A site that is there already keeps its other layers, and the labels of those that are built
+    again. --replace drops them.
+    """
+    from qwen_scope_lens.site.build import build_site
+    from qwen_scope_lens.site.earlier import EarlierSite
+
+    out: Path = arguments.out
+    sources = replace(_sources(arguments), texts=not arguments.no_texts)
+    build_site(sources, out, title=arguments.title, replace_all=arguments.replace, progress=True)
+    site = EarlierSite.read(out)
+    assert site is not None
+    if kept := [facts["ref"] for facts in site.besides(sources.refs)]:
+        print(f"kept from an earlier build: {', '.join(kept)} (--replace drops them)")
+    print(f"{out}/index.html: open it, or `qsl dash serve {out}`")
 
 
 def _serve_arguments(parser: argparse.ArgumentParser) -> None:

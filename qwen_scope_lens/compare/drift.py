@@ -276,6 +276,14 @@ def drift_page(found: Drift, labels: dict[str, str] | None = None, link: str | N
     page.heading("Layer by layer")
     page.table([*COLUMNS.values(), *KINDS[:6], "pairs changed"], found.table().rows)
     page.text("; ".join(f"{kind}: {words}" for kind, words in MEANING.items()) + ".", quiet=True)
+    page.text(
+        "L0: active features per token. FVU: the share of the residual's variance that the SAE does"
+        " not explain (a dash where it was not measured). Overlap of active sets: the Jaccard index"
+        " of the features active on a token in both models. Rate: the share of tokens on which a"
+        " feature fires; strength: its mean activation there. q: the smallest false-discovery rate"
+        " at which the change counts.",
+        quiet=True,
+    )
     page.figure(
         chart(_by_layer(found)),
         "Overlap of active sets, averaged over tokens, and the share of features that changed",

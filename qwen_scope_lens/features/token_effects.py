@@ -80,15 +80,27 @@ def token_effects(
 
 @torch.no_grad()
 def nearest(
-    directions: Tensor, count: int = 8, half: bool | None = None, progress: bool = False
+    directions: Tensor,
+    count: int = 8,
+    half: bool | None = None,
+    progress: bool = False,
+    *,
+    among: Tensor | None = None,
 ) -> Neighbours:
-    """The nearest others of `directions [features, d_model]`; a zero direction has cosine 0."""
-    norms = torch.cat([rows.float().norm(dim=-1) for rows in directions.split(4096)])
+    """The nearest others of `directions [features, d_model]`, or the nearest rows of `among
+    [others, d_model]`, such as another layer's directions. A zero direction has cosine 0."""
+    columns = directions if among is None else among
+    if columns.shape[-1] != directions.shape[-1]:
+        raise WrongModel(
+            f"the directions have {directions.shape[-1]} dimensions, the others"
+            f" {columns.shape[-1]}: only SAEs of one residual stream can be compared"
+        )
+    norms = torch.cat([rows.float().norm(dim=-1) for rows in columns.split(4096)])
     [found] = extremes(
         directions,
-        directions,
+        columns,
         count,
-        without_self=True,
+        without_self=among is None,
         half=half,
         transform=lambda rows: torch.nn.functional.normalize(rows, dim=-1),
         column_scale=1 / norms.clamp(min=1e-12),

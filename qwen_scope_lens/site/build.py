@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from qwen_scope_lens.address import LayerRef
 from qwen_scope_lens.catalog import bundled_model
@@ -18,9 +21,10 @@ from qwen_scope_lens.models.token_text import Vocabulary
 from qwen_scope_lens.models.unembedding import Unembedding, read_unembedding
 from qwen_scope_lens.saes.load import load_sae
 from qwen_scope_lens.saes.sae import ScopeSAE
+from qwen_scope_lens.site.earlier import EarlierSite
 from qwen_scope_lens.site.layer import LayerPages, Settings, gather
 from qwen_scope_lens.site.neuronpedia import Release, write_neuronpedia
-from qwen_scope_lens.site.static import check_target, write_site
+from qwen_scope_lens.site.static import DocumentTexts, check_target, write_site
 from qwen_scope_lens.stores.extract import extract
 from qwen_scope_lens.stores.facts import sae_facts, tokenizer_facts
 from qwen_scope_lens.stores.store import FeatureStore
@@ -32,7 +36,8 @@ __all__ = ["Sources", "build_neuronpedia", "build_site", "document_heads", "site
 @dataclass(frozen=True)
 class Sources:
     """What pages are made from. `model=None` takes the store's own model; `tokens=False` does not
-    read the model's unembedding, and then pages have no promoted tokens."""
+    read the model's unembedding, and then pages have no promoted tokens. `texts=False` leaves the
+    documents' full texts out of a site."""
 
     store: FeatureStore
     layers: tuple[int, ...]
@@ -40,18 +45,23 @@ class Sources:
     sae_folder: Path | None = None
     labels: LabelPack | None = None
     tokens: bool = True
+    texts: bool = True
     settings: Settings = field(default_factory=Settings)
 
     @property
     def model_name(self) -> str:
         return self.model or self.store.manifest.model.id
 
+    @property
+    def refs(self) -> set[str]:
+        """The addresses of the layers."""
+        return {self.store.sae(layer).ref for layer in self.layers}
+
     def pages(self, progress: bool = False) -> Iterator[LayerPages]:
         """The pages of one layer after the other; only one layer is in memory at a time."""
         vocabulary = Vocabulary(self._tokenizer())
         out = self._unembedding() if self.tokens else None
-        if self.labels is not None:
-            self._check_labels(self.labels)
+        self.check_labels()
         for layer in self.layers:
             yield gather(
                 self.store,
@@ -61,8 +71,16 @@ class Sources:
                 sae=self._sae(layer),
                 labels=self.labels,
                 settings=self.settings,
+                others=self._beside(layer),
                 progress=progress,
             )
+
+    def _beside(self, layer: int) -> Iterator[tuple[LayerRef, torch.Tensor]]:
+        """The directions of the layers before and after this one, among the layers asked for."""
+        order = sorted(self.layers)
+        place = order.index(layer)
+        for other in [*order[max(0, place - 1) : place], *order[place + 1 : place + 2]]:
+            yield LayerRef.parse(self.store.sae(other).ref), self._sae(other).W_dec.detach()
 
     def _tokenizer(self) -> Tokenizer:
         name = str(bundled_model(self.model_name) or self.model_name)
@@ -101,9 +119,12 @@ class Sources:
                 " --no-tokens makes pages without them"
             ) from error
 
-    def _check_labels(self, labels: LabelPack) -> None:
-        here = {self.store.sae(layer).ref for layer in self.layers}
-        theirs = {str(ref) for ref in labels.saes}
+    def check_labels(self) -> None:
+        """Raise when there are labels and none of them is of these layers."""
+        if self.labels is None:
+            return
+        here = self.refs
+        theirs = {str(ref) for ref in self.labels.saes}
         if not here & theirs:
             raise StoreMismatch(
                 f"the labels are of {', '.join(sorted(theirs))}, the pages are of"
@@ -112,25 +133,42 @@ class Sources:
 
 
 def build_site(
-    sources: Sources, out: Path, *, title: str | None = None, progress: bool = False
+    sources: Sources,
+    out: Path,
+    *,
+    title: str | None = None,
+    replace_all: bool = False,
+    progress: bool = False,
 ) -> Path:
-    """Write all layers into one site."""
+    """Write all layers into one site.
+
+    Layers that an earlier build wrote into `out` stay, and so do the labels of those that are built
+    again; a new label of the same feature wins. `replace_all` drops everything that was there.
+    """
     check_target(out)
-    store = sources.store
+    store, model = sources.store, Path(sources.model_name).name
+    earlier = None if replace_all else EarlierSite.read(out)
+    if earlier is not None:
+        earlier.check_model(model)
+        sources.check_labels()
+        old = earlier.labels(sources.refs)
+        if old:
+            sources = replace(sources, labels=LabelPack.merge([sources.labels or LabelPack(), old]))
     made = (
         f"Made by qwen-scope-lens {__version__} from {store.n_docs:,} documents"
         f" ({store.n_tokens:,} tokens) of {', '.join(c.name for c in store.manifest.corpora)},"
         f" read with {sources.model_name}. First tokens and tokens of extreme norm are left out of"
-        " every figure. Promoted tokens: the feature's direction through the last norm and the"
-        " unembedding, less the vocabulary's mean; for early layers a hint and no more."
+        " every figure."
     )
     return write_site(
         out,
         sources.pages(progress),
-        model=Path(sources.model_name).name,
+        model=model,
         made=made,
         title=title,
         documents=document_heads(store),
+        texts=document_texts(store) if sources.texts else None,
+        earlier=earlier,
         progress=progress,
     )
 
@@ -169,6 +207,13 @@ def build_neuronpedia(
         prompt_tokens=store.manifest.settings.max_tokens,
         progress=progress,
     )
+
+
+def document_texts(store: FeatureStore) -> DocumentTexts:
+    """The texts of all documents as the store holds them."""
+    hashes = "".join(corpus.sha256 for corpus in store.manifest.corpora)
+    texts = store.documents(["text"])["text"].to_pylist()
+    return DocumentTexts(hashlib.sha256(hashes.encode()).hexdigest()[:12], texts)
 
 
 def document_heads(store: FeatureStore) -> Sequence[tuple[str, list[tuple[str, str]]]]:

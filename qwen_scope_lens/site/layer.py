@@ -6,7 +6,7 @@ pages of any run of features. `static.py` and `neuronpedia.py` write the pages.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -102,6 +102,7 @@ class Settings:
     each: int = 2  # examples a quantile
     tokens: int = 10  # promoted, and as many suppressed
     neighbours: int = 8
+    across: int = 3  # neighbours in each other layer
     before: int = 24  # tokens around an example
     after: int = 10
 
@@ -153,6 +154,7 @@ class LayerPages:
     settings: Settings
     directions: torch.Tensor  # [d_sae, d_model]
     labels: Mapping[int, Label] = field(default_factory=dict)
+    across: Sequence[tuple[LayerRef, Neighbours]] = ()  # the nearest features of other layers
 
     def pages(self, features: Sequence[int]) -> list[FeaturePage]:
         wanted: list[tuple[int, int, int]] = []  # feature, document, position
@@ -194,9 +196,14 @@ def gather(
     sae: ScopeSAE,
     labels: LabelPack | None = None,
     settings: Settings | None = None,
+    others: Iterable[tuple[LayerRef, torch.Tensor]] = (),
     progress: bool = False,
 ) -> LayerPages:
-    """Without `out` (norm and unembedding), pages have no promoted and suppressed tokens."""
+    """Without `out` (norm and unembedding), pages have no promoted and suppressed tokens.
+
+    `others` are the directions `[d_sae, d_model]` of other layers, in which each feature's nearest
+    are found. They are taken one after the other, so an iterator needs memory for one.
+    """
     settings = settings or Settings()
     facts = store.sae(layer)
     ref = LayerRef.parse(facts.ref)
@@ -213,6 +220,10 @@ def gather(
         partners=settings.neighbours,
     )
     directions = sae.W_dec.detach().float().contiguous()
+    across = [
+        (other, nearest(directions, settings.across, progress=progress, among=theirs))
+        for other, theirs in others
+    ]
     effects = None
     if out is not None:
         effects = token_effects(
@@ -231,6 +242,7 @@ def gather(
         settings=settings,
         directions=directions,
         labels=labels.of_sae(ref) if labels is not None else {},
+        across=across,
     )
 
 

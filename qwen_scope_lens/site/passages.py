@@ -33,6 +33,7 @@ class Passage:
     pieces: list[str]
     values: dict[int, float]  # piece -> the feature's largest activation on it
     peak: int  # the piece that the token is in
+    characters: tuple[int, int] | None  # from, to in the document's text; None: it has no text
 
 
 class PassageReader:
@@ -58,6 +59,11 @@ class PassageReader:
     def _token_ids(self) -> np.ndarray:
         """All tokens of the store as int32: four bytes per token, where the codes have hundreds."""
         return np.concatenate([shard.token_ids().astype(np.int32) for shard in self._store.shards])
+
+    @cached_property
+    def _spans(self) -> np.ndarray:
+        """Where every token stands in its document's text. int32 `[tokens, 2]`"""
+        return np.concatenate([shard.spans().astype(np.int32) for shard in self._store.shards])
 
     def read(self, feature: np.ndarray, doc: np.ndarray, position: np.ndarray) -> list[Passage]:
         """The passages of `[n]` features around `[n]` tokens, in the order given."""
@@ -113,4 +119,6 @@ class PassageReader:
             on[owner[token]] = max(on.get(owner[token], 0.0), float(values[token]))
         at = place - start
         text = [piece.text for piece in pieces]
-        return Passage(doc, position, float(values[at]), text, on, owner[at])
+        first, last = int(self._spans[start, 0]), int(self._spans[start + len(values) - 1, 1])
+        characters = (first, last) if first >= 0 else None
+        return Passage(doc, position, float(values[at]), text, on, owner[at], characters)

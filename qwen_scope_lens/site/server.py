@@ -8,7 +8,7 @@ from os import PathLike
 from pathlib import Path
 
 from qwen_scope_lens.errors import BadFile, CannotWrite
-from qwen_scope_lens.site.static import is_site
+from qwen_scope_lens.site.data_files import is_site
 
 __all__ = ["make_server"]
 

@@ -1,22 +1,12 @@
 """The static site: one page for every feature, readable from disk and from any file host.
 
-    index.html, viewer.css, *.js    the viewer, copied as it is
-    data/site.js                    which layers there are
-    data/<layer>/index.js           one line per feature: what is searched and sorted
-    data/<layer>/block-0000.js      the pages of the first `BLOCK` features, and so on
-
-A page opened from disk may load scripts and nothing else, so every data file is a call
-`QSL.deliver(name, text)`. The text is base64 of gzipped JSON: small, and no character of a corpus
-can end up in a script.
+The files of the viewer are copied as they are; `data_files.py` says how the data lies beside them.
 """
 
 from __future__ import annotations
 
-import base64
-import gzip
-import json
-import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -27,15 +17,18 @@ from tqdm import tqdm
 from qwen_scope_lens.errors import CannotWrite
 from qwen_scope_lens.features.statistics import BIN_EDGES
 from qwen_scope_lens.files import whole_folder
+from qwen_scope_lens.site.data_files import FORMAT, VERSION, deliver, folder_of, is_site
+from qwen_scope_lens.site.earlier import EarlierSite
 from qwen_scope_lens.site.layer import FeaturePage, LayerPages
 from qwen_scope_lens.site.passages import Passage
 
-__all__ = ["BLOCK", "VIEWER", "folder_of", "is_site", "write_site"]
-
-FORMAT, VERSION = "qwen-scope-site", 1
+__all__ = ["BLOCK", "TEXTS", "VIEWER", "DocumentTexts", "check_target", "write_site"]
 
 BLOCK = 128
 """Features per data file: one page costs one file of some hundred kilobytes."""
+
+TEXTS = 64
+"""Documents per data file of full texts."""
 
 PROMOTED_IN_INDEX = 5
 
@@ -45,10 +38,24 @@ VIEWER = (
     "dom.js",
     "data.js",
     "charts.js",
+    "search.js",
     "list.js",
+    "download.js",
     "feature.js",
     "viewer.js",
 )
+
+
+@dataclass(frozen=True)
+class DocumentTexts:
+    """The full text of every document, None where it is not known."""
+
+    id: str  # twelve hexadecimal digits that tell corpora apart
+    texts: Sequence[str | None]
+
+    @property
+    def folder(self) -> str:
+        return f"documents-{self.id}"
 
 
 def write_site(
@@ -59,21 +66,38 @@ def write_site(
     made: str,
     title: str | None = None,
     documents: Sequence[tuple[str, list[tuple[str, str]]]],
+    texts: DocumentTexts | None = None,
+    earlier: EarlierSite | None = None,
     progress: bool = False,
 ) -> Path:
-    """Write the site, whole or not at all. `documents` are key and labels of every document."""
+    """Write the site, whole or not at all. `documents` are key and labels of every document.
+
+    With `texts`, pages can show whole documents. The layers of an `earlier` site that are not among
+    `layers` stay.
+    """
     check_target(out)
+    more = {"made": made, "documents_folder": texts.folder if texts else None, "texts": TEXTS}
     with whole_folder(out) as folder:
         for name in VIEWER:
             source = resources.files("qwen_scope_lens.site") / "viewer" / name
             (folder / name).write_bytes(source.read_bytes())
-        facts = [_write_layer(folder / "data", pages, documents, progress) for pages in layers]
+        facts = [
+            _write_layer(folder / "data", pages, documents, progress) | more for pages in layers
+        ]
+        if texts is not None:
+            for number, start in enumerate(range(0, len(texts.texts), TEXTS)):
+                part = list(texts.texts[start : start + TEXTS])
+                deliver(folder / "data", f"{texts.folder}/{number:04d}", part)
+        if earlier is not None:
+            kept = earlier.besides({row["ref"] for row in facts})
+            earlier.copy(kept, folder)
+            facts = sorted([*kept, *facts], key=_place)
+            title = title or earlier.title
         site = {
             "format": FORMAT,
             "version": VERSION,
             "title": title or f"Features of {model}",
             "model": model,
-            "made": made,
             "edges": BIN_EDGES.tolist(),
             "layers": facts,
         }
@@ -81,8 +105,9 @@ def write_site(
     return out
 
 
-def is_site(folder: Path) -> bool:
-    return (folder / "data" / "site.js").is_file() and (folder / "index.html").is_file()
+def _place(facts: dict[str, Any]) -> tuple[str, int]:
+    """Layers of one group stand together, in their order."""
+    return facts["ref"].rpartition("/")[0], facts["layer"]
 
 
 def check_target(out: Path) -> None:
@@ -92,20 +117,6 @@ def check_target(out: Path) -> None:
             f"{out} holds other files than a site of features, and building would replace them:"
             " name another folder, or empty this one yourself"
         )
-
-
-def folder_of(ref: str) -> str:
-    """The name of a layer's folder: its address, in characters that every file system allows."""
-    return re.sub(r"[^\w.-]", "_", ref)
-
-
-def deliver(data: Path, name: str, content: Any) -> None:
-    """One data file."""
-    text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    packed = base64.b64encode(gzip.compress(text.encode(), compresslevel=6, mtime=0)).decode()
-    path = data / f"{name}.js"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f'QSL.deliver("{name}","{packed}");\n', encoding="ascii")
 
 
 def _write_layer(
@@ -157,8 +168,8 @@ def _metrics(pages: LayerPages) -> list[tuple[str, float]]:
     if not alive.any():
         return []
     return [
-        ("median length of a direction", _short(np.median(pages.geometry.decoder_norm[alive]))),
-        ("median cosine, reads with writes", _short(np.median(pages.geometry.cosine[alive]))),
+        ("median decoder norm", _short(np.median(pages.geometry.decoder_norm[alive]))),
+        ("median encoder-decoder cosine", _short(np.median(pages.geometry.cosine[alive]))),
     ]
 
 
@@ -194,6 +205,11 @@ def _page(
             )
             if f >= 0
         ],
+        "across": [
+            [str(ref), int(f), round(float(cosine), 3)]
+            for ref, near in pages.across
+            for f, cosine in zip(near.features[feature], near.cosines[feature], strict=True)
+        ],
         "groups": [[group.name, group.of(feature)] for group in pages.groups],
         "geometry": {name: _short(value) for name, value in pages.geometry.of(feature).items()},
         "label": None
@@ -226,6 +242,7 @@ def _passage(passage: Passage) -> dict[str, Any]:
         "t": passage.pieces,
         "on": [[piece, _short(value)] for piece, value in passage.values.items()],
         "at": passage.peak,
+        "c": passage.characters,
     }
 
 

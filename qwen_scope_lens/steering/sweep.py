@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -134,14 +134,21 @@ class Sweep:
             "Perplexity of the texts under the unsteered model.",
         )
         page.heading("Numbers")
-        numbers = ("strength", "effect", "from", "to", "perplexity", "repetition")
+        strength = f"strength ({self.unit})"
+        numbers = (strength, "effect", "95% from", "to", "perplexity", "repetition")
         steered = [dose for arm in (PLAN, CONTROL) for dose in self.arm(arm) if dose.strength != 0]
         page.table(
-            ("arm", *numbers, "coherent"), [self._row(dose) for dose in (self.plain, *steered)]
+            ("texts", *numbers, "coherent"), [self._row(dose) for dose in (self.plain, *steered)]
+        )
+        page.text(
+            "The control makes changes of the same size along random directions. Repetition is the"
+            " share of 4-grams that a text has had before.",
+            quiet=True,
         )
         page.heading("What followed the first prompt")
-        page.table(("strength", "text"), [(d.strength, d.sample) for d in self.arm(PLAN)])
-        return page.text(f"Settings: {self.settings}", quiet=True)
+        page.table((strength, "text"), [(d.strength, d.sample) for d in self.arm(PLAN)])
+        page.heading("How these figures were made")
+        return page.table(("setting", "value"), list(_flat(self.settings)))
 
     def _row(self, dose: Dose) -> tuple[Any, ...]:
         arm = dose.arm if dose.strength != 0 else "unsteered"
@@ -286,6 +293,17 @@ def _kept(empty: Sweep, keep: Path | None) -> tuple[Dose, ...]:
     return before.doses
 
 
+def _flat(settings: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """Settings as rows of name and value: `model.dtype`, `edits.0.ref`."""
+    parts = settings.items() if isinstance(settings, dict) else enumerate(settings)
+    for key, value in parts:
+        whole = f"{name}.{key}" if name else str(key)
+        if isinstance(value, (dict, list)):
+            yield from _flat(value, whole)
+        else:
+            yield whole, str(value)
+
+
 def _draw_effect(axes: Any, found: Sweep) -> None:
     for arm in (CONTROL, PLAN):
         doses = found.arm(arm)
@@ -322,7 +340,7 @@ def _draw_cost(axes: Any, found: Sweep) -> None:
     limit = found.plain.perplexity
     if limit is not None:
         limit *= found.guard.perplexity_ratio
-        axes.axhline(limit, color="#bb5544", lw=0.8, ls="--", label="guard")
+        axes.axhline(limit, color="#bb5544", lw=0.8, ls="--", label="limit of coherence")
     axes.set_yscale("log")
     for axis_of in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
         axis_of(lambda value, at: f"{value:g}")

@@ -83,7 +83,14 @@ class Report:
             "Feature-driven synthesis" + (f": {self.targets.task}" * bool(self.targets.task))
         )
         page.text(str(self.targets).replace("\n", ". ") + ".")
-        page.text("\n".join(str(self).split("\n")[:3]))
+        page.text(". ".join(str(self).split("\n")[:3]) + ".")
+        page.text(
+            "Coverage: the share of the target features that fire in some document. FAC (feature"
+            " activation coverage): the share of the features that the anchor data activates and"
+            " the seed data does, too. A candidate is kept if its feature fires when the model"
+            " itself reads it.",
+            quiet=True,
+        )
 
         def draw(axes: Any) -> None:
             axes.plot(np.arange(len(self.curve)), 100 * self.curve)
@@ -96,10 +103,11 @@ class Report:
         page.heading("What was kept")
         page.table(("kind", "style", "kept"), [(*key, n) for key, n in self.types.most_common()])
         page.heading("Features")
-        descriptions = {target.ref: target.description for target in self.targets.targets}
-        kept = dict(zip((t.ref for t in self.targets.wanted), self.per_feature, strict=True))
-        rows = [(str(ref), descriptions[ref], int(n)) for ref, n in kept.items()]
-        return page.table(("feature", "description", "kept"), rows)
+        counts = sorted(
+            zip(self.targets.wanted, self.per_feature, strict=True), key=lambda row: -int(row[1])
+        )
+        rows = [(str(target.ref), target.description or None, int(n)) for target, n in counts]
+        return page.table(("feature", "description", "examples kept"), rows)
 
 
 def make_report(data: Path, targets: TargetSet) -> Report:

@@ -3,8 +3,8 @@
 "use strict";
 
 QSL.arrived = new Map(); // name -> {resolve, reject} while under way
-QSL.kept = new Map(); // name -> promise of the content; the last few blocks only
-QSL.MOST_KEPT = 24;
+QSL.kept = new Map(); // name -> promise of the content; of each kind only the last few
+QSL.MOST_KEPT = { block: 24, index: 12, documents: 8 };
 
 QSL.deliver = (name, text) => {
   const waiting = QSL.arrived.get(name);
@@ -17,7 +17,7 @@ async function unpack(text) {
   return JSON.parse(await new Response(stream).text());
 }
 
-// load("site"), load("FOLDER/index"), load("FOLDER/block-0000")
+// load("site"), load("FOLDER/index"), load("FOLDER/block-0000"), load("documents-ID/0000")
 QSL.load = (name) => {
   if (QSL.kept.has(name)) return QSL.kept.get(name);
   const promise = new Promise((resolve, reject) => {
@@ -31,9 +31,22 @@ QSL.load = (name) => {
   promise.catch(() => QSL.kept.delete(name));
   promise.finally(() => QSL.arrived.delete(name)).catch(() => {});
   QSL.kept.set(name, promise);
-  const blocks = [...QSL.kept.keys()].filter((key) => key.includes("/block-"));
-  if (blocks.length > QSL.MOST_KEPT) QSL.kept.delete(blocks[0]);
+  for (const [kind, most] of Object.entries(QSL.MOST_KEPT)) {
+    const names = [...QSL.kept.keys()].filter((key) => kindOf(key) === kind);
+    if (names.length > most) QSL.kept.delete(names[0]);
+  }
   return promise;
+};
+
+const kindOf = (name) =>
+  name.startsWith("documents-") ? "documents" : name.includes("/block-") ? "block" : name.endsWith("/index") ? "index" : "site";
+
+// The full text of a document; null where the site or the store does not have it.
+QSL.loadText = async (layer, doc) => {
+  if (!layer.documents_folder) return null;
+  const number = Math.floor(doc / layer.texts);
+  const texts = await QSL.load(`${layer.documents_folder}/${String(number).padStart(4, "0")}`);
+  return texts[doc - number * layer.texts];
 };
 
 QSL.loadFeature = async (layer, feature) => {

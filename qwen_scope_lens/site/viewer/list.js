@@ -9,40 +9,9 @@ QSL.state = { ref: null, query: "", sort: "density", down: true, only: "alive", 
 
 QSL.columns = {
   feature: { name: "Feature", key: (index, f) => f, first: false },
-  density: { name: "Density", key: (index, f) => index.count[f], first: true },
-  maximum: { name: "Maximum", key: (index, f) => index.maximum[f], first: true },
+  density: { name: "Share of tokens", key: (index, f) => index.count[f], first: true },
+  maximum: { name: "Strongest", key: (index, f) => index.maximum[f], first: true },
   label: { name: "Label", key: (index, f) => index.labels[f] || "\uffff", first: false },
-};
-
-// Feature numbers that the query and the filter leave, in order.
-QSL.select = (index, state) => {
-  const words = state.query.toLocaleLowerCase().trim();
-  const number = words.match(/(?:^|\/)(\d+)$/);
-  const wanted = number && (words === number[1] || words === `${state.ref}/${number[1]}`.toLocaleLowerCase())
-    ? Number(number[1]) : null;
-  const hits = words ? new Set(index.words.flatMap((word, i) =>
-    word.toLocaleLowerCase().trim().includes(words) ? [i] : [])) : null;
-  const exact = words ? new Set(index.words.flatMap((word, i) =>
-    word.toLocaleLowerCase().trim() === words ? [i] : [])) : null;
-  const found = [];
-  for (let f = 0; f < index.count.length; f += 1) {
-    if (state.only === "alive" && !index.count[f] && f !== wanted) continue;
-    if (state.only === "labelled" && !index.labels[f]) continue;
-    let rank = 0;
-    if (words) {
-      const label = (index.labels[f] || "").toLocaleLowerCase();
-      const tokens = [...index.peaks[f], ...index.promoted[f]];
-      if (f === wanted) rank = 4;
-      else if (label.includes(words)) rank = 3;
-      else if (tokens.some((token) => exact.has(token))) rank = 2;
-      else if (tokens.some((token) => hits.has(token))) rank = 1;
-      else continue;
-    }
-    found.push([rank, QSL.columns[state.sort].key(index, f), f]);
-  }
-  const sign = state.down ? -1 : 1;
-  found.sort((a, b) => b[0] - a[0] || (a[1] < b[1] ? -sign : a[1] > b[1] ? sign : a[2] - b[2]));
-  return found.map((entry) => entry[2]);
 };
 
 function fact(text, value) {
@@ -67,12 +36,13 @@ function summary(layer, index) {
   const alive = index.count.filter((count) => count > 0).length;
   const dense = index.count.filter((count) => count > 0.1 * layer.tokens).length;
   const chart = QSL.make("section", { class: "card" },
-    QSL.make("h2", {}, "Features, by how often they fire"), densityChart(index, layer.tokens));
+    QSL.make("h2", {}, "Features, by how often they fire"), densityChart(index, layer.tokens),
+    QSL.make("p", { class: "note-line" }, "Across: share of tokens. Up: number of features. Both scales are logarithmic."));
   const facts = QSL.make("section", { class: "card facts" },
     fact(`of ${QSL.number(layer.d_sae)} features fire`, QSL.number(alive)),
     fact("never fire here", QSL.number(layer.d_sae - alive)),
     fact("fire on over 10% of tokens", QSL.number(dense)),
-    fact(`features fire on a token, k = ${layer.k}`, QSL.value(layer.l0)),
+    fact(`features fire per token (k = ${layer.k})`, QSL.value(layer.l0)),
     fact(`tokens of ${QSL.number(layer.documents)} documents`, QSL.number(layer.tokens)),
     ...layer.metrics.map(([name, value]) => fact(name, QSL.value(value))));
   return QSL.make("div", { class: "summary" }, facts, chart);
@@ -88,7 +58,7 @@ function row(layer, index, f, i, state) {
     QSL.make("td", { class: "number" }, QSL.share(index.count[f], layer.tokens),
       QSL.meter(1 + Math.log10(index.count[f] / layer.tokens) / 6)),
     QSL.make("td", { class: "number spare" }, QSL.value(index.maximum[f])),
-    QSL.make("td", {}, QSL.make("div", { class: "tokens" }, index.peaks[f].map(word))),
+    QSL.make("td", { class: "peaks" }, QSL.make("div", { class: "tokens" }, index.peaks[f].map(word))),
     QSL.make("td", { class: "spare" }, QSL.make("div", { class: "tokens" }, index.promoted[f].map(word))));
   line.addEventListener("click", (event) => {
     if (event.target.closest("a") || String(getSelection())) return;
@@ -102,12 +72,18 @@ QSL.showList = (main, layer, index) => {
   const state = QSL.state;
   const body = QSL.make("tbody");
   const count = QSL.make("span", { class: "count quiet", role: "status" });
-  const more = QSL.button("", () => fill(state.shown + 2 * PAGE), { class: "more" });
+  const more = QSL.button("", () => fill(state.shown + 2 * PAGE, state.shown), { class: "more" });
+  const elsewhere = QSL.make("section", { class: "card elsewhere", id: "elsewhere" });
+  const nothing = QSL.make("section", { class: "card", id: "nothing" });
+  const table = QSL.make("table", { class: "list" });
+  const about = summary(layer, index);
 
-  function fill(upTo) {
+  // Show the list up to a place; the rows before `from` are there already.
+  function fill(upTo, from = 0) {
     state.shown = Math.min(state.order.length, Math.max(PAGE, upTo));
-    const here = state.order.slice(0, state.shown);
-    body.replaceChildren(...here.map((f, i) => row(layer, index, f, i, state)));
+    const rows = state.order.slice(from, state.shown).map((f, i) => row(layer, index, f, from + i, state));
+    if (from) body.append(...rows);
+    else body.replaceChildren(...rows);
     more.hidden = state.shown >= state.order.length;
     more.textContent = `Show more (${QSL.number(state.order.length - state.shown)} left)`;
   }
@@ -115,10 +91,23 @@ QSL.showList = (main, layer, index) => {
   QSL.refresh = (keep) => {
     state.order = QSL.select(index, state);
     if (!keep) state.here = -1;
-    count.textContent = `${QSL.number(state.order.length)} features`;
+    const found = state.order.length;
+    count.textContent = found === 1 ? "1 feature" : `${QSL.number(found)} features`;
     fill(keep ? state.shown : PAGE);
     head.replaceChildren(...heads());
+    table.hidden = scale.hidden = !found;
+    about.hidden = Boolean(state.query.trim()); // results stand where they are seen
+    nothing.hidden = Boolean(found);
+    nothing.replaceChildren(...(found ? [] : QSL.nothing(index, state, set)));
+    QSL.searchElsewhere(elsewhere, layer).catch((error) => elsewhere.append(QSL.make("p", {}, error.message)));
   };
+
+  function set(change) {
+    Object.assign(state, change);
+    only.value = state.only;
+    QSL.putQuery(state.query);
+    QSL.refresh();
+  }
 
   QSL.walk = (step) => {
     state.here = Math.max(0, Math.min(state.order.length - 1, state.here + step));
@@ -140,10 +129,12 @@ QSL.showList = (main, layer, index) => {
       const none = key === "label" && !Object.keys(index.labels).length;
       return QSL.make("th", { scope: "col", class: none ? "none" : kind, "aria-sort": sorted }, QSL.button(column.name, press));
     });
-    return [...sortable, QSL.make("th", { scope: "col" }, "Fires on"),
-      QSL.make("th", { scope: "col", class: "spare" }, "Promotes")];
+    return [...sortable, QSL.make("th", { scope: "col", class: "plain" }, "Tokens it fires on"),
+      QSL.make("th", { scope: "col", class: "spare" }, "Tokens it promotes")];
   }
   const head = QSL.make("tr", {}, heads());
+  const scale = QSL.make("p", { class: "note-line scale" }, QSL.meter(0.5),
+    " The bar beside a share of tokens is logarithmic: empty at 0.0001%, half full at 0.1%, full at 100%.");
 
   const only = document.createElement("select");
   for (const [value, text] of [["alive", "that fire"], ["all", "all"], ["labelled", "with a label"]])
@@ -153,14 +144,14 @@ QSL.showList = (main, layer, index) => {
     QSL.refresh();
   });
 
+  table.append(QSL.make("thead", {}, head), body);
   main.replaceChildren(
     QSL.make("h1", {}, QSL.site.title),
     QSL.make("div", { class: "address" }, layer.ref),
-    summary(layer, index),
+    about,
     QSL.make("div", { class: "tools" }, QSL.make("label", {}, "Features", only), count),
-    QSL.make("table", { class: "list" }, QSL.make("thead", {}, head), body),
-    more,
-    QSL.make("p", { class: "quiet" }, QSL.site.made));
+    nothing, elsewhere, scale, table, more,
+    QSL.make("p", { class: "quiet" }, layer.made));
   QSL.refresh(true);
   body.querySelector(".here")?.scrollIntoView({ block: "center" });
   if (state.here < 0) scrollTo(0, 0);

@@ -76,12 +76,19 @@ QSL.go = (by) => {
   if (next !== null) location.hash = encodeURI(`${layer.ref}/${next}`);
 };
 
+// The query as the field, the state and the address have it.
+QSL.putQuery = (query) => {
+  QSL.state.query = query;
+  if ($("search").value !== query) $("search").value = query;
+  const tail = query ? `?q=${encodeURIComponent(query)}` : "";
+  history.replaceState(null, "", `#${encodeURI(QSL.current.layer.ref)}${tail}`);
+};
+
 function search() {
-  QSL.state.query = $("search").value;
+  if (!QSL.current) return undefined;
+  QSL.putQuery($("search").value);
   QSL.state.shown = 0;
-  const { layer, index, feature } = QSL.current;
-  const query = QSL.state.query ? `?q=${encodeURIComponent(QSL.state.query)}` : "";
-  history.replaceState(null, "", `#${encodeURI(layer.ref)}${query}`);
+  const { feature } = QSL.current;
   if (feature === null) return QSL.refresh();
   QSL.current.feature = null;
   QSL.state.order = [];
