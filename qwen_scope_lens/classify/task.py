@@ -76,20 +76,15 @@ def open_data(
     from qwen_scope_lens.catalog import find_group
     from qwen_scope_lens.stores.corpus import read_corpus
     from qwen_scope_lens.stores.extract import extract
-    from qwen_scope_lens.stores.manifest import Manifest
+    from qwen_scope_lens.stores.manifest import is_stored
 
     path = Path(data).expanduser()
-    if path.is_dir() and Manifest.exists(path):
+    if is_stored(path, model, group):
         return FeatureStore.open(path)
-    if model is None or group is None:
-        raise BadPlan(
-            f"{data} is not a feature store. To read it as a corpus, pass --model and --sae, such"
-            " as --model mini-qwen3 --sae mini-qwen3/w1k-l0-16"
-        )
     corpus = read_corpus(data, text=text, split=split)
     _check_column(corpus, column, data)
     place = store or (f"{path}.store" if path.exists() else f"{data.replace('/', '-')}.store")
-    row = find_group(group)
+    row = find_group(str(group))
     wanted = list(range(row.backbone.num_layers)) if layers is None else list(layers)
     return extract(
         corpus, model=model, group=row.short, layers=wanted, out=place, max_tokens=max_tokens

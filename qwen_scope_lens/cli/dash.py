@@ -15,15 +15,20 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qwen_scope_lens.cli import inputs
+from qwen_scope_lens.cli.inputs import Input
 from qwen_scope_lens.cli.options import (
     Word,
+    add_labels,
     add_layers,
     add_model,
     add_sae_files,
+    add_store,
     add_words,
     count,
     port,
     read_labels,
+    remark,
 )
 
 if TYPE_CHECKING:
@@ -39,10 +44,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _add_sources(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("store", type=Path, help="what `qsl extract` wrote")
+    add_store(parser, "what `qsl extract` wrote")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
     add_layers(parser)
-    parser.add_argument("--labels", type=Path, help="JSON lines: address, text, score, provenance")
+    add_labels(parser, "JSON lines: address, text, score, provenance")
     add_model(parser, "where the model is now; default: where the store says", device=False)
     add_sae_files(parser)
     parser.add_argument("--no-tokens", action="store_true", help="leave out promoted tokens")
@@ -76,11 +81,14 @@ def _build(arguments: argparse.Namespace) -> None:
     from qwen_scope_lens.site.build import build_site
 
     build_site(_sources(arguments), arguments.out, title=arguments.title, progress=True)
-    print(f"{arguments.out}/index.html: open it, or `qsl dash serve {arguments.out}`")
+    print(f"{arguments.out}/index.html")
+    remark(f"open it, or run `qsl dash serve {arguments.out}`")
 
 
 def _serve_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("site", type=Path, help="what `qsl dash build` wrote")
+    parser.add_argument(
+        "site", type=Path, action=Input, check=inputs.site, help="what `qsl dash build` wrote"
+    )
     parser.add_argument("--port", type=port, default=8000, help="default: %(default)s; 0: any free")
     parser.add_argument(
         "--host", default="127.0.0.1", help="default: %(default)s, this machine only"
@@ -89,6 +97,8 @@ def _serve_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _serve(arguments: argparse.Namespace) -> None:
     """Show a site on this machine."""
+    inputs.free_port(arguments.host, arguments.port)
+
     from qwen_scope_lens.site.server import make_server
 
     with make_server(arguments.site, arguments.port, arguments.host) as server:

@@ -9,18 +9,20 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwen_scope_lens.cli import options
+from qwen_scope_lens.cli import inputs, options
+from qwen_scope_lens.cli.inputs import Input
 from qwen_scope_lens.cli.options import count, from_zero, remark
 
 if TYPE_CHECKING:
     from qwen_scope_lens.address import LayerRef
     from qwen_scope_lens.catalog import Group
-    from qwen_scope_lens.steering.calibrate import Calibration
     from qwen_scope_lens.steering.generate import Sampling
     from qwen_scope_lens.steering.plan import Plan
+    from qwen_scope_lens.steering.typical import Calibration
 
 __all__ = [
     "add_allowance",
+    "add_calibration",
     "add_model",
     "add_plan",
     "add_sampling",
@@ -52,14 +54,30 @@ def add_allowance(parser: argparse.ArgumentParser) -> None:
 def add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--edit",
-        action="append",
+        action=Input,
+        repeated=True,
+        check=inputs.edit,
         default=[],
         metavar="REF:OP[:STRENGTH][@WHERE]",
-        help="such as G/20/6159:add:+2sigma@generation; again for more",
+        help="such as G/20/6159:add:+2typical@generation; again for more",
     )
-    parser.add_argument("--plan", type=Path, help="a file with edits, from --save-plan")
     parser.add_argument(
-        "--calibration", type=Path, help="from `qsl calibrate`; for strengths in sigma"
+        "--plan",
+        type=Path,
+        action=Input,
+        check=inputs.plan,
+        help="a file with edits, from --save-plan",
+    )
+    add_calibration(parser)
+
+
+def add_calibration(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--calibration",
+        type=Path,
+        action=Input,
+        check=inputs.calibration,
+        help="from `qsl calibrate`; for strengths in typical",
     )
 
 
@@ -92,7 +110,7 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
 
 
 def calibrated(plan: Plan, arguments: argparse.Namespace) -> Plan:
-    from qwen_scope_lens.steering.calibrate import Calibration
+    from qwen_scope_lens.steering.typical import Calibration
 
     if arguments.calibration is None:
         for edit in plan.edits:

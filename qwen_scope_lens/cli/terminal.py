@@ -8,13 +8,15 @@ written out, as `\\x1b`; JSON and CSV in files and pipes stay exact.
 from __future__ import annotations
 
 import contextlib
+import functools
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from typing import Any, TextIO
 
 from qwen_scope_lens.tables import printable
 
-__all__ = ["plain", "shown_safely"]
+__all__ = ["plain", "shown_safely", "silenced"]
 
 
 def plain(text: object) -> str:
@@ -55,3 +57,20 @@ def shown_safely() -> Iterator[None]:
         yield
     finally:
         sys.stdout = out
+
+
+@contextlib.contextmanager
+def silenced(quiet: bool) -> Iterator[None]:
+    """With `quiet`, nothing that anybody writes to the error stream is shown: progress bars,
+    remarks, warnings, logs. Errors are printed after this block has ended."""
+    if quiet:
+        with contextlib.redirect_stderr(_nowhere()):
+            yield
+    else:
+        yield
+
+
+@functools.cache
+def _nowhere() -> TextIO:
+    """One for the whole process, because handlers of loggers keep the stream."""
+    return open(os.devnull, "w", encoding="utf-8")

@@ -19,8 +19,7 @@ from typing import Any
 
 from qwen_scope_lens.errors import BadCorpus
 from qwen_scope_lens.stores.corpus_formats import READERS, Datasets, Given
-from qwen_scope_lens.stores.manifest import join_label_types
-from qwen_scope_lens.stores.shard_files import RESERVED
+from qwen_scope_lens.stores.manifest import RESERVED, join_label_types
 
 __all__ = ["Corpus", "Document", "Survey", "as_corpus", "read_corpus", "read_rows", "survey"]
 

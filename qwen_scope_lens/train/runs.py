@@ -111,18 +111,40 @@ def run_grpo(path: Path, resume: bool = True) -> Path:
     return _train(run, "grpo", trainer, resume)
 
 
-def read_replies(path: Path, text: str, prompt: str | None) -> tuple[list[str], list[str] | None]:
-    """Read two columns of a file: the replies, and their prompts if a column is named."""
+REPLY_COLUMNS = ("text", "reply", "completion")
+
+
+def read_replies(
+    path: Path, text: str | None, prompt: str | None
+) -> tuple[list[str], list[str] | None]:
+    """Read the replies of a file, and their prompts if a column is named.
+
+    `text` is the column of the replies. Without it that is text, reply or completion, or the last
+    message of the assistant in `messages`; rows of `qsl synth run` that have none, because only
+    their prompt was written, are left out.
+    """
     replies, prompts = [], []
     for where, row in read_rows(path):
         try:
-            replies.append(reply_text(row[text]))
+            reply = _last_reply(row) if text is None else reply_text(row[text])
+            if reply is None:
+                continue
+            replies.append(reply)
             if prompt is not None:
                 prompts.append(str(row[prompt]))
         except (KeyError, TypeError, AttributeError) as error:
-            wanted = text if prompt is None else f"{text} and {prompt}"
+            wanted = text or f"{', '.join(REPLY_COLUMNS)} or messages"
+            wanted += f", and {prompt}" if prompt else ""
             raise BadCorpus(f"{where}: expected an object with {wanted}; {error!r}") from error
     return replies, prompts if prompt is not None else None
+
+
+def _last_reply(row: Mapping[str, Any]) -> str | None:
+    column = next((name for name in REPLY_COLUMNS if name in row), None)
+    if column is not None:
+        return reply_text(row[column])
+    said = [one["content"] for one in row["messages"] if one["role"] == "assistant"]
+    return str(said[-1]) if said else None
 
 
 def _arguments(run: Run, kind: type) -> Any:
