@@ -239,12 +239,12 @@ def json_text(format: str, version: int, content: Mapping[str, Any]) -> str:
 
 
 def read_json(
-    path: Path, format: str, version: int, made_by: str, older: Sequence[int] = ()
+    path: Path, format: str, version: int | None, made_by: str, older: Sequence[int] = ()
 ) -> dict[str, Any]:
     """Read what `write_json` wrote; anything else raises `BadFile`.
 
     `made_by` is the command that makes such a file, for the message. `older` are the versions that
-    the caller reads, too.
+    the caller reads, too; with `version=None` the version does not matter.
     """
     try:
         text = read_text(path)
@@ -259,7 +259,7 @@ def parse_json(
     text: str,
     path: Path | str,
     format: str,
-    version: int,
+    version: int | None,
     made_by: str,
     older: Sequence[int] = (),
 ) -> dict[str, Any]:
@@ -273,7 +273,7 @@ def parse_json(
         raise BadFile(
             f"{path} is not a {format} file (its format is {found!r:.60}): `{made_by}` makes one"
         )
-    if content.get("version") not in (version, *older):
+    if version is not None and content.get("version") not in (version, *older):
         raise BadFile(
             f"{path} is {format} version {content.get('version')!r:.60}, this package reads version"
             f" {version}: make it again with `{made_by}`, or use the package that wrote it"

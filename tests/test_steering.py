@@ -447,7 +447,7 @@ def test_nothing_stays_behind(world: Any, bridged: bool) -> None:
             pass
     with pytest.raises(ZeroDivisionError), steer(model, plan):
         raise ZeroDivisionError
-    broken = Plan([f"{ref(1, 3)}:add:2", f"{ref(2, 3)}:set:2sigma"])
+    broken = Plan([f"{ref(1, 3)}:add:2", f"{ref(2, 3)}:set:2typical"])
     with pytest.raises(BadPlan, match="calibrat"), steer(model, broken):
         model(torch.tensor([SHORT]))
     assert hooks_of(model) == before

@@ -19,8 +19,8 @@ OTHER = "mini-qwen3/w1k-l0-16/3/7"
 
 
 def test_the_text_form_says_everything() -> None:
-    edit = Edit.parse(f"{REF}:add:+2.0sigma@generation,class=han")
-    assert (str(edit.ref), edit.op, edit.strength, edit.unit) == (REF, "add", 2.0, "sigma")
+    edit = Edit.parse(f"{REF}:add:+2.0typical@generation,class=han")
+    assert (str(edit.ref), edit.op, edit.strength, edit.unit) == (REF, "add", 2.0, "typical")
     assert edit.where == Where("generation", classes=("han",))
     assert Edit.parse(f"{REF}:ablate") == Edit(REF, "ablate")
     assert Edit.parse(f"{REF}:add:-0.1norm").unit == "norm"
@@ -43,7 +43,7 @@ def test_the_text_form_says_everything() -> None:
         f"{REF}:project_out:1",
         f"{REF}:cap:-1",
         f"{REF}:floor:-0.5",
-        f"{REF}:scale:2sigma",
+        f"{REF}:scale:2typical",
         f"{REF}:add:1@",
         f"{REF}:add:1@nowhere",
         f"{REF}:add:1@prompt,generation",
@@ -113,7 +113,7 @@ def test_every_edit_survives_text_and_json(edit: Edit) -> None:
 
 
 def test_a_plan_survives_a_file(tmp_path: Path) -> None:
-    plan = Plan([f"{REF}:add:2sigma", Edit(OTHER, "ablate", where="generation")])
+    plan = Plan([f"{REF}:add:2typical", Edit(OTHER, "ablate", where="generation")])
     plan = plan.calibrated({REF: 1.5})
     plan.save(tmp_path / "plan.json")
     assert Plan.load(tmp_path / "plan.json") == plan
@@ -133,8 +133,8 @@ def test_contradictions_are_refused() -> None:
         Plan([])
 
 
-def test_sigma_needs_a_calibration() -> None:
-    plan = Plan([f"{REF}:add:2sigma"])
+def test_typical_needs_a_calibration() -> None:
+    plan = Plan([f"{REF}:add:2typical"])
     with pytest.raises(BadPlan, match="calibrate"):
         _ = plan.edits[0].value
     with pytest.raises(BadPlan, match="not in the calibration"):

@@ -100,14 +100,14 @@ def test_other_refusals(tmp_path: Path) -> None:
     with pytest.raises(BadPlan, match="has no places"):
         export(Plan([f"{ref(1, 3)}:add:1@generation"]), tmp_path / "v.safetensors")
     with pytest.raises(BadPlan, match="calibrat"):
-        layer_vectors(Plan([f"{ref(1, 3)}:add:1sigma"]))
+        layer_vectors(Plan([f"{ref(1, 3)}:add:1typical"]))
 
 
 # --- interp-engine -------------------------------------------------------------------------------
 
 ENGINE_PLANS = {
     "adds": ["1/3:add:+3", "1/4:add:-2", "2/5:add:+1"],
-    "sigma": ["1/3:add:+2sigma"],
+    "typical": ["1/3:add:+2typical"],
     "norm": ["1/3:add:-0.3norm"],
     "projected": ["1/3:project_out", "2/4:add:2"],
     "prompt": ["1/3:add:+3@prompt"],
@@ -249,7 +249,7 @@ def test_the_verbs_work_together(tmp_path: Path, capsys: Any, monkeypatch: Any) 
         "steer",
         "The package",
         "--edit",
-        f"{feature}:add:+1.5sigma@first",
+        f"{feature}:add:+1.5typical@first",
         "--new-tokens",
         "8",
     ]
@@ -265,7 +265,7 @@ def test_the_verbs_work_together(tmp_path: Path, capsys: Any, monkeypatch: Any) 
         "--edit",
         f"{feature}:add",
         "--unit",
-        "sigma",
+        "typical",
         "--new-tokens",
         "6",
         "--strengths",
@@ -281,7 +281,7 @@ def test_the_verbs_work_together(tmp_path: Path, capsys: Any, monkeypatch: Any) 
     assert {p.name for p in (tmp_path / "dose").iterdir()} == {"sweep.json", "sweep.html"}
     assert main(sweep) == 0  # from what is kept
     capsys.readouterr()
-    assert main(["steer", "x", "--edit", f"{feature}:add:1sigma"]) == 1
+    assert main(["steer", "x", "--edit", f"{feature}:add:1typical"]) == 1
     assert main(["steer", "x"]) == 1
     with pytest.raises(SystemExit, match="2"):
         main(["steer", "x", "--edit", f"{feature}:ablate", "--new-tokens", "0"])

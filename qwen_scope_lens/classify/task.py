@@ -15,7 +15,7 @@ import numpy as np
 
 from qwen_scope_lens.classify.methods import Documents
 from qwen_scope_lens.classify.pooled import pool_layers
-from qwen_scope_lens.errors import BadCorpus, BadPlan, TooLittleData
+from qwen_scope_lens.errors import BadPlan, TooLittleData
 from qwen_scope_lens.features.document_sets import DocumentLabel, held_out_texts
 from qwen_scope_lens.stores.reread import Reading
 from qwen_scope_lens.stores.store import FeatureStore
@@ -82,7 +82,8 @@ def open_data(
     if is_stored(path, model, group):
         return FeatureStore.open(path)
     corpus = read_corpus(data, text=text, split=split)
-    _check_column(corpus, column, data)
+    if column is not None:
+        corpus.check_label(column)
     place = store or (f"{path}.store" if path.exists() else f"{data.replace('/', '-')}.store")
     row = find_group(str(group))
     wanted = list(range(row.backbone.num_layers)) if layers is None else list(layers)
@@ -153,17 +154,3 @@ def by_language(documents: Documents) -> Mapping[str, Documents]:
             )
         found[language] = part
     return found
-
-
-def _check_column(corpus: Any, column: str | None, data: str) -> None:
-    """Raise before a long extraction if the label column does not exist."""
-    if column is None:
-        return
-    for document in corpus:
-        if column not in document.labels:
-            raise BadCorpus(
-                f"{data} has no column {column!r}: it has"
-                f" {', '.join(document.labels) or 'no other columns'}"
-            )
-        return
-    raise BadCorpus(f"{data} has no documents")

@@ -72,10 +72,11 @@ def run(arguments: argparse.Namespace) -> int:
     Where(classes=tuple(arguments.classes))  # refuses unknown ones before anything is loaded
     if not arguments.cases and not (arguments.prompt and arguments.reply):
         raise BadText("give --prompt and --reply, or --cases FILE")
+    saes = [LayerRef.parse(text) for text in arguments.saes]
+    plans.model_of(arguments, [sae.row for sae in saes])
 
     from qwen_scope_lens.steering.blame import blame
 
-    saes = [LayerRef.parse(text) for text in arguments.saes]
     cases = _cases(arguments)
     enable_thinking = plans.thinking(arguments, [case.prompt for case in cases])
     labels = read_labels(arguments.labels)

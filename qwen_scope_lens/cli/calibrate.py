@@ -51,11 +51,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from qwen_scope_lens.steering.calibrate import calibrate, calibrate_from_store
     from qwen_scope_lens.steering.typical import split_refs
-    from qwen_scope_lens.tables import Table
 
     saes = list(split_refs(arguments.refs))
+    if arguments.store:
+        manifest = inputs.store(arguments.store, arguments)
+        for sae in saes:
+            manifest.sae(sae.layer, arguments.store)
+    else:
+        plans.model_of(arguments, [sae.row for sae in saes])
+
+    from qwen_scope_lens.steering.calibrate import calibrate, calibrate_from_store
+    from qwen_scope_lens.tables import Table
+
     if arguments.store:
         from qwen_scope_lens.stores.store import FeatureStore
 

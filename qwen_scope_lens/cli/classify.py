@@ -208,7 +208,11 @@ def _fit(arguments: argparse.Namespace) -> None:
 
 def _predict_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "classifier", type=Path, action=Input, check=inputs.file, help="what `fit` wrote"
+        "classifier",
+        type=Path,
+        action=Input,
+        check=inputs.made_by("qsl classify fit", "qwen-scope-classifier"),
+        help="what `fit` wrote",
     )
     parser.add_argument(
         "data",
@@ -250,7 +254,7 @@ def _report_arguments(parser: argparse.ArgumentParser) -> None:
     _test(parser)
     parser.add_argument("--at", default="precision=0.9", help="default: %(default)s")
     parser.add_argument("--out", type=output, help="also write an HTML page")
-    add_old(parser, "--page", "--out", type=output)
+    add_old(parser, "--page", "--out")
     add_json(parser)
     add_labels(parser)
     parser.add_argument("--no-residuals", action="store_true", help="no model, no probes")

@@ -81,7 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shared.add_argument(
         "--worker", type=worker, default=(0, 1), metavar="I/N", help="only part I of N"
     )
-    add_old(shared, "--rank", "--worker", type=worker)
+    add_old(parser, "--rank", "--worker")
     shared.add_argument(
         "--ray",
         type=count,

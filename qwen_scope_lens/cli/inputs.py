@@ -25,7 +25,7 @@ from qwen_scope_lens.errors import (
     NotACheckpoint,
     UnknownName,
 )
-from qwen_scope_lens.files import open_regular
+from qwen_scope_lens.files import open_regular, read_json
 
 if TYPE_CHECKING:
     from qwen_scope_lens.stores.manifest import Manifest
@@ -44,10 +44,12 @@ __all__ = [
     "group_layers",
     "labels",
     "layer_address",
+    "made_by",
     "model",
     "models",
     "plan",
     "refs",
+    "sae_folder",
     "site",
     "store",
     "store_or_corpus",
@@ -57,6 +59,7 @@ __all__ = [
     "unchecked",
 ]
 
+DTYPES = ("bfloat16", "float16", "float32")
 DEVICES = r"(cpu|cuda|mps|xpu|xla|npu|hpu|mtia|vulkan|privateuseone|meta)(:\d{1,3})?"
 
 Check = Callable[[Any, argparse.Namespace], object]
@@ -112,6 +115,25 @@ def file(path: Path | str, _: argparse.Namespace) -> None:
         raise BadFile(f"{path} is empty")
 
 
+def made_by(verb: str, format: str) -> Check:
+    """A check for a JSON file that one of our verbs wrote."""
+
+    def check(path: Path, _: argparse.Namespace) -> None:
+        read_json(path, format, None, verb)
+
+    return check
+
+
+def sae_folder(path: str, _: argparse.Namespace) -> None:
+    """What SAELens's `save_model` wrote."""
+    from qwen_scope_lens.saes.locate import SAE_CFG_FILENAME
+
+    if not (Path(path) / SAE_CFG_FILENAME).is_file():
+        raise CheckpointMissing(
+            f"{path} has no {SAE_CFG_FILENAME}: expected a folder that SAELens's save_model wrote"
+        )
+
+
 def corpus(path: Path | str, _: argparse.Namespace) -> None:
     """A file with at least one row, a folder, or what may be the name of a dataset on the hub."""
     from qwen_scope_lens.stores.corpus import read_corpus, read_rows
@@ -157,6 +179,7 @@ def store(path: Path | str, _: argparse.Namespace) -> Manifest:
 
 def data(path: str, arguments: argparse.Namespace) -> None:
     """A feature store with the label, or a corpus and what is needed to extract it."""
+    from qwen_scope_lens.stores.corpus import read_corpus
     from qwen_scope_lens.stores.manifest import Manifest, is_stored
 
     if is_stored(path, arguments.model, arguments.sae):
@@ -168,6 +191,8 @@ def data(path: str, arguments: argparse.Namespace) -> None:
             manifest.sae(layer, Path(path))
         return
     corpus(path, arguments)
+    if Path(path).is_file():
+        read_corpus(path, text=arguments.text).check_label(arguments.label)
     group_layers(arguments.layers or (), arguments)
     model(arguments.model, arguments)
 

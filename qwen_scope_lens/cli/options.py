@@ -10,7 +10,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import cleandoc
 from pathlib import Path
@@ -43,6 +43,7 @@ __all__ = [
     "layer_list",
     "memory",
     "not_negative",
+    "old_spellings",
     "output",
     "port",
     "positive",
@@ -110,9 +111,7 @@ def add_model(
     """Which model runs, where, and in which number format."""
     parser.add_argument("--model", action=Input, check=inputs.model, required=required, help=help)
     if dtype:
-        parser.add_argument(
-            "--dtype", help="bfloat16, float16 or float32; default: the checkpoint's"
-        )
+        parser.add_argument("--dtype", choices=inputs.DTYPES, help="default: the checkpoint's")
     if device:
         parser.add_argument(
             "--device",
@@ -125,7 +124,7 @@ def add_model(
 def add_sae_files(parser: Parser, *, revision: bool = False) -> None:
     """Where the files of the SAEs come from."""
     parser.add_argument("--sae-folder", type=Path, help="read the SAEs' files from here only")
-    add_old(parser, "--folder", "--sae-folder", type=Path)
+    add_old(parser, "--folder", "--sae-folder")
     if revision:
         parser.add_argument("--revision", help="commit, tag or branch of the SAEs on the hub")
 
@@ -153,35 +152,26 @@ def add_layer(
     parser.add_argument(
         "--layers", dest="layer", type=from_zero, action=Input, check=check, help=help
     )
-    add_old(parser, "--layer", "--layers", type=from_zero)
+    add_old(parser, "--layer", "--layers")
 
 
-def add_old(parser: Parser, old: str, new: str, **options: Any) -> None:
-    """An older spelling: it works, is not in the help, and a remark says the new one."""
-    dest = next(one.dest for one in parser._actions if new in one.option_strings)
-    options |= {"dest": dest, "default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
-    parser.add_argument(old, action=_Old, new=new, **options)
+def add_old(parser: Parser, old: str, new: str) -> None:
+    """An older spelling of an option: it works, and is not in the help."""
+    parser._option_string_actions[old] = parser._option_string_actions[new]
 
 
-class _Old(argparse.Action):
-    def __init__(self, *names: Any, new: str, **options: Any) -> None:
-        super().__init__(*names, **options)
-        self.new = new
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        option_string: str | None = None,
-    ) -> None:
-        setattr(namespace, self.dest, values)
-        said = [*getattr(namespace, OLD, ()), f"{option_string} is now called {self.new}"]
-        setattr(namespace, OLD, said)
-
-
-OLD = "old_spellings"
-"""Where the remarks about older spellings are kept until it is known whether remarks are wanted."""
+def old_spellings(
+    parser: argparse.ArgumentParser, arguments: argparse.Namespace, words: Sequence[str]
+) -> Iterator[str]:
+    """What to say about the older spellings among the words of a command line."""
+    given = {word.partition("=")[0] for word in words}
+    for name, action in parser._option_string_actions.items():
+        if name in given and name not in action.option_strings:
+            yield f"{name} is now called {action.option_strings[0]}; the older spelling will go"
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            below = action.choices[getattr(arguments, action.dest)]
+            yield from old_spellings(below, arguments, words)
 
 
 def add_labels(

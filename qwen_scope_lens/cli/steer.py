@@ -38,10 +38,11 @@ def run(arguments: argparse.Namespace) -> int:
     plans.notices(saes)
     if arguments.save_plan:
         plan.save(arguments.save_plan)
-    sampling = plans.sampling_of(arguments)
     text = sys.stdin.read() if arguments.text == "-" else arguments.text
     prompt = plans.as_prompt(arguments, text)
     enable_thinking = plans.thinking(arguments, [prompt])
+    plans.model_of(arguments, [sae.row for sae in saes])
+    sampling = plans.sampling_of(arguments)
     model = plans.load(arguments, saes)
 
     from qwen_scope_lens.steering.side_by_side import stream

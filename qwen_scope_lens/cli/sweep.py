@@ -64,8 +64,9 @@ def run(arguments: argparse.Namespace) -> int:
     measure = Measure.parse(arguments.measure)
     prompts = plans.read_prompts(arguments, arguments.prompts)
     enable_thinking = plans.thinking(arguments, prompts)
-    sampling = plans.sampling_of(arguments)
+    plans.model_of(arguments, [ref.sae.row for ref in plan.refs])
     plans.notices(ref.sae for ref in plan.refs)
+    sampling = plans.sampling_of(arguments)
     model = plans.load(arguments, [ref.sae for ref in plan.refs])
 
     from tqdm import tqdm

@@ -139,16 +139,18 @@ def _find_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _find(arguments: argparse.Namespace) -> None:
     """Find what rises from the first to the last occurrence of a phrase, in a store."""
+    from qwen_scope_lens.errors import BadCorpus
+
+    if (arguments.label is None) != (arguments.positive is None):
+        raise BadCorpus("--label and --positive belong together: --label kind --positive loop")
+
     import numpy as np
 
-    from qwen_scope_lens.errors import BadCorpus
     from qwen_scope_lens.features.document_sets import DocumentLabel
     from qwen_scope_lens.stores.store import FeatureStore
     from qwen_scope_lens.tables import Table
     from qwen_scope_lens.train.repetition_features import find_repetition_features
 
-    if (arguments.label is None) != (arguments.positive is None):
-        raise BadCorpus("--label and --positive belong together: --label kind --positive loop")
     store = FeatureStore.open(arguments.store)
     docs = None
     if arguments.label is not None:
@@ -218,7 +220,11 @@ def _loops(arguments: argparse.Namespace) -> None:
 
 def _screen_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "found", type=Path, action=Input, check=inputs.file, help="the file that `find` wrote"
+        "found",
+        type=Path,
+        action=Input,
+        check=inputs.made_by("qsl train repetition find", "qsl-repetition-features"),
+        help="the file that `find` wrote",
     )
     parser.add_argument(
         "prompts",
@@ -340,8 +346,7 @@ def _measure_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _measure(arguments: argparse.Namespace) -> None:
     """Measure the code-switching ratio or the repeat ratio of finished replies."""
-    from qwen_scope_lens.train.metrics import code_switching_ratio, repeat_ratio
-    from qwen_scope_lens.train.runs import read_replies
+    from qwen_scope_lens.train.metrics import code_switching_ratio, read_replies, repeat_ratio
 
     replies, prompts = read_replies(arguments.replies, arguments.text, arguments.prompt)
     if arguments.script:

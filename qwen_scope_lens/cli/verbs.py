@@ -133,7 +133,7 @@ def _run(
     add_arguments(parser)
 
     from qwen_scope_lens.cli.inputs import check_inputs
-    from qwen_scope_lens.cli.options import OLD, add_quiet, remark
+    from qwen_scope_lens.cli.options import add_quiet, old_spellings, remark
     from qwen_scope_lens.cli.terminal import plain, shown_safely, silenced
 
     add_quiet(parser)
@@ -141,8 +141,8 @@ def _run(
     arguments.quiet = getattr(arguments, "quiet", False)
     try:
         with shown_safely(), silenced(arguments.quiet):
-            for line in getattr(arguments, OLD, ()):
-                remark(f"{parser.prog}: {line}; the older spelling will go")
+            for line in old_spellings(parser, arguments, words):
+                remark(f"{parser.prog}: {line}")
             check_inputs(parser, arguments)
             code = run(arguments)
             sys.stdout.flush()

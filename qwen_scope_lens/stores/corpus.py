@@ -58,6 +58,17 @@ class Corpus:
     def __iter__(self) -> Iterator[Document]:
         return self.source.documents()
 
+    def check_label(self, name: str) -> None:
+        """Raise where the first document has no such label, before a long extraction."""
+        for document in self:
+            if name not in document.labels:
+                raise BadCorpus(
+                    f"{self.name} has no column {name!r}: it has"
+                    f" {', '.join(document.labels) or 'no other columns'}"
+                )
+            return
+        raise BadCorpus(f"{self.name} has no documents")
+
 
 @dataclass(frozen=True)
 class Survey:

@@ -19,10 +19,8 @@ import yaml
 from qwen_scope_lens.catalog import bundled_model
 from qwen_scope_lens.errors import BadCorpus, BadFile, ScopeError, UnknownName
 from qwen_scope_lens.files import load_yaml
-from qwen_scope_lens.stores.corpus import read_rows
 from qwen_scope_lens.train.checkpoints import last_whole, save_final, set_aside
 from qwen_scope_lens.train.language_features import LanguageFeatures
-from qwen_scope_lens.train.metrics import reply_text
 from qwen_scope_lens.train.run_checks import (
     check_checkpoint,
     check_numbers,
@@ -31,7 +29,7 @@ from qwen_scope_lens.train.run_checks import (
     record,
 )
 
-__all__ = ["Run", "read_replies", "read_run", "run_grpo", "run_sasft"]
+__all__ = ["Run", "read_run", "run_grpo", "run_sasft"]
 
 COMMON = {"model", "train", "eval", "lora", "trainer"}
 SASFT = COMMON | {"language_features"}
@@ -109,42 +107,6 @@ def run_grpo(path: Path, resume: bool = True) -> Path:
     rewards = _rewards(run)
     trainer = _set_up(run, RareNegativeGRPOTrainer, args, reward_funcs=rewards, plan=plan)
     return _train(run, "grpo", trainer, resume)
-
-
-REPLY_COLUMNS = ("text", "reply", "completion")
-
-
-def read_replies(
-    path: Path, text: str | None, prompt: str | None
-) -> tuple[list[str], list[str] | None]:
-    """Read the replies of a file, and their prompts if a column is named.
-
-    `text` is the column of the replies. Without it that is text, reply or completion, or the last
-    message of the assistant in `messages`; rows of `qsl synth run` that have none, because only
-    their prompt was written, are left out.
-    """
-    replies, prompts = [], []
-    for where, row in read_rows(path):
-        try:
-            reply = _last_reply(row) if text is None else reply_text(row[text])
-            if reply is None:
-                continue
-            replies.append(reply)
-            if prompt is not None:
-                prompts.append(str(row[prompt]))
-        except (KeyError, TypeError, AttributeError) as error:
-            wanted = text or f"{', '.join(REPLY_COLUMNS)} or messages"
-            wanted += f", and {prompt}" if prompt else ""
-            raise BadCorpus(f"{where}: expected an object with {wanted}; {error!r}") from error
-    return replies, prompts if prompt is not None else None
-
-
-def _last_reply(row: Mapping[str, Any]) -> str | None:
-    column = next((name for name in REPLY_COLUMNS if name in row), None)
-    if column is not None:
-        return reply_text(row[column])
-    said = [one["content"] for one in row["messages"] if one["role"] == "assistant"]
-    return str(said[-1]) if said else None
 
 
 def _arguments(run: Run, kind: type) -> Any:

@@ -74,7 +74,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         check=_of_group,
         help="such as 20 or 0-3,7; or all, to see how the conclusions change from layer to layer",
     )
-    add_old(parser, "--layer", "--layers", type=_layers)
+    add_old(parser, "--layer", "--layers")
     parser.add_argument("--out", required=True, type=Path, help="a folder for the suite")
     add_json(parser)
     add_prompt_format(parser)
@@ -145,6 +145,9 @@ def _extract(arguments: argparse.Namespace) -> None:
     finished are not run again, and later calls may add more. Prompts longer than the model's
     context are refused.
     """
+    if not arguments.benchmarks and not arguments.tasks:
+        raise BadCorpus("no benchmark was named: pass files, data sets, or --tasks")
+
     from qwen_scope_lens.bench.suite import extract_suite
     from qwen_scope_lens.catalog import find_group
 
@@ -212,8 +215,6 @@ def _prompts(arguments: argparse.Namespace) -> tuple[dict[str, list[Any]], dict[
             prompts[name] = documents
             facts[name] = {"task": name, "fewshot": arguments.fewshot, "chat": arguments.chat}
             facts[name] |= draw
-    if not prompts:
-        raise BadCorpus("no benchmark was named: pass files, data sets, or --tasks")
     return prompts, facts
 
 

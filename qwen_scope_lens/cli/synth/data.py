@@ -33,7 +33,7 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TARGETS",
         type=Path,
         action=Input,
-        check=inputs.file,
+        check=inputs.made_by("qsl synth targets", "qsl-targets"),
         help="of `qsl synth targets`",
     )
     parser.add_argument(
@@ -214,11 +214,11 @@ def _report_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         required=True,
         action=Input,
-        check=inputs.file,
+        check=inputs.made_by("qsl synth targets", "qsl-targets"),
         help="that the run was made with",
     )
     parser.add_argument("--out", type=output, help="write a page with the curve, too")
-    add_old(parser, "--html", "--out", type=output)
+    add_old(parser, "--html", "--out")
     add_json(parser)
 
 

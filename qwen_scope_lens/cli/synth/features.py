@@ -170,7 +170,7 @@ def _describe_arguments(parser: argparse.ArgumentParser) -> None:
         "--targets",
         type=Path,
         action=Input,
-        check=inputs.file,
+        check=inputs.made_by("qsl synth targets", "qsl-targets"),
         help="features that targets.json wants",
     )
     add_layer(which, "one layer: its features are --features, or all that fire")
