@@ -19,12 +19,14 @@ from qwen_scope_lens.catalog import find_group
 from qwen_scope_lens.cli import inputs
 from qwen_scope_lens.cli.inputs import Input
 from qwen_scope_lens.cli.options import (
+    add_json,
     add_layers,
     add_model,
     add_old,
     add_sae_files,
     count,
     memory,
+    print_json,
     worker,
 )
 from qwen_scope_lens.extras import check
@@ -89,6 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="on a Ray cluster, with so many workers (extra `ray`)",
     )
     add_sae_files(work, revision=True)
+    add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -96,7 +99,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.ray is not None:
         check("ray", "ray")
 
-    from qwen_scope_lens.cli.store import describe
+    from qwen_scope_lens.cli.store import describe, facts
     from qwen_scope_lens.cli.terminal import plain
     from qwen_scope_lens.stores.corpus import read_corpus
     from qwen_scope_lens.stores.extract import Request, extract_request
@@ -138,5 +141,8 @@ def run(arguments: argparse.Namespace) -> int:
         store = extract_on_ray(corpus, request, workers=arguments.ray, progress=progress)
     else:
         store = extract_request(corpus, request, worker=arguments.worker, progress=progress)
-    print(plain(describe(store)))
+    if arguments.json:
+        print_json(arguments.json, facts(store))
+    else:
+        print(plain(describe(store)))
     return 0

@@ -13,13 +13,14 @@ residuals after the SAE's decoder layer: .npy, .safetensors, or .pt (tensors onl
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwen_scope_lens.address import LayerRef
 from qwen_scope_lens.cli import inputs
 from qwen_scope_lens.cli.inputs import Input
-from qwen_scope_lens.cli.options import add_sae_files, positive
+from qwen_scope_lens.cli.options import add_json, add_sae_files, positive, print_json
 from qwen_scope_lens.errors import BadText
 from qwen_scope_lens.files import read_text
 
@@ -60,6 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--subtract-b-dec", action="store_true", help="encode x - b_dec (some third-party SAEs)"
     )
+    add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -72,7 +74,11 @@ def run(arguments: argparse.Namespace) -> int:
         apply_b_dec_to_input=True if arguments.subtract_b_dec else None,
     )
     check = _with_model if arguments.model else _with_activations
-    print(check(sae, arguments))
+    found = check(sae, arguments)
+    if arguments.json:
+        print_json(arguments.json, asdict(found))
+    else:
+        print(found)
     return 0
 
 
