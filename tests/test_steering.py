@@ -457,7 +457,7 @@ def test_nothing_stays_behind(world: Any, bridged: bool) -> None:
 def test_features_of_another_model_are_refused(world: Any) -> None:
     with (
         pytest.raises(WrongModel, match="d_model"),
-        steer(make_model(), Plan(["mini-qwen3/w1k-l0-16/1/3:ablate"])),
+        steer(make_model(), "mini-qwen3/w1k-l0-16/1/3:ablate"),  # an edit as text is a plan
     ):
         pass
     shallow = make_model(num_hidden_layers=2)

@@ -133,6 +133,29 @@ def test_contradictions_are_refused() -> None:
         Plan([])
 
 
+def test_the_older_name_of_the_unit_is_read(tmp_path: Path) -> None:
+    """In plan files of version 1, in text and in Python, where it warns."""
+    new = Plan([f"{REF}:add:2typical"])
+    row = {"ref": REF, "op": "add", "strength": 2.0, "unit": "sigma"}
+    content = {"format": "qsl-plan", "version": 1, "edits": [row]}
+    (tmp_path / "plan.json").write_text(json.dumps(content))
+    assert Plan.load(tmp_path / "plan.json") == new
+    with pytest.deprecated_call(match="now called typical"):
+        assert Plan([f"{REF}:add:2sigma"]) == new
+    with pytest.deprecated_call(match="now called typical"):
+        assert Edit(REF, "add", 2.0, "sigma") == new.edits[0]
+    new.save(tmp_path / "new.json")
+    assert json.loads((tmp_path / "new.json").read_text())["version"] == 2
+
+
+def test_one_edit_is_a_plan() -> None:
+    text = f"{REF}:add:2"
+    assert Plan.of(text) == Plan.of(Edit.parse(text)) == Plan([text])
+    assert Plan.of(Plan([text])) == Plan([text])
+    with pytest.raises(BadPlan, match="expected a Plan"):
+        Plan.of(3)  # type: ignore[arg-type]
+
+
 def test_typical_needs_a_calibration() -> None:
     plan = Plan([f"{REF}:add:2typical"])
     with pytest.raises(BadPlan, match="calibrate"):

@@ -238,8 +238,9 @@ def test_the_verbs_work_together(tmp_path: Path, capsys: Any, monkeypatch: Any) 
     reply = "Use the package manager 安装程序 and restart."
     assert main(["blame", sae, "--prompt", "How?", "--reply", reply, "--class", "han"]) == 0
     out = capsys.readouterr().out
-    edit = next(line for line in out.splitlines() if line.startswith("try: ")).split()[-1]
-    feature = edit.removesuffix(":ablate")
+    first, edit, *_ = [line.split() for line in out.splitlines() if line.startswith("try: ")]
+    feature = first[3]  # try: qsl calibrate FEATURE ..
+    assert edit[1:] == ["--edit", f"{feature}:add:-1typical", "--calibration", "typical.json"]
     texts = tmp_path / "texts.txt"
     texts.write_text("安装程序会自动启动。\n你可以在系统中安装程序。\n")
     typical = str(tmp_path / "typical.json")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -158,7 +159,7 @@ class Edit:
         where: Where | str = EVERYWHERE,
         typical: float | None = None,
     ) -> None:
-        unit = OLD_UNITS.get(unit, unit) if isinstance(unit, str) else unit
+        unit = _unit_now(unit)
         given = {"ref": FeatureRef.parse(ref), "op": op, "strength": strength, "unit": unit}
         for name, value in (given | {"where": Where.of(where), "typical": typical}).items():
             object.__setattr__(self, name, value)
@@ -242,7 +243,8 @@ class Edit:
             raise BadPlan(
                 f"{shown(row)} is not an edit: expected ref and some of {', '.join(sorted(known))}"
             )
-        return cls(**row)
+        unit = row.get("unit", "raw")  # in files older names stay readable, without a warning
+        return cls(**{**row, "unit": OLD_UNITS.get(unit, unit) if isinstance(unit, str) else unit})
 
 
 @dataclass(frozen=True)
@@ -259,6 +261,15 @@ class Plan:
             raise BadPlan("a plan without edits does nothing: run the model without a plan")
         object.__setattr__(self, "edits", found)
         self._check_overlaps()
+
+    @classmethod
+    def of(cls, plan: Plan | Edit | str) -> Plan:
+        """The plan itself, or one of a single edit, which may be text such as `G/6/12:add:2`."""
+        if isinstance(plan, Plan):
+            return plan
+        if not isinstance(plan, (Edit, str)):
+            raise BadPlan(f"expected a Plan, an Edit or its text; found {shown(plan)}")
+        return cls([plan])
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -348,8 +359,16 @@ def parse_strength(text: str) -> tuple[float, str]:
     found = re.fullmatch(r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*([a-z]*)\s*", text)
     if found is None or found[2] not in ("", *UNITS, *OLD_UNITS):
         raise BadPlan(f"strength {shown(text)}: expected a number such as 4, +2typical or -0.1norm")
-    unit = found[2] or "raw"
-    return float(found[1]), OLD_UNITS.get(unit, unit)
+    return float(found[1]), _unit_now(found[2] or "raw")
+
+
+def _unit_now(unit: Any) -> Any:
+    """The unit by its name of today."""
+    if not isinstance(unit, str) or unit not in OLD_UNITS:
+        return unit
+    said = f"the unit {unit} is now called {OLD_UNITS[unit]}"
+    warnings.warn(said, DeprecationWarning, stacklevel=4)
+    return OLD_UNITS[unit]
 
 
 def check_seed(seed: object) -> int:

@@ -23,7 +23,7 @@ from qwen_scope_lens.pages import Page, chart
 from qwen_scope_lens.stats import between, draws_of_groups
 from qwen_scope_lens.steering.doses import Measure
 from qwen_scope_lens.steering.generate import Continuation, Sampling, generate
-from qwen_scope_lens.steering.plan import OLD_UNITS, Plan, check_seed
+from qwen_scope_lens.steering.plan import OLD_UNITS, Edit, Plan, check_seed
 from qwen_scope_lens.steering.readers import SAEs, with_readers
 from qwen_scope_lens.steering.text_quality import perplexity, repetition, surprisals
 from qwen_scope_lens.stores.facts import model_facts, versions
@@ -174,7 +174,7 @@ class Sweep:
 
 def sweep(
     model: Any,
-    plan: Plan,
+    plan: Plan | Edit | str,
     strengths: Iterable[float],
     prompts: Sequence[Content],
     measure: Measure | str = "change",
@@ -196,6 +196,7 @@ def sweep(
     it, a sweep of other settings raises. The unsteered texts (strength 0) are always made, once.
     """
     check_seed(seed)
+    plan = Plan.of(plan)
     measure = Measure.parse(measure) if isinstance(measure, str) else measure
     sampling, guard = sampling or Sampling(), guard or Guard()
     wanted = sorted({float(strength) for strength in strengths} - {0.0})
