@@ -172,10 +172,10 @@ def test_every_verb_refuses_before_anything_heavy_is_imported(tmp_path: Path) ->
     )
     assert done.returncode == 0, done.stderr[-3000:]
     answers = done.stderr
-    for words, said in cases:
-        _, marked, answers = answers.partition(f"{json.dumps(words)}\n")
+    for case, said in cases:
+        _, marked, answers = answers.partition(f"{json.dumps(case)}\n")
         assert marked
         answer = answers.partition('\n["')[0]
-        assert said in " ".join(answer.split()), (words, answer)
+        assert said in " ".join(answer.split()), (case, answer)
     written = set(tmp_path.rglob("*")) - {*there, tmp_path / "store" / "manifest.json"}
     assert not written

@@ -126,7 +126,7 @@ train grpo, train repetition loops, train sasft
 
 def leaves(words: str, parser: argparse.ArgumentParser) -> dict[str, set[str]]:
     """Every word that does something -> its options."""
-    found = {}
+    found: dict[str, set[str]] = {}
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             for name, below in action.choices.items():

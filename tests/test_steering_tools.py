@@ -413,6 +413,6 @@ def test_a_stream_writes_what_generate_makes(model: Any, compare: bool) -> None:
 
 
 def test_edits_are_exact_types() -> None:
-    with pytest.raises(BadPlan, match="expected a Plan"), steer(make_model(), ["x"]):  # type: ignore[list-item]
+    with pytest.raises(BadPlan, match="expected a Plan"), steer(make_model(), [3]):  # type: ignore[list-item]
         pass
     assert isinstance(Plan(Edit(ref(1, 3), "ablate")).edits[0], Edit)  # type: ignore[arg-type]

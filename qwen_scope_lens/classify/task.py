@@ -88,7 +88,7 @@ def open_data(
     row = find_group(str(group))
     wanted = list(range(row.backbone.num_layers)) if layers is None else list(layers)
     return extract(
-        corpus, model=model, group=row.short, layers=wanted, out=place, max_tokens=max_tokens
+        corpus, model=str(model), group=row.short, layers=wanted, out=place, max_tokens=max_tokens
     )
 
 

@@ -94,8 +94,10 @@ def generate(
         raise BadText("expected a sequence of prompts with at least one")
     tokenizer = find_tokenizer(model, tokenizer)
     encoded = encode_prompts(model, prompts, tokenizer, sampling, enable_thinking)
-    alone = isinstance(plan, str) or not isinstance(plan, Sequence)
-    given = [plan] * len(prompts) if alone else list(plan)
+    if plan is None or isinstance(plan, (Plan, Edit, str)):
+        given: list[Plan | Edit | str | None] = [plan] * len(prompts)
+    else:
+        given = list(plan)
     each = [None if one is None else Plan.of(one) for one in given]
     if len(each) != len(prompts):
         raise BadPlan(f"{len(each)} plans for {len(prompts)} prompts: give one per prompt, or one")

@@ -218,7 +218,7 @@ def _place(model: Any, layer: int) -> nn.Module:
 
 
 def _per_row(plan: Any) -> list[Plan | None]:
-    rows = plan if isinstance(plan, Sequence) and not isinstance(plan, str) else [plan]
+    rows = [plan] if plan is None or isinstance(plan, (Plan, Edit, str)) else list(plan)
     plans = [None if one is None else Plan.of(one) for one in rows]
     if not any(plans):
         raise BadPlan("no row has a plan: run the model without steering")

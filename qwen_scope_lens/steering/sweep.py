@@ -155,7 +155,7 @@ class Sweep:
 
     def __str__(self) -> str:
         lines = [
-            f"{self.plan}, strength in {self.unit}; effect: {self.meaning}",
+            f"{self.plan}; strength ({self.unit}); effect: {self.meaning}",
             f"{'strength':>9}  {'effect':>6} {'95% interval':>14}  {'control':>7}"
             f"  {'perplexity':>10}  {'repeats':>7}",
         ]
