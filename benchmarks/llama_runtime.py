@@ -93,7 +93,7 @@ def make_plan(bridge: Any, documents: Sequence[str]) -> Plan:
     three = [ref for ref in common if "/3/" in ref][5:6] + [ref for ref in common if "/6/" in ref][
         5:7
     ]
-    edits = [f"{ref}:add:{sign}1sigma@first" for ref, sign in zip(three, "+-+", strict=True)]
+    edits = [f"{ref}:add:{sign}1typical@first" for ref, sign in zip(three, "+-+", strict=True)]
     return Plan(edits).calibrated(found)
 
 

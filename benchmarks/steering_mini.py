@@ -108,7 +108,7 @@ def report(
     for job, broken, sign in (("suppress", True, -1), ("amplify", False, +1)):
         tuning, test = switching(language, broken), prompts(language, broken, count)
         strength = choose(model, saes, found, typical, language, tuning, sign)
-        print(f"  {job}: add {sign * strength:+g} sigma (chosen on {len(tuning)} other prompts)")
+        print(f"  {job}: add {sign * strength:+g} typical (chosen on {len(tuning)} other prompts)")
         others = [chance_features(found, typical, seed) for seed in range(DRAWS)]
         arms: dict[str, list[tuple[list[str], int | None]]] = {
             "the features": [(found, None)],
@@ -173,7 +173,7 @@ def chance_features(found: Sequence[str], typical: Calibration, seed: int) -> li
 
 
 def plan(refs: Sequence[str], typical: Calibration, strength: float) -> Plan:
-    edits = [Edit(ref, "add", strength, "sigma") for ref in refs]  # type: ignore[arg-type]
+    edits = [Edit(ref, "add", strength, "typical") for ref in refs]  # type: ignore[arg-type]
     return Plan(edits).calibrated(typical)
 
 

@@ -14,7 +14,7 @@ import argparse
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -142,26 +142,39 @@ def _convert_layer(
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("group", metavar="GROUP", help="any name of a group; see `qsl list`")
-    add_common_arguments(parser)
+    from qwen_scope_lens.cli import inputs
+    from qwen_scope_lens.cli.inputs import Input
+
+    parser.add_argument(
+        "group",
+        metavar="GROUP",
+        action=Input,
+        check=inputs.group,
+        help="any name of a group; see `qsl list`",
+    )
+    add_common_arguments(parser, _layers)
 
 
-def add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments that both converters to SAELens folders take."""
-    from qwen_scope_lens.cli.options import layer_list
+def _layers(layers: list[int], arguments: argparse.Namespace) -> None:
+    for layer in layers:
+        find_group(arguments.group).check_layer(layer)
+
+
+def add_common_arguments(
+    parser: argparse.ArgumentParser, check: Callable[[Any, argparse.Namespace], object]
+) -> None:
+    """The arguments that both converters to SAELens folders take; `check` looks at the layers."""
+    from qwen_scope_lens.cli.options import add_layers, add_sae_files
 
     parser.add_argument("--out", type=Path, required=True, help="folder to write into")
-    parser.add_argument("--layers", type=layer_list, help="such as 0-3,7 (default: all)")
+    add_layers(parser, "such as 0-3,7 (default: all)", check=check)
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
         default="float32",
         help="the dtype of the result",
     )
-    parser.add_argument(
-        "--sae-folder", "--folder", type=Path, help="read published files from this folder only"
-    )
-    parser.add_argument("--revision", help="commit, tag or branch on the hub")
+    add_sae_files(parser, revision=True)
     parser.add_argument("--overwrite", action="store_true", help="replace layers that exist")
 
 

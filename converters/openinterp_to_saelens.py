@@ -71,11 +71,25 @@ def _group(name: str | None) -> Group:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("group", nargs="?", help=f"the name of a group (default: {GROUP.short})")
-    official_to_saelens.add_common_arguments(parser)
+    from qwen_scope_lens.cli import inputs
+    from qwen_scope_lens.cli.inputs import Input
+
+    parser.add_argument(
+        "group",
+        nargs="?",
+        action=Input,
+        check=inputs.group,
+        help=f"the name of a group (default: {GROUP.short})",
+    )
+    official_to_saelens.add_common_arguments(parser, _layers)
     parser.add_argument(
         "--subtract-b-dec", action="store_true", help="the SAEs subtract b_dec before encoding"
     )
+
+
+def _layers(layers: list[int], arguments: argparse.Namespace) -> None:
+    for layer in layers:
+        find_group(arguments.group or GROUP.short).check_layer(layer)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -161,14 +161,24 @@ def _as_published(sae: SAE[Any], fold: bool) -> TopKSAE:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="FOLDER", help="a folder that SAELens's save_model wrote")
+    from qwen_scope_lens.cli import inputs
+    from qwen_scope_lens.cli.inputs import Input
+    from qwen_scope_lens.cli.options import add_layer
+
+    parser.add_argument(
+        "source",
+        metavar="FOLDER",
+        action=Input,
+        check=inputs.sae_folder,
+        help="a folder that SAELens's save_model wrote",
+    )
     parser.add_argument(
         "--out", type=Path, required=True, help="the folder to write in the published layout"
     )
     parser.add_argument(
         "--num-layers", type=int, required=True, help="the number of layers of the model"
     )
-    parser.add_argument("--layer", type=int, help="the layer (default: from the SAE's hook name)")
+    add_layer(parser, "the layer (default: from the SAE's hook name)", check=inputs.unchecked)
     parser.add_argument("--base-model", help="the model (default: from the SAE's metadata)")
     parser.add_argument(
         "--fold", action="store_true", help="fold an input bias or norm rescaling into the weights"

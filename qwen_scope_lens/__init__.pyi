@@ -44,7 +44,6 @@ from .saes.saelens_plugin import uninstall as uninstall
 from .saes.verify import Verification as Verification
 from .saes.verify import verify as verify
 from .steering.blame import blame as blame
-from .steering.calibrate import Calibration as Calibration
 from .steering.calibrate import calibrate as calibrate
 from .steering.generate import Sampling as Sampling
 from .steering.generate import generate as generate
@@ -54,6 +53,7 @@ from .steering.plan import Plan as Plan
 from .steering.report import Report as Report
 from .steering.sweep import Sweep as Sweep
 from .steering.sweep import sweep as sweep
+from .steering.typical import Calibration as Calibration
 from .steering.where import Where as Where
 from .stores.corpus import Corpus as Corpus
 from .stores.corpus import Document as Document

@@ -19,7 +19,7 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -83,7 +83,7 @@ def exclusive(
             if part is not None:
                 raise CannotWrite(
                     f"another process is writing part {part} of {folder}: wait for it, or give each"
-                    " process its own rank (--rank i/n with one n)"
+                    " process its own part (--worker i/n with one n)"
                 ) from error
             raise CannotWrite(
                 f"another process is writing into {folder}: wait for it, or choose another folder"
@@ -238,10 +238,13 @@ def json_text(format: str, version: int, content: Mapping[str, Any]) -> str:
     return text + "\n"
 
 
-def read_json(path: Path, format: str, version: int, made_by: str) -> dict[str, Any]:
+def read_json(
+    path: Path, format: str, version: int | None, made_by: str, older: Sequence[int] = ()
+) -> dict[str, Any]:
     """Read what `write_json` wrote; anything else raises `BadFile`.
 
-    `made_by` is the command that makes such a file, for the message.
+    `made_by` is the command that makes such a file, for the message. `older` are the versions that
+    the caller reads, too; with `version=None` the version does not matter.
     """
     try:
         text = read_text(path)
@@ -249,11 +252,16 @@ def read_json(path: Path, format: str, version: int, made_by: str) -> dict[str, 
         raise BadFile(f"{path} does not exist: `{made_by}` makes such a file") from error
     except (OSError, ValueError) as error:
         raise BadFile(f"{path} cannot be read as JSON ({error}): expected {format}") from error
-    return parse_json(text, path, format, version, made_by)
+    return parse_json(text, path, format, version, made_by, older)
 
 
 def parse_json(
-    text: str, path: Path | str, format: str, version: int, made_by: str
+    text: str,
+    path: Path | str,
+    format: str,
+    version: int | None,
+    made_by: str,
+    older: Sequence[int] = (),
 ) -> dict[str, Any]:
     """As `read_json`, for a text that was read already. Messages call it `path`."""
     try:
@@ -265,7 +273,7 @@ def parse_json(
         raise BadFile(
             f"{path} is not a {format} file (its format is {found!r:.60}): `{made_by}` makes one"
         )
-    if content.get("version") != version:
+    if version is not None and content.get("version") not in (version, *older):
         raise BadFile(
             f"{path} is {format} version {content.get('version')!r:.60}, this package reads version"
             f" {version}: make it again with `{made_by}`, or use the package that wrote it"

@@ -53,7 +53,7 @@ def steered_token(x: Tensor, edits: Sequence[Edit], weights: Weights) -> Tensor:
         d = weights["W_dec"][:, edit.ref.feature].double()
         a = float(codes[edit.ref.feature])
         v = edit.strength or 0.0
-        if edit.unit == "sigma":
+        if edit.unit == "typical":
             v *= edit.typical or float("nan")
         if edit.unit == "norm":
             v *= float(x.norm() / d.norm())

@@ -111,7 +111,7 @@ def test_what_a_comparison_leaves_out(bench: Workbench) -> None:
 
 def test_steering_writes_both_texts(bench: Workbench) -> None:
     ref = strongest(bench, B)
-    plan = Plan(f"{ref}:add:+3sigma")
+    plan = Plan(f"{ref}:add:+3typical")
     steps = list(run_steering(bench, "The file", plan, Sampling(24)))
     assert all(isinstance(step, Step) for step in steps[:-1])
     assert len(steps) > 2
@@ -129,7 +129,7 @@ def test_steering_writes_both_texts(bench: Workbench) -> None:
     assert end.fired
     assert "fired on" in end.report
     # Much too strong is told to be no language any more.
-    *_, wild = run_steering(bench, "The file", Plan(f"{ref}:add:+30sigma"), Sampling(24))
+    *_, wild = run_steering(bench, "The file", Plan(f"{ref}:add:+30typical"), Sampling(24))
     assert isinstance(wild, Outcome)
     assert not wild.coherent
     *_, same = run_steering(bench, "The file", Plan(f"{ref}:add:0"), Sampling(24))
@@ -139,7 +139,7 @@ def test_steering_writes_both_texts(bench: Workbench) -> None:
 
 
 def test_a_run_can_be_stopped_and_the_next_one_starts(bench: Workbench) -> None:
-    plan = Plan(f"{strongest(bench, B)}:add:+1sigma")
+    plan = Plan(f"{strongest(bench, B)}:add:+1typical")
     stop = threading.Event()
     seen = []
     for step in run_steering(bench, "The file", plan, Sampling(200), stop=stop):
@@ -156,7 +156,7 @@ def test_a_run_can_be_stopped_and_the_next_one_starts(bench: Workbench) -> None:
 
 
 def test_two_runs_at_once_do_not_steer_each_other(bench: Workbench) -> None:
-    plans = [Plan(f"{strongest(bench, text)}:add:+4sigma") for text in (A, B)]
+    plans = [Plan(f"{strongest(bench, text)}:add:+4typical") for text in (A, B)]
     alone = [list(run_steering(bench, "The file", plan, Sampling(16)))[-1] for plan in plans]
     found: dict[int, Any] = {}
 
@@ -182,11 +182,11 @@ def test_an_error_of_a_run_is_raised_where_it_is_awaited(bench: Workbench) -> No
 def test_typical_activations_come_from_the_sample_once(bench: Workbench) -> None:
     ref = strongest(bench, A)
     fresh = Workbench(bench.model, bench.group)
-    plan = fresh.calibrated(Plan(f"{ref}:add:+2sigma"))
+    plan = fresh.calibrated(Plan(f"{ref}:add:+2typical"))
     assert plan.edits[0].typical is not None
     assert plan.edits[0].value == pytest.approx(2 * plan.edits[0].typical)
     fresh.model = None  # a second time nothing is run
-    assert fresh.calibrated(Plan(f"{ref}:add:-1sigma")).edits[0].typical == plan.edits[0].typical
+    assert fresh.calibrated(Plan(f"{ref}:add:-1typical")).edits[0].typical == plan.edits[0].typical
 
 
 def test_the_web_app_is_local_and_closed(bench: Workbench, tmp_path: Path) -> None:

@@ -104,7 +104,7 @@ def generate(page: Any, prompt: str, expected: tuple[str, str]) -> None:
 
 def directly(bench: Workbench, prompt: str, feature: int, strength: str) -> tuple[str, str]:
     """The same without a browser."""
-    plan = Plan(f"{GROUP}/{LAYER}/{feature}:add:{strength}sigma")
+    plan = Plan(f"{GROUP}/{LAYER}/{feature}:add:{strength}typical")
     *_, end = run_steering(bench, prompt, plan, Sampling(20))
     assert isinstance(end, Outcome)
     return end.plain, end.steered
@@ -146,7 +146,7 @@ def test_read_compare_and_steer(
         saved = tmp_path / "plan.json"
         download.value.save_as(saved)
         plan = Plan.load(saved)
-        assert [str(edit) for edit in plan.edits] == [f"{ref}:add:+3sigma"]
+        assert [str(edit) for edit in plan.edits] == [f"{ref}:add:+3typical"]
         saved.write_text(json.dumps(json.loads(saved.read_text()) | {"version": 99}))
         upload(page, saved)
         expect(page.locator("#plan-refused")).to_contain_text("version 99", timeout=SLOW)

@@ -254,7 +254,7 @@ def test_impossible_descriptions_of_ones_own(
         qsl.find_group("local/odd")
     assert main(["list"]) == 0  # the others are still shown
     captured = capsys.readouterr()
-    assert "544 official files" in captured.out
+    assert "544 official files" in captured.err
     assert "does not describe a group" in captured.err
 
 

@@ -404,8 +404,8 @@ def test_a_group_of_lm_eval_is_one_benchmark(
 
 def test_the_command_line(suite: Suite, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = str(suite.folder)
-    assert main(["bench", "redundancy", folder, "--layer", "3", "--json"]) == 0
-    rows = json.loads(capsys.readouterr().out)
+    assert main(["bench", "redundancy", folder, "--layers", "3", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
     assert rows[0]["benchmark"] in suite.names
     assert main(["bench", "overlap", folder, "--first", "sums"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 4

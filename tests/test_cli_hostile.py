@@ -79,7 +79,7 @@ def test_numbers(case: str, files: Path, capsys: pytest.CaptureFixture[str]) -> 
         [*extract[:4], f"--layers={number}", *extract[6:]],
         [*extract, f"--max-tokens={number}"],
         [*extract, f"--shard-docs={number}"],
-        [*extract, f"--rank={number}/4"],
+        [*extract, f"--worker={number}/4"],
         ["store", "merge", str(files / "merged"), store, f"--shard-docs={number}"],
         ["app", f"--port={number}"],
     ):

@@ -9,7 +9,7 @@ import pytest
 from feature_stores import GROUP, build_store
 
 from qwen_scope_lens.cli import main
-from qwen_scope_lens.cli.options import memory, rank
+from qwen_scope_lens.cli.options import memory, worker
 from qwen_scope_lens.stores import FeatureStore
 
 
@@ -56,7 +56,7 @@ def test_merge_and_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_sizes_and_ranks() -> None:
+def test_sizes_and_workers() -> None:
     import argparse
 
     assert [memory(t) for t in ("8GB", "1.5 g", "500MB", "12")] == [
@@ -65,9 +65,9 @@ def test_sizes_and_ranks() -> None:
         5 * 10**8,
         12,
     ]
-    assert rank("0/4") == (0, 4)
+    assert worker("0/4") == (0, 4)
     for bad in ("4/4", "a/2", "1", "-1/2"):
         with pytest.raises(argparse.ArgumentTypeError):
-            rank(bad)
+            worker(bad)
     with pytest.raises(argparse.ArgumentTypeError):
         memory("eight")

@@ -231,11 +231,11 @@ def test_out_of_memory_halves_the_batch(store: FeatureStore, model: Any, tmp_pat
 def test_ranks_share_the_work(store: FeatureStore, model: Any, tmp_path: Path) -> None:
     together = tmp_path / "together"
     for i in (1, 0):
-        run(model, together, rank=(i, 2))
+        run(model, together, worker=(i, 2))
     assert files_of(together) == files_of(store.path)
     parts = [tmp_path / "part0", tmp_path / "part1"]
     for i, part in enumerate(parts):
-        run(model, part, rank=(i, 2))
+        run(model, part, worker=(i, 2))
     assert not FeatureStore.open(parts[0]).is_complete
     assert merge(parts, tmp_path / "joined").is_complete
     assert files_of(tmp_path / "joined") == files_of(store.path)
@@ -311,7 +311,7 @@ def test_append_and_merge_give_the_same(store: FeatureStore, model: Any, tmp_pat
 
 
 def test_append_needs_a_finished_store(model: Any, tmp_path: Path) -> None:
-    run(model, tmp_path / "store", rank=(0, 2))
+    run(model, tmp_path / "store", worker=(0, 2))
     with pytest.raises(StoreMismatch, match="not finished"):
         run(model, tmp_path / "store", ["another corpus"], append=True)
 

@@ -447,7 +447,7 @@ def test_nothing_stays_behind(world: Any, bridged: bool) -> None:
             pass
     with pytest.raises(ZeroDivisionError), steer(model, plan):
         raise ZeroDivisionError
-    broken = Plan([f"{ref(1, 3)}:add:2", f"{ref(2, 3)}:set:2sigma"])
+    broken = Plan([f"{ref(1, 3)}:add:2", f"{ref(2, 3)}:set:2typical"])
     with pytest.raises(BadPlan, match="calibrat"), steer(model, broken):
         model(torch.tensor([SHORT]))
     assert hooks_of(model) == before
@@ -457,7 +457,7 @@ def test_nothing_stays_behind(world: Any, bridged: bool) -> None:
 def test_features_of_another_model_are_refused(world: Any) -> None:
     with (
         pytest.raises(WrongModel, match="d_model"),
-        steer(make_model(), Plan(["mini-qwen3/w1k-l0-16/1/3:ablate"])),
+        steer(make_model(), "mini-qwen3/w1k-l0-16/1/3:ablate"),  # an edit as text is a plan
     ):
         pass
     shallow = make_model(num_hidden_layers=2)

@@ -38,10 +38,9 @@ from qwen_scope_lens.steering import (
     sweep,
 )
 from qwen_scope_lens.steering.blame import Case
+from qwen_scope_lens.steering.doses import Measure, parse_strengths
 from qwen_scope_lens.steering.hooks import is_steered
 from qwen_scope_lens.steering.readers import by_address
-from qwen_scope_lens.steering.sweep import parse_strengths
-from qwen_scope_lens.steering.text_quality import Measure
 
 SHORT, LONG = list(b"steer me"), list(b"a longer prompt, really")
 NEW = 6
@@ -516,7 +515,7 @@ MINE = ref(1, 3)
     [
         lambda: Edit(MINE, "add", 10**400),
         lambda: Edit(MINE, "add", 10**5000),
-        lambda: Edit(MINE, "add", 1.0, "sigma", typical=10**400),
+        lambda: Edit(MINE, "add", 1.0, "typical", typical=10**400),
         lambda: Plan([f"{MINE}:add:1"]).times(10**400),
         lambda: Plan.from_dict({"edits": [{"ref": MINE, "op": "add", "strength": 10**5000}]}),
         lambda: Plan.from_dict({"edits": [{"op": "add", "strength": 10**5000}]}),

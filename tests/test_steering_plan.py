@@ -19,8 +19,8 @@ OTHER = "mini-qwen3/w1k-l0-16/3/7"
 
 
 def test_the_text_form_says_everything() -> None:
-    edit = Edit.parse(f"{REF}:add:+2.0sigma@generation,class=han")
-    assert (str(edit.ref), edit.op, edit.strength, edit.unit) == (REF, "add", 2.0, "sigma")
+    edit = Edit.parse(f"{REF}:add:+2.0typical@generation,class=han")
+    assert (str(edit.ref), edit.op, edit.strength, edit.unit) == (REF, "add", 2.0, "typical")
     assert edit.where == Where("generation", classes=("han",))
     assert Edit.parse(f"{REF}:ablate") == Edit(REF, "ablate")
     assert Edit.parse(f"{REF}:add:-0.1norm").unit == "norm"
@@ -55,7 +55,7 @@ def test_a_plan_is_shown_as_a_table() -> None:
         f"{REF}:project_out:1",
         f"{REF}:cap:-1",
         f"{REF}:floor:-0.5",
-        f"{REF}:scale:2sigma",
+        f"{REF}:scale:2typical",
         f"{REF}:add:1@",
         f"{REF}:add:1@nowhere",
         f"{REF}:add:1@prompt,generation",
@@ -125,7 +125,7 @@ def test_every_edit_survives_text_and_json(edit: Edit) -> None:
 
 
 def test_a_plan_survives_a_file(tmp_path: Path) -> None:
-    plan = Plan([f"{REF}:add:2sigma", Edit(OTHER, "ablate", where="generation")])
+    plan = Plan([f"{REF}:add:2typical", Edit(OTHER, "ablate", where="generation")])
     plan = plan.calibrated({REF: 1.5})
     plan.save(tmp_path / "plan.json")
     assert Plan.load(tmp_path / "plan.json") == plan
@@ -145,8 +145,31 @@ def test_contradictions_are_refused() -> None:
         Plan([])
 
 
-def test_sigma_needs_a_calibration() -> None:
-    plan = Plan([f"{REF}:add:2sigma"])
+def test_the_older_name_of_the_unit_is_read(tmp_path: Path) -> None:
+    """In plan files of version 1, in text and in Python, where it warns."""
+    new = Plan([f"{REF}:add:2typical"])
+    row = {"ref": REF, "op": "add", "strength": 2.0, "unit": "sigma"}
+    content = {"format": "qsl-plan", "version": 1, "edits": [row]}
+    (tmp_path / "plan.json").write_text(json.dumps(content))
+    assert Plan.load(tmp_path / "plan.json") == new
+    with pytest.deprecated_call(match="now called typical"):
+        assert Plan([f"{REF}:add:2sigma"]) == new
+    with pytest.deprecated_call(match="now called typical"):
+        assert Edit(REF, "add", 2.0, "sigma") == new.edits[0]
+    new.save(tmp_path / "new.json")
+    assert json.loads((tmp_path / "new.json").read_text())["version"] == 2
+
+
+def test_one_edit_is_a_plan() -> None:
+    text = f"{REF}:add:2"
+    assert Plan.of(text) == Plan.of(Edit.parse(text)) == Plan([text])
+    assert Plan.of(Plan([text])) == Plan([text])
+    with pytest.raises(BadPlan, match="expected a Plan"):
+        Plan.of(3)  # type: ignore[arg-type]
+
+
+def test_typical_needs_a_calibration() -> None:
+    plan = Plan([f"{REF}:add:2typical"])
     with pytest.raises(BadPlan, match="calibrate"):
         _ = plan.edits[0].value
     with pytest.raises(BadPlan, match="not in the calibration"):

@@ -100,14 +100,14 @@ def test_other_refusals(tmp_path: Path) -> None:
     with pytest.raises(BadPlan, match="has no places"):
         export(Plan([f"{ref(1, 3)}:add:1@generation"]), tmp_path / "v.safetensors")
     with pytest.raises(BadPlan, match="calibrat"):
-        layer_vectors(Plan([f"{ref(1, 3)}:add:1sigma"]))
+        layer_vectors(Plan([f"{ref(1, 3)}:add:1typical"]))
 
 
 # --- interp-engine -------------------------------------------------------------------------------
 
 ENGINE_PLANS = {
     "adds": ["1/3:add:+3", "1/4:add:-2", "2/5:add:+1"],
-    "sigma": ["1/3:add:+2sigma"],
+    "typical": ["1/3:add:+2typical"],
     "norm": ["1/3:add:-0.3norm"],
     "projected": ["1/3:project_out", "2/4:add:2"],
     "prompt": ["1/3:add:+3@prompt"],
@@ -238,8 +238,9 @@ def test_the_verbs_work_together(tmp_path: Path, capsys: Any, monkeypatch: Any) 
     reply = "Use the package manager 安装程序 and restart."
     assert main(["blame", sae, "--prompt", "How?", "--reply", reply, "--class", "han"]) == 0
     out = capsys.readouterr().out
-    edit = next(line for line in out.splitlines() if line.startswith("try: ")).split()[-1]
-    feature = edit.removesuffix(":ablate")
+    first, edit, *_ = [line.split() for line in out.splitlines() if line.startswith("try: ")]
+    feature = first[3]  # try: qsl calibrate FEATURE ..
+    assert edit[1:] == ["--edit", f"{feature}:add:-1typical", "--calibration", "typical.json"]
     texts = tmp_path / "texts.txt"
     texts.write_text("安装程序会自动启动。\n你可以在系统中安装程序。\n")
     typical = str(tmp_path / "typical.json")
@@ -249,7 +250,7 @@ def test_the_verbs_work_together(tmp_path: Path, capsys: Any, monkeypatch: Any) 
         "steer",
         "The package",
         "--edit",
-        f"{feature}:add:+1.5sigma@first",
+        f"{feature}:add:+1.5typical@first",
         "--new-tokens",
         "8",
     ]
@@ -265,7 +266,7 @@ def test_the_verbs_work_together(tmp_path: Path, capsys: Any, monkeypatch: Any) 
         "--edit",
         f"{feature}:add",
         "--unit",
-        "sigma",
+        "typical",
         "--new-tokens",
         "6",
         "--strengths",
@@ -281,7 +282,7 @@ def test_the_verbs_work_together(tmp_path: Path, capsys: Any, monkeypatch: Any) 
     assert {p.name for p in (tmp_path / "dose").iterdir()} == {"sweep.json", "sweep.html"}
     assert main(sweep) == 0  # from what is kept
     capsys.readouterr()
-    assert main(["steer", "x", "--edit", f"{feature}:add:1sigma"]) == 1
+    assert main(["steer", "x", "--edit", f"{feature}:add:1typical"]) == 1
     assert main(["steer", "x"]) == 1
     with pytest.raises(SystemExit, match="2"):
         main(["steer", "x", "--edit", f"{feature}:ablate", "--new-tokens", "0"])

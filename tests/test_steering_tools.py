@@ -42,6 +42,7 @@ from qwen_scope_lens.steering import (
 )
 from qwen_scope_lens.steering.blame import Case, read_cases
 from qwen_scope_lens.steering.calibrate import calibrate_from_store
+from qwen_scope_lens.steering.doses import Measure, parse_open_edit, parse_strengths
 from qwen_scope_lens.steering.report import EditReport
 from qwen_scope_lens.steering.side_by_side import SideBySide, stream, wrap
 from qwen_scope_lens.steering.sweep import (
@@ -49,10 +50,7 @@ from qwen_scope_lens.steering.sweep import (
     PLAN,
     Dose,
     Guard,
-    parse_open_edit,
-    parse_strengths,
 )
-from qwen_scope_lens.steering.text_quality import Measure
 from qwen_scope_lens.tables import printable, width_of
 
 TEXTS = ["a first text, long enough", "another one", "third: 123"]
@@ -102,7 +100,7 @@ def test_typical_activations_are_means_where_features_fire(model: Any, world: An
         assert facts.mean == pytest.approx(float(values.mean()), rel=1e-5)
         assert facts.largest == pytest.approx(float(values.max()), rel=1e-5)
         assert (facts.fired, facts.rate) == (len(values), pytest.approx(len(values) / len(codes)))
-    plan = Plan([f"{ref(1, fired[0])}:add:2sigma"]).calibrated(found)
+    plan = Plan([f"{ref(1, fired[0])}:add:2typical"]).calibrated(found)
     assert plan.edits[0].value == pytest.approx(2 * found[ref(1, fired[0])])
 
 
@@ -252,8 +250,8 @@ def test_bad_strengths(text: str) -> None:
 
 
 def test_open_edits() -> None:
-    edit = parse_open_edit(f"{ref(1, 3)}:add@generation", "sigma")
-    assert (edit.op, edit.unit, str(edit.where)) == ("add", "sigma", "generation")
+    edit = parse_open_edit(f"{ref(1, 3)}:add@generation", "typical")
+    assert (edit.op, edit.unit, str(edit.where)) == ("add", "typical", "generation")
     for bad in (f"{ref(1, 3)}:add:3", ref(1, 3), f"{ref(1, 3)}:ablate"):
         with pytest.raises(BadPlan):
             parse_open_edit(bad)
@@ -415,6 +413,6 @@ def test_a_stream_writes_what_generate_makes(model: Any, compare: bool) -> None:
 
 
 def test_edits_are_exact_types() -> None:
-    with pytest.raises(BadPlan, match="expected a Plan"), steer(make_model(), ["x"]):  # type: ignore[list-item]
+    with pytest.raises(BadPlan, match="expected a Plan"), steer(make_model(), [3]):  # type: ignore[list-item]
         pass
     assert isinstance(Plan(Edit(ref(1, 3), "ablate")).edits[0], Edit)  # type: ignore[arg-type]

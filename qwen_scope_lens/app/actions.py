@@ -34,7 +34,7 @@ Edits = list[dict[str, Any]]
 
 PRESETS = {
     "raw": {"Light": 5.0, "Medium": 20.0, "Strong": 100.0},
-    "sigma": {"Light": 0.5, "Medium": 1.0, "Strong": 2.0},
+    "typical": {"Light": 0.5, "Medium": 1.0, "Strong": 2.0},
     "norm": {"Light": 0.05, "Medium": 0.1, "Strong": 0.3},
 }
 """By unit. Those of `raw` are the official demo's, which after a comparison takes `OF_SCORE` times

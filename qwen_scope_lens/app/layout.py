@@ -48,7 +48,7 @@ LOAD = """() => new Promise((done) => {
 
 PLACES = ("both", "generation", "prompt")
 UNITS = [
-    ("sigma: times its typical activation", "sigma"),
+    ("typical: times its typical activation", "typical"),
     ("raw: activations, as the SAE counts them", "raw"),
     ("norm: share of the residual's length", "norm"),
 ]
@@ -96,7 +96,7 @@ def make_app(bench: Workbench, layers: Sequence[int], site: str | None = None) -
                     with gr.Row():
                         names = [one.name for one in OPERATIONS]
                         op = gr.Dropdown(names, value="add", label="Operation", elem_id="op")
-                        unit = gr.Dropdown(UNITS, value="sigma", label="Unit", elem_id="unit")
+                        unit = gr.Dropdown(UNITS, value="typical", label="Unit", elem_id="unit")
                         where = gr.Dropdown(
                             list(PLACES),
                             value="both",
@@ -105,7 +105,7 @@ def make_app(bench: Workbench, layers: Sequence[int], site: str | None = None) -
                         )
                     with gr.Row():
                         kind = gr.Radio(
-                            [*PRESETS["sigma"], CUSTOM], value="Medium", label="Strength", scale=3
+                            [*PRESETS["typical"], CUSTOM], value="Medium", label="Strength", scale=3
                         )
                         strength = gr.Number(1.0, label="Exactly", elem_id="strength")
                     with gr.Row():

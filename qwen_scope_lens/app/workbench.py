@@ -106,7 +106,9 @@ class Workbench:
         missing = [
             edit.ref
             for edit in plan.edits
-            if edit.unit == "sigma" and edit.typical is None and str(edit.ref) not in self._typical
+            if edit.unit == "typical"
+            and edit.typical is None
+            and str(edit.ref) not in self._typical
         ]
         if missing:
             saes = {f"{self.group.short}/{ref.layer}": self.sae(ref.layer) for ref in missing}

@@ -15,7 +15,7 @@ import numpy as np
 
 from qwen_scope_lens.classify.methods import Documents
 from qwen_scope_lens.classify.pooled import pool_layers
-from qwen_scope_lens.errors import BadCorpus, BadPlan, TooLittleData
+from qwen_scope_lens.errors import BadPlan, TooLittleData
 from qwen_scope_lens.features.document_sets import DocumentLabel, held_out_texts
 from qwen_scope_lens.stores.reread import Reading
 from qwen_scope_lens.stores.store import FeatureStore
@@ -76,23 +76,19 @@ def open_data(
     from qwen_scope_lens.catalog import find_group
     from qwen_scope_lens.stores.corpus import read_corpus
     from qwen_scope_lens.stores.extract import extract
-    from qwen_scope_lens.stores.manifest import Manifest
+    from qwen_scope_lens.stores.manifest import is_stored
 
     path = Path(data).expanduser()
-    if path.is_dir() and Manifest.exists(path):
+    if is_stored(path, model, group):
         return FeatureStore.open(path)
-    if model is None or group is None:
-        raise BadPlan(
-            f"{data} is not a feature store. To read it as a corpus, pass --model and --sae, such"
-            " as --model mini-qwen3 --sae mini-qwen3/w1k-l0-16"
-        )
     corpus = read_corpus(data, text=text, split=split)
-    _check_column(corpus, column, data)
+    if column is not None:
+        corpus.check_label(column)
     place = store or (f"{path}.store" if path.exists() else f"{data.replace('/', '-')}.store")
-    row = find_group(group)
+    row = find_group(str(group))
     wanted = list(range(row.backbone.num_layers)) if layers is None else list(layers)
     return extract(
-        corpus, model=model, group=row.short, layers=wanted, out=place, max_tokens=max_tokens
+        corpus, model=str(model), group=row.short, layers=wanted, out=place, max_tokens=max_tokens
     )
 
 
@@ -158,17 +154,3 @@ def by_language(documents: Documents) -> Mapping[str, Documents]:
             )
         found[language] = part
     return found
-
-
-def _check_column(corpus: Any, column: str | None, data: str) -> None:
-    """Raise before a long extraction if the label column does not exist."""
-    if column is None:
-        return
-    for document in corpus:
-        if column not in document.labels:
-            raise BadCorpus(
-                f"{data} has no column {column!r}: it has"
-                f" {', '.join(document.labels) or 'no other columns'}"
-            )
-        return
-    raise BadCorpus(f"{data} has no documents")

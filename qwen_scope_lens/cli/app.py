@@ -14,13 +14,15 @@ password.
 from __future__ import annotations
 
 import argparse
-import socket
 import tempfile
 from itertools import islice
 from pathlib import Path
 
 from qwen_scope_lens.catalog import find_group
+from qwen_scope_lens.cli import inputs
+from qwen_scope_lens.cli.inputs import Input
 from qwen_scope_lens.cli.options import (
+    add_labels,
     add_layers,
     add_model,
     add_sae_files,
@@ -29,16 +31,31 @@ from qwen_scope_lens.cli.options import (
     read_labels,
     remark,
 )
-from qwen_scope_lens.errors import CannotWrite
 from qwen_scope_lens.extras import check
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
-    parser.add_argument("--sae", default="mini-qwen3/w1k-l0-16", help="group (%(default)s)")
-    add_layers(parser, "the layers that are chosen at first; default: the middle one")
-    parser.add_argument("--labels", type=Path, help="JSON lines: address, text, score, provenance")
-    parser.add_argument("--site", type=Path, help="what `qsl dash build` wrote, to link to")
+    parser.add_argument(
+        "--sae",
+        default="mini-qwen3/w1k-l0-16",
+        action=Input,
+        check=inputs.group,
+        help="group (%(default)s)",
+    )
+    add_layers(
+        parser,
+        "the layers that are chosen at first; default: the middle one",
+        check=inputs.group_layers,
+    )
+    add_labels(parser, "JSON lines: address, text, score, provenance")
+    parser.add_argument(
+        "--site",
+        type=Path,
+        action=Input,
+        check=inputs.site,
+        help="what `qsl dash build` wrote, to link to",
+    )
     add_sae_files(parser)
     parser.add_argument(
         "--sae-cache-max", type=count, default=8, help="SAEs in memory (%(default)s)"
@@ -50,10 +67,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     group = find_group(arguments.sae)
     layers = arguments.layers or [group.layers[len(group.layers) // 2]]
-    for layer in layers:
-        group.check_layer(layer)
     check("gradio", "app")
-    _refuse_busy(arguments.host, arguments.port)
+    inputs.free_port(arguments.host, arguments.port)
 
     from qwen_scope_lens.app.server import make_web_app, serve
     from qwen_scope_lens.app.workbench import Workbench
@@ -78,14 +93,3 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"http://{arguments.host}:{arguments.port}/  (Ctrl-C ends it)", flush=True)
         serve(web, arguments.host, arguments.port)
     return 0
-
-
-def _refuse_busy(host: str, port: int) -> None:
-    """Before the model is loaded, which takes long."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        socket.create_server((host, port), family=family).close()
-    except OSError as error:
-        raise CannotWrite(
-            f"port {port} of {host} cannot be used ({error.strerror}): choose another with --port"
-        ) from error

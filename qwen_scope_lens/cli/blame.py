@@ -6,8 +6,9 @@
 
 A file of cases has one per line: {"prompt": ..., "reply": ..., "bad": true}, or `messages` instead
 of `prompt`. The bad replies are compared with those that have "bad": false, and with all prompts.
-With --class only the tokens of that class in the bad replies count as bad. The last lines are edits
-to try: `qsl steer` shows the effect of one, `qsl sweep` measures it.
+With --class only the tokens of that class in the bad replies count as bad. The last lines are what
+to try: a push of one typical activation against the feature. `qsl steer` shows its effect, `qsl
+sweep` measures it. Where a feature is only ablated, others carry on, and less changes.
 """
 
 from __future__ import annotations
@@ -16,20 +17,36 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qwen_scope_lens.cli import inputs
 from qwen_scope_lens.cli import plan_options as plans
-from qwen_scope_lens.cli.options import add_json, count, read_labels, refuse_empty, show
+from qwen_scope_lens.cli.inputs import Input
+from qwen_scope_lens.cli.options import add_json, add_labels, count, read_labels, show
 
 if TYPE_CHECKING:
     from qwen_scope_lens.steering.blame import Case
 
+TRIED = 3
+"""For how many suspects there is a line to try."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "saes", nargs="+", metavar="SAE", help="such as qwen3-8b-base/w64k-l0-50/20"
+        "saes",
+        nargs="+",
+        metavar="SAE",
+        action=Input,
+        check=inputs.layer_address,
+        help="such as qwen3-8b-base/w64k-l0-50/20",
     )
     parser.add_argument("--prompt", help="what was asked")
     parser.add_argument("--reply", help="what was answered")
-    parser.add_argument("--cases", type=Path, help="a file of them instead (JSONL or Parquet)")
+    parser.add_argument(
+        "--cases",
+        type=Path,
+        action=Input,
+        check=inputs.corpus,
+        help="a file of them instead (JSONL or Parquet)",
+    )
     parser.add_argument(
         "--class",
         dest="classes",
@@ -40,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--chat", action="store_true", help="prompts as a user's messages")
     parser.add_argument("--thinking", action="store_true", help="with --chat: thinking mode")
-    parser.add_argument("--labels", type=Path, help="a label pack, to show what features mean")
+    add_labels(parser)
     parser.add_argument("--top", type=count, default=10, help="default: %(default)s")
     plans.add_model(parser)
     add_json(parser)
@@ -48,12 +65,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from qwen_scope_lens.address import LayerRef
-    from qwen_scope_lens.steering.blame import blame
+    from qwen_scope_lens.errors import BadText
     from qwen_scope_lens.steering.where import Where
     from qwen_scope_lens.tables import Table
 
     Where(classes=tuple(arguments.classes))  # refuses unknown ones before anything is loaded
+    if not arguments.cases and not (arguments.prompt and arguments.reply):
+        raise BadText("give --prompt and --reply, or --cases FILE")
     saes = [LayerRef.parse(text) for text in arguments.saes]
+    plans.model_of(arguments, [sae.row for sae in saes])
+
+    from qwen_scope_lens.steering.blame import blame
+
     cases = _cases(arguments)
     enable_thinking = plans.thinking(arguments, [case.prompt for case in cases])
     labels = read_labels(arguments.labels)
@@ -80,21 +103,18 @@ def run(arguments: argparse.Namespace) -> int:
         for one in found
     ]
     show(Table.of(columns, rows), arguments.json)
-    if not arguments.json:
-        for suspect in found[:3]:
-            print(f"try: --edit {suspect.ref}:ablate")
+    if found and not arguments.json:
+        refs = [str(suspect.ref) for suspect in found[:TRIED]]
+        print(f"try: qsl calibrate {' '.join(refs)} --texts CORPUS --out typical.json")
+        for ref in refs:
+            print(f"try: --edit {ref}:add:-1typical --calibration typical.json")
     return 0
 
 
 def _cases(arguments: argparse.Namespace) -> list[Case]:
-    from qwen_scope_lens.errors import BadText
     from qwen_scope_lens.steering.blame import Case, read_cases
 
+    cases = [Case(arguments.prompt, arguments.reply)]
     if arguments.cases:
-        refuse_empty(arguments.cases)
         cases = read_cases(arguments.cases)
-    elif arguments.prompt and arguments.reply:
-        cases = [Case(arguments.prompt, arguments.reply)]
-    else:
-        raise BadText("give --prompt and --reply, or --cases FILE")
     return [Case(plans.as_prompt(arguments, case.prompt), case.reply, case.bad) for case in cases]

@@ -1,4 +1,4 @@
-"""Typical activations of features, the unit of strengths such as `--edit REF:add:+2sigma`.
+"""Typical activations of features, the unit of strengths such as `--edit REF:add:+2typical`.
 
     qsl calibrate mini-qwen3/w1k-l0-16/6/498 --texts texts.jsonl --out typical.json
     qsl calibrate qwen3-8b-base/w64k-l0-50/20 --store stores/wiki --out typical.json
@@ -12,17 +12,38 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from qwen_scope_lens.cli import inputs
 from qwen_scope_lens.cli import plan_options as plans
-from qwen_scope_lens.cli.options import add_json, count, output, refuse_empty, remark, show
+from qwen_scope_lens.cli.inputs import Input
+from qwen_scope_lens.cli.options import add_json, count, output, remark, show
 
 SHOWN = 10
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("refs", nargs="+", metavar="REF", help="features, or SAEs")
+    parser.add_argument(
+        "refs",
+        nargs="+",
+        metavar="REF",
+        action=Input,
+        check=inputs.refs,
+        help="features, or SAEs",
+    )
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--texts", type=Path, help="a corpus to run through the model")
-    source.add_argument("--store", type=Path, help="a feature store, from `qsl extract`")
+    source.add_argument(
+        "--texts",
+        type=Path,
+        action=Input,
+        check=inputs.corpus,
+        help="a corpus to run through the model",
+    )
+    source.add_argument(
+        "--store",
+        type=Path,
+        action=Input,
+        check=inputs.store,
+        help="a feature store, from `qsl extract`",
+    )
     parser.add_argument("--out", type=output, required=True, metavar="FILE")
     parser.add_argument("--max-tokens", type=count, help="per document; the rest of it is cut off")
     plans.add_model(parser)
@@ -30,10 +51,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from qwen_scope_lens.steering.calibrate import calibrate, calibrate_from_store, split_refs
-    from qwen_scope_lens.tables import Table
+    from qwen_scope_lens.steering.typical import split_refs
 
     saes = list(split_refs(arguments.refs))
+    if arguments.store:
+        manifest = inputs.store(arguments.store, arguments)
+        for sae in saes:
+            manifest.sae(sae.layer, arguments.store)
+    else:
+        plans.model_of(arguments, [sae.row for sae in saes])
+
+    from qwen_scope_lens.steering.calibrate import calibrate, calibrate_from_store
+    from qwen_scope_lens.tables import Table
+
     if arguments.store:
         from qwen_scope_lens.stores.store import FeatureStore
 
@@ -43,7 +73,6 @@ def run(arguments: argparse.Namespace) -> int:
 
         from qwen_scope_lens.stores.corpus import read_corpus
 
-        refuse_empty(arguments.texts)
         texts = (document.content for document in read_corpus(arguments.texts))
         found = calibrate(
             plans.load(arguments, saes),

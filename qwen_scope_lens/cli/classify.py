@@ -16,16 +16,24 @@ at once, and an interrupted command goes on. Rules are written as JSON, never as
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qwen_scope_lens.cli import inputs
+from qwen_scope_lens.cli.inputs import Input
 from qwen_scope_lens.cli.options import (
     Word,
+    add_json,
+    add_labels,
     add_layers,
+    add_model,
+    add_old,
     add_words,
     count,
     finite,
     output,
+    print_json,
     read_labels,
     remark,
 )
@@ -47,13 +55,23 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _data(parser: argparse.ArgumentParser, what: str) -> None:
-    parser.add_argument("data", metavar="DATA", help=what)
+    parser.add_argument("data", metavar="DATA", action=Input, check=inputs.data, help=what)
     parser.add_argument("--label", required=True, metavar="COLUMN", help="the column to predict")
     parser.add_argument("--positive", metavar="VALUE", help="its positive value (default: true, 1)")
     corpus = parser.add_argument_group("for a corpus")
-    corpus.add_argument("--model", help="a folder, a name on the hub, or mini-qwen3")
-    corpus.add_argument("--sae", metavar="GROUP", help="such as qwen3-1.7b-base/w32k-l0-50")
-    add_layers(corpus, "layers to extract and to choose from, such as 10-20; default: all")
+    add_model(corpus, "a folder, a name on the hub, or mini-qwen3", device=False)
+    corpus.add_argument(
+        "--sae",
+        metavar="GROUP",
+        action=Input,
+        check=inputs.group,
+        help="such as qwen3-1.7b-base/w32k-l0-50",
+    )
+    add_layers(
+        corpus,
+        "layers to extract and to choose from, such as 10-20; default: all",
+        check=inputs.unchecked,  # `data` looks whether the store or the group has them
+    )
     corpus.add_argument("--store", metavar="FOLDER", help="where it is extracted to (DATA.store)")
     corpus.add_argument("--text", metavar="COLUMN", help="the column of the texts")
     corpus.add_argument("--max-tokens", type=count, metavar="N", help="cut longer documents")
@@ -66,11 +84,11 @@ def _rule(parser: argparse.ArgumentParser) -> None:
     rule.add_argument("--top-k", type=count, default=2, metavar="K", help="features per layer (2)")
     rule.add_argument(
         "--rule-layer",
-        "--layer",
         dest="layer",
         default="auto",
         help="the layer of the rule, or auto: the one with the largest difference",
     )
+    add_old(rule, "--layer", "--rule-layer")
     rule.add_argument(
         "--n-layers", type=count, default=1, metavar="M", help="layers to combine (1)"
     )
@@ -81,7 +99,13 @@ def _rule(parser: argparse.ArgumentParser) -> None:
 def _test(parser: argparse.ArgumentParser, language_needed: bool = False) -> None:
     _data(parser, "discovery documents, and test documents where --test is not given")
     _rule(parser)
-    parser.add_argument("--test", metavar="DATA", help="test documents: a store or a corpus")
+    parser.add_argument(
+        "--test",
+        metavar="DATA",
+        action=Input,
+        check=inputs.data,
+        help="test documents: a store or a corpus",
+    )
     parser.add_argument("--test-store", metavar="FOLDER", help="where --test is extracted to")
     parser.add_argument(
         "--language",
@@ -154,6 +178,7 @@ def _fit_arguments(parser: argparse.ArgumentParser) -> None:
     _data(parser, "discovery documents: a store or a corpus")
     _rule(parser)
     parser.add_argument("--out", type=output, required=True, help="the classifier, a JSON file")
+    add_json(parser)
 
 
 def _fit(arguments: argparse.Namespace) -> None:
@@ -164,7 +189,7 @@ def _fit(arguments: argparse.Namespace) -> None:
     paper's rule over several layers.
     """
     from qwen_scope_lens.classify.estimator import FeatureRuleClassifier
-    from qwen_scope_lens.classify.report import fit_text
+    from qwen_scope_lens.classify.report import fit_facts, fit_text
     from qwen_scope_lens.classify.task import Task, documents_of
 
     task = Task(arguments.label, arguments.positive)
@@ -174,15 +199,30 @@ def _fit(arguments: argparse.Namespace) -> None:
     classifier.fit(documents.pooled, documents.truth)
     classifier.task_ = task.to_json()
     classifier.save(arguments.out)
-    print(fit_text(classifier, documents, str(task)))
-    print(f"written to {arguments.out}")
+    if arguments.json:
+        print_json(arguments.json, fit_facts(classifier, documents, str(task)))
+    else:
+        print(fit_text(classifier, documents, str(task)))
+    remark(f"written to {arguments.out}")
 
 
 def _predict_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("classifier", type=Path, help="what `fit` wrote")
-    parser.add_argument("data", metavar="DATA", help="a store or a corpus")
+    parser.add_argument(
+        "classifier",
+        type=Path,
+        action=Input,
+        check=inputs.made_by("qsl classify fit", "qwen-scope-classifier"),
+        help="what `fit` wrote",
+    )
+    parser.add_argument(
+        "data",
+        metavar="DATA",
+        action=Input,
+        check=inputs.store_or_corpus,
+        help="a store or a corpus",
+    )
     parser.add_argument("--out", type=output, help="JSON Lines (default: stdout)")
-    parser.add_argument("--labels", type=Path, help="a label pack: says what the features mean")
+    add_labels(parser)
     parser.add_argument("--text", metavar="COLUMN", help="the column of the texts")
     parser.add_argument("--split", help="which part of a dataset on the hub")
 
@@ -213,8 +253,10 @@ def _predict(arguments: argparse.Namespace) -> None:
 def _report_arguments(parser: argparse.ArgumentParser) -> None:
     _test(parser)
     parser.add_argument("--at", default="precision=0.9", help="default: %(default)s")
-    parser.add_argument("--out", "--page", type=output, help="also write an HTML page")
-    parser.add_argument("--labels", type=Path, help="a label pack: what the features mean")
+    parser.add_argument("--out", type=output, help="also write an HTML page")
+    add_old(parser, "--page", "--out")
+    add_json(parser)
+    add_labels(parser)
     parser.add_argument("--no-residuals", action="store_true", help="no model, no probes")
 
 
@@ -243,14 +285,18 @@ def _report(arguments: argparse.Namespace) -> None:
         described=said,
         why=lambda classifier, doc: classifier.explain(doc, store, labels),
     )
-    print(report_text(report))
+    if arguments.json:
+        print_json(arguments.json, asdict(report))
+    else:
+        print(report_text(report))
     if arguments.out:
         report_page(report, f"Classifier: {arguments.label}").save(arguments.out)
-        print(f"\npage: {arguments.out}")
+        remark(f"page: {arguments.out}")
 
 
 def _transfer_arguments(parser: argparse.ArgumentParser) -> None:
     _test(parser, language_needed=True)
+    add_json(parser)
 
 
 def _transfer(arguments: argparse.Namespace) -> None:
@@ -265,10 +311,19 @@ def _transfer(arguments: argparse.Namespace) -> None:
 
     discovery, test, said, _ = _read(arguments)
     known, held = by_language(discovery), by_language(test)
+    found, shared = transfer(known, held, _settings(arguments)), overlap(known)
+    if arguments.json:
+        print_json(arguments.json, {"task": said, **asdict(found), "overlap": shared})
+        return
     print(f"{said}\n\nF1 of rules used on another language than they were fitted on:")
-    print(transfer_table(transfer(known, held, _settings(arguments))))
+    print(transfer_table(found))
     print("\nOverlap of the languages' ten best features:")
-    print(overlap_table(overlap(known)))
+    print(overlap_table(shared))
+
+
+def _efficiency_arguments(parser: argparse.ArgumentParser) -> None:
+    _test(parser)
+    add_json(parser)
 
 
 def _efficiency(arguments: argparse.Namespace) -> None:
@@ -277,8 +332,11 @@ def _efficiency(arguments: argparse.Namespace) -> None:
     from qwen_scope_lens.classify.report import efficiency_table
 
     discovery, test, said, _ = _read(arguments)
-    print(f"{said}\n")
-    print(efficiency_table(efficiency(discovery, test, _settings(arguments))))
+    rows = efficiency(discovery, test, _settings(arguments))
+    if arguments.json:
+        print_json(arguments.json, {"task": said, "rows": rows})
+    else:
+        print(f"{said}\n\n{efficiency_table(rows)}")
 
 
 WORDS = (
@@ -286,5 +344,5 @@ WORDS = (
     Word("predict", _predict_arguments, _predict),
     Word("report", _report_arguments, _report),
     Word("transfer", _transfer_arguments, _transfer),
-    Word("efficiency", _test, _efficiency),
+    Word("efficiency", _efficiency_arguments, _efficiency),
 )

@@ -16,16 +16,21 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qwen_scope_lens.cli import inputs
+from qwen_scope_lens.cli.inputs import Input
 from qwen_scope_lens.cli.options import (
     Word,
+    add_json,
+    add_labels,
     add_layers,
     add_sae_files,
     add_words,
     count,
     from_zero,
     output,
+    print_json,
     read_labels,
-    refuse_empty,
+    remark,
     share,
 )
 
@@ -42,9 +47,15 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _match_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("a", metavar="A", help="a store, or the address of an SAE")
-    parser.add_argument("b", metavar="B")
-    add_layers(parser, "one of A and one of B: 6,7; default: the last that is stored")
+    for name, what in {"a": "a store, or the address of an SAE", "b": "another one"}.items():
+        parser.add_argument(
+            name, metavar=name.upper(), action=Input, check=inputs.store_or_sae, help=what
+        )
+    add_layers(
+        parser,
+        "one of A and one of B: 6,7; default: the last that is stored",
+        check=inputs.unchecked,
+    )
     parser.add_argument(
         "--by", choices=["decoder", "activation"], help="default: what fits A and B"
     )
@@ -53,6 +64,7 @@ def _match_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--show", type=from_zero, default=10, help="pairs printed")
     parser.add_argument("--seed", type=from_zero, default=0)
     parser.add_argument("--out", type=output, help="a Parquet file, one row per feature of A")
+    add_json(parser)
 
 
 def _match(arguments: argparse.Namespace) -> None:
@@ -64,7 +76,7 @@ def _match(arguments: argparse.Namespace) -> None:
     correlation of activations on the texts that both stores have, piece of text by piece of text,
     whatever the tokenizers. Every score is compared with scores against a shuffled B.
     """
-    from qwen_scope_lens.compare.match import save_matching, summary
+    from qwen_scope_lens.compare.match import facts, save_matching, summary
     from qwen_scope_lens.compare.sources import match_sources
 
     found: Matching = match_sources(
@@ -76,16 +88,21 @@ def _match(arguments: argparse.Namespace) -> None:
         fdr=arguments.fdr,
         seed=arguments.seed,
     )
-    print(summary(found, arguments.show))
+    if arguments.json:
+        print_json(arguments.json, facts(found))
+    else:
+        print(summary(found, arguments.show))
     if arguments.out:
         save_matching(found, arguments.out)
-        print(f"written: {arguments.out}")
+        remark(f"written: {arguments.out}")
 
 
 def _drift_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("base", type=Path, metavar="BASE_STORE")
-    parser.add_argument("tuned", type=Path, metavar="TUNED_STORE")
-    add_layers(parser, "such as 12,20; default: all that both stores have")
+    for name in ("base", "tuned"):
+        parser.add_argument(
+            name, type=Path, metavar=f"{name.upper()}_STORE", action=Input, check=inputs.store
+        )
+    add_layers(parser, "such as 12,20; default: all that both stores have", check=_layers_of_both)
     parser.add_argument("--fdr", type=share, default=0.05)
     parser.add_argument(
         "--fvu",
@@ -94,14 +111,22 @@ def _drift_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TEXTS",
         help="run both models again on so many of the texts for unexplained variance",
     )
-    parser.add_argument("--labels", type=Path, help="a label pack, for names of features")
+    add_labels(parser)
     parser.add_argument("--link", help="to a site of `qsl dash build`, or a pattern with {ref}")
     parser.add_argument("--out", type=output, help="an HTML report")
+    add_json(parser)
+
+
+def _layers_of_both(layers: list[int], arguments: argparse.Namespace) -> None:
+    for folder in (arguments.base, arguments.tuned):
+        manifest = inputs.store(folder, arguments)
+        for layer in layers:
+            manifest.sae(layer, folder)
 
 
 def _drift(arguments: argparse.Namespace) -> None:
     """What changed between two models, from two stores of the same texts and SAEs."""
-    from qwen_scope_lens.compare.drift import drift, drift_page, summary
+    from qwen_scope_lens.compare.drift import drift, drift_page, facts, summary
     from qwen_scope_lens.compare.sources import both_fvu
     from qwen_scope_lens.stores.store import FeatureStore
 
@@ -111,17 +136,39 @@ def _drift(arguments: argparse.Namespace) -> None:
     base, tuned = FeatureStore.open(arguments.base), FeatureStore.open(arguments.tuned)
     fvu = both_fvu(base, tuned, arguments.layers, arguments.fvu) if arguments.fvu else None
     found = drift(base, tuned, arguments.layers, fdr=arguments.fdr, fvu=fvu)
-    print(summary(found))
+    if arguments.json:
+        print_json(arguments.json, facts(found))
+    else:
+        print(summary(found))
     if arguments.out:
         page = drift_page(found, texts, arguments.link)
-        print(f"written: {page.save(arguments.out)}")
+        remark(f"written: {page.save(arguments.out)}")
 
 
 def _transfer_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--sae", required=True, help="a group, such as qwen3-8b-base/w64k-l0-50")
-    add_layers(parser, "such as 12,20", required=True)
-    parser.add_argument("--models", required=True, help="names or folders, joined by commas")
-    parser.add_argument("--texts", required=True, type=Path, help="JSONL, text, CSV or Parquet")
+    parser.add_argument(
+        "--sae",
+        required=True,
+        action=Input,
+        check=inputs.group,
+        help="a group, such as qwen3-8b-base/w64k-l0-50",
+    )
+    add_layers(parser, "such as 12,20", required=True, check=inputs.group_layers)
+    parser.add_argument(
+        "--models",
+        required=True,
+        action=Input,
+        check=inputs.models,
+        help="names or folders, joined by commas",
+    )
+    parser.add_argument(
+        "--texts",
+        required=True,
+        type=Path,
+        action=Input,
+        check=inputs.corpus,
+        help="JSONL, text, CSV or Parquet",
+    )
     parser.add_argument("--text", help="the column that holds the text")
     parser.add_argument(
         "--documents", type=count, default=200, help="how many are read; default: %(default)s"
@@ -132,6 +179,7 @@ def _transfer_arguments(parser: argparse.ArgumentParser) -> None:
     add_sae_files(parser)
     parser.add_argument("--no-losses", action="store_true", help="FVU and L0 only, faster")
     parser.add_argument("--out", type=output, help="a JSON file")
+    add_json(parser)
 
 
 def _transfer(arguments: argparse.Namespace) -> None:
@@ -141,10 +189,9 @@ def _transfer(arguments: argparse.Namespace) -> None:
     First tokens and tokens of extreme norm are neither reconstructed nor replaced.
     """
     from qwen_scope_lens.compare.sources import read_texts
-    from qwen_scope_lens.compare.transfer import load_related, transfer
+    from qwen_scope_lens.compare.transfer import FORMAT, VERSION, load_related, transfer
     from qwen_scope_lens.saes.load import load_sae
 
-    refuse_empty(arguments.texts)
     texts = read_texts(arguments.texts, arguments.text, arguments.documents)
     saes = {
         layer: load_sae(f"{arguments.sae}/{layer}", folder=arguments.sae_folder)
@@ -160,10 +207,13 @@ def _transfer(arguments: argparse.Namespace) -> None:
         losses=not arguments.no_losses,
         max_tokens=arguments.max_tokens,
     )
-    print(found.table())
+    if arguments.json:
+        print_json(FORMAT, found.to_dict(), VERSION)
+    else:
+        print(found.table())
     if arguments.out:
         found.save(arguments.out)
-        print(f"written: {arguments.out}")
+        remark(f"written: {arguments.out}")
 
 
 WORDS = (

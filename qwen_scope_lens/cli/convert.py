@@ -11,6 +11,8 @@ import argparse
 from importlib import import_module
 from types import ModuleType
 
+from qwen_scope_lens.cli.options import add_quiet
+
 CONVERTERS = ("official-to-saelens", "openinterp-to-saelens", "saelens-to-official")
 
 
@@ -25,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         module.add_arguments(sub)
+        add_quiet(sub)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -19,15 +19,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qwen_scope_lens.cli import inputs
+from qwen_scope_lens.cli.inputs import Input
 from qwen_scope_lens.cli.options import (
     Word,
+    add_labels,
     add_layers,
     add_model,
     add_sae_files,
+    add_store,
     add_words,
     count,
     port,
     read_labels,
+    remark,
 )
 
 if TYPE_CHECKING:
@@ -43,10 +48,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _add_sources(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("store", type=Path, help="what `qsl extract` wrote")
+    add_store(parser, "what `qsl extract` wrote")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
     add_layers(parser)
-    parser.add_argument("--labels", type=Path, help="JSON lines: address, text, score, provenance")
+    add_labels(parser, "JSON lines: address, text, score, provenance")
     add_model(parser, "where the model is now; default: where the store says", device=False)
     add_sae_files(parser)
     parser.add_argument("--no-tokens", action="store_true", help="leave out promoted tokens")
@@ -94,12 +99,15 @@ def _build(arguments: argparse.Namespace) -> None:
     site = EarlierSite.read(out)
     assert site is not None
     if kept := [facts["ref"] for facts in site.besides(sources.refs)]:
-        print(f"kept from an earlier build: {', '.join(kept)} (--replace drops them)")
-    print(f"{out}/index.html: open it, or `qsl dash serve {out}`")
+        remark(f"kept from an earlier build: {', '.join(kept)} (--replace drops them)")
+    print(f"{out}/index.html")
+    remark(f"open it, or run `qsl dash serve {out}`")
 
 
 def _serve_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("site", type=Path, help="what `qsl dash build` wrote")
+    parser.add_argument(
+        "site", type=Path, action=Input, check=inputs.site, help="what `qsl dash build` wrote"
+    )
     parser.add_argument("--port", type=port, default=8000, help="default: %(default)s; 0: any free")
     parser.add_argument(
         "--host", default="127.0.0.1", help="default: %(default)s, this machine only"
@@ -108,6 +116,8 @@ def _serve_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _serve(arguments: argparse.Namespace) -> None:
     """Show a site on this machine."""
+    inputs.free_port(arguments.host, arguments.port)
+
     from qwen_scope_lens.site.server import make_server
 
     with make_server(arguments.site, arguments.port, arguments.host) as server:

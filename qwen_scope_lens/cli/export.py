@@ -4,7 +4,7 @@
     llama-cli -m model.gguf --control-vector chinese.gguf -p "..."
     qsl export --plan plan.json --out vectors.safetensors
 
-Both formats hold one vector per layer, which is added there, so only `add` edits in raw or sigma
+Both formats hold one vector per layer, which is added there, so only `add` edits in raw or typical
 units can be exported. llama.cpp adds its vector at every token, including the first: edits have to
 say so with `@first`.
 """
@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 
 from qwen_scope_lens.cli import plan_options as plans
-from qwen_scope_lens.cli.options import output
+from qwen_scope_lens.cli.options import output, remark
 from qwen_scope_lens.extras import check
 
 
@@ -31,5 +31,6 @@ def run(arguments: argparse.Namespace) -> int:
 
     from qwen_scope_lens.steering.runtimes.control_vectors import export
 
-    print(f"wrote {export(plan, arguments.out)}: layers {', '.join(map(str, plan.layers))}")
+    print(export(plan, arguments.out))
+    remark(f"a vector for each of the layers {', '.join(map(str, plan.layers))}")
     return 0

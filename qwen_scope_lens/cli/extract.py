@@ -3,7 +3,7 @@
     qsl extract corpus.jsonl --sae mini-qwen3/w1k-l0-16 --layers 6 --out store/
     qsl extract chats.parquet --model Qwen/Qwen3-8B --sae qwen3-8b-base/w64k-l0-50 \\
         --layers 12,20 --no-thinking --label-columns lang,stars --out store/
-    qsl extract big.jsonl ... --rank 0/4     # a quarter: four processes or machines share the work
+    qsl extract big.jsonl ... --worker 0/4   # a quarter: four processes or machines share the work
 
 The corpus is JSON Lines, JSON, text (one document per line), CSV, TSV, Parquet, a folder of
 `datasets.save_to_disk`, or the name of a dataset on the hub. After an interruption at any point the
@@ -16,14 +16,18 @@ import argparse
 from pathlib import Path
 
 from qwen_scope_lens.catalog import find_group
+from qwen_scope_lens.cli import inputs
+from qwen_scope_lens.cli.inputs import Input
 from qwen_scope_lens.cli.options import (
+    add_json,
     add_layers,
     add_model,
+    add_old,
     add_sae_files,
     count,
     memory,
-    rank,
-    refuse_empty,
+    print_json,
+    worker,
 )
 from qwen_scope_lens.extras import check
 
@@ -31,9 +35,21 @@ __all__ = ["add_arguments", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("corpus", help="a file, a folder of datasets, or a name on the hub")
-    parser.add_argument("--sae", required=True, metavar="GROUP", help="qwen3-8b-base/w64k-l0-50")
-    add_layers(parser, "such as 12,20 or 0-7", required=True)
+    parser.add_argument(
+        "corpus",
+        action=Input,
+        check=inputs.corpus,
+        help="a file, a folder of datasets, or a name on the hub",
+    )
+    parser.add_argument(
+        "--sae",
+        required=True,
+        metavar="GROUP",
+        action=Input,
+        check=inputs.group,
+        help="qwen3-8b-base/w64k-l0-50",
+    )
+    add_layers(parser, "such as 12,20 or 0-7", required=True, check=inputs.group_layers)
     parser.add_argument("--out", required=True, type=Path, help="the store's folder")
     add_model(parser)
 
@@ -64,7 +80,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     work.add_argument("--shard-docs", type=count, help="documents per shard; default: 512")
     work.add_argument("--sae-memory", type=memory, metavar="SIZE", help="such as 8GB; see docs")
     shared = work.add_mutually_exclusive_group()
-    shared.add_argument("--rank", type=rank, default=(0, 1), metavar="I/N", help="only part I of N")
+    shared.add_argument(
+        "--worker", type=worker, default=(0, 1), metavar="I/N", help="only part I of N"
+    )
+    add_old(parser, "--rank", "--worker")
     shared.add_argument(
         "--ray",
         type=count,
@@ -72,18 +91,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="on a Ray cluster, with so many workers (extra `ray`)",
     )
     add_sae_files(work, revision=True)
-    work.add_argument("--quiet", action="store_true", help="no progress bar, no remarks")
+    add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     group = find_group(arguments.sae)
-    for layer in arguments.layers:
-        group.check_layer(layer)
-    refuse_empty(arguments.corpus)
     if arguments.ray is not None:
         check("ray", "ray")
 
-    from qwen_scope_lens.cli.store import describe
+    from qwen_scope_lens.cli.store import describe, facts
     from qwen_scope_lens.cli.terminal import plain
     from qwen_scope_lens.stores.corpus import read_corpus
     from qwen_scope_lens.stores.extract import Request, extract_request
@@ -124,6 +140,9 @@ def run(arguments: argparse.Namespace) -> int:
 
         store = extract_on_ray(corpus, request, workers=arguments.ray, progress=progress)
     else:
-        store = extract_request(corpus, request, rank=arguments.rank, progress=progress)
-    print(plain(describe(store)))
+        store = extract_request(corpus, request, worker=arguments.worker, progress=progress)
+    if arguments.json:
+        print_json(arguments.json, facts(store))
+    else:
+        print(plain(describe(store)))
     return 0

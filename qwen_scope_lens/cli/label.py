@@ -17,7 +17,17 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from qwen_scope_lens.cli.options import Word, add_json, add_words, finite, output, show
+from qwen_scope_lens.cli import inputs
+from qwen_scope_lens.cli.inputs import Input
+from qwen_scope_lens.cli.options import (
+    Word,
+    add_json,
+    add_words,
+    finite,
+    output,
+    print_json,
+    show,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,8 +38,14 @@ def run(arguments: argparse.Namespace) -> int:
     return arguments.run_word(arguments) or 0
 
 
+def _pack(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "pack", type=Path, metavar="PACK", action=Input, check=inputs.file, help="JSON lines"
+    )
+
+
 def _list_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("pack", type=Path)
+    _pack(parser)
     parser.add_argument("--match", default="", metavar="REGEX", help="of the text")
     parser.add_argument("--least-score", type=finite)
     add_json(parser)
@@ -46,8 +62,9 @@ def _list(arguments: argparse.Namespace) -> None:
 
 
 def _show_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("pack", type=Path)
+    _pack(parser)
     parser.add_argument("address", help="such as qwen3-8b-base/w64k-l0-50/20/6159")
+    add_json(parser)
 
 
 def _show(arguments: argparse.Namespace) -> None:
@@ -58,11 +75,17 @@ def _show(arguments: argparse.Namespace) -> None:
     pack = LabelPack.read(arguments.pack)
     if arguments.address not in pack:
         raise UnknownName(f"{arguments.address:.80} has no label in {arguments.pack}: {pack!r}")
-    print(json.dumps(pack[arguments.address].to_row(), ensure_ascii=False, indent=1))
+    row = pack[arguments.address].to_row()
+    if arguments.json:
+        print_json(arguments.json, row)
+    else:
+        print(json.dumps(row, ensure_ascii=False, indent=1))
 
 
 def _merge_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("packs", type=Path, nargs="+", metavar="PACK")
+    parser.add_argument(
+        "packs", type=Path, nargs="+", metavar="PACK", action=Input, check=inputs.file
+    )
     parser.add_argument(
         "--prefer",
         choices=("first", "last", "score"),
@@ -82,8 +105,15 @@ def _merge(arguments: argparse.Namespace) -> None:
 
 
 def _check_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("pack", type=Path)
-    parser.add_argument("--store", type=Path)
+    _pack(parser)
+    parser.add_argument(
+        "--store",
+        type=Path,
+        action=Input,
+        check=inputs.store,
+        help="whose features are compared with those that have a label",
+    )
+    add_json(parser)
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -92,14 +122,28 @@ def _check(arguments: argparse.Namespace) -> None:
 
     pack = LabelPack.read(arguments.pack)
     scored = sum(label.score is not None for label in pack.values())
-    print(f"{len(pack)} labels, {scored} with a score")
     texts = Counter(label.text.casefold() for label in pack.values())
-    print(f"{sum(n for n in texts.values() if n > 1)} share their text with another")
+    shared = sum(n for n in texts.values() if n > 1)
     silent: dict[str, int] = {}
     if arguments.store:
         from qwen_scope_lens.stores.store import FeatureStore
 
         silent = pack.silent_in(FeatureStore.open(arguments.store))
+    if arguments.json:
+        rows = [
+            {
+                "sae": str(sae),
+                "features": sae.row.d_sae,
+                "labels": len(pack.of_sae(sae)),
+                "never_fire": silent.get(str(sae)),
+            }
+            for sae in pack.saes
+        ]
+        counts = {"labels": len(pack), "with_score": scored, "same_text": shared}
+        print_json(arguments.json, {**counts, "rows": rows})
+        return
+    print(f"{len(pack)} labels, {scored} with a score")
+    print(f"{shared} share their text with another")
     for sae in pack.saes:
         never = f", {silent[str(sae)]} of them never fire in {arguments.store}" if silent else ""
         print(f"  {sae}: {len(pack.of_sae(sae))} of {sae.row.d_sae} features have a label{never}")

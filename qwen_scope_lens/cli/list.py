@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 
 from qwen_scope_lens.catalog import GROUPS, Group, local_groups
-from qwen_scope_lens.cli.options import remark, show
+from qwen_scope_lens.cli.options import add_json, print_json, remark, show
 from qwen_scope_lens.cli.show import layers_in_words, size
 from qwen_scope_lens.cli.terminal import plain
 from qwen_scope_lens.errors import WrongSettings
@@ -30,7 +29,7 @@ HEADINGS: tuple[str, ...] = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="every field of every row")
+    add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -40,11 +39,12 @@ def run(arguments: argparse.Namespace) -> int:
         remark(plain(f"qsl list: your own SAEs are left out: {error}"))
         groups = GROUPS
     if arguments.json:
-        print(json.dumps([{"short": g.short, **dataclasses.asdict(g)} for g in groups], indent=2))
+        rows = [{"short": one.short, **dataclasses.asdict(one)} for one in groups]
+        print_json(arguments.json, {"rows": rows})
         return 0
     show(Table.of(HEADINGS, map(_row, groups)))
     files = sum(len(group.layers) for group in groups if group.origin == "official")
-    print(f"\n{files} official files. `qsl show GROUP` shows sizes, memory and the notice.")
+    remark(f"\n{files} official files. `qsl show GROUP` shows sizes, memory and the notice.")
     return 0
 
 

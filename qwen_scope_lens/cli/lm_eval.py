@@ -44,11 +44,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     check("lm_eval", "lm-eval")
 
+    plan = plans.plan_of(arguments)
+
     from qwen_scope_lens.files import whole_file
     from qwen_scope_lens.steering.runtimes.lm_eval_model import evaluate
     from qwen_scope_lens.tables import Table
 
-    plan = plans.plan_of(arguments)
     plans.notices(ref.sae for ref in plan.refs)
     groups = dict.fromkeys(ref.sae.row for ref in plan.refs)
     plans.remarks(arguments.model, groups, arguments.allow_other_model)

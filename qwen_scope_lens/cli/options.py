@@ -1,24 +1,24 @@
 """What several verbs take: types of arguments, and groups of options (a model, layers, a table).
 
-Imports nothing heavy: `qsl VERB --help` answers at once.
+Imports nothing heavy: `qsl VERB --help` answers at once. `inputs.py` checks what a verb reads.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import cleandoc
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from qwen_scope_lens.errors import BadCorpus
-from qwen_scope_lens.files import refuse_target
+from qwen_scope_lens.cli import inputs
+from qwen_scope_lens.cli.inputs import Input
+from qwen_scope_lens.files import json_text, refuse_target
 
 if TYPE_CHECKING:
     from qwen_scope_lens.labels.packs import LabelPack
@@ -27,11 +27,15 @@ if TYPE_CHECKING:
 __all__ = [
     "Word",
     "add_json",
+    "add_labels",
     "add_layer",
     "add_layers",
     "add_model",
+    "add_old",
+    "add_quiet",
     "add_reader_tokens",
     "add_sae_files",
+    "add_store",
     "add_words",
     "count",
     "finite",
@@ -39,16 +43,17 @@ __all__ = [
     "layer_list",
     "memory",
     "not_negative",
+    "old_spellings",
     "output",
     "port",
     "positive",
-    "rank",
+    "print_json",
     "read_labels",
-    "refuse_empty",
     "remark",
     "seed",
     "share",
     "show",
+    "worker",
 ]
 
 MOST_LAYERS = 10_000
@@ -88,6 +93,7 @@ def add_words(parser: argparse.ArgumentParser, words: Sequence[Word], dest: str 
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         word.add_arguments(one)
+        add_quiet(one)
         one.set_defaults(**{f"run_{dest}": word.run})
 
 
@@ -103,20 +109,22 @@ def add_model(
     dtype: bool = False,
 ) -> None:
     """Which model runs, where, and in which number format."""
-    parser.add_argument("--model", required=required, help=help)
+    parser.add_argument("--model", action=Input, check=inputs.model, required=required, help=help)
     if dtype:
-        parser.add_argument(
-            "--dtype", help="bfloat16, float16 or float32; default: the checkpoint's"
-        )
+        parser.add_argument("--dtype", choices=inputs.DTYPES, help="default: the checkpoint's")
     if device:
-        parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: cpu")
+        parser.add_argument(
+            "--device",
+            action=Input,
+            check=inputs.device,
+            help="cpu, cuda, cuda:1, ...; default: cpu",
+        )
 
 
 def add_sae_files(parser: Parser, *, revision: bool = False) -> None:
     """Where the files of the SAEs come from."""
-    parser.add_argument(
-        "--sae-folder", "--folder", type=Path, help="read the SAEs' files from here only"
-    )
+    parser.add_argument("--sae-folder", type=Path, help="read the SAEs' files from here only")
+    add_old(parser, "--folder", "--sae-folder")
     if revision:
         parser.add_argument("--revision", help="commit, tag or branch of the SAEs on the hub")
 
@@ -126,15 +134,56 @@ def add_layers(
     help: str = "such as 12,20 or 0-7; default: all that the store has",
     *,
     required: bool = False,
+    check: inputs.Check = inputs.stored_layers,
 ) -> None:
-    parser.add_argument("--layers", type=layer_list, required=required, help=help)
+    """`check` says where the layers have to be; by default in the store that is named."""
+    parser.add_argument(
+        "--layers", type=layer_list, action=Input, check=check, required=required, help=help
+    )
 
 
 def add_layer(
-    parser: Parser, help: str = "one layer; default: the last one that is stored"
+    parser: Parser,
+    help: str = "one layer; default: the last one that is stored",
+    *,
+    check: inputs.Check = inputs.stored_layers,
 ) -> None:
-    """For verbs that look at one layer only. `--layer` is the older spelling."""
-    parser.add_argument("--layers", "--layer", dest="layer", type=from_zero, help=help)
+    """For verbs that look at one layer only."""
+    parser.add_argument(
+        "--layers", dest="layer", type=from_zero, action=Input, check=check, help=help
+    )
+    add_old(parser, "--layer", "--layers")
+
+
+def add_old(parser: Parser, old: str, new: str) -> None:
+    """An older spelling of an option: it works, and is not in the help."""
+    parser._option_string_actions[old] = parser._option_string_actions[new]
+
+
+def old_spellings(
+    parser: argparse.ArgumentParser, arguments: argparse.Namespace, words: Sequence[str]
+) -> Iterator[str]:
+    """What to say about the older spellings among the words of a command line."""
+    given = {word.partition("=")[0] for word in words}
+    for name, action in parser._option_string_actions.items():
+        if name in given and name not in action.option_strings:
+            yield f"{name} is now called {action.option_strings[0]}; the older spelling will go"
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            below = action.choices[getattr(arguments, action.dest)]
+            yield from old_spellings(below, arguments, words)
+
+
+def add_labels(
+    parser: Parser, help: str = "a label pack, to show what features mean", name: str = "--labels"
+) -> None:
+    parser.add_argument(name, type=Path, action=Input, check=inputs.labels, help=help)
+
+
+def add_store(parser: Parser, help: str = "a feature store, from `qsl extract`") -> None:
+    parser.add_argument(
+        "store", type=Path, metavar="STORE", action=Input, check=inputs.store, help=help
+    )
 
 
 def add_reader_tokens(parser: Parser) -> None:
@@ -145,30 +194,47 @@ def add_reader_tokens(parser: Parser) -> None:
     )
 
 
-def add_json(parser: Parser) -> None:
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """`arguments.json` is the name of the format, such as `qsl-label-list`, or None."""
+    parser.add_argument(
+        "--json",
+        action="store_const",
+        const=parser.prog.replace(" ", "-"),
+        help="print JSON, with its format and version, instead of a table",
+    )
+
+
+def add_quiet(parser: argparse.ArgumentParser) -> None:
+    """Every verb and every word has it; `qsl label --quiet list` and `qsl label list --quiet`."""
+    parser.add_argument(
+        "--quiet",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="only results and errors: no progress, no remarks",
+    )
 
 
 # --- what verbs print and read -------------------------------------------------------------------
 
 
-def show(table: Table, as_json: bool = False, most: int | None = None) -> None:
-    """A table for people, or with --json its rows as JSON objects (always all of them)."""
-    if as_json:
-        print(json.dumps(table.records(), ensure_ascii=False, indent=1))
+def show(table: Table, json: str | None = None, most: int | None = None, **facts: Any) -> None:
+    """A table for people, or JSON of the format `json`: all rows as objects, and other facts."""
+    if json:
+        print_json(json, {**facts, "rows": table.records()})
     else:
         print(table.text(most))
+
+
+def print_json(format: str, content: Mapping[str, Any], version: int = 1) -> None:
+    """JSON as our files have it, with its format and version."""
+    from qwen_scope_lens.tables import plain
+
+    print(json_text(format, version, plain(content)), end="")
 
 
 def remark(line: str) -> None:
     """On the error stream: what a person should know, and what is not the answer."""
     print(line, file=sys.stderr)
-
-
-def refuse_empty(path: str | Path) -> None:
-    """An empty corpus is refused before torch is imported, which takes seconds."""
-    if Path(path).is_file() and Path(path).stat().st_size == 0:
-        raise BadCorpus(f"{path} is empty: it has no documents")
 
 
 def read_labels(path: Path | None) -> LabelPack | None:
@@ -207,8 +273,8 @@ def memory(text: str) -> int:
     return int(float(found[1]) * 1000 ** powers[found[2].upper()])
 
 
-def rank(text: str) -> tuple[int, int]:
-    """`0/4` -> (0, 4)"""
+def worker(text: str) -> tuple[int, int]:
+    """`0/4` -> (0, 4): the first of four workers"""
     found = re.fullmatch(r"(\d+)/(\d+)", text.strip())
     if found is None or len(text) > 30 or int(found[1]) >= int(found[2]):
         raise argparse.ArgumentTypeError(f"{text!r:.60} is not a part such as 0/4, 1/4, 2/4 or 3/4")

@@ -9,18 +9,20 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwen_scope_lens.cli import options
-from qwen_scope_lens.cli.options import count, from_zero, remark
+from qwen_scope_lens.cli import inputs, options
+from qwen_scope_lens.cli.inputs import Input
+from qwen_scope_lens.cli.options import count, from_zero, not_negative, remark, share
 
 if TYPE_CHECKING:
     from qwen_scope_lens.address import LayerRef
     from qwen_scope_lens.catalog import Group
-    from qwen_scope_lens.steering.calibrate import Calibration
     from qwen_scope_lens.steering.generate import Sampling
     from qwen_scope_lens.steering.plan import Plan
+    from qwen_scope_lens.steering.typical import Calibration
 
 __all__ = [
     "add_allowance",
+    "add_calibration",
     "add_model",
     "add_plan",
     "add_sampling",
@@ -28,6 +30,7 @@ __all__ = [
     "as_prompt",
     "calibrated",
     "load",
+    "model_of",
     "notices",
     "plan_of",
     "read_prompts",
@@ -52,21 +55,37 @@ def add_allowance(parser: argparse.ArgumentParser) -> None:
 def add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--edit",
-        action="append",
+        action=Input,
+        repeated=True,
+        check=inputs.edit,
         default=[],
         metavar="REF:OP[:STRENGTH][@WHERE]",
-        help="such as G/20/6159:add:+2sigma@generation; again for more",
+        help="such as G/20/6159:add:+2typical@generation; again for more",
     )
-    parser.add_argument("--plan", type=Path, help="a file with edits, from --save-plan")
     parser.add_argument(
-        "--calibration", type=Path, help="from `qsl calibrate`; for strengths in sigma"
+        "--plan",
+        type=Path,
+        action=Input,
+        check=inputs.plan,
+        help="a file with edits, from --save-plan",
+    )
+    add_calibration(parser)
+
+
+def add_calibration(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--calibration",
+        type=Path,
+        action=Input,
+        check=inputs.calibration,
+        help="from `qsl calibrate`; for strengths in typical",
     )
 
 
 def add_sampling(parser: argparse.ArgumentParser, new_tokens: int) -> None:
     parser.add_argument("--new-tokens", type=count, default=new_tokens, help="default: %(default)s")
-    parser.add_argument("--temperature", type=float, default=0.0, help="default: 0, greedy")
-    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--temperature", type=not_negative, default=0.0, help="default: 0, greedy")
+    parser.add_argument("--top-p", type=share, default=1.0, help="default: %(default)s")
     parser.add_argument("--seed", type=from_zero, default=0)
     parser.add_argument("--chat", action="store_true", help="send each prompt as a user's message")
     parser.add_argument(
@@ -92,7 +111,7 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
 
 
 def calibrated(plan: Plan, arguments: argparse.Namespace) -> Plan:
-    from qwen_scope_lens.steering.calibrate import Calibration
+    from qwen_scope_lens.steering.typical import Calibration
 
     if arguments.calibration is None:
         for edit in plan.edits:
@@ -104,23 +123,17 @@ def calibrated(plan: Plan, arguments: argparse.Namespace) -> Plan:
 
 def load(arguments: argparse.Namespace, saes: Iterable[LayerRef]) -> Any:
     """The model that was named, else the one that all the SAEs belong to."""
+    groups = dict.fromkeys(sae.row for sae in saes)
+    name = model_of(arguments, groups)
+
     import torch
     import transformers
 
-    from qwen_scope_lens.errors import WrongModel
     from qwen_scope_lens.models.backbone import another_model, check_name
     from qwen_scope_lens.models.load import load_model
     from qwen_scope_lens.saes.load import check_dtype
 
     transformers.utils.logging.disable_progress_bar()
-    groups = dict.fromkeys(sae.row for sae in saes)
-    names = list(dict.fromkeys(group.backbone.model_id for group in groups))
-    if arguments.model is None and len(names) > 1:
-        raise WrongModel(
-            f"these SAEs belong to different models, {' and '.join(names)}: name SAEs of one,"
-            " or say with --model which model is to run"
-        )
-    name = arguments.model or names[0]
     remarks(name, groups, arguments.allow_other_model)
     dtype = getattr(torch, check_dtype(arguments.dtype)) if arguments.dtype else None
     model = load_model(name, dtype=dtype, device=arguments.device)
@@ -128,6 +141,19 @@ def load(arguments: argparse.Namespace, saes: Iterable[LayerRef]) -> Any:
         if not arguments.allow_other_model and (known := another_model(model, group)):
             check_name(name, group, known)
     return model
+
+
+def model_of(arguments: argparse.Namespace, groups: Iterable[Group]) -> str:
+    """The name of the model that `load` will load; raises where the SAEs belong to several."""
+    from qwen_scope_lens.errors import WrongModel
+
+    names = list(dict.fromkeys(group.backbone.model_id for group in groups))
+    if arguments.model is None and len(names) > 1:
+        raise WrongModel(
+            f"these SAEs belong to different models, {' and '.join(names)}: name SAEs of one,"
+            " or say with --model which model is to run"
+        )
+    return str(arguments.model or names[0])
 
 
 def remarks(model: str, groups: Iterable[Group], allow_other_model: bool) -> None:

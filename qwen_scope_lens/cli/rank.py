@@ -16,21 +16,32 @@ features whether they pass or not.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
+from qwen_scope_lens.cli import inputs
+from qwen_scope_lens.cli.inputs import Input
 from qwen_scope_lens.cli.options import (
+    add_json,
     add_layers,
     add_reader_tokens,
+    add_store,
     count,
     from_zero,
     output,
+    print_json,
+    remark,
     share,
 )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("store", type=Path, metavar="STORE", help="made by `qsl extract`")
-    parser.add_argument("--label", required=True, help="a label of the documents")
+    add_store(parser)
+    parser.add_argument(
+        "--label",
+        required=True,
+        action=Input,
+        check=inputs.stored_label,
+        help="a label of the documents",
+    )
     parser.add_argument(
         "--positive", required=True, type=_values, help="its values, joined by commas"
     )
@@ -68,10 +79,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=from_zero, default=0)
     parser.add_argument("--out", type=output, help="a JSON file with rows, controls and provenance")
+    add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     from qwen_scope_lens.features.rank import rank
+    from qwen_scope_lens.features.ranking import FORMAT, VERSION
     from qwen_scope_lens.stores.store import FeatureStore
 
     store = FeatureStore.open(arguments.store)
@@ -104,10 +117,13 @@ def run(arguments: argparse.Namespace) -> int:
         residuals=residuals,
         seed=arguments.seed,
     )
-    print(ranking.table(arguments.show))
+    if arguments.json:  # the same as in the file
+        print_json(FORMAT, ranking.to_dict(), VERSION)
+    else:
+        print(ranking.table(arguments.show))
     if arguments.out:
         ranking.save(arguments.out)
-        print(f"\nwritten: {arguments.out}")
+        remark(f"written: {arguments.out}")
     return 0
 
 

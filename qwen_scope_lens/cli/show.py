@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 
 from qwen_scope_lens.catalog import Group, find_group
+from qwen_scope_lens.cli.options import add_json, print_json
 from qwen_scope_lens.cli.terminal import plain
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("group", metavar="GROUP", help="any name of a group; see `qsl list`")
+    add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    print(plain(describe(find_group(arguments.group))))
+    group = find_group(arguments.group)
+    if arguments.json:
+        print_json(arguments.json, {"short": group.short, **dataclasses.asdict(group)})
+    else:
+        print(plain(describe(group)))
     return 0
 
 

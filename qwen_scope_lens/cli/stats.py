@@ -13,23 +13,48 @@ given.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from qwen_scope_lens.cli.options import add_layer, add_reader_tokens, count, output
+from qwen_scope_lens.address import LayerRef
+from qwen_scope_lens.cli import inputs
+from qwen_scope_lens.cli.inputs import Input
+from qwen_scope_lens.cli.options import (
+    add_json,
+    add_layer,
+    add_reader_tokens,
+    add_store,
+    count,
+    output,
+    print_json,
+    remark,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("store", type=Path, metavar="STORE", help="made by `qsl extract`")
+    add_store(parser)
     add_layer(parser)
-    parser.add_argument("--feature", type=_features, default=[], help="numbers, joined by commas")
+    parser.add_argument(
+        "--feature",
+        type=_features,
+        default=[],
+        action=Input,
+        check=_stored,
+        help="numbers, joined by commas",
+    )
     parser.add_argument("--examples", type=count, default=10, help="shown per feature")
     add_reader_tokens(parser)
     parser.add_argument("--out", type=output, help="a Parquet file, one row per feature")
+    add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     from qwen_scope_lens.features.statistics import statistics
-    from qwen_scope_lens.features.statistics_table import feature_text, save_table, summary
+    from qwen_scope_lens.features.statistics_table import (
+        facts,
+        feature_facts,
+        feature_text,
+        save_table,
+        summary,
+    )
     from qwen_scope_lens.stores.store import FeatureStore
 
     store = FeatureStore.open(arguments.store)
@@ -37,13 +62,26 @@ def run(arguments: argparse.Namespace) -> int:
     found = statistics(
         store, layer, keep=not arguments.all_tokens, examples=max(20, arguments.examples)
     )
-    print(summary(found))
-    for feature in arguments.feature:
-        print(f"\n{feature_text(found, feature, store, arguments.examples)}")
+    if arguments.json:
+        shown = [feature_facts(found, n, store, arguments.examples) for n in arguments.feature]
+        print_json(arguments.json, {**facts(found), "features": shown})
+    else:
+        print(summary(found))
+        for feature in arguments.feature:
+            print(f"\n{feature_text(found, feature, store, arguments.examples)}")
     if arguments.out:
         save_table(found, arguments.out)
-        print(f"\nwritten: {arguments.out}")
+        remark(f"written: {arguments.out}")
     return 0
+
+
+def _stored(features: list[int], arguments: argparse.Namespace) -> None:
+    """Features of the layer that is shown."""
+    manifest = inputs.store(arguments.store, arguments)
+    layer = manifest.layers[-1] if arguments.layer is None else arguments.layer
+    sae = LayerRef.parse(manifest.sae(layer, arguments.store).ref)
+    for feature in features:
+        sae.feature(feature)
 
 
 def _features(text: str) -> list[int]:

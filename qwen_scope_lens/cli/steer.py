@@ -2,10 +2,11 @@
 
     qsl steer "安装程序" --edit mini-qwen3/w1k-l0-16/6/498:ablate --compare
     qsl steer "Tell me about tea." --model Qwen/Qwen3-8B --chat --compare \\
-        --edit qwen3-8b-base/w64k-l0-50/20/6159:add:-2sigma@generation --calibration typical.json
+        --edit qwen3-8b-base/w64k-l0-50/20/6159:add:-2typical@generation \\
+        --calibration typical.json
 
 An edit is REF:OP[:STRENGTH][@WHERE]. OP: add, set (or clamp), scale, ablate, floor, cap,
-project_out. STRENGTH: 4 (in activations), +2sigma (multiples of the feature's typical activation),
+project_out. STRENGTH: 4 (in activations), +2typical (twice the feature's typical activation),
 -0.1norm (fraction of the residual's length). WHERE, joined by commas: prompt, generation,
 pos=3-8+-1, class=han, role=user, token=42, first; default: everything but the first token.
 The text comes from standard input when it is `-`.
@@ -37,10 +38,11 @@ def run(arguments: argparse.Namespace) -> int:
     plans.notices(saes)
     if arguments.save_plan:
         plan.save(arguments.save_plan)
-    sampling = plans.sampling_of(arguments)
     text = sys.stdin.read() if arguments.text == "-" else arguments.text
     prompt = plans.as_prompt(arguments, text)
     enable_thinking = plans.thinking(arguments, [prompt])
+    plans.model_of(arguments, [sae.row for sae in saes])
+    sampling = plans.sampling_of(arguments)
     model = plans.load(arguments, saes)
 
     from qwen_scope_lens.steering.side_by_side import stream

@@ -12,10 +12,22 @@ n_tokens, truncated, labels), tokens (doc, position, token_id, token, start, end
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwen_scope_lens.cli.options import Word, add_words, count, memory, remark
+from qwen_scope_lens.cli import inputs
+from qwen_scope_lens.cli.inputs import Input
+from qwen_scope_lens.cli.options import (
+    Word,
+    add_json,
+    add_store,
+    add_words,
+    count,
+    memory,
+    print_json,
+    remark,
+)
 from qwen_scope_lens.cli.terminal import plain
 
 if TYPE_CHECKING:
@@ -34,15 +46,35 @@ def run(arguments: argparse.Namespace) -> int:
     return arguments.run_word(arguments) or 0
 
 
-def _store(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("store", type=Path, help="a feature store, from `qsl extract`")
+def _info_arguments(parser: argparse.ArgumentParser) -> None:
+    add_store(parser)
+    add_json(parser)
 
 
 def _info(arguments: argparse.Namespace) -> None:
     """What is in the store, and how it was made."""
     from qwen_scope_lens.stores.store import FeatureStore
 
-    print(plain(describe(FeatureStore.open(arguments.store))))
+    store = FeatureStore.open(arguments.store)
+    if arguments.json:
+        print_json(arguments.json, facts(store))
+    else:
+        print(plain(describe(store)))
+
+
+def facts(store: FeatureStore) -> dict[str, Any]:
+    """What `describe` says, as plain values, with the whole manifest."""
+    size = sum(f["size"] for shard in store.shards for f in shard.files.values())
+    return {
+        "path": str(store.path),
+        "documents": store.n_docs,
+        "tokens": store.n_tokens,
+        "shards": len(store.shards),
+        "complete": store.is_complete,
+        "bytes": size,
+        "nonzero": {layer: store.n_nonzero(layer) for layer in store.layers},
+        "manifest": asdict(store.manifest),
+    }
 
 
 def describe(store: FeatureStore) -> str:
@@ -69,8 +101,9 @@ def describe(store: FeatureStore) -> str:
 
 
 def _check_arguments(parser: argparse.ArgumentParser) -> None:
-    _store(parser)
+    add_store(parser)
     parser.add_argument("--sizes-only", action="store_true", help="do not read the files")
+    add_json(parser)
 
 
 def _check(arguments: argparse.Namespace) -> int:
@@ -78,6 +111,9 @@ def _check(arguments: argparse.Namespace) -> int:
     from qwen_scope_lens.stores.merge import check
 
     problems = check(arguments.store, checksums=not arguments.sizes_only)
+    if arguments.json:
+        print_json(arguments.json, {"store": str(arguments.store), "problems": problems})
+        return 1 if problems else 0
     for problem in problems:
         print(plain(f"PROBLEM  {problem}"))
     if not problems:
@@ -86,7 +122,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _sql_arguments(parser: argparse.ArgumentParser) -> None:
-    _store(parser)
+    add_store(parser)
     parser.add_argument("query", help="one SELECT over the views features, documents, tokens")
     parser.add_argument("--json", action="store_true", help="print JSON Lines instead")
     parser.add_argument(
@@ -135,7 +171,7 @@ def _cell(value: object) -> str:
 
 def _merge_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", type=Path, help="the folder of the new store")
-    parser.add_argument("stores", type=Path, nargs="+")
+    parser.add_argument("stores", type=Path, nargs="+", action=Input, check=inputs.store)
     parser.add_argument("--shard-docs", type=count, help="documents per shard in the new store")
 
 
@@ -150,7 +186,7 @@ def _merge(arguments: argparse.Namespace) -> None:
 
 
 WORDS = (
-    Word("info", _store, _info),
+    Word("info", _info_arguments, _info),
     Word("check", _check_arguments, _check),
     Word("sql", _sql_arguments, _sql),
     Word("merge", _merge_arguments, _merge),

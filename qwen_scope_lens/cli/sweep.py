@@ -5,9 +5,9 @@
 
 PROMPTS is a corpus (JSON Lines with `text` or `messages`, plain text with one prompt per line, CSV,
 Parquet). Edits are given without a strength; --strengths is FROM:TO:STEP or a list, in --unit (raw,
-sigma, norm). The effect is --measure: change (share of tokens that differ from the unsteered text),
-class=NAME (share of characters of a class, such as han) or regex=PATTERN (share of texts in which
-it is found). Each strength is run beside a control: changes of the same size along random
+typical, norm). The effect is --measure: change (share of tokens that differ from the unsteered
+text), class=NAME (share of characters of a class, such as han) or regex=PATTERN (share of texts in
+which it is found). Each strength is run beside a control: changes of the same size along random
 directions. DIR gets sweep.json, which is rewritten after every strength (a stopped sweep goes on
 from it), and a page to look at.
 """
@@ -17,45 +17,61 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from qwen_scope_lens.cli import inputs
 from qwen_scope_lens.cli import plan_options as plans
-from qwen_scope_lens.cli.options import count, refuse_empty
+from qwen_scope_lens.cli.inputs import Input
+from qwen_scope_lens.cli.options import add_json, count, print_json, remark
+from qwen_scope_lens.steering.plan import OLD_UNITS, UNITS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     plans.allow_negative_values(parser)
-    parser.add_argument("prompts", type=Path, metavar="PROMPTS", help="a file of prompts")
+    parser.add_argument(
+        "prompts",
+        type=Path,
+        metavar="PROMPTS",
+        action=Input,
+        check=inputs.corpus,
+        help="a file of prompts",
+    )
     parser.add_argument(
         "--edit", action="append", required=True, metavar="REF:OP[@WHERE]", help="again for more"
     )
     parser.add_argument("--strengths", required=True, metavar="FROM:TO:STEP")
-    parser.add_argument("--unit", choices=("raw", "sigma", "norm"), default="raw")
-    parser.add_argument("--calibration", type=Path, help="from `qsl calibrate`; for sigma")
+    parser.add_argument(
+        "--unit", type=_unit, choices=UNITS, default="raw", help="of the strengths; default: raw"
+    )
+    plans.add_calibration(parser)
     parser.add_argument("--measure", default="change", help="default: %(default)s")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: only print")
     parser.add_argument("--batch", type=count, default=16, help="prompts at a time; default: 16")
     plans.add_model(parser)
     plans.add_sampling(parser, new_tokens=48)
+    add_json(parser)
+
+
+def _unit(name: str) -> str:
+    return OLD_UNITS.get(name, name)
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from qwen_scope_lens.steering.doses import Measure, parse_open_edit, parse_strengths
     from qwen_scope_lens.steering.plan import Plan
-    from qwen_scope_lens.steering.sweep import parse_open_edit, parse_strengths
-    from qwen_scope_lens.steering.text_quality import Measure
 
     strengths = parse_strengths(arguments.strengths)
     plan = Plan([parse_open_edit(text, arguments.unit) for text in arguments.edit])
     plan = plans.calibrated(plan, arguments)
     measure = Measure.parse(arguments.measure)
-    refuse_empty(arguments.prompts)
     prompts = plans.read_prompts(arguments, arguments.prompts)
     enable_thinking = plans.thinking(arguments, prompts)
-    sampling = plans.sampling_of(arguments)
+    plans.model_of(arguments, [ref.sae.row for ref in plan.refs])
     plans.notices(ref.sae for ref in plan.refs)
+    sampling = plans.sampling_of(arguments)
     model = plans.load(arguments, [ref.sae for ref in plan.refs])
 
     from tqdm import tqdm
 
-    from qwen_scope_lens.steering.sweep import sweep
+    from qwen_scope_lens.steering.sweep import FORMAT, VERSION, sweep
 
     out: Path | None = arguments.out
     with tqdm(unit="dose", leave=False) as bar:
@@ -78,7 +94,10 @@ def run(arguments: argparse.Namespace) -> int:
             progress=progress,
             allow_other_model=True,  # `plans.load` has looked
         )
-    print(found)
+    if arguments.json:  # the same as in the file
+        print_json(FORMAT, found.to_dict(), VERSION)
+    else:
+        print(found)
     if out:
-        print(f"wrote {found.page().save(out / 'sweep.html')}")
+        remark(f"written: {found.page().save(out / 'sweep.html')}")
     return 0

@@ -8,6 +8,7 @@ written out, as `\\x1b`; JSON and CSV in files and pipes stay exact.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,7 +17,7 @@ from typing import Any, TextIO
 from qwen_scope_lens.pages import Shaded
 from qwen_scope_lens.tables import printable, width_of
 
-__all__ = ["has_colour", "plain", "print_shaded", "shown_safely"]
+__all__ = ["has_colour", "plain", "print_shaded", "shown_safely", "silenced"]
 
 SHADES = (230, 222, 215, 208, 202)
 """Numbers of a terminal's 256 colours, from weak to strong; the text on them is black (16)."""
@@ -97,3 +98,20 @@ def _around_strongest(pieces: Sequence[Shaded], texts: Sequence[str], room: int)
             return range(first, last + 1)
         first, last = min(first, *fits), max(last, *fits)
         room -= sum(width_of(texts[i]) for i in fits)
+
+
+@contextlib.contextmanager
+def silenced(quiet: bool) -> Iterator[None]:
+    """With `quiet`, nothing that anybody writes to the error stream is shown: progress bars,
+    remarks, warnings, logs. Errors are printed after this block has ended."""
+    if quiet:
+        with contextlib.redirect_stderr(_nowhere()):
+            yield
+    else:
+        yield
+
+
+@functools.cache
+def _nowhere() -> TextIO:
+    """One for the whole process, because handlers of loggers keep the stream."""
+    return open(os.devnull, "w", encoding="utf-8")

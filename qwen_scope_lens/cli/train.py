@@ -28,18 +28,23 @@ interrupted goes on from its last checkpoint:
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from qwen_scope_lens.cli import inputs
+from qwen_scope_lens.cli.inputs import Input
 from qwen_scope_lens.cli.options import (
     Word,
     add_json,
     add_layers,
     add_model,
+    add_store,
     add_words,
     count,
     not_negative,
     output,
+    print_json,
     remark,
     seed,
     show,
@@ -57,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _run_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", type=Path, metavar="RUN.yaml")
+    parser.add_argument("config", type=Path, metavar="RUN.yaml", action=Input, check=inputs.file)
     parser.add_argument("--fresh", action="store_true", help="ignore checkpoints of an earlier try")
 
 
@@ -70,10 +75,16 @@ def _sampling_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _languages_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("store", type=Path)
+    add_store(parser)
     parser.add_argument("--targets", required=True, metavar="ZH,RU", help="languages to look for")
     parser.add_argument("--out", type=output, required=True, help="a JSON file")
-    parser.add_argument("--label", default="lang", help="the label that says it (%(default)s)")
+    parser.add_argument(
+        "--label",
+        default="lang",
+        action=Input,
+        check=inputs.stored_label,
+        help="the label that says it (%(default)s)",
+    )
     add_layers(parser)
     parser.add_argument(
         "--per-layer", type=count, default=2, help="features per layer (%(default)s)"
@@ -105,13 +116,18 @@ def _languages(arguments: argparse.Namespace) -> None:
     ]
     columns = ("feature", "language", "monolinguality", "held out", "chance", "above chance")
     show(Table.of(columns, rows), arguments.json)
-    remark(f"written to {arguments.out}; {len(table.languages)} languages have means in it")
+    remark(f"written: {arguments.out}; {len(table.languages)} languages have means in it")
 
 
 def _find_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("store", type=Path)
+    add_store(parser)
     parser.add_argument("--out", type=output, required=True, help="a JSON file")
-    parser.add_argument("--label", help="only documents whose label ...")
+    parser.add_argument(
+        "--label",
+        action=Input,
+        check=inputs.stored_label,
+        help="only documents whose label ...",
+    )
     parser.add_argument("--positive", help="... has this value")
     add_layers(parser)
     parser.add_argument("--context", type=count, default=2, help="tokens before (%(default)s)")
@@ -123,16 +139,18 @@ def _find_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _find(arguments: argparse.Namespace) -> None:
     """Find what rises from the first to the last occurrence of a phrase, in a store."""
+    from qwen_scope_lens.errors import BadCorpus
+
+    if (arguments.label is None) != (arguments.positive is None):
+        raise BadCorpus("--label and --positive belong together: --label kind --positive loop")
+
     import numpy as np
 
-    from qwen_scope_lens.errors import BadCorpus
     from qwen_scope_lens.features.document_sets import DocumentLabel
     from qwen_scope_lens.stores.store import FeatureStore
     from qwen_scope_lens.tables import Table
     from qwen_scope_lens.train.repetition_features import find_repetition_features
 
-    if (arguments.label is None) != (arguments.positive is None):
-        raise BadCorpus("--label and --positive belong together: --label kind --positive loop")
     store = FeatureStore.open(arguments.store)
     docs = None
     if arguments.label is not None:
@@ -162,7 +180,13 @@ def _find(arguments: argparse.Namespace) -> None:
 
 
 def _loops_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("prompts", type=Path, help="JSONL with a prompt in every row")
+    parser.add_argument(
+        "prompts",
+        type=Path,
+        action=Input,
+        check=inputs.corpus,
+        help="JSONL with a prompt in every row",
+    )
     add_model(parser, "a folder, or a name on the hub", required=True, device=False)
     parser.add_argument("--out", type=output, required=True, help="JSONL, for `qsl extract`")
     _sampling_arguments(parser)
@@ -190,12 +214,25 @@ def _loops(arguments: argparse.Namespace) -> None:
     with whole_file(arguments.out) as partial:
         partial.write_text("".join(f"{row}\n" for row in rows), "utf-8")
     total = len(prompts) * arguments.samples
-    print(f"{len(found)} of {total} continuations end in a loop; written to {arguments.out}")
+    print(f"{len(found)} of {total} continuations end in a loop")
+    remark(f"written: {arguments.out}")
 
 
 def _screen_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("found", type=Path, help="the file that `find` wrote")
-    parser.add_argument("prompts", type=Path, help="JSONL with a prompt in every row")
+    parser.add_argument(
+        "found",
+        type=Path,
+        action=Input,
+        check=inputs.made_by("qsl train repetition find", "qsl-repetition-features"),
+        help="the file that `find` wrote",
+    )
+    parser.add_argument(
+        "prompts",
+        type=Path,
+        action=Input,
+        check=inputs.corpus,
+        help="JSONL with a prompt in every row",
+    )
     add_model(parser, device=False)
     parser.add_argument("--top", type=count, default=20, help="candidates (%(default)s)")
     parser.add_argument(
@@ -206,6 +243,7 @@ def _screen_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--save-plan", type=output, help="a plan for `qsl train grpo`")
     add_allowance(parser)
     _sampling_arguments(parser)
+    add_json(parser)
 
 
 def _screen(arguments: argparse.Namespace) -> None:
@@ -230,7 +268,20 @@ def _screen(arguments: argparse.Namespace) -> None:
         batch=arguments.batch,
         allow_other_model=arguments.allow_other_model,
     )
-    print(causes)
+    if arguments.json:
+        rows = [
+            {
+                "feature": str(one.ref),
+                "kept": one.kept,
+                "above_random": one.above,
+                **asdict(one.ratio),
+            }
+            for one in causes.candidates
+        ]
+        facts = {"untouched": causes.untouched, "controls": causes.controls, "rows": rows}
+        print_json(arguments.json, facts)
+    else:
+        print(causes)
     if not causes.kept:
         raise TooLittleData(
             "no candidate makes the model loop more often than random directions do, so no plan is"
@@ -239,7 +290,7 @@ def _screen(arguments: argparse.Namespace) -> None:
         )
     if arguments.save_plan:
         amplified(causes.kept[: arguments.features], arguments.strength).save(arguments.save_plan)
-        print(f"plan written to {arguments.save_plan}")
+        remark(f"plan written: {arguments.save_plan}")
 
 
 def _prompts(arguments: argparse.Namespace) -> tuple[list[str], Any]:
@@ -260,7 +311,8 @@ def _sasft(arguments: argparse.Namespace) -> None:
     check("trl", "train")
     from qwen_scope_lens.train.runs import run_sasft
 
-    print(f"the model is in {run_sasft(arguments.config, resume=not arguments.fresh)}")
+    print(run_sasft(arguments.config, resume=not arguments.fresh))
+    remark("this folder holds the model")
 
 
 def _grpo(arguments: argparse.Namespace) -> None:
@@ -268,29 +320,44 @@ def _grpo(arguments: argparse.Namespace) -> None:
     check("trl", "train")
     from qwen_scope_lens.train.runs import run_grpo
 
-    print(f"the model is in {run_grpo(arguments.config, resume=not arguments.fresh)}")
+    print(run_grpo(arguments.config, resume=not arguments.fresh))
+    remark("this folder holds the model")
 
 
 def _measure_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("replies", type=Path, help="JSONL")
-    parser.add_argument("--text", default="text", help="the column of the reply (%(default)s)")
+    parser.add_argument(
+        "replies",
+        type=Path,
+        action=Input,
+        check=inputs.corpus,
+        help="JSONL, such as `qsl synth run` writes",
+    )
+    parser.add_argument(
+        "--text",
+        help="the column of the reply; default: text, reply, completion, or the last message of"
+        " the assistant in messages",
+    )
     parser.add_argument("--prompt", help="a column: replies to one prompt are counted together")
     parser.add_argument(
         "--script", help="zh, ru, ko, ...: count replies with any character of it; else repetition"
     )
+    add_json(parser)
 
 
 def _measure(arguments: argparse.Namespace) -> None:
     """Measure the code-switching ratio or the repeat ratio of finished replies."""
-    from qwen_scope_lens.train.metrics import code_switching_ratio, repeat_ratio
-    from qwen_scope_lens.train.runs import read_replies
+    from qwen_scope_lens.train.metrics import code_switching_ratio, read_replies, repeat_ratio
 
     replies, prompts = read_replies(arguments.replies, arguments.text, arguments.prompt)
     if arguments.script:
+        name = f"code-switching ratio, {arguments.script}"
         found = code_switching_ratio(replies, arguments.script, prompts)
-        print(f"code-switching ratio, {arguments.script}: {found}")
     else:
-        print(f"repeat ratio: {repeat_ratio(replies, prompts)}")
+        name, found = "repeat ratio", repeat_ratio(replies, prompts)
+    if arguments.json:
+        print_json(arguments.json, {"measure": name, "value": found.value, **asdict(found)})
+    else:
+        print(f"{name}: {found}")
 
 
 def _repetition_words(parser: argparse.ArgumentParser) -> None:

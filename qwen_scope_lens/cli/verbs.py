@@ -22,6 +22,7 @@ __all__ = ["VERBS", "main", "run_alone"]
 SECTIONS = {
     "first steps": {
         "demo": "a tour on a toy model, offline",
+        "completion": "words and options on the Tab key, for bash, zsh and fish",
     },
     "SAEs": {
         "list": "the groups of SAEs that have a name",
@@ -87,6 +88,8 @@ def _main(words: list[str]) -> int:
         print(f"qwen-scope-lens {__version__}")
         return 0
     verb = words.pop(0)
+    if verb in OLD_NAMES:
+        print(f"qsl: {verb} is now called {OLD_NAMES[verb]}", file=sys.stderr)
     verb = OLD_NAMES.get(verb, verb)
     if verb not in VERBS:
         print(f"qsl: no verb {verb!r:.60}\n\n{_overview()}", file=sys.stderr)
@@ -129,12 +132,19 @@ def _run(
         prog=prog, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_arguments(parser)
+
+    from qwen_scope_lens.cli.inputs import check_inputs
+    from qwen_scope_lens.cli.options import add_quiet, old_spellings, remark
+    from qwen_scope_lens.cli.terminal import plain, shown_safely, silenced
+
+    add_quiet(parser)
     arguments = parser.parse_args(words)
-
-    from qwen_scope_lens.cli.terminal import plain, shown_safely
-
+    arguments.quiet = getattr(arguments, "quiet", False)
     try:
-        with shown_safely():
+        with shown_safely(), silenced(arguments.quiet):
+            for line in old_spellings(parser, arguments, words):
+                remark(f"{parser.prog}: {line}")
+            check_inputs(parser, arguments)
             code = run(arguments)
             sys.stdout.flush()
             return code

@@ -13,11 +13,14 @@ residuals after the SAE's decoder layer: .npy, .safetensors, or .pt (tensors onl
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwen_scope_lens.address import LayerRef
-from qwen_scope_lens.cli.options import add_sae_files, positive
+from qwen_scope_lens.cli import inputs
+from qwen_scope_lens.cli.inputs import Input
+from qwen_scope_lens.cli.options import add_json, add_sae_files, positive, print_json
 from qwen_scope_lens.errors import BadText
 from qwen_scope_lens.files import read_text
 
@@ -28,34 +31,54 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("sae", metavar="SAE", help="such as qwen3-8b-base/w64k-l0-50/20")
+    parser.add_argument(
+        "sae",
+        metavar="SAE",
+        action=Input,
+        check=inputs.layer_address,
+        help="such as qwen3-8b-base/w64k-l0-50/20",
+    )
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--model", help="a folder, or a name on the hub")
-    source.add_argument("--activations", type=Path, help=".npy, .safetensors or .pt")
-    parser.add_argument("--texts", type=Path, help="with --model: a file with one text per line")
+    source.add_argument(
+        "--model", action=Input, check=inputs.model, help="a folder, or a name on the hub"
+    )
+    source.add_argument(
+        "--activations",
+        type=Path,
+        action=Input,
+        check=inputs.file,
+        help=".npy, .safetensors or .pt",
+    )
+    parser.add_argument(
+        "--texts",
+        type=Path,
+        action=Input,
+        check=inputs.file,
+        help="with --model: a file with one text per line",
+    )
     add_sae_files(parser, revision=True)
     parser.add_argument("--max-fvu", type=positive, help="default: 0.8, see docs/verify.md")
     parser.add_argument(
         "--subtract-b-dec", action="store_true", help="encode x - b_dec (some third-party SAEs)"
     )
+    add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    ref = LayerRef.parse(arguments.sae)  # a wrong name is refused before torch is imported
-    source = arguments.activations or arguments.texts
-    if source and not source.exists():
-        raise BadText(f"there is no file {source}")
-
     from qwen_scope_lens.saes.load import load_sae
 
     sae = load_sae(
-        ref,
+        LayerRef.parse(arguments.sae),
         folder=arguments.sae_folder,
         revision=arguments.revision,
         apply_b_dec_to_input=True if arguments.subtract_b_dec else None,
     )
     check = _with_model if arguments.model else _with_activations
-    print(check(sae, arguments))
+    found = check(sae, arguments)
+    if arguments.json:
+        print_json(arguments.json, asdict(found))
+    else:
+        print(found)
     return 0
 
 

@@ -255,6 +255,28 @@ def _finish(
     )
 
 
+def facts(found: Drift) -> dict[str, Any]:
+    """The figures of every layer, as plain values."""
+    return {
+        "base": found.base,
+        "tuned": found.tuned,
+        "documents": found.n_docs,
+        "fdr": found.fdr,
+        "rows": [
+            {
+                "layer": layer,
+                "overlap": one.overlap,
+                "cosine": one.cosine,
+                "l0": one.l0,
+                "fvu": one.fvu,
+                **{kind: one.count(kind) for kind in KINDS[:6]},
+                "pairs": len(one.pairs),
+            }
+            for layer, one in found.layers.items()
+        ],
+    }
+
+
 def summary(found: Drift) -> Table:
     """One row per layer."""
     return found.table()

@@ -336,6 +336,33 @@ def save_matching(found: Matching, path: str | Path) -> None:
         pq.write_table(to_table(found), partial, compression="zstd")
 
 
+def facts(found: Matching) -> dict[str, Any]:
+    """The matching as plain values: what `summary` counts, and every mutual pair, best first."""
+    matched, both = found.matched, found.matched & found.mutual
+    order = np.argsort(-np.where(both, found.score, -1), kind="stable")[: both.sum()]
+    return {
+        "a": found.a,
+        "b": found.b,
+        "measure": found.measure,
+        "features": len(found.nearest),
+        "matched": int(matched.sum()),
+        "mutual": int(both.sum()),
+        "one_to_one": int((found.assigned >= 0).sum()),
+        "level": found.level,
+        "fdr": found.fdr,
+        "settings": found.settings,
+        "rows": [
+            {
+                "feature": f"{found.a}/{f}",
+                "partner": f"{found.b}/{found.nearest[f]}",
+                "score": float(found.score[f]),
+                "q_value": float(found.q_value[f]),
+            }
+            for f in order.tolist()
+        ],
+    }
+
+
 def summary(found: Matching, show: int = 10) -> Table:
     """The matching in figures, and the best `show` mutual pairs."""
     return found.table(show)

@@ -37,14 +37,17 @@ class Transfer(View):
     texts: int
     settings: dict[str, Any]
 
-    def save(self, path: str | Path) -> None:
+    def to_dict(self) -> dict[str, Any]:
+        """The content of the file."""
         rows = [
             {"model": model, **asdict(found), "recovered": found.recovered}
             for model, layers in self.rows.items()
             for found in layers.values()
         ]
-        content = {"sae": self.sae, "rows": rows, "texts": self.texts, "settings": self.settings}
-        write_json(Path(path), FORMAT, VERSION, content)
+        return {"sae": self.sae, "rows": rows, "texts": self.texts, "settings": self.settings}
+
+    def save(self, path: str | Path) -> None:
+        write_json(Path(path), FORMAT, VERSION, self.to_dict())
 
     def table(self, most: int | None = None) -> Table:
         """One row per layer and model."""

@@ -63,11 +63,7 @@ class DocumentLabel:
     @classmethod
     def of(cls, store: FeatureStore, name: str) -> DocumentLabel:
         """The label of every document of a store; raises for a label that the store lacks."""
-        if name not in store.label_names:
-            have = ", ".join(store.label_names) or "none at all"
-            raise UnknownName(
-                f"the documents of this store have no label {name!r}: they have {have}"
-            )
+        store.manifest.check_label(name)
         return cls(name, store.labels(name))
 
     @cached_property

@@ -69,13 +69,17 @@ class Ranking(View):
     probes: tuple[Probe, ...]
     provenance: dict[str, Any]
 
-    def save(self, path: str | Path) -> None:
+    def to_dict(self) -> dict[str, Any]:
+        """The content of the file."""
         content = asdict(self)
         for row in content["rows"]:
             for name in MAY_BE_INFINITE:
                 if not math.isfinite(row[name]):  # JSON has no infinity
                     row[name] = "inf" if row[name] > 0 else "-inf"
-        write_json(Path(path), FORMAT, VERSION, content)
+        return content
+
+    def save(self, path: str | Path) -> None:
+        write_json(Path(path), FORMAT, VERSION, self.to_dict())
 
     @classmethod
     def load(cls, path: str | Path) -> Ranking:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from qwen_scope_lens.features.statistics import Example, FeatureStatistics
     from qwen_scope_lens.stores.store import FeatureStore
 
-__all__ = ["feature_text", "save_table", "snippet", "summary", "to_table"]
+__all__ = ["facts", "feature_facts", "feature_text", "save_table", "snippet", "summary", "to_table"]
 
 AROUND = 40
 """Characters shown on each side of a token."""
@@ -63,6 +63,48 @@ def save_table(found: FeatureStatistics, path: str | Path) -> None:
 
     with whole_file(Path(path)) as partial:
         pq.write_table(to_table(found), partial, compression="zstd")
+
+
+def facts(found: FeatureStatistics, pairs: int = 10) -> dict[str, Any]:
+    """The layer as a whole and its features as plain values; only those that fire."""
+    columns = ("density", "document_frequency", "mean_active", "maximum")
+    return {
+        "sae": found.sae,
+        "documents": found.n_docs,
+        "tokens": found.n_tokens,
+        "first_and_extreme_left_out": found.kept_only,
+        "features_that_fire": int((~found.dead).sum()),
+        "features_per_token": found.l0,
+        "fire_together": [
+            {"features": [a, b], "tokens": n, "jaccard": score}
+            for a, b, n, score in found.top_pairs(pairs)
+        ],
+        "rows": [
+            {"feature": feature, **{name: getattr(found, name)[feature] for name in columns}}
+            for feature in np.flatnonzero(~found.dead).tolist()
+        ],
+    }
+
+
+def feature_facts(
+    found: FeatureStatistics, feature: int, store: FeatureStore, most: int
+) -> dict[str, Any]:
+    """One feature as plain values: its partners and its strongest documents."""
+    texts = store.documents(["text"])["text"]
+    partners = zip(found.partner[feature], found.partner_jaccard[feature], strict=True)
+    return {
+        "feature": str(LayerRef.parse(found.sae).feature(feature)),
+        "fires_with": [{"feature": p, "jaccard": score} for p, score in partners if p >= 0],
+        "strongest": [
+            {
+                "document": one.doc,
+                "token": one.position,
+                "value": one.value,
+                "text": snippet(store, one.doc, one.position, texts[one.doc].as_py()),
+            }
+            for one in found.top_examples(feature)[:most]
+        ],
+    }
 
 
 def summary(found: FeatureStatistics, pairs: int = 10) -> str:

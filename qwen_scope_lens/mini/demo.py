@@ -163,7 +163,7 @@ def _steer(
                 if strength == 0 and control is not None:
                     continue
                 edits = [
-                    qsl.Edit(qsl.FeatureRef.parse(row.ref), "add", strength, unit="sigma")
+                    qsl.Edit(qsl.FeatureRef.parse(row.ref), "add", strength, unit="typical")
                     for row in best
                 ]
                 (found,) = generate(

@@ -1,6 +1,4 @@
 from .blame import blame as blame
-from .calibrate import Calibration as Calibration
-from .calibrate import Typical as Typical
 from .calibrate import calibrate as calibrate
 from .generate import Continuation as Continuation
 from .generate import Sampling as Sampling
@@ -16,4 +14,6 @@ from .text_quality import perplexity as perplexity
 from .text_quality import repetition as repetition
 from .text_quality import share_of_class as share_of_class
 from .text_quality import surprisals as surprisals
+from .typical import Calibration as Calibration
+from .typical import Typical as Typical
 from .where import Where as Where

@@ -1,29 +1,27 @@
-"""Typical activations, which give strengths a unit: `+2sigma` is twice the typical activation.
+"""Measure typical activations, on texts that a model reads or in a feature store.
 
-The typical activation of a feature is its mean over the tokens where it fires. First tokens and
-tokens of extreme norm are left out. It is measured on texts that a model reads, or read from a
-feature store; both go through `Activity`, so the word means one number in the whole project.
+Both go through `Activity`, so the word means one number in the whole project. First tokens and
+tokens of extreme norm are left out. `typical.py` holds the result.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from qwen_scope_lens.address import FeatureRef, LayerRef
-from qwen_scope_lens.errors import BadFile, BadPlan, ScopeError, StoreMismatch, TooLittleData
-from qwen_scope_lens.files import read_json, write_json
+from qwen_scope_lens.errors import StoreMismatch, TooLittleData
 from qwen_scope_lens.models.backbone import check_backbone
 from qwen_scope_lens.models.residuals import iter_captures
 from qwen_scope_lens.models.tokenize import Content
 from qwen_scope_lens.saes.codes import SparseCodes
 from qwen_scope_lens.saes.load import load_sae
 from qwen_scope_lens.steering.readers import SAEs, by_address
+from qwen_scope_lens.steering.typical import Calibration, Typical, split_refs
 from qwen_scope_lens.stores.facts import model_facts, versions
 
 if TYPE_CHECKING:
@@ -31,60 +29,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Activity",
-    "Calibration",
-    "Typical",
     "activity_in_store",
     "calibrate",
     "calibrate_from_store",
-    "split_refs",
 ]
-
-FORMAT, VERSION = "qsl-calibration", 1
-
-
-@dataclass(frozen=True)
-class Typical:
-    """One feature over the calibration texts."""
-
-    mean: float  # over the tokens where the feature fires: its typical activation
-    largest: float
-    fired: int  # the number of tokens where it fires
-    rate: float  # their share of all tokens
-
-
-@dataclass(frozen=True)
-class Calibration(Mapping[str, float]):
-    """Address -> typical activation, for `Plan.calibrated`; `facts` has the rest."""
-
-    facts: dict[str, Typical]
-    provenance: dict[str, Any] = field(default_factory=dict)
-
-    def __getitem__(self, ref: FeatureRef | str) -> float:
-        return self.facts[str(ref)].mean
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.facts)
-
-    def __len__(self) -> int:
-        return len(self.facts)
-
-    def save(self, path: str | Path) -> None:
-        rows = {ref: asdict(found) for ref, found in self.facts.items()}
-        write_json(Path(path), FORMAT, VERSION, {"provenance": self.provenance, "features": rows})
-
-    @classmethod
-    def load(cls, path: str | Path) -> Calibration:
-        content = read_json(Path(path), FORMAT, VERSION, "qsl calibrate")
-        try:
-            rows = {
-                str(FeatureRef.parse(ref)): Typical(**row)
-                for ref, row in content["features"].items()
-            }
-            return cls(rows, dict(content["provenance"]))
-        except (KeyError, TypeError, ValueError, AttributeError, ScopeError) as error:
-            raise BadFile(
-                f"{path} is damaged ({error!r:.200}): make it with `qsl calibrate`"
-            ) from error
 
 
 def calibrate(
@@ -139,31 +87,6 @@ def calibrate_from_store(
         sums[sae] = activity_in_store(store, sae.layer)
     facts = asdict(store.manifest.model)
     return _result(wanted, sums, {"model": facts, "documents": store.n_docs})
-
-
-def split_refs(
-    refs: Iterable[FeatureRef | LayerRef | str],
-) -> dict[LayerRef, Sequence[int] | None]:
-    """SAE -> the features asked for, None for all of them."""
-    found: dict[LayerRef, list[int] | None] = {}
-    for ref in refs:
-        one = _parse(ref)
-        if isinstance(one, LayerRef):
-            found[one] = None
-        elif (listed := found.setdefault(one.sae, [])) is not None:
-            listed.append(one.feature)
-    if not found:
-        raise BadPlan("there is nothing to calibrate: name at least one feature or SAE")
-    return found  # type: ignore[return-value]
-
-
-def _parse(ref: FeatureRef | LayerRef | str) -> FeatureRef | LayerRef:
-    if not isinstance(ref, str):
-        return ref
-    try:
-        return FeatureRef.parse(ref)
-    except ScopeError:
-        return LayerRef.parse(ref)
 
 
 class Activity:

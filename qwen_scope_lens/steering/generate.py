@@ -24,7 +24,7 @@ from qwen_scope_lens.models.architecture import (
 )
 from qwen_scope_lens.models.tokenize import Content, encode, find_tokenizer
 from qwen_scope_lens.steering.hooks import steer
-from qwen_scope_lens.steering.plan import Plan, check_seed
+from qwen_scope_lens.steering.plan import Edit, Plan, check_seed
 from qwen_scope_lens.steering.readers import SAEs, with_readers
 from qwen_scope_lens.steering.report import Report
 from qwen_scope_lens.steering.where import shown
@@ -71,7 +71,7 @@ class Continuation:
 def generate(
     model: Any,
     prompts: Sequence[Content],
-    plan: Plan | Sequence[Plan | None] | None = None,
+    plan: Plan | Edit | str | Sequence[Plan | Edit | str | None] | None = None,
     saes: SAEs = None,
     *,
     tokenizer: Any = None,
@@ -85,16 +85,20 @@ def generate(
 ) -> list[Continuation]:
     """Continue every prompt (texts, chats or token ids), in the order given.
 
-    A list of plans has one plan for each prompt. `control` and `allow_other_model` are those of
-    `steer`. `on_step` is called after every step with the new token of each row of the batch.
+    `plan` is as for `steer`; a list has one plan for each prompt. `control` and
+    `allow_other_model` are those of `steer`. `on_step` is called after every step with the new
+    token of each row of the batch.
     """
     sampling = sampling or Sampling()
     if isinstance(prompts, (str, torch.Tensor)) or len(prompts) == 0:
         raise BadText("expected a sequence of prompts with at least one")
     tokenizer = find_tokenizer(model, tokenizer)
     encoded = encode_prompts(model, prompts, tokenizer, sampling, enable_thinking)
-    each: list[Plan | None]
-    each = [plan] * len(prompts) if plan is None or isinstance(plan, Plan) else list(plan)
+    if plan is None or isinstance(plan, (Plan, Edit, str)):
+        given: list[Plan | Edit | str | None] = [plan] * len(prompts)
+    else:
+        given = list(plan)
+    each = [None if one is None else Plan.of(one) for one in given]
     if len(each) != len(prompts):
         raise BadPlan(f"{len(each)} plans for {len(prompts)} prompts: give one per prompt, or one")
     edits = [edit for one in dict.fromkeys(each) if one for edit in one.edits]

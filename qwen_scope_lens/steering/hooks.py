@@ -41,7 +41,7 @@ _marking = threading.Lock()
 @contextmanager
 def steer(
     model: Any,
-    plan: Plan | Edit | Sequence[Plan | None],
+    plan: Plan | Edit | str | Sequence[Plan | Edit | str | None],
     saes: SAEs = None,
     *,
     tokenizer: Any = None,
@@ -51,8 +51,9 @@ def steer(
 ) -> Iterator[Report]:
     """Edit the residual while the model runs: `with steer(model, plan): model.generate(...)`.
 
-    `model` is an HF model of a supported class or a bridge. A list of plans has one plan for each
-    row of the batch (None leaves the row as it is); where `generate` multiplies the rows, a plan
+    `model` is an HF model of a supported class or a bridge. `plan` is a Plan, an Edit, or an edit
+    as text: `"mini-qwen3/w1k-l0-16/6/498:add:2"`. A list has one for each row of the batch (None
+    leaves the row as it is); where `generate` multiplies the rows, a plan
     acts on all rows made from its own. `tokenizer` is needed only where edits select by token class
     or chat role and the model's tokenizer is not found. If no edit acted, `PlanNeverFired` is
     raised at the end, unless `must_fire=False`. With `control` (a seed) every change keeps its size
@@ -217,12 +218,8 @@ def _place(model: Any, layer: int) -> nn.Module:
 
 
 def _per_row(plan: Any) -> list[Plan | None]:
-    if isinstance(plan, Edit):
-        return [Plan([plan])]
-    plans = [plan] if isinstance(plan, Plan) else list(plan)
-    for one in plans:
-        if one is not None and not isinstance(one, Plan):
-            raise BadPlan(f"expected a Plan, or a list with a Plan or None per row; found {one!r}")
+    rows = [plan] if plan is None or isinstance(plan, (Plan, Edit, str)) else list(plan)
+    plans = [None if one is None else Plan.of(one) for one in rows]
     if not any(plans):
         raise BadPlan("no row has a plan: run the model without steering")
     return plans

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,9 +33,12 @@ __all__ = [
     "find_operation",
 ]
 
-UNITS = ("raw", "sigma", "norm")
-"""raw: the SAE's activations. sigma: multiples of the feature's typical activation. norm: v is
+UNITS = ("raw", "typical", "norm")
+"""raw: the SAE's activations. typical: multiples of the feature's typical activation. norm: v is
 chosen at every token so that the length of v d is this fraction of the residual's length."""
+
+OLD_UNITS = {"sigma": "typical"}
+"""The older name still parses. It was given up because the unit is not a standard deviation."""
 
 Reads = Literal["nothing", "code", "residual"]
 
@@ -125,7 +129,8 @@ def find_operation(name: object) -> Operation:
     return row
 
 
-FORMAT, VERSION = "qsl-plan", 1
+FORMAT, VERSION = "qsl-plan", 2
+OLDER = (1,)  # the unit `typical` was called `sigma`
 MADE_BY = "qsl steer --save-plan"
 EVERYWHERE = Where()
 
@@ -134,9 +139,9 @@ EVERYWHERE = Where()
 class Edit:
     """One operation on one feature, given by its address as text or as a `FeatureRef`.
 
-    `strength` is v of the operation's formula, in `unit`: raw activations, `sigma` (multiples of
-    `typical`, the feature's typical activation, which `Plan.calibrated` fills in) or `norm`
-    (fraction of the residual's length at the token).
+    `strength` is v of the operation's formula, in `unit`: raw activations, `typical` (multiples of
+    the feature's typical activation, which `Plan.calibrated` fills in) or `norm` (fraction of the
+    residual's length at the token). `sigma` is the older name of the unit `typical`.
     """
 
     ref: FeatureRef
@@ -155,6 +160,7 @@ class Edit:
         where: Where | str = EVERYWHERE,
         typical: float | None = None,
     ) -> None:
+        unit = _unit_now(unit)
         given = {"ref": FeatureRef.parse(ref), "op": op, "strength": strength, "unit": unit}
         for name, value in (given | {"where": Where.of(where), "typical": typical}).items():
             object.__setattr__(self, name, value)
@@ -185,11 +191,11 @@ class Edit:
     def value(self) -> float:
         """v in raw activations (for `norm`, still the fraction)."""
         strength = 0.0 if self.strength is None else self.strength
-        if self.unit != "sigma":
+        if self.unit != "typical":
             return strength
         if self.typical is None:
             raise BadPlan(
-                f"{self.ref}: strength {self.strength:g} sigma needs the feature's typical"
+                f"{self.ref}: strength {self.strength:g}typical needs the feature's typical"
                 " activation: make a calibration with `qsl calibrate` and pass it (--calibration,"
                 " in Python plan.calibrated(it))"
             )
@@ -202,13 +208,13 @@ class Edit:
 
     @classmethod
     def parse(cls, text: str) -> Edit:
-        """From `REF:op[:strength][@where]`: `G/6/12:add:+2.0sigma@generation`, `G/6/12:ablate`."""
+        """From `REF:op[:strength][@where]`: `G/6/12:add:+2typical@generation`, `G/6/12:ablate`."""
         head, at, place = text.partition("@")
         ref, *rest = head.split(":")
         if not rest or len(rest) > 2 or (at and not place):
             raise BadPlan(
                 f"{shown(text)} is not an edit: expected REF:operation[:strength][@where], for"
-                " example qwen3-8b-base/w64k-l0-50/20/6159:add:+2sigma@generation"
+                " example qwen3-8b-base/w64k-l0-50/20/6159:add:+2typical@generation"
             )
         strength, unit = parse_strength(rest[1]) if len(rest) == 2 else (None, "raw")
         where = Where.of(place) if at else EVERYWHERE
@@ -238,7 +244,8 @@ class Edit:
             raise BadPlan(
                 f"{shown(row)} is not an edit: expected ref and some of {', '.join(sorted(known))}"
             )
-        return cls(**row)
+        unit = row.get("unit", "raw")  # in files older names stay readable, without a warning
+        return cls(**{**row, "unit": OLD_UNITS.get(unit, unit) if isinstance(unit, str) else unit})
 
 
 @dataclass(frozen=True, repr=False)
@@ -256,6 +263,15 @@ class Plan(View):
         object.__setattr__(self, "edits", found)
         self._check_overlaps()
 
+    @classmethod
+    def of(cls, plan: Plan | Edit | str) -> Plan:
+        """The plan itself, or one of a single edit, which may be text such as `G/6/12:add:2`."""
+        if isinstance(plan, Plan):
+            return plan
+        if not isinstance(plan, (Edit, str)):
+            raise BadPlan(f"expected a Plan, an Edit or its text; found {shown(plan)}")
+        return cls([plan])
+
     @property
     def layers(self) -> tuple[int, ...]:
         return tuple(sorted({edit.ref.layer for edit in self.edits}))
@@ -265,11 +281,11 @@ class Plan(View):
         return tuple(dict.fromkeys(edit.ref for edit in self.edits))
 
     def calibrated(self, typical: Mapping[Any, float]) -> Plan:
-        """With the typical activation of each `sigma` edit filled in from `{address: number}`."""
+        """With the typical activations of the edits in this unit, from `{address: number}`."""
         known = {str(ref): value for ref, value in typical.items()}
 
         def fill(edit: Edit) -> Edit:
-            if edit.unit != "sigma":
+            if edit.unit != "typical":
                 return edit
             if str(edit.ref) not in known and edit.typical is None:
                 raise BadPlan(
@@ -307,7 +323,7 @@ class Plan(View):
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
-        content = read_json(Path(path), FORMAT, VERSION, MADE_BY)
+        content = read_json(Path(path), FORMAT, VERSION, MADE_BY, OLDER)
         try:
             return cls.from_dict(content)
         except (ScopeError, TypeError) as error:
@@ -350,11 +366,20 @@ class Plan(View):
 
 
 def parse_strength(text: str) -> tuple[float, str]:
-    """`4`, `+2.0sigma`, `-0.1norm` -> the number and its unit."""
+    """`4`, `+2typical`, `-0.1norm` -> the number and its unit."""
     found = re.fullmatch(r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*([a-z]*)\s*", text)
-    if found is None or found[2] not in ("", "raw", "sigma", "norm"):
-        raise BadPlan(f"strength {shown(text)}: expected a number such as 4, +2.0sigma or -0.1norm")
-    return float(found[1]), found[2] or "raw"
+    if found is None or found[2] not in ("", *UNITS, *OLD_UNITS):
+        raise BadPlan(f"strength {shown(text)}: expected a number such as 4, +2typical or -0.1norm")
+    return float(found[1]), _unit_now(found[2] or "raw")
+
+
+def _unit_now(unit: Any) -> Any:
+    """The unit by its name of today."""
+    if not isinstance(unit, str) or unit not in OLD_UNITS:
+        return unit
+    said = f"the unit {unit} is now called {OLD_UNITS[unit]}"
+    warnings.warn(said, DeprecationWarning, stacklevel=4)
+    return OLD_UNITS[unit]
 
 
 def check_seed(seed: object) -> int:

@@ -11,7 +11,6 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +21,11 @@ from qwen_scope_lens.files import read_json, write_json
 from qwen_scope_lens.models.tokenize import Content
 from qwen_scope_lens.pages import Page, chart
 from qwen_scope_lens.stats import between, draws_of_groups
+from qwen_scope_lens.steering.doses import Measure
 from qwen_scope_lens.steering.generate import Continuation, Sampling, generate
-from qwen_scope_lens.steering.plan import Edit, Plan, check_seed, find_operation
+from qwen_scope_lens.steering.plan import OLD_UNITS, Edit, Plan, check_seed
 from qwen_scope_lens.steering.readers import SAEs, with_readers
-from qwen_scope_lens.steering.text_quality import Measure, perplexity, repetition, surprisals
-from qwen_scope_lens.steering.where import shown
+from qwen_scope_lens.steering.text_quality import perplexity, repetition, surprisals
 from qwen_scope_lens.stores.facts import model_facts, versions
 
 __all__ = [
@@ -35,12 +34,11 @@ __all__ = [
     "Dose",
     "Guard",
     "Sweep",
-    "parse_open_edit",
-    "parse_strengths",
     "sweep",
 ]
 
-FORMAT, VERSION = "qsl-sweep", 1
+FORMAT, VERSION = "qsl-sweep", 2
+OLDER = (1,)  # the unit `typical` was called `sigma`
 PLAN, CONTROL = "the plan", "control: random directions"
 COLOURS = {PLAN: "#4a7ebb", CONTROL: "#999999"}
 
@@ -108,14 +106,20 @@ class Sweep:
         return min(fine, key=lambda d: d.effect), max(fine, key=lambda d: d.effect)
 
     def save(self, path: Path) -> None:
-        content = asdict(self) | {"doses": [asdict(dose) for dose in self.doses]}
-        write_json(path, FORMAT, VERSION, content)
+        write_json(path, FORMAT, VERSION, self.to_dict())
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of the file."""
+        return asdict(self)
 
     @classmethod
     def load(cls, path: Path) -> Sweep:
-        content = read_json(path, FORMAT, VERSION, "qsl sweep")
+        content = read_json(path, FORMAT, VERSION, "qsl sweep", OLDER)
         doses = tuple(Dose(**row) for row in content.pop("doses"))
-        return cls(**{**content, "doses": doses, "guard": Guard(**content["guard"])})
+        named = {"unit": "/".join(map(_unit, content["unit"].split("/")))}
+        for row in content["settings"]["edits"]:
+            row |= {"unit": _unit(row["unit"])}
+        return cls(**{**content, **named, "doses": doses, "guard": Guard(**content["guard"])})
 
     def page(self) -> Page:
         """The report: pictures, numbers and samples. `page().save(path)` writes it."""
@@ -158,7 +162,7 @@ class Sweep:
 
     def __str__(self) -> str:
         lines = [
-            f"{self.plan}, strength in {self.unit}; effect: {self.meaning}",
+            f"{self.plan}; strength ({self.unit}); effect: {self.meaning}",
             f"{'strength':>9}  {'effect':>6} {'95% interval':>14}  {'control':>7}"
             f"  {'perplexity':>10}  {'repeats':>7}",
         ]
@@ -177,7 +181,7 @@ class Sweep:
 
 def sweep(
     model: Any,
-    plan: Plan,
+    plan: Plan | Edit | str,
     strengths: Iterable[float],
     prompts: Sequence[Content],
     measure: Measure | str = "change",
@@ -199,6 +203,7 @@ def sweep(
     it, a sweep of other settings raises. The unsteered texts (strength 0) are always made, once.
     """
     check_seed(seed)
+    plan = Plan.of(plan)
     measure = Measure.parse(measure) if isinstance(measure, str) else measure
     sampling, guard = sampling or Sampling(), guard or Guard()
     wanted = sorted({float(strength) for strength in strengths} - {0.0})
@@ -275,6 +280,10 @@ def _with(empty: Sweep, doses: Sequence[Dose]) -> Sweep:
     return Sweep(**{**vars(empty), "doses": tuple(doses)})
 
 
+def _unit(name: str) -> str:
+    return OLD_UNITS.get(name, name)
+
+
 def _kept(empty: Sweep, keep: Path | None) -> tuple[Dose, ...]:
     if keep is None or not keep.exists():
         return ()
@@ -347,49 +356,3 @@ def _draw_cost(axes: Any, found: Sweep) -> None:
     axes.set_xlabel(f"strength ({found.unit})")
     axes.set_ylabel("perplexity")
     axes.legend()
-
-
-MOST = 500
-
-
-def parse_strengths(text: str) -> list[float]:
-    """Strengths from `-8:8:1` (both ends included, steps of 1), `-4,-2,2,4`, or both mixed."""
-    found: list[float] = []
-    for part in text.split(","):
-        try:
-            numbers = [Decimal(number.strip()) for number in part.split(":")]
-        except InvalidOperation:
-            numbers = []
-        if len(numbers) not in (1, 2, 3) or not all(map(_usable, numbers)):
-            raise BadPlan(
-                f"strengths {shown(text)}: expected FROM:TO:STEP such as -8:8:1, or a list -4,4"
-            )
-        if len(numbers) == 1:
-            found.append(float(numbers[0]))
-            continue
-        start, stop = numbers[:2]
-        step = numbers[2] if len(numbers) == 3 else Decimal(1)
-        if step <= 0 or stop < start or (stop - start) / step > MOST:
-            raise BadPlan(
-                f"strengths {part!r}: expected FROM up to TO, a STEP above 0, and at most {MOST}"
-            )
-        count = int((stop - start) / step)
-        found += [float(start + i * step) for i in range(count + 1)]
-    return list(dict.fromkeys(found))
-
-
-def _usable(number: Decimal) -> bool:
-    """Whether a float can hold the number."""
-    return number.is_finite() and (not number or abs(number.adjusted()) <= 300)
-
-
-def parse_open_edit(text: str, unit: str = "raw") -> Edit:
-    """An edit without a strength, for a sweep: `REF:add` or `REF:add@generation`."""
-    head, at, place = text.partition("@")
-    parts = head.split(":")
-    if len(parts) != 2 or not find_operation(parts[1]).takes_strength:
-        raise BadPlan(
-            f"{shown(text)} is not an edit for a sweep: expected REF:operation without a strength,"
-            " for example qwen3-8b-base/w64k-l0-50/20/6159:add"
-        )
-    return Edit.parse(f"{head}:1{'' if unit == 'raw' else unit}{at}{place}")

@@ -19,8 +19,7 @@ from typing import Any
 
 from qwen_scope_lens.errors import BadCorpus
 from qwen_scope_lens.stores.corpus_formats import READERS, Datasets, Given
-from qwen_scope_lens.stores.manifest import join_label_types
-from qwen_scope_lens.stores.shard_files import RESERVED
+from qwen_scope_lens.stores.manifest import RESERVED, join_label_types
 
 __all__ = ["Corpus", "Document", "Survey", "as_corpus", "read_corpus", "read_rows", "survey"]
 
@@ -58,6 +57,17 @@ class Corpus:
 
     def __iter__(self) -> Iterator[Document]:
         return self.source.documents()
+
+    def check_label(self, name: str) -> None:
+        """Raise where the first document has no such label, before a long extraction."""
+        for document in self:
+            if name not in document.labels:
+                raise BadCorpus(
+                    f"{self.name} has no column {name!r}: it has"
+                    f" {', '.join(document.labels) or 'no other columns'}"
+                )
+            return
+        raise BadCorpus(f"{self.name} has no documents")
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -86,7 +87,8 @@ def extract(
     shard_docs: int | None = None,
     append: bool = False,
     sae_memory: int | None = None,
-    rank: tuple[int, int] = (0, 1),
+    worker: tuple[int, int] = (0, 1),
+    rank: tuple[int, int] | None = None,
     sae_folder: str | os.PathLike[str] | None = None,
     sae_revision: str | None = None,
     device: str | None = None,
@@ -108,9 +110,12 @@ def extract(
         append: add the documents to a store that has others.
         sae_memory: bytes for SAE weights. Where not all SAEs fit, the residuals of some shards are
             kept and the SAEs go over them one by one.
-        rank: (i, n) makes every n-th shard, beginning with shard i, so that n processes share the
-            work.
+        worker: (i, n) makes every n-th shard, beginning with shard i, so that n processes share
+            the work. `rank` is the older name.
     """
+    if rank is not None:
+        warnings.warn("rank= is now called worker=", DeprecationWarning, stacklevel=2)
+        worker = rank
     settings = Settings(
         max_tokens, truncate, enable_thinking, add_generation_prompt, extreme_norm_ratio
     )
@@ -129,7 +134,7 @@ def extract(
         device=device,
     )
     return extract_request(
-        documents, request, tokenizer=tokenizer, rank=rank, progress=progress, **model_options
+        documents, request, tokenizer=tokenizer, worker=worker, progress=progress, **model_options
     )
 
 
@@ -138,14 +143,14 @@ def extract_request(
     request: Request,
     *,
     tokenizer: Any = None,
-    rank: tuple[int, int] = (0, 1),
+    worker: tuple[int, int] = (0, 1),
     progress: bool = True,
     **model_options: Any,
 ) -> FeatureStore:
     """Do what `extract` does, for a request."""
-    i, n = rank
+    i, n = worker
     if not 0 <= i < n:
-        raise BadCorpus(f"rank {i}/{n}: expected 0/{n}..{n - 1}/{n}")
+        raise BadCorpus(f"worker {i}/{n}: expected 0/{n}..{n - 1}/{n}")
     checked = check(documents, request)
     job = prepare(checked, tokenizer, _say if progress else _silent, **model_options)
     lock = job.out if n == 1 else job.out / ".ranks" / f"{i}-of-{n}"

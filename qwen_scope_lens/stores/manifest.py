@@ -10,18 +10,27 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from qwen_scope_lens.errors import BadFile, StoreDamaged, StoreMismatch
+from qwen_scope_lens.errors import (
+    BadFile,
+    BadPlan,
+    LayerOutOfRange,
+    StoreDamaged,
+    StoreMismatch,
+    UnknownName,
+)
 from qwen_scope_lens.files import read_json, write_json
 
 __all__ = [
     "FORMAT",
     "LABEL_TYPES",
+    "RESERVED",
     "CorpusFacts",
     "Manifest",
     "ModelFacts",
     "SAEFacts",
     "Settings",
     "TokenizerFacts",
+    "is_stored",
     "join_label_types",
 ]
 
@@ -30,6 +39,9 @@ VERSION = 1
 NAME = "manifest.json"
 
 LABEL_TYPES = ("bool", "int", "float", "str")
+
+RESERVED = ("doc", "key", "text", "n_tokens", "truncated")
+"""The columns of `documents` that are not labels."""
 
 MOST_FEATURES = 1 << 24
 """The indices of codes have three bytes each."""
@@ -196,6 +208,47 @@ class Manifest:
     @staticmethod
     def exists(folder: Path) -> bool:
         return (folder / NAME).is_file()
+
+    @classmethod
+    def open(cls, folder: Path) -> Manifest:
+        """The manifest of a feature store; raises where the folder is not one."""
+        if not folder.is_dir() or not cls.exists(folder):
+            raise BadFile(
+                f"{folder} is not a feature store (it has no manifest.json): `qsl extract CORPUS"
+                f" --out {folder}` makes one"
+            )
+        return cls.read(folder)
+
+    def sae(self, layer: int, folder: Path) -> SAEFacts:
+        """The SAE of a layer of the store in `folder`; raises for a layer that was not stored."""
+        if layer not in self.saes:
+            raise LayerOutOfRange(
+                f"layer {layer} is not in {folder}: it has {', '.join(map(str, self.layers))}."
+                " `qsl extract --layers` says which are stored"
+            )
+        return self.saes[layer]
+
+    def check_label(self, name: str) -> None:
+        """Raise where the documents have no such label."""
+        if name not in self.labels:
+            have = ", ".join(self.labels) or "none at all"
+            raise UnknownName(
+                f"the documents of this store have no label {name!r}: they have {have}"
+            )
+
+
+def is_stored(data: str | Path, model: str | None, group: str | None) -> bool:
+    """Whether `data` is a feature store. Raises where it is a corpus that cannot be extracted,
+    because no model and group are named."""
+    path = Path(data).expanduser()
+    if path.is_dir() and Manifest.exists(path):
+        return True
+    if model is None or group is None:
+        raise BadPlan(
+            f"{data} is not a feature store. To read it as a corpus, pass --model and --sae, such"
+            " as --model mini-qwen3 --sae mini-qwen3/w1k-l0-16"
+        )
+    return False
 
 
 def _typed(kind: type[Any], content: Any) -> Any:

@@ -1,7 +1,7 @@
 """Several stores merged into one.
 
-There are two cases. The parts of one job (`--rank` on machines that do not share a disk) are joined
-by copying their shards. Stores of different corpora are put one after the other, and their
+There are two cases. The parts of one job (`--worker` on machines that do not share a disk) are
+joined by copying their shards. Stores of different corpora are put one after the other, and their
 documents get new numbers. Nothing is encoded again. Stores that were made with different models,
 SAEs or settings are refused.
 """

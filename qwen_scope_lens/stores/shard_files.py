@@ -31,7 +31,7 @@ from qwen_scope_lens.files import (
     write_json,
 )
 from qwen_scope_lens.stores.codec import REPAIR, Packed
-from qwen_scope_lens.stores.manifest import Manifest
+from qwen_scope_lens.stores.manifest import RESERVED, Manifest
 
 __all__ = [
     "REPAIR",
@@ -46,9 +46,6 @@ __all__ = [
 
 NAME = "shard.json"
 SHARD_FORMAT = ("qwen-scope-shard", 1)
-
-RESERVED = ("doc", "key", "text", "n_tokens", "truncated")
-"""The columns of `documents` that are not labels."""
 
 _ROW_GROUP = 16384  # one feature is read from one or two of them
 _TOKEN_GROUP = 4096

@@ -21,7 +21,6 @@ import torch
 
 from qwen_scope_lens.address import FeatureRef
 from qwen_scope_lens.errors import (
-    BadFile,
     LayerOutOfRange,
     StoreDamaged,
     StoreMismatch,
@@ -77,12 +76,7 @@ class FeatureStore:
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> FeatureStore:
         folder = Path(path).expanduser()
-        if not folder.is_dir() or not Manifest.exists(folder):
-            raise BadFile(
-                f"{folder} is not a feature store (it has no manifest.json): `qsl extract CORPUS"
-                f" --out {folder}` makes one"
-            )
-        manifest = Manifest.read(folder)
+        manifest = Manifest.open(folder)
         shards = []
         for number in range(manifest.n_shards):
             if not shard_folder(folder, number).is_dir():
@@ -125,12 +119,7 @@ class FeatureStore:
 
     def sae(self, layer: int) -> SAEFacts:
         """The SAE of a layer; raises for a layer that was not stored."""
-        if layer not in self.manifest.saes:
-            raise LayerOutOfRange(
-                f"layer {layer} is not in {self.path}: it has {', '.join(map(str, self.layers))}."
-                " `qsl extract --layers` says which are stored"
-            )
-        return self.manifest.saes[layer]
+        return self.manifest.sae(layer, self.path)
 
     # Documents.
 

@@ -45,6 +45,31 @@ class Report:
     verified: str  # which words had to activate the feature: prompt, reply, either
     budget: str  # the budget of the last run and what it counts; empty: not known
 
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain values."""
+        kept = zip((target.ref for target in self.targets.wanted), self.per_feature, strict=True)
+        return {
+            "targets": len(self.targets),
+            "task": self.targets.task,
+            "candidates": self.candidates,
+            "kept": self.kept,
+            "verified": self.verified,
+            "budget": self.budget,
+            "coverage": {
+                "seed": self.targets.seed_coverage,
+                "with_kept": float(self.curve[-1]),
+                "kept_alone": self.synthetic_only,
+            },
+            "outcomes": dict(self.outcomes),
+            "types": [
+                {"kind": kind, "style": style, "kept": n} for (kind, style), n in self.types.items()
+            ],
+            "activations": self.activations,
+            "curve": self.curve,
+            "rows": [{"feature": str(ref), "kept": int(n)} for ref, n in kept],
+            "uncovered": list(map(str, self.uncovered)),
+        }
+
     def __str__(self) -> str:
         seed, end = self.targets.seed_coverage, float(self.curve[-1])
         lines = [

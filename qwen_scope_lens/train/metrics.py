@@ -6,15 +6,17 @@ by other software.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import regex
 
-from qwen_scope_lens.errors import TooLittleData, UnknownName
+from qwen_scope_lens.errors import BadCorpus, TooLittleData, UnknownName
 from qwen_scope_lens.stats import Interval, between, draws_of_groups, proportion
+from qwen_scope_lens.stores.corpus import read_rows
 
 __all__ = [
     "SCRIPTS",
@@ -26,6 +28,7 @@ __all__ = [
     "has_script",
     "no_repetition",
     "no_script",
+    "read_replies",
     "repeat_ratio",
     "reply_text",
     "share",
@@ -179,3 +182,39 @@ def reply_text(reply: Any) -> str:
     if isinstance(reply, str):
         return reply
     return "\n".join(str(message.get("content") or "") for message in reply)
+
+
+REPLY_COLUMNS = ("text", "reply", "completion")
+
+
+def read_replies(
+    path: Path, text: str | None, prompt: str | None
+) -> tuple[list[str], list[str] | None]:
+    """Read the replies of a file, and their prompts if a column is named.
+
+    `text` is the column of the replies. Without it that is text, reply or completion, or the last
+    message of the assistant in `messages`; rows of `qsl synth run` that have none, because only
+    their prompt was written, are left out.
+    """
+    replies, prompts = [], []
+    for where, row in read_rows(path):
+        try:
+            reply = _last_reply(row) if text is None else reply_text(row[text])
+            if reply is None:
+                continue
+            replies.append(reply)
+            if prompt is not None:
+                prompts.append(str(row[prompt]))
+        except (KeyError, TypeError, AttributeError) as error:
+            wanted = text or f"{', '.join(REPLY_COLUMNS)} or messages"
+            wanted += f", and {prompt}" if prompt else ""
+            raise BadCorpus(f"{where}: expected an object with {wanted}; {error!r}") from error
+    return replies, prompts if prompt is not None else None
+
+
+def _last_reply(row: Mapping[str, Any]) -> str | None:
+    column = next((name for name in REPLY_COLUMNS if name in row), None)
+    if column is not None:
+        return reply_text(row[column])
+    said = [one["content"] for one in row["messages"] if one["role"] == "assistant"]
+    return str(said[-1]) if said else None

@@ -19,10 +19,8 @@ import yaml
 from qwen_scope_lens.catalog import bundled_model
 from qwen_scope_lens.errors import BadCorpus, BadFile, ScopeError, UnknownName
 from qwen_scope_lens.files import load_yaml
-from qwen_scope_lens.stores.corpus import read_rows
 from qwen_scope_lens.train.checkpoints import last_whole, save_final, set_aside
 from qwen_scope_lens.train.language_features import LanguageFeatures
-from qwen_scope_lens.train.metrics import reply_text
 from qwen_scope_lens.train.run_checks import (
     check_checkpoint,
     check_numbers,
@@ -31,7 +29,7 @@ from qwen_scope_lens.train.run_checks import (
     record,
 )
 
-__all__ = ["Run", "read_replies", "read_run", "run_grpo", "run_sasft"]
+__all__ = ["Run", "read_run", "run_grpo", "run_sasft"]
 
 COMMON = {"model", "train", "eval", "lora", "trainer"}
 SASFT = COMMON | {"language_features"}
@@ -109,20 +107,6 @@ def run_grpo(path: Path, resume: bool = True) -> Path:
     rewards = _rewards(run)
     trainer = _set_up(run, RareNegativeGRPOTrainer, args, reward_funcs=rewards, plan=plan)
     return _train(run, "grpo", trainer, resume)
-
-
-def read_replies(path: Path, text: str, prompt: str | None) -> tuple[list[str], list[str] | None]:
-    """Read two columns of a file: the replies, and their prompts if a column is named."""
-    replies, prompts = [], []
-    for where, row in read_rows(path):
-        try:
-            replies.append(reply_text(row[text]))
-            if prompt is not None:
-                prompts.append(str(row[prompt]))
-        except (KeyError, TypeError, AttributeError) as error:
-            wanted = text if prompt is None else f"{text} and {prompt}"
-            raise BadCorpus(f"{where}: expected an object with {wanted}; {error!r}") from error
-    return replies, prompts if prompt is not None else None
 
 
 def _arguments(run: Run, kind: type) -> Any:

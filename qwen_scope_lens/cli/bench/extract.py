@@ -6,17 +6,23 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qwen_scope_lens.cli import inputs
+from qwen_scope_lens.cli.inputs import Input
 from qwen_scope_lens.cli.options import (
     Word,
+    add_json,
     add_model,
+    add_old,
     add_sae_files,
     count,
     from_zero,
     layer_list,
     memory,
+    print_json,
     remark,
 )
 from qwen_scope_lens.errors import BadCorpus
+from qwen_scope_lens.extras import check
 
 if TYPE_CHECKING:
     from qwen_scope_lens.bench.prompts import PromptFormat
@@ -45,16 +51,32 @@ def prompt_format(arguments: argparse.Namespace) -> PromptFormat:
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("benchmarks", nargs="*", metavar="FILE", help="or NAME=FILE, or a data set")
-    parser.add_argument("--sae", required=True, help="a group, such as qwen3-8b-base/w64k-l0-50")
+    parser.add_argument(
+        "benchmarks",
+        nargs="*",
+        metavar="FILE",
+        action=Input,
+        check=_benchmark,
+        help="or NAME=FILE, or a data set",
+    )
+    parser.add_argument(
+        "--sae",
+        required=True,
+        action=Input,
+        check=inputs.group,
+        help="a group, such as qwen3-8b-base/w64k-l0-50",
+    )
     parser.add_argument(
         "--layers",
-        "--layer",
         type=_layers,
         required=True,
+        action=Input,
+        check=_of_group,
         help="such as 20 or 0-3,7; or all, to see how the conclusions change from layer to layer",
     )
+    add_old(parser, "--layer", "--layers")
     parser.add_argument("--out", required=True, type=Path, help="a folder for the suite")
+    add_json(parser)
     add_prompt_format(parser)
     parser.add_argument(
         "--thinking", action=argparse.BooleanOptionalAction, help="with --chat: the template's mode"
@@ -63,7 +85,15 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seed", type=from_zero, default=0, help="of the draw, kept with it; default: %(default)s"
     )
-    parser.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help="tasks of lm-eval")
+    parser.add_argument(
+        "--tasks",
+        nargs="+",
+        default=[],
+        metavar="TASK",
+        action=Input,
+        check=lambda task, arguments: check("lm_eval", "lm-eval"),
+        help="tasks of lm-eval",
+    )
     parser.add_argument(
         "--subtasks", action="store_true", help="make a benchmark of every task of a group, not one"
     )
@@ -76,11 +106,26 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     add_sae_files(work, revision=True)
     work.add_argument("--token-budget", type=count, help="tokens per batch; default: 4096")
     work.add_argument("--sae-memory", type=memory, metavar="SIZE", help="such as 8GB")
-    work.add_argument("--quiet", action="store_true", help="no progress bar, no remarks")
 
 
 def _layers(text: str) -> list[int] | str:
     return text if text == "all" else layer_list(text)
+
+
+def _of_group(layers: list[int] | str, arguments: argparse.Namespace) -> None:
+    inputs.group_layers([] if isinstance(layers, str) else layers, arguments)
+
+
+def _benchmark(word: str, arguments: argparse.Namespace) -> None:
+    inputs.corpus(_named(word)[1], arguments)
+
+
+def _named(word: str) -> tuple[str, str]:
+    """The name and the source of a benchmark, of `FILE` or `NAME=FILE`."""
+    name, equals, source = word.partition("=")
+    if Path(word).exists():
+        return Path(word).stem, word
+    return (name, source) if equals else (word.split("/")[-1].split(":")[0], word)
 
 
 def _extract(arguments: argparse.Namespace) -> None:
@@ -100,6 +145,9 @@ def _extract(arguments: argparse.Namespace) -> None:
     finished are not run again, and later calls may add more. Prompts longer than the model's
     context are refused.
     """
+    if not arguments.benchmarks and not arguments.tasks:
+        raise BadCorpus("no benchmark was named: pass files, data sets, or --tasks")
+
     from qwen_scope_lens.bench.suite import extract_suite
     from qwen_scope_lens.catalog import find_group
 
@@ -121,10 +169,16 @@ def _extract(arguments: argparse.Namespace) -> None:
         sae_revision=arguments.revision,
         progress=not arguments.quiet,
     )
+    sizes = {name: suite[name].store.n_docs for name in suite.names}
+    if arguments.json:
+        rows = [{"benchmark": name, "items": n} for name, n in sizes.items()]
+        said = {"suite": str(arguments.out), "layers": suite.layers, "rows": rows}
+        print_json(arguments.json, said)
+        return
     layers = ", ".join(map(str, suite.layers))
-    print(f"{arguments.out}: {len(suite.names)} benchmarks, layers {layers}")
-    for name in suite.names:
-        print(f"  {name}  {suite[name].store.n_docs:,} items")
+    print(f"{arguments.out}: {len(sizes)} benchmarks, layers {layers}")
+    for name, items in sizes.items():
+        print(f"  {name}  {items:,} items")
 
 
 def _prompts(arguments: argparse.Namespace) -> tuple[dict[str, list[Any]], dict[str, Any]]:
@@ -136,12 +190,7 @@ def _prompts(arguments: argparse.Namespace) -> tuple[dict[str, list[Any]], dict[
     prompts: dict[str, list[Any]] = {}
     facts: dict[str, Any] = {}
     for word in arguments.benchmarks:
-        name, equals, source = word.partition("=")
-        if not equals or Path(word).exists():
-            name, source = (
-                Path(word).stem if Path(word).exists() else word.split("/")[-1].split(":")[0],
-                word,
-            )
+        name, source = _named(word)
         _new(name, prompts)
         everything = list(read_prompts(source, how))
         chosen = sampled(len(everything), arguments.limit, arguments.seed)
@@ -166,8 +215,6 @@ def _prompts(arguments: argparse.Namespace) -> tuple[dict[str, list[Any]], dict[
             prompts[name] = documents
             facts[name] = {"task": name, "fewshot": arguments.fewshot, "chat": arguments.chat}
             facts[name] |= draw
-    if not prompts:
-        raise BadCorpus("no benchmark was named: pass files, data sets, or --tasks")
     return prompts, facts
 
 

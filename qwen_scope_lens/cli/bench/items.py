@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 
+from qwen_scope_lens.cli import inputs
 from qwen_scope_lens.cli.bench.extract import add_prompt_format, prompt_format
-from qwen_scope_lens.cli.bench.suites import add_position, write_keys
+from qwen_scope_lens.cli.bench.suites import add_benchmark, add_position, write_keys
+from qwen_scope_lens.cli.inputs import Input
 from qwen_scope_lens.cli.options import Word, add_json, output, remark, share, show
 
 __all__ = ["WORDS"]
 
-BENCHMARK = "a benchmark of a suite, such as bench/gsm8k"
 SHOWN = 20
 
 
@@ -21,8 +22,13 @@ def _add_similarity(parser: argparse.ArgumentParser) -> None:
 
 
 def _screen_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("benchmark", help=BENCHMARK)
-    parser.add_argument("items", help="a file of items, or the folder of an extracted benchmark")
+    add_benchmark(parser, "benchmark")
+    parser.add_argument(
+        "items",
+        action=Input,
+        check=inputs.store_or_corpus,
+        help="a file of items, or the folder of an extracted benchmark",
+    )
     parser.add_argument("--out", type=output, help="write the keys of the items that add something")
     add_position(parser)
     add_json(parser)
@@ -59,20 +65,22 @@ def _screen(arguments: argparse.Namespace) -> None:
     )
     found = screen(own, candidates)
     rows = [(s.key, s.n_features, s.new, s.adds, s.percentile) for s in found]
-    show(Table.of(("item", "features", "new", "adds", "usual"), rows), arguments.json)
     useful = [s.key for s in found if s.useful]
+    columns = ("item", "features", "new", "adds", "usual")
+    average = float(own_novelty(own).mean())
+    show(Table.of(columns, rows), arguments.json, useful=useful, own_items_add=average)
     if not arguments.json:
         print(
             f"{len(useful)} of {len(found)} items add a feature. One more item of {own.name} itself"
-            f" would add {own_novelty(own).mean():.2f}"
+            f" would add {average:.2f}"
         )
     if arguments.out is not None:
         write_keys(arguments.out, useful)
 
 
 def _duplicates_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("first", help=BENCHMARK)
-    parser.add_argument("second", nargs="?", help="another one; default: pairs within the first")
+    add_benchmark(parser, "first")
+    add_benchmark(parser, "second", "another one; default: pairs within the first", nargs="?")
     _add_similarity(parser)
 
 
@@ -97,18 +105,24 @@ def _duplicates(arguments: argparse.Namespace) -> None:
         second = open_benchmark(arguments.second).footprint(arguments.layer, arguments.position)
     pairs = near_duplicates(first, second, arguments.similarity)
     rows = [(p.first, p.second, p.jaccard) for p in pairs]
-    show(Table.of((first.name, second.name, "similarity"), rows), arguments.json)
+    usual = usual_nearness(first)
+    show(Table.of((first.name, second.name, "similarity"), rows), arguments.json, usual=usual)
     if not arguments.json:
         which = "the nearest " if len(pairs) == MOST_PAIRS else ""
         print(
             f"{which}{len(pairs):,} pairs with a similarity of at least {arguments.similarity}."
-            f" Usual within {first.name}: {usual_nearness(first):.3f}"
+            f" Usual within {first.name}: {usual:.3f}"
         )
 
 
 def _contamination_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("benchmark", help=BENCHMARK)
-    parser.add_argument("training", help="a file of texts, or the folder of a feature store")
+    add_benchmark(parser, "benchmark")
+    parser.add_argument(
+        "training",
+        action=Input,
+        check=inputs.store_or_corpus,
+        help="a file of texts, or the folder of a feature store",
+    )
     _add_similarity(parser)
     add_prompt_format(parser)
 
@@ -142,7 +156,17 @@ def _contamination(arguments: argparse.Namespace) -> None:
     own = benchmark.footprint(arguments.layer, arguments.position)
     found = contamination(own, training, arguments.similarity)
     rows = [(p.first, p.second, p.jaccard) for p in found.contained]
-    show(Table.of((found.benchmark, found.training, "similarity"), rows), arguments.json, SHOWN)
+    show(
+        Table.of((found.benchmark, found.training, "similarity"), rows),
+        arguments.json,
+        SHOWN,
+        items=found.n_items,
+        share=found.share,
+        threshold=found.threshold,
+        usual=found.usual,
+        covered=found.overlap.overlap,
+        covered_by_half_of_itself=found.ceiling.overlap,
+    )
     if not arguments.json:
         if len(rows) > SHOWN:
             print("(--json prints all)")

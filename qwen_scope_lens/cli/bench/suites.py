@@ -5,21 +5,53 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from qwen_scope_lens.cli.options import Word, add_json, add_layer, output, remark, share, show
+from qwen_scope_lens.cli import inputs
+from qwen_scope_lens.cli.inputs import Input
+from qwen_scope_lens.cli.options import (
+    Word,
+    add_json,
+    add_layer,
+    output,
+    remark,
+    share,
+    show,
+)
+from qwen_scope_lens.errors import BadFile
 
 if TYPE_CHECKING:
     from qwen_scope_lens.bench.footprint import Footprint
 
-__all__ = ["WORDS", "add_position", "write_keys"]
+__all__ = ["WORDS", "add_benchmark", "add_position", "write_keys"]
 
-SUITE = "the folder that `qsl bench extract` wrote"
+
+def add_benchmark(
+    parser: argparse.ArgumentParser,
+    name: str,
+    help: str = "a benchmark of a suite, such as bench/gsm8k",
+    **options: Any,
+) -> None:
+    parser.add_argument(name, action=Input, check=inputs.store, help=help, **options)
+
+
+def _add_suite(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "suite", action=Input, check=_suite, help="the folder that `qsl bench extract` wrote"
+    )
+
+
+def _suite(folder: str, _: argparse.Namespace) -> None:
+    if not any(Path(folder).expanduser().glob("*.benchmark.json")):
+        raise BadFile(
+            f"{folder} does not hold benchmarks: make them with `qsl bench extract FILE... --out"
+            f" {folder}`"
+        )
 
 
 def add_position(parser: argparse.ArgumentParser, position: str = "last") -> None:
     """Where in the stores to read."""
-    add_layer(parser, "one layer; default: the last one that was extracted")
+    add_layer(parser, "one layer; default: the last one that was extracted", check=inputs.unchecked)
     parser.add_argument(
         "--position",
         default=position,
@@ -48,7 +80,7 @@ def _footprints(arguments: argparse.Namespace) -> list[Footprint]:
 
 
 def _redundancy_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("suite", help=SUITE)
+    _add_suite(parser)
     add_position(parser)
     add_json(parser)
 
@@ -88,7 +120,7 @@ def _redundancy(arguments: argparse.Namespace) -> None:
 
 
 def _overlap_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("suite", help=SUITE)
+    _add_suite(parser)
     parser.add_argument("--first", help="only pairs of this benchmark with the others")
     add_position(parser)
     add_json(parser)
@@ -137,7 +169,7 @@ def _overlap(arguments: argparse.Namespace) -> None:
 
 
 def _subset_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("benchmark", help="a benchmark of a suite, such as bench/gsm8k")
+    add_benchmark(parser, "benchmark")
     parser.add_argument("--coverage", type=share, default=0.95, help="default: %(default)s")
     parser.add_argument("--out", type=output, help="write the keys of the chosen items here")
     add_position(parser)
@@ -162,7 +194,7 @@ def _subset(arguments: argparse.Namespace) -> None:
     keys = [footprint.keys[i] for i in found.chosen]
     if arguments.json:
         rows = zip(keys, found.coverage.tolist(), strict=True)
-        show(Table.of(("key", "coverage"), rows), as_json=True)
+        show(Table.of(("key", "coverage"), rows), arguments.json)
     else:
         print(found)
     if arguments.out is not None:
@@ -170,9 +202,15 @@ def _subset(arguments: argparse.Namespace) -> None:
 
 
 def _report_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("suite", help=SUITE)
+    _add_suite(parser)
     parser.add_argument("--out", type=output, required=True, help="an HTML file")
-    parser.add_argument("--scores", type=Path, help="CSV, JSONL or Parquet")
+    parser.add_argument(
+        "--scores",
+        type=Path,
+        action=Input,
+        check=inputs.file,
+        help="CSV, JSONL or Parquet",
+    )
     parser.add_argument("--control", help="the benchmark to take out (equation 12)")
     add_position(parser)
 

@@ -7,14 +7,35 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from qwen_scope_lens.cli.options import Word, count, from_zero, output, read_labels
+from qwen_scope_lens.cli import inputs
+from qwen_scope_lens.cli.inputs import Input
+from qwen_scope_lens.cli.options import (
+    Word,
+    add_json,
+    add_labels,
+    add_model,
+    add_old,
+    count,
+    from_zero,
+    output,
+    print_json,
+    read_labels,
+    remark,
+)
 from qwen_scope_lens.cli.synth.generators import add_generator_arguments, prices, roles
 
 __all__ = ["WORDS"]
 
 
 def _run_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("targets", metavar="TARGETS", type=Path, help="of `qsl synth targets`")
+    parser.add_argument(
+        "targets",
+        metavar="TARGETS",
+        type=Path,
+        action=Input,
+        check=inputs.made_by("qsl synth targets", "qsl-targets"),
+        help="of `qsl synth targets`",
+    )
     parser.add_argument(
         "--generator", required=True, help="openai:URL#MODEL, hf:MODEL or steer:MODEL"
     )
@@ -30,15 +51,27 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--recipe", default="scope", help="scope, fac, text, or a .yaml file")
     parser.add_argument("--templates", type=Path, help="folder of `qsl synth templates`")
-    parser.add_argument("--model", help="who reads; else the model of the targets' stores")
-    parser.add_argument("--device", default="cpu", help="of the reading model (%(default)s)")
+    add_model(parser, "who reads; else the model of the targets' stores", device=False)
+    parser.add_argument(
+        "--device",
+        default="cpu",
+        action=Input,
+        check=inputs.device,
+        help="of the reading model (%(default)s)",
+    )
     parser.add_argument(
         "--strength",
         type=float,
         default=8.0,
         help="of steer:MODEL, times the feature's typical activation (%(default)g)",
     )
-    parser.add_argument("--not-like", type=Path, help="a corpus that nothing may repeat")
+    parser.add_argument(
+        "--not-like",
+        type=Path,
+        action=Input,
+        check=inputs.corpus,
+        help="a corpus that nothing may repeat",
+    )
     parser.add_argument("--wave", type=count, default=64, help="candidates at a time (%(default)s)")
     recipe = parser.add_argument_group("recipe", "instead of what the recipe says")
     recipe.add_argument("--template", help="such as prompt, steered, fac, text, opening")
@@ -61,15 +94,21 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
     recipe.add_argument("--language", help="such as en; other languages are rejected")
     recipe.add_argument("--seed", type=from_zero)
     recipe.add_argument("--temperature", type=float)
-    recipe.add_argument("--caution-words", type=Path, help="a file, one word per line")
-    parser.add_argument(
-        "--caution-features",
+    recipe.add_argument(
+        "--caution-words",
         type=Path,
-        metavar="PACK",
-        help="labels of features that no harmless text may activate above --caution-above",
+        action=Input,
+        check=inputs.file,
+        help="a file, one word per line",
+    )
+    add_labels(
+        parser,
+        "a label pack: features that no harmless text may activate above --caution-above",
+        name="--caution-features",
     )
     parser.add_argument("--caution-above", type=float, default=0.0, help="(%(default)s)")
     add_generator_arguments(parser)
+    add_json(parser)
 
 
 def _run(arguments: argparse.Namespace) -> None:
@@ -144,7 +183,8 @@ def _run(arguments: argparse.Namespace) -> None:
         model=name,
         progress=True,
     )
-    print(f"stopped: {synthesis.stopped}\n{synthesis.ledger.spent}\n")
+    say = remark if arguments.json else print
+    say(f"stopped: {synthesis.stopped}\n{synthesis.ledger.spent}\n")
     unanswered = [one for one in synthesis.candidates if one.outcome.startswith("no answer")]
     if unanswered and len(unanswered) == len(synthesis.candidates):
         raise GeneratorFailed(
@@ -152,14 +192,34 @@ def _run(arguments: argparse.Namespace) -> None:
             " see that generator, replier and judge run, then run the same command again"
         )
     if synthesis.candidates:
-        print(make_report(arguments.out, targets))
-    print(f"\nrows: {arguments.out}")
+        report = make_report(arguments.out, targets)
+        if arguments.json:
+            print_json(arguments.json, report.to_dict())
+        else:
+            print(report)
+    remark(f"rows: {arguments.out}")
 
 
 def _report_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("data", metavar="DATA", type=Path, help="of `qsl synth run`")
-    parser.add_argument("--targets", type=Path, required=True, help="that the run was made with")
-    parser.add_argument("--out", "--html", type=output, help="write a page with the curve, too")
+    parser.add_argument(
+        "data",
+        metavar="DATA",
+        type=Path,
+        action=Input,
+        check=inputs.file,
+        help="of `qsl synth run`",
+    )
+    parser.add_argument(
+        "--targets",
+        type=Path,
+        required=True,
+        action=Input,
+        check=inputs.made_by("qsl synth targets", "qsl-targets"),
+        help="that the run was made with",
+    )
+    parser.add_argument("--out", type=output, help="write a page with the curve, too")
+    add_old(parser, "--html", "--out")
+    add_json(parser)
 
 
 def _report(arguments: argparse.Namespace) -> None:
@@ -172,10 +232,13 @@ def _report(arguments: argparse.Namespace) -> None:
     from qwen_scope_lens.synth.targets import TargetSet
 
     report = make_report(arguments.data, TargetSet.load(arguments.targets))
-    print(report)
+    if arguments.json:
+        print_json(arguments.json, report.to_dict())
+    else:
+        print(report)
     if arguments.out:
         report.page().save(arguments.out)
-        print(f"\npage: {arguments.out}")
+        remark(f"page: {arguments.out}")
 
 
 def _templates_arguments(parser: argparse.ArgumentParser) -> None:

@@ -5,10 +5,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from qwen_scope_lens.cli import inputs
+from qwen_scope_lens.cli.inputs import Input
 from qwen_scope_lens.cli.options import (
     Word,
+    add_labels,
     add_layer,
     add_layers,
+    add_store,
     count,
     layer_list,
     output,
@@ -20,11 +24,24 @@ __all__ = ["WORDS"]
 
 
 def _targets_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("seed", metavar="SEED", type=Path, help="store of the data to complete")
-    parser.add_argument("--reference", type=Path, help="store of anchor data, texts of the task")
-    add_layers(parser)
+    parser.add_argument(
+        "seed",
+        metavar="SEED",
+        type=Path,
+        action=Input,
+        check=inputs.store,
+        help="store of the data to complete",
+    )
+    parser.add_argument(
+        "--reference",
+        type=Path,
+        action=Input,
+        check=inputs.store,
+        help="store of anchor data, texts of the task",
+    )
+    add_layers(parser, check=_stored)
     parser.add_argument("--task", default="", help="in words, for judges and prompts")
-    parser.add_argument("--labels", type=Path, help="a label pack: descriptions of features")
+    add_labels(parser, "a label pack: descriptions of features")
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--match", metavar="REGEX", help="labels that match are relevant")
     how.add_argument("--judge", metavar="GENERATOR", help="openai:URL#MODEL or hf:MODEL")
@@ -58,6 +75,12 @@ def _targets_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--templates", type=Path, help="folder of `qsl synth templates`")
     parser.add_argument("--out", type=output, required=True, help="targets.json")
     add_generator_arguments(parser)
+
+
+def _stored(layers: list[int], arguments: argparse.Namespace) -> None:
+    manifest = inputs.store(arguments.seed, arguments)
+    for layer in layers:
+        manifest.sae(layer, arguments.seed)
 
 
 def _targets(arguments: argparse.Namespace) -> None:
@@ -141,9 +164,15 @@ def _targets(arguments: argparse.Namespace) -> None:
 
 
 def _describe_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("store", metavar="STORE", type=Path, help="of `qsl extract`")
+    add_store(parser)
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--targets", type=Path, help="features that targets.json wants")
+    which.add_argument(
+        "--targets",
+        type=Path,
+        action=Input,
+        check=inputs.made_by("qsl synth targets", "qsl-targets"),
+        help="features that targets.json wants",
+    )
     add_layer(which, "one layer: its features are --features, or all that fire")
     parser.add_argument("--features", type=layer_list, help="such as 17,4031 or 0-99")
     parser.add_argument("--generator", required=True, help="openai:URL#MODEL or hf:MODEL")

@@ -124,5 +124,5 @@ def _check_constant(edit: Edit) -> None:
     if edit.unit == "norm":
         raise BadPlan(
             f"{edit}: a strength in `norm` depends on each token's residual, a vector cannot:"
-            " give it in raw or sigma"
+            " give it in raw or typical"
         )
