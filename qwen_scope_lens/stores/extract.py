@@ -81,6 +81,7 @@ def extract(
     enable_thinking: bool | None = None,
     add_generation_prompt: bool = False,
     extreme_norm_ratio: float = EXTREME_NORM_RATIO,
+    last_token: bool = False,
     token_budget: int | None = None,
     shard_docs: int | None = None,
     append: bool = False,
@@ -102,6 +103,8 @@ def extract(
         max_tokens: longer documents are cut to this many tokens (by default to the model's
             context), or refused with `truncate=False`.
         enable_thinking: must be given for chats.
+        last_token: encode and store the last token of each document only. A footprint at the last
+            token of long prompts then takes kilobytes per layer in place of gigabytes.
         token_budget: the most tokens per batch, pads included (4096).
         shard_docs: documents per shard (512). A killed run loses at most one shard.
         append: add the documents to a store that has others.
@@ -111,7 +114,12 @@ def extract(
             work.
     """
     settings = Settings(
-        max_tokens, truncate, enable_thinking, add_generation_prompt, extreme_norm_ratio
+        max_tokens,
+        truncate,
+        enable_thinking,
+        add_generation_prompt,
+        extreme_norm_ratio,
+        last_token,
     )
     request = Request(
         model=model,

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qwen_scope_lens.errors import BadFile
+from qwen_scope_lens.errors import BadFile, StoreMismatch
 from qwen_scope_lens.models.load import load_model
 from qwen_scope_lens.models.residuals import Capture, iter_captures
 from qwen_scope_lens.models.tokenize import Content
@@ -71,8 +71,15 @@ class Reading:
         **options: Any,
     ) -> Iterator[Capture]:
         """The residuals of some texts, batch by batch. Options as of `iter_captures`."""
+        if self.settings.last_token:
+            raise StoreMismatch(
+                "the store holds the last token of each document only, and reading texts again"
+                " gives all of their tokens: extract the documents without last_token"
+            )
         wanted = self.layers if layers is None else layers
-        return iter_captures(model, texts, wanted, **{**asdict(self.settings), **options})
+        settings = asdict(self.settings)
+        del settings["last_token"]
+        return iter_captures(model, texts, wanted, **{**settings, **options})
 
     def document_residuals(
         self,
