@@ -86,18 +86,13 @@ def _show(arguments: argparse.Namespace) -> None:
     from qwen_scope_lens.tables import Table
 
     print(f"{recipe.name}: {recipe.title}\n{recipe.paper}\n")
-    known = (
-        {s.name: s for s in states(recipe, arguments.out, arguments.data)} if arguments.out else {}
-    )
-    stages = [
-        (
-            stage.name,
-            stage.what,
-            *((known[stage.name].state, known[stage.name].why) if known else ()),
-        )
-        for stage in stages_of(recipe)
-    ]
-    print(Table.of(("stage", "what it does", *(("state", "why") if known else ())), stages).text())
+    stages: list[tuple[str, ...]] = [(stage.name, stage.what) for stage in stages_of(recipe)]
+    head: tuple[str, ...] = ("stage", "what it does")
+    if arguments.out is not None:
+        known = states(recipe, arguments.out, arguments.data)
+        stages = [(*row, found.state, found.why) for row, found in zip(stages, known, strict=True)]
+        head = (*head, "state", "why")
+    print(Table.of(head, stages).text())
     settings = [
         (key, _in_short(value), recipe.open.get(key, "")) for key, value in recipe.settings.items()
     ]

@@ -84,10 +84,10 @@ def read_corpus(
     """Open a corpus: a file, a folder of `datasets`, or a dataset on the hub.
 
     A dataset on the hub is `owner/name` or `owner/name:config`, at `revision` (a commit, tag or
-    branch) if one is given. Files of lines may be gzipped (`.jsonl.gz`). `text` names the column of the text
-    or of the chat messages (by default `text`, else `messages`), `key` the column of the documents'
-    names (by default `key`, else `id`, else the documents are numbered). `labels` names the columns
-    to keep; by default these are all other columns with plain values (texts, numbers, booleans).
+    branch) if one is given. Files of lines may be gzipped (`.jsonl.gz`). `text` names the column of
+    the text or of the chat messages (by default `text`, else `messages`), `key` the column of the
+    documents' names (by default `key`, else `id`, else they are numbered). `labels` names the
+    columns to keep; by default these are all other columns with plain values (texts, numbers, booleans).
     Empty texts are an error unless `skip_empty`. Unpaired surrogates, which tokenizers refuse,
     become U+FFFD.
     """
