@@ -211,6 +211,7 @@ SHOWN = {
     "bench-redundancy": ("Spearman of R and R-hat",),
     "bench-overlap": ("overlap_min and scores, Spearman",),
     "bench-mmlu-pro": ("Spearman of R and R-hat",),
+    "steering-cases": ("the same with feature 6159 suppressed, best coherent dose",),
     "toxicity": ("best English F1 on test", "best English F1, first tokens counted"),
 }
 

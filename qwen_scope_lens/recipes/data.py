@@ -1,9 +1,9 @@
 """The sources of a recipe: rows of a local file, or of a data set on the hub at its revision.
 
-A source says where its rows come from (`hub` with `configs`, `split` and `revision`, or `file` in
-the folder that `--data` names), which of them count (`where`: column -> value or list of values)
-and how columns are called here (`columns`: our name -> theirs). With `by`, each value of a column
-is a part of its own, such as a category of MMLU-Pro.
+A source says where its rows come from (`rows` in the recipe itself, `hub` with `configs`, `split`
+and `revision`, or `file` in the folder that `--data` names), which of them count (`where`: column
+-> value or list of values) and how columns are called here (`columns`: our name -> theirs). With
+`by`, each value of a column is a part of its own, such as a category of MMLU-Pro.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ __all__ = ["local_file", "rows_of", "text_rows"]
 def local_file(work: Work, name: str) -> Path | None:
     """The file of a source in the data folder; None where the hub is read."""
     source = work.source(name)
+    if "rows" in source and "file" not in source:
+        return None
     if work.run.data is None:
         if "hub" not in source and "task" not in source:
             raise BadCorpus(
@@ -76,6 +78,11 @@ def text_rows(work: Work, name: str, *needed: str) -> list[dict[str, Any]]:
 def _raw(source: Mapping[str, Any], path: Path | None) -> Iterator[tuple[str, dict[str, Any]]]:
     if path is not None:
         yield from read_rows(path)
+        return
+    if "rows" in source:
+        yield from (
+            (f"row {number} of the recipe", row) for number, row in enumerate(source["rows"])
+        )
         return
     for config in source.get("configs") or [None]:
         name = source["hub"] if config is None else f"{source['hub']}:{config}"

@@ -76,6 +76,7 @@ class Run:
     model: Any = None  # in memory, in place of the recipe's name
     options: Mapping[str, Any] = field(default_factory=dict)  # device, token_budget, sae_memory
     say: Callable[[str], None] = lambda line: None
+    loaded: dict[int | None, Any] = field(default_factory=dict)  # models, by their last layer
 
     def __post_init__(self) -> None:
         if self.data is None and self.recipe.is_smoke:
@@ -158,14 +159,18 @@ class Work:
         dtype = self["dtype"]
         if dtype not in DTYPES:
             raise UnknownName(f"dtype {dtype!r:.40}: expected one of {DTYPES}")
+        if up_to_layer in self.run.loaded:
+            return self.run.loaded[up_to_layer]
+        self.run.loaded.clear()  # one model in memory at a time
         self.say(f"loading {name}")
-        return load_model(
+        self.run.loaded[up_to_layer] = load_model(
             name,
             dtype=None if dtype is None else getattr(torch, dtype),
             up_to_layer=up_to_layer,
             device=self.options.get("device"),
             revision=self["model_revision"],
         )
+        return self.run.loaded[up_to_layer]
 
     def _note(self, what: str, key: str) -> None:
         if f"{what}:{key}" in self.reads:

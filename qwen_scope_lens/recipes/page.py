@@ -125,6 +125,8 @@ def _short(value: Any) -> str:
 def _source(run: Run, source: Mapping[str, Any]) -> str:
     if run.data is not None and "file" in source:
         return f"{source['file']} (local file)"
+    if "rows" in source:
+        return f"{len(source['rows'])} rows in the recipe"
     if "task" in source:
         return f"lm-eval's task {source['task']}"
     return f"{source.get('hub')}, revision {source.get('revision') or 'the newest'}"

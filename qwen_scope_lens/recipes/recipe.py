@@ -33,6 +33,11 @@ KINDS: Mapping[str, Mapping[str, str]] = {
         "footprints": "features at the last token of every prompt",
         "measure": "R, R-hat, overlap, and the panel's results",
     },
+    "steering": {
+        "layers": "which layer's feature of this number the texts of the case activate",
+        "blame": "where the feature stands among those that the bad reply activates",
+        "doses": "effect and cost against strength, beside random directions",
+    },
     "toxicity": {
         "texts": "labelled texts of every language, with a fixed split",
         "features": "features of all languages in one store",
@@ -47,6 +52,7 @@ a `Work`, and `draw` for the page."""
 NEEDED = ("name", "kind", "title", "paper", "settings", "data", "figures", "estimate", "smoke")
 ALLOWED = (*NEEDED, "open")
 SOURCE_KEYS = (
+    "rows",
     "hub",
     "configs",
     "split",
@@ -199,8 +205,8 @@ def _check_sources(path: Path | str, data: Mapping[str, Any]) -> None:
                 f"{path}: source {name} has {', '.join(sorted(map(str, extra)))!r:.80}: expected"
                 f" some of {', '.join(SOURCE_KEYS)}"
             )
-        if not {"hub", "task", "file"} & set(source):
-            raise BadFile(f"{path}: source {name} names no hub data set, no task and no file")
+        if not {"rows", "hub", "task", "file"} & set(source):
+            raise BadFile(f"{path}: source {name} has no rows, hub data set, task or file")
 
 
 def _leaves(value: Any, path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], Any]]:

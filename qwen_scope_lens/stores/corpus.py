@@ -87,9 +87,9 @@ def read_corpus(
     branch) if one is given. Files of lines may be gzipped (`.jsonl.gz`). `text` names the column of
     the text or of the chat messages (by default `text`, else `messages`), `key` the column of the
     documents' names (by default `key`, else `id`, else they are numbered). `labels` names the
-    columns to keep; by default these are all other columns with plain values (texts, numbers, booleans).
-    Empty texts are an error unless `skip_empty`. Unpaired surrogates, which tokenizers refuse,
-    become U+FFFD.
+    columns to keep; by default these are all other columns with plain values (texts, numbers,
+    booleans). Empty texts are an error unless `skip_empty`. Unpaired surrogates, which tokenizers
+    refuse, become U+FFFD.
     """
     columns = _Columns(text, None if labels is None else tuple(labels), key, skip_empty)
     place, reader = _opened(path, split, revision)
