@@ -1,4 +1,4 @@
-"""Footprints at the last token only, panels as others publish them, and benchmarks cut to one size."""
+"""Footprints at the last token only, published panels, and benchmarks cut to one size."""
 
 from __future__ import annotations
 

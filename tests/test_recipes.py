@@ -212,6 +212,8 @@ SHOWN = {
     "bench-overlap": ("overlap_min and scores, Spearman",),
     "bench-mmlu-pro": ("Spearman of R and R-hat",),
     "steering-cases": ("the same with feature 6159 suppressed, best coherent dose",),
+    "sasft": ("code-switching ratio after SASFT, %",),
+    "repetition-rl": ("repeat ratio before", "repeat ratio after vanilla GRPO"),
     "toxicity": ("best English F1 on test", "best English F1, first tokens counted"),
 }
 

@@ -56,7 +56,8 @@ def rows_of(work: Work, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
         if any(row.get(key) not in values for key, values in where.items()):
             continue
         found += 1
-        yield place, {**row, **{ours: row.get(theirs) for ours, theirs in columns.items()}}
+        named = {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}
+        yield place, {**row, **named}
     if not found:
         raise BadCorpus(f"source {name} has no rows" + (f" with {where}" if where else ""))
 

@@ -45,6 +45,19 @@ KINDS: Mapping[str, Mapping[str, str]] = {
         "across": "transfer from the first language, overlap of best features",
         "efficiency": "less discovery data, macro-averaged over languages",
     },
+    "sasft": {
+        "table": "features of the target language by monolinguality, and their thresholds",
+        "train": "one fine-tuning run for each lambda; 0 is plain fine-tuning",
+        "replies": "sampled replies of every arm, and their code-switching ratio",
+    },
+    "repetition": {
+        "loops": "replies of the model itself that end in a loop",
+        "rises": "features that rise most over a repetition",
+        "causes": "which of them make the model loop, beside random directions",
+        "gates": "steered replies loop, replies with a random direction do not",
+        "train": "GRPO with rare negatives, and vanilla GRPO",
+        "ratios": "repeat ratio on held-out prompts at every checkpoint",
+    },
 }
 """The stages of each kind. A kind is a module of this room, with one function per stage that takes
 a `Work`, and `draw` for the page."""
