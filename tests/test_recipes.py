@@ -13,7 +13,13 @@ import pytest
 
 import qwen_scope_lens as qsl
 from qwen_scope_lens.cli import main
-from qwen_scope_lens.errors import BadCorpus, BadFile, CannotWrite, UnknownName
+from qwen_scope_lens.errors import (
+    BadCorpus,
+    BadFile,
+    CannotWrite,
+    LayerOutOfRange,
+    UnknownName,
+)
 from qwen_scope_lens.recipes import Recipe, names, open_recipe, run, states
 from qwen_scope_lens.recipes import recipe as recipes
 from qwen_scope_lens.recipes.engine import Work
@@ -57,6 +63,21 @@ def test_settings_are_changed_by_name_and_unknown_ones_are_refused() -> None:
             recipe.with_settings({key: 1})
 
 
+@pytest.mark.parametrize("layers", [5, [], [1.5], "some", [99], None])
+def test_layers_are_a_list_or_all(layers: Any) -> None:
+    recipe = open_recipe("toxicity")
+    assert recipe.with_settings({"layers": "all"}).layers == list(range(28))
+    with pytest.raises((BadFile, LayerOutOfRange)):
+        estimate(recipe.with_settings({"layers": layers}))
+
+
+def test_a_recipe_of_ones_own_has_all_settings_of_its_kind(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(recipes.recipe_text("toxicity").replace("  overlap_top: 10\n", ""))
+    with pytest.raises(BadFile, match="settings lacks overlap_top"):
+        open_recipe(mine)
+
+
 @pytest.mark.parametrize(
     ("was", "now", "said"),
     [
@@ -83,7 +104,7 @@ name: fake
 kind: fake
 title: t
 paper: section 0
-settings: {n: 3, m: 1, model: mini-qwen3, model_revision: null, sae: mini-qwen3/w1k-l0-16}
+settings: {n: 3, m: 1, layers: [1], model: mini-qwen3, sae: mini-qwen3/w1k-l0-16}
 open: {n: why}
 data: {rows: {file: rows.jsonl}}
 figures: [{name: f, ours: one.value, paper: 3, tolerance: 0.1}]
@@ -218,6 +239,9 @@ SHOWN = {
 }
 
 
+SLOW = ("repetition-rl",)  # two training runs, and replies of three models
+
+
 def test_every_recipe_has_its_smoke_run() -> None:
     assert set(SHOWN) == set(names())
 
@@ -227,7 +251,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("smoke")
 
 
-@pytest.mark.parametrize("name", SHOWN)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in SHOWN],
+)
 def test_smoke(name: str, mini: Any, folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Recipes of one kind share a folder: their smoke runs read the same and are done once."""
     recipe = open_recipe(name).for_smoke()

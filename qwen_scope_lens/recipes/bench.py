@@ -30,7 +30,7 @@ from qwen_scope_lens.bench.prompts import (
     sampled,
     task_prompts,
 )
-from qwen_scope_lens.bench.suite import extract_suite, open_suite, suite_layers
+from qwen_scope_lens.bench.suite import extract_suite, open_suite
 from qwen_scope_lens.errors import BadCorpus, TooLittleData
 from qwen_scope_lens.files import whole_file
 from qwen_scope_lens.pages import Page, chart
@@ -77,7 +77,7 @@ def footprints(work: Work) -> Mapping[str, Any]:
     documents = {
         name: list(read_prompts(work.path("prompts", f"{name}.jsonl"), how)) for name in names
     }
-    layers = suite_layers(work["sae"], work["layers"])
+    layers = work.layers
     suite = extract_suite(
         documents,
         work.model(up_to_layer=layers[-1]),

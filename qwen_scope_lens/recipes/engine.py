@@ -114,7 +114,15 @@ class Work:
     def __getitem__(self, key: str) -> Any:
         """A setting of the recipe."""
         self._note("setting", key)
+        if key not in self.run.recipe.settings:
+            raise UnknownName(f"the recipe has no setting {key!r}, and stage {self.stage} reads it")
         return self.run.recipe.settings[key]
+
+    @property
+    def layers(self) -> list[int]:
+        """The layers of the recipe, ascending."""
+        _ = self["layers"], self["sae"]
+        return self.run.recipe.layers
 
     def source(self, name: str) -> Mapping[str, Any]:
         """How the recipe describes a source of data."""

@@ -44,8 +44,7 @@ class Estimate:
 def estimate(recipe: Recipe, sae_memory: int | None = None) -> Estimate:
     """The estimate of a recipe with its present settings."""
     group = find_group(str(recipe.settings["sae"]))
-    wanted = recipe.settings.get("layers") or "all"
-    layers = group.layers if wanted == "all" else [group.check_layer(layer) for layer in wanted]
+    layers = recipe.layers
     sizes = recipe.estimate
     depth, width = group.backbone.num_layers, group.d_model
     dense = 12.0 * depth * width**2 + 2.0 * VOCABULARY * width

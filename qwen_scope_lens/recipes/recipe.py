@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from qwen_scope_lens.catalog import find_group
 from qwen_scope_lens.errors import BadFile, UnknownName
 from qwen_scope_lens.files import load_yaml, read_text
 
@@ -123,7 +124,24 @@ class Recipe:
                 changed.append((key, place.get(last), value))
             place[last] = value
         _check_sources(self.name, parts["data"])
-        return replace(self, **parts, changed=tuple(changed))
+        return replace(
+            self,
+            settings=parts["settings"],
+            data=parts["data"],
+            estimate=parts["estimate"],
+            changed=tuple(changed),
+        )
+
+    @property
+    def layers(self) -> list[int]:
+        """The layers of the setting `layers`, `all` or a list, as the group of SAEs has them."""
+        group, wanted = find_group(str(self.settings["sae"])), self.settings["layers"]
+        if wanted == "all":
+            return list(group.layers)
+        good = isinstance(wanted, list) and wanted and all(type(n) is int for n in wanted)
+        if not good:
+            raise BadFile(f"layers is {wanted!r:.60}: expected all, or a list such as [10, 20]")
+        return sorted({group.check_layer(layer) for layer in wanted})
 
     def for_smoke(self) -> Recipe:
         """The same stages on the embedded mini and its held-out texts."""
@@ -200,6 +218,8 @@ def _checked(path: Path, content: Any) -> Recipe:
         raise BadFile(f"{path}: open names {', '.join(lost)}, which settings does not have")
     if lost := [k for k in content["smoke"].get("settings", {}) if k not in content["settings"]]:
         raise BadFile(f"{path}: smoke sets {', '.join(lost)}, which settings does not have")
+    if lost := sorted(_settings_of(content["kind"], path) - set(content["settings"])):
+        raise BadFile(f"{path}: settings lacks {', '.join(lost)}, which its stages read")
     _check_sources(path, content["data"])
     _check_sources(path, content["smoke"].get("data", {}))
     try:
@@ -208,6 +228,14 @@ def _checked(path: Path, content: Any) -> Recipe:
         parts = ", ".join(part.name for part in fields(Figure))
         raise BadFile(f"{path}: a figure has other parts than {parts} ({error})") from error
     return Recipe(**{**content, "figures": figures})
+
+
+def _settings_of(kind: str, path: Path) -> set[str]:
+    """The settings that every recipe of a kind has, by one that comes with the package."""
+    if path.parent == FOLDER:
+        return set()
+    shipped = (load_yaml(file) for file in sorted(FOLDER.glob("*.yaml")))
+    return next((set(one["settings"]) for one in shipped if one["kind"] == kind), set())
 
 
 def _check_sources(path: Path | str, data: Mapping[str, Any]) -> None:

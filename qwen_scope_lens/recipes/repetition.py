@@ -64,7 +64,7 @@ def rises(work: Work) -> Mapping[str, Any]:
         read_corpus(work.path("loops", "loops.jsonl"), text="text"),
         model=work.model(),
         group=work["sae"],
-        layers=work["layers"],
+        layers=work.layers,
         out=work.path("rises", "store"),
         sae_revision=work["sae_revision"],
         progress=not work.is_smoke,

@@ -39,9 +39,9 @@ def table(work: Work) -> Mapping[str, Any]:
     ]
     store = extract(
         rows,
-        model=work.model(up_to_layer=max(work["layers"])),
+        model=work.model(up_to_layer=max(work.layers)),
         group=work["sae"],
-        layers=work["layers"],
+        layers=work.layers,
         out=work.path("table", "store"),
         max_tokens=work["max_tokens"],
         sae_revision=work["sae_revision"],
@@ -103,7 +103,7 @@ def train(work: Work) -> Mapping[str, Any]:
                 **work["trainer"],
                 "output_dir": f"lambda-{lam:g}",
                 "targets": [work["target"]],
-                "layers": list(work["layers"]),
+                "layers": list(work.layers),
                 "features_per_layer": work["features_per_layer"],
                 "threshold": work["threshold"],
                 "lam": float(lam),

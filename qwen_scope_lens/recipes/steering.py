@@ -46,7 +46,7 @@ def layers(work: Work) -> Mapping[str, Any]:
         rows,
         model=work.model(),
         group=work["sae"],
-        layers=work["layers"],
+        layers=work.layers,
         out=work.folder,
         max_tokens=work["max_tokens"],
         sae_revision=work["sae_revision"],

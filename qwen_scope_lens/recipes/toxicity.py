@@ -77,7 +77,7 @@ def texts(work: Work) -> Mapping[str, Any]:
 def features(work: Work) -> Mapping[str, Any]:
     """All texts through the model once, with every layer of the recipe."""
     corpus = read_corpus(work.path("texts", "texts.jsonl"), text="text")
-    layers = work["layers"]
+    layers = work.layers
     store = extract(
         corpus,
         model=work.model(up_to_layer=max(layers)),

@@ -103,8 +103,8 @@ def extract(
         max_tokens: longer documents are cut to this many tokens (by default to the model's
             context), or refused with `truncate=False`.
         enable_thinking: must be given for chats.
-        last_token: encode and store the last token of each document only. A footprint at the last
-            token of long prompts then takes kilobytes per layer in place of gigabytes.
+        last_token: encode and store the last token of each document only, which is all that a
+            footprint of prompts needs.
         token_budget: the most tokens per batch, pads included (4096).
         shard_docs: documents per shard (512). A killed run loses at most one shard.
         append: add the documents to a store that has others.

@@ -62,7 +62,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--last-token",
         action="store_true",
-        help="store the last token of each prompt only: kilobytes instead of gigabytes",
+        help="store the last token of each prompt only; no other position can be read then",
     )
     parser.add_argument("--limit", type=count, help="draw this many items of each benchmark by lot")
     parser.add_argument(
