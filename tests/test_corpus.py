@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -210,14 +211,25 @@ def test_a_dataset_on_the_hub_may_name_its_configuration(monkeypatch: pytest.Mon
 
     asked = []
 
-    def load(*names: Any) -> dict[str, Any]:
-        asked.append(names)
+    def load(*names: Any, revision: str | None) -> dict[str, Any]:
+        asked.append((*names, revision))
         return {"train": datasets.Dataset.from_list([{"text": "a"}]), "test": []}
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     assert [d.text for d in read_corpus("cais/mmlu:all", split="train")] == ["a"]
-    assert [d.text for d in read_corpus("imdb", split="train")] == ["a"]
-    assert asked == [("cais/mmlu", "all"), ("imdb", None)]
+    assert [d.text for d in read_corpus("imdb", split="train", revision="v2")] == ["a"]
+    assert asked == [("cais/mmlu", "all", None), ("imdb", None, "v2")]
+
+
+def test_gzipped_lines_are_read_and_a_cut_file_is_refused(tmp_path: Path) -> None:
+    whole = gzip.compress(b'{"text": "a"}\n{"text": "b"}\n')
+    (tmp_path / "whole.jsonl.gz").write_bytes(whole)
+    (tmp_path / "cut.jsonl.gz").write_bytes(whole[:-9])
+    (tmp_path / "plain.jsonl.gz").write_bytes(b'{"text": "a"}\n')
+    assert [d.text for d in read_corpus(tmp_path / "whole.jsonl.gz")] == ["a", "b"]
+    for name in ("cut", "plain"):
+        with pytest.raises(BadCorpus, match="not a whole gzip file"):
+            list(read_corpus(tmp_path / f"{name}.jsonl.gz"))
 
 
 def test_whole_numbers_beyond_64_bits_are_kept_as_text() -> None:

@@ -32,6 +32,7 @@ FLOORS = (
     ("site",),
     ("app",),
     ("mini",),
+    ("recipes",),
     ("cli",),
 )
 LEVEL = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

@@ -11,12 +11,15 @@ from .coverage import coverage_curve as coverage_curve
 from .coverage import missed as missed
 from .coverage import redundancy as redundancy
 from .coverage import redundancy_at as redundancy_at
+from .equal_size import equal_overlap as equal_overlap
+from .equal_size import equal_redundancy as equal_redundancy
 from .footprint import Footprint as Footprint
 from .footprint import footprint as footprint
 from .overlap import ceiling as ceiling
 from .overlap import overlap as overlap
 from .overlap import overlap_matrix as overlap_matrix
 from .panel import agreement as agreement
+from .panel_files import read_panel as read_panel
 from .prompts import PromptFormat as PromptFormat
 from .prompts import read_prompts as read_prompts
 from .report import save_report as save_report

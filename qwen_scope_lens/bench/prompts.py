@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import re
 import string
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ __all__ = [
     "COLUMNS",
     "FEWSHOT_SEED",
     "PromptFormat",
+    "prompts_of",
     "read_prompts",
     "rendered",
     "sampled",
@@ -38,6 +39,8 @@ __all__ = [
 
 COLUMNS = ("prompt", "question", "text", "input", "problem")
 """The columns that are tried in this order if neither a column nor a template is given."""
+
+LETTERS = "letters"
 
 KEYS = ("key", "id", "task_id", "question_id")
 
@@ -57,12 +60,19 @@ class PromptFormat:
 
 def read_prompts(path: str | os.PathLike[str], how: PromptFormat) -> Iterator[Document]:
     """Read the prompts of a file, a folder of `datasets`, or a dataset on the hub."""
+    yield from prompts_of(read_rows(path, split=how.split), how, str(path))
+
+
+def prompts_of(
+    rows: Iterable[tuple[str, Mapping[str, Any]]], how: PromptFormat, name: str
+) -> Iterator[Document]:
+    """Make prompts of rows, each of which comes with its place for error messages."""
     if how.column and how.template:
         raise BadCorpus("pass a column or a template, not both")
     if any(_utf8(part) != part for part in (how.column or "", how.template or "")):
         raise BadCorpus("the column or the template holds half of a surrogate pair: expected text")
     count = 0
-    for count, (where, row) in enumerate(read_rows(path, split=how.split), start=1):
+    for count, (where, row) in enumerate(rows, start=1):
         text = rendered(row, how, where)
         named = _utf8(str(next((row[k] for k in KEYS if row.get(k) is not None), count - 1)))
         if how.chat:
@@ -70,7 +80,7 @@ def read_prompts(path: str | os.PathLike[str], how: PromptFormat) -> Iterator[Do
         else:
             yield Document(named, text, None, {})
     if not count:
-        raise BadCorpus(f"{path} has no items")
+        raise BadCorpus(f"{name} has no items")
 
 
 def sampled(n: int, limit: int | None, seed: int = 0) -> list[int]:
@@ -124,7 +134,10 @@ def _utf8(text: str) -> str:
 
 
 class _Strict(string.Formatter):
-    """Formats `{name}` and `{name[0]}` of a row and refuses access to anything else."""
+    """Formats `{name}` and `{name[0]}` of a row and refuses access to anything else.
+
+    `{name:letters}` writes a list as answer choices, one per line: A. .., B. .., and so on.
+    """
 
     def get_field(self, field_name: str, args: Any, kwargs: Any) -> Any:
         if "." in field_name or not field_name or field_name.isdecimal():
@@ -134,6 +147,11 @@ class _Strict(string.Formatter):
     def format_field(self, value: Any, format_spec: str) -> Any:
         if re.search(r"\d{5}", format_spec):
             raise ValueError(f"a width or precision of {format_spec[:20]}: expected at most 9999")
+        if format_spec == LETTERS:
+            if not isinstance(value, (list, tuple)) or len(value) > len(string.ascii_uppercase):
+                raise ValueError(f"{LETTERS} is for a list of at most 26 answer choices")
+            choices = zip(string.ascii_uppercase, value, strict=False)
+            return "\n".join(f"{letter}. {choice}" for letter, choice in choices)
         return super().format_field(value, format_spec)
 
 

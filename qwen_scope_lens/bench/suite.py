@@ -38,6 +38,10 @@ __all__ = [
 
 FORMAT, VERSION = "qwen-scope-lens/benchmark", 1
 MADE_BY = "qsl bench extract"
+ONLY_LAST = (
+    "{}: only the last token of each prompt was stored, so position {} cannot be read. Extract it"
+    " into another folder without --last-token"
+)
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,10 @@ class Suite:
         raise UnknownName(
             f"{self.folder} has no benchmark {name!r}: it has {', '.join(self.names)}"
         )
+
+    def keys(self) -> dict[str, list[str]]:
+        """The ids of the items of every benchmark."""
+        return {b.name: b.store.documents(["key"])["key"].to_pylist() for b in self.benchmarks}
 
     def footprints(self, layer: int | None = None, position: str = "last") -> list[Footprint]:
         chosen = self.layers[-1] if layer is None else layer
@@ -198,11 +206,16 @@ def read_footprint(
         raise StoreMismatch(f"{store.path} is not finished: run the same `{MADE_BY}` again")
     documents = store.documents(["key", "n_tokens", "truncated"])
     label = name or store.path.name
+    only_last = store.manifest.settings.last_token
     if position == "any":
+        if only_last:
+            raise StoreMismatch(ONLY_LAST.format(label, position))
         matrix = pool(store, chosen, how="any")
     else:
         back = 1 if position == "last" else _steps_back(position)
         lengths = documents["n_tokens"].to_numpy()
+        if back > 1 and only_last:
+            raise StoreMismatch(ONLY_LAST.format(label, position))
         cut = int(np.count_nonzero(documents["truncated"].to_numpy()))
         if cut:
             raise BadCorpus(

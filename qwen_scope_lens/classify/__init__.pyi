@@ -4,6 +4,7 @@ from .experiments import best_test_layer as best_test_layer
 from .experiments import by_layer as by_layer
 from .experiments import efficiency as efficiency
 from .experiments import overlap as overlap
+from .experiments import overlap_pairs as overlap_pairs
 from .experiments import transfer as transfer
 from .methods import Documents as Documents
 from .methods import Method as Method

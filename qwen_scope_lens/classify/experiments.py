@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -28,6 +27,7 @@ __all__ = [
     "by_layer",
     "efficiency",
     "overlap",
+    "overlap_pairs",
     "subset",
     "transfer",
 ]
@@ -103,16 +103,27 @@ def overlap(documents: Mapping[str, Documents], top: int = 10) -> list[Overlap]:
         raise TooLittleData(
             f"overlap needs two languages or more; found {', '.join(documents) or 'none'}"
         )
-    first = next(iter(documents.values())).pooled
     found = []
+    pairs = np.triu_indices(len(documents), 1)
+    for layer, table in overlap_pairs(documents, top).items():
+        low, high = np.quantile(table[pairs], [0.25, 0.75])
+        found.append(Overlap(layer, float(table[pairs].mean()), float(low), float(high)))
+    return found
+
+
+def overlap_pairs(documents: Mapping[str, Documents], top: int = 10) -> dict[int, np.ndarray]:
+    """The same for every pair of languages: `{layer: [languages, languages]}`, 1 on the diagonal.
+
+    `{layer: ..}` in the order of the layers; a heat map of one is a figure of the paper.
+    """
+    first = next(iter(documents.values())).pooled
+    found = {}
     for facts in first.source.layers:
         sets = []
         for part in documents.values():
             delta = rate_differences(part.pooled.layer(facts.layer), part.truth)
             sets.append(set(np.argsort(-delta, kind="stable")[:top].tolist()))
-        values = [len(a & b) / len(a | b) for a, b in combinations(sets, 2)]
-        low, high = np.quantile(values, [0.25, 0.75])
-        found.append(Overlap(facts.layer, float(np.mean(values)), float(low), float(high)))
+        found[facts.layer] = np.array([[len(a & b) / len(a | b) for b in sets] for a in sets])
     return found
 
 

@@ -98,8 +98,12 @@ def documents_of(
     *,
     layers: Sequence[int] | None = None,
     language: str | None = None,
+    keep: bool = True,
 ) -> Documents:
-    """The documents of a store that have the label; `language` names the label of languages."""
+    """The documents of a store that have the label; `language` names the label of languages.
+
+    `keep` leaves out first tokens and tokens of extreme norm.
+    """
     truth, known = task.truth(store.labels(task.label))
     rows = np.nonzero(known)[0]
     languages = None
@@ -110,7 +114,7 @@ def documents_of(
     return Documents(
         tuple(texts[i] or "" for i in rows),
         truth[rows],
-        pool_layers(store, layers, docs=rows),
+        pool_layers(store, layers, keep, docs=rows),
         {},
         languages,
     )

@@ -39,6 +39,7 @@ __all__ = [
     "device",
     "edit",
     "file",
+    "file_or_folder",
     "free_port",
     "group",
     "group_layers",
@@ -113,6 +114,12 @@ def file(path: Path | str, _: argparse.Namespace) -> None:
         raise BadFile(f"{path} is a folder: expected a file") from error
     if empty:
         raise BadFile(f"{path} is empty")
+
+
+def file_or_folder(path: Path | str, arguments: argparse.Namespace) -> None:
+    """A folder, or a file that is there and is not empty."""
+    if not Path(path).expanduser().is_dir():
+        file(path, arguments)
 
 
 def made_by(verb: str, format: str) -> Check:

@@ -56,6 +56,7 @@ SECTIONS = {
         "classify": "documents by rules over features, beside probes",
         "synth": "find features that data never activates, write data that does",
         "train": "SASFT and rare negatives on TRL, their features and metrics",
+        "reproduce": "the paper's experiments as recipes: one command each, one page at the end",
     },
 }
 VERBS = {verb: what for section in SECTIONS.values() for verb, what in section.items()}

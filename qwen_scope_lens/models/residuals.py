@@ -88,6 +88,24 @@ class Capture:
         """For every token, its document's position in `doc_ids`. `[n_tokens]`, int64."""
         return torch.repeat_interleave(torch.arange(len(self)), self.offsets.diff())
 
+    def last_tokens(self) -> Capture:
+        """The last token of every document, and nothing else (copies, not views)."""
+        rows = self.offsets[1:] - 1
+
+        def of(parts: dict[int, Tensor]) -> dict[int, Tensor]:
+            return {layer: x[rows.to(x.device)] for layer, x in parts.items()}
+
+        return replace(
+            self,
+            residuals=of(self.residuals),
+            norms=of(self.norms),
+            extreme=of(self.extreme),
+            first=self.first[rows.to(self.first.device)],
+            token_ids=self.token_ids[rows],
+            offsets=torch.arange(len(self) + 1),
+            char_spans=tuple(None if spans is None else spans[-1:] for spans in self.char_spans),
+        )
+
     def doc(self, i: int) -> Capture:
         """The i-th document by itself, as views of the same tensors."""
         i = range(len(self))[i]

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_scope_lens.errors import BadCorpus
-from qwen_scope_lens.stores.corpus_formats import READERS, Datasets, Given
+from qwen_scope_lens.stores.corpus_formats import READERS, Datasets, Given, suffix_of
 from qwen_scope_lens.stores.manifest import RESERVED, join_label_types
 
 __all__ = ["Corpus", "Document", "Survey", "as_corpus", "read_corpus", "read_rows", "survey"]
@@ -88,36 +88,40 @@ def read_corpus(
     *,
     key: str | None = None,
     split: str | None = None,
+    revision: str | None = None,
     skip_empty: bool = False,
 ) -> Corpus:
     """Open a corpus: a file, a folder of `datasets`, or a dataset on the hub.
 
-    A dataset on the hub is `owner/name` or `owner/name:config`. `text` names the column of the text
-    or of the chat messages (by default `text`, else `messages`), `key` the column of the documents'
-    names (by default `key`, else `id`, else the documents are numbered). `labels` names the columns
-    to keep; by default these are all other columns with plain values (texts, numbers, booleans).
-    Empty texts are an error unless `skip_empty`. Unpaired surrogates, which tokenizers refuse,
-    become U+FFFD.
+    A dataset on the hub is `owner/name` or `owner/name:config`, at `revision` (a commit, tag or
+    branch) if one is given. Files of lines may be gzipped (`.jsonl.gz`). `text` names the column of
+    the text or of the chat messages (by default `text`, else `messages`), `key` the column of the
+    documents' names (by default `key`, else `id`, else they are numbered). `labels` names the
+    columns to keep; by default these are all other columns with plain values (texts, numbers,
+    booleans). Empty texts are an error unless `skip_empty`. Unpaired surrogates, which tokenizers
+    refuse, become U+FFFD.
     """
     columns = _Columns(text, None if labels is None else tuple(labels), key, skip_empty)
-    place, reader = _opened(path, split)
+    place, reader = _opened(path, split, revision)
     size = place.stat().st_size if isinstance(place, Path) and place.is_file() else None
     return Corpus(str(path), _Source(place, reader, columns), size)
 
 
 def read_rows(
-    path: str | os.PathLike[str], *, split: str | None = None
+    path: str | os.PathLike[str], *, split: str | None = None, revision: str | None = None
 ) -> Iterator[tuple[str, Row]]:
     """The rows of anything that `read_corpus` reads, each with its place for error messages."""
-    place, reader = _opened(path, split)
+    place, reader = _opened(path, split, revision)
     yield from reader(place)
 
 
-def _opened(path: str | os.PathLike[str], split: str | None) -> tuple[Any, Reader]:
+def _opened(
+    path: str | os.PathLike[str], split: str | None, revision: str | None
+) -> tuple[Any, Reader]:
     """The file, folder or hub name that is meant, and its reader."""
     place = Path(path).expanduser()
     if place.is_file():
-        suffix = place.suffix.lower()
+        suffix = suffix_of(place)
         if suffix not in READERS:
             raise BadCorpus(
                 f"{place}: {suffix or 'a file without an ending'} is not a known format. Expected"
@@ -131,9 +135,9 @@ def _opened(path: str | os.PathLike[str], split: str | None) -> tuple[Any, Reade
             f"{path} is neither a file nor a folder: a corpus is read several times, which a pipe"
             " or a device does not allow. Write it to a file first"
         )
-    if place.suffix.lower() in READERS or not re.fullmatch(HUB_NAME, str(path)):
+    if suffix_of(place) in READERS or not re.fullmatch(HUB_NAME, str(path)):
         raise BadCorpus(f"{path} does not exist")
-    return path, Datasets(split, on_hub=True)
+    return path, Datasets(split, on_hub=True, revision=revision)
 
 
 def as_corpus(documents: Any, name: str = "documents given in Python") -> Corpus:

@@ -7,7 +7,9 @@ are the text, the key and the labels.
 from __future__ import annotations
 
 import csv
+import gzip
 import json
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +17,9 @@ from typing import Any, TextIO
 
 from qwen_scope_lens.errors import BadCorpus, HubUnreachable
 
-__all__ = ["READERS", "Datasets", "Given"]
+__all__ = ["READERS", "Datasets", "Given", "suffix_of"]
+
+GZIPPED = ".gz"
 
 MOST_IN_A_LINE = 2**26
 """The most characters in one line of a corpus."""
@@ -86,10 +90,18 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     try:
-        with path.open(encoding="utf-8-sig", newline="\n") as file:
+        with _open_text(path) as file:
             yield from enumerate(_bounded(file, path), start=1)
     except UnicodeDecodeError as error:
         raise BadCorpus(f"{path} is not UTF-8: {error}") from error
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise BadCorpus(f"{path} is not a whole gzip file: {error}") from error
+
+
+def _open_text(path: Path) -> TextIO:
+    if path.suffix.lower() == GZIPPED:
+        return gzip.open(path, "rt", encoding="utf-8-sig", newline="\n")
+    return path.open(encoding="utf-8-sig", newline="\n")
 
 
 def _bounded(file: TextIO, path: Path) -> Iterator[str]:
@@ -126,6 +138,7 @@ class Datasets:
 
     split: str | None
     on_hub: bool
+    revision: str | None = None  # of a dataset on the hub
 
     def __call__(self, place: Any) -> Iterator[tuple[str, Any]]:
         import datasets
@@ -133,7 +146,7 @@ class Datasets:
         try:
             if self.on_hub:
                 name, _, config = str(place).partition(":")
-                found = datasets.load_dataset(name, config or None)
+                found = datasets.load_dataset(name, config or None, revision=self.revision)
             else:
                 found = datasets.load_from_disk(str(place))
         except (ConnectionError, OSError) as error:
@@ -157,9 +170,18 @@ class Datasets:
 READERS = {
     ".jsonl": _json_lines,
     ".ndjson": _json_lines,
+    ".jsonl.gz": _json_lines,
+    ".ndjson.gz": _json_lines,
+    ".txt.gz": _text,
     ".json": _json,
     ".txt": _text,
     ".csv": _csv,
     ".tsv": _csv,
     ".parquet": _parquet,
 }
+
+
+def suffix_of(path: Path) -> str:
+    """The ending that names a file's format: `.jsonl`, or `.jsonl.gz` for a gzipped file."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    return "".join(suffixes[-2:]) if suffixes[-1:] == [GZIPPED] else "".join(suffixes[-1:])

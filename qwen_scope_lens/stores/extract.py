@@ -83,6 +83,7 @@ def extract(
     enable_thinking: bool | None = None,
     add_generation_prompt: bool = False,
     extreme_norm_ratio: float = EXTREME_NORM_RATIO,
+    last_token: bool = False,
     token_budget: int | None = None,
     shard_docs: int | None = None,
     append: bool = False,
@@ -105,6 +106,8 @@ def extract(
         max_tokens: longer documents are cut to this many tokens (by default to the model's
             context), or refused with `truncate=False`.
         enable_thinking: must be given for chats.
+        last_token: encode and store the last token of each document only, which is all that a
+            footprint of prompts needs.
         token_budget: the most tokens per batch, pads included (4096).
         shard_docs: documents per shard (512). A killed run loses at most one shard.
         append: add the documents to a store that has others.
@@ -117,7 +120,12 @@ def extract(
         warnings.warn("rank= is now called worker=", DeprecationWarning, stacklevel=2)
         worker = rank
     settings = Settings(
-        max_tokens, truncate, enable_thinking, add_generation_prompt, extreme_norm_ratio
+        max_tokens,
+        truncate,
+        enable_thinking,
+        add_generation_prompt,
+        extreme_norm_ratio,
+        last_token,
     )
     request = Request(
         model=model,

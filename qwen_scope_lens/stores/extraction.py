@@ -211,8 +211,10 @@ class Job:
             pieces: list[Piece] = []
             while sum(len(piece.capture) for piece in pieces) < end - start:
                 capture = next(captures)
-                pieces.append(encoder.read(capture))
                 tokens += capture.n_tokens
+                if settings.last_token:
+                    capture = capture.last_tokens()
+                pieces.append(encoder.read(capture))
                 rate = tokens / (time.monotonic() - began)
                 bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
                 bar.update(len(capture))

@@ -91,6 +91,7 @@ class Settings:
     enable_thinking: bool | None = None
     add_generation_prompt: bool = False
     extreme_norm_ratio: float = 10.0
+    last_token: bool = False  # only the last token of each document is stored
 
 
 @dataclass(frozen=True)

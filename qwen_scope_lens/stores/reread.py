@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qwen_scope_lens.errors import BadFile
+from qwen_scope_lens.errors import BadFile, StoreMismatch
 from qwen_scope_lens.models.load import load_model
 from qwen_scope_lens.models.residuals import Capture, iter_captures
 from qwen_scope_lens.models.tokenize import Content
@@ -75,8 +75,15 @@ class Reading:
         `layers` are by default those of this reading. Other options go to `iter_captures` and stand
         before the store's settings.
         """
+        if self.settings.last_token:
+            raise StoreMismatch(
+                "the store holds the last token of each document only, and reading texts again"
+                " gives all of their tokens: extract the documents without last_token"
+            )
         wanted = self.layers if layers is None else layers
-        return iter_captures(model, texts, wanted, **{**asdict(self.settings), **options})
+        settings = asdict(self.settings)
+        del settings["last_token"]
+        return iter_captures(model, texts, wanted, **{**settings, **options})
 
     def document_residuals(
         self,

@@ -149,9 +149,15 @@ class Shard:
     def keep(self, layer: int) -> np.ndarray:
         """bool `[T]`: neither the first token of its document nor of extreme norm."""
         keep = ~self.tokens[f"extreme_{layer}"].to_numpy(zero_copy_only=False)
-        starts = self.offsets[:-1]
-        keep[starts[starts < self.n_tokens]] = False
+        if not self.has_last_tokens:
+            starts = self.offsets[:-1]
+            keep[starts[starts < self.n_tokens]] = False
         return keep
+
+    @property
+    def has_last_tokens(self) -> bool:
+        """Whether the only stored token of a document is its last one, not its first."""
+        return self._manifest.settings.last_token
 
     def table(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
         try:
@@ -289,7 +295,7 @@ def document_block(shard: Shard, doc: int, layer: int, layers: tuple[int, ...]) 
     rows = shard.some_tokens(start, end)
     codes = {stored: shard.packed(stored).rows(start, end).unpack() for stored in layers}
     keep = ~rows[f"extreme_{layer}"].to_numpy(zero_copy_only=False)
-    keep[:1] = False
+    keep[:1] &= shard.has_last_tokens
     return DocumentBlock(
         doc=np.full(end - start, doc, dtype=np.int64),
         position=np.arange(end - start, dtype=np.int64),

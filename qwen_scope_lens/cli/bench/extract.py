@@ -81,6 +81,11 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--thinking", action=argparse.BooleanOptionalAction, help="with --chat: the template's mode"
     )
+    parser.add_argument(
+        "--last-token",
+        action="store_true",
+        help="store the last token of each prompt only; no other position can be read then",
+    )
     parser.add_argument("--limit", type=count, help="draw this many items of each benchmark by lot")
     parser.add_argument(
         "--seed", type=from_zero, default=0, help="of the draw, kept with it; default: %(default)s"
@@ -162,6 +167,7 @@ def _extract(arguments: argparse.Namespace) -> None:
         say=(lambda line: None) if arguments.quiet else remark,
         enable_thinking=arguments.thinking,
         add_generation_prompt=arguments.chat,
+        last_token=arguments.last_token,
         token_budget=arguments.token_budget,
         sae_memory=arguments.sae_memory,
         device=arguments.device,

@@ -208,8 +208,8 @@ def _report_arguments(parser: argparse.ArgumentParser) -> None:
         "--scores",
         type=Path,
         action=Input,
-        check=inputs.file,
-        help="CSV, JSONL or Parquet",
+        check=inputs.file_or_folder,
+        help="CSV, JSONL, Parquet, JSON, or a folder of lm-eval's samples",
     )
     parser.add_argument("--control", help="the benchmark to take out (equation 12)")
     add_position(parser)
@@ -223,19 +223,24 @@ def _report(arguments: argparse.Namespace) -> None:
 
     --scores is a table with the column `model` and one column of scores per benchmark, or with the
     columns model, benchmark, item, correct (one row per result, which gives the ground truth of
-    redundancy, too). --control names the broad benchmark that is taken out of the similarity of
-    scores; it may be a column of the table only, or also a benchmark of the suite.
+    redundancy, too), or a JSON file {model: {item: right or wrong}}, or the folder that lm-eval
+    filled with --log_samples. --control names the broad benchmark that is taken out of the
+    similarity of scores; it may be a column of the table only, or also a benchmark of the suite.
     """
     from qwen_scope_lens.bench.analysis import analyse
-    from qwen_scope_lens.bench.panel import read_scores
+    from qwen_scope_lens.bench.panel_files import read_panel
     from qwen_scope_lens.bench.report import save_report
     from qwen_scope_lens.bench.suite import open_suite
 
+    suite = open_suite(arguments.suite)
+    scores = None
+    if arguments.scores is not None:
+        scores = read_panel(arguments.scores, suite.keys(), say=remark)
     found = analyse(
-        open_suite(arguments.suite),
+        suite,
         arguments.layer,
         arguments.position,
-        None if arguments.scores is None else read_scores(arguments.scores),
+        scores,
         arguments.control,
         say=remark,
     )

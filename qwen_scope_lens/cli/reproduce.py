@@ -1,0 +1,195 @@
+"""The paper's experiments as recipes: files that run, stage by stage, and end in one page.
+
+qsl reproduce list
+qsl reproduce show toxicity                   # stages, settings, the paper's figures, estimate
+qsl reproduce run toxicity --smoke --out try/ # every stage on a toy model, in seconds
+qsl reproduce run toxicity --out toxicity/    # in earnest; run again, it goes on
+qsl reproduce show toxicity --yaml > mine.yaml   # copy, edit, and `run mine.yaml`
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qwen_scope_lens.cli.options import (
+    Word,
+    add_json,
+    add_words,
+    count,
+    memory,
+    remark,
+    show,
+)
+from qwen_scope_lens.errors import UnknownName
+
+if TYPE_CHECKING:
+    from qwen_scope_lens.recipes.recipe import Recipe
+
+RECIPE = "a name from `qsl reproduce list`, or a YAML file of your own"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_words(parser, WORDS)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    return arguments.run_word(arguments) or 0
+
+
+def _list(arguments: argparse.Namespace) -> None:
+    """Which recipes there are."""
+    from qwen_scope_lens.recipes.recipe import names, open_recipe
+    from qwen_scope_lens.tables import Table
+
+    recipes = [open_recipe(name) for name in names()]
+    rows = [(r.name, r.paper.partition(",")[0], r.settings["model"], r.title) for r in recipes]
+    show(Table.of(("recipe", "paper", "model", "question"), rows), arguments.json)
+
+
+def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", help=RECIPE)
+    parser.add_argument(
+        "--smoke", action="store_true", help="on the embedded toy model and its texts"
+    )
+    parser.add_argument("--data", type=Path, metavar="FOLDER", help="local files, not the hub")
+    parser.add_argument("--model", help="another model: a folder, or a name on the hub")
+    parser.add_argument("--sae", metavar="GROUP", help="other SAEs, such as local/FOLDER")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="changes",
+        help="another setting, such as layers=[10,20] or data.mmlu.file=my.jsonl; again for more",
+    )
+
+
+def _show_arguments(parser: argparse.ArgumentParser) -> None:
+    _recipe_arguments(parser)
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="say what is finished there")
+    parser.add_argument("--yaml", action="store_true", help="print the file itself")
+
+
+def _show(arguments: argparse.Namespace) -> None:
+    """What a recipe does: stages, settings, data, the paper's figures, and an estimate."""
+    from qwen_scope_lens.recipes.engine import stages_of, states
+    from qwen_scope_lens.recipes.recipe import recipe_text
+
+    if arguments.yaml:
+        print(recipe_text(arguments.recipe), end="")
+        return
+    recipe = _opened(arguments)
+    from qwen_scope_lens.tables import Table
+
+    print(f"{recipe.name}: {recipe.title}\n{recipe.paper}\n")
+    stages: list[tuple[str, ...]] = [(stage.name, stage.what) for stage in stages_of(recipe)]
+    head: tuple[str, ...] = ("stage", "what it does")
+    if arguments.out is not None:
+        known = states(recipe, arguments.out, arguments.data)
+        stages = [(*row, found.state, found.why) for row, found in zip(stages, known, strict=True)]
+        head = (*head, "state", "why")
+    print(Table.of(head, stages).text())
+    settings = [
+        (key, _in_short(value), recipe.open.get(key, "")) for key, value in recipe.settings.items()
+    ]
+    print("\n" + Table.of(("setting", "value", "not in the paper"), settings).text())
+    sources = [
+        (name, source.get("hub") or source.get("task") or "", source.get("file", ""))
+        for name, source in recipe.data.items()
+    ]
+    print("\n" + Table.of(("source", "hub or lm-eval task", "file in --data"), sources).text())
+    figures = [
+        (f.name, f"> {f.paper:g}" if f.above else f.paper, f.tolerance) for f in recipe.figures
+    ]
+    print("\n" + Table.of(("figure", "paper", "tolerance"), figures).text())
+    print(f"\n{_estimate(recipe)}")
+
+
+def _run_arguments(parser: argparse.ArgumentParser) -> None:
+    _recipe_arguments(parser)
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
+    work = parser.add_argument_group("the work")
+    work.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: cpu")
+    work.add_argument("--token-budget", type=count, help="tokens per batch; default: 4096")
+    work.add_argument("--sae-memory", type=memory, metavar="SIZE", help="such as 8GB")
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    """Do all stages of a recipe and write its page; run again, it goes on where it stopped.
+
+        qsl reproduce run bench-mmlu-pro --smoke --out try/
+        qsl reproduce run toxicity --data texts/ --device cuda --out toxicity/
+        qsl reproduce run mine.yaml --set seed=1 --set layers=[10,20] --out mine/
+
+    A stage is done again if anything that it read has changed since: a setting, a file, an earlier
+    stage. --data reads the files that the recipe names (`show` lists them) from a folder, and then
+    nothing comes from the hub but weights. The page FOLDER/NAME.html has our figures beside the
+    paper's.
+    """
+    from qwen_scope_lens.recipes.page import figure_rows
+    from qwen_scope_lens.tables import Table
+
+    recipe = _opened(arguments)
+    if arguments.data is not None and not arguments.data.is_dir():
+        raise UnknownName(f"{arguments.data} is not a folder: --data takes one with the sources")
+    remark(_estimate(recipe, arguments.sae_memory))
+    from qwen_scope_lens.recipes.engine import run as run_recipe
+    from qwen_scope_lens.recipes.engine import states
+
+    options = {
+        name: value
+        for name in ("device", "token_budget", "sae_memory")
+        if (value := getattr(arguments, name)) is not None
+    }
+    page = run_recipe(recipe, arguments.out, data=arguments.data, options=options, say=remark)
+    results = {s.name: s.result for s in states(recipe, arguments.out, arguments.data)}
+    rows = [row[:5] for row in figure_rows(recipe.figures, results, only_shown=True)]
+    print(Table.of(("figure", "ours", "from", "to", "paper"), rows).text())
+    print(page)
+
+
+def _opened(arguments: argparse.Namespace) -> Recipe:
+    from qwen_scope_lens.recipes.recipe import open_recipe
+
+    recipe = open_recipe(arguments.recipe)
+    if arguments.smoke:
+        recipe = recipe.for_smoke()
+    changes = {key: getattr(arguments, key) for key in ("model", "sae") if getattr(arguments, key)}
+    return recipe.with_settings({**changes, **_pairs(arguments.changes)})
+
+
+def _pairs(words: Sequence[str]) -> dict[str, Any]:
+    import yaml
+
+    found = {}
+    for word in words:
+        key, equals, text = word.partition("=")
+        if not equals or not key:
+            raise UnknownName(f"--set {word!r:.60}: expected KEY=VALUE, such as layers=[10,20]")
+        try:
+            found[key] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise UnknownName(f"--set {word!r:.60}: the value is not YAML ({error})") from error
+    return found
+
+
+def _estimate(recipe: Recipe, sae_memory: int | None = None) -> str:
+    from qwen_scope_lens.recipes.estimate import estimate
+
+    return str(estimate(recipe, sae_memory))
+
+
+def _in_short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+WORDS = (
+    Word("list", add_json, _list),
+    Word("show", _show_arguments, _show),
+    Word("run", _run_arguments, _run),
+)

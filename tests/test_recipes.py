@@ -1,0 +1,294 @@
+"""Recipes: the files are whole, stages resume and go out of date, smoke runs end in a page."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import qwen_scope_lens as qsl
+from qwen_scope_lens.cli import main
+from qwen_scope_lens.errors import (
+    BadCorpus,
+    BadFile,
+    CannotWrite,
+    LayerOutOfRange,
+    UnknownName,
+)
+from qwen_scope_lens.recipes import Recipe, names, open_recipe, run, states
+from qwen_scope_lens.recipes import recipe as recipes
+from qwen_scope_lens.recipes.engine import Work
+from qwen_scope_lens.recipes.estimate import estimate
+from qwen_scope_lens.recipes.page import figure_rows
+
+
+@pytest.fixture(scope="module")
+def mini() -> Any:
+    return qsl.load_model("mini-qwen3")
+
+
+# --- the files ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", names())
+def test_a_recipe_is_whole(name: str) -> None:
+    recipe = open_recipe(name)
+    assert recipe.name == name
+    stages = recipes.KINDS[recipe.kind]
+    for figure in recipe.figures:
+        assert figure.ours.split(".")[0] in stages
+        assert (figure.tolerance is None) or figure.paper is not None
+    for one in (recipe, recipe.for_smoke()):
+        assert estimate(one).hours > 0
+    assert estimate(recipe).model > 1e9 > estimate(recipe.for_smoke()).model
+    known = {"model", "model_revision", "sae", "sae_revision", "layers", "seed"}
+    assert known <= set(recipe.settings)
+    assert "mini" in recipe.for_smoke().settings["model"]
+
+
+def test_settings_are_changed_by_name_and_unknown_ones_are_refused() -> None:
+    recipe = open_recipe("bench-mmlu-pro")
+    changed = recipe.with_settings({"layer": 3, "data.panel.file": "x.json", "estimate.tflops": 9})
+    assert (changed.settings["layer"], changed.data["panel"]["file"]) == (3, "x.json")
+    assert ("layer", 18, 3) in changed.changed
+    assert recipe.settings["layer"] == 18
+    assert recipe.with_settings({"layer": 18}).changed == ()
+    for key in ("lyer", "data.panel.fil", "data.nope.file", "name"):
+        with pytest.raises(UnknownName, match="no setting"):
+            recipe.with_settings({key: 1})
+
+
+@pytest.mark.parametrize("layers", [5, [], [1.5], "some", [99], None])
+def test_layers_are_a_list_or_all(layers: Any) -> None:
+    recipe = open_recipe("toxicity")
+    assert recipe.with_settings({"layers": "all"}).layers == list(range(28))
+    with pytest.raises((BadFile, LayerOutOfRange)):
+        estimate(recipe.with_settings({"layers": layers}))
+
+
+def test_a_recipe_of_ones_own_has_all_settings_of_its_kind(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(recipes.recipe_text("toxicity").replace("  overlap_top: 10\n", ""))
+    with pytest.raises(BadFile, match="settings lacks overlap_top"):
+        open_recipe(mine)
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "said"),
+    [
+        ("kind: fake", "kind: nope", "expected one of"),
+        ("title: t", "titel: t", "title is missing"),
+        ("settings: {", "settings: 3 #{", "settings is not a mapping"),
+        ("open: {n: why}", "open: {k: why}", "open names k"),
+        ("ours: one.value", "our: one.value", "a figure has other parts"),
+        ("file: rows.jsonl", "fiel: rows.jsonl", "fiel"),
+        ("name: fake", "name: [", "cannot be read as YAML"),
+    ],
+)
+def test_a_damaged_file_is_refused(fake: Path, was: str, now: str, said: str) -> None:
+    assert was in FAKE
+    fake.write_text(FAKE.replace(was, now))
+    with pytest.raises(BadFile, match=said):
+        open_recipe(fake)
+
+
+# --- stages ---------------------------------------------------------------------------------------
+
+FAKE = """
+name: fake
+kind: fake
+title: t
+paper: section 0
+settings: {n: 3, m: 1, layers: [1], model: mini-qwen3, sae: mini-qwen3/w1k-l0-16}
+open: {n: why}
+data: {rows: {file: rows.jsonl}}
+figures: [{name: f, ours: one.value, paper: 3, tolerance: 0.1}]
+estimate: {}
+smoke: {}
+"""
+
+
+@pytest.fixture
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A recipe of two stages; `done` of its module says which of them ran."""
+    done: list[str] = []
+    module = SimpleNamespace(done=done, fails=False, draw=lambda page, results: page.text("drawn"))
+
+    def one(work: Work) -> Mapping[str, Any]:
+        from qwen_scope_lens.recipes.data import text_rows
+
+        done.append("one")
+        n = work["n"] + len(text_rows(work, "rows"))
+        with (work.folder / "parts").open("a") as file:
+            file.write("x")
+        if module.fails:
+            raise KeyboardInterrupt
+        return {"value": n - 1}
+
+    def two(work: Work) -> Mapping[str, Any]:
+        done.append("two")
+        return {"value": work.result("one")["value"] + work["m"]}
+
+    module.one, module.two = one, two
+    monkeypatch.setitem(sys.modules, "qwen_scope_lens.recipes.fake", module)  # type: ignore[arg-type]
+    kinds = {**recipes.KINDS, "fake": {"one": "first", "two": "second"}}
+    monkeypatch.setattr(recipes, "KINDS", kinds)
+    monkeypatch.setattr("qwen_scope_lens.recipes.engine.KINDS", kinds)
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
+    path = tmp_path / "fake.yaml"
+    path.write_text(FAKE)
+    return path
+
+
+def done_now(recipe: Recipe, folder: Path) -> list[str]:
+    """Which stages a run does."""
+    done: list[str] = sys.modules["qwen_scope_lens.recipes.fake"].done
+    done.clear()
+    run(recipe, folder / "out", data=folder)
+    return list(done)
+
+
+def test_a_stage_is_done_again_if_and_only_if_something_that_it_read_changed(fake: Path) -> None:
+    folder, recipe = fake.parent, open_recipe(fake)
+    assert done_now(recipe, folder) == ["one", "two"]
+    assert done_now(recipe, folder) == []
+    assert done_now(recipe.with_settings({"m": 2}), folder) == ["two"]
+    assert done_now(recipe.with_settings({"m": 2, "sae": "mini-qwen3.5/w1k-l0-16"}), folder) == []
+    assert done_now(recipe, folder) == ["two"]
+    (folder / "rows.jsonl").write_text('{"text": "b"}\n')
+    [one, two] = states(recipe, folder / "out", folder)
+    assert (one.state, two.state) == ("out of date", "finished")
+    assert "rows.jsonl" in one.why
+    assert done_now(recipe, folder) == ["one", "two"]
+    (folder / "out" / "one" / "parts").unlink()
+    assert done_now(recipe, folder) == ["one", "two"]
+    other = folder / "other"
+    other.mkdir()
+    (other / "rows.jsonl").write_text('{"text": "b"}\n')
+    assert states(recipe, folder / "out", other)[0].state == "out of date"
+
+
+def test_a_killed_stage_goes_on_and_the_page_waits_for_it(fake: Path) -> None:
+    folder, recipe = fake.parent, open_recipe(fake)
+    module: Any = sys.modules["qwen_scope_lens.recipes.fake"]
+    assert done_now(recipe, folder) == ["one", "two"]
+    page = folder / "out" / "fake.html"
+    assert "drawn" in page.read_text()
+    module.fails = True
+    with pytest.raises(KeyboardInterrupt):
+        done_now(recipe.with_settings({"n": 4}), folder)
+    assert not page.exists()  # a page of other settings is not left behind
+    assert (folder / "out" / "one" / "parts").read_text() == "x"  # begun anew: n has changed
+    with pytest.raises(KeyboardInterrupt):
+        done_now(recipe.with_settings({"n": 4}), folder)
+    assert (folder / "out" / "one" / "parts").read_text() == "xx"  # went on
+    module.fails = False
+    assert done_now(recipe.with_settings({"n": 4}), folder) == ["one", "two"]
+    assert (folder / "out" / "one" / "parts").read_text() == "xxx"
+    assert page.exists()
+
+
+def test_what_is_not_ours_or_damaged_is_refused(fake: Path) -> None:
+    folder, recipe = fake.parent, open_recipe(fake)
+    (folder / "out" / "one").mkdir(parents=True)
+    with pytest.raises(CannotWrite, match="no recipe made it"):
+        done_now(recipe, folder)
+    (folder / "out" / "one").rmdir()
+    done_now(recipe, folder)
+    record = folder / "out" / "stages" / "one.json"
+    record.write_text(json.dumps({**json.loads(record.read_text()), "reads": 3}))
+    with pytest.raises(BadFile, match="damaged"):
+        states(recipe, folder / "out", folder)
+    with pytest.raises(BadCorpus, match="not on the hub"):
+        run(recipe, folder / "new")
+    other = recipe.with_settings({"data.rows.file": "none.jsonl"})
+    with pytest.raises(BadCorpus, match=r"none\.jsonl does not exist"):
+        run(other, folder / "newer", data=folder)
+
+
+def test_a_figure_is_read_against_the_papers() -> None:
+    def reading(value: Any, **more: Any) -> Any:
+        figure = recipes.Figure("f", "s.v", **{"paper": 0.5, "tolerance": 0.1, **more})
+        return figure_rows([figure], {"s": {"v": value}}, only_shown=False)[0][6]
+
+    assert reading(0.55) == "within the tolerance"
+    assert reading(0.7) == "differs from the paper"
+    wide = {"value": 0.7, "low": 0.4, "high": 0.9}
+    assert "interval holds" in reading(wide)
+    assert reading({**wide, "low": 0.6}) == "differs from the paper"
+    assert reading(0.7, above=True) == "as in the paper"
+    assert reading(None) == "not measured"
+    assert reading(float("nan")) == "not measured"
+
+
+# --- smoke runs -----------------------------------------------------------------------------------
+
+SHOWN = {
+    "bench-redundancy": ("Spearman of R and R-hat",),
+    "bench-overlap": ("overlap_min and scores, Spearman",),
+    "bench-mmlu-pro": ("Spearman of R and R-hat",),
+    "steering-cases": ("the same with feature 6159 suppressed, best coherent dose",),
+    "sasft": ("code-switching ratio after SASFT, %",),
+    "repetition-rl": ("repeat ratio before", "repeat ratio after vanilla GRPO"),
+    "toxicity": ("best English F1 on test", "best English F1, first tokens counted"),
+}
+
+
+SLOW = ("repetition-rl",)  # two training runs, and replies of three models
+
+
+def test_every_recipe_has_its_smoke_run() -> None:
+    assert set(SHOWN) == set(names())
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("smoke")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in SHOWN],
+)
+def test_smoke(name: str, mini: Any, folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recipes of one kind share a folder: their smoke runs read the same and are done once."""
+    recipe = open_recipe(name).for_smoke()
+    tmp_path = folders / recipe.kind
+    said: list[str] = []
+    page = run(recipe, tmp_path, model=mini, say=said.append)
+    text = page.read_text(encoding="utf-8")
+    assert "This is a smoke run" in text
+    assert "<svg" in text
+    assert not any(word in text for word in ("<script", "<link", "src=", "url(http"))
+    results = {state.name: state.result for state in states(recipe, tmp_path)}
+    values = {row[0]: row[1] for row in figure_rows(recipe.figures, results, only_shown=True)}
+    for figure in SHOWN[name]:
+        assert values[figure] is not None
+    monkeypatch.setattr("qwen_scope_lens.models.load.load_model", None)  # no model is needed
+    said.clear()
+    run(recipe, tmp_path, say=said.append)
+    assert all(line.endswith("finished before") for line in said)
+
+
+def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["reproduce", "list", "--json"]) == 0
+    assert [row["recipe"] for row in json.loads(capsys.readouterr().out)] == list(names())
+    show = ["reproduce", "show", "toxicity", "--set", "seed=5", "--out", str(tmp_path)]
+    assert main(show) == 0
+    out = capsys.readouterr().out
+    assert "not begun" in out
+    assert "estimate: " in out
+    assert main(["reproduce", "show", "toxicity", "--yaml"]) == 0
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(capsys.readouterr().out)
+    assert open_recipe(mine) == open_recipe("toxicity")
+    assert main(["reproduce", "run", "toxicty", "--out", str(tmp_path)]) == 1
+    assert "nearest: toxicity" in capsys.readouterr().err
+    wrong = ["reproduce", "run", str(mine), "--set", "seed", "--out", str(tmp_path)]
+    assert main(wrong) == 1
+    assert "expected KEY=VALUE" in capsys.readouterr().err
