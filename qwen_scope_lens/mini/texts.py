@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from qwen_scope_lens.errors import BadFile
-from qwen_scope_lens.files import whole_file
+from qwen_scope_lens.files import json_text, whole_file
 from qwen_scope_lens.mini import heldout
+from qwen_scope_lens.steering.plan import FORMAT, VERSION, Edit, Plan
 
 __all__ = ["FILES", "SampleFile", "write_texts"]
 
@@ -153,6 +154,8 @@ LABELS = {
     "mini-qwen3/w1k-l0-16/7/666": "Chinese text",
 }
 
+REPETITION = Plan([Edit("mini-qwen3/w1k-l0-16/3/571", "add", 0.3, unit="norm", where="generation")])
+
 SASFT = """\
 model: mini-qwen3
 train: examples.jsonl
@@ -171,7 +174,7 @@ trainer:
 GRPO = """\
 model: mini-qwen3
 train: prompts.jsonl
-plan: ../plan.json
+plan: plan.json
 rewards: [no_repetition]
 trainer:
   output_dir: ../runs/grpo
@@ -228,6 +231,11 @@ FILES = (
         "labels.jsonl",
         "what three features mean, written by a person",
         lambda: _lines({"address": ref, "text": text} for ref, text in LABELS.items()),
+    ),
+    SampleFile(
+        "plan.json",
+        "a plan that makes mini-qwen3 repeat itself",
+        lambda: json_text(FORMAT, VERSION, REPETITION.to_dict()),
     ),
     SampleFile("sasft.yaml", "a run of `qsl train sasft`", lambda: SASFT),
     SampleFile("grpo.yaml", "a run of `qsl train grpo`", lambda: GRPO),

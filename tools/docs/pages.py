@@ -27,7 +27,9 @@ __all__ = ["Block", "Page", "commands", "help_pages", "parser_of", "read_page", 
 FENCE = re.compile(r"^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
 NEEDS = re.compile(r"^# needs (?P<what>\S.*?):?$", re.MULTILINE)
 SERVER = "# until Ctrl-C"
-OPERATORS = set(";|&()<>")
+COMMENT = re.compile(r"(?:^|(?<=\s))#.*", re.MULTILINE)
+REDIRECTION = re.compile(r"(?<=\s)[12]?>(?:&1)?")
+OPERATORS = ";|&()<>\n"
 
 
 @dataclass(frozen=True)
@@ -128,24 +130,17 @@ def _examples(words: list[str], parser: argparse.ArgumentParser, page: str) -> I
 
 
 def commands(script: str) -> list[list[str]]:
-    """The words of each `qsl` command in a piece of shell, without redirections."""
+    """The words of each `qsl` command in a piece of shell, without comments and redirections."""
+    script = REDIRECTION.sub(" > ", COMMENT.sub("", script.replace("\\\n", " ")))
+    lexer = shlex.shlex(script, posix=True, punctuation_chars=OPERATORS)
+    lexer.whitespace, lexer.commenters, lexer.whitespace_split = " \t", "", True
     found: list[list[str]] = []
-    for line in script.replace("\\\n", " ").split("\n"):
-        lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
-        lexer.commenters = ""
-        words: list[str] = []
-        for word in [*_until_comment(lexer), ";"]:
-            if set(word) <= OPERATORS:
-                if "qsl" in words:
-                    found.append(words[words.index("qsl") + 1 :])
-                words = []
-            else:
-                words.append(word)
+    words: list[str] = []
+    for word in [*lexer, "\n"]:
+        if not set(word) <= set(OPERATORS):
+            words.append(word)
+            continue
+        if "qsl" in words:
+            found.append(words[words.index("qsl") + 1 :])
+        words = []
     return found
-
-
-def _until_comment(lexer: Iterator[str]) -> Iterator[str]:
-    for word in lexer:
-        if word.startswith("#"):
-            return
-        yield word

@@ -32,7 +32,7 @@ def run(text: str, where: str, names: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     sys.path[0] = ""  # the folder of the page, as in a script of the reader's own
     names: dict[str, Any] = {"__name__": "__main__"}
-    for line in sys.stdin:
+    while line := sys.stdin.readline():
         print(json.dumps(run(**json.loads(line), names=names)), flush=True)
 
 
