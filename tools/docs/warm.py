@@ -16,6 +16,7 @@ import signal
 import socket
 import struct
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -90,6 +91,8 @@ def _answer(
     os.environ.clear()
     os.environ.update(asked["env"])
     channel.sendall(struct.pack("<i", os.getpid()))
+    threading.Thread(target=_end_with, args=(channel,), daemon=True).start()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     program, *words = asked["words"]
     sys.argv = [program, *words]
     code = 1
@@ -104,6 +107,12 @@ def _answer(
         sys.stderr.flush()
         channel.sendall(struct.pack("<i", code))
     return code
+
+
+def _end_with(channel: socket.socket) -> None:
+    """When the one that asked has gone, nobody waits for us."""
+    if not channel.recv(1):
+        os._exit(1)
 
 
 if __name__ == "__main__":
