@@ -77,7 +77,7 @@ def write_outputs(page: Page, found: Sequence[Outcome]) -> None:
 def clone(folder: Path) -> Path:
     """The last commit in an empty folder, installed beside the packages of this interpreter."""
     subprocess.run(["git", "clone", "--quiet", ROOT, folder], check=True)
-    subprocess.run([sys.executable, "-m", "venv", folder / ".venv"], check=True)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / ".venv"], check=True)
     python = folder / ".venv" / "bin" / "python"
     code = "import site; print(site.getsitepackages()[0])"
     own = subprocess.run([python, "-c", code], check=True, capture_output=True, text=True)
@@ -85,8 +85,8 @@ def clone(folder: Path) -> Path:
     Path(own.stdout.strip(), "packages.pth").write_text(
         "".join(f"import site; site.addsitedir({path!r})\n" for path in others)
     )
-    install = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
-    subprocess.run([*install, folder], check=True)
+    install = ["install", "--quiet", "--no-deps", "--no-build-isolation", folder]
+    subprocess.run([sys.executable, "-m", "pip", "--python", python, *install], check=True)
     return python
 
 
