@@ -1,7 +1,7 @@
 """Classify documents with features: rules that a person can read, compared with probes.
 
-    qsl classify fit texts/corpus.jsonl --label chinese --out clf.json \\
-        --sae mini-qwen3/w1k-l0-16 --layers 5-6 --store classify_store
+    qsl classify fit texts/corpus.jsonl --label chinese --out clf.json --store classify_store \\
+        --model mini-qwen3 --sae mini-qwen3/w1k-l0-16 --layers 5-6
     qsl classify predict clf.json texts/new.jsonl --out predictions.jsonl
     qsl classify report store/ --label chinese --page report.html
     qsl classify efficiency store/ --label chinese

@@ -2,7 +2,7 @@
 
     qsl export --edit mini-qwen3/w1k-l0-16/6/423:add:40@first --out chinese.gguf
     qsl export --edit mini-qwen3/w1k-l0-16/6/423:add:40 --out vectors.safetensors
-    # needs llama.cpp, and a plan of `qsl sweep` or your own:
+    # needs llama.cpp, and a plan of your own:
     llama-cli -m model.gguf --control-vector chinese.gguf -p "The package manager"
     qsl export --plan plan.json --out vectors.safetensors
 

@@ -61,7 +61,7 @@ def warm(place: Place, python: Path, folder: Path) -> Iterator[Place]:
     """The same place, where processes are forked from one that has imported what is heavy."""
     session = install(folder, python)
     path = f"{folder}{os.pathsep}{place.environment['PATH']}"
-    command = [python, "-m", "tools.docs.warm", folder / "socket"]
+    command = [str(python), "-m", "tools.docs.warm", str(folder / "socket")]
     with subprocess.Popen(command, cwd=ROOT, env=dict(place.environment)) as server:
         try:
             while not (folder / "socket").exists() and server.poll() is None:

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -16,12 +17,13 @@ from pathlib import Path
 __all__ = ["serve"]
 
 ADDRESS = re.compile(r"http://127\.0\.0\.1:\d+[^\s)`]*")
+ONE_AT_A_TIME = threading.Lock()  # they listen on the ports that the pages name
 SECONDS_TO_ANSWER, SECONDS_TO_STOP = 300, 30
 
 
 def serve(script: str, folder: Path, environment: Mapping[str, str]) -> str:
     """Empty if the address that it printed answered and Ctrl-C ended it; else what went wrong."""
-    with tempfile.TemporaryFile("w+") as said:
+    with ONE_AT_A_TIME, tempfile.TemporaryFile("w+") as said:
         process = subprocess.Popen(
             ["bash", "-c", f"exec {script}"],
             cwd=folder,

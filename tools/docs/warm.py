@@ -97,7 +97,11 @@ def _answer(
     sys.argv = [program, *words]
     code = 1
     try:
-        code = main(words) if program == "qsl" else session() or 0
+        if program == "qsl":
+            code = main(words)
+        else:
+            session()
+            code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:
