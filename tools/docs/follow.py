@@ -85,8 +85,8 @@ def clone(folder: Path) -> Path:
     Path(own.stdout.strip(), "packages.pth").write_text(
         "".join(f"import site; site.addsitedir({path!r})\n" for path in others)
     )
-    install = ["install", "--quiet", "--no-deps", "--no-build-isolation", folder]
-    subprocess.run([sys.executable, "-m", "pip", "--python", python, *install], check=True)
+    install = ["install", "--quiet", "--no-deps", "--no-build-isolation", str(folder)]
+    subprocess.run([sys.executable, "-m", "pip", "--python", str(python), *install], check=True)
     return python
 
 
