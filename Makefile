@@ -7,7 +7,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test upstream lint bench docs mini clean
+.PHONY: demo test follow upstream lint bench docs mini clean
 .DELETE_ON_ERROR:
 
 demo: .venv/installed
@@ -32,9 +32,13 @@ lint: .venv/ready
 bench: .venv/ready
 	for script in benchmarks/[a-z]*.py; do $(BIN)/python $$script || exit 1; done
 
-# Every output in docs/ that a command printed, printed again.
+# The README, every page in docs/ and every help text, followed from a clone as a reader would.
+follow: .venv/ready
+	$(BIN)/python -m tools.docs.follow --clone --jobs 2
+
+# The same on this checkout; what the blocks print is written into the pages.
 docs: .venv/ready
-	$(BIN)/python docs/refresh.py
+	$(BIN)/python -m tools.docs.follow --warm --write
 
 # Everything from nothing, for hours; each step goes on where it was interrupted. The texts come
 # from Debian packages, so this needs `apt-get` with package lists. glibc keeps freed memory here:

@@ -1,5 +1,7 @@
 """Convert published layer files to SAELens folders, which load anywhere without this package.
 
+    qsl convert official-to-saelens mini-qwen3/w1k-l0-16 --out converted/ --layers 6
+    # needs the hub:
     qsl convert official-to-saelens qwen3-8b-base/w64k-l0-50 --out converted/ --layers 18-22
 
 Each layer becomes a folder `OUT/<repository name>/layer{n}/`, so `QWEN_SCOPE_HOME=OUT` finds it.

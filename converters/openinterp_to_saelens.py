@@ -1,5 +1,6 @@
 """Convert OpenInterpretability's Qwen3.6-27B safetensors to SAELens folders.
 
+    # needs the hub:
     qsl convert openinterp-to-saelens --out converted/ --sae-folder downloads/
     qsl convert openinterp-to-saelens qwen3.6-27b/w40k-l0-128 --out converted/
 

@@ -1,6 +1,6 @@
 """Convert a SAELens TopK SAE to the published layout, for people who publish an SAE of their own.
 
-    qsl convert saelens-to-official my_sae/ --out my-repo/ --num-layers 28
+    qsl convert saelens-to-official converted/*/layer6 --out my-repo/ --num-layers 8
 
 The result is `OUT/layer{n}.sae.pt`, with one `config.json` for all layers. Float32 is kept bit by
 bit. The layout cannot express an input bias or decoder-norm rescaling. Such an SAE is refused, or,

@@ -1,190 +1,198 @@
-"""Every Python snippet in the README and the docs runs, in order, page by page."""
+"""The README, the docs and the help texts: their blocks are read, checked, and some of them run.
+
+`make follow` runs all of them, each page in a fresh process; that takes many minutes.
+"""
 
 from __future__ import annotations
 
-import os
+import ast
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from subprocess import run
 
-import planted
 import pytest
-import torch
-import training_data
-from feature_stores import build_store
-from tiny_models import make_model, make_sae, make_tokenizer
 
 import qwen_scope_lens as qsl
-from qwen_scope_lens.labels import Label, LabelPack
-from qwen_scope_lens.synth import TargetSet
-from qwen_scope_lens.synth.targets import Target
+from qwen_scope_lens.cli.verbs import VERBS, main
+from tools.docs.follow import follow, outputs, row, write_outputs
+from tools.docs.pages import Page, commands, help_pages, parser_of, read_page, read_pages
+from tools.docs.reader import Place
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = read_pages(ROOT)
+HELPS = help_pages()
+WITH_CODE = [page for page in PAGES if page.code]
+LANGUAGES = {"", "python", "bash", "output", "yaml", "json"}
+
+ALONE = ("encode.md", "loading.md", "models.md", "steer.md", "store.md", "verify.md")
+"""Pages whose Python takes little time, and needs nothing that their shell blocks make."""
 
 
-def snippets_of(page: Path) -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```", page.read_text("utf-8"), re.DOTALL | re.MULTILINE)
+def ids(page: Page) -> str:
+    return page.name
 
 
-WITH_SNIPPETS = [page for page in PAGES if snippets_of(page)]
-STEP = re.compile(r"<!-- *(?:run|first)\b")
-WITH_OUTPUTS = [page for page in PAGES if STEP.search(page.read_text("utf-8"))]
+@pytest.mark.parametrize("page", PAGES, ids=ids)
+def test_blocks_are_read(page: Page) -> None:
+    """No fence is left open, Python parses, and what does not run says what it needs."""
+    assert page.path is not None
+    fences = re.findall(r"^```(\w*)", page.path.read_text("utf-8"), re.MULTILINE)
+    assert len(fences) == 2 * len(page.blocks)
+    for block in page.blocks:
+        assert block.language in LANGUAGES, block.where
+        if block.language == "python":
+            ast.parse(block.text)
+    for before, after in zip((None, *page.blocks), page.blocks, strict=False):
+        if after.language == "output":
+            assert before in page.code, f"{after.where} is the output of nothing that runs"
+            assert after.text.strip(), after.where
 
 
-@pytest.fixture(scope="module")
-def layer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The layer that the pages name, in its true shape: a gigabyte and a half of ones and zeros."""
-    home = tmp_path_factory.mktemp("home")
-    group = qsl.find_group("qwen3-8b-base/w64k-l0-50")
-    folder = home / group.repo_name
-    folder.mkdir()
-    torch.save(
-        {
-            "W_enc": torch.ones(group.d_sae, group.d_model),
-            "W_dec": torch.zeros(group.d_model, group.d_sae, dtype=torch.float16),
-            "b_enc": torch.ones(group.d_sae),
-            "b_dec": torch.ones(group.d_model),
-        },
-        folder / "layer20.sae.pt",
-    )
-    return home
+@pytest.mark.parametrize("page", WITH_CODE, ids=ids)
+def test_a_page_begins_on_the_mini(page: Page) -> None:
+    """Its first block that runs names the toy model, or writes the sample files."""
+    first = next(block for block in page.code if block.runs)
+    assert re.search(r"mini-qwen3|qsl mini texts|qsl app ", first.runs), first.where
 
 
-# What a page takes for granted (a checkpoint, an SAE, a corpus), made tiny in `folder`.
+@pytest.mark.parametrize("page", [*WITH_CODE, *HELPS], ids=ids)
+def test_every_command_has_options_that_exist(
+    page: Page, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those that need a hub or a GPU, too."""
+    for block in page.code:
+        if block.language != "bash":
+            continue
+        for words in commands(block.text):
+            assert words[0] in VERBS, f"{block.where} shows `qsl {words[0]}`"
+            try:
+                parser_of(words[0]).parse_args(words[1:])
+            except SystemExit:
+                pytest.fail(f"{block.where}: qsl {' '.join(words)}\n{capsys.readouterr().err}")
 
 
-def _bench(folder: Path) -> dict[str, object]:
-    (folder / "items").mkdir()
-    return {"folder": folder / "items"}
-
-
-def _classify(folder: Path) -> dict[str, object]:
-    return {"folder": folder / "classify"}
-
-
-def _compare(folder: Path) -> dict[str, object]:
-    sae, model = qsl.load_sae("mini-qwen3/w1k-l0-16/1"), qsl.load_model("mini-qwen3")
-    return {"sae_a": sae, "sae_b": sae, "sae": sae, "model": model, "texts": ["some words"]}
-
-
-def _encode(folder: Path) -> dict[str, object]:
-    planted.write_group(Path(os.environ["QWEN_SCOPE_HOME"]) / "mine")
-    return {"sae": qsl.load_sae("local/mine/1"), "x": torch.randn(2, 5, planted.D_MODEL)}
-
-
-def _models(folder: Path) -> dict[str, object]:
-    make_model(dtype=torch.bfloat16).save_pretrained(folder / "model")
-    make_tokenizer().save_pretrained(folder / "model")
-    name = str(folder / "model")
-    return {"name": name, "sae": make_sae(), "corpus": ["text"] * 5, "max_fvu": 1e9}
-
-
-def _rank(folder: Path) -> dict[str, object]:
-    documents = [[{n % 7: 1.0, 50: 2.0} if n < 20 else {n % 7: 1.0}] * 3 for n in range(60)]
-    labels = {"lang": ["zh"] * 20 + ["en"] * 40}
-    build_store(folder / "store", documents, labels, texts=[f"one {n}" for n in range(60)])
-    return {"path": folder / "store"}
-
-
-def _synth(folder: Path) -> dict[str, object]:
-    ref = qsl.FeatureRef.parse("mini-qwen3/w1k-l0-16/6/7")
-    LabelPack([Label(ref, "names")]).write("labels.jsonl")
-    TargetSet((Target(ref, typical=50.0),), openings=("The file",)).save(Path("targets.json"))
-    return {"qsl": qsl}
-
-
-def _train(folder: Path) -> dict[str, object]:
-    training_data.table({6: (1, 2), 7: (3, 4)}).save(folder / "language_features.json")
-    model, tokenizer = training_data.mini()
-    settings = training_data.settings(folder / "runs", max_steps=1)
-    for said_on_the_page in ("output_dir", "per_device_train_batch_size"):
-        del settings[said_on_the_page]
-    return {"model": model, "tokenizer": tokenizer, "settings": settings}
-
-
-STAND_INS: dict[str, Callable[[Path], dict[str, object]]] = {
-    "bench.md": _bench,
-    "classify.md": _classify,
-    "compare.md": _compare,
-    "encode.md": _encode,
-    "models.md": _models,
-    "rank.md": _rank,
-    "synth.md": _synth,
-    "train.md": _train,
-}
-
-
-# The types of those names, as a reader would have them.
-DECLARED = {
-    "bench.md": "from pathlib import Path\nfolder: Path",
-    "classify.md": "from pathlib import Path\nfolder: Path",
-    "compare.md": """
-from qwen_scope_lens.models import ScopeBridge
-from qwen_scope_lens.saes import ScopeSAE
-sae_a: ScopeSAE
-sae_b: ScopeSAE
-sae: ScopeSAE
-model: ScopeBridge
-texts: list[str]
-""",
-    "encode.md": """
-import torch
-from qwen_scope_lens.saes import ScopeSAE
-sae: ScopeSAE
-x: torch.Tensor
-""",
-    "models.md": """
-from qwen_scope_lens.saes import ScopeSAE
-name: str
-sae: ScopeSAE
-corpus: list[str]
-max_fvu: float
-""",
-    "rank.md": "from pathlib import Path\npath: Path",
-    "synth.md": "import qwen_scope_lens as qsl",
-    "train.md": """
-from typing import Any
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-model: PreTrainedModel
-tokenizer: PreTrainedTokenizerBase
-settings: dict[str, Any]
-""",
-}
+def test_there_is_something_to_check() -> None:
+    """Without it, the tests of this file would check nothing."""
+    assert {"README.md", "rank.md", "steer.md", "store.md"} <= {page.name for page in WITH_CODE}
+    found = [block for page in HELPS for block in page.code]
+    assert len(found) > 25
+    assert sum(len(commands(block.text)) for block in found) > 80
+    assert any(block.needs == "the hub" for block in found)
+    script = "ls|qsl list --json # no 'qsl'\nfor x in 1; do qsl show \\\n 'a\nb' 2> f; done"
+    assert commands(script) == [["list", "--json"], ["show", "a\nb"]]
 
 
 @pytest.mark.filterwarnings("ignore:You are loading an SAE using")
-@pytest.mark.parametrize("page", WITH_SNIPPETS, ids=lambda page: page.name)
-def test_snippets_run(
-    page: Path, layer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("QWEN_SCOPE_HOME", str(layer_folder))
+@pytest.mark.parametrize("name", ALONE)
+def test_python_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one script, without a name that the page does not make."""
     monkeypatch.chdir(tmp_path)
-    namespace = STAND_INS.get(page.name, lambda folder: {})(tmp_path)
+    names: dict[str, object] = {}
     try:
-        for snippet in snippets_of(page):
-            exec(compile(snippet, str(page), "exec"), namespace)
+        for block in next(page for page in PAGES if page.name == name).code:
+            if block.language == "python":
+                exec(compile(block.runs, block.where, "exec"), names)
     finally:
         qsl.uninstall()
 
 
-def test_the_pages_have_snippets_and_outputs() -> None:
-    """Without them, the tests of this file would check nothing."""
-    assert {"README.md", "rank.md", "steer.md", "store.md"} <= {page.name for page in WITH_SNIPPETS}
-    assert {"store.md", "synth.md", "train.md"} <= {page.name for page in WITH_OUTPUTS}
-    assert set(STAND_INS) == set(DECLARED)
+PAGE = """
+```python
+import os
+folder = os.getcwd()
+print("made by Python")
+open("file", "w").write("one")
+open("serve.py", "w").write('''
+import http.server
+server = http.server.HTTPServer(("127.0.0.1", 0), http.server.SimpleHTTPRequestHandler)
+print(f"http://127.0.0.1:{server.server_port}/file")
+server.serve_forever()
+''')
+```
+
+```output
+old
+```
+
+```bash
+cat file  # the page's own
+python serve.py  # until Ctrl-C
+# needs a GPU:
+exit 1
+```
+
+```output
+one
+```
+
+```python
+assert folder == os.getcwd() and __name__ == "__main__"
+```
+
+```bash
+false | cat
+```
+
+```bash
+echo never
+```
+"""
+
+
+def test_a_page_is_followed_as_by_a_reader(tmp_path: Path) -> None:
+    """In order, with one Python; servers are stopped; it ends at the first failure."""
+    path = tmp_path / "page.md"
+    path.write_text(PAGE)
+    page = read_page(path)
+    found = follow(page, Place.of(Path(sys.executable), tmp_path / "home"), tmp_path / "folder")
+    assert [bool(o.failure) for o in found] == [False, False, False, True], found
+    assert "ended with 1" in found[-1].failure
+    assert [new for _, new in outputs(page, found)] == ["made by Python\n", "one\n"]
+    assert row(page, found)[1:5] == (2, 2, 2, 1)
+    write_outputs(page, found)
+    assert path.read_text() == PAGE.replace("output\nold", "output\nmade by Python")
+
+
+def test_the_sample_files_are_what_the_verbs_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from qwen_scope_lens.bench import PromptFormat, read_prompts
+    from qwen_scope_lens.labels import LabelPack
+    from qwen_scope_lens.steering import Plan
+    from qwen_scope_lens.stores import read_corpus
+    from qwen_scope_lens.train.runs import GRPO, SASFT, read_run
+
+    out = tmp_path / "texts"
+    assert main(["mini", "texts", "--out", str(out)]) == 0
+    assert str(out / "corpus.jsonl") in capsys.readouterr().out
+    languages = [document.labels["lang"] for document in read_corpus(out / "corpus.jsonl")]
+    assert {languages.count(language) for language in set(languages)} == {30}
+    assert len(set(languages)) == 8
+    sums = [prompt.text for prompt in read_prompts(out / "sums.jsonl", PromptFormat())]
+    some = [prompt.text for prompt in read_prompts(out / "some-sums.jsonl", PromptFormat())]
+    assert sums[0] == "7 - 4 ="
+    assert len(set(sums)) == len(sums) > len(some) > 40
+    assert set(some) < set(sums)
+    assert list(LabelPack.read(out / "labels.jsonl"))
+    Plan.load(out / "plan.json")
+    for name, keys in (("sasft", SASFT), ("grpo", GRPO)):
+        read_run(out / f"{name}.yaml", keys)
+    assert main(["mini", "texts", "--out", str(out)]) == 0  # the same again
+    (out / "new.jsonl").write_text("mine")
+    assert main(["mini", "texts", "--out", str(out)]) == 1
+    assert "is not a sample file" in capsys.readouterr().err
+    assert (out / "new.jsonl").read_text() == "mine"
 
 
 @pytest.mark.slow
 def test_snippets_pass_the_type_checker(tmp_path: Path) -> None:
     """With the types that users get. The cache is that of `make lint`: the first run is slow."""
     modules = []
-    for page in WITH_SNIPPETS:
-        module = tmp_path / f"page_{page.stem.lower()}.py"
-        parts = ["# mypy: allow-redefinition-new", DECLARED.get(page.name, ""), *snippets_of(page)]
-        module.write_text("\n".join(parts), "utf-8")
+    for page in WITH_CODE:
+        module = tmp_path / f"page_{page.name.removesuffix('.md').lower()}.py"
+        parts = [block.text for block in page.code if block.language == "python"]
+        module.write_text("\n".join(["# mypy: allow-redefinition-new", *parts]), "utf-8")
         modules.append(str(module))
     wrong = tmp_path / "page_wrong.py"  # without it, a package of Any would pass, too
     wrong.write_text('import qwen_scope_lens as qsl\nqsl.load_sae(7)\nqsl.Edit(8, "add")\n')
@@ -195,16 +203,12 @@ def test_snippets_pass_the_type_checker(tmp_path: Path) -> None:
     assert len(errors) == 2, found.stdout + found.stderr
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_and_verbs_exist(page: Path) -> None:
-    from qwen_scope_lens.cli.verbs import VERBS
-
-    text = page.read_text()
-    for target in re.findall(r"\]\(([^)#]+)\)", text):
+@pytest.mark.parametrize("page", PAGES, ids=ids)
+def test_links_exist(page: Page) -> None:
+    assert page.path is not None
+    for target in re.findall(r"\]\(([^)#]+)\)", page.path.read_text("utf-8")):
         if not target.startswith("http"):
-            assert (page.parent / target).exists(), f"{page.name} links to {target}"
-    for verb in re.findall(r"^qsl (\w+)", text, re.MULTILINE):
-        assert verb in VERBS, f"{page.name} shows `qsl {verb}`"
+            assert (page.path.parent / target).exists(), f"{page.name} links to {target}"
 
 
 def test_the_first_screen_is_short() -> None:
@@ -212,21 +216,3 @@ def test_the_first_screen_is_short() -> None:
     first = (ROOT / "README.md").read_text().splitlines()[:32]
     assert any(line.startswith("![") for line in first)
     assert any("SAE.from_pretrained" in line for line in first)
-
-
-@pytest.mark.parametrize("page", WITH_OUTPUTS, ids=lambda page: page.name)
-def test_outputs_can_be_made_again(page: Path) -> None:
-    """Every command that a page gives for a block is one of ours, and a block follows."""
-    from qwen_scope_lens.cli.verbs import VERBS
-
-    text = page.read_text("utf-8")
-    steps = list(re.finditer(r"^<!-- (run|first): (.+?) -->\n", text, re.MULTILINE))
-    assert len(steps) == len(STEP.findall(text)), "a step that is not read"
-    assert any("qsl " in step[2] for step in steps), f"{page.name} runs no command of ours"
-    for step in steps:
-        verbs = re.findall(r"(?:^|[;&|] *)qsl (\w+)", step[2])
-        assert set(verbs) <= set(VERBS), f"{page.name}: {step[2]}"
-        if step[1] == "run":
-            block = re.match(r"```\w*\n(.+?)^```$", text[step.end() :], re.DOTALL | re.MULTILINE)
-            assert block is not None, f"{page.name}: no output follows {step[2]}"
-            assert block[1].strip()

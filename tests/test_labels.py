@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+from feature_stores import build_store
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen_scope_lens.address import FeatureRef, LayerRef
+from qwen_scope_lens.cli import main
 from qwen_scope_lens.errors import BadFile, BadText, CannotWrite, UnknownName
 from qwen_scope_lens.labels import Label, LabelPack
 
@@ -130,3 +132,19 @@ def test_an_address_is_a_key_as_text_or_object() -> None:
     ref = FeatureRef.parse("mini-qwen3/w1k-l0-16/6/7")
     assert pack[ref] is pack[str(ref)]
     assert pack.get(SAE.feature(8)) is None
+
+
+def test_a_pack_is_compared_with_a_store_that_lacks_a_layer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = build_store(tmp_path / "store", [[{3: 1.0}] * 4])
+    here = LayerRef.parse(store.sae(store.layers[0]).ref)
+    away = LayerRef.parse("mini-qwen3.5/w1k-l0-16/2")
+    pack = LabelPack([Label(ref.feature(n), f"{n}") for ref in (here, away) for n in (3, 4)])
+    pack.write(tmp_path / "labels.jsonl")
+    command = ["label", "check", str(tmp_path / "labels.jsonl"), "--store", str(store.path)]
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert f"{here}: 2 of " in said
+    assert f"have a label, 1 of them never fire in {store.path}" in said
+    assert f"{away}: 2 of 1024 features have a label, the SAE is not in {store.path}" in said

@@ -1,8 +1,9 @@
 """`qsl app`: read, compare and steer in a browser, on this machine.
 
-    qsl app                                                     # on the toy model, no download
+    qsl app                            # until Ctrl-C; on the toy model, no download
+    qsl app --site site/ --labels texts/labels.jsonl    # until Ctrl-C; with every feature's page
+    # needs the hub:
     qsl app --model Qwen/Qwen3-8B-Base --sae qwen3-8b-base/w64k-l0-50 --layers 16-20
-    qsl app --site site/ --labels labels.jsonl                  # with every feature's page
 
 Read shows the features on every token, in every layer that is chosen. Compare shows those that tell
 two texts apart. Steer writes with and without a plan, side by side, and warns when a plan breaks

@@ -2,7 +2,7 @@
 
     qsl blame mini-qwen3/w1k-l0-16/6 --prompt "How do I install it?" --class han \\
         --reply "Use the package manager 安装程序 and restart."
-    qsl blame qwen3-8b-base/w64k-l0-50/20 qwen3-8b-base/w64k-l0-50/24 --cases replies.jsonl
+    qsl blame mini-qwen3/w1k-l0-16/5 mini-qwen3/w1k-l0-16/6 --cases texts/replies.jsonl
 
 A file of cases has one per line: {"prompt": ..., "reply": ..., "bad": true}, or `messages` instead
 of `prompt`. The bad replies are compared with those that have "bad": false, and with all prompts.

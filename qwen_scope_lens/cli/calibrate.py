@@ -1,7 +1,7 @@
 """Typical activations of features, the unit of strengths such as `--edit REF:add:+2typical`.
 
-    qsl calibrate mini-qwen3/w1k-l0-16/6/498 --texts texts.jsonl --out typical.json
-    qsl calibrate qwen3-8b-base/w64k-l0-50/20 --store stores/wiki --out typical.json
+    qsl calibrate mini-qwen3/w1k-l0-16/6/423 --texts texts/corpus.jsonl --out typical.json
+    qsl calibrate mini-qwen3/w1k-l0-16/6 --store store/ --out layer6.json
 
 REF is a feature, or a whole SAE for all its features that fire. The typical activation is the mean
 over the tokens where a feature fires, without first tokens and tokens of extreme norm.

@@ -1,11 +1,13 @@
 """Classify documents with features: rules that a person can read, compared with probes.
 
-    qsl classify fit train.jsonl --label toxic --out clf.json \\
+    qsl classify fit texts/corpus.jsonl --label chinese --out clf.json --store classify_store \\
+        --model mini-qwen3 --sae mini-qwen3/w1k-l0-16 --layers 5-6
+    qsl classify predict clf.json texts/new.jsonl --out predictions.jsonl
+    qsl classify report store/ --label chinese --page report.html
+    qsl classify efficiency store/ --label chinese
+    # needs the hub, and texts of two classes in several languages:
+    qsl classify transfer all.jsonl --label toxic --language lang \\
         --model Qwen/Qwen3-1.7B --sae qwen3-1.7b-base/w32k-l0-50 --layers 10-20
-    qsl classify predict clf.json new.jsonl --out predictions.jsonl
-    qsl classify report train.jsonl --test test.jsonl --label toxic --out report.html ..
-    qsl classify transfer all.jsonl --label toxic --language lang ..
-    qsl classify efficiency train.jsonl --label toxic ..
 
 DATA is a feature store (`qsl extract`) or a corpus (JSON Lines, CSV, Parquet, a dataset). A corpus
 is extracted first, into --store (default: DATA.store), which is kept: the next command on it starts

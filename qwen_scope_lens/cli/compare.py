@@ -1,12 +1,17 @@
 """Compare features across SAEs, layers and models.
 
-    qsl compare match a_store/ b_store/ --out match.parquet     which feature of A is which of B
+    qsl compare match mini-qwen3/w1k-l0-16/6 mini-qwen3/w1k-l0-16/5 --out match.parquet
+    qsl compare transfer --sae mini-qwen3/w1k-l0-16 --layers 6 --texts texts/new.jsonl \\
+        --models mini-qwen3,mini-qwen3.5
+    # needs stores of a model and of its fine-tune:
+    qsl compare drift base_store/ tuned_store/ --out drift.html
+    # needs the hub:
     qsl compare match qwen3-8b-base/w64k-l0-50/20 qwen3-8b-base/w64k-l0-100/20
-    qsl compare drift base_store/ tuned_store/ --out drift.html what fine-tuning changed
     qsl compare transfer --sae qwen3-8b-base/w64k-l0-50 --layers 12,20 --texts sample.jsonl \\
         --models Qwen/Qwen3-8B-Base,Qwen/Qwen3-8B
 
-`qsl compare match --help` and so on explain each.
+`match` says which feature of A is which of B, `drift` what fine-tuning changed, and `transfer`
+whether an SAE fits a model. `qsl compare match --help` and so on explain each.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Make a page for every feature of a layer: a static site, or Neuronpedia's export format.
 
-    qsl dash build store/ --layers 6 --labels labels.jsonl --out site/
-    qsl dash serve site/                            # or just open site/index.html
+    qsl dash build store/ --layers 6 --labels texts/labels.jsonl --out site/
+    qsl dash serve site/                            # until Ctrl-C; or just open site/index.html
     qsl dash export store/ --format neuronpedia --out export/
 
 The store comes from `qsl extract`; the labels come from `qsl synth describe` or from a person. A

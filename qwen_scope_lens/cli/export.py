@@ -1,7 +1,9 @@
 """A plan for another runtime: a llama.cpp control vector (.gguf) or plain vectors (.safetensors).
 
-    qsl export --edit mini-qwen3/w1k-l0-16/6/498:add:40@first --out chinese.gguf
-    llama-cli -m model.gguf --control-vector chinese.gguf -p "..."
+    qsl export --edit mini-qwen3/w1k-l0-16/6/423:add:40@first --out chinese.gguf
+    qsl export --edit mini-qwen3/w1k-l0-16/6/423:add:40 --out vectors.safetensors
+    # needs llama.cpp, and a plan of your own:
+    llama-cli -m model.gguf --control-vector chinese.gguf -p "The package manager"
     qsl export --plan plan.json --out vectors.safetensors
 
 Both formats hold one vector per layer, which is added there, so only `add` edits in raw or typical

@@ -1,9 +1,12 @@
 """A corpus through a model and its SAEs, into a feature store.
 
-    qsl extract corpus.jsonl --sae mini-qwen3/w1k-l0-16 --layers 6 --out store/
+    qsl extract texts/corpus.jsonl --sae mini-qwen3/w1k-l0-16 --layers 6,7 --out store/
+    qsl extract texts/chats.jsonl --sae mini-qwen3/w1k-l0-16 --layers 6 --no-thinking --out chats/
+    # of four processes or machines that share the work, the first:
+    qsl extract texts/new.jsonl --sae mini-qwen3/w1k-l0-16 --layers 6,7 --worker 0/4 --out new/
+    # needs the hub:
     qsl extract chats.parquet --model Qwen/Qwen3-8B --sae qwen3-8b-base/w64k-l0-50 \\
         --layers 12,20 --no-thinking --label-columns lang,stars --out store/
-    qsl extract big.jsonl ... --worker 0/4   # a quarter: four processes or machines share the work
 
 The corpus is JSON Lines, JSON, text (one document per line), CSV, TSV, Parquet, a folder of
 `datasets.save_to_disk`, or the name of a dataset on the hub. After an interruption at any point the

@@ -1,9 +1,10 @@
 """Read, check, join and search label packs: what features mean, as JSON lines.
 
-    qsl label list labels.jsonl --match chinese --least-score 0.8
-    qsl label show labels.jsonl qwen3-8b-base/w64k-l0-50/20/6159
-    qsl label merge mine.jsonl machine.jsonl --prefer score --out labels.jsonl
-    qsl label check labels.jsonl --store store/
+    qsl label list texts/labels.jsonl --match chinese
+    qsl label show texts/labels.jsonl mini-qwen3/w1k-l0-16/6/423
+    qsl label check texts/labels.jsonl --store store/
+    # needs a second pack, of `qsl synth describe`:
+    qsl label merge texts/labels.jsonl machine.jsonl --prefer score --out labels.jsonl
 
 A line of a pack is {"address": "GROUP/LAYER/FEATURE", "text": "...", "score": 0.9, "provenance":
 {...}}; score and provenance may be left out, so a pack can be written by hand. `qsl synth describe`
@@ -124,7 +125,7 @@ def _check(arguments: argparse.Namespace) -> None:
     scored = sum(label.score is not None for label in pack.values())
     texts = Counter(label.text.casefold() for label in pack.values())
     shared = sum(n for n in texts.values() if n > 1)
-    silent: dict[str, int] = {}
+    silent: dict[str, int] | None = None
     if arguments.store:
         from qwen_scope_lens.stores.store import FeatureStore
 
@@ -135,7 +136,7 @@ def _check(arguments: argparse.Namespace) -> None:
                 "sae": str(sae),
                 "features": sae.row.d_sae,
                 "labels": len(pack.of_sae(sae)),
-                "never_fire": silent.get(str(sae)),
+                "never_fire": silent.get(str(sae)) if silent is not None else None,
             }
             for sae in pack.saes
         ]
@@ -145,7 +146,11 @@ def _check(arguments: argparse.Namespace) -> None:
     print(f"{len(pack)} labels, {scored} with a score")
     print(f"{shared} share their text with another")
     for sae in pack.saes:
-        never = f", {silent[str(sae)]} of them never fire in {arguments.store}" if silent else ""
+        never = ""
+        if silent is not None:
+            count = silent.get(str(sae))
+            what = f"{count} of them never fire" if count is not None else "the SAE is not"
+            never = f", {what} in {arguments.store}"
         print(f"  {sae}: {len(pack.of_sae(sae))} of {sae.row.d_sae} features have a label{never}")
 
 

@@ -1,5 +1,6 @@
 """Standard benchmarks of a steered model, with lm-eval.
 
+    # needs the hub:
     qsl lm-eval --model Qwen/Qwen3-8B-Base --tasks hellaswag --limit 200 \\
         --edit qwen3-8b-base/w64k-l0-50/20/6159:ablate
 

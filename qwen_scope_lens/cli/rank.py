@@ -1,8 +1,8 @@
 """Which features tell one group of documents from another, and should you believe it?
 
     qsl rank store/ --label lang --positive zh --out zh.json
-    qsl rank store/ --label lang --positive zh,ja --negative en,fr --layers 12,20 --pool mean
-    qsl rank store/ --label toxic --positive 1 --by rate_difference --residuals
+    qsl rank store/ --label lang --positive zh,ja --negative en,fr --layers 6 --pool mean
+    qsl rank store/ --label chinese --positive true --by rate_difference --residuals
 
 Every feature is tested on a part of the documents (Mann-Whitney U, with an exact tail for features
 that fire rarely, and a false-discovery rate over all features of all layers). The best features are

@@ -1,8 +1,8 @@
 """Every feature of a stored layer: how often, how strongly, on what, and with which others.
 
-    qsl stats store/ --layers 12
-    qsl stats store/ --layers 12 --feature 6159,42
-    qsl stats store/ --layers 12 --out layer12.parquet
+    qsl stats store/ --layers 6
+    qsl stats store/ --layers 6 --feature 423,431
+    qsl stats store/ --layers 6 --out layer6.parquet
 
 Takes one pass over the store, in bounded memory. The Parquet file has one row per feature: density,
 document frequency, mean and maximum activation, histogram, top examples (document and token) and

@@ -1,6 +1,7 @@
 """Generate with features amplified, set, capped or removed; --compare shows both texts.
 
-    qsl steer "安装程序" --edit mini-qwen3/w1k-l0-16/6/498:ablate --compare
+    qsl steer "安装程序" --edit mini-qwen3/w1k-l0-16/6/423:ablate --compare
+    # needs the hub, and typical.json of `qsl calibrate`:
     qsl steer "Tell me about tea." --model Qwen/Qwen3-8B --chat --compare \\
         --edit qwen3-8b-base/w64k-l0-50/20/6159:add:-2typical@generation \\
         --calibration typical.json

@@ -3,7 +3,7 @@
     qsl store info store/
     qsl store check store/
     qsl store sql store/ "select feature, count(*) n from features group by 1 order by n desc"
-    qsl store merge store/ part-0/ part-1/      # makes store/
+    qsl store merge all/ store/ new/            # makes all/
 
 The views for SQL: features (layer, feature, doc, position, value), documents (doc, key, text,
 n_tokens, truncated, labels), tokens (doc, position, token_id, token, start, end, extreme_<layer>).

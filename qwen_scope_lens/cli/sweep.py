@@ -1,7 +1,7 @@
 """Measure the effect of an edit against its strength, with a guard for coherence and a control.
 
-    qsl sweep prompts.jsonl --edit mini-qwen3/w1k-l0-16/6/498:add --strengths -8:8:2 \\
-        --measure class=han --out dose
+    qsl sweep texts/prompts.txt --edit mini-qwen3/w1k-l0-16/6/423:add --strengths 0:600:200 \\
+        --measure class=han --new-tokens 24 --out dose
 
 PROMPTS is a corpus (JSON Lines with `text` or `messages`, plain text with one prompt per line, CSV,
 Parquet). Edits are given without a strength; --strengths is FROM:TO:STEP or a list, in --unit (raw,

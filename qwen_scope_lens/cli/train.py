@@ -1,12 +1,15 @@
 """Train with features: SASFT against code-switching, rare negatives against repetition.
 
     qsl train languages store/ --targets zh,ru --out language_features.json
-    qsl train sasft run.yaml
-    qsl train repetition loops prompts.jsonl --model Qwen/Qwen3-1.7B --out loops.jsonl
-    qsl train repetition find store/ --out repetition.json
+    qsl train sasft texts/sasft.yaml
+    qsl train repetition loops texts/prompts.jsonl --model mini-qwen3 \\
+        --temperature 0.4 --new-tokens 128 --out own.jsonl
+    qsl extract own.jsonl --sae mini-qwen3/w1k-l0-16 --layers 3-6 --out own_loops/
+    qsl train repetition find own_loops/ --out repetition.json
+    qsl train grpo texts/grpo.yaml
+    qsl train measure texts/replies.jsonl --text reply --script zh
+    # needs hundreds of prompts, and time:
     qsl train repetition screen repetition.json prompts.jsonl --save-plan plan.json
-    qsl train grpo run.yaml
-    qsl train measure replies.jsonl --script zh
 
 A run is one YAML file. The settings under `trainer` go to TRL as they are. A run that was
 interrupted goes on from its last checkpoint:

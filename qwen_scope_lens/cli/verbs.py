@@ -23,6 +23,7 @@ SECTIONS = {
     "first steps": {
         "demo": "a tour on a toy model, offline",
         "completion": "words and options on the Tab key, for bash, zsh and fish",
+        "mini": "sample files for the toy models, as the examples use them",
     },
     "SAEs": {
         "list": "the groups of SAEs that have a name",
@@ -184,6 +185,7 @@ def _overview() -> str:
         "usage: qsl VERB ...\n\n"
         "Tools for Qwen-Scope, the sparse autoencoders of Qwen3 and Qwen3.5.\n\n"
         f"{verbs}\n\n"
-        "`qsl VERB --help` explains one."
-        " Weights are looked for in $QWEN_SCOPE_HOME, then on the hub."
+        "`qsl VERB --help` explains one. Its examples run one after the other, in the order of this"
+        " list,\nin a folder where `qsl mini texts` was run before.\n"
+        "Weights are looked for in $QWEN_SCOPE_HOME, then on the hub."
     )

@@ -1,5 +1,7 @@
 """Does this SAE belong to this model, or to these activations? Exits with 1 if not.
 
+    qsl verify mini-qwen3/w1k-l0-16/6 --model mini-qwen3
+    # needs the hub, and a file of activations:
     qsl verify qwen3-8b-base/w64k-l0-50/20 --model Qwen/Qwen3-8B-Base
     qsl verify qwen3-8b-base/w64k-l0-50/20 --activations residuals.npy
 

@@ -1,10 +1,11 @@
 """What a benchmark measures, from the features its prompts activate; no evaluation is run.
 
-    qsl bench extract gsm8k.jsonl math.jsonl --model M --sae GROUP --layers 20 --out bench/
+    qsl bench extract texts/sums.jsonl texts/capitals.jsonl --sae mini-qwen3/w1k-l0-16 \\
+        --layers 6 --out bench/
     qsl bench redundancy bench/
     qsl bench overlap bench/
-    qsl bench subset bench/gsm8k --coverage 0.95
-    qsl bench report bench/ --scores models_by_benchmark.csv --out report.html
+    qsl bench subset bench/sums --coverage 0.95
+    qsl bench report bench/ --out report.html
 
 `extract` runs the prompts through a model once; everything else reads its stores. `qsl bench
 WORD --help` explains one. The method is section 4 of the Qwen-Scope paper; where the paper says

@@ -136,11 +136,16 @@ def _named(word: str) -> tuple[str, str]:
 def _extract(arguments: argparse.Namespace) -> None:
     r"""Run the prompts of benchmarks through a model, and keep the features of every token.
 
-        qsl bench extract gsm8k.jsonl math.jsonl --model Qwen/Qwen3-8B-Base \
-            --sae qwen3-8b-base/w64k-l0-50 --layers 20 --out bench/
-        qsl bench extract mmlu=cais/mmlu:all --split test --template 'Q: {question}\nA:' ...
-        qsl bench extract --tasks gsm8k arc_easy --fewshot 5 ...     # rendered by lm-eval itself
-        qsl bench extract --tasks mmlu --limit 1000 --seed 1 ...     # a group is one benchmark
+        qsl bench extract sums=texts/sums.jsonl words=texts/words.jsonl --out two/ \
+            --sae mini-qwen3/w1k-l0-16 --layers 6 --template 'Question: {prompt}\nAnswer:'
+        # needs the hub:
+        qsl bench extract mmlu=cais/mmlu:all --split test --template 'Q: {question}\nA:' \
+            --model Qwen/Qwen3-8B-Base --sae qwen3-8b-base/w64k-l0-50 --layers 20 --out bench/
+        # rendered by lm-eval itself; a group of tasks is one benchmark
+        qsl bench extract --tasks gsm8k arc_easy --fewshot 5 --sae qwen3-8b-base/w64k-l0-50 \
+            --layers 20 --out bench/
+        qsl bench extract --tasks mmlu --limit 1000 --seed 1 --sae qwen3-8b-base/w64k-l0-50 \
+            --layers 20 --out bench/
 
     A benchmark is a file (JSONL, CSV, Parquet or text, one item per row), a folder of `datasets`,
     the name of a data set on the hub, or with --tasks a task of lm-eval. It has the name of its

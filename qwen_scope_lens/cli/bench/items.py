@@ -38,9 +38,9 @@ def _screen_arguments(parser: argparse.ArgumentParser) -> None:
 def _screen(arguments: argparse.Namespace) -> None:
     """Do new items add anything to a benchmark? Judged by the features that it does not have yet.
 
-        qsl bench screen bench/gsm8k new_items.jsonl
-        qsl bench screen bench/gsm8k bench/new_items            # extracted before
-        qsl bench screen bench/gsm8k new_items.jsonl --out useful.txt
+        qsl bench screen bench/sums texts/new-sums.jsonl
+        qsl bench screen bench/sums bench/capitals              # extracted before
+        qsl bench screen bench/sums texts/new-sums.jsonl --out useful.txt
 
     "new" counts the item's features that no item of the benchmark activates. "adds" counts those
     that no candidate in a row above activates, either. "usual" is the share of the benchmark's own
@@ -87,9 +87,9 @@ def _duplicates_arguments(parser: argparse.ArgumentParser) -> None:
 def _duplicates(arguments: argparse.Namespace) -> None:
     """Near-duplicates between two benchmarks, or within one, by the features of the whole prompt.
 
-        qsl bench duplicates bench/gsm8k bench/math
-        qsl bench duplicates bench/gsm8k                     # within one
-        qsl bench duplicates bench/gsm8k bench/math --similarity 0.8
+        qsl bench duplicates bench/sums bench/capitals
+        qsl bench duplicates bench/sums                      # within one
+        qsl bench duplicates bench/sums bench/capitals --similarity 0.8
 
     The similarity is Jaccard's, of the sets of active features. "usual" is the similarity to the
     nearest neighbour within the first benchmark that all but 1% of its items stay below: pairs
@@ -130,8 +130,8 @@ def _contamination_arguments(parser: argparse.ArgumentParser) -> None:
 def _contamination(arguments: argparse.Namespace) -> None:
     """How much of a benchmark a training set contains.
 
-        qsl bench contamination bench/gsm8k train.jsonl --column text
-        qsl bench contamination bench/gsm8k train_store/        # of `qsl extract`
+        qsl bench contamination bench/sums texts/corpus.jsonl --column text
+        qsl bench contamination bench/sums store/               # of `qsl extract`
 
     There are two answers. By items: which of them have a near-duplicate in the training set
     (Jaccard similarity of the features of the whole text, meant for training sets of items about

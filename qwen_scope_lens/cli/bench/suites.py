@@ -89,7 +89,7 @@ def _redundancy(arguments: argparse.Namespace) -> None:
     """How much of each benchmark repeats itself: the proxy R-hat and the coverage curve's area.
 
         qsl bench redundancy bench/
-        qsl bench redundancy bench/ --layers 12 --position any --json
+        qsl bench redundancy bench/ --layers 6 --position any --json
 
     The most redundant benchmark comes first. R-hat (equation 9) grows with the number of items; the
     column "R-hat of N" cuts every benchmark to the N items of the smallest one. Brackets are 95%
@@ -130,7 +130,7 @@ def _overlap(arguments: argparse.Namespace) -> None:
     """How much of each benchmark the others cover: equations 10 and 11, every ordered pair.
 
         qsl bench overlap bench/
-        qsl bench overlap bench/ --first gsm8k
+        qsl bench overlap bench/ --first sums
 
     "ceiling" is what a random half of the first benchmark covers of its other half. "at equal size"
     is the expected overlap of equally many items of each (as many as the smallest benchmark has).
@@ -179,8 +179,8 @@ def _subset_arguments(parser: argparse.ArgumentParser) -> None:
 def _subset(arguments: argparse.Namespace) -> None:
     """The smallest subset of a benchmark that keeps a share of its footprint, by lazy greedy.
 
-        qsl bench subset bench/gsm8k --coverage 0.95
-        qsl bench subset bench/gsm8k --coverage 0.95 --out keys.txt
+        qsl bench subset bench/sums --coverage 0.95
+        qsl bench subset bench/sums --coverage 0.95 --out keys.txt
 
     Prints how many items the subset has, the fewest that any subset could have, and what random
     subsets of equal size cover. --out gets the keys of the chosen items, one per line, best first.
@@ -219,6 +219,7 @@ def _report(arguments: argparse.Namespace) -> None:
     """The findings on a suite as one self-contained page, with JSON and CSV beside it.
 
         qsl bench report bench/ --out report.html
+        # needs results of models:
         qsl bench report bench/ --scores models_by_benchmark.csv --control mmlu --out report.html
 
     --scores is a table with the column `model` and one column of scores per benchmark, or with the

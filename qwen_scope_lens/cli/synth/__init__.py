@@ -1,14 +1,13 @@
 """Find the features that data never activates, write data that fires them, and prove it.
 
-    qsl synth targets seed_store/ --reference anchor_store/ --labels labels.jsonl \\
-        --task "safety fine-tuning" --out targets.json
-    qsl synth run targets.json --generator openai:http://localhost:8000/v1 --model-name NAME \\
-        --budget 2000 --out data.jsonl
+    qsl extract texts/seed.jsonl --sae mini-qwen3/w1k-l0-16 --layers 6 --out seed_store/
+    qsl extract texts/anchor.jsonl --sae mini-qwen3/w1k-l0-16 --layers 6 --out anchor_store/
+    qsl synth targets seed_store/ --reference anchor_store/ --threshold 100 --out targets.json
+    qsl synth run targets.json --recipe text --generator hf:mini-qwen3 --budget 16 --out data.jsonl
     qsl synth report data.jsonl --targets targets.json
-    qsl synth describe anchor_store/ --layers 20 --generator ... --out labels.jsonl
-    qsl synth templates --out prompts/
 
-Stores are made by `qsl extract`. Each word has its own help: `qsl synth run --help`.
+The generator is a model in memory or any OpenAI-compatible endpoint. Each word has its own help:
+`qsl synth run --help`.
 """
 
 from __future__ import annotations

@@ -114,11 +114,15 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
 def _run(arguments: argparse.Namespace) -> None:
     """Write examples that activate the missing features; keep those in which the model confirms it.
 
+        qsl synth run targets.json --generator steer:mini-qwen3 --strength 8 --recipe text \\
+            --budget 16 --out steered.jsonl
+        # needs an endpoint that writes:
         qsl synth run targets.json --generator openai:http://localhost:8000/v1 --model-name NAME \\
             --budget 2000 --out data.jsonl
+        qsl synth run targets.json --recipe fac --threshold 1.5 --budget 2000 --out fac.jsonl \\
+            --generator openai:http://localhost:8000/v1#NAME
+        # needs the hub:
         qsl synth run targets.json --generator hf:Qwen/Qwen3-8B --budget 200 --out data.jsonl
-        qsl synth run targets.json --generator steer:Qwen/Qwen3-8B --strength 8 --out data.jsonl
-        qsl synth run targets.json --recipe fac --threshold 1.5 --generator ... --out data.jsonl
 
     Every candidate is read again, unsteered, by the model whose SAEs the targets name. After an
     interruption at any point the same command continues, and pays for no answer twice. `data.run/`
@@ -249,7 +253,9 @@ def _templates(arguments: argparse.Namespace) -> None:
     """Copy the prompt templates and the recipes into a folder, to edit them.
 
         qsl synth templates --out prompts/
-        qsl synth run targets.json --templates prompts/ --recipe prompts/scope.yaml ...
+        # needs an endpoint that writes:
+        qsl synth run targets.json --templates prompts/ --recipe prompts/scope.yaml \\
+            --generator openai:http://localhost:8000/v1#NAME --out data.jsonl
 
     Files that are there already stay as they are. A template has parts [system], [user] or [text]
     and names such as $description; a misspelt name is an error, not a hole in a prompt.

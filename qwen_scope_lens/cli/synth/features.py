@@ -86,14 +86,15 @@ def _stored(layers: list[int], arguments: argparse.Namespace) -> None:
 def _targets(arguments: argparse.Namespace) -> None:
     """Find which features matter for a task, and which of them the seed data lacks.
 
-        qsl synth targets seed_store/ --reference anchor_store/ --labels labels.jsonl \\
-            --match toxic --out targets.json
-        qsl synth targets seed_store/ --reference anchor_store/ --labels labels.jsonl \\
-            --judge openai:http://localhost:8000/v1#NAME --task "safety fine-tuning" \\
-            --out targets.json
+        qsl synth targets seed_store/ --reference anchor_store/ --labels texts/labels.jsonl \\
+            --match chinese --out labelled.json
         qsl synth targets seed_store/ --reference anchor_store/ --contrast lang=zh \\
-            --out targets.json
-        qsl synth targets seed_store/ --reference anchor_store/ --out targets.json
+            --out chinese.json
+        qsl synth targets seed_store/ --reference anchor_store/ --out every.json
+        # needs an endpoint that judges:
+        qsl synth targets seed_store/ --reference anchor_store/ --labels texts/labels.jsonl \\
+            --judge openai:http://localhost:8000/v1#NAME --task "safety fine-tuning" \\
+            --out judged.json
 
     There are four ways to say what matters: a judge model (it is asked about every feature that has
     a label or fires in the anchor data), the labels alone, a contrast of labelled anchor documents,
@@ -185,10 +186,11 @@ def _describe_arguments(parser: argparse.ArgumentParser) -> None:
 def _describe(arguments: argparse.Namespace) -> None:
     """Describe features from passages with a model, test the descriptions, write a label pack.
 
-        qsl synth describe store/ --layers 20 --features 17,4031 --generator openai:URL#MODEL \\
-            --out labels.jsonl
-        qsl synth describe store/ --targets targets.json --generator ... --scorer ... \\
-            --out labels.jsonl
+        # needs an endpoint that writes:
+        qsl synth describe store/ --layers 6 --features 423,431 --out labels.jsonl \\
+            --generator openai:http://localhost:8000/v1#NAME
+        qsl synth describe store/ --targets targets.json --out labels.jsonl \\
+            --generator openai:http://localhost:8000/v1#NAME --scorer hf:Qwen/Qwen3-8B
 
     The describer sees a feature's strongest passages and some weaker ones. The scorer sees only the
     description and has to tell passages in which the feature is active from others; the label's
