@@ -57,7 +57,7 @@ def make_page(run: Run, states: Sequence[State]) -> Page:
             (
                 key,
                 _short(recipe.settings[key]),
-                "changed here, see below" if key in changed else why,
+                OTHER if key in changed else why,
             )
             for key, why in recipe.open.items()
         ],
