@@ -58,6 +58,12 @@ def test_settings_are_changed_by_name_and_unknown_ones_are_refused() -> None:
     assert ("layer", 18, 3) in changed.changed
     assert recipe.settings["layer"] == 18
     assert recipe.with_settings({"layer": 18}).changed == ()
+    assert recipe.with_settings({"data.new": {"file": "x.jsonl"}}).data["new"] == {
+        "file": "x.jsonl"
+    }
+    for source in (3, {"fiel": "x.jsonl"}, {"split": "test"}):
+        with pytest.raises(BadFile, match="source new has"):
+            recipe.with_settings({"data.new": source})
     for key in ("lyer", "data.panel.fil", "data.nope.file", "name"):
         with pytest.raises(UnknownName, match="no setting"):
             recipe.with_settings({key: 1})
@@ -235,6 +241,7 @@ SHOWN = {
     "steering-cases": ("the same with feature 6159 suppressed, best coherent dose",),
     "sasft": ("code-switching ratio after SASFT, %",),
     "repetition-rl": ("repeat ratio before", "repeat ratio after vanilla GRPO"),
+    "toxicity-hatecheck": ("best English F1 on test",),
     "toxicity": ("best English F1 on test", "best English F1, first tokens counted"),
 }
 

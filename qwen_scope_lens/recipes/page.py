@@ -18,6 +18,8 @@ __all__ = ["COLUMNS", "figure_rows", "make_page"]
 
 COLUMNS = ("figure", "ours", "from", "to", "paper", "tolerance", "reading", "note")
 
+OTHER = "not the recipe's value"
+
 SMOKE = (
     "This is a smoke run: a toy model on a few texts. It shows that every stage works. Its figures"
     " say nothing about the paper's."
@@ -35,8 +37,8 @@ def make_page(run: Run, states: Sequence[State]) -> Page:
     page.heading("Our figures beside the paper's")
     page.table(COLUMNS, figure_rows(recipe.figures, results, not compares(run)))
     page.text(
-        "Brackets are 95% intervals. The tolerances are ours, because the paper gives rounded"
-        " figures without errors."
+        "From and to are the ends of 95% intervals. The tolerances are ours, because the paper"
+        " gives rounded figures without errors."
         + (
             ""
             if compares(run)
@@ -46,10 +48,19 @@ def make_page(run: Run, states: Sequence[State]) -> Page:
         quiet=True,
     )
     import_module(f"qwen_scope_lens.recipes.{recipe.kind}").draw(page, results)
+    changed = {key.split(".")[0] for key, _, _ in recipe.changed}
+    changed |= set(recipe.smoke.get("settings", ())) if recipe.is_smoke else set()
     page.heading("What the paper does not say")
     page.table(
         ("setting", "here", "why"),
-        [(key, str(recipe.settings[key]), why) for key, why in recipe.open.items()],
+        [
+            (
+                key,
+                _short(recipe.settings[key]),
+                OTHER if key in changed else why,
+            )
+            for key, why in recipe.open.items()
+        ],
     )
     page.heading("How this was made")
     if recipe.changed:
@@ -65,6 +76,8 @@ def make_page(run: Run, states: Sequence[State]) -> Page:
         ("source", "read from"),
         [(name, _source(run, source)) for name, source in recipe.data.items()],
     )
+    for facts in [found["model"] for found in results.values() if "model" in found][:1]:
+        page.table(("the model that was read", ""), [(k, str(v)) for k, v in facts.items()])
     page.table(
         ("stage", "seconds"), [(state.name, float(state.seconds or 0.0)) for state in states]
     )

@@ -113,7 +113,10 @@ class Recipe:
     changed: tuple[tuple[str, Any, Any], ...] = ()  # (key, in the file, now)
 
     def with_settings(self, changes: Mapping[str, Any]) -> Recipe:
-        """The recipe with other values. A key is a setting, or a path such as `data.mmlu.file`."""
+        """The recipe with other values. A key is a setting, or a path such as `data.mmlu.file`.
+
+        `data.NAME` with a mapping is a source, which may be a new one.
+        """
         parts = {name: deepcopy(dict(getattr(self, name))) for name in CHANGEABLE}
         known = {".".join(path): where for path, where in _leaves(parts)}
         changed = list(self.changed)
@@ -263,8 +266,9 @@ def _place(
 ) -> tuple[dict[str, Any], str]:
     """The mapping that holds a key, and the key in it; raises for a key that is not there."""
     full = ".".join(path)
+    new_source = path[0] == "data" and len(path) == 2
     new_part = path[0] == "data" and len(path) == 3 and path[2] in SOURCE_KEYS
-    if full not in known and not (new_part and ".".join(path[:2]) in known):
+    if full not in known and not new_source and not (new_part and ".".join(path[:2]) in known):
         near = difflib.get_close_matches(full, known, n=3, cutoff=0.4)
         hint = ", ".join(key.removeprefix("settings.") for key in near)
         raise UnknownName(

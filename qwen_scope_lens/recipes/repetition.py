@@ -79,10 +79,11 @@ def rises(work: Work) -> Mapping[str, Any]:
     )
     found.save(work.path("rises", "features.json"))
     return {
+        "model": store.manifest.model,
         "features": [
             {"feature": str(f.ref), "rise": f.rise, "held_out": f.held_out, "z": f.z}
             for f in found.features[: work["candidates"]]
-        ]
+        ],
     }
 
 

@@ -58,6 +58,7 @@ def table(work: Work) -> Mapping[str, Any]:
     )
     found.save(work.path("table", "language_features.json"))
     return {
+        "model": store.manifest.model,
         "features": [
             {
                 "feature": str(f.ref),
@@ -67,7 +68,7 @@ def table(work: Work) -> Mapping[str, Any]:
                 "used": f.stands_out,
             }
             for f in found.features
-        ]
+        ],
     }
 
 
