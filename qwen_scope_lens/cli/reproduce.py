@@ -1,10 +1,11 @@
 """The paper's experiments as recipes: files that run, stage by stage, and end in one page.
 
 qsl reproduce list
-qsl reproduce show toxicity                   # stages, settings, the paper's figures, estimate
-qsl reproduce run toxicity --smoke --out try/ # every stage on a toy model, in seconds
-qsl reproduce run toxicity --out toxicity/    # in earnest; run again, it goes on
+qsl reproduce show toxicity                      # stages, settings, figures, estimate
+qsl reproduce run toxicity --smoke --out try/    # every stage on a toy model, in seconds
 qsl reproduce show toxicity --yaml > mine.yaml   # copy, edit, and `run mine.yaml`
+# needs the hub:
+qsl reproduce run toxicity --out toxicity/       # in earnest; run again, it goes on
 """
 
 from __future__ import annotations
@@ -122,6 +123,7 @@ def _run(arguments: argparse.Namespace) -> None:
     """Do all stages of a recipe and write its page; run again, it goes on where it stopped.
 
         qsl reproduce run bench-mmlu-pro --smoke --out try/
+        # needs the hub, or texts and a recipe of your own:
         qsl reproduce run toxicity --data texts/ --device cuda --out toxicity/
         qsl reproduce run mine.yaml --set seed=1 --set layers=[10,20] --out mine/
 
