@@ -1,11 +1,13 @@
 """The paper's experiments as recipes: files that run, stage by stage, and end in one page.
 
-qsl reproduce list
-qsl reproduce show toxicity                      # stages, settings, figures, estimate
-qsl reproduce run toxicity --smoke --out try/    # every stage on a toy model, in seconds
-qsl reproduce show toxicity --yaml > mine.yaml   # copy, edit, and `run mine.yaml`
-# needs the hub:
-qsl reproduce run toxicity --out toxicity/       # in earnest; run again, it goes on
+    qsl reproduce list
+    qsl reproduce show toxicity                      # stages, settings, figures, estimate
+    qsl reproduce run toxicity --smoke --out try/    # every stage on a toy model, in seconds
+    qsl reproduce show toxicity --yaml > mine.yaml   # copy, edit, and `run mine.yaml`
+    # needs the hub:
+    qsl reproduce run toxicity --out toxicity/       # in earnest; run again, it goes on
+
+A run that was stopped goes on where it was. docs/reproduce.md says what each recipe needs.
 """
 
 from __future__ import annotations
