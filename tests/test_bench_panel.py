@@ -146,11 +146,11 @@ def test_at_equal_size_the_number_of_items_no_longer_makes_the_correlation() -> 
         results[f"b{n}"] = (rng.random((10, n)) < skill).astype(float)
     table = np.stack([part.mean(1) for part in results.values()], axis=1)
     scores = Scores(tuple(map(str, range(10))), tuple(results), table, results)
-    found = equal_redundancy(footprints, scores, subsets=3)
+    found = equal_redundancy(footprints, scores, subsets=3, resamples=50)
     assert found.items == 30
     assert max(found.r_hat) / min(found.r_hat) < 1.3  # whole, the largest is over five times it
     assert max(found.r) - min(found.r) < 0.2
-    pairs = equal_overlap(footprints, scores, subsets=2)
+    pairs = equal_overlap(footprints, scores, subsets=2, resamples=50)
     assert pairs.n_pairs == 15
     assert spread_enough(scores, 0.05) == (list(results), [])
     assert spread_enough(scores, 0.5) == ([], list(results))

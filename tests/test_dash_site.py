@@ -206,7 +206,7 @@ def test_a_build_keeps_what_was_there_and_replaces_nothing_else(
     shutil.copytree(site, out)
     # Another layer and the labels that were there stay, and so does the title.
     assert main([*command, "--out", str(out)]) == 0
-    assert f"kept from an earlier build: {GROUP}/6" in capsys.readouterr().out
+    assert f"kept from an earlier build: {GROUP}/6" in capsys.readouterr().err
     facts = read_data(out, "site")
     assert [layer["ref"] for layer in facts["layers"]] == [f"{GROUP}/2", f"{GROUP}/6"]
     assert facts["title"] == "A </title> test"

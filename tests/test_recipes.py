@@ -284,7 +284,7 @@ def test_smoke(name: str, mini: Any, folders: Path, monkeypatch: pytest.MonkeyPa
 
 def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["reproduce", "list", "--json"]) == 0
-    assert [row["recipe"] for row in json.loads(capsys.readouterr().out)] == list(names())
+    assert [row["recipe"] for row in json.loads(capsys.readouterr().out)["rows"]] == list(names())
     show = ["reproduce", "show", "toxicity", "--set", "seed=5", "--out", str(tmp_path)]
     assert main(show) == 0
     out = capsys.readouterr().out

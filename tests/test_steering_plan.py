@@ -31,9 +31,9 @@ def test_a_plan_is_shown_as_a_table() -> None:
     plan = Plan([f"{REF}:add:+2sigma@generation", f"{OTHER}:ablate"]).calibrated({REF: 30})
     assert repr(plan).splitlines() == [
         "Plan",
-        "feature                    operation  strength  unit   where       typical",
-        f"{REF}  add              +2  sigma  generation       30",
-        f"{OTHER}   ablate            –  raw    both              –",
+        "feature                    operation  strength  unit     where       typical",
+        f"{REF}  add              +2  typical  generation       30",
+        f"{OTHER}   ablate            –  raw      both              –",
     ]
     assert plan._repr_html_().count("<tr>") == 3
     assert plan.to_pandas()["operation"].tolist() == ["add", "ablate"]

@@ -269,4 +269,4 @@ def test_measuring_replies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "line 1: expected an object with reply" in capsys.readouterr().err
     path.write_text("", "utf-8")
     assert main(["train", "measure", str(path)]) == 1
-    assert "needs at least one" in capsys.readouterr().err
+    assert "it has no documents" in capsys.readouterr().err

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from qwen_scope_lens.bench.correlation import DRAWS as RESAMPLES
 from qwen_scope_lens.bench.correlation import (
     PairCorrelation,
     correlate,
@@ -235,7 +236,9 @@ def analyse(
     )
 
 
-def rank_check(rows: Sequence[Redundancy], truths: Sequence[Agreement]) -> RankCheck:
+def rank_check(
+    rows: Sequence[Redundancy], truths: Sequence[Agreement], resamples: int = RESAMPLES
+) -> RankCheck:
     """Correlate the redundancy estimated from features (R-hat) with the one of models' scores (R).
 
     The correlation is also given with the number of items held fixed. `rows` and `truths` list the
@@ -250,12 +253,16 @@ def rank_check(rows: Sequence[Redundancy], truths: Sequence[Agreement]) -> RankC
     r_hat = np.array([row.r_hat.value for row in rows])
     r = np.array([truth.r.value for truth in truths])
     size = np.array([float(row.n_items) for row in rows])
-    straight, ranks = correlate(r, r_hat)
-    return RankCheck(straight, ranks, partial_rank(r, r_hat, size), spearman(r, size))
+    straight, ranks = correlate(r, r_hat, draws=resamples)
+    given_size = partial_rank(r, r_hat, size, draws=resamples)
+    return RankCheck(straight, ranks, given_size, spearman(r, size))
 
 
 def performance(
-    footprints: Sequence[Footprint], scores: Scores, control: str | None
+    footprints: Sequence[Footprint],
+    scores: Scores,
+    control: str | None,
+    resamples: int = RESAMPLES,
 ) -> Performance:
     """Correlate, over all pairs of benchmarks, overlapping footprints with similar scores.
 
@@ -275,8 +282,10 @@ def performance(
     if control is not None:
         table, rest, column = split_control(scores.table, scores.benchmarks, control)
         order = [rest.index(name) for name in names]
-        partly = correlate_pairs(overlap, similarity(table[:, order], names, column))
-    return Performance(tuple(names), raw, correlate_pairs(overlap, raw), control, partly)
+        held_fixed = similarity(table[:, order], names, column)
+        partly = correlate_pairs(overlap, held_fixed, shuffles=resamples - 1, draws=resamples)
+    plain = correlate_pairs(overlap, raw, shuffles=resamples - 1, draws=resamples)
+    return Performance(tuple(names), raw, plain, control, partly)
 
 
 def _layers(

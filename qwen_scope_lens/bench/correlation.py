@@ -29,6 +29,8 @@ __all__ = [
 ]
 
 NEARLY_ONE = 1 - 1e-12
+DRAWS = 1000
+"""Resamples of benchmarks behind an interval."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class PairCorrelation:
 
 
 def over_benchmarks(
-    statistic: Callable[[np.ndarray], float], n: int, draws: int = 1000, seed: int = 0
+    statistic: Callable[[np.ndarray], float], n: int, draws: int = DRAWS, seed: int = 0
 ) -> Interval:
     """Interval of `statistic(benchmark numbers)` when n benchmarks are drawn with replacement.
 
@@ -123,16 +125,20 @@ def split_control(
     return np.asarray(scores)[:, rest], [names[i] for i in rest], np.asarray(scores)[:, at]
 
 
-def correlate(x: np.ndarray, y: np.ndarray, seed: int = 0) -> tuple[Interval, Interval]:
+def correlate(
+    x: np.ndarray, y: np.ndarray, seed: int = 0, draws: int = DRAWS
+) -> tuple[Interval, Interval]:
     """Pearson and Spearman between two figures per benchmark, with bootstrap intervals."""
     x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
     return (
-        over_benchmarks(lambda rows: pearson(x[rows], y[rows]), len(x), seed=seed),
-        over_benchmarks(lambda rows: spearman(x[rows], y[rows]), len(x), seed=seed),
+        over_benchmarks(lambda rows: pearson(x[rows], y[rows]), len(x), draws, seed),
+        over_benchmarks(lambda rows: spearman(x[rows], y[rows]), len(x), draws, seed),
     )
 
 
-def partial_rank(x: np.ndarray, y: np.ndarray, m: np.ndarray, seed: int = 0) -> Interval:
+def partial_rank(
+    x: np.ndarray, y: np.ndarray, m: np.ndarray, seed: int = 0, draws: int = DRAWS
+) -> Interval:
     """Spearman of x and y over the benchmarks when m is held fixed (equation 12 on ranks).
 
     It is NaN where the order of x or y is that of m.
@@ -145,7 +151,7 @@ def partial_rank(x: np.ndarray, y: np.ndarray, m: np.ndarray, seed: int = 0) -> 
             return float("nan")
         return partial(spearman(x[rows], y[rows]), *to_m)
 
-    return over_benchmarks(over, len(x), seed=seed)
+    return over_benchmarks(over, len(x), draws, seed)
 
 
 def correlate_pairs(
@@ -154,6 +160,7 @@ def correlate_pairs(
     keep: np.ndarray | None = None,
     shuffles: int = 999,
     seed: int = 0,
+    draws: int = DRAWS,
 ) -> PairCorrelation:
     """Two symmetric tables `[benchmarks, benchmarks]`, compared over their pairs.
 
@@ -173,7 +180,7 @@ def correlate_pairs(
         return measure(a[i[wanted], j[wanted]], b[i[wanted], j[wanted]])
 
     straight, ranks = (
-        over_benchmarks(bind(over, measure), n, seed=seed) for measure in (pearson, spearman)
+        over_benchmarks(bind(over, measure), n, draws, seed) for measure in (pearson, spearman)
     )
     rng = np.random.default_rng(seed)
     reached = 0

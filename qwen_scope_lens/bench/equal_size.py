@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from qwen_scope_lens.bench.correlation import (
+    DRAWS,
     PairCorrelation,
     correlate,
     correlate_pairs,
@@ -51,7 +52,11 @@ def spread_enough(scores: Scores, least: float) -> tuple[list[str], list[str]]:
 
 
 def equal_redundancy(
-    footprints: Sequence[Footprint], scores: Scores, subsets: int = SUBSETS, seed: int = 0
+    footprints: Sequence[Footprint],
+    scores: Scores,
+    subsets: int = SUBSETS,
+    seed: int = 0,
+    resamples: int = DRAWS,
 ) -> EqualSize:
     """R against R-hat over benchmarks that are cut to the items of the smallest one."""
     if len(footprints) < 3:
@@ -68,7 +73,7 @@ def equal_redundancy(
         found = [agreement(f.name, part, draws=1, seed=seed) for part in ranked]
         r.append(float(np.mean([one.r.value for one in found])))
     r_hat = [redundancy_at(f, size) for f in footprints]
-    straight, ranks = correlate(np.array(r), np.array(r_hat), seed)
+    straight, ranks = correlate(np.array(r), np.array(r_hat), seed, resamples)
     names = tuple(f.name for f in footprints)
     return EqualSize(size, names, tuple(r), tuple(r_hat), straight, ranks)
 
@@ -79,6 +84,7 @@ def equal_overlap(
     control: np.ndarray | None = None,
     subsets: int = SUBSETS,
     seed: int = 0,
+    resamples: int = DRAWS,
 ) -> PairCorrelation:
     """overlap_min at equal size against similarity of scores, with `control` held fixed if given.
 
@@ -92,4 +98,4 @@ def equal_overlap(
         tables.append(overlap_matrix(cut, smallest=True))
     names = [f.name for f in footprints]
     alike = similarity(scores.only(names).table, names, control)
-    return correlate_pairs(np.mean(tables, axis=0), alike, seed=seed)
+    return correlate_pairs(np.mean(tables, axis=0), alike, None, resamples - 1, seed, resamples)

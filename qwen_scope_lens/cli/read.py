@@ -1,9 +1,10 @@
 """Which features fire on a text, per token and as a whole, with labels and promoted tokens.
 
     qsl read "The kernel reads a file. 内核读取文件。"            # the toy model, no download
+    qsl read "one text" "another" --layers 2,6 --labels texts/labels.jsonl --out page.html
+    qsl read - --json < texts/prompts.txt
+    # needs the hub:
     qsl read "The kernel reads a file." --sae qwen3-8b-base/w64k-l0-50 --layers 12,20
-    qsl read "one text" "another" --layers 2,6 --labels labels.jsonl --out page.html
-    qsl read - --json < text.txt
 
 Each text is read as it is, without a store. The table has the strongest features of each layer: the
 largest activation, on how many tokens the feature fires, the token where it is strongest, and the
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwen_scope_lens.address import saes_named
+from qwen_scope_lens.cli import inputs
 from qwen_scope_lens.cli import plan_options as plans
 from qwen_scope_lens.cli.options import (
     add_json,
@@ -50,7 +52,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--sae", default="mini-qwen3/w1k-l0-16", help="a group, or one SAE (%(default)s)"
     )
     add_model(parser)
-    add_layers(parser, "such as 12,20 or 0-7; default: the middle one of the group")
+    add_layers(
+        parser,
+        "such as 12,20 or 0-7; default: the middle one of the group",
+        check=inputs.unchecked,
+    )
     parser.add_argument("--labels", type=Path, help="JSON lines: address, text, score, provenance")
     parser.add_argument("--top", type=count, default=5, help="features per layer (%(default)s)")
     parser.add_argument(

@@ -24,6 +24,7 @@ from qwen_scope_lens.cli.options import (
     add_words,
     count,
     memory,
+    print_json,
     remark,
     show,
 )
@@ -73,6 +74,7 @@ def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _show_arguments(parser: argparse.ArgumentParser) -> None:
     _recipe_arguments(parser)
+    add_json(parser)
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="say what is finished there")
     parser.add_argument("--yaml", action="store_true", help="print the file itself")
 
@@ -88,32 +90,41 @@ def _show(arguments: argparse.Namespace) -> None:
     recipe = _opened(arguments)
     from qwen_scope_lens.tables import Table
 
-    print(f"{recipe.name}: {recipe.title}\n{recipe.paper}\n")
     stages: list[tuple[str, ...]] = [(stage.name, stage.what) for stage in stages_of(recipe)]
     head: tuple[str, ...] = ("stage", "what it does")
     if arguments.out is not None:
         known = states(recipe, arguments.out, arguments.data)
         stages = [(*row, found.state, found.why) for row, found in zip(stages, known, strict=True)]
         head = (*head, "state", "why")
-    print(Table.of(head, stages).text())
     settings = [
         (key, _in_short(value), recipe.open.get(key, "")) for key, value in recipe.settings.items()
     ]
-    print("\n" + Table.of(("setting", "value", "not in the paper"), settings).text())
     sources = [
         (name, source.get("hub") or source.get("task") or "", source.get("file", ""))
         for name, source in recipe.data.items()
     ]
-    print("\n" + Table.of(("source", "hub or lm-eval task", "file in --data"), sources).text())
     figures = [
         (f.name, f"> {f.paper:g}" if f.above else f.paper, f.tolerance) for f in recipe.figures
     ]
-    print("\n" + Table.of(("figure", "paper", "tolerance"), figures).text())
+    tables = {
+        "stages": Table.of(head, stages),
+        "settings": Table.of(("setting", "value", "not in the paper"), settings),
+        "sources": Table.of(("source", "hub or lm-eval task", "file in --data"), sources),
+        "figures": Table.of(("figure", "paper", "tolerance"), figures),
+    }
+    if arguments.json:
+        facts = {"recipe": recipe.name, "title": recipe.title, "paper": recipe.paper}
+        records = {name: table.records() for name, table in tables.items()}
+        print_json(arguments.json, {**facts, **records, "estimate": _estimate(recipe)})
+        return
+    print(f"{recipe.name}: {recipe.title}\n{recipe.paper}\n")
+    print("\n\n".join(table.text() for table in tables.values()))
     print(f"\n{_estimate(recipe)}")
 
 
 def _run_arguments(parser: argparse.ArgumentParser) -> None:
     _recipe_arguments(parser)
+    add_json(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
     work = parser.add_argument_group("the work")
     work.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: cpu")
@@ -152,8 +163,9 @@ def _run(arguments: argparse.Namespace) -> None:
     page = run_recipe(recipe, arguments.out, data=arguments.data, options=options, say=remark)
     results = {s.name: s.result for s in states(recipe, arguments.out, arguments.data)}
     rows = [row[:5] for row in figure_rows(recipe.figures, results, only_shown=True)]
-    print(Table.of(("figure", "ours", "from", "to", "paper"), rows).text())
-    print(page)
+    table = Table.of(("figure", "ours", "from", "to", "paper"), rows)
+    show(table, arguments.json, page=str(page))
+    remark(f"written: {page}")
 
 
 def _opened(arguments: argparse.Namespace) -> Recipe:

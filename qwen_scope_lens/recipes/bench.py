@@ -108,7 +108,7 @@ def measure(work: Work) -> Mapping[str, Any]:
     scores = _panel(work, keys, [])
     if scores is not None:
         scores = scores.matched(keys) if scores.results else scores
-    control, draws, truths = work["control"], work["draws"], {}
+    control, draws, resamples, truths = work["control"], work["draws"], work["resamples"], {}
     used, left_out = list(suite.names), []
     if scores is not None:
         good, at_floor = spread_enough(scores.only(suite.names), work["least_spread"])
@@ -124,7 +124,9 @@ def measure(work: Work) -> Mapping[str, Any]:
         work.say(f"layer {layer}")
         every = suite.footprints(layer)
         chosen = [f for f in every if f.name in used]
-        curve[layer] = _at_layer(every, chosen, scores, truths, control, draws, work["seed"])
+        curve[layer] = _at_layer(
+            every, chosen, scores, truths, control, draws, resamples, work["seed"]
+        )
     spread = {} if scores is None else dict(zip(scores.benchmarks, scores.table.T, strict=True))
     rows = [
         {
@@ -205,6 +207,7 @@ def _at_layer(
     truths: Mapping[str, Agreement],
     control: str | None,
     draws: int,
+    resamples: int,
     seed: int,
 ) -> dict[str, Any]:
     """The findings at one layer: a row per benchmark, and the correlations over benchmarks."""
@@ -232,10 +235,10 @@ def _at_layer(
     ranked = [f for f in used if f.name in truths]
     if len(ranked) >= 3:
         mine = [rows[f.name] for f in ranked]
-        check = rank_check(mine, [truths[f.name] for f in ranked])
+        check = rank_check(mine, [truths[f.name] for f in ranked], resamples)
         r = np.array([truths[f.name].r.value for f in ranked])
-        logs = correlate(r, np.log([row.r_hat.value for row in mine]))
-        equal = equal_redundancy(ranked, scores, seed=seed)
+        logs = correlate(r, np.log([row.r_hat.value for row in mine]), seed, resamples)
+        equal = equal_redundancy(ranked, scores, seed=seed, resamples=resamples)
         found["redundancy"] = {
             "benchmarks": len(ranked),
             "spearman": check.spearman,
@@ -246,16 +249,16 @@ def _at_layer(
         }
     pairs = [f for f in used if f.name != control]
     if len(pairs) >= 3:
-        shown = performance(pairs, scores, control)
+        shown = performance(pairs, scores, control, resamples)
         column = scores.only([control]).table[:, 0] if control is not None else None
         found["pairs"] = {
             "count": shown.raw.n_pairs,
             "raw": shown.raw,
             "partial": shown.partial,
-            "equal": equal_overlap(pairs, scores, seed=seed),
+            "equal": equal_overlap(pairs, scores, seed=seed, resamples=resamples),
             "equal_partial": None
             if column is None
-            else equal_overlap(pairs, scores, column, seed=seed),
+            else equal_overlap(pairs, scores, column, seed=seed, resamples=resamples),
             "overlap_min": overlap_matrix(pairs, smallest=True).tolist(),
             "similarity": shown.similarity.tolist(),
         }
