@@ -141,7 +141,7 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         return {"value": work.result("one")["value"] + work["m"]}
 
     module.one, module.two = one, two
-    monkeypatch.setitem(sys.modules, "qwen_scope_lens.recipes.fake", module)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "qwen_scope_lens.recipes.fake", module)
     kinds = {**recipes.KINDS, "fake": {"one": "first", "two": "second"}}
     monkeypatch.setattr(recipes, "KINDS", kinds)
     monkeypatch.setattr("qwen_scope_lens.recipes.engine.KINDS", kinds)

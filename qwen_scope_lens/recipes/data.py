@@ -76,7 +76,7 @@ def text_rows(work: Work, name: str, *needed: str) -> list[dict[str, Any]]:
     return found
 
 
-def _raw(source: Mapping[str, Any], path: Path | None) -> Iterator[tuple[str, dict[str, Any]]]:
+def _raw(source: Mapping[str, Any], path: Path | None) -> Iterator[tuple[str, Mapping[str, Any]]]:
     if path is not None:
         yield from read_rows(path)
         return

@@ -282,8 +282,12 @@ def _state(job: Run, stage: Stage) -> State:
 
 def _read(path: Path) -> dict[str, Any]:
     found = read_json(path, FORMAT, VERSION, MADE_BY)
-    finished = {"result": dict, "files": dict, "seconds": (int, float), "made": int}
-    kinds = {"state": str, "reads": dict, **(finished if found.get("state") == "finished" else {})}
+    finished: dict[str, Any] = {"result": dict, "files": dict, "seconds": (int, float), "made": int}
+    kinds: dict[str, Any] = {
+        "state": str,
+        "reads": dict,
+        **(finished if found.get("state") == "finished" else {}),
+    }
     if wrong := [key for key, kind in kinds.items() if not isinstance(found.get(key), kind)]:
         raise BadFile(f"{path} is damaged ({', '.join(wrong)}): remove it, and run the stage again")
     return found

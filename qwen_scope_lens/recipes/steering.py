@@ -7,6 +7,7 @@ whether that number fires on the case's texts and not on the texts beside them.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -25,7 +26,7 @@ from qwen_scope_lens.steering.blame import blame as suspects
 from qwen_scope_lens.steering.calibrate import calibrate_from_store
 from qwen_scope_lens.steering.generate import Sampling
 from qwen_scope_lens.steering.plan import Edit, Plan
-from qwen_scope_lens.steering.sweep import CONTROL, PLAN, sweep
+from qwen_scope_lens.steering.sweep import CONTROL, PLAN, Dose, sweep
 from qwen_scope_lens.stores.extract import extract
 from qwen_scope_lens.stores.store import FeatureStore
 
@@ -53,14 +54,14 @@ def layers(work: Work) -> Mapping[str, Any]:
         progress=not work.is_smoke,
         **work.options,
     )
-    cases, positive = store.labels("case"), store.labels("positive").astype(bool)
+    cases, is_positive = store.labels("case"), store.labels("positive").astype(bool)
     found: dict[str, Any] = {}
     for name, case in work["cases"].items():
         docs, feature = np.flatnonzero(cases == name), case["feature"]
-        table = []
+        table: list[dict[str, Any]] = []
         for layer in store.layers:
             x = pool(store, layer, how="max", docs=docs)
-            truth = positive[docs]
+            truth = is_positive[docs]
             difference = rate_differences(x, truth)
             mine = x[:, [feature]].toarray()[:, 0]
             table.append(
@@ -109,7 +110,7 @@ def doses(work: Work) -> Mapping[str, Any]:
     """Sweeps of every case; a stopped one goes on with the next dose."""
     chosen, model = work.result("layers")["cases"], work.model()
     store = FeatureStore.open(work.path("layers"))
-    found = {}
+    found: dict[str, Any] = {}
     for name, case in work["cases"].items():
         work.say(f"case {name}")
         ref = _sae(work, chosen[name]["layer"]).feature(case["feature"])
@@ -138,18 +139,10 @@ def doses(work: Work) -> Mapping[str, Any]:
             "feature": str(ref),
             "measure": swept.meaning,
             "unsteered": _effect(swept.plain),
-            "best": {**_effect(best), "strength": best.strength, "coherent": bool(fine)},
+            "best": {**asdict(best), **_effect(best), "coherent": bool(fine)},
             "control": _effect(control),
             "doses": [
-                {
-                    "arm": dose.arm,
-                    "strength": dose.strength,
-                    **_effect(dose),
-                    "perplexity": dose.perplexity,
-                    "repetition": dose.repetition,
-                    "coherent": swept.coherent(dose),
-                    "sample": dose.sample,
-                }
+                {**asdict(dose), **_effect(dose), "coherent": swept.coherent(dose)}
                 for arm in (PLAN, CONTROL)
                 for dose in swept.arm(arm)
             ],
@@ -161,7 +154,7 @@ def _sae(work: Work, layer: int) -> LayerRef:
     return LayerRef(find_group(work["sae"]).short, layer)
 
 
-def _effect(dose: Any) -> dict[str, float]:
+def _effect(dose: Dose) -> dict[str, float]:
     return {"value": dose.effect, "low": dose.low, "high": dose.high}
 
 

@@ -68,9 +68,9 @@ def texts(work: Work) -> Mapping[str, Any]:
         path.write_text("".join(lines), encoding="utf-8")
     counts: dict[str, dict[str, int]] = {}
     for row in rows:
-        mine = counts.setdefault(row["language"], {})
+        of_language = counts.setdefault(row["language"], {})
         cell = f"{row['set']}, {'toxic' if row['toxic'] else 'clean'}"
-        mine[cell] = mine.get(cell, 0) + 1
+        of_language[cell] = of_language.get(cell, 0) + 1
     return {"counts": counts}
 
 
@@ -94,7 +94,8 @@ def features(work: Work) -> Mapping[str, Any]:
 
 def rules(work: Work) -> Mapping[str, Any]:
     """F1 of the OR rule by language, layer and K, with and without first tokens; baselines."""
-    table, chosen, english = {}, {}, {}
+    table, english = {}, {}
+    chosen: dict[str, dict[str, Any]] = {}
     for kept, name in ((True, "first token left out"), (False, "first token counted")):
         discovery, test = _documents(work, keep=kept)
         cells = {
