@@ -15,6 +15,9 @@ from tools.browser import find_browser, get_browser
 NO_BROWSER = "no browser"
 """How the reason of a skip begins, for the summary in conftest.py."""
 
+PATIENCE = 30_000
+"""Milliseconds that a page may take, for a machine that does much else."""
+
 ARGUMENTS = [
     "--no-sandbox",
     "--disable-gpu",
@@ -37,7 +40,7 @@ class Browser:
     @contextmanager
     def page(self, width: int = 1280, height: int = 900, **options: Any) -> Iterator[Any]:
         context = self.engine.new_context(viewport={"width": width, "height": height}, **options)
-        context.set_default_timeout(15_000)
+        context.set_default_timeout(PATIENCE)
         page = context.new_page()
         page.on("console", self._console)
         page.on("pageerror", lambda error: self.complaints.append(f"error: {error}"))
@@ -71,7 +74,9 @@ def open_browser() -> Iterator[Browser]:
         if os.environ.get("CI"):
             pytest.fail(why, pytrace=False)
         pytest.skip(f"{NO_BROWSER}: {why}")
-    from playwright.sync_api import sync_playwright
+    from playwright.sync_api import expect, sync_playwright
+
+    expect.set_options(timeout=PATIENCE)
 
     with sync_playwright() as play:
         engine = play.chromium.launch(executable_path=path, args=ARGUMENTS)

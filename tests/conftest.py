@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,9 @@ from browser import NO_BROWSER, Browser, open_browser
 
 if TYPE_CHECKING:
     from qwen_scope_lens.stores import FeatureStore
+
+# A shell's `&` starts processes that ignore Ctrl-C, and so would all that the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
