@@ -210,9 +210,9 @@ def _check_target(out: Path) -> None:
 
 
 def _plan(arguments: argparse.Namespace, graph: FeatureGraph) -> None:
-    from qwen_scope_lens.steering.plan import Plan
+    from qwen_scope_lens.steering.plan import Edit, Plan
 
-    edits = []
+    edits: list[Edit] = []
     if arguments.ablate:
         edits += graph.plan(arguments.ablate, "ablate").edits
     if arguments.amplify:

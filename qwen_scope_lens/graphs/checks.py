@@ -14,7 +14,8 @@ from torch import Tensor
 
 from qwen_scope_lens.catalog import find_group
 from qwen_scope_lens.errors import BadText
-from qwen_scope_lens.graphs.attribution import Level, Target, decompose, open_saes
+from qwen_scope_lens.graphs.attribution import open_saes
+from qwen_scope_lens.graphs.edges import Level, Target, decompose
 from qwen_scope_lens.graphs.frozen import EMBEDDINGS, Frozen, frozen
 from qwen_scope_lens.graphs.graph import FeatureGraph, Node
 from qwen_scope_lens.models.architecture import Model

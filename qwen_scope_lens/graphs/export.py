@@ -1,6 +1,6 @@
 """The JSON that the viewers of circuit-tracer and of Neuronpedia read.
 
-The shape is that of `circuit_tracer/frontend/graph_models.py`: metadata, qParams, nodes, links. Its
+The shape is that of circuit-tracer's `frontend.graph_models`: metadata, qParams, nodes, links. Its
 nodes are transcoder features; ours are features of the residual stream, under the same type name,
 because viewers draw by it. Biases have no type there and are left out.
 """

@@ -1,9 +1,10 @@
 """Does the model still say it when only the graph's features are left? And without them?
 
 At every SAE layer of a run, features that fire are removed (or set to their mean) by their decoder
-rows; silent features stay silent, and the SAE's error stays as it is in that run. With m for the target's value, *faithfulness* of a set of
-features is (m(only these) - m(none)) / (m(model) - m(none)), and *completeness* is how little of it
-the model keeps without them: 1 - (m(all but these) - m(none)) / (m(model) - m(none)).
+rows; silent features stay silent, and the SAE's error stays as it is in that run. With m for the
+target's value, *faithfulness* of a set of features is (m(only these) - m(none)) / (m(model) -
+m(none)), and *completeness* is what the model loses without them, (m(model) - m(all but these)) /
+(m(model) - m(none)).
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from tqdm import tqdm
 
 from qwen_scope_lens.catalog import find_group
 from qwen_scope_lens.errors import BadText, TooLittleData
-from qwen_scope_lens.graphs.attribution import Target, decompose, open_saes
+from qwen_scope_lens.graphs.attribution import open_saes
+from qwen_scope_lens.graphs.edges import Target, decompose
 from qwen_scope_lens.graphs.frozen import frozen
 from qwen_scope_lens.graphs.graph import FeatureGraph
 from qwen_scope_lens.models.architecture import Model
@@ -103,7 +105,7 @@ def faithfulness(
     target = Target(graph.target_ids[0], minus, "")
     means = None
     if ablation == "mean":
-        texts = list(reference) or [list(graph.token_ids)]
+        texts: list[str | list[int]] = [*reference] or [list(graph.token_ids)]
         means = _means(model, texts, loaded)
     with torch.no_grad(), frozen(model, graph.token_ids, graph.layers, ()) as one:
         active = {layer: decompose(one, layer, sae) for layer, sae in loaded.items()}
@@ -120,7 +122,7 @@ def faithfulness(
         for start in tqdm(range(0, len(runs), ROWS), desc="ablations", disable=not progress):
             some = runs[start : start + ROWS]
             changes = {
-                layer: _Ablation(sae, ranks[layer], some, means and means[layer])
+                layer: _Ablation(sae, ranks[layer], some, None if means is None else means[layer])
                 for layer, sae in loaded.items()
             }
             values += target.value(one.edited(len(some), changes).float()).tolist()
@@ -216,7 +218,7 @@ def _like(
 
 
 def _means(
-    model: Model, texts: Sequence[str] | Sequence[list[int]], saes: Mapping[int, ScopeSAE]
+    model: Model, texts: Sequence[str | list[int]], saes: Mapping[int, ScopeSAE]
 ) -> dict[int, Tensor]:
     """The mean activation of every feature over all tokens but the first of each text. `[d_sae]`"""
     read = capture(model, texts, list(saes))

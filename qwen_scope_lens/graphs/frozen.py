@@ -9,7 +9,7 @@ keys, decay and write strength; in the others, queries and keys.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -102,7 +102,7 @@ class Frozen:
         assert out is not None
         return out
 
-    def edited(self, rows: int, changes: dict[int, Change]) -> Tensor:
+    def edited(self, rows: int, changes: Mapping[int, Change]) -> Tensor:
         """The logits `[rows, vocabulary]` after the last token, with residuals changed on the way.
 
         `changes[layer]` takes the residuals `[rows, T, d_model]` and gives others.
@@ -129,7 +129,7 @@ class Frozen:
             self.run(start, stop, x)
         return sum(seen.values()) + x.nbytes
 
-    def _pass(self, rows: int, changes: dict[int, Change]) -> Tensor | None:
+    def _pass(self, rows: int, changes: Mapping[int, Change]) -> Tensor | None:
         """One pass of `rows` copies of the text; None where a change ended it."""
         inner, device = unwrap(self.model), input_device(self.model)
         ids = torch.tensor([self.ids], device=device).expand(rows, -1)
@@ -231,7 +231,9 @@ def _hold_norms(one: Frozen, stack: ExitStack) -> None:
     eps = float(text_config(one.model).rms_norm_eps)
     norms = [part(one.model, places_of(one.model).norm)]
     for layer in one.layers:
-        norms += [layer.input_layernorm, layer.post_attention_layernorm]
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            norm: nn.Module = getattr(layer, name)
+            norms.append(norm)
     for norm in norms:
         weight = next(norm.parameters())
         with torch.no_grad():  # families store the weight in different ways, this asks for it

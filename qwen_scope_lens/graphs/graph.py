@@ -3,8 +3,8 @@
 A feature node is one feature at one token. An *error* node is what an SAE leaves out of the
 residual at a token, *bias* is its `b_dec`, and embeddings and the target are the two ends. An edge
 says how much of the target node's pre-activation (or of the chosen logit) comes from the source
-node, all else as it is. Edges go from one SAE layer to the next only: an effect that skips a layer's features
-goes through its error nodes.
+node, all else as it is. Edges go from one SAE layer to the next only: an effect that skips a
+layer's features goes through its error nodes.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 
 from qwen_scope_lens.address import FeatureRef
 from qwen_scope_lens.errors import BadFile, ScopeError
+from qwen_scope_lens.features.reading import Labels
 from qwen_scope_lens.files import read_json, write_json
 from qwen_scope_lens.steering.plan import Edit, Plan
 from qwen_scope_lens.tables import Table, View, shown
@@ -30,13 +31,6 @@ MADE_BY = "qsl graph TEXT --out FOLDER"
 
 Kind = Literal["feature", "error", "bias", "embedding", "target"]
 KINDS: tuple[Kind, ...] = ("feature", "error", "bias", "embedding", "target")
-
-
-class Labels(Protocol):
-    """What features mean, such as a `LabelPack`."""
-
-    def text(self, ref: FeatureRef, /) -> str:
-        """The words for a feature, or an empty text."""
 
 
 @dataclass(frozen=True)

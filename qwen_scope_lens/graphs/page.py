@@ -10,8 +10,8 @@ import base64
 import hashlib
 import html
 import json
-from importlib import resources
 from collections.abc import Sequence
+from importlib import resources
 from pathlib import Path
 
 from qwen_scope_lens.files import whole_file
@@ -22,11 +22,13 @@ from qwen_scope_lens.pages import Link
 __all__ = ["graph_page", "save_page"]
 
 DIGITS = 5
+NAMES = ("kind", "name", "label", "layer", "position", "number")
+NUMBERS = ("value", "influence", "linear", "left_out", "features", "removed")
 
 
 def graph_page(graph: FeatureGraph, pages: str | None = None, notes: Sequence[str] = ()) -> str:
     """The page. `pages` is the address of the site of these features (`qsl dash build`), relative
-    to the page or with https://, to which features then link. `notes` are texts that stand under the graph."""
+    to the page or with https://, to which features then link. `notes` stand under the graph."""
     if pages is not None:
         pages = Link("", pages).target  # raises for what cannot be a link
     _, of_edges = influences(graph)
@@ -39,12 +41,9 @@ def graph_page(graph: FeatureGraph, pages: str | None = None, notes: Sequence[st
     ]
     nodes = []
     for node in graph.nodes:
-        numbers = {"value": node.value, "influence": node.influence, "linear": node.linear}
-        numbers |= {"left_out": node.left_out, "features": node.features, "removed": node.removed}
+        numbers = {name: getattr(node, name) for name in NUMBERS}
         shown = {name: None if x is None else _short(x) for name, x in numbers.items()}
-        place = {"layer": node.layer, "position": node.position, "number": node.number}
-        names = {"kind": node.kind, "name": node.name, "label": node.label}
-        nodes.append(names | place | shown)
+        nodes.append({name: getattr(node, name) for name in NAMES} | shown)
     content = {
         "tokens": graph.tokens,
         "group": graph.group,
