@@ -4,7 +4,7 @@
     qsl graph "The capital of France is" --sae qwen3-8b-base/w64k-l0-50 --target " Paris" \\
         --target-minus " London" --labels labels.jsonl --out graph/
     qsl graph --from graph/ --ablate 6.213@6 --amplify 5.927@6 --save-plan plan.json
-    qsl steer --plan plan.json --prompt "The package manager is a"
+    qsl steer "The package manager is a" --plan plan.json --compare
 
 Nodes are features at tokens, what the SAEs leave out (errors), and embeddings. Edges are linear
 effects on the next SAE layer, by gradients with the scales of norms held (--hold). The graph is
