@@ -73,22 +73,22 @@ const columns = [...new Set(G.nodes.map(column))].sort((a, b) => a - b);
 const PER_LINE = 6;
 const place = [];
 let width = MARGIN, height = 12;
-const left = new Map(), top = new Map();
+const leftOf = new Map(), topOf = new Map();
 columns.forEach((at) => {
   const most = Math.max(...rows.map((layer) => (cells.get(`${layer} ${at}`) || []).length));
-  left.set(at, width);
+  leftOf.set(at, width);
   width += Math.max(Math.min(most, PER_LINE) * STEP, 34) + GAP;
 });
 rows.forEach((layer) => {
   const lines = Math.max(...columns.map((at) => Math.ceil((cells.get(`${layer} ${at}`) || []).length / PER_LINE)));
-  top.set(layer, height);
+  topOf.set(layer, height);
   height += lines * STEP + ROW;
 });
 cells.forEach((members, key) => {
   const [layer, at] = key.split(" ").map(Number);
   members.sort((a, b) => G.nodes[b].influence - G.nodes[a].influence);
   members.forEach((i, n) => {
-    place[i] = [left.get(at) + STEP / 2 + (n % PER_LINE) * STEP, top.get(layer) + STEP / 2 + Math.floor(n / PER_LINE) * STEP];
+    place[i] = [leftOf.get(at) + STEP / 2 + (n % PER_LINE) * STEP, topOf.get(layer) + STEP / 2 + Math.floor(n / PER_LINE) * STEP];
   });
 });
 const strongest = G.edges.map((edge, i) => [i, edge[3]]).sort(byStrength).map(([i]) => i);
@@ -105,13 +105,13 @@ function draw() {
   const near = new Set(state.node === null ? [] : [state.node, ...into[state.node].map((e) => e[0]), ...outOf[state.node].map((e) => e[0])]);
   const picture = make("svg", { width, height: height + 26, role: "img", "aria-label": "feature graph" });
   rows.forEach((layer) => {
-    const y = top.get(layer);
+    const y = topOf.get(layer);
     const name = layer === -1 ? "tokens" : layer === G.n_layers ? "target" : `layer ${layer}`;
     picture.append(make("text", { x: 4, y: y + 11 }, name), make("line", { class: "row", x1: MARGIN, x2: width, y1: y - ROW / 2, y2: y - ROW / 2 }));
   });
   columns.forEach((at) => {
     const text = at === -1 ? "bias" : G.tokens[at].replace(/\n/g, "↵");
-    picture.append(make("text", { class: "token", x: left.get(at), y: height + 14 }, text.length > 14 ? `${text.slice(0, 13)}…` : text));
+    picture.append(make("text", { class: "token", x: leftOf.get(at), y: height + 14 }, text.length > 14 ? `${text.slice(0, 13)}…` : text));
   });
   const scale = state.node === null ? largest : Math.max(1e-12, ...[...into[state.node], ...outOf[state.node]].map((e) => Math.abs(e[1])));
   edgesShown().forEach((i) => {
