@@ -308,6 +308,19 @@ def test_the_verb_writes_a_graph_and_a_plan(
     assert [edit.op for edit in qsl.Plan.load(plan).edits] == ["ablate", "scale"]
 
 
+def test_blame_goes_upstream_from_the_first_bad_token(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--prompt", "The package manager", "--reply", " is 安装程序", "--class", "han"]
+    out = str(tmp_path / "graph")
+    assert main(["blame", f"{GROUP}/6", *words, "--top", "2", "--graph", out]) == 0
+    assert "the graph of '安装'" in capsys.readouterr().err
+    found = FeatureGraph.load(tmp_path / "graph" / "graph.json")
+    assert found.text == "The package manager is "
+    assert found.layers == tuple(range(8))
+    assert "'安装'" in found.target
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -7,19 +7,22 @@
 A file of cases has one per line: {"prompt": ..., "reply": ..., "bad": true}, or `messages` instead
 of `prompt`. The bad replies are compared with those that have "bad": false, and with all prompts.
 With --class only the tokens of that class in the bad replies count as bad. The last lines are edits
-to try: `qsl steer` shows the effect of one, `qsl sweep` measures it.
+to try: `qsl steer` shows the effect of one, `qsl sweep` measures it. --graph goes upstream from the
+first bad token, through all layers of the SAEs' group (see `qsl graph --help`).
 """
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qwen_scope_lens.cli import plan_options as plans
-from qwen_scope_lens.cli.options import add_json, count, read_labels, refuse_empty, show
+from qwen_scope_lens.cli.options import add_json, count, read_labels, refuse_empty, remark, show
+from qwen_scope_lens.files import refuse_other_folder
 
 if TYPE_CHECKING:
+    from qwen_scope_lens.labels.packs import LabelPack
     from qwen_scope_lens.steering.blame import Case
 
 
@@ -42,6 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--thinking", action="store_true", help="with --chat: thinking mode")
     parser.add_argument("--labels", type=Path, help="a label pack, to show what features mean")
     parser.add_argument("--top", type=count, default=10, help="default: %(default)s")
+    parser.add_argument(
+        "--graph", type=Path, metavar="FOLDER", help="a graph of the first bad token"
+    )
     plans.add_model(parser)
     add_json(parser)
 
@@ -57,8 +63,11 @@ def run(arguments: argparse.Namespace) -> int:
     cases = _cases(arguments)
     enable_thinking = plans.thinking(arguments, [case.prompt for case in cases])
     labels = read_labels(arguments.labels)
+    if arguments.graph:
+        refuse_other_folder(arguments.graph, "graph.json", "a graph")
+    model = plans.load(arguments, saes)
     found = blame(
-        plans.load(arguments, saes),
+        model,
         saes,
         cases,
         classes=arguments.classes,
@@ -83,7 +92,33 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.json:
         for suspect in found[:3]:
             print(f"try: --edit {suspect.ref}:ablate")
+    if arguments.graph:
+        _graph(arguments, model, saes[0].group, cases, enable_thinking, labels)
     return 0
+
+
+def _graph(
+    arguments: argparse.Namespace,
+    model: Any,
+    group: str,
+    cases: list[Case],
+    enable_thinking: bool,
+    labels: LabelPack | None,
+) -> None:
+    from qwen_scope_lens.graphs import attribute, faithfulness, prune
+    from qwen_scope_lens.graphs.folder import save_folder
+    from qwen_scope_lens.models.tokenize import find_tokenizer
+    from qwen_scope_lens.steering.blame import first_bad_token
+
+    tokenizer = find_tokenizer(model)
+    before, bad = first_bad_token(cases, tokenizer, arguments.classes, enable_thinking)
+    whole = attribute(
+        model, before, group, target=bad, labels=labels, allow_other_model=True, progress=True
+    )
+    graph = prune(whole)
+    test = faithfulness(model, graph, progress=True)
+    page = save_folder(arguments.graph, whole, graph, [test])
+    remark(f"written: {page}, the graph of {tokenizer.decode([bad])!r}")
 
 
 def _cases(arguments: argparse.Namespace) -> list[Case]:

@@ -37,13 +37,13 @@ from qwen_scope_lens.cli.options import (
     remark,
     share,
 )
-from qwen_scope_lens.errors import BadPlan, BadText, CannotWrite
-from qwen_scope_lens.files import whole_folder, write_json
+from qwen_scope_lens.errors import BadPlan, BadText
+from qwen_scope_lens.files import refuse_other_folder
 
 if TYPE_CHECKING:
     from qwen_scope_lens.graphs import Faithfulness, FeatureGraph
 
-GRAPH, PAGE, TEST, VIEWER = "graph.json", "index.html", "faithfulness.json", "circuit-tracer"
+GRAPH = "graph.json"
 HELD = {"nothing": (), "norms": ("norms",), "attention": ("norms", "attention")}
 FACTOR = 2.0
 ABLATIONS: tuple[Literal["zero", "mean"], ...] = ("zero", "mean")
@@ -103,7 +103,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.text is not None and not arguments.text.strip():
         raise BadText("there is no text to go on from: give some words")
     if arguments.out:
-        _check_target(arguments.out)
+        refuse_other_folder(arguments.out, GRAPH, "a graph")
     labels = read_labels(arguments.labels)
     if arguments.pages is not None:
         from qwen_scope_lens.pages import Link
@@ -112,6 +112,7 @@ def run(arguments: argparse.Namespace) -> int:
     whole, model = _made(arguments)
 
     from qwen_scope_lens.graphs import faithfulness, prune
+    from qwen_scope_lens.graphs.folder import save_folder
 
     if labels is not None:
         whole = whole.labelled(labels)
@@ -123,7 +124,8 @@ def run(arguments: argparse.Namespace) -> int:
         tests.append(test)
     _print(arguments, graph, tests)
     if arguments.out:
-        _write(arguments, whole, graph, tests)
+        page = save_folder(arguments.out, whole, graph, tests, arguments.pages)
+        remark(f"\nwritten: {page}")
     if edits:
         _plan(arguments, whole)
     return 0
@@ -168,45 +170,13 @@ def _print(arguments: argparse.Namespace, graph: FeatureGraph, tests: list[Faith
         from qwen_scope_lens.files import json_text
 
         nodes = graph.table().records()
-        content = {"said": list(graph.said()), "features": nodes, "tests": _records(tests)}
+        curves = {test.ablation: test.table().records() for test in tests}
+        content = {"said": list(graph.said()), "features": nodes, "tests": curves}
         print(json_text("qsl-graph-table", 1, content), end="")
         return
     print(graph.table(arguments.top))
     for test in tests:
         print(f"\n{test.table()}")
-
-
-def _records(tests: list[Faithfulness]) -> dict[str, Any]:
-    return {test.ablation: test.table().records() for test in tests}
-
-
-def _write(
-    arguments: argparse.Namespace,
-    whole: FeatureGraph,
-    graph: FeatureGraph,
-    tests: list[Faithfulness],
-) -> None:
-    from qwen_scope_lens.graphs.export import write_circuit_tracer
-    from qwen_scope_lens.graphs.page import save_page
-
-    _check_target(arguments.out)
-    with whole_folder(arguments.out) as folder:
-        whole.save(folder / GRAPH)
-        notes = [str(test.table()) for test in tests]
-        save_page(graph, folder / PAGE, arguments.pages, notes)
-        write_circuit_tracer(graph, folder / VIEWER)
-        if tests:
-            write_json(folder / TEST, "qsl-graph-test", 1, _records(tests))
-    remark(f"\nwritten: {arguments.out / PAGE}")
-
-
-def _check_target(out: Path) -> None:
-    """Refuse to replace a folder that is not an older graph."""
-    if out.is_dir() and any(out.iterdir()) and not (out / GRAPH).is_file():
-        raise CannotWrite(
-            f"{out} holds other files than a graph, and writing would replace them: name another"
-            " folder, or empty this one yourself"
-        )
 
 
 def _plan(arguments: argparse.Namespace, graph: FeatureGraph) -> None:

@@ -45,7 +45,7 @@ def attribute(
     sae: str,
     *,
     layers: Iterable[int] | None = None,
-    target: str | None = None,
+    target: str | int | None = None,
     target_minus: str | None = None,
     hold: Sequence[str] = ("norms",),
     most: int = MOST,
@@ -60,13 +60,14 @@ def attribute(
     progress: bool = False,
     **options: Any,
 ) -> FeatureGraph:
-    """The graph of what makes a model go on with `target` after a text.
+    """The graph of what makes a model go on with `target` after a text, a chat or token ids.
 
     Args:
         sae: a group of SAEs, such as `qwen3-8b-base/w64k-l0-50`.
         layers: which layers of the group; by default all of them.
-        target: the token whose logit is explained, by default the most probable one. It counts
-            against the mean logit of the vocabulary, or against `target_minus`.
+        target: the token whose logit is explained, as text or by its id; by default the most
+            probable one. It counts against the mean logit of the vocabulary, or against that of
+            `target_minus`.
         hold: what keeps its value while gradients are taken: see `frozen`.
         most: how many features of each layer the graph goes on from, by influence.
         steps: steps of integrated gradients, over all features of the layer below scaled together
@@ -144,7 +145,9 @@ def open_saes(
     return sae_of
 
 
-def target_of(tokenizer: Any, logits: Tensor, target: str | None, minus: str | None) -> Target:
+def target_of(
+    tokenizer: Any, logits: Tensor, target: str | int | None, minus: str | None
+) -> Target:
     """The tokens of the target; `logits [vocabulary]` say which is the most probable."""
 
     def token(text: str, option: str) -> int:
@@ -157,7 +160,12 @@ def target_of(tokenizer: Any, logits: Tensor, target: str | None, minus: str | N
             )
         return int(ids[0])
 
-    chosen = int(logits.argmax()) if target is None else token(target, "target")
+    if isinstance(target, int):
+        if not 0 <= target < len(logits):
+            raise BadText(f"target {target}: expected a token id from 0 to {len(logits) - 1}")
+        chosen = target
+    else:
+        chosen = int(logits.argmax()) if target is None else token(target, "target")
     word = repr(tokenizer.decode([chosen]))
     if minus is None:
         return Target(chosen, None, f"logit of {word} less the mean")
