@@ -321,6 +321,15 @@ def test_blame_goes_upstream_from_the_first_bad_token(
     assert "'安装'" in found.target
 
 
+def test_layers_without_a_file_are_said_before_the_model_is_loaded(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (home / "mine" / "layer1.sae.pt").unlink()
+    assert main(["graph", "a", "--sae", "local/mine", "--model", "nowhere"]) == 1
+    said = capsys.readouterr().err
+    assert "1 layers of local/mine have no file; there are 0, 2: choose layers" in said
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -144,7 +144,9 @@ def _made(arguments: argparse.Namespace) -> tuple[FeatureGraph, Any]:
 
     from qwen_scope_lens.address import LayerRef
     from qwen_scope_lens.graphs import attribute
+    from qwen_scope_lens.graphs.attribution import check_files
 
+    check_files(row, arguments.layers, arguments.sae_folder)
     model = plans.load(arguments, [LayerRef(row.short, row.layers[0])])
     graph = attribute(
         model,

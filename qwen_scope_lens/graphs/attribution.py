@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from qwen_scope_lens.address import LayerRef
 from qwen_scope_lens.catalog import MINI_HOME, Group, find_group
-from qwen_scope_lens.errors import BadText, UnknownName
+from qwen_scope_lens.errors import BadText, CheckpointMissing, UnknownName
 from qwen_scope_lens.features.reading import Labels
 from qwen_scope_lens.graphs.edges import MEMORY, Edges, Level, Target, decompose, edges_from
 from qwen_scope_lens.graphs.frozen import EMBEDDINGS, Frozen, frozen
@@ -30,9 +30,10 @@ from qwen_scope_lens.models.backbone import check_backbone
 from qwen_scope_lens.models.load import load_model
 from qwen_scope_lens.models.tokenize import Content, encode, find_tokenizer
 from qwen_scope_lens.saes.load import load_sae
+from qwen_scope_lens.saes.locate import HubOptions, locate
 from qwen_scope_lens.saes.sae import ScopeSAE
 
-__all__ = ["attribute", "open_saes", "target_of"]
+__all__ = ["attribute", "check_files", "open_saes", "target_of"]
 
 MOST = 64
 LIKELY = 5
@@ -79,6 +80,8 @@ def attribute(
     row = find_group(sae)
     if min(most, steps, memory) < 1:
         raise BadText(f"most={most}, steps={steps}, memory={memory}: expected 1 or more of each")
+    if saes is None:
+        check_files(row, layers, sae_folder)
     running = model if isinstance(model, nn.Module) else load_model(model, device=device)
     check_backbone(running, row, allow_other_model=allow_other_model)
     chosen = chosen_layers(running, row, layers)
@@ -125,6 +128,28 @@ def chosen_layers(model: Model, row: Group, layers: Iterable[int] | None) -> lis
             f" model has, 0..{depth - 1}"
         )
     return chosen
+
+
+def check_files(row: Group, layers: Iterable[int] | None, folder: str | Path | None = None) -> None:
+    """Raise before any work where SAEs of one's own are to be read, and some are not there.
+
+    Nothing is looked for on the hub.
+    """
+    if row.origin != "local" and folder is None:
+        return
+    missing, there = [], []
+    for layer in row.layers if layers is None else layers:
+        try:
+            locate(LayerRef(row.short, layer), folder, HubOptions(local_files_only=True))
+            there.append(layer)
+        except CheckpointMissing as error:
+            missing.append(str(error) if not missing else "")
+    if missing:
+        found = ", ".join(map(str, there)) or "none"
+        raise CheckpointMissing(
+            f"{len(missing)} layers of {row.short} have no file; there are {found}: choose layers"
+            f" (--layers). The first that is missing: {missing[0]}"
+        )
 
 
 def open_saes(
