@@ -3,6 +3,7 @@ from . import bench as bench
 from . import classify as classify
 from . import compare as compare
 from . import features as features
+from . import graphs as graphs
 from . import labels as labels
 from . import mini as mini
 from . import models as models

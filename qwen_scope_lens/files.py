@@ -36,6 +36,7 @@ __all__ = [
     "read_json",
     "read_text",
     "refuse_link",
+    "refuse_other_folder",
     "refuse_target",
     "whole_file",
     "whole_folder",
@@ -142,6 +143,15 @@ def refuse_target(path: Path) -> None:
     if not stat.S_ISREG(mode):
         raise CannotWrite(
             f"{path} is {_kind(mode)}: expected the name of a file, or a name that is free"
+        )
+
+
+def refuse_other_folder(folder: Path, mark: str, what: str) -> None:
+    """Raise when a folder that is to be replaced holds files, and no file `mark` of our own."""
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / mark).is_file():
+        raise CannotWrite(
+            f"{folder} holds other files than {what}, and writing would replace them: name another"
+            " folder, or empty this one yourself"
         )
 
 

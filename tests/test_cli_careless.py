@@ -27,6 +27,10 @@ read x --sae nosuch                                                     | no gro
 read x --layers 99                                                      | layer 99
 read x --labels none.jsonl                                              | none.jsonl
 read x --model ./nowhere                                                | not a folder
+graph x --sae nosuch --out o                                            | no group is named
+graph x --layers 99 --out o                                             | layer 99
+graph --out o                                                           | give a TEXT
+graph --from nosuch                                                     | nosuch
 extract none.jsonl --sae MINI --layers 6 --out o                        | does not exist
 extract empty.jsonl --sae MINI --layers 6 --out o                       | empty.jsonl is empty
 extract blank.jsonl --sae MINI --layers 6 --out o                       | blank.jsonl is empty

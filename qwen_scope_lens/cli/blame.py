@@ -9,20 +9,24 @@ of `prompt`. The bad replies are compared with those that have "bad": false, and
 With --class only the tokens of that class in the bad replies count as bad. The last lines are what
 to try: a push of one typical activation against the feature. `qsl steer` shows its effect, `qsl
 sweep` measures it. Where a feature is only ablated, others carry on, and less changes.
+--graph goes upstream from the first bad token, through all layers of the SAEs' group (see
+`qsl graph --help`).
 """
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qwen_scope_lens.cli import inputs
 from qwen_scope_lens.cli import plan_options as plans
 from qwen_scope_lens.cli.inputs import Input
-from qwen_scope_lens.cli.options import add_json, add_labels, count, read_labels, show
+from qwen_scope_lens.cli.options import add_json, add_labels, count, read_labels, remark, show
+from qwen_scope_lens.files import refuse_other_folder
 
 if TYPE_CHECKING:
+    from qwen_scope_lens.labels.packs import LabelPack
     from qwen_scope_lens.steering.blame import Case
 
 TRIED = 3
@@ -59,6 +63,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--thinking", action="store_true", help="with --chat: thinking mode")
     add_labels(parser)
     parser.add_argument("--top", type=count, default=10, help="default: %(default)s")
+    parser.add_argument(
+        "--graph", type=Path, metavar="FOLDER", help="a graph of the first bad token"
+    )
     plans.add_model(parser)
     add_json(parser)
 
@@ -80,8 +87,11 @@ def run(arguments: argparse.Namespace) -> int:
     cases = _cases(arguments)
     enable_thinking = plans.thinking(arguments, [case.prompt for case in cases])
     labels = read_labels(arguments.labels)
+    if arguments.graph:
+        refuse_other_folder(arguments.graph, "graph.json", "a graph")
+    model = plans.load(arguments, saes)
     found = blame(
-        plans.load(arguments, saes),
+        model,
         saes,
         cases,
         classes=arguments.classes,
@@ -108,7 +118,33 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"try: qsl calibrate {' '.join(refs)} --texts CORPUS --out typical.json")
         for ref in refs:
             print(f"try: --edit {ref}:add:-1typical --calibration typical.json")
+    if arguments.graph:
+        _graph(arguments, model, saes[0].group, cases, enable_thinking, labels)
     return 0
+
+
+def _graph(
+    arguments: argparse.Namespace,
+    model: Any,
+    group: str,
+    cases: list[Case],
+    enable_thinking: bool,
+    labels: LabelPack | None,
+) -> None:
+    from qwen_scope_lens.graphs import attribute, faithfulness, prune
+    from qwen_scope_lens.graphs.folder import save_folder
+    from qwen_scope_lens.models.tokenize import find_tokenizer
+    from qwen_scope_lens.steering.blame import first_bad_token
+
+    tokenizer = find_tokenizer(model)
+    before, bad = first_bad_token(cases, tokenizer, arguments.classes, enable_thinking)
+    whole = attribute(
+        model, before, group, target=bad, labels=labels, allow_other_model=True, progress=True
+    )
+    graph = prune(whole)
+    test = faithfulness(model, graph, progress=True)
+    page = save_folder(arguments.graph, whole, graph, [test])
+    remark(f"written: {page}, the graph of {tokenizer.decode([bad])!r}")
 
 
 def _cases(arguments: argparse.Namespace) -> list[Case]:

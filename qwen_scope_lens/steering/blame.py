@@ -25,7 +25,7 @@ from qwen_scope_lens.steering.readers import SAEs, by_address
 from qwen_scope_lens.steering.token_masks import token_classes
 from qwen_scope_lens.stores.corpus import read_rows
 
-__all__ = ["Case", "Suspect", "blame", "read_cases"]
+__all__ = ["Case", "Suspect", "blame", "first_bad_token", "read_cases"]
 
 
 @dataclass(frozen=True)
@@ -114,6 +114,19 @@ def blame(
             sums[ref].add(codes, bad[kept], read.token_ids[kept])
     found = [suspect for ref, one in sums.items() for suspect in one.suspects(ref, top, tokenizer)]
     return sorted(found, key=lambda s: -s.difference)[:top]
+
+
+def first_bad_token(
+    cases: Sequence[Case],
+    tokenizer: Any,
+    classes: Sequence[str] = (),
+    enable_thinking: bool | None = None,
+) -> tuple[list[int], int]:
+    """The token ids before the first bad token of the cases, and its own id."""
+    rows, flags = _tokens(cases, tokenizer, classes, enable_thinking)
+    row, flag = next(pair for pair in zip(rows, flags, strict=True) if bool(pair[1].any()))
+    place = int(flag.nonzero()[0, 0])
+    return row[:place], row[place]
 
 
 def _tokens(

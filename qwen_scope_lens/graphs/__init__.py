@@ -1,0 +1,6 @@
+"""Feature graphs: which features, through all layers, made the model say that."""
+
+import lazy_loader
+
+# The names are listed once, in `__init__.pyi`.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

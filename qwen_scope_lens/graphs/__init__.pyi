@@ -1,0 +1,9 @@
+from .attribution import attribute as attribute
+from .checks import agreement as agreement
+from .export import circuit_tracer as circuit_tracer
+from .faithfulness import Faithfulness as Faithfulness
+from .faithfulness import faithfulness as faithfulness
+from .graph import FeatureGraph as FeatureGraph
+from .graph import Node as Node
+from .page import graph_page as graph_page
+from .pruning import prune as prune
