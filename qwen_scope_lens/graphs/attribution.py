@@ -137,7 +137,8 @@ def check_files(row: Group, layers: Iterable[int] | None, folder: str | Path | N
     """
     if row.origin != "local" and folder is None:
         return
-    missing, there = [], []
+    missing: list[str] = []
+    there: list[int] = []
     for layer in row.layers if layers is None else layers:
         try:
             locate(LayerRef(row.short, layer), folder, HubOptions(local_files_only=True))
