@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from qwen_scope_lens.catalog import find_group
 from qwen_scope_lens.cli import inputs
 from qwen_scope_lens.cli import plan_options as plans
+from qwen_scope_lens.cli.inputs import Input
 from qwen_scope_lens.cli.options import (
     add_json,
     add_layers,
@@ -84,7 +85,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--labels", type=Path, help="JSON lines: address, text, score, provenance")
     parser.add_argument("--pages", help="address of the features' site, for links in the page")
     parser.add_argument("--top", type=count, default=10, help="features shown (%(default)s)")
-    parser.add_argument("--from", dest="made", type=Path, help="a folder that --out wrote")
+    parser.add_argument(
+        "--from",
+        dest="made",
+        type=Path,
+        action=Input,
+        check=lambda folder, given: inputs.file(folder / GRAPH, given),
+        help="a folder that --out wrote",
+    )
     for name, what in (("ablate", "removed"), ("amplify", "multiplied by --by")):
         parser.add_argument(
             f"--{name}", nargs="+", default=[], metavar="NODE", help=f"features to be {what}"
