@@ -27,7 +27,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from qwen_scope_lens.catalog import find_group
 from qwen_scope_lens.cli import inputs
 from qwen_scope_lens.cli import plan_options as plans
-from qwen_scope_lens.cli.inputs import Input
 from qwen_scope_lens.cli.options import (
     add_json,
     add_layers,
@@ -40,7 +39,7 @@ from qwen_scope_lens.cli.options import (
     remark,
     share,
 )
-from qwen_scope_lens.errors import BadPlan, BadText
+from qwen_scope_lens.errors import BadFile, BadPlan, BadText
 from qwen_scope_lens.files import refuse_other_folder
 
 if TYPE_CHECKING:
@@ -85,14 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--labels", type=Path, help="JSON lines: address, text, score, provenance")
     parser.add_argument("--pages", help="address of the features' site, for links in the page")
     parser.add_argument("--top", type=count, default=10, help="features shown (%(default)s)")
-    parser.add_argument(
-        "--from",
-        dest="made",
-        type=Path,
-        action=Input,
-        check=lambda folder, given: inputs.file(folder / GRAPH, given),
-        help="a folder that --out wrote",
-    )
+    parser.add_argument("--from", dest="made", type=Path, help="a folder that --out wrote")
     for name, what in (("ablate", "removed"), ("amplify", "multiplied by --by")):
         parser.add_argument(
             f"--{name}", nargs="+", default=[], metavar="NODE", help=f"features to be {what}"
@@ -110,6 +102,10 @@ def run(arguments: argparse.Namespace) -> int:
         raise BadPlan("--ablate and --amplify name nodes, --save-plan the file: give both")
     if (arguments.text is None) == (arguments.made is None):
         raise BadText("give a TEXT, or --from with a folder that --out wrote: one of the two")
+    if arguments.made is not None and not (arguments.made / GRAPH).is_file():
+        raise BadFile(
+            f"{arguments.made / GRAPH} does not exist: `qsl graph TEXT --out FOLDER` makes such a file"
+        )
     if arguments.text is not None and not arguments.text.strip():
         raise BadText("there is no text to go on from: give some words")
     if arguments.out:
