@@ -104,7 +104,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise BadText("give a TEXT, or --from with a folder that --out wrote: one of the two")
     if arguments.made is not None and not (arguments.made / GRAPH).is_file():
         raise BadFile(
-            f"{arguments.made / GRAPH} does not exist: `qsl graph TEXT --out FOLDER` makes such a file"
+            f"{arguments.made / GRAPH} does not exist: `qsl graph TEXT --out FOLDER` makes such a"
+            " file"
         )
     if arguments.text is not None and not arguments.text.strip():
         raise BadText("there is no text to go on from: give some words")
