@@ -318,6 +318,15 @@ def _sasft(arguments: argparse.Namespace) -> None:
     remark("this folder holds the model")
 
 
+def _sft(arguments: argparse.Namespace) -> None:
+    """Fine-tune without any feature: the arm to compare with, or on data of `qsl synth`."""
+    check("trl", "train")
+    from qwen_scope_lens.train.runs import run_sft
+
+    print(run_sft(arguments.config, resume=not arguments.fresh))
+    remark("this folder holds the model, or with lora the adapter")
+
+
 def _grpo(arguments: argparse.Namespace) -> None:
     """Train with GRPO, with one steered rollout in each group."""
     check("trl", "train")
@@ -380,6 +389,7 @@ REPETITION_WORDS = (
 WORDS = (
     Word("languages", _languages_arguments, _languages),
     Word("sasft", _run_arguments, _sasft),
+    Word("sft", _run_arguments, _sft),
     Word("repetition", _repetition_words, _repetition),
     Word("grpo", _run_arguments, _grpo),
     Word("measure", _measure_arguments, _measure),
