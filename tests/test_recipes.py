@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +17,7 @@ from qwen_scope_lens.errors import (
     BadCorpus,
     BadFile,
     CannotWrite,
+    GeneratorFailed,
     LayerOutOfRange,
     UnknownName,
 )
@@ -25,6 +26,8 @@ from qwen_scope_lens.recipes import recipe as recipes
 from qwen_scope_lens.recipes.engine import Work
 from qwen_scope_lens.recipes.estimate import estimate
 from qwen_scope_lens.recipes.page import figure_rows
+from qwen_scope_lens.writers.generator import Completion, Request
+from qwen_scope_lens.writers.ledger import Ledger
 
 
 @pytest.fixture(scope="module")
@@ -239,6 +242,11 @@ SHOWN = {
     "bench-overlap": ("overlap_min and scores, Spearman",),
     "bench-mmlu-pro": ("Spearman of R and R-hat",),
     "steering-cases": ("the same with feature 6159 suppressed, best coherent dose",),
+    "safety-synthesis": (
+        "coverage, feature-driven, at equal numbers of kept texts, %",
+        "coverage, random, the same, %",
+        "Acc, 4k and 4k feature-driven, %",
+    ),
     "sasft": ("code-switching ratio after SASFT, %",),
     "repetition-rl": ("repeat ratio before", "repeat ratio after vanilla GRPO"),
     "toxicity-hatecheck": ("best English F1 on test",),
@@ -280,6 +288,80 @@ def test_smoke(name: str, mini: Any, folders: Path, monkeypatch: pytest.MonkeyPa
     said.clear()
     run(recipe, tmp_path, say=said.append)
     assert all(line.endswith("finished before") for line in said)
+
+
+# --- what only one recipe has ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"cases.mixing.measure": None}, "cases.mixing lacks measure"),
+        ({"cases.mixing.reply": {"text": "x"}}, "cases.mixing.reply lacks prompt, classes"),
+        ({"cases.mixing": 3}, "cases.mixing is 3"),
+        ({"cases": {}}, "expected a mapping of names"),
+    ],
+)
+def test_cases_with_something_missing(changes: Any, said: str, tmp_path: Path) -> None:
+    recipe = open_recipe("steering-cases").for_smoke().with_settings(changes)
+    with pytest.raises(BadFile, match=said):
+        run(recipe, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "said"),
+    [
+        ({"generator": None}, BadFile, "has no generator"),
+        ({"kind_from": "feature"}, BadFile, "has no judge"),
+        ({"random_generator": None}, BadFile, "has no random_generator"),
+        ({"reply_judge": "gpt"}, UnknownName, "'gpt' is not a generator"),
+        ({"synthesis": {"variant": 2}}, BadFile, "synthesis cannot be used"),
+        ({"prices": {"max_cost": -1}}, BadFile, "prices cannot be used"),
+    ],
+)
+def test_writers_and_judges_are_named_before_anything_is_read(
+    changes: Any, error: Any, said: str, tmp_path: Path
+) -> None:
+    recipe = open_recipe("safety-synthesis").for_smoke().with_settings(changes)
+    with pytest.raises(error, match=said):
+        run(recipe, tmp_path)
+
+
+class Judge:
+    """A test double that says what it is given, in turn."""
+
+    name = "scripted"
+
+    def __init__(self, *says: str) -> None:
+        self.says, self.asked = says, list[str]()
+
+    def generate(self, requests: Sequence[Request], book: Any) -> None:
+        for number, request in enumerate(requests):
+            assert book.start(number)
+            self.asked.append(request.text)
+            book.finish(number, Completion(self.says[number], "stop", 1, 1))
+
+
+def test_a_judge_of_replies(tmp_path: Path) -> None:
+    from qwen_scope_lens.recipes.safety_arms import _rates, judged
+
+    rows = [
+        {"kind": kind, "prompt": f"{{reply}} {number}", "reply": f"r{number}"}
+        for number, kind in enumerate(["harmful"] * 4 + ["benign"] * 2)
+    ]
+    judge = Judge("Refused.", "**Answered**", "answered", "Hm", "Refused", "Answered")
+    with Ledger.open(tmp_path) as book:
+        found = judged(rows, judge, book, "P {prompt} R {reply}")
+        assert found == [True, False, False, None, True, False]
+        assert judge.asked[0] == "P {reply} 0 R r0"  # a prompt is not filled in itself
+        silent = Judge(*["?"] * 6)
+        silent.name = "silent"
+        with pytest.raises(GeneratorFailed, match="6 of 6 replies"):
+            judged(rows, silent, book, "P {prompt} R {reply}")
+    rates = _rates(rows, found)
+    assert rates["ASR"]["value"] == pytest.approx(200 / 3)
+    assert (rates["RR"]["value"], rates["unread"]) == (50, 1)
+    assert rates["Acc"] == pytest.approx(100 - (200 / 3 + 50) / 2)
 
 
 def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,8 @@
 
     qsl train languages store/ --targets zh,ru --out language_features.json
     qsl train sasft texts/sasft.yaml
+    # needs a file of your own, without features:
+    qsl train sft run.yaml
     qsl train repetition loops texts/prompts.jsonl --model mini-qwen3 \\
         --temperature 0.4 --new-tokens 128 --out own.jsonl
     qsl extract own.jsonl --sae mini-qwen3/w1k-l0-16 --layers 3-6 --out own_loops/

@@ -50,7 +50,7 @@ def roles(work: Work) -> Mapping[str, Any]:
     """Refuse a run without its writers and judges before the first text is read."""
     judged = work["relevance"] == "judge" or work["kind_from"] == "feature"
     needed = ["generator"]
-    if judged or synthsynth_recipe(work).check_rewrites:
+    if judged or synth_recipe(work).check_rewrites:
         needed.append("judge")
     if str(work["generator"]).startswith("steer:"):
         needed.append("random_generator")  # the random arm is not steered
@@ -236,4 +236,6 @@ def coverage(work: Work) -> Mapping[str, Any]:
 def _often(work: Work, store: FeatureStore, layer: int) -> list[FeatureRef]:
     """Features that fire on enough anchor documents to be targets."""
     documents = documents_firing(pool(store, layer), work["threshold"])
-    return [ref for ref in firing(store, layer) if documents[ref.feature] >= work["least_documents"]]
+    return [
+        ref for ref in firing(store, layer) if documents[ref.feature] >= work["least_documents"]
+    ]

@@ -1,4 +1,4 @@
-"""Who writes, answers and judges in `safety-synthesis`, and where what they were paid for is kept."""
+"""Who writes, answers and judges in `safety-synthesis`, and where paid answers are kept."""
 
 from __future__ import annotations
 

@@ -102,7 +102,13 @@ def run_sft(path: Path, resume: bool = True) -> Path:
     run = read_run(path, COMMON)
     args = _arguments(run, SFTConfig)
     _check_earlier(run, "sft", args, resume)
-    return _train(run, "sft", _set_up(run, PlainTrainer, args), resume)
+    trainer = _set_up(run, PlainTrainer, args)
+    if not len(trainer.train_dataset):
+        raise BadCorpus(
+            f"{run.path}: no example has a reply within max_length {args.max_length}: raise it, or"
+            " shorten the prompts"
+        )
+    return _train(run, "sft", trainer, resume)
 
 
 def run_grpo(path: Path, resume: bool = True) -> Path:
