@@ -22,6 +22,7 @@ from qwen_scope_lens.labels.packs import LabelPack
 from qwen_scope_lens.recipes.engine import Work
 from qwen_scope_lens.recipes.safety_arms import draw, rates, shuffled, train
 from qwen_scope_lens.recipes.safety_roles import (
+    check_choices,
     check_roles,
     loader,
     open_roles,
@@ -35,7 +36,7 @@ from qwen_scope_lens.stores.store import FeatureStore
 from qwen_scope_lens.synth.find import find_targets
 from qwen_scope_lens.synth.judgements import choose_relevance, kinds_by_judge, with_kinds
 from qwen_scope_lens.synth.report import make_report
-from qwen_scope_lens.synth.run import MAY_CHANGE, open_reader, run_folder, synthesise
+from qwen_scope_lens.synth.run import MAY_CHANGE, open_reader, run_folder, save, synthesise
 from qwen_scope_lens.synth.run import read_rows as read_candidates
 from qwen_scope_lens.synth.targets import TargetSet, curve, documents_firing
 from qwen_scope_lens.writers.ledger import Ledger, Prices
@@ -48,6 +49,7 @@ FEATURE, RANDOM = "feature", "random"
 
 def roles(work: Work) -> Mapping[str, Any]:
     """Refuse a run without its writers and judges before the first text is read."""
+    check_choices(work)
     judged = work["relevance"] == "judge" or work["kind_from"] == "feature"
     needed = ["generator"]
     if judged or synth_recipe(work).check_rewrites:
@@ -184,6 +186,7 @@ def synthesis(work: Work) -> Mapping[str, Any]:
             model=str(work["model"]),
             progress=not work.is_smoke,
         )
+        save(run, folder / "data.jsonl")  # of a longer run before, only this part
         within_limit(run.ledger)
         if not run.kept:
             raise GeneratorFailed(

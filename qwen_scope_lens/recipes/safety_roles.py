@@ -7,16 +7,18 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from qwen_scope_lens.errors import BadFile, GeneratorFailed, ScopeError
 from qwen_scope_lens.models.load import load_model
 from qwen_scope_lens.recipes.engine import Work
+from qwen_scope_lens.synth.pipeline import Counts
 from qwen_scope_lens.synth.recipe import SCOPE, Recipe
 from qwen_scope_lens.writers.ledger import Ledger, Prices
 from qwen_scope_lens.writers.roles import Roles
 
 __all__ = [
+    "check_choices",
     "check_roles",
     "loader",
     "open_roles",
@@ -27,6 +29,28 @@ __all__ = [
 ]
 
 ROLES = ("generator", "random_generator", "replier", "judge", "describer", "reply_judge")
+
+
+PARTS = ("safety", "feature", "random")
+"""What an arm may be trained on beside the general instructions."""
+
+
+def check_choices(work: Work) -> None:
+    """Settings that are a choice, or a mapping of a mapping."""
+    if not (way := str(work["relevance"])) or (way not in ("judge", "all") and "=" not in way):
+        raise BadFile(f"relevance is {way!r:.60}: expected judge, all, or LABEL=VALUE")
+    if (counts := work["budget_counts"]) not in get_args(Counts):
+        raise BadFile(f"budget_counts is {counts!r:.60}: expected {' or '.join(get_args(Counts))}")
+    for key in ("types", "arms"):
+        if not isinstance(work[key], Mapping) or not work[key]:
+            raise BadFile(f"{key} is {work[key]!r:.60}: expected a mapping of names")
+    for arm, amounts in work["arms"].items():
+        good = isinstance(amounts, Mapping) and set(amounts) <= set(PARTS)
+        if not good or not all(type(number) is int and number >= 0 for number in amounts.values()):
+            raise BadFile(
+                f"arm {arm} is {amounts!r:.60}: expected numbers of examples of"
+                f" {', '.join(PARTS)}, such as {{safety: 4000, feature: 4000}}"
+            )
 
 
 def check_roles(work: Work, needed: Sequence[str]) -> Mapping[str, Any]:
