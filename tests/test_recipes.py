@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +22,7 @@ from qwen_scope_lens.errors import (
     LayerOutOfRange,
     UnknownName,
 )
-from qwen_scope_lens.recipes import Recipe, names, open_recipe, run, states
+from qwen_scope_lens.recipes import Recipe, engine, names, open_recipe, run, states
 from qwen_scope_lens.recipes import recipe as recipes
 from qwen_scope_lens.recipes.engine import Work
 from qwen_scope_lens.recipes.estimate import estimate
@@ -365,6 +366,56 @@ def test_a_judge_of_replies(tmp_path: Path) -> None:
     assert rates["ASR"]["value"] == pytest.approx(200 / 3)
     assert (rates["RR"]["value"], rates["unread"]) == (50, 1)
     assert rates["Acc"] == pytest.approx(100 - (200 / 3 + 50) / 2)
+
+
+class Helpful:
+    """A test double for every role: it describes, judges, writes and replies."""
+
+    name = "scripted"
+
+    def __init__(self) -> None:
+        self.calls = Counter[str]()
+
+    def say(self, request: Request) -> str:
+        text = request.messages[-1][1]
+        if request.purpose == "judge" and "Harmful or Benign" in text:
+            return "Harmful" if "even" in text else "Benign"
+        said = {"describe": f"words of kind {'even' if request.seed % 2 == 0 else 'odd'}"}
+        return {"judge": "Yes", "detect": "1", **said}.get(request.purpose, "Sure, here it is.")
+
+    def generate(self, requests: Sequence[Request], book: Any) -> None:
+        for number, request in enumerate(requests):
+            assert book.start(number)
+            self.calls[request.purpose] += 1
+            book.finish(number, Completion(self.say(request), "stop", 1, 1))
+
+
+def test_targets_by_descriptions_and_a_judge_are_paid_for_once(
+    mini: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"relevance": "judge", "kind_from": "feature", "least_documents": 6}
+    roles = dict.fromkeys(("judge", "describer"), "openai:http://localhost:1/v1#none")
+    recipe = open_recipe("safety-synthesis").for_smoke().with_settings({**changes, **roles})
+    helpful = Helpful()
+    monkeypatch.setattr("qwen_scope_lens.writers.roles.Roles.open", lambda self, spec: helpful)
+
+    def done(recipe: Recipe) -> Mapping[str, Any]:
+        job = engine.Run(recipe, tmp_path, model=mini)
+        for stage in engine.stages_of(recipe)[:3]:
+            engine._do(job, stage, engine._state(job, stage))
+        found = engine._state(job, stage).result
+        assert found is not None
+        return found
+
+    found = done(recipe)
+    assert found["described"] == found["targets"] > 0
+    assert helpful.calls["describe"] >= found["targets"]
+    assert helpful.calls["judge"] == helpful.calls["describe"] + found["wanted"]
+    before = dict(helpful.calls)
+    assert done(recipe.with_settings({"weak_below": 4}))["wanted"] > found["wanted"]
+    assert {**helpful.calls, "judge": 0} == {**before, "judge": 0}  # only kinds of new features
+    with pytest.raises(GeneratorFailed, match=r"prices\.max_cost"):
+        done(recipe.with_settings({"prices": {"max_cost": 0.0}}))
 
 
 def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

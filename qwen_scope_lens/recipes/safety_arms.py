@@ -220,7 +220,7 @@ def _written(work: Work, arm: str) -> dict[str, list[dict[str, Any]]]:
 
 def _base(work: Work) -> list[dict[str, Any]]:
     """General instructions that every arm has: text, input (where there is one) and reply."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for _, row in rows_of(work, "base"):
         if len(rows) == work["base"]:
             break

@@ -161,7 +161,7 @@ def _check_cases(cases: Any) -> None:
     if not isinstance(cases, Mapping) or not cases:
         raise BadFile(f"cases is {cases!r:.60}: expected a mapping of names to cases")
     for name, case in cases.items():
-        parts = [(f"cases.{name}", case, CASE)]
+        parts: list[tuple[str, Any, tuple[str, ...]]] = [(f"cases.{name}", case, CASE)]
         if isinstance(case, Mapping) and case.get("reply"):
             parts.append((f"cases.{name}.reply", case["reply"], REPLY))
         for place, part, needed in parts:
