@@ -27,6 +27,7 @@ from qwen_scope_lens.recipes import recipe as recipes
 from qwen_scope_lens.recipes.engine import Work
 from qwen_scope_lens.recipes.estimate import estimate
 from qwen_scope_lens.recipes.page import figure_rows
+from qwen_scope_lens.synth import TargetSet
 from qwen_scope_lens.writers.generator import Completion, Request
 from qwen_scope_lens.writers.ledger import Ledger
 
@@ -390,10 +391,12 @@ class Helpful:
             book.finish(number, Completion(self.say(request), "stop", 1, 1))
 
 
+@pytest.mark.slow  # descriptions of 205 features, and seconds of waiting for the disk
 def test_targets_by_descriptions_and_a_judge_are_paid_for_once(
     mini: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    changes = {"relevance": "judge", "kind_from": "feature", "least_documents": 6}
+    changes: dict[str, Any] = {"relevance": "judge", "kind_from": "feature", "least_documents": 6}
+    changes["kind_rest"] = "benign"  # so that harmful comes from the judge
     roles = dict.fromkeys(("judge", "describer"), "openai:http://localhost:1/v1#none")
     recipe = open_recipe("safety-synthesis").for_smoke().with_settings({**changes, **roles})
     helpful = Helpful()
@@ -410,7 +413,8 @@ def test_targets_by_descriptions_and_a_judge_are_paid_for_once(
     found = done(recipe)
     assert found["described"] == found["targets"] > 0
     assert helpful.calls["describe"] >= found["targets"]
-    assert helpful.calls["judge"] == helpful.calls["describe"] + found["wanted"]
+    wanted = TargetSet.load(tmp_path / "targets" / "targets.json").wanted
+    assert {target.kind for target in wanted} == {"harmful"}
     before = dict(helpful.calls)
     assert done(recipe.with_settings({"weak_below": 4}))["wanted"] > found["wanted"]
     assert {**helpful.calls, "judge": 0} == {**before, "judge": 0}  # only kinds of new features
