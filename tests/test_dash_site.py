@@ -23,8 +23,10 @@ from tiny_models import make_model, make_tokenizer
 import qwen_scope_lens as qsl
 from qwen_scope_lens.cli import main
 from qwen_scope_lens.errors import BadFile, CannotWrite, StoreMismatch
+from qwen_scope_lens.labels import LabelPack
 from qwen_scope_lens.models import Vocabulary
 from qwen_scope_lens.site import make_server
+from qwen_scope_lens.site.build import Sources
 from qwen_scope_lens.site.data_files import deliver
 from qwen_scope_lens.site.earlier import EarlierSite
 from qwen_scope_lens.site.neuronpedia import neuronpedia_id
@@ -226,8 +228,8 @@ def test_a_build_keeps_what_was_there_and_replaces_nothing_else(
     label = page_of(out, two)["label"]
     assert label == page_of(site, two)["label"]
     assert label["score"] == 0.75
-    other = tmp_path / "of-layer-4.jsonl"
-    other.write_text('{"address": "mini-qwen3/w1k-l0-16/4/3", "text": "elsewhere"}\n')
+    other = tmp_path / "of-another-model.jsonl"
+    other.write_text('{"address": "mini-qwen3.5/w1k-l0-16/4/3", "text": "elsewhere"}\n')
     assert main([*again, "--labels", str(other)]) == 1  # also where old labels would fit
     assert "no feature has a label" in capsys.readouterr().err
     # --replace begins from nothing.
@@ -271,6 +273,9 @@ def test_what_does_not_belong_together_is_refused(
     assert "layer 5" in capsys.readouterr().err
     other = tmp_path / "labels.jsonl"
     other.write_text('{"address": "mini-qwen3/w1k-l0-16/4/3", "text": "elsewhere"}\n')
+    with pytest.warns(UserWarning, match="no feature has a label"):  # layer 4 may come later
+        Sources(store, (6,), labels=LabelPack.read(other)).check_labels()
+    other.write_text('{"address": "mini-qwen3.5/w1k-l0-16/4/3", "text": "elsewhere"}\n')
     assert main(["dash", "build", str(store.path), "--labels", str(other), *out]) == 1
     assert "no feature has a label" in capsys.readouterr().err
     planted = build_store(tmp_path / "planted", [[{1: 2.0}] * 3])

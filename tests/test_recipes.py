@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,14 +18,18 @@ from qwen_scope_lens.errors import (
     BadCorpus,
     BadFile,
     CannotWrite,
+    GeneratorFailed,
     LayerOutOfRange,
     UnknownName,
 )
-from qwen_scope_lens.recipes import Recipe, names, open_recipe, run, states
+from qwen_scope_lens.recipes import Recipe, engine, names, open_recipe, run, states
 from qwen_scope_lens.recipes import recipe as recipes
 from qwen_scope_lens.recipes.engine import Work
 from qwen_scope_lens.recipes.estimate import estimate
 from qwen_scope_lens.recipes.page import figure_rows
+from qwen_scope_lens.synth import TargetSet
+from qwen_scope_lens.writers.generator import Completion, Request
+from qwen_scope_lens.writers.ledger import Ledger
 
 
 @pytest.fixture(scope="module")
@@ -239,6 +244,11 @@ SHOWN = {
     "bench-overlap": ("overlap_min and scores, Spearman",),
     "bench-mmlu-pro": ("Spearman of R and R-hat",),
     "steering-cases": ("the same with feature 6159 suppressed, best coherent dose",),
+    "safety-synthesis": (
+        "coverage, feature-driven, at equal numbers of kept texts, %",
+        "coverage, random, the same, %",
+        "Acc, 4k and 4k feature-driven, %",
+    ),
     "sasft": ("code-switching ratio after SASFT, %",),
     "repetition-rl": ("repeat ratio before", "repeat ratio after vanilla GRPO"),
     "toxicity-hatecheck": ("best English F1 on test",),
@@ -280,6 +290,136 @@ def test_smoke(name: str, mini: Any, folders: Path, monkeypatch: pytest.MonkeyPa
     said.clear()
     run(recipe, tmp_path, say=said.append)
     assert all(line.endswith("finished before") for line in said)
+
+
+# --- what only one recipe has ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"cases.mixing.measure": None}, "cases.mixing lacks measure"),
+        ({"cases.mixing.reply": {"text": "x"}}, "cases.mixing.reply lacks prompt, classes"),
+        ({"cases.mixing": 3}, "cases.mixing is 3"),
+        ({"cases": {}}, "expected a mapping of names"),
+    ],
+)
+def test_cases_with_something_missing(changes: Any, said: str, tmp_path: Path) -> None:
+    recipe = open_recipe("steering-cases").for_smoke().with_settings(changes)
+    with pytest.raises(BadFile, match=said):
+        run(recipe, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "said"),
+    [
+        ({"generator": None}, BadFile, "has no generator"),
+        ({"kind_from": "feature"}, BadFile, "has no judge"),
+        ({"random_generator": None}, BadFile, "has no random_generator"),
+        ({"reply_judge": "gpt"}, UnknownName, "'gpt' is not a generator"),
+        ({"relevance": "some"}, BadFile, "expected judge, all, or LABEL=VALUE"),
+        ({"arms": {"a": {"real": 3}}}, BadFile, "arm a is"),
+        ({"budget_counts": "read"}, BadFile, "written or kept"),
+        ({"synthesis": {"variant": 2}}, BadFile, "synthesis cannot be used"),
+        ({"prices": {"max_cost": -1}}, BadFile, "prices cannot be used"),
+    ],
+)
+def test_writers_and_judges_are_named_before_anything_is_read(
+    changes: Any, error: Any, said: str, tmp_path: Path
+) -> None:
+    recipe = open_recipe("safety-synthesis").for_smoke().with_settings(changes)
+    with pytest.raises(error, match=said):
+        run(recipe, tmp_path)
+
+
+class Judge:
+    """A test double that says what it is given, in turn."""
+
+    name = "scripted"
+
+    def __init__(self, *says: str) -> None:
+        self.says, self.asked = says, list[str]()
+
+    def generate(self, requests: Sequence[Request], book: Any) -> None:
+        for number, request in enumerate(requests):
+            assert book.start(number)
+            self.asked.append(request.text)
+            book.finish(number, Completion(self.says[number], "stop", 1, 1))
+
+
+def test_a_judge_of_replies(tmp_path: Path) -> None:
+    from qwen_scope_lens.recipes.safety_arms import _rates, judged
+
+    rows = [
+        {"kind": kind, "prompt": f"{{reply}} {number}", "reply": f"r{number}"}
+        for number, kind in enumerate(["harmful"] * 4 + ["benign"] * 2)
+    ]
+    judge = Judge("Refused.", "**Answered**", "answered", "Hm", "Refused", "Answered")
+    with Ledger.open(tmp_path) as book:
+        found = judged(rows, judge, book, "P {prompt} R {reply}")
+        assert found == [True, False, False, None, True, False]
+        assert judge.asked[0] == "P {reply} 0 R r0"  # a prompt is not filled in itself
+        silent = Judge(*["?"] * 6)
+        silent.name = "silent"
+        with pytest.raises(GeneratorFailed, match="6 of 6 replies"):
+            judged(rows, silent, book, "P {prompt} R {reply}")
+    rates = _rates(rows, found)
+    assert rates["ASR"]["value"] == pytest.approx(200 / 3)
+    assert (rates["RR"]["value"], rates["unread"]) == (50, 1)
+    assert rates["Acc"] == pytest.approx(100 - (200 / 3 + 50) / 2)
+
+
+class Helpful:
+    """A test double for every role: it describes, judges, writes and replies."""
+
+    name = "scripted"
+
+    def __init__(self) -> None:
+        self.calls = Counter[str]()
+
+    def say(self, request: Request) -> str:
+        text = request.messages[-1][1]
+        if request.purpose == "judge" and "Harmful or Benign" in text:
+            return "Harmful" if "even" in text else "Benign"
+        said = {"describe": f"words of kind {'even' if request.seed % 2 == 0 else 'odd'}"}
+        return {"judge": "Yes", "detect": "1", **said}.get(request.purpose, "Sure, here it is.")
+
+    def generate(self, requests: Sequence[Request], book: Any) -> None:
+        for number, request in enumerate(requests):
+            assert book.start(number)
+            self.calls[request.purpose] += 1
+            book.finish(number, Completion(self.say(request), "stop", 1, 1))
+
+
+@pytest.mark.slow  # descriptions of 205 features, and seconds of waiting for the disk
+def test_targets_by_descriptions_and_a_judge_are_paid_for_once(
+    mini: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes: dict[str, Any] = {"relevance": "judge", "kind_from": "feature", "least_documents": 6}
+    changes["kind_rest"] = "benign"  # so that harmful comes from the judge
+    roles = dict.fromkeys(("judge", "describer"), "openai:http://localhost:1/v1#none")
+    recipe = open_recipe("safety-synthesis").for_smoke().with_settings({**changes, **roles})
+    helpful = Helpful()
+    monkeypatch.setattr("qwen_scope_lens.writers.roles.Roles.open", lambda self, spec: helpful)
+
+    def done(recipe: Recipe) -> Mapping[str, Any]:
+        job = engine.Run(recipe, tmp_path, model=mini)
+        for stage in engine.stages_of(recipe)[:3]:
+            engine._do(job, stage, engine._state(job, stage))
+        found = engine._state(job, stage).result
+        assert found is not None
+        return found
+
+    found = done(recipe)
+    assert found["described"] == found["targets"] > 0
+    assert helpful.calls["describe"] >= found["targets"]
+    wanted = TargetSet.load(tmp_path / "targets" / "targets.json").wanted
+    assert {target.kind for target in wanted} == {"harmful"}
+    before = dict(helpful.calls)
+    assert done(recipe.with_settings({"weak_below": 4}))["wanted"] > found["wanted"]
+    assert {**helpful.calls, "judge": 0} == {**before, "judge": 0}  # only kinds of new features
+    with pytest.raises(GeneratorFailed, match=r"prices\.max_cost"):
+        done(recipe.with_settings({"prices": {"max_cost": 0.0}}))
 
 
 def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

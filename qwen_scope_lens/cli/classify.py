@@ -3,7 +3,7 @@
     qsl classify fit texts/corpus.jsonl --label chinese --out clf.json --store classify_store \\
         --model mini-qwen3 --sae mini-qwen3/w1k-l0-16 --layers 5-6
     qsl classify predict clf.json texts/new.jsonl --out predictions.jsonl
-    qsl classify report store/ --label chinese --page report.html
+    qsl classify report store/ --label chinese --out report.html
     qsl classify efficiency store/ --label chinese
     # needs the hub, and texts of two classes in several languages:
     qsl classify transfer all.jsonl --label toxic --language lang \\

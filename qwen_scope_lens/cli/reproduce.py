@@ -165,6 +165,11 @@ def _run(arguments: argparse.Namespace) -> None:
     rows = [row[:5] for row in figure_rows(recipe.figures, results, only_shown=True)]
     table = Table.of(("figure", "ours", "from", "to", "paper"), rows)
     show(table, arguments.json, page=str(page))
+    if arguments.smoke:
+        remark(
+            "This was a smoke run: the toy model, its features and a few texts, with the settings"
+            " under `smoke` in the file. The figures mean nothing."
+        )
     remark(f"written: {page}")
 
 

@@ -2,6 +2,8 @@
 
     qsl train languages store/ --targets zh,ru --out language_features.json
     qsl train sasft texts/sasft.yaml
+    # needs a file of your own, without features:
+    qsl train sft run.yaml
     qsl train repetition loops texts/prompts.jsonl --model mini-qwen3 \\
         --temperature 0.4 --new-tokens 128 --out own.jsonl
     qsl extract own.jsonl --sae mini-qwen3/w1k-l0-16 --layers 3-6 --out own_loops/
@@ -318,6 +320,15 @@ def _sasft(arguments: argparse.Namespace) -> None:
     remark("this folder holds the model")
 
 
+def _sft(arguments: argparse.Namespace) -> None:
+    """Fine-tune without any feature: the arm to compare with, or on data of `qsl synth`."""
+    check("trl", "train")
+    from qwen_scope_lens.train.runs import run_sft
+
+    print(run_sft(arguments.config, resume=not arguments.fresh))
+    remark("this folder holds the model, or with lora the adapter")
+
+
 def _grpo(arguments: argparse.Namespace) -> None:
     """Train with GRPO, with one steered rollout in each group."""
     check("trl", "train")
@@ -380,6 +391,7 @@ REPETITION_WORDS = (
 WORDS = (
     Word("languages", _languages_arguments, _languages),
     Word("sasft", _run_arguments, _sasft),
+    Word("sft", _run_arguments, _sft),
     Word("repetition", _repetition_words, _repetition),
     Word("grpo", _run_arguments, _grpo),
     Word("measure", _measure_arguments, _measure),

@@ -212,7 +212,7 @@ def _notes(model: Model, sae: TopKSAE) -> tuple[str, ...]:
         notes.append(
             f"the SAE was trained on {trained_on}, this is {mine}"
             + (", its instruct version" if tuned else "")
-            + ": features may fire on other things, see the FVU below"
+            + ": features may fire on other things, see the FVU"
         )
     if is_quantised(model):
         notes.append("the model's weights are quantised, the SAE was trained on unquantised ones")

@@ -2,8 +2,9 @@
 
 A source says where its rows come from (`rows` in the recipe itself, `hub` with `configs`, `split`
 and `revision`, or `file` in the folder that `--data` names), which of them count (`where`: column
--> value or list of values) and how columns are called here (`columns`: our name -> theirs). With
-`by`, each value of a column is a part of its own, such as a category of MMLU-Pro.
+-> value or list of values) and how columns are called here (`columns`: our name -> theirs). A
+column inside another one is written with a dot, `extra.style`. With `by`, each value of a column is
+a part of its own, such as a category of MMLU-Pro.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from qwen_scope_lens.recipes.engine import Work
 from qwen_scope_lens.stores.corpus import read_rows
 
 __all__ = ["local_file", "rows_of", "text_rows"]
+
+ABSENT = object()
 
 
 def local_file(work: Work, name: str) -> Path | None:
@@ -53,11 +56,11 @@ def rows_of(work: Work, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
     columns: Mapping[str, str] = source.get("columns") or {}
     found = 0
     for place, row in _raw(source, path):
-        if any(row.get(key) not in values for key, values in where.items()):
+        if any(_cell(row, key) not in values for key, values in where.items()):
             continue
         found += 1
-        named = {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}
-        yield place, {**row, **named}
+        named = {ours: _cell(row, theirs, ABSENT) for ours, theirs in columns.items()}
+        yield place, {**row, **{key: cell for key, cell in named.items() if cell is not ABSENT}}
     if not found:
         raise BadCorpus(f"source {name} has no rows" + (f" with {where}" if where else ""))
 
@@ -91,6 +94,15 @@ def _raw(source: Mapping[str, Any], path: Path | None) -> Iterator[tuple[str, Ma
             name, split=source.get("split"), revision=source.get("revision")
         ):
             yield place, {**row, "config": config}
+
+
+def _cell(row: Mapping[str, Any], column: str, absent: Any = None) -> Any:
+    """A value of a row, or of a mapping inside it; `absent` where there is none."""
+    if column in row:
+        return row[column]
+    outer, dot, inner = column.partition(".")
+    within = row.get(outer) if dot else None
+    return _cell(within, inner, absent) if isinstance(within, Mapping) else absent
 
 
 def _listed(value: Any) -> list[Any]:

@@ -46,6 +46,15 @@ KINDS: Mapping[str, Mapping[str, str]] = {
         "across": "transfer from the first language, overlap of best features",
         "efficiency": "less discovery data, macro-averaged over languages",
     },
+    "safety": {
+        "roles": "who writes, answers and judges, before anything else is done",
+        "strata": "features of seed data with equal parts of four types, and of anchor data",
+        "targets": "features that matter for safety, and which of them the seed data lacks",
+        "synthesis": "vanilla prompts and rewrites for these, and as many that no feature directs",
+        "coverage": "targets that are activated, by texts written and by texts kept",
+        "train": "one fine-tuning run for each mixture of data",
+        "rates": "harmful prompts that are answered, benign ones that are refused",
+    },
     "sasft": {
         "table": "features of the target language by monolinguality, and their thresholds",
         "train": "one fine-tuning run for each lambda; 0 is plain fine-tuning",

@@ -16,7 +16,7 @@ import numpy as np
 from qwen_scope_lens.address import LayerRef
 from qwen_scope_lens.catalog import find_group
 from qwen_scope_lens.classify.feature_choice import rate_differences
-from qwen_scope_lens.errors import TooLittleData
+from qwen_scope_lens.errors import BadFile, TooLittleData
 from qwen_scope_lens.features.pool import pool
 from qwen_scope_lens.pages import Page, chart
 from qwen_scope_lens.recipes.data import text_rows
@@ -36,8 +36,14 @@ TOP = 100
 """So many suspects of a bad reply are looked through for the feature."""
 
 
+CASE = ("feature", "texts", "others", "suppress", "prompts", "chat", "measure")
+"""What a case has to say. `layer` and `reply` may be missing."""
+REPLY = ("prompt", "text", "classes")
+
+
 def layers(work: Work) -> Mapping[str, Any]:
     """How often the feature of this number fires on the case's texts and on others, by layer."""
+    _check_cases(work["cases"])
     rows = []
     for name, case in work["cases"].items():
         for source, positive in ((case["texts"], True), (case["others"], False)):
@@ -148,6 +154,26 @@ def doses(work: Work) -> Mapping[str, Any]:
             ],
         }
     return found
+
+
+def _check_cases(cases: Any) -> None:
+    """Before a model is loaded: every case is a mapping with all its keys."""
+    if not isinstance(cases, Mapping) or not cases:
+        raise BadFile(f"cases is {cases!r:.60}: expected a mapping of names to cases")
+    for name, case in cases.items():
+        parts: list[tuple[str, Any, tuple[str, ...]]] = [(f"cases.{name}", case, CASE)]
+        if isinstance(case, Mapping) and case.get("reply"):
+            parts.append((f"cases.{name}.reply", case["reply"], REPLY))
+        for place, part, needed in parts:
+            if not isinstance(part, Mapping):
+                raise BadFile(
+                    f"{place} is {part!r:.60}: expected a mapping with {', '.join(needed)}"
+                )
+            if lost := [key for key in needed if part.get(key) is None]:
+                raise BadFile(
+                    f"{place} lacks {', '.join(lost)}: it needs {', '.join(needed)}, as in"
+                    " `qsl reproduce show steering-cases --yaml`"
+                )
 
 
 def _sae(work: Work, layer: int) -> LayerRef:

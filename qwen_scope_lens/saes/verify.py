@@ -82,7 +82,8 @@ class Verification:
 
     def __str__(self) -> str:
         lines = [
-            f"{self.name}: {self.tokens:,} tokens ({self.excluded:,} extreme or first left out)",
+            f"{self.name}: {self.tokens:,} tokens"
+            + f" ({self.excluded:,} more, extreme or first, left out)" * bool(self.excluded),
             *(
                 f"  FVU {value:9.4f}  {name}" + "   <- in use" * (name == self.convention)
                 for name, value in self.fvu.items()
@@ -294,7 +295,8 @@ def _problems(own: Convention, fvu: dict[str, float], max_fvu: float) -> list[st
     if best != own.name and fvu[best] < mine * (1 - MARGIN):
         problems.append(
             f"'{best}' fits better ({fvu[best]:.4f}) than '{own.name}' ({mine:.4f}): the SAE is run"
-            " under the wrong convention (see apply_b_dec_to_input), or on the wrong activations"
+            " under the wrong convention (see apply_b_dec_to_input), or these are the residuals of"
+            " another layer or model"
         )
     return problems
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -120,16 +121,20 @@ class Sources:
             ) from error
 
     def check_labels(self) -> None:
-        """Raise when there are labels and none of them is of these layers."""
+        """Raise when all labels are of other SAEs; warn when they are of other layers only."""
         if self.labels is None:
             return
         here = self.refs
         theirs = {str(ref) for ref in self.labels.saes}
-        if not here & theirs:
-            raise StoreMismatch(
-                f"the labels are of {', '.join(sorted(theirs))}, the pages are of"
-                f" {', '.join(sorted(here))}: no feature has a label"
-            )
+        if here & theirs:
+            return
+        said = (
+            f"the labels are of {', '.join(sorted(theirs))}, the pages are of"
+            f" {', '.join(sorted(here))}: no feature has a label"
+        )
+        if not {ref.rsplit("/", 1)[0] for ref in here} & {ref.group for ref in self.labels.saes}:
+            raise StoreMismatch(said)
+        warnings.warn(said, stacklevel=2)
 
 
 def build_site(

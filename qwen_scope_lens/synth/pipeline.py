@@ -31,6 +31,9 @@ __all__ = ["Counts", "Synthesis"]
 
 Counts = Literal["written", "kept"]
 
+PROMPT_ALONE: tuple[Read, ...] = ("prompt", "none")
+"""With these only the prompt is read, so that no reply is paid for where the prompt failed."""
+
 
 @dataclass
 class Synthesis:
@@ -117,10 +120,10 @@ class Synthesis:
             rewrites = [one for one in wave if one.style != VANILLA]
             self._rewrite(rewrites)
             self._filter_prompts(rewrites)
-            if self.recipe.read == "prompt":
+            if self.recipe.read in PROMPT_ALONE:
                 self._verify(wave)
             self._reply(wave)
-            if self.recipe.read != "prompt":
+            if self.recipe.read not in PROMPT_ALONE:
                 self._verify(wave)
             self._fear(wave)
             self._decide(wave, left if counts == "kept" else len(wave))
@@ -211,7 +214,7 @@ class Synthesis:
         """Write replies where the recipe asks. Demonstrations get none if prompts are read."""
         if not self.recipe.replies or not self.chat:
             return
-        skip = "pair" if self.recipe.read == "prompt" else None
+        skip = "pair" if self.recipe.read in PROMPT_ALONE else None
         wave = [one for one in wave if one.open and one.stage != skip]
         requests = [
             self._request(
@@ -260,15 +263,18 @@ class Synthesis:
 
     def _text(self, one: Candidate, read: Read | None = None) -> str:
         """The words in which the feature has to fire."""
-        parts = {"prompt": [one.prompt], "reply": [one.reply], "either": [one.prompt, one.reply]}
-        return "\n\n".join(part for part in parts[read or self.recipe.read] if part)
+        read = read or self.recipe.read
+        if read in PROMPT_ALONE:
+            return one.prompt
+        parts = [one.reply] if read == "reply" else [one.prompt, one.reply]
+        return "\n\n".join(part for part in parts if part)
 
     def _document(self, one: Candidate, read: Read) -> Content:
         """What the reader gets: the words themselves, or a chat that holds them."""
         if not self.recipe.as_chat or not self.chat:
             return self._text(one, read)
         messages = one.messages(chat=True)
-        return messages[:1] if read == "prompt" else messages
+        return messages[:1] if read in PROMPT_ALONE else messages
 
     def _values(self, wave: list[Candidate], read: Read) -> list[dict[FeatureRef, float]]:
         """The activations of target and caution features, one mapping per candidate."""
@@ -298,7 +304,7 @@ class Synthesis:
         for one, values in zip(wave, self._values(wave, self.recipe.read), strict=True):
             one.activation = values.get(one.ref, 0.0)
             one.fires = {ref: v for ref, v in values.items() if v > threshold and ref in known}
-            if one.ref not in one.fires:
+            if self.recipe.read != "none" and one.ref not in one.fires:
                 one.outcome = "the feature does not fire"
 
     def _fear(self, wave: list[Candidate]) -> None:

@@ -34,7 +34,7 @@ __all__ = [
     "write_recipe",
 ]
 
-Read = Literal["prompt", "reply", "either"]
+Read = Literal["prompt", "reply", "either", "none"]
 KindFrom = Literal["feature", "turns"]
 
 
@@ -55,7 +55,9 @@ class Recipe:
     per_feature: int = 1  # vanilla examples to keep per feature, and as many of each rewrite
     count_others: bool = False  # an example also counts for other targets that it activates
     threshold: float = 0.0  # a feature fires where it exceeds this; delta in FAC
-    read: Read = "prompt"  # where the feature has to fire: in the prompt, as the report says
+    # where the feature has to fire: in the prompt, as the report says. With none the prompt is read
+    # and nothing has to fire in it: undirected synthesis, to compare with
+    read: Read = "prompt"
     as_chat: bool = False  # read through the chat template, whose tokens then count, too
     examples_shown: int = 5  # passages of a feature in a prompt
     language: str = ""  # a code such as en or zh; empty: any

@@ -25,6 +25,7 @@ VERIFIED = {
     "prompt": "the feature has to fire in the prompt",
     "reply": "the feature has to fire in the reply",
     "either": "the feature has to fire in the prompt or in the reply",
+    "none": "no feature has to fire (undirected synthesis)",
 }
 
 

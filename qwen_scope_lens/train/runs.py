@@ -29,7 +29,7 @@ from qwen_scope_lens.train.run_checks import (
     record,
 )
 
-__all__ = ["Run", "read_run", "run_grpo", "run_sasft"]
+__all__ = ["Run", "read_run", "run_grpo", "run_sasft", "run_sft"]
 
 COMMON = {"model", "train", "eval", "lora", "trainer"}
 SASFT = COMMON | {"language_features"}
@@ -90,6 +90,25 @@ def run_sasft(path: Path, resume: bool = True) -> Path:
     features = LanguageFeatures.load(run.file("language_features"))
     trainer = _set_up(run, SASFTTrainer, args, language_features=features)
     return _train(run, "sasft", trainer, resume)
+
+
+def run_sft(path: Path, resume: bool = True) -> Path:
+    """Run plain supervised fine-tuning; returns the folder of the trained model, or with `lora` of
+    the adapter."""
+    from trl import SFTConfig
+
+    from qwen_scope_lens.train.sasft import PlainTrainer
+
+    run = read_run(path, COMMON)
+    args = _arguments(run, SFTConfig)
+    _check_earlier(run, "sft", args, resume)
+    trainer = _set_up(run, PlainTrainer, args)
+    if not len(trainer.train_dataset):
+        raise BadCorpus(
+            f"{run.path}: no example has a reply within max_length {args.max_length}: raise it, or"
+            " shorten the prompts"
+        )
+    return _train(run, "sft", trainer, resume)
 
 
 def run_grpo(path: Path, resume: bool = True) -> Path:

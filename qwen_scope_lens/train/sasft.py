@@ -33,9 +33,13 @@ require("trl", "train")
 from trl import SFTConfig, SFTTrainer  # noqa: E402  (after a clear error where it is missing)
 from trl.data_utils import get_dataset_column_names, pack_dataset  # noqa: E402
 
-__all__ = ["SASFTConfig", "SASFTTrainer", "build_penalty"]
+__all__ = ["PlainTrainer", "SASFTConfig", "SASFTTrainer", "build_penalty"]
 
 NO_LANGUAGE = -1
+
+
+class PlainTrainer(WholeCheckpoints, SFTTrainer):
+    """TRL's SFTTrainer as it is, with checkpoints that are known to be whole."""
 
 
 @dataclass

@@ -80,8 +80,9 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
     )
     recipe.add_argument(
         "--verify",
-        choices=("prompt", "reply", "either"),
-        help="where the feature has to fire: the report verifies the prompt",
+        choices=("prompt", "reply", "either", "none"),
+        help="where the feature has to fire: the report verifies the prompt; none keeps undirected"
+        " texts, to compare with",
     )
     recipe.add_argument(
         "--kind-from",
