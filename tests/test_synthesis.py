@@ -458,6 +458,21 @@ def test_the_scope_recipe(
     assert [one.number for one in run.candidates] == list(range(len(run.candidates)))
 
 
+def test_undirected_synthesis_keeps_prompts_in_which_nothing_fires(
+    tmp_path: Path, planted: TargetSet, reader: Reader, firing: dict[FeatureRef, list[str]]
+) -> None:
+    kept = {}
+    for read in ("prompt", "none"):
+        writer = chat_writer(firing, lambda request: False)
+        recipe = replace(SCOPE, attempts=1, variants=0, read=read)
+        run = synthesis(tmp_path / read, planted, reader, writer, recipe)
+        kept[read] = [one for one in run.kept if one.ref not in one.fires]
+        assert all(one.activation is not None for one in run.candidates)  # read all the same
+    assert not kept["prompt"]
+    assert kept["none"]
+    assert kept["none"][0].reply
+
+
 def test_replies_that_do_not_fit_are_refused(
     tmp_path: Path, planted: TargetSet, reader: Reader, firing: dict[FeatureRef, list[str]]
 ) -> None:
