@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import urlsplit
 
-import httpx
+import httpx2
 
 from qwen_scope_lens.errors import BadPlan, GeneratorFailed
 from qwen_scope_lens.writers.answers import completion_of, refusal_of
@@ -57,8 +57,8 @@ class Endpoint:
         try:
             parts = urlsplit(self.base_url)
             good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-            httpx.URL(self.base_url)
-        except (ValueError, httpx.InvalidURL):
+            httpx2.URL(self.base_url)
+        except (ValueError, httpx2.InvalidURL):
             good = False
         if not good:
             raise GeneratorFailed(

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import httpx
+import httpx2
 
 __all__ = ["MOST_BYTES", "Answer", "Transport", "Trouble"]
 
@@ -62,14 +62,14 @@ class Transport:
 
     def __init__(self, connections: int, timeout: float) -> None:
         self._timeout = timeout
-        self._limits = httpx.Limits(max_connections=connections)
+        self._limits = httpx2.Limits(max_connections=connections)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
 
     def __enter__(self) -> Transport:
         # The deadline ends everything else; this one tells that a server is not there.
-        timeout = httpx.Timeout(None, connect=min(CONNECTING, 0.9 * self._timeout))
-        self._client = httpx.AsyncClient(
+        timeout = httpx2.Timeout(None, connect=min(CONNECTING, 0.9 * self._timeout))
+        self._client = httpx2.AsyncClient(
             limits=self._limits, timeout=timeout, follow_redirects=False
         )
         self._thread.start()
@@ -95,18 +95,18 @@ class Transport:
                 found = await _read(response)
         except TimeoutError:
             raise Trouble("no answer in time", True) from None
-        except httpx.TimeoutException as error:
-            unreachable = isinstance(error, (httpx.ConnectTimeout, httpx.PoolTimeout))
+        except httpx2.TimeoutException as error:
+            unreachable = isinstance(error, (httpx2.ConnectTimeout, httpx2.PoolTimeout))
             raise Trouble("no answer in time", not unreachable, unreachable=unreachable) from None
-        except httpx.ConnectError:
+        except httpx2.ConnectError:
             raise Trouble("no connection", False, unreachable=True) from None
-        except httpx.HTTPError as error:
+        except httpx2.HTTPError as error:
             raise Trouble(f"connection cut ({type(error).__name__})", True) from None
         named = {name.lower(): value for name, value in response.headers.items()}
         return Answer(response.status_code, named, found)
 
 
-async def _read(response: httpx.Response) -> bytes:
+async def _read(response: httpx2.Response) -> bytes:
     """The unpacked content. It is unpacked here, because the library would unpack a whole piece,
     however large the result."""
     coding = response.headers.get("content-encoding", "").strip().lower()
