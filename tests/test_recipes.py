@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 import qwen_scope_lens as qsl
+from qwen_scope_lens.catalog import find_group
 from qwen_scope_lens.cli import main
 from qwen_scope_lens.errors import (
     BadCorpus,
@@ -173,8 +175,9 @@ def test_a_stage_is_done_again_if_and_only_if_something_that_it_read_changed(fak
     assert done_now(recipe, folder) == ["two"]
     (folder / "rows.jsonl").write_text('{"text": "b"}\n')
     [one, two] = states(recipe, folder / "out", folder)
-    assert (one.state, two.state) == ("out of date", "finished")
+    assert (one.state, two.state) == ("out of date", "out of date")
     assert "rows.jsonl" in one.why
+    assert "one" in two.why  # it reads what an earlier stage will make again
     assert done_now(recipe, folder) == ["one", "two"]
     (folder / "out" / "one" / "parts").unlink()
     assert done_now(recipe, folder) == ["one", "two"]
@@ -182,6 +185,60 @@ def test_a_stage_is_done_again_if_and_only_if_something_that_it_read_changed(fak
     other.mkdir()
     (other / "rows.jsonl").write_text('{"text": "b"}\n')
     assert states(recipe, folder / "out", other)[0].state == "out of date"
+
+
+def test_a_changed_sae_and_a_changed_output_make_a_stage_out_of_date(
+    fake: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, module = fake.parent, sys.modules["qwen_scope_lens.recipes.fake"]
+    group = find_group("qwen3-1.7b-base/w32k-l0-50")
+    sae = folder / "home" / group.repo_name / group.file_name(1)
+    sae.parent.mkdir(parents=True)
+    sae.write_bytes(b"a")
+    monkeypatch.setenv("QWEN_SCOPE_HOME", str(folder / "home"))
+    two = module.two
+    monkeypatch.setattr(module, "two", lambda work: work["sae"] and two(work))
+    recipe = open_recipe(fake).with_settings({"sae": group.short})
+    assert done_now(recipe, folder) == ["one", "two"]
+    assert done_now(recipe, folder) == []
+    sae.write_bytes(b"b")
+    found = states(recipe, folder / "out", folder)[1]
+    assert (found.state, "/1" in found.why) == ("out of date", True)
+    assert done_now(recipe, folder) == ["two"]
+    (folder / "out" / "one" / "parts").write_text("y")  # of the same size
+    assert done_now(recipe, folder) == ["one", "two"]
+
+
+def test_facts_of_folders_and_of_large_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inner = tmp_path / "data" / "inner"
+    inner.mkdir(parents=True)
+    file = inner / "rows.jsonl"
+    file.write_text("0123456789")
+    before = engine.file_facts(tmp_path / "data")
+    file.write_text("9876543210")
+    assert engine.file_facts(tmp_path / "data") != before
+    monkeypatch.setattr(engine, "HASHED", 4)
+    monkeypatch.setattr(engine, "END", 2)
+    times = file.stat().st_mtime_ns
+    large, ends = engine.file_facts(file), engine.file_facts(file, times=False)
+    file.write_text("98xxxxxx10")
+    os.utime(file, ns=(times, times))
+    assert engine.file_facts(file) != large  # the entry's own time cannot be set back
+    assert engine.file_facts(file, times=False) == ends
+    file.write_text("98xxxxxx11")
+    assert engine.file_facts(file, times=False) != ends
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../evil", "/tmp/evil", "a/b", '""', "..", ".lock", "stages/texts", "<b>", "[a]", "x" * 65],
+)
+def test_a_name_that_would_lead_elsewhere(fake: Path, name: str) -> None:
+    fake.write_text(FAKE.replace("name: fake", f"name: {name}"))
+    with pytest.raises(BadFile, match=r"fake\.yaml: name "):
+        open_recipe(fake)
 
 
 def test_a_killed_stage_goes_on_and_the_page_waits_for_it(fake: Path) -> None:

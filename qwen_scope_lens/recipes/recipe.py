@@ -14,6 +14,7 @@ This module reads and checks the file. `engine.py` runs it and `page.py` shows t
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, fields, replace
@@ -27,6 +28,9 @@ from qwen_scope_lens.files import load_yaml, read_text
 __all__ = ["KINDS", "Figure", "Recipe", "names", "open_recipe"]
 
 FOLDER = Path(__file__).parent
+
+NAME = r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,63}"
+"""The name of a recipe, which is that of its page in the folder of results."""
 
 KINDS: Mapping[str, Mapping[str, str]] = {
     "bench": {
@@ -155,6 +159,13 @@ class Recipe:
             raise BadFile(f"layers is {wanted!r:.60}: expected all, or a list such as [10, 20]")
         return sorted({group.check_layer(layer) for layer in wanted})
 
+    @property
+    def saes(self) -> list[str]:
+        """The addresses of the SAEs that stages read, such as `qwen3-8b-base/w64k-l0-50/20`."""
+        one = self.settings.get("layer")
+        layers = {*self.layers, *([one] if type(one) is int else [])}
+        return [f"{find_group(str(self.settings['sae'])).short}/{n}" for n in sorted(layers)]
+
     def for_smoke(self) -> Recipe:
         """The same stages on the embedded mini and its held-out texts."""
         settings = {**self.settings, **self.smoke.get("settings", {})}
@@ -221,7 +232,12 @@ def _checked(path: Path, content: Any) -> Recipe:
             )
             + f". The parts are {', '.join(ALLOWED)}"
         )
-    if content["kind"] not in KINDS:
+    if not (isinstance(content["name"], str) and re.fullmatch(NAME, content["name"])):
+        raise BadFile(
+            f"{path}: name {content['name']!r:.80}: expected 1 to 64 letters, digits, - _ and .,"
+            " not beginning with a dot, because the page is called so"
+        )
+    if not isinstance(content["kind"], str) or content["kind"] not in KINDS:
         raise BadFile(f"{path}: kind {content['kind']!r:.40}: expected one of {', '.join(KINDS)}")
     for key in ("settings", "data", "estimate", "smoke"):
         if not isinstance(content[key], Mapping):
