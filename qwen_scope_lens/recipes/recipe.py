@@ -248,7 +248,8 @@ def _checked(path: Path, content: Any) -> Recipe:
         raise BadFile(f"{path}: smoke sets {', '.join(lost)}, which settings does not have")
     if lost := sorted(_settings_of(content["kind"], path) - set(content["settings"])):
         raise BadFile(f"{path}: settings lacks {', '.join(lost)}, which its stages read")
-    for more in ({}, smoke):
+    without: Mapping[str, Any] = {}
+    for more in (without, smoke):
         _check_values(
             path,
             {**content["settings"], **more.get("settings", {})},
