@@ -19,6 +19,7 @@ import json
 import os
 import shutil
 import stat
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -33,6 +34,7 @@ __all__ = [
     "open_own",
     "open_regular",
     "parse_json",
+    "parse_yaml",
     "read_json",
     "read_text",
     "refuse_link",
@@ -45,6 +47,7 @@ __all__ = [
 
 MOST_VALUES = 100_000
 """The most values that are read from a YAML file, which people write by hand."""
+MOST_LEVELS = 100
 
 _FULL = (
     "No space left",
@@ -202,24 +205,44 @@ def read_text(path: Path, encoding: str = "utf-8") -> str:
 
 
 def load_yaml(path: Path) -> Any:
-    """Read the plain values of a YAML file. A damaged one raises ValueError or YAMLError.
+    """Read the plain values of a YAML file. A damaged one raises ValueError or YAMLError."""
+    return parse_yaml(read_text(path))
+
+
+def parse_yaml(text: str) -> Any:
+    """The plain values of a YAML text. A damaged one raises ValueError or YAMLError.
 
     With aliases, a few lines can stand for millions of values, or for a value that holds itself. So
-    a file with more than `MOST_VALUES` values, aliases followed, raises ValueError, too.
+    a text with more than `MOST_VALUES` values, aliases followed, raises ValueError, and so do one
+    that is nested deeper than `MOST_LEVELS`, and a mapping that has a key twice.
     """
     import yaml
 
-    content = yaml.safe_load(read_text(path))
-    waiting, found = [content], 0
+    class Loader(yaml.SafeLoader):
+        def compose_mapping_node(self, anchor: Any) -> Any:
+            node = super().compose_mapping_node(anchor)
+            keys = [(key.tag, key.value) for key, _ in node.value if isinstance(key.value, str)]
+            if twice := [value for (tag, value), n in Counter(keys).items() if n > 1]:
+                line = node.start_mark.line + 1
+                raise ValueError(f"the key {twice[0]!r:.40} is there twice (line {line} or after)")
+            return node
+
+    try:
+        content = yaml.load(text, Loader)
+    except RecursionError:
+        raise ValueError(f"it is nested deeper than {MOST_LEVELS} levels") from None
+    waiting, found = [(content, 0)], 0
     while waiting:
-        value = waiting.pop()
+        value, level = waiting.pop()
         found += 1
         if found + len(waiting) > MOST_VALUES:
             raise ValueError(f"it comes to more than {MOST_VALUES:,} values, aliases followed")
         if isinstance(value, dict):
-            waiting += [*value, *value.values()]
+            waiting += [(inner, level + 1) for inner in (*value, *value.values())]
         elif isinstance(value, (list, tuple, set)):
-            waiting += value
+            waiting += [(inner, level + 1) for inner in value]
+        if level > MOST_LEVELS:
+            raise ValueError(f"it is nested deeper than {MOST_LEVELS} levels")
     return content
 
 

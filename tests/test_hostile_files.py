@@ -470,6 +470,12 @@ def test_chat_templates_that_fail_have_a_named_error(template: str) -> None:
         encode([chat], tokenizer, limit=10, enable_thinking=False)
 
 
+@pytest.mark.parametrize("given", [b"x", bytearray(b"x"), [True, False], torch.tensor([True])])
+def test_bytes_and_booleans_are_no_token_ids(given: Any) -> None:
+    with pytest.raises(BadText, match="expected a text, a list of chat messages"):
+        encode([given], None, limit=10)
+
+
 def test_half_a_character_is_refused_by_name() -> None:
     with pytest.raises(BadText, match="half of a surrogate pair at character 1"):
         encode(["a\ud800b"], make_tokenizer(), limit=10)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import datetime
 import json
+import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -13,6 +16,7 @@ from typing import Any
 import pytest
 
 import qwen_scope_lens as qsl
+from qwen_scope_lens.catalog import find_group
 from qwen_scope_lens.cli import main
 from qwen_scope_lens.errors import (
     BadCorpus,
@@ -26,7 +30,8 @@ from qwen_scope_lens.recipes import Recipe, engine, names, open_recipe, run, sta
 from qwen_scope_lens.recipes import recipe as recipes
 from qwen_scope_lens.recipes.engine import Work
 from qwen_scope_lens.recipes.estimate import estimate
-from qwen_scope_lens.recipes.page import figure_rows
+from qwen_scope_lens.recipes.page import figure_rows, not_found
+from qwen_scope_lens.recipes.settings import SETTINGS
 from qwen_scope_lens.synth import TargetSet
 from qwen_scope_lens.writers.generator import Completion, Request
 from qwen_scope_lens.writers.ledger import Ledger
@@ -108,6 +113,72 @@ def test_a_damaged_file_is_refused(fake: Path, was: str, now: str, said: str) ->
         open_recipe(fake)
 
 
+@pytest.mark.parametrize(
+    ("was", "now", "said"),
+    [
+        ("kind: fake", "kind: [a]", "expected one of"),
+        ("title: t", "title: [1]", "title is"),
+        ("smoke: {}", "smoke: {settings: 3}", "smoke.settings"),
+        ("estimate: {}", "estimate: {tflops: 0}", "estimate.tflops is 0: expected a number"),
+        ("estimate: {}", "estimate: {tokens: .inf}", "estimate.tokens is inf"),
+        ("ours: one.value", "ours: [a]", "figures.0.ours"),
+        ("paper: 3,", "above: true,", "paper gives no number"),
+        ("paper: 3,", "paper: true,", "figures.0.paper is True"),
+        ("tolerance: 0.1", "tolerance: -1", "figures.0.tolerance is -1"),
+        ("title: t", "title: t\ntitle: u", "'title' is there twice"),
+        ("{n: 3,", "{n: 3, n: 4,", "'n' is there twice"),
+        ("title: t", "title: " + "[" * 200 + "]" * 200, "nested deeper than 100"),
+        ("title: t", "title: " + "[" * 20_000, "nested deeper than 100"),
+        ("{n: 3,", "{n: 2026-01-01,", "n is datetime"),
+        ("{n: 3,", "{n: [[.nan]],", "n is"),
+        ("file: rows.jsonl", "file: rows.jsonl, where: 3", "data.rows.where is 3"),
+        ("file: rows.jsonl", "file: rows.jsonl, columns: {text: 3}", "a column of data.rows is 3"),
+        ("file: rows.jsonl", "file: rows.jsonl, template: 3", "data.rows.template is 3"),
+        ("file: rows.jsonl", "rows: 3", "data.rows.rows is 3"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_refused_by_name(
+    fake: Path, was: str, now: str, said: str
+) -> None:
+    assert was in FAKE
+    fake.write_text(FAKE.replace(was, now))
+    with pytest.raises(BadFile, match=re.escape(said)):
+        open_recipe(fake)
+
+
+WRONG = {
+    "seed": (-1, 1.5, "x", True, None, float("nan"), 10**400),
+    "per_class": (0, -4, "1e400"),
+    "test_share": (0, 1, 2, float("nan")),
+    "draws": (0, True),
+    "languages": ([], ["en", "en"], "en", [1]),
+    "layers": ([6, 6], [True]),
+    "top_k": ([], [0], [1001], 3, [1, 1]),
+    "shares": ([0, 0.5], [2], [float("inf")], []),
+    "overlap_top": (0, -1),
+    "transfer_k": (0, 5000),
+    "dtype": ("int8", 3),
+    "label": (None, ["a"], {"a": 1}, datetime.date(2026, 1, 1), {"a"}, b"a"),
+    "split_by": ([1], 3),
+    "baselines": ("maybe", 1),
+    "data": (3,),
+    "estimate": (3,),
+    "estimate.tflops": (-1, 0, True),
+}
+
+
+@pytest.mark.parametrize("key", WRONG)
+def test_a_setting_out_of_its_range_is_refused_by_name(key: str) -> None:
+    recipe = open_recipe("toxicity")
+    for value in WRONG[key]:
+        with pytest.raises(BadFile, match=rf"{key} is .*: expected "):
+            recipe.with_settings({key: value})
+
+
+def test_every_setting_of_a_recipe_has_its_row() -> None:
+    assert {key for name in names() for key in open_recipe(name).settings} == set(SETTINGS)
+
+
 # --- stages ---------------------------------------------------------------------------------------
 
 FAKE = """
@@ -173,8 +244,9 @@ def test_a_stage_is_done_again_if_and_only_if_something_that_it_read_changed(fak
     assert done_now(recipe, folder) == ["two"]
     (folder / "rows.jsonl").write_text('{"text": "b"}\n')
     [one, two] = states(recipe, folder / "out", folder)
-    assert (one.state, two.state) == ("out of date", "finished")
+    assert (one.state, two.state) == ("out of date", "out of date")
     assert "rows.jsonl" in one.why
+    assert "one" in two.why  # it reads what an earlier stage will make again
     assert done_now(recipe, folder) == ["one", "two"]
     (folder / "out" / "one" / "parts").unlink()
     assert done_now(recipe, folder) == ["one", "two"]
@@ -182,6 +254,60 @@ def test_a_stage_is_done_again_if_and_only_if_something_that_it_read_changed(fak
     other.mkdir()
     (other / "rows.jsonl").write_text('{"text": "b"}\n')
     assert states(recipe, folder / "out", other)[0].state == "out of date"
+
+
+def test_a_changed_sae_and_a_changed_output_make_a_stage_out_of_date(
+    fake: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, module = fake.parent, sys.modules["qwen_scope_lens.recipes.fake"]
+    group = find_group("qwen3-1.7b-base/w32k-l0-50")
+    sae = folder / "home" / group.repo_name / group.file_name(1)
+    sae.parent.mkdir(parents=True)
+    sae.write_bytes(b"a")
+    monkeypatch.setenv("QWEN_SCOPE_HOME", str(folder / "home"))
+    two = module.two
+    monkeypatch.setattr(module, "two", lambda work: work["sae"] and two(work))
+    recipe = open_recipe(fake).with_settings({"sae": group.short})
+    assert done_now(recipe, folder) == ["one", "two"]
+    assert done_now(recipe, folder) == []
+    sae.write_bytes(b"b")
+    found = states(recipe, folder / "out", folder)[1]
+    assert (found.state, "/1" in found.why) == ("out of date", True)
+    assert done_now(recipe, folder) == ["two"]
+    (folder / "out" / "one" / "parts").write_text("y")  # of the same size
+    assert done_now(recipe, folder) == ["one", "two"]
+
+
+def test_facts_of_folders_and_of_large_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inner = tmp_path / "data" / "inner"
+    inner.mkdir(parents=True)
+    file = inner / "rows.jsonl"
+    file.write_text("0123456789")
+    before = engine.file_facts(tmp_path / "data")
+    file.write_text("9876543210")
+    assert engine.file_facts(tmp_path / "data") != before
+    monkeypatch.setattr(engine, "HASHED", 4)
+    monkeypatch.setattr(engine, "END", 2)
+    times = file.stat().st_mtime_ns
+    large, ends = engine.file_facts(file), engine.file_facts(file, times=False)
+    file.write_text("98xxxxxx10")
+    os.utime(file, ns=(times, times))
+    assert engine.file_facts(file) != large  # the entry's own time cannot be set back
+    assert engine.file_facts(file, times=False) == ends
+    file.write_text("98xxxxxx11")
+    assert engine.file_facts(file, times=False) != ends
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../evil", "/tmp/evil", "a/b", '""', "..", ".lock", "stages/texts", "<b>", "[a]", "x" * 65],
+)
+def test_a_name_that_would_lead_elsewhere(fake: Path, name: str) -> None:
+    fake.write_text(FAKE.replace("name: fake", f"name: {name}"))
+    with pytest.raises(BadFile, match=r"fake\.yaml: name "):
+        open_recipe(fake)
 
 
 def test_a_killed_stage_goes_on_and_the_page_waits_for_it(fake: Path) -> None:
@@ -202,6 +328,25 @@ def test_a_killed_stage_goes_on_and_the_page_waits_for_it(fake: Path) -> None:
     assert done_now(recipe.with_settings({"n": 4}), folder) == ["one", "two"]
     assert (folder / "out" / "one" / "parts").read_text() == "xxx"
     assert page.exists()
+
+
+def test_a_figure_that_no_stage_has_ends_the_command_with_one(
+    fake: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["reproduce", "run", str(fake), "--data", str(fake.parent), "--out"]
+    assert main([*words, str(fake.parent / "good")]) == 0
+    fake.write_text(FAKE.replace("ours: one.value", "ours: one.valeu"))
+    assert main([*words, str(fake.parent / "typo")]) == 1
+    said = capsys.readouterr()
+    assert "not found: one.valeu" in said.out
+    assert "no stage has a result at one.valeu" in said.err
+    assert "not found: one.valeu" in (fake.parent / "typo" / "fake.html").read_text()
+
+
+def test_lines_that_are_no_objects(fake: Path) -> None:
+    (fake.parent / "rows.jsonl").write_text("1\n2\n")
+    with pytest.raises(BadCorpus, match="line 1 of source rows is a int"):
+        done_now(open_recipe(fake), fake.parent)
 
 
 def test_what_is_not_ours_or_damaged_is_refused(fake: Path) -> None:
@@ -234,6 +379,10 @@ def test_a_figure_is_read_against_the_papers() -> None:
     assert reading({**wide, "low": 0.6}) == "differs from the paper"
     assert reading(0.7, above=True) == "as in the paper"
     assert reading(None) == "not measured"
+    assert reading({"k": 1.0}) == "not found: s.v"  # a mapping is no figure
+    typo = recipes.Figure("f", "s.w", 1.0)
+    assert figure_rows([typo], {"s": {"v": 1}}, only_shown=True)[0][6] == "not found: s.w"
+    assert not_found([typo], {"s": {"w": {"value": None}}}) == []
     assert reading(float("nan")) == "not measured"
 
 

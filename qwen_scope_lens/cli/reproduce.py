@@ -132,7 +132,7 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
     work.add_argument("--sae-memory", type=memory, metavar="SIZE", help="such as 8GB")
 
 
-def _run(arguments: argparse.Namespace) -> None:
+def _run(arguments: argparse.Namespace) -> int:
     """Do all stages of a recipe and write its page; run again, it goes on where it stopped.
 
         qsl reproduce run bench-mmlu-pro --smoke --out try/
@@ -145,7 +145,8 @@ def _run(arguments: argparse.Namespace) -> None:
     nothing comes from the hub but weights. The page FOLDER/NAME.html has our figures beside the
     paper's.
     """
-    from qwen_scope_lens.recipes.page import figure_rows
+    from qwen_scope_lens.recipes.page import figure_rows, not_found
+    from qwen_scope_lens.recipes.recipe import names
     from qwen_scope_lens.tables import Table
 
     recipe = _opened(arguments)
@@ -162,8 +163,16 @@ def _run(arguments: argparse.Namespace) -> None:
     }
     page = run_recipe(recipe, arguments.out, data=arguments.data, options=options, say=remark)
     results = {s.name: s.result for s in states(recipe, arguments.out, arguments.data)}
+    missing = not_found(recipe.figures, results)
     rows = [row[:5] for row in figure_rows(recipe.figures, results, only_shown=True)]
-    table = Table.of(("figure", "ours", "from", "to", "paper"), rows)
+    head: tuple[str, ...] = ("figure", "ours", "from", "to", "paper")
+    if missing:
+        head = (*head, "note")
+        rows = [
+            (*row, f"not found: {figure.ours}" if figure in missing else "")
+            for row, figure in zip(rows, recipe.figures, strict=True)
+        ]
+    table = Table.of(head, rows)
     show(table, arguments.json, page=str(page))
     if arguments.smoke:
         remark(
@@ -171,6 +180,11 @@ def _run(arguments: argparse.Namespace) -> None:
             " under `smoke` in the file. The figures mean nothing."
         )
     remark(f"written: {page}")
+    if not missing or arguments.smoke:
+        return 0
+    places = ", ".join(figure.ours for figure in missing)
+    remark(f"no stage has a result at {places}: correct `ours` under `figures` in the file")
+    return int(arguments.recipe not in names())
 
 
 def _opened(arguments: argparse.Namespace) -> Recipe:
@@ -186,14 +200,16 @@ def _opened(arguments: argparse.Namespace) -> Recipe:
 def _pairs(words: Sequence[str]) -> dict[str, Any]:
     import yaml
 
+    from qwen_scope_lens.files import parse_yaml
+
     found = {}
     for word in words:
         key, equals, text = word.partition("=")
         if not equals or not key:
             raise UnknownName(f"--set {word!r:.60}: expected KEY=VALUE, such as layers=[10,20]")
         try:
-            found[key] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+            found[key] = parse_yaml(text)
+        except (ValueError, yaml.YAMLError) as error:
             raise UnknownName(f"--set {word!r:.60}: the value is not YAML ({error})") from error
     return found
 

@@ -97,11 +97,12 @@ def _generation_config(model: Model) -> Any:
 def is_ids(document: Any) -> bool:
     """Whether a document consists of token ids, so that it needs no tokenizer."""
     if isinstance(document, torch.Tensor):
-        return document.ndim == 1 and not document.is_floating_point()
+        whole = not document.is_floating_point() and document.dtype is not torch.bool
+        return document.ndim == 1 and whole
     return (
         isinstance(document, Sequence)
-        and not isinstance(document, str)
-        and all(isinstance(token, int) for token in document)
+        and not isinstance(document, (str, bytes, bytearray))
+        and all(isinstance(token, int) and not isinstance(token, bool) for token in document)
     )
 
 

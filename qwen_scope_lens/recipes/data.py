@@ -56,6 +56,11 @@ def rows_of(work: Work, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
     columns: Mapping[str, str] = source.get("columns") or {}
     found = 0
     for place, row in _raw(source, path):
+        if not isinstance(row, Mapping):
+            raise BadCorpus(
+                f"{place} of source {name} is a {type(row).__name__}: expected a mapping of columns"
+                " to values"
+            )
         if any(_cell(row, key) not in values for key, values in where.items()):
             continue
         found += 1

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -22,10 +23,19 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from qwen_scope_lens.address import LayerRef
 from qwen_scope_lens.catalog import MINI_HOME, bundled_model
-from qwen_scope_lens.errors import BadFile, CannotWrite, UnknownName
-from qwen_scope_lens.files import exclusive, file_sha256, read_json, refuse_link, write_json
+from qwen_scope_lens.errors import BadFile, CannotWrite, ScopeError, UnknownName
+from qwen_scope_lens.files import (
+    exclusive,
+    file_sha256,
+    open_regular,
+    read_json,
+    refuse_link,
+    write_json,
+)
 from qwen_scope_lens.recipes.recipe import KINDS, Recipe
+from qwen_scope_lens.saes.locate import local_path
 from qwen_scope_lens.tables import plain
 from qwen_scope_lens.version import __version__
 
@@ -35,7 +45,8 @@ FORMAT, VERSION = "qwen-scope-lens/recipe-stage", 1
 MADE_BY = "qsl reproduce run"
 DTYPES = (None, "float32", "float16", "bfloat16")
 HASHED = 64 * 2**20
-"""Larger files are known by size and time of change, because hashing weights takes minutes."""
+"""Of larger files, the two ends of `END` bytes are hashed, because all weights take minutes."""
+END = 2**20
 
 
 @dataclass(frozen=True)
@@ -97,6 +108,8 @@ class Run:
             return _read(self.record(key)).get("made") if self.record(key).is_file() else None
         if what == "file":
             return file_facts(Path(key))
+        if what == "sae":
+            return _sae_facts(key)
         if what == "package":
             return __version__
         raise BadFile(f"{self.folder} was written by another version: {what!r:.40} was read")
@@ -116,6 +129,9 @@ class Work:
         self._note("setting", key)
         if key not in self.run.recipe.settings:
             raise UnknownName(f"the recipe has no setting {key!r}, and stage {self.stage} reads it")
+        if key == "sae":
+            for ref in self.run.recipe.saes:
+                self._note("sae", ref)
         return self.run.recipe.settings[key]
 
     @property
@@ -229,7 +245,17 @@ def run(
 def states(recipe: Recipe, folder: Path, data: Path | None = None) -> list[State]:
     """What is finished in a folder, what is out of date and why."""
     job = Run(recipe, folder, data)
-    return [_state(job, stage) for stage in stages_of(recipe)]
+    known: dict[str, State] = {}
+    for stage in stages_of(recipe):
+        found = _state(job, stage)
+        if found.state in ("finished", "begun"):
+            read = _read(job.record(stage.name))["reads"]
+            old = [name for name in known if f"stage:{name}" in read and known[name].result is None]
+            if old:
+                why = f"reads {', '.join(old)}, to be done again first"
+                found = State(stage.name, "out of date", why)
+        known[stage.name] = found
+    return list(known.values())
 
 
 def _do(job: Run, stage: Stage, before: State) -> None:
@@ -244,7 +270,7 @@ def _do(job: Run, stage: Stage, before: State) -> None:
     began = time.monotonic()
     result = plain(dict(stage.work(Work(job, stage.name, reads))))
     files = {
-        path.relative_to(own).as_posix(): path.stat().st_size
+        path.relative_to(own).as_posix(): file_facts(path, times=False)
         for path in sorted(own.rglob("*"))
         if path.is_file() and not path.name.startswith(".")
     }
@@ -274,8 +300,8 @@ def _state(job: Run, stage: Stage) -> State:
     if found["state"] != "finished":
         return State(stage.name, "begun", "goes on")
     own = job.folder / stage.name
-    for name, size in found["files"].items():
-        if not (own / name).is_file() or (own / name).stat().st_size != size:
+    for name, facts in found["files"].items():
+        if not (own / name).is_file() or file_facts(own / name, times=False) != facts:
             return State(stage.name, "out of date", f"{own / name} is missing or changed")
     return State(stage.name, "finished", "", found["seconds"], found["result"])
 
@@ -293,13 +319,39 @@ def _read(path: Path) -> dict[str, Any]:
     return found
 
 
-def file_facts(path: Path) -> Any:
-    """What tells whether a file or folder is what it was: a hash, or size and time of change."""
+def file_facts(path: Path, times: bool = True) -> Any:
+    """What tells whether a file, or a folder with all in it, is what it was.
+
+    A file of at most `HASHED` bytes is hashed whole. Of a larger one, size and both ends are taken,
+    and with `times` both times of change: that of the content can be set back, that of the entry
+    cannot. Results go without times, so that a copied folder is not done again.
+    """
     if path.is_dir():
-        parts = [p for p in sorted(path.iterdir()) if p.is_file() and not p.name.startswith(".")]
-        facts = [[part.name, file_facts(part)] for part in parts]
+        inside = [part.relative_to(path) for part in sorted(path.rglob("*")) if part.is_file()]
+        facts = [
+            [part.as_posix(), file_facts(path / part, times)]
+            for part in inside
+            if not any(name.startswith(".") for name in part.parts)
+        ]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
     if not path.is_file():
         return None
-    size = path.stat().st_size
-    return file_sha256(path) if size <= HASHED else [size, path.stat().st_mtime_ns]
+    known = path.stat()
+    if known.st_size <= HASHED:
+        return file_sha256(path)
+    with open_regular(path) as file:
+        ends = hashlib.sha256(file.read(END))
+        file.seek(-END, os.SEEK_END)
+        ends.update(file.read())
+    changed = [known.st_mtime_ns, known.st_ctime_ns] if times else []
+    return [known.st_size, ends.hexdigest(), *changed]
+
+
+def _sae_facts(address: str) -> Any:
+    """The facts of a layer's local file; None for a file of the hub, whose revision is a setting,
+    and for a group that is gone."""
+    try:
+        path = local_path(LayerRef.parse(address))
+    except ScopeError:
+        return None
+    return None if path is None else file_facts(path)

@@ -14,10 +14,11 @@ from qwen_scope_lens.version import __version__
 if TYPE_CHECKING:
     from qwen_scope_lens.recipes.engine import Run, State
 
-__all__ = ["COLUMNS", "figure_rows", "make_page"]
+__all__ = ["COLUMNS", "figure_rows", "make_page", "not_found"]
 
 COLUMNS = ("figure", "ours", "from", "to", "paper", "tolerance", "reading", "note")
 
+ABSENT = "absent"
 OTHER = "not the recipe's value"
 
 SMOKE = (
@@ -98,9 +99,28 @@ def figure_rows(
     for figure in figures:
         value, low, high = found(results, figure.ours)
         paper = f"> {figure.paper:g}" if figure.above else figure.paper
-        reading = "" if only_shown else _reading(figure, value, low, high)
+        missing = f"not found: {figure.ours}" if figure in not_found((figure,), results) else ""
+        reading = missing or ("" if only_shown else _reading(figure, value, low, high))
         rows.append((figure.name, value, low, high, paper, figure.tolerance, reading, figure.note))
     return rows
+
+
+def not_found(figures: Sequence[Figure], results: Mapping[str, Any]) -> list[Figure]:
+    """The figures whose place no result has, or where a mapping without a value stands.
+
+    A place that holds None or nan was looked at and not measured, which is another thing.
+    """
+    return [figure for figure in figures if not _is_place(results, figure.ours)]
+
+
+def _is_place(results: Mapping[str, Any], place: str) -> bool:
+    value: Any = results
+    for key in place.split("."):
+        if not isinstance(value, Mapping) or key not in value:
+            return False
+        value = value[key]
+    inner = value.get("value", ABSENT) if isinstance(value, Mapping) else value
+    return inner is None or (isinstance(inner, (int, float)) and not isinstance(inner, bool))
 
 
 def found(

@@ -14,6 +14,7 @@ This module reads and checks the file. `engine.py` runs it and `page.py` shows t
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, fields, replace
@@ -23,10 +24,22 @@ from typing import Any
 from qwen_scope_lens.catalog import find_group
 from qwen_scope_lens.errors import BadFile, UnknownName
 from qwen_scope_lens.files import load_yaml, read_text
+from qwen_scope_lens.recipes.settings import (
+    ESTIMATE,
+    FIGURE,
+    SETTINGS,
+    SOURCE,
+    WORD,
+    check,
+    check_all,
+)
 
 __all__ = ["KINDS", "Figure", "Recipe", "names", "open_recipe"]
 
 FOLDER = Path(__file__).parent
+
+NAME = r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,63}"
+"""The name of a recipe, which is that of its page in the folder of results."""
 
 KINDS: Mapping[str, Mapping[str, str]] = {
     "bench": {
@@ -74,22 +87,6 @@ a `Work`, and `draw` for the page."""
 
 NEEDED = ("name", "kind", "title", "paper", "settings", "data", "figures", "estimate", "smoke")
 ALLOWED = (*NEEDED, "open")
-SOURCE_KEYS = (
-    "rows",
-    "hub",
-    "configs",
-    "split",
-    "revision",
-    "task",
-    "fewshot",
-    "file",
-    "where",
-    "columns",
-    "template",
-    "column",
-    "by",
-)
-"""What a source of data may say; `data.py` reads it."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +132,7 @@ class Recipe:
             if place.get(last) != value:
                 changed.append((key, place.get(last), value))
             place[last] = value
-        _check_sources(self.name, parts["data"])
+        _check_values(self.name, parts["settings"], parts["data"], parts["estimate"])
         return replace(
             self,
             settings=parts["settings"],
@@ -154,6 +151,13 @@ class Recipe:
         if not good:
             raise BadFile(f"layers is {wanted!r:.60}: expected all, or a list such as [10, 20]")
         return sorted({group.check_layer(layer) for layer in wanted})
+
+    @property
+    def saes(self) -> list[str]:
+        """The addresses of the SAEs that stages read, such as `qwen3-8b-base/w64k-l0-50/20`."""
+        one = self.settings.get("layer")
+        layers = {*self.layers, *([one] if type(one) is int else [])}
+        return [f"{find_group(str(self.settings['sae'])).short}/{n}" for n in sorted(layers)]
 
     def for_smoke(self) -> Recipe:
         """The same stages on the embedded mini and its held-out texts."""
@@ -221,25 +225,67 @@ def _checked(path: Path, content: Any) -> Recipe:
             )
             + f". The parts are {', '.join(ALLOWED)}"
         )
-    if content["kind"] not in KINDS:
+    if not (isinstance(content["name"], str) and re.fullmatch(NAME, content["name"])):
+        raise BadFile(
+            f"{path}: name {content['name']!r:.80}: expected 1 to 64 letters, digits, - _ and .,"
+            " not beginning with a dot, because the page is called so"
+        )
+    if not isinstance(content["kind"], str) or content["kind"] not in KINDS:
         raise BadFile(f"{path}: kind {content['kind']!r:.40}: expected one of {', '.join(KINDS)}")
-    for key in ("settings", "data", "estimate", "smoke"):
-        if not isinstance(content[key], Mapping):
+    for key in ("title", "paper"):
+        check(path, key, content[key], WORD)
+    for key in ("settings", "data", "estimate", "smoke", "open"):
+        if not isinstance(content.get(key, {}), Mapping):
             raise BadFile(f"{path}: {key} is not a mapping of names to values")
+    check_all(path, "open", content.get("open", {}), {})
+    smoke = content["smoke"]
+    for key, value in smoke.items():
+        if key not in CHANGEABLE or not isinstance(value, Mapping):
+            raise BadFile(f"{path}: smoke.{key}: expected mappings, {', '.join(CHANGEABLE)}")
     if lost := [key for key in content.get("open", {}) if key not in content["settings"]]:
         raise BadFile(f"{path}: open names {', '.join(lost)}, which settings does not have")
     if lost := [k for k in content["smoke"].get("settings", {}) if k not in content["settings"]]:
         raise BadFile(f"{path}: smoke sets {', '.join(lost)}, which settings does not have")
     if lost := sorted(_settings_of(content["kind"], path) - set(content["settings"])):
         raise BadFile(f"{path}: settings lacks {', '.join(lost)}, which its stages read")
-    _check_sources(path, content["data"])
-    _check_sources(path, content["smoke"].get("data", {}))
+    without: Mapping[str, Any] = {}
+    for more in (without, smoke):
+        _check_values(
+            path,
+            {**content["settings"], **more.get("settings", {})},
+            more.get("data", content["data"]),
+            {**content["estimate"], **more.get("estimate", {})},
+        )
+    return Recipe(**{**content, "figures": _figures(path, content["figures"])})
+
+
+def _figures(path: Path, rows: Any) -> tuple[Figure, ...]:
+    if not isinstance(rows, list) or not all(isinstance(row, Mapping) for row in rows):
+        raise BadFile(f"{path}: figures is not a list of mappings")
     try:
-        figures = tuple(Figure(**row) for row in content["figures"])
+        figures = tuple(Figure(**row) for row in rows)
     except TypeError as error:
         parts = ", ".join(part.name for part in fields(Figure))
         raise BadFile(f"{path}: a figure has other parts than {parts} ({error})") from error
-    return Recipe(**{**content, "figures": figures})
+    for number, (row, figure) in enumerate(zip(rows, figures, strict=True)):
+        check_all(path, f"figures.{number}", row, FIGURE)
+        if figure.above and figure.paper is None:
+            raise BadFile(f"{path}: figures.{number}: above is true, but paper gives no number")
+    return figures
+
+
+def _check_values(where: Path | str, settings: Mapping[str, Any], data: Any, sizes: Any) -> None:
+    """Every setting, source and size against the tables of `settings.py`."""
+    check_all(where, "settings", settings, SETTINGS)
+    check_all(where, "estimate", sizes, ESTIMATE)
+    if not isinstance(data, Mapping):
+        raise BadFile(f"{where}: data is {data!r:.40}: expected a mapping of sources")
+    _check_sources(where, data)
+    for name, source in data.items():
+        check_all(where, f"data.{name}", source, SOURCE)
+        columns = source.get("columns") or {}
+        for key in (*columns, *columns.values(), *(source.get("where") or {})):
+            check(where, f"a column of data.{name}", key, WORD)
 
 
 def _settings_of(kind: str, path: Path) -> set[str]:
@@ -252,11 +298,11 @@ def _settings_of(kind: str, path: Path) -> set[str]:
 
 def _check_sources(path: Path | str, data: Mapping[str, Any]) -> None:
     for name, source in data.items():
-        if not isinstance(source, Mapping) or not set(source) <= set(SOURCE_KEYS):
-            extra = set(source) - set(SOURCE_KEYS) if isinstance(source, Mapping) else {source}
+        if not isinstance(source, Mapping) or not set(source) <= set(SOURCE):
+            extra = set(source) - set(SOURCE) if isinstance(source, Mapping) else {source}
             raise BadFile(
                 f"{path}: source {name} has {', '.join(sorted(map(str, extra)))!r:.80}: expected"
-                f" some of {', '.join(SOURCE_KEYS)}"
+                f" some of {', '.join(SOURCE)}"
             )
         if not {"rows", "hub", "task", "file"} & set(source):
             raise BadFile(f"{path}: source {name} has no rows, hub data set, task or file")
@@ -276,7 +322,7 @@ def _place(
     """The mapping that holds a key, and the key in it; raises for a key that is not there."""
     full = ".".join(path)
     new_source = path[0] == "data" and len(path) == 2
-    new_part = path[0] == "data" and len(path) == 3 and path[2] in SOURCE_KEYS
+    new_part = path[0] == "data" and len(path) == 3 and path[2] in SOURCE
     if full not in known and not new_source and not (new_part and ".".join(path[:2]) in known):
         near = difflib.get_close_matches(full, known, n=3, cutoff=0.4)
         hint = ", ".join(key.removeprefix("settings.") for key in near)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -63,6 +64,14 @@ def texts(work: Work) -> Mapping[str, Any]:
     for row, held in zip(rows, test.tolist(), strict=True):
         row["set"] = "test" if held else "discovery"
         del row["group"]
+    found_sides = {(r["language"], r["toxic"], r["set"]) for r in rows}
+    for name, toxic, side in product(work["languages"], (True, False), ("discovery", "test")):
+        if (name, toxic, side) not in found_sides:
+            raise TooLittleData(
+                f"source {name} has no {'toxic' if toxic else 'clean'} text for {side}, because"
+                f" texts that belong together stay on one side (split_by is {split_by}): give more"
+                " different texts, or another test_share"
+            )
     with whole_file(work.path("texts", "texts.jsonl")) as path:
         lines = (json.dumps({"key": str(i), **row}) + "\n" for i, row in enumerate(rows))
         path.write_text("".join(lines), encoding="utf-8")

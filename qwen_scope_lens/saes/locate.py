@@ -17,7 +17,7 @@ from qwen_scope_lens.catalog import HOME_VARIABLE, MINI_HOME, Group, home_folder
 from qwen_scope_lens.errors import CheckpointMissing, HubUnreachable, WrongSettings
 from qwen_scope_lens.files import read_text
 
-__all__ = ["CONFIG_NAME", "HubOptions", "LayerFile", "locate", "read_config"]
+__all__ = ["CONFIG_NAME", "HubOptions", "LayerFile", "local_path", "locate", "read_config"]
 
 CONFIG_NAME = "config.json"
 SAE_CFG_FILENAME = "cfg.json"
@@ -61,7 +61,27 @@ def locate(
     A given `folder` is the only place searched. Without one, `QWEN_SCOPE_HOME` is searched before
     the hub. With `published`, converted folders are ignored.
     """
-    home, hub = home_folder(), hub or HubOptions()
+    hub = hub or HubOptions()
+    tried = _tried(ref, folder, published)
+    for path in tried:
+        if path.exists():
+            return LayerFile(ref, path, _config_beside(path), _local_revision(path, hub.revision))
+    if folder is not None or ref.row.origin in ("local", "mini"):
+        where = folder if folder is not None else f"{HOME_VARIABLE}={home_folder() or ''}"
+        raise CheckpointMissing(
+            f"no file of {ref} in {where}: expected one of\n  " + "\n  ".join(map(str, tried))
+        )
+    return _from_hub(ref, hub, tried)
+
+
+def local_path(ref: LayerRef) -> Path | None:
+    """The file that `locate` finds without the hub; None where it would ask the hub."""
+    return next((path for path in _tried(ref, None, False) if path.exists()), None)
+
+
+def _tried(ref: LayerRef, folder: str | os.PathLike[str] | None, published: bool) -> list[Path]:
+    """Where a layer's file may be on this machine, in the order in which it is looked for."""
+    home = home_folder()
     if folder is not None:
         given = Path(folder).expanduser()
         if given.is_file():
@@ -70,16 +90,7 @@ def locate(
     else:
         roots = [MINI_HOME / ref.row.repo_name] if ref.row.origin == "mini" else []
         roots += [home / ref.row.repo_name] if home else []
-    tried = [path for root in roots for path in _candidates(ref, root, published)]
-    for path in tried:
-        if path.exists():
-            return LayerFile(ref, path, _config_beside(path), _local_revision(path, hub.revision))
-    if folder is not None or ref.row.origin in ("local", "mini"):
-        where = folder if folder is not None else f"{HOME_VARIABLE}={home or ''}"
-        raise CheckpointMissing(
-            f"no file of {ref} in {where}: expected one of\n  " + "\n  ".join(map(str, tried))
-        )
-    return _from_hub(ref, hub, tried)
+    return [path for root in roots for path in _candidates(ref, root, published)]
 
 
 def _candidates(ref: LayerRef, root: Path, published: bool) -> Iterator[Path]:
