@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 __all__ = ["Fork", "command", "forget", "forked"]
 
 
@@ -28,6 +30,8 @@ class Fork:
                 stream.flush()
                 os.dup2(out, number)
             sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1) for n in (1, 2))
+            # torch makes its threads anew in a fork, and must do so before several threads want them.
+            torch.set_num_threads(torch.get_num_threads())
             try:
                 code = work()
             except BaseException:

@@ -123,7 +123,7 @@ def doses(work: Work) -> Mapping[str, Any]:
         prompts: list[Any] = [row["text"] for row in text_rows(work, case["prompts"])]
         if case["chat"]:
             prompts = [[{"role": "user", "content": text}] for text in prompts]
-        plan = Plan([Edit(ref, "add", 1.0, "sigma", work["where"])])
+        plan = Plan([Edit(ref, "add", 1.0, "typical", work["where"])])
         plan = plan.calibrated(calibrate_from_store(store, [ref]))
         sign = -1 if case["suppress"] else 1
         swept = sweep(
