@@ -30,7 +30,7 @@ class Fork:
                 stream.flush()
                 os.dup2(out, number)
             sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1) for n in (1, 2))
-            # torch makes its threads anew in a fork, and must do so before several threads want them.
+            # torch makes its threads anew in a fork: before several threads want them, not then.
             torch.set_num_threads(torch.get_num_threads())
             try:
                 code = work()

@@ -185,7 +185,7 @@ BILLION = "trainer:\n" + "".join(
         (f"model: {'7' * 5000}\n", "cannot be read as YAML"),
         ("model: " + "[" * 5000, "cannot be read as YAML"),
         ("model: 2026-13-45\n", "cannot be read as YAML"),
-        ("trainer: &a {a: *a}\n", "more than 100,000 values"),  # itself
+        ("trainer: &a {a: *a}\n", "nested deeper than 100 levels"),  # itself
         (BILLION, "more than 100,000 values"),
         (f"lora: {{r: {2**70}}}\n", "lora.r. is a whole number of 71 bits"),
         ("trainer: {learning_rate: .nan}\n", "learning_rate. is nan"),
