@@ -14,9 +14,9 @@ PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-c
 demo: .venv/installed
 	$(BIN)/qsl demo
 
-# One file of tests stays on one core. `make test TESTS="-m 'not slow' tests/test_rank.py"` runs fewer.
-# `make test-all` adds the few tests marked long, such as a Ray cluster whose worker is killed.
-TESTS ?= -m "not long"
+# One file of tests stays on one core. `make test TESTS=tests/test_rank.py` runs one.
+# `make test-all` adds the few tests marked slow, such as a Ray cluster whose worker is killed.
+TESTS ?= -m "not slow"
 test-all: TESTS :=
 test test-all: export OMP_NUM_THREADS ?= 1
 test test-all: .venv/ready

@@ -171,7 +171,7 @@ def slowed(model: Any) -> Iterator[None]:
         handle.remove()
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_two_visitors_do_not_mix_and_each_stops_its_own(
     bench: Workbench, address: str, browser: Browser
 ) -> None:

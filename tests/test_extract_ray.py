@@ -46,7 +46,7 @@ def kill_one(shards: Path, seen: list[tuple[int, int]], over: threading.Event) -
                     return
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_killed_worker_changes_nothing(tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
     over = threading.Event()

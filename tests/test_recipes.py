@@ -405,7 +405,7 @@ SHOWN = {
 }
 
 
-LONG = ("repetition-rl",)  # two training runs, and replies of three models
+SLOW = ("repetition-rl",)  # two training runs, and replies of three models
 
 
 def test_every_recipe_has_its_smoke_run() -> None:
@@ -419,7 +419,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=pytest.mark.long) if name in LONG else name for name in SHOWN],
+    [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in SHOWN],
 )
 def test_smoke(name: str, mini: Any, folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Recipes of one kind share a folder: their smoke runs read the same and are done once."""
