@@ -189,6 +189,7 @@ def test_the_sample_files_are_what_the_verbs_read(
     assert (out / "new.jsonl").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_snippets_pass_the_type_checker(tmp_path: Path) -> None:
     """With the types that users get. The cache is that of `make lint`: the first run is slow."""
     modules = []
