@@ -239,9 +239,11 @@ def test_verify_with_a_model(home: Path, capsys: pytest.CaptureFixture[str]) -> 
     eye = torch.eye(32)
     folder = planted.write_group(home / "exact", range(0), d_model=32, d_sae=64, k=32)
     weights = {"W_enc": torch.cat([eye, -eye]), "W_dec": torch.cat([eye, -eye], 1)}
-    torch.save(
-        weights | {"b_enc": torch.zeros(64), "b_dec": torch.zeros(32)}, folder / "layer2.sae.pt"
-    )
+    weights |= {"b_enc": torch.zeros(64), "b_dec": torch.zeros(32)}
+    for layer in (1, 2):
+        torch.save(weights, folder / f"layer{layer}.sae.pt")
+    assert main(["verify", "local/exact/1", "--model", str(home / "model")]) == 0
+    assert "FVU 0.0000 on layer 0, FVU 0.0000 on layer 2" in capsys.readouterr().out
     command = ["verify", "local/exact/2", "--model", str(home / "model")]
     assert main(command) == 0
     out = capsys.readouterr().out

@@ -95,8 +95,9 @@ def _with_model(sae: ScopeSAE, arguments: argparse.Namespace) -> ModelCheck:
         except (OSError, ValueError) as error:
             raise BadText(f"cannot read {arguments.texts} as UTF-8 text: {error}") from error
         texts = [line for line in lines if line.strip()]
-    layer = LayerRef.parse(arguments.sae).layer
-    model = load_model(arguments.model, up_to_layer=layer)
+    ref = LayerRef.parse(arguments.sae)
+    after = min(ref.layer + 1, ref.row.backbone.num_layers - 1)  # `verify_model` compares with it
+    model = load_model(arguments.model, up_to_layer=after)
     return verify_model(model, sae, texts, max_fvu=_limit(arguments))
 
 
