@@ -36,7 +36,6 @@ from qwen_scope_lens.compare import (
     transfer,
 )
 from qwen_scope_lens.compare import summary as drift_summary
-from qwen_scope_lens.compare.match import summary
 from qwen_scope_lens.features import rank
 from qwen_scope_lens.mini import heldout
 from qwen_scope_lens.pages import save_chart
@@ -192,7 +191,7 @@ def match_all(stores: dict[str, FeatureStore]) -> dict[str, Matching]:
         "the other model, by activation": by_activation("base", LAYER, "other", LAYER),
     }
     for name, matching in found.items():
-        print(f"== {name}\n{summary(matching, show=3)}\n")
+        print(f"== {name}\n{matching.table(3)}\n")
     return found
 
 

@@ -25,17 +25,6 @@ __all__ = ["save_report"]
 
 FORMAT, VERSION = "qwen-scope-lens/benchmark-report", 1
 SHOWN_PAIRS = 30
-REDUNDANCY_COLUMNS = (
-    "benchmark",
-    "items",
-    "features",
-    "features per item",
-    "AUC",
-    "R-hat",
-    "R-hat at equal size",
-    "items for half of the footprint",
-    "new features per further item",
-)
 IN_FULL = (
     "redundancy",
     "r_hat_at",

@@ -81,7 +81,7 @@ def _match(arguments: argparse.Namespace) -> None:
     correlation of activations on the texts that both stores have, piece of text by piece of text,
     whatever the tokenizers. Every score is compared with scores against a shuffled B.
     """
-    from qwen_scope_lens.compare.match import facts, save_matching, summary
+    from qwen_scope_lens.compare.match import facts, save_matching
     from qwen_scope_lens.compare.sources import match_sources
 
     found: Matching = match_sources(
@@ -96,7 +96,7 @@ def _match(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print_json(arguments.json, facts(found))
     else:
-        print(summary(found, arguments.show))
+        print(found.table(arguments.show))
     if arguments.out:
         save_matching(found, arguments.out)
         remark(f"written: {arguments.out}")
@@ -131,7 +131,7 @@ def _layers_of_both(layers: list[int], arguments: argparse.Namespace) -> None:
 
 def _drift(arguments: argparse.Namespace) -> None:
     """What changed between two models, from two stores of the same texts and SAEs."""
-    from qwen_scope_lens.compare.drift import drift, drift_page, facts, summary
+    from qwen_scope_lens.compare.drift import drift, drift_page, facts
     from qwen_scope_lens.compare.sources import both_fvu
     from qwen_scope_lens.stores.store import FeatureStore
 
@@ -144,7 +144,7 @@ def _drift(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print_json(arguments.json, facts(found))
     else:
-        print(summary(found))
+        print(found.table())
     if arguments.out:
         page = drift_page(found, texts, arguments.link)
         remark(f"written: {page.save(arguments.out)}")

@@ -34,7 +34,6 @@ __all__ = [
     "match_activations",
     "match_decoders",
     "save_matching",
-    "summary",
     "to_table",
 ]
 
@@ -86,16 +85,20 @@ class Matching(View):
         order = np.lexsort((mine, -self.parent_score[mine]))
         return [(int(mine[i]), float(self.parent_score[mine[i]])) for i in order]
 
+    @property
+    def pairs(self) -> Array:
+        """The features of A in mutual pairs beyond chance, best first. `-> int64 [n_pairs]`"""
+        both = self.matched & self.mutual
+        return np.argsort(-np.where(both, self.score, -1), kind="stable")[: both.sum()]
+
     def table(self, most: int | None = None) -> Table:
         """The matching in figures, and its mutual pairs beyond chance, best first."""
-        both = self.matched & self.mutual
-        order = np.argsort(-np.where(both, self.score, -1), kind="stable")[: both.sum()]
-        pairs = order[:most].tolist()
+        pairs = self.pairs[:most].tolist()
         return Table.of(
             ("A", "B", "score"),
             [(f"{self.a}/{f}", f"{self.b}/{self.nearest[f]}", float(self.score[f])) for f in pairs],
             above=_figures(self),
-            more=len(order) - len(pairs),
+            more=len(self.pairs) - len(pairs),
         )
 
 
@@ -337,16 +340,14 @@ def save_matching(found: Matching, path: str | Path) -> None:
 
 
 def facts(found: Matching) -> dict[str, Any]:
-    """The matching as plain values: what `summary` counts, and every mutual pair, best first."""
-    matched, both = found.matched, found.matched & found.mutual
-    order = np.argsort(-np.where(both, found.score, -1), kind="stable")[: both.sum()]
+    """The matching as plain values: what its table counts, and every mutual pair, best first."""
     return {
         "a": found.a,
         "b": found.b,
         "measure": found.measure,
         "features": len(found.nearest),
-        "matched": int(matched.sum()),
-        "mutual": int(both.sum()),
+        "matched": int(found.matched.sum()),
+        "mutual": len(found.pairs),
         "one_to_one": int((found.assigned >= 0).sum()),
         "level": found.level,
         "fdr": found.fdr,
@@ -358,14 +359,9 @@ def facts(found: Matching) -> dict[str, Any]:
                 "score": float(found.score[f]),
                 "q_value": float(found.q_value[f]),
             }
-            for f in order.tolist()
+            for f in found.pairs.tolist()
         ],
     }
-
-
-def summary(found: Matching, show: int = 10) -> Table:
-    """The matching in figures, and the best `show` mutual pairs."""
-    return found.table(show)
 
 
 def _figures(found: Matching) -> tuple[str, ...]:
