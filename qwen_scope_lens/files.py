@@ -20,7 +20,7 @@ import os
 import shutil
 import stat
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -43,6 +43,7 @@ __all__ = [
     "whole_file",
     "whole_folder",
     "write_json",
+    "write_rows",
 ]
 
 MOST_VALUES = 100_000
@@ -149,9 +150,10 @@ def refuse_target(path: Path) -> None:
         )
 
 
-def refuse_other_folder(folder: Path, mark: str, what: str) -> None:
-    """Raise when a folder that is to be replaced holds files, and no file `mark` of our own."""
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / mark).is_file():
+def refuse_other_folder(folder: Path, what: str, *marks: str) -> None:
+    """Raise when a folder that is to be replaced holds files, but not all the `marks` of ours."""
+    ours = all((folder / mark).is_file() for mark in marks)
+    if folder.is_dir() and any(folder.iterdir()) and not ours:
         raise CannotWrite(
             f"{folder} holds other files than {what}, and writing would replace them: name another"
             " folder, or empty this one yourself"
@@ -258,6 +260,12 @@ def write_json(path: Path, format: str, version: int, content: Mapping[str, Any]
     text = json_text(format, version, content)
     with whole_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write JSON Lines, one mapping per line."""
+    with whole_file(path) as partial:
+        partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def json_text(format: str, version: int, content: Mapping[str, Any]) -> str:

@@ -8,9 +8,9 @@ from typing import Any
 
 from qwen_scope_lens.app.gate import Gate
 from qwen_scope_lens.app.workbench import Workbench
-from qwen_scope_lens.errors import BadFile, CannotWrite
+from qwen_scope_lens.errors import CannotWrite
 from qwen_scope_lens.extras import require
-from qwen_scope_lens.site.data_files import is_site
+from qwen_scope_lens.site.data_files import require_site
 
 __all__ = ["SITE_PATH", "make_web_app", "serve"]
 
@@ -38,8 +38,8 @@ def make_web_app(
 
     from qwen_scope_lens.app.layout import STYLE, make_app
 
-    if site is not None and not is_site(site):
-        raise BadFile(f"{site} is not a site of features: `qsl dash build` makes one")
+    if site is not None:
+        require_site(site)
     web = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     if host in LOCAL:  # else another site's name, made to point here, could ask in a visitor's name
         web.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOCAL, "[::1]"])

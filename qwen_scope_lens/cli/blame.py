@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwen_scope_lens.cli import inputs
 from qwen_scope_lens.cli import plan_options as plans
+from qwen_scope_lens.cli.graph import GRAPH
 from qwen_scope_lens.cli.inputs import Input
 from qwen_scope_lens.cli.options import add_json, add_labels, count, read_labels, remark, show
 from qwen_scope_lens.files import refuse_other_folder
@@ -88,7 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
     enable_thinking = plans.thinking(arguments, [case.prompt for case in cases])
     labels = read_labels(arguments.labels)
     if arguments.graph:
-        refuse_other_folder(arguments.graph, "graph.json", "a graph")
+        refuse_other_folder(arguments.graph, "a graph", GRAPH)
     model = plans.load(arguments, saes)
     found = blame(
         model,

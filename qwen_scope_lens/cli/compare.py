@@ -107,7 +107,11 @@ def _drift_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             name, type=Path, metavar=f"{name.upper()}_STORE", action=Input, check=inputs.store
         )
-    add_layers(parser, "such as 12,20; default: all that both stores have", check=_layers_of_both)
+    add_layers(
+        parser,
+        "such as 12,20; default: all that both stores have",
+        check=inputs.layers_in("base", "tuned"),
+    )
     parser.add_argument("--fdr", type=share, default=0.05)
     parser.add_argument(
         "--fvu",
@@ -120,13 +124,6 @@ def _drift_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--link", help="to a site of `qsl dash build`, or a pattern with {ref}")
     parser.add_argument("--out", type=output, help="an HTML report")
     add_json(parser)
-
-
-def _layers_of_both(layers: list[int], arguments: argparse.Namespace) -> None:
-    for folder in (arguments.base, arguments.tuned):
-        manifest = inputs.store(folder, arguments)
-        for layer in layers:
-            manifest.sae(layer, folder)
 
 
 def _drift(arguments: argparse.Namespace) -> None:

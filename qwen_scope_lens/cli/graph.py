@@ -29,6 +29,7 @@ from qwen_scope_lens.cli import inputs
 from qwen_scope_lens.cli import plan_options as plans
 from qwen_scope_lens.cli.options import (
     add_json,
+    add_labels,
     add_layers,
     add_sae_files,
     count,
@@ -81,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nodes", type=share, default=0.8, help="share kept (%(default)s)")
     parser.add_argument("--edges", type=share, default=0.98, help="share kept (%(default)s)")
     parser.add_argument("--no-test", action="store_true", help="do not run the ablations")
-    parser.add_argument("--labels", type=Path, help="JSON lines: address, text, score, provenance")
+    add_labels(parser, "JSON lines: address, text, score, provenance")
     parser.add_argument("--pages", help="address of the features' site, for links in the page")
     parser.add_argument("--top", type=count, default=10, help="features shown (%(default)s)")
     parser.add_argument("--from", dest="made", type=Path, help="a folder that --out wrote")
@@ -110,7 +111,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.text is not None and not arguments.text.strip():
         raise BadText("there is no text to go on from: give some words")
     if arguments.out:
-        refuse_other_folder(arguments.out, GRAPH, "a graph")
+        refuse_other_folder(arguments.out, "a graph", GRAPH)
     labels = read_labels(arguments.labels)
     if arguments.pages is not None:
         from qwen_scope_lens.pages import Link

@@ -45,6 +45,7 @@ __all__ = [
     "group_layers",
     "labels",
     "layer_address",
+    "layers_in",
     "made_by",
     "model",
     "models",
@@ -169,10 +170,9 @@ def calibration(path: Path, _: argparse.Namespace) -> None:
 
 def site(path: Path, _: argparse.Namespace) -> None:
     """What `qsl dash build` wrote."""
-    if not (path / "data" / "site.js").is_file() or not (path / "index.html").is_file():
-        raise BadFile(
-            f"{path} is not a site of features: `qsl dash build STORE --out {path}` makes one"
-        )
+    from qwen_scope_lens.site.data_files import require_site
+
+    require_site(path)
 
 
 # --- stores --------------------------------------------------------------------------------------
@@ -222,11 +222,19 @@ def unchecked(_: Any, __: argparse.Namespace) -> None:
     """For an argument that the check of another one looks at."""
 
 
-def stored_layers(layers: Sequence[int] | int, arguments: argparse.Namespace) -> None:
-    """Layers that `arguments.store` has."""
-    manifest = store(arguments.store, arguments)
-    for layer in [layers] if isinstance(layers, int) else layers:
-        manifest.sae(layer, arguments.store)
+def layers_in(*names: str) -> Check:
+    """A check for layers: every store that one of these arguments names has them."""
+
+    def check(layers: Sequence[int] | int, arguments: argparse.Namespace) -> None:
+        for folder in (getattr(arguments, name) for name in names):
+            manifest = store(folder, arguments)
+            for layer in [layers] if isinstance(layers, int) else layers:
+                manifest.sae(layer, folder)
+
+    return check
+
+
+stored_layers = layers_in("store")
 
 
 def stored_label(name: str, arguments: argparse.Namespace) -> None:

@@ -20,7 +20,6 @@ import argparse
 import shutil
 import sys
 import warnings
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwen_scope_lens.address import saes_named
@@ -28,6 +27,7 @@ from qwen_scope_lens.cli import inputs
 from qwen_scope_lens.cli import plan_options as plans
 from qwen_scope_lens.cli.options import (
     add_json,
+    add_labels,
     add_layers,
     add_model,
     add_reader_tokens,
@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "such as 12,20 or 0-7; default: the middle one of the group",
         check=inputs.unchecked,
     )
-    parser.add_argument("--labels", type=Path, help="JSON lines: address, text, score, provenance")
+    add_labels(parser, "JSON lines: address, text, score, provenance")
     parser.add_argument("--top", type=count, default=5, help="features per layer (%(default)s)")
     parser.add_argument(
         "--max-tokens", type=count, help="per text; default: the model's context. The rest is cut"

@@ -31,7 +31,7 @@ def save_folder(
     pages: str | None = None,
 ) -> Path:
     """Write all of it, whole or not at all, also over an older graph. Returns the page's path."""
-    refuse_other_folder(out, GRAPH, "a graph")
+    refuse_other_folder(out, "a graph", GRAPH)
     with whole_folder(out) as folder:
         whole.save(folder / GRAPH)
         save_page(pruned, folder / PAGE, pages, [str(test.table()) for test in tests])

@@ -8,7 +8,6 @@ hardly differ are left out of correlations by a rule that the recipe fixes (`lea
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -32,7 +31,7 @@ from qwen_scope_lens.bench.prompts import (
 )
 from qwen_scope_lens.bench.suite import extract_suite, open_suite
 from qwen_scope_lens.errors import BadCorpus, TooLittleData
-from qwen_scope_lens.files import whole_file
+from qwen_scope_lens.files import write_rows
 from qwen_scope_lens.pages import Page, chart
 from qwen_scope_lens.recipes.data import local_file, rows_of
 from qwen_scope_lens.recipes.engine import Work
@@ -63,9 +62,8 @@ def prompts(work: Work) -> Mapping[str, Any]:
     for line in notes:
         work.say(line)
     for name, documents in found.items():
-        with whole_file(work.path("prompts", f"{name}.jsonl")) as path:
-            rows = [json.dumps({"key": d.key, "prompt": d.text}) + "\n" for d in documents]
-            path.write_text("".join(rows), encoding="utf-8")
+        rows = ({"key": d.key, "prompt": d.text} for d in documents)
+        write_rows(work.path("prompts", f"{name}.jsonl"), rows)
     items = {name: len(documents) for name, documents in found.items()}
     return {"items": items, "rendered": drawn, "left out": notes}
 

@@ -23,6 +23,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from qwen_scope_lens.address import LayerRef
 from qwen_scope_lens.catalog import MINI_HOME, bundled_model
 from qwen_scope_lens.errors import BadFile, CannotWrite, ScopeError, UnknownName
@@ -32,6 +34,7 @@ from qwen_scope_lens.files import (
     open_regular,
     read_json,
     refuse_link,
+    whole_file,
     write_json,
 )
 from qwen_scope_lens.recipes.recipe import KINDS, Recipe
@@ -43,7 +46,6 @@ __all__ = ["Run", "Stage", "State", "Work", "run", "stages_of", "states"]
 
 FORMAT, VERSION = "qwen-scope-lens/recipe-stage", 1
 MADE_BY = "qsl reproduce run"
-DTYPES = (None, "float32", "float16", "bfloat16")
 HASHED = 64 * 2**20
 """Of larger files, the two ends of `END` bytes are hashed, because all weights take minutes."""
 END = 2**20
@@ -181,8 +183,6 @@ class Work:
         from qwen_scope_lens.models.load import load_model
 
         dtype = self["dtype"]
-        if dtype not in DTYPES:
-            raise UnknownName(f"dtype {dtype!r:.40}: expected one of {DTYPES}")
         if up_to_layer in self.run.loaded:
             return self.run.loaded[up_to_layer]
         self.run.loaded.clear()  # one model in memory at a time
@@ -195,6 +195,36 @@ class Work:
             revision=self["model_revision"],
         )
         return self.run.loaded[up_to_layer]
+
+    def trained_model(self) -> str:
+        """What a training run's file calls the model: its name, or the whole path of its folder.
+
+        A stage that trains calls this first, so that a revision is refused before any work.
+        """
+        if self["model_revision"] is not None:
+            raise BadFile(
+                "training runs read a model by name only: download the revision, and pass its"
+                " folder with --model"
+            )
+        name = str(self["model"])
+        return str(Path(name).resolve()) if Path(name).is_dir() else name
+
+    def training_run(
+        self, name: str, data: Path, trainer: Mapping[str, Any] | None = None, **more: Any
+    ) -> Path:
+        """Write the file of a training run, which will write into the folder `name` beside it."""
+        run = self.path(self.stage, f"{name}.yaml")
+        content = {
+            "model": self.trained_model(),
+            "train": str(data.resolve()),
+            **more,
+            "trainer": {**self["trainer"], "output_dir": name, **(trainer or {})},
+        }
+        if self["lora"]:
+            content["lora"] = self["lora"]
+        with whole_file(run) as path:
+            path.write_text(yaml.safe_dump(content), encoding="utf-8")
+        return run
 
     def _note(self, what: str, key: str) -> None:
         if f"{what}:{key}" in self.reads:

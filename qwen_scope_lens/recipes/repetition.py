@@ -11,10 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from qwen_scope_lens.errors import BadFile, TooLittleData
-from qwen_scope_lens.files import whole_file
+from qwen_scope_lens.errors import TooLittleData
+from qwen_scope_lens.files import whole_file, write_rows
 from qwen_scope_lens.models.load import load_model
 from qwen_scope_lens.pages import Page, chart
 from qwen_scope_lens.recipes.data import text_rows
@@ -51,9 +49,8 @@ def loops(work: Work) -> Mapping[str, Any]:
             f"{len(found)} of {asked} replies end in a loop, and four are needed: give more or"
             " longer replies (loop_prompts, samples, new_tokens), or a lower temperature"
         )
-    with whole_file(work.path("loops", "loops.jsonl")) as path:
-        lines = [json.dumps({"text": prompt + reply.text}) + "\n" for prompt, reply in found]
-        path.write_text("".join(lines), encoding="utf-8")
+    rows = ({"text": prompt + reply.text} for prompt, reply in found)
+    write_rows(work.path("loops", "loops.jsonl"), rows)
     return {"loops": len(found), "replies": asked}
 
 
@@ -160,38 +157,16 @@ def gates(work: Work) -> Mapping[str, Any]:
 
 def train(work: Work) -> Mapping[str, Any]:
     """GRPO with one steered rollout in each group, and without. A stopped run goes on."""
-    if work["model_revision"] is not None:
-        raise BadFile(
-            "training runs read a model by name only: download the revision, and pass its folder"
-            " with --model"
-        )
+    work.trained_model()
     plan = work.path("gates", "plan.json").resolve()
     data = work.path("train", "prompts.jsonl")
     prompts = [row["text"] for row in text_rows(work, "train")]
-    with whole_file(data) as path:
-        path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in prompts))
-    name = work["model"]
+    write_rows(data, ({"prompt": text} for text in prompts))
     for arm, steered in ARMS.items():
         work.say(arm)
-        folder = arm.replace(" ", "-")
-        run = work.path("train", f"{folder}.yaml")
-        content = {
-            "model": str(Path(name).resolve()) if Path(name).is_dir() else name,
-            "train": str(data.resolve()),
-            "plan": str(plan),
-            "rewards": work["rewards"],
-            "trainer": {
-                **work["trainer"],
-                "output_dir": folder,
-                "steered_per_group": steered,
-                "save_strategy": "steps",
-            },
-        }
-        if work["lora"]:
-            content["lora"] = work["lora"]
-        with whole_file(run) as path:
-            path.write_text(yaml.safe_dump(content), encoding="utf-8")
-        run_grpo(run)
+        trainer = {"steered_per_group": steered, "save_strategy": "steps"}
+        more = {"plan": str(plan), "rewards": work["rewards"]}
+        run_grpo(work.training_run(arm.replace(" ", "-"), data, trainer, **more))
     return {"arms": {arm: arm.replace(" ", "-") for arm in ARMS}, "prompts": len(prompts)}
 
 

@@ -6,17 +6,14 @@ that the recipe names, and by the phrases of refusals.txt beside it.
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from qwen_scope_lens.errors import BadFile, GeneratorFailed, TooLittleData
-from qwen_scope_lens.files import whole_file
+from qwen_scope_lens.errors import GeneratorFailed, TooLittleData
+from qwen_scope_lens.files import write_rows
 from qwen_scope_lens.models.load import load_model
 from qwen_scope_lens.pages import Page, chart
 from qwen_scope_lens.recipes.data import rows_of, text_rows
@@ -59,32 +56,18 @@ def shuffled(work: Work, source: str) -> list[dict[str, Any]]:
 
 def train(work: Work) -> Mapping[str, Any]:
     """One run of plain fine-tuning for each mixture. A stopped run goes on."""
-    if work["model_revision"] is not None:
-        raise BadFile(
-            "training runs read a model by name only: download the revision, and pass its folder"
-            " with --model"
-        )
+    work.trained_model()
     parts = {"safety": _real(work), **{arm: _written(work, arm) for arm in SYNTHETIC}}
-    base, name, arms = _base(work), work["model"], {}
+    base, arms = _base(work), {}
     for arm, amounts in work["arms"].items():
         examples = list(base)
         for part, number in amounts.items():
             examples += _balanced(f"{part} data of arm {arm}", parts[part], number)
         folder = arm.replace(" ", "-").replace("+", "and")
-        data, run = (work.path("train", f"{folder}{end}") for end in (".jsonl", ".yaml"))
-        lines = (json.dumps(_chat(one)) + "\n" for one in examples)
-        with whole_file(data) as path:
-            path.write_text("".join(lines), encoding="utf-8")
-        content = {
-            "model": str(Path(name).resolve()) if Path(name).is_dir() else name,
-            "train": str(data.resolve()),
-            "trainer": {**work["trainer"], "output_dir": folder},
-            **({"lora": work["lora"]} if work["lora"] else {}),
-        }
-        with whole_file(run) as path:
-            path.write_text(yaml.safe_dump(content), encoding="utf-8")
+        data = work.path("train", f"{folder}.jsonl")
+        write_rows(data, map(_chat, examples))
         work.say(f"{arm}: {len(examples)} examples")
-        final = run_sft(run)
+        final = run_sft(work.training_run(folder, data))
         arms[arm] = {
             "folder": str(final.relative_to(work.folder)),
             "examples": len(examples),
@@ -113,12 +96,14 @@ def rates(work: Work) -> Mapping[str, Any]:
             prompts = [(kind, text) for kind, texts in asked.items() for text in texts]
             chats: list[Any] = [[{"role": "user", "content": text}] for _, text in prompts]
             written = generate(model, chats, sampling=sampling, enable_thinking=False)
-            with whole_file(path) as partial_file:
-                lines = [
-                    json.dumps({"kind": kind, "prompt": text, "reply": reply.text}) + "\n"
-                    for (kind, text), reply in zip(prompts, written, strict=True)
-                ]
-                partial_file.write_text("".join(lines), encoding="utf-8")
+            replies = zip(prompts, written, strict=True)
+            write_rows(
+                path,
+                (
+                    {"kind": kind, "prompt": text, "reply": reply.text}
+                    for (kind, text), reply in replies
+                ),
+            )
         rows = [row for _, row in read_rows(path)]
         by_phrases = [is_refusal(row["reply"], phrases) for row in rows]
         found[arm] = {"by phrases": _rates(rows, by_phrases)}

@@ -4,16 +4,12 @@ replies switch language. The trainer is that of `qsl train sasft`, with one run'
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import yaml
-
 from qwen_scope_lens.errors import BadFile
-from qwen_scope_lens.files import whole_file
+from qwen_scope_lens.files import write_rows
 from qwen_scope_lens.models.load import load_model
 from qwen_scope_lens.pages import Page, chart
 from qwen_scope_lens.recipes.data import rows_of, text_rows
@@ -74,11 +70,7 @@ def table(work: Work) -> Mapping[str, Any]:
 
 def train(work: Work) -> Mapping[str, Any]:
     """One run for each lambda; 0 is plain fine-tuning. A stopped run goes on."""
-    if work["model_revision"] is not None:
-        raise BadFile(
-            "training runs read a model by name only: download the revision, and pass its folder"
-            " with --model"
-        )
+    work.trained_model()
     features = work.path("table", "language_features.json").resolve()
     data = work.path("train", "train.jsonl")
     rows = [row for _, row in rows_of(work, "train")]
@@ -88,32 +80,18 @@ def train(work: Work) -> Mapping[str, Any]:
             " --set 'data.train.columns={language: ITS NAME}'"
         )
     kept = ("prompt", "completion", "messages", "text", "language")
-    with whole_file(data) as path:
-        lines = (json.dumps({k: row[k] for k in kept if k in row}) + "\n" for row in rows)
-        path.write_text("".join(lines), encoding="utf-8")
-    name = work["model"]
+    write_rows(data, ({key: row[key] for key in kept if key in row} for row in rows))
     arms = {}
     for lam in work["lambdas"]:
         work.say(f"lambda {lam:g}")
-        run = work.path("train", f"lambda-{lam:g}.yaml")
-        content = {
-            "model": str(Path(name).resolve()) if Path(name).is_dir() else name,
-            "train": str(data.resolve()),
-            "language_features": str(features),
-            "trainer": {
-                **work["trainer"],
-                "output_dir": f"lambda-{lam:g}",
-                "targets": [work["target"]],
-                "layers": list(work.layers),
-                "features_per_layer": work["features_per_layer"],
-                "threshold": work["threshold"],
-                "lam": float(lam),
-            },
+        trainer = {
+            "targets": [work["target"]],
+            "layers": list(work.layers),
+            "features_per_layer": work["features_per_layer"],
+            "threshold": work["threshold"],
+            "lam": float(lam),
         }
-        if work["lora"]:
-            content["lora"] = work["lora"]
-        with whole_file(run) as path:
-            path.write_text(yaml.safe_dump(content), encoding="utf-8")
+        run = work.training_run(f"lambda-{lam:g}", data, trainer, language_features=str(features))
         folder = run_sasft(run)
         arms[f"{lam:g}"] = str(folder.relative_to(work.folder))
     return {"arms": arms, "examples": len(rows)}
@@ -141,12 +119,8 @@ def replies(work: Work) -> Mapping[str, Any]:
             written = generate(
                 model, chats if work["chat"] else prompts, sampling=sampling, enable_thinking=False
             )
-            with whole_file(path) as partial_file:
-                lines = [
-                    json.dumps({"prompt": prompt, "reply": reply.text}) + "\n"
-                    for prompt, reply in zip(prompts, written, strict=True)
-                ]
-                partial_file.write_text("".join(lines), encoding="utf-8")
+            pairs = zip(prompts, written, strict=True)
+            write_rows(path, ({"prompt": text, "reply": reply.text} for text, reply in pairs))
         texts = [row["reply"] for _, row in read_rows(path)]
         ratio = code_switching_ratio(texts, work["target"], groups).interval
         found[arm] = {

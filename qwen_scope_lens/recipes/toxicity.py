@@ -6,7 +6,6 @@ overlap are those of `classify`.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import product
@@ -28,7 +27,7 @@ from qwen_scope_lens.classify.scores import macro, scored
 from qwen_scope_lens.classify.task import Task, by_language, documents_of
 from qwen_scope_lens.errors import TooLittleData
 from qwen_scope_lens.features.document_sets import held_out_texts
-from qwen_scope_lens.files import whole_file
+from qwen_scope_lens.files import write_rows
 from qwen_scope_lens.pages import Page, chart
 from qwen_scope_lens.recipes.data import text_rows
 from qwen_scope_lens.recipes.engine import Work
@@ -72,9 +71,8 @@ def texts(work: Work) -> Mapping[str, Any]:
                 f" texts that belong together stay on one side (split_by is {split_by}): give more"
                 " different texts, or another test_share"
             )
-    with whole_file(work.path("texts", "texts.jsonl")) as path:
-        lines = (json.dumps({"key": str(i), **row}) + "\n" for i, row in enumerate(rows))
-        path.write_text("".join(lines), encoding="utf-8")
+    keyed = ({"key": str(number), **row} for number, row in enumerate(rows))
+    write_rows(work.path("texts", "texts.jsonl"), keyed)
     counts: dict[str, dict[str, int]] = {}
     for row in rows:
         of_language = counts.setdefault(row["language"], {})

@@ -23,15 +23,36 @@ from typing import Any
 from qwen_scope_lens.errors import BadFile
 from qwen_scope_lens.files import open_regular
 
-__all__ = ["FORMAT", "VERSION", "collect", "deliver", "folder_of", "is_site"]
+__all__ = [
+    "FORMAT",
+    "MARKS",
+    "VERSION",
+    "collect",
+    "deliver",
+    "folder_of",
+    "is_site",
+    "require_site",
+]
 
 FORMAT, VERSION = "qwen-scope-site", 2
 
 _CALL = re.compile(rb'QSL\.deliver\("[\w./-]+","([A-Za-z0-9+/=]*)"\);\s*')
 
 
+MARKS = ("data/site.js", "index.html")
+"""The files by which a folder is known as a site."""
+
+
 def is_site(folder: Path) -> bool:
-    return (folder / "data" / "site.js").is_file() and (folder / "index.html").is_file()
+    return all((folder / mark).is_file() for mark in MARKS)
+
+
+def require_site(folder: Path) -> None:
+    """Raise where a folder is not a site."""
+    if not is_site(folder):
+        raise BadFile(
+            f"{folder} is not a site of features: `qsl dash build STORE --out {folder}` makes one"
+        )
 
 
 def folder_of(ref: str) -> str:

@@ -23,8 +23,8 @@ import numpy as np
 from tqdm import tqdm
 
 from qwen_scope_lens.address import LayerRef
-from qwen_scope_lens.errors import CannotWrite, UnknownName
-from qwen_scope_lens.files import whole_folder
+from qwen_scope_lens.errors import UnknownName
+from qwen_scope_lens.files import refuse_other_folder, whole_folder
 from qwen_scope_lens.site.layer import FeaturePage, LayerPages
 from qwen_scope_lens.site.passages import Passage
 
@@ -95,7 +95,7 @@ def write_neuronpedia(
 ) -> Path:
     """Write all layers below `out/v1`, whole or not at all."""
     release = release or Release()
-    check_target(out)
+    refuse_other_folder(out, "an export for Neuronpedia", MARK)
     now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
     ids = []
     with whole_folder(out) as folder:
@@ -109,14 +109,6 @@ def write_neuronpedia(
             ids.append(neuronpedia_id(pages.ref, release))
         (folder / MARK).write_text(json.dumps({"sources": ids}) + "\n")
     return out
-
-
-def check_target(out: Path) -> None:
-    if out.is_dir() and any(out.iterdir()) and not (out / MARK).is_file():
-        raise CannotWrite(
-            f"{out} holds other files than an export for Neuronpedia, and exporting would replace"
-            " them: name another folder, or empty this one yourself"
-        )
 
 
 @dataclass(frozen=True, eq=False)

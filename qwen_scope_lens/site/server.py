@@ -7,8 +7,8 @@ import http.server
 from os import PathLike
 from pathlib import Path
 
-from qwen_scope_lens.errors import BadFile, CannotWrite
-from qwen_scope_lens.site.data_files import is_site
+from qwen_scope_lens.errors import CannotWrite
+from qwen_scope_lens.site.data_files import require_site
 
 __all__ = ["make_server"]
 
@@ -65,10 +65,7 @@ def make_server(
     site: Path, port: int = 8000, host: str = "127.0.0.1"
 ) -> http.server.ThreadingHTTPServer:
     """A server that is listening but not yet answering: call `serve_forever()`."""
-    if not is_site(site):
-        raise BadFile(
-            f"{site} is not a site of features: `qsl dash build STORE --out {site}` makes one"
-        )
+    require_site(site)
     handler = functools.partial(_Handler, directory=str(site.resolve()))
     try:
         return http.server.ThreadingHTTPServer((host, port), handler)

@@ -14,10 +14,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from qwen_scope_lens.errors import CannotWrite
 from qwen_scope_lens.features.statistics import BIN_EDGES
-from qwen_scope_lens.files import whole_folder
-from qwen_scope_lens.site.data_files import FORMAT, VERSION, deliver, folder_of, is_site
+from qwen_scope_lens.files import refuse_other_folder, whole_folder
+from qwen_scope_lens.site.data_files import FORMAT, MARKS, VERSION, deliver, folder_of
 from qwen_scope_lens.site.earlier import EarlierSite
 from qwen_scope_lens.site.layer import FeaturePage, LayerPages
 from qwen_scope_lens.site.passages import Passage
@@ -112,11 +111,7 @@ def _place(facts: dict[str, Any]) -> tuple[str, int]:
 
 def check_target(out: Path) -> None:
     """Refuse to replace a folder that is not an older site."""
-    if out.is_dir() and any(out.iterdir()) and not is_site(out):
-        raise CannotWrite(
-            f"{out} holds other files than a site of features, and building would replace them:"
-            " name another folder, or empty this one yourself"
-        )
+    refuse_other_folder(out, "a site of features", *MARKS)
 
 
 def _write_layer(

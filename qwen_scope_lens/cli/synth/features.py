@@ -39,7 +39,7 @@ def _targets_arguments(parser: argparse.ArgumentParser) -> None:
         check=inputs.store,
         help="store of anchor data, texts of the task",
     )
-    add_layers(parser, check=_stored)
+    add_layers(parser, check=inputs.layers_in("seed"))
     parser.add_argument("--task", default="", help="in words, for judges and prompts")
     add_labels(parser, "a label pack: descriptions of features")
     how = parser.add_mutually_exclusive_group()
@@ -75,12 +75,6 @@ def _targets_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--templates", type=Path, help="folder of `qsl synth templates`")
     parser.add_argument("--out", type=output, required=True, help="targets.json")
     add_generator_arguments(parser)
-
-
-def _stored(layers: list[int], arguments: argparse.Namespace) -> None:
-    manifest = inputs.store(arguments.seed, arguments)
-    for layer in layers:
-        manifest.sae(layer, arguments.seed)
 
 
 def _targets(arguments: argparse.Namespace) -> None:
