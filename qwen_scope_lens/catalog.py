@@ -35,6 +35,7 @@ __all__ = [
     "home_folder",
     "is_known",
     "local_groups",
+    "name_of_model",
 ]
 
 Origin = Literal["official", "third-party", "mini", "local"]
@@ -311,6 +312,11 @@ def bundled_model(name: str) -> Path | None:
     key = name.lower().removeprefix("qwen-scope-lens/")
     found = any(key == backbone.key for backbone in MINI_BACKBONES)
     return MINI_HOME / key if found else None
+
+
+def name_of_model(place: str) -> str:
+    """The name of a model that comes with the package, in place of its folder; others as given."""
+    return Path(place).name if Path(place).parent == MINI_HOME else place
 
 
 def home_folder() -> Path | None:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from qwen_scope_lens.address import FeatureRef, LayerRef, saes_named
-from qwen_scope_lens.catalog import MINI_GROUPS, MINI_HOME
+from qwen_scope_lens.catalog import MINI_GROUPS, name_of_model
 from qwen_scope_lens.errors import BadText, UnknownName
 from qwen_scope_lens.features.reading import Labels, Reading
 from qwen_scope_lens.features.token_effects import token_effects
@@ -70,10 +70,21 @@ def read(
             any case; its strongest features leave them out by default, as all statistics do.
         options: those of `iter_captures`.
     """
-    settings: dict[str, Any] = {"model": model, "layers": layers, "labels": labels, "top": top}
-    settings |= {"promoted": promoted, "all_tokens": all_tokens, "sae_folder": sae_folder}
-    settings |= {"device": device, "allow_other_model": allow_other_model, **options}
-    return next(read_all([text], sae, **settings))
+    readings = read_all(
+        [text],
+        sae,
+        model=model,
+        layers=layers,
+        labels=labels,
+        top=top,
+        promoted=promoted,
+        all_tokens=all_tokens,
+        sae_folder=sae_folder,
+        device=device,
+        allow_other_model=allow_other_model,
+        **options,
+    )
+    return next(readings)
 
 
 def read_all(
@@ -168,10 +179,9 @@ def read_layers(
     tokenizer = find_tokenizer(model, options.get("tokenizer"))
     added = tokenizer.added_tokens_decoder.items()
     special = {*tokenizer.all_special_ids, *(int(n) for n, token in added if token.special)}
-    name = describe(model)
     return Reading(
         text=found.texts[0] or "".join(piece.text for piece in pieces),
-        model=Path(name).name if Path(name).parent == MINI_HOME else name,
+        model=name_of_model(describe(model)),
         group=group,
         token_ids=ids,
         pieces=pieces,

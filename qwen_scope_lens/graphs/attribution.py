@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from qwen_scope_lens.address import LayerRef
-from qwen_scope_lens.catalog import MINI_HOME, Group, find_group
+from qwen_scope_lens.catalog import Group, find_group, name_of_model
 from qwen_scope_lens.errors import BadText, CheckpointMissing, UnknownName
 from qwen_scope_lens.features.reading import Labels
 from qwen_scope_lens.graphs.edges import MEMORY, Edges, Level, Target, decompose, edges_from
@@ -94,12 +94,11 @@ def attribute(
         chances = one.logits.float().softmax(-1)
         probable = chances.topk(LIKELY)
         likely = zip(probable.indices.tolist(), probable.values.tolist(), strict=True)
-    name = describe(running)
     graph = FeatureGraph(
         text=found.text or tokenizer.decode(found.ids),
         tokens=tuple(tokenizer.decode([token]) for token in found.ids),
         token_ids=tuple(found.ids),
-        model=Path(name).name if Path(name).parent == MINI_HOME else name,
+        model=name_of_model(describe(running)),
         n_layers=len(decoder_layers(running)),
         group=row.short,
         layers=tuple(chosen),

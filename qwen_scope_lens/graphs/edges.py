@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -55,6 +56,23 @@ class Level:
         """What all features together write. `[T, d_model]`"""
         return self.x - self.error - self.bias
 
+    @cached_property
+    def _rows(self) -> tuple[Tensor, Tensor]:
+        """The decoder rows in use `[n, d_model]`, and which of them each feature has `[T, k]`."""
+        assert self.sae is not None
+        used, place = self.indices.unique(return_inverse=True)
+        return self.sae.direction(used.to(self.sae.W_dec.device)).to(self.error), place
+
+    def directions(self) -> Iterable[tuple[slice, Tensor]]:
+        """The decoder rows of the features of some tokens at a time. `[t, k, d_model]`"""
+        if self.sae is None:
+            return
+        rows, place = self._rows
+        size = max(1, CHUNK // max(1, rows[0].nbytes * self.indices.shape[1]))
+        for start in range(0, len(self.x), size):
+            part = slice(start, start + size)
+            yield part, rows[place[part]]
+
 
 @torch.no_grad()
 def decompose(one: Frozen, layer: int, sae: ScopeSAE | None) -> Level:
@@ -70,22 +88,10 @@ def decompose(one: Frozen, layer: int, sae: ScopeSAE | None) -> Level:
     error = torch.empty_like(x, dtype=precise)
     bias = sae.b_dec.detach().to(x.device, precise)
     level = Level(layer, x, values, indices, error, bias, sae)
-    for rows, directions in _directions(level):
+    for rows, directions in level.directions():
         written = torch.einsum("tk,tkd->td", values[rows], directions)
         error[rows] = x[rows].to(precise) - written - bias
     return level
-
-
-def _directions(level: Level) -> Iterable[tuple[slice, Tensor]]:
-    """The decoder rows of the features of some tokens at a time. `[t, k, d_model]`"""
-    if level.sae is None:
-        return
-    used, place = level.indices.unique(return_inverse=True)
-    rows = level.sae.direction(used.to(level.sae.W_dec.device)).to(level.error)
-    size = max(1, CHUNK // max(1, rows[0].nbytes * level.indices.shape[1]))
-    for start in range(0, len(level.x), size):
-        part = slice(start, start + size)
-        yield part, rows[place[part]]
 
 
 @dataclass(frozen=True)
@@ -159,7 +165,7 @@ def _read(out: Tensor, seeds: Sequence[tuple[int, Tensor]]) -> Tensor:
 def _add(found: Edges, rows: slice, gradient: Tensor, level: Level, steps: int) -> None:
     """Add the edges of a block of nodes, from their gradients `[n, T, d_model]`."""
     gradient = gradient / steps
-    for part, directions in _directions(level):
+    for part, directions in level.directions():
         along = torch.einsum("ntd,tkd->ntk", gradient[:, part], directions)
         found.features[rows, part] += along * level.values[part]
     found.rest[rows] += torch.einsum("ntd,td->nt", gradient, level.error)

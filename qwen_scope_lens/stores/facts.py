@@ -11,13 +11,12 @@ import os
 import re
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from qwen_scope_lens.address import LayerRef
-from qwen_scope_lens.catalog import MINI_HOME, Group, bundled_model
+from qwen_scope_lens.catalog import Group, bundled_model, name_of_model
 from qwen_scope_lens.errors import WrongModel
 from qwen_scope_lens.files import file_sha256
 from qwen_scope_lens.models.architecture import (
@@ -104,11 +103,8 @@ def model_note(facts: ModelFacts, group: Group) -> str | None:
 
 def model_facts(model: nn.Module, layers: Iterable[int]) -> ModelFacts:
     config = unwrap(model).config
-    name = describe(model)
-    if Path(name).parent == MINI_HOME:
-        name = Path(name).name
     return ModelFacts(
-        id=name,
+        id=name_of_model(describe(model)),
         revision=getattr(config, "_commit_hash", None),
         dtype=str(next(unwrap(model).parameters()).dtype).removeprefix("torch."),
         d_model=d_model(model),
@@ -129,7 +125,7 @@ def tokenizer_facts(tokenizer: Any) -> TokenizerFacts:
     name = str(getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__)
     template = getattr(tokenizer, "chat_template", None)
     return TokenizerFacts(
-        name=Path(name).name if Path(name).parent == MINI_HOME else name,
+        name=name_of_model(name),
         size=len(tokenizer),
         sha256=_sha(text),
         chat_template_sha256=_sha(template) if isinstance(template, str) else None,
