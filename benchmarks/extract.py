@@ -62,11 +62,11 @@ SIZES = {"mini": ("mini-qwen3/w1k-l0-16", [3, 6], 160), "middle": ("local/middle
 class Bench:
     """A model, its SAEs and some documents, with the variants to be measured."""
 
-    def __init__(self, size: str, folder: Path, real: str | None = None) -> None:
+    def __init__(self, size: str, folder: Path, real: str | None = None, layers: str = "") -> None:
         self.folder = folder
         self.group, self.layers, count = SIZES.get(size, (size, [], 64))
         if real is not None:
-            self.layers = list(qsl.find_group(size).layers[1:3])
+            self.layers = [int(layer) for layer in layers.split(",")]
             self.model = qsl.load_model(real, dtype=torch.bfloat16)
             self.tokenizer = self.model.tokenizer
         elif size == "mini":
@@ -187,7 +187,8 @@ def main() -> None:
     arguments.add_argument("--rounds", type=int, default=3)
     arguments.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     arguments.add_argument("--model", help="a real model's folder, with --sae")
-    arguments.add_argument("--sae", help="the group of its SAEs, of which two layers are read")
+    arguments.add_argument("--sae", help="the group of its SAEs")
+    arguments.add_argument("--layers", default="", help="of the real model, such as 10,14")
     arguments.add_argument("--peak", nargs=2, metavar=("SIZE", "VARIANT"))
     given = arguments.parse_args()
     if given.model:
@@ -195,17 +196,17 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         if given.peak:
-            bench = Bench(given.peak[0], Path(folder), given.model)
+            bench = Bench(given.peak[0], Path(folder), given.model, given.layers)
             print(peak_extra(bench.variants()[given.peak[1]]))
             return
         print(f"CPU: {cpu_name()}, one thread, CPU time; torch {torch.__version__}")
         for size in given.sizes:
-            report(size, Bench(size, Path(folder), given.model), given)
+            report(size, Bench(size, Path(folder), given.model, given.layers), given)
 
 
 def report(size: str, bench: Bench, given: argparse.Namespace) -> None:
     rounds = given.rounds
-    real = ["--model", given.model] if given.model else []
+    real = ["--model", given.model, "--layers", given.layers] if given.model else []
     tokens = sum(int(batch["attention_mask"].sum()) for batch in bench.batches())
     config = bench.hf.config
     print(

@@ -1,4 +1,4 @@
-"""What the verbs say on a real language model: verify, statistics, rank, blame, compare.
+"""What the verbs say on a real language model: verify, statistics, rank, blame, compare, steer.
 
     QWEN_SCOPE_HOME=WORK/release python benchmarks/real_verbs.py --model MODEL --sae local/SAE-... \
         --data DATA --work WORK/verbs [--only verify,statistics,rank,blame,compare]
@@ -26,13 +26,14 @@ from _measure import Printed, cpu_name
 
 import qwen_scope_lens as qsl
 from qwen_scope_lens.compare import align, match_activations
-from qwen_scope_lens.errors import ScopeError
 from qwen_scope_lens.saes.verify import measure
 from qwen_scope_lens.steering.blame import Case
 from qwen_scope_lens.tables import Table
 
-CONFUSED, CLEAN = 3, 3
+CONFUSED, CLEAN = 24, 24
 """Replies of the Language Confusion Benchmark: with Chinese in them, and without."""
+FEATURES, PROMPTS, NEW_TOKENS = 3, 12, 24
+"""Of the sweeps: how many features are pushed together, on how many prompts, for how long."""
 HAN = re.compile(r"[\u4e00-\u9fff]")
 
 
@@ -70,23 +71,21 @@ def verify(setting: Setting) -> None:
     """Each SAE on the residuals of its own layer and of its neighbours, by convention."""
     say = setting.say
     wanted = sorted({n + d for n in setting.layers for d in (-1, 0, 1)})
-    texts = [row["text"] for row in setting.rows("parallel/udhr")][::5]
+    texts = [row["text"] for row in setting.rows("parallel/udhr")][::10]
     read = qsl.capture(setting.model, texts, wanted, max_tokens=64, truncate=True)
     rows = []
     for layer, sae in setting.saes.items():
         for other in (layer - 1, layer, layer + 1):
             x, keep = read.residuals[other].float(), read.keep(other)
             found = measure(sae, x, mask=keep)
-            try:
-                qsl.verify(sae, x, mask=keep)
-                verdict = "accepted"
-            except ScopeError:
-                verdict = "refused"
             conventions = dict(found.fvu)
+            conventions.pop(
+                "top-k without ReLU"
+            )  # the same where no value of the top k is negative
             own = conventions.pop(found.convention)
             best = min(conventions, key=lambda name: conventions[name])
-            rows.append((layer, other, f"{own:.3f}", f"{conventions[best]:.3f} ({best})", verdict))
-    header = ("SAE of layer", "residuals of layer", "FVU", "best wrong convention", "verify")
+            rows.append((layer, other, f"{own:.3f}", f"{conventions[best]:.3f} ({best})", found.ok))
+    header = ("SAE of layer", "residuals of layer", "FVU", "best wrong convention", "passes alone")
     say(Table.of(header, rows).text())
 
 
@@ -173,9 +172,9 @@ def blame(setting: Setting) -> None:
         reply = row["completion"][:400]
         share = len(HAN.findall(reply)) / len(reply)
         if 0.02 < share < 0.5 and len(bad) < CONFUSED:
-            bad.append(Case("", reply))
+            bad.append(Case("Answer:", reply))
         elif share == 0 and len(good) < CLEAN and row["lang"] in ("ar", "ko", "ru", "vi", "id"):
-            good.append(Case("", reply, bad=False))
+            good.append(Case("Answer:", reply, bad=False))
         if len(bad) == CONFUSED and len(good) == CLEAN:
             break
     refs = [f"{setting.group}/{layer}" for layer in setting.layers]
@@ -223,6 +222,48 @@ def fires_by_language(
     return sorted(shares, key=lambda item: -item[1])
 
 
+def steer(setting: Setting) -> None:
+    """Dose curves of Chinese features: added in English, taken away where Chinese had broken in."""
+    store, layer = setting.declaration(), setting.layers[len(setting.layers) // 2]
+    how = {"label": "lang", "layer": layer, "pool": "mean", "by": "effect", "top": FEATURES}
+    chosen = qsl.rank(store, "zh", **how)
+    refs = [row.ref for row in chosen.rows]
+    chinese = [row["text"] for row in setting.rows("parallel/udhr") if row["lang"] == "zh"]
+    typical = qsl.calibrate(setting.model, refs, chinese, setting.saes.values())
+    plan = qsl.Plan([qsl.Edit(ref, "add", 1.0, unit="typical") for ref in refs])
+    english = [
+        row["prompt"] for row in setting.rows("confusion/lcb-prompts") if row["lang"] == "en"
+    ]
+    cut = leaked(setting, PROMPTS)
+    for name, prompts, doses in (
+        ("English questions", english[:PROMPTS], (0.5, 1, 2, 4)),
+        ("Replies cut after their first Chinese word", cut, (-0.5, -1, -2, -4)),
+    ):
+        found = qsl.sweep(
+            setting.model,
+            plan.calibrated(typical),
+            doses,
+            prompts,
+            "class=han",
+            setting.saes.values(),
+            sampling=qsl.Sampling(NEW_TOKENS),
+            keep=setting.work / f"{name.split()[0].lower()}.json",
+        )
+        setting.say(f"{name}, {len(prompts)} of them, {NEW_TOKENS} new tokens:\n\n{found}\n")
+
+
+def leaked(setting: Setting, count: int) -> list[str]:
+    """Replies in another language, up to and with the first run of Chinese characters."""
+    found = []
+    for row in setting.rows("confusion/lcb-completions"):
+        first = re.search(r"[\u4e00-\u9fff]+", row["completion"])
+        if row["lang"] not in ("zh", "ja") and first and 40 < first.end() < 300:
+            found.append(row["completion"][: first.end()])
+        if len(found) == count:
+            break
+    return found
+
+
 def compare(setting: Setting) -> None:
     """How many features of a layer have a partner in another layer, beyond a shuffled null."""
     store = setting.declaration()
@@ -259,6 +300,7 @@ SECTIONS: dict[str, Callable[[Setting], None]] = {
     "rank": rank,
     "blame": blame,
     "compare": compare,
+    "steer": steer,
 }
 
 

@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,6 @@ from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from tiny_models import make_model, make_tokenizer
 
-from qwen_scope_lens.catalog import find_group
 from qwen_scope_lens.models import load_model, unwrap
 from qwen_scope_lens.saes import ScopeSAE, load_sae
 from qwen_scope_lens.steering import Plan, steer
@@ -57,7 +56,8 @@ def main() -> None:
     arguments.add_argument("--rounds", type=int, default=9)
     arguments.add_argument("--new-tokens", type=int, default=16)
     arguments.add_argument("--model", help="a real model's folder, with --sae")
-    arguments.add_argument("--sae", help="the group of its SAEs; the first three layers are used")
+    arguments.add_argument("--sae", help="the group of its SAEs")
+    arguments.add_argument("--layers", default="", help="three layers, such as 4,10,14")
     options = arguments.parse_args()
     warnings.simplefilter("ignore")
     transformers.utils.logging.set_verbosity_error()
@@ -65,7 +65,8 @@ def main() -> None:
     torch.set_num_threads(1)
     if options.model:
         bridge = load_model(options.model)
-        measure(options, bridge, options.sae, find_group(options.sae).layers[:3])
+        layers = [int(layer) for layer in options.layers.split(",")]
+        measure(options, bridge, options.sae, layers)
         return
     with tempfile.TemporaryDirectory() as home:
         os.environ["QWEN_SCOPE_HOME"] = home
@@ -107,9 +108,7 @@ def plain_sae(ours: ScopeSAE) -> TopKSAE:
     return sae.requires_grad_(False)
 
 
-def measure(
-    options: argparse.Namespace, bridge: Any, group: str, layers: tuple[int, int, int]
-) -> None:
+def measure(options: argparse.Namespace, bridge: Any, group: str, layers: Sequence[int]) -> None:
     rounds, new_tokens = options.rounds, options.new_tokens
     model = unwrap(bridge)
     model.generation_config.eos_token_id = None
