@@ -1,7 +1,7 @@
 """What the verbs say on a real language model: verify, statistics, rank, blame, compare, steer.
 
-    QWEN_SCOPE_HOME=WORK/release python benchmarks/real_verbs.py --model MODEL --sae local/SAE-... \
-        --data DATA --work WORK/verbs [--only verify,statistics,rank,blame,compare]
+    QWEN_SCOPE_HOME=WORK/release python benchmarks/real_verbs.py --model MODEL --name "WHAT IT IS" \
+        --sae local/SAE-... --layers 4,10,14,20 --data DATA --work WORK/verbs [--only rank,blame]
 
 The release is what `tools/real` made, DATA the folder of public data sets that its README names
 (the Universal Declaration of Human Rights in 17 languages, replies of the Language Confusion
@@ -42,7 +42,7 @@ class Setting:
 
     def __init__(self, options: argparse.Namespace, say: Printed) -> None:
         self.data, self.work, self.say = options.data, options.work, say
-        self.model_name, self.group = options.model, options.sae
+        self.group = options.sae
         row = qsl.find_group(self.group)
         self.layers = (
             [int(n) for n in options.layers.split(",")] if options.layers else list(row.layers)
