@@ -392,7 +392,7 @@ SHOWN = {
     "bench-redundancy": ("Spearman of R and R-hat",),
     "bench-overlap": ("overlap_min and scores, Spearman",),
     "bench-mmlu-pro": ("Spearman of R and R-hat",),
-    "steering-cases": ("the same with feature 6159 suppressed, best coherent dose",),
+    "steering-cases": ("the same with the feature suppressed, best coherent dose",),
     "safety-synthesis": (
         "coverage, feature-driven, at equal numbers of kept texts, %",
         "coverage, random, the same, %",
@@ -426,13 +426,12 @@ def test_smoke(name: str, mini: Any, folders: Path, monkeypatch: pytest.MonkeyPa
     recipe = open_recipe(name).for_smoke()
     tmp_path = folders / recipe.kind
     said: list[str] = []
-    page = run(recipe, tmp_path, model=mini, say=said.append)
-    text = page.read_text(encoding="utf-8")
+    done = run(recipe, tmp_path, model=mini, say=said.append)
+    text = done.page.read_text(encoding="utf-8")
     assert "This is a smoke run" in text
     assert "<svg" in text
     assert not any(word in text for word in ("<script", "<link", "src=", "url(http"))
-    results = {state.name: state.result for state in states(recipe, tmp_path)}
-    values = {row[0]: row[1] for row in figure_rows(recipe.figures, results, only_shown=True)}
+    values = {row[0]: row[1] for row in figure_rows(recipe.figures, done.results, only_shown=True)}
     for figure in SHOWN[name]:
         assert values[figure] is not None
     monkeypatch.setattr("qwen_scope_lens.models.load.load_model", None)  # no model is needed

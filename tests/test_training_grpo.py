@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,48 @@ def test_the_last_rollout_of_each_group_is_steered_and_no_other(tmp_path: Path) 
         own, steered = texts[start : start + 3], texts[start + 3]
         assert len(set(own)) == 1
         assert steered not in own
+
+
+class EngineDouble:
+    """Stands for TRL's VLLMGeneration: every reply is the same three tokens."""
+
+    REPLY = (300, 301, 302)
+
+    def __init__(self, **settings: Any) -> None:
+        self.synced = 0
+
+    def sync_weights(self) -> None:
+        self.synced += 1
+
+    def generate(self, prompts: Any, **_: Any) -> Any:
+        replies = [list(self.REPLY) for _ in prompts]
+        return prompts, replies, [[[-1.0] for _ in reply] for reply in replies], None
+
+
+def test_with_vllm_only_the_steered_rollouts_come_from_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The contract with TRL's vLLM engine. No real engine has been run."""
+    monkeypatch.setattr("trl.trainer.grpo_trainer.VLLMGeneration", EngineDouble)
+    seen: list[list[str]] = []
+
+    def spy(completions: Sequence[str], **_: Any) -> list[float]:
+        seen.append(list(completions))
+        return [float(len(set(text))) for text in completions]
+
+    greedy = {"max_steps": 1, "temperature": 1e-4}
+    with_vllm = run(tmp_path / "vllm", STRONG, rewards=spy, use_vllm=True, **greedy)
+    without = run(tmp_path / "own", STRONG, rewards=spy, **greedy)
+    vllm, own = seen
+    engine = without._tokenizer.decode(EngineDouble.REPLY)
+    for start in (0, 4):
+        assert vllm[start : start + 3] == [engine] * 3
+        assert vllm[start + 3] == own[start + 3] != engine
+    assert with_vllm.use_vllm
+    assert with_vllm.vllm_generation.synced == 1
+    assert losses(with_vllm, "rollouts/plan_fired") == [1.0]
+    assert all(map(math.isfinite, losses(with_vllm)))
+    assert not same_weights(with_vllm, without)
 
 
 def test_more_than_one_may_be_steered(tmp_path: Path) -> None:
@@ -187,7 +230,7 @@ def test_hindsight_places_an_edit_as_it_acted() -> None:
 @pytest.mark.parametrize(
     ("changes", "rest", "named"),
     [
-        ({"use_vllm": True}, {}, "use_vllm"),
+        ({"use_vllm": True, "generation_kwargs": {"top_k": 1}}, {}, "generation_kwargs"),
         ({"use_transformers_continuous_batching": True}, {}, "continuous_batching"),
         ({}, {"rollout_func": print}, "rollout_func"),
         ({}, {"tools": [print]}, "tools"),

@@ -154,17 +154,15 @@ def _run(arguments: argparse.Namespace) -> int:
         raise UnknownName(f"{arguments.data} is not a folder: --data takes one with the sources")
     remark(_estimate(recipe, arguments.sae_memory))
     from qwen_scope_lens.recipes.engine import run as run_recipe
-    from qwen_scope_lens.recipes.engine import states
 
     options = {
         name: value
         for name in ("device", "token_budget", "sae_memory")
         if (value := getattr(arguments, name)) is not None
     }
-    page = run_recipe(recipe, arguments.out, data=arguments.data, options=options, say=remark)
-    results = {s.name: s.result for s in states(recipe, arguments.out, arguments.data)}
-    missing = not_found(recipe.figures, results)
-    rows = [row[:5] for row in figure_rows(recipe.figures, results, only_shown=True)]
+    done = run_recipe(recipe, arguments.out, data=arguments.data, options=options, say=remark)
+    missing = not_found(recipe.figures, done.results)
+    rows = [row[:5] for row in figure_rows(recipe.figures, done.results, only_shown=True)]
     head: tuple[str, ...] = ("figure", "ours", "from", "to", "paper")
     if missing:
         head = (*head, "note")
@@ -173,13 +171,13 @@ def _run(arguments: argparse.Namespace) -> int:
             for row, figure in zip(rows, recipe.figures, strict=True)
         ]
     table = Table.of(head, rows)
-    show(table, arguments.json, page=str(page))
+    show(table, arguments.json, page=str(done.page))
     if arguments.smoke:
         remark(
             "This was a smoke run: the toy model, its features and a few texts, with the settings"
             " under `smoke` in the file. The figures mean nothing."
         )
-    remark(f"written: {page}")
+    remark(f"written: {done.page}")
     if not missing or arguments.smoke:
         return 0
     places = ", ".join(figure.ours for figure in missing)

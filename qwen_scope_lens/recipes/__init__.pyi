@@ -1,3 +1,4 @@
+from .engine import Outcome as Outcome
 from .engine import run as run
 from .engine import states as states
 from .recipe import Recipe as Recipe

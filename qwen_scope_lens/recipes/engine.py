@@ -42,7 +42,7 @@ from qwen_scope_lens.saes.locate import local_path
 from qwen_scope_lens.tables import plain
 from qwen_scope_lens.version import __version__
 
-__all__ = ["Run", "Stage", "State", "Work", "run", "stages_of", "states"]
+__all__ = ["Outcome", "Run", "Stage", "State", "Work", "run", "stages_of", "states"]
 
 FORMAT, VERSION = "qwen-scope-lens/recipe-stage", 1
 MADE_BY = "qsl reproduce run"
@@ -77,6 +77,14 @@ class State:
     why: str = ""
     seconds: float | None = None
     result: Mapping[str, Any] | None = None  # of a finished stage
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run that is finished has: its page, and what each stage returned."""
+
+    page: Path
+    results: Mapping[str, Mapping[str, Any]]  # by stage
 
 
 @dataclass
@@ -247,8 +255,8 @@ def run(
     model: Any = None,
     options: Mapping[str, Any] | None = None,
     say: Callable[[str], None] = lambda line: None,
-) -> Path:
-    """Do every stage that is not finished, and write the page. Returns the page's path.
+) -> Outcome:
+    """Do every stage that is not finished, and write the page.
 
     `data` is a folder with the files that the sources name; without it they come from the hub.
     `model` is a model in memory in place of the recipe's. A killed run goes on when it is called
@@ -269,7 +277,9 @@ def run(
             page.unlink(missing_ok=True)  # what is not computed is not shown
             say(head + (f" ({before.why})" if before.why else ""))
             _do(job, stage, before)
-        return make_page(job, [_state(job, stage) for stage in stages]).save(page)
+        done = [_state(job, stage) for stage in stages]
+        make_page(job, done).save(page)
+    return Outcome(page, {state.name: state.result for state in done if state.result is not None})
 
 
 def states(recipe: Recipe, folder: Path, data: Path | None = None) -> list[State]:

@@ -7,6 +7,7 @@ other rollouts. TRL handles rewards, batches, checkpoints and the objective.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -24,6 +25,7 @@ from qwen_scope_lens.train.metrics import find_repeats
 
 require("trl", "train")
 
+from transformers import GenerationConfig  # noqa: E402
 from trl import GRPOConfig, GRPOTrainer  # noqa: E402  (after a clear error where it is missing)
 
 __all__ = ["RareNegativeGRPOConfig", "RareNegativeGRPOTrainer"]
@@ -95,6 +97,8 @@ class RareNegativeGRPOTrainer(WholeCheckpoints, GRPOTrainer):
             _check_model(model, args, plan)
         super().__init__(model, reward_funcs, args, **rest)
         _check_model(self.model, args, plan)
+        if self.use_vllm:  # TRL prepares the model's own generation only without vLLM
+            self._prepare_own_generation()
 
     def _steered_rows(self, count: int) -> list[bool]:
         """Which rows of this process are steered: the last ones of each group.
@@ -112,11 +116,63 @@ class RareNegativeGRPOTrainer(WholeCheckpoints, GRPOTrainer):
         if not self.model.training:
             return super()._generate_single_turn(prompt_ids, *rest, **named)
         rows = self._steered_rows(len(prompt_ids))
-        with self._steered([self.plan if steered else None for steered in rows]) as report:
+        plans = [self.plan if steered else None for steered in rows]
+        if self.use_vllm:
             found = super()._generate_single_turn(prompt_ids, *rest, **named)
+            report = self._write_steered_rows(prompt_ids, plans, found)
+        else:
+            with self._steered(plans) as report:
+                found = super()._generate_single_turn(prompt_ids, *rest, **named)
         # A process without steered rows logs as well, because the others wait for its figures.
         self._log_rollouts(found[0], rows, report is not None and report.fired)
         return found
+
+    def _write_steered_rows(
+        self, prompt_ids: Any, plans: Sequence[Plan | None], found: tuple[Any, Any]
+    ) -> Any:
+        """Write the steered rows again with the model itself, in place of what vLLM wrote.
+
+        vLLM gives log-probabilities of what it sampled, and TRL corrects for the difference of both
+        engines. These rows have none, which TRL reads as "not known": no correction.
+        """
+        completions, logprobs = found
+        if len(plans) % self.num_generations:
+            raise WrongModel(
+                f"use_vllm=True with {len(plans)} rollouts per process: expected a multiple of"
+                f" num_generations ({self.num_generations}), so that every process steers as many"
+            )
+        steered = [row for row, plan in enumerate(plans) if plan is not None]
+        if not steered:
+            return None
+        self.use_vllm = False
+        try:
+            with self._steered([self.plan] * len(steered)) as report:
+                own = [prompt_ids[row] for row in steered]
+                written, _ = super()._generate_single_turn(own, None, {}, 1)
+        finally:
+            self.use_vllm = True
+        for row, ids in zip(steered, written, strict=True):
+            completions[row], logprobs[row] = ids, [math.nan] * len(ids)
+        return report
+
+    def _prepare_own_generation(self) -> None:
+        """The sampling settings of the run, for TRL's generation with the model itself."""
+        tokens = {
+            f"{kind}_token_id": getattr(self._tokenizer, f"{kind}_token_id")
+            for kind in ("pad", "bos")
+        }
+        sampling = {
+            name: getattr(self, name)
+            for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+        }
+        self.generation_kwargs = {
+            "max_new_tokens": self.max_completion_length,
+            "do_sample": True,
+            "eos_token_id": self.eos_token_ids,
+            **tokens,
+            **sampling,
+        }
+        self.generation_config = GenerationConfig(**self.generation_kwargs, disable_compile=True)
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         output: dict[str, Any] = super()._generate_and_score_completions(inputs)
@@ -193,7 +249,6 @@ def _in_hindsight(plan: Plan, prompt: int) -> Plan:
 def _refuse_bypasses(args: RareNegativeGRPOConfig, rest: dict[str, Any]) -> None:
     """Refuse settings that generate without the plan's hooks, or that hide the negatives."""
     engines = {
-        "use_vllm=True": args.use_vllm,
         "use_transformers_continuous_batching=True": getattr(
             args, "use_transformers_continuous_batching", False
         ),
@@ -207,6 +262,11 @@ def _refuse_bypasses(args: RareNegativeGRPOConfig, rest: dict[str, Any]) -> None
                 f"{name}: rollouts would be generated without the plan's hooks, so none of them"
                 " would be steered. Leave it out, so that TRL generates with the model itself"
             )
+    if args.use_vllm and args.generation_kwargs is not None:
+        raise WrongModel(
+            "use_vllm=True with generation_kwargs: they are vLLM's, and steered rollouts come"
+            " from the model itself, so the two would be sampled differently. Leave one out"
+        )
     if args.mask_truncated_completions:
         raise WrongModel(
             "mask_truncated_completions=True ignores completions that reach the length limit, as"
