@@ -10,7 +10,7 @@ import copy
 import json
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scripted_writer import Scripted
 
 import qwen_scope_lens as qsl
 from qwen_scope_lens.address import FeatureRef, LayerRef
@@ -47,7 +48,7 @@ from qwen_scope_lens.synth.recipe import FAC, RECIPES, SCOPE, read_recipe, write
 from qwen_scope_lens.synth.run import check_settings, read_rows, save, settings_of
 from qwen_scope_lens.synth.targets import Target, coverage, documents_firing, fac
 from qwen_scope_lens.writers import Ledger, Local, Prices, Push, Request, Templates
-from qwen_scope_lens.writers.generator import Book, Completion, Sampling, clean
+from qwen_scope_lens.writers.generator import Sampling, clean
 
 SAE = LayerRef.parse("mini-qwen3/w1k-l0-16/6")
 
@@ -104,20 +105,6 @@ def firing(reader: Reader, texts: list[str], planted: TargetSet) -> dict[Feature
         column = maxima[:, target.ref.feature]
         found[target.ref] = [texts[i] for i in np.argsort(-column) if column[i] > 0]
     return found
-
-
-class Scripted:
-    """A test double: says what a function of the request says."""
-
-    def __init__(self, say: Callable[[Request], str], name: str = "scripted") -> None:
-        self.say, self.name, self.requests = say, name, list[Request]()
-
-    def generate(self, requests: Sequence[Request], book: Book) -> None:
-        for number, request in enumerate(requests):
-            if not book.start(number):
-                return
-            self.requests.append(request)
-            book.finish(number, Completion(self.say(request), "stop", 10, 5))
 
 
 def synthesis(

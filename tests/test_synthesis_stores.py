@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import signal
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import pytest
 import torch
 from endpoint_server import Call, Server, answer
 from forks import Fork, command
+from scripted_writer import Scripted
 
 import qwen_scope_lens as qsl
 from qwen_scope_lens.address import FeatureRef
@@ -46,7 +47,6 @@ from qwen_scope_lens.synth.judgements import by_judge, by_labels, choose_relevan
 from qwen_scope_lens.synth.run import read_rows
 from qwen_scope_lens.synth.targets import Target
 from qwen_scope_lens.writers import Ledger, Request, Templates
-from qwen_scope_lens.writers.generator import Book, Completion
 
 LAYER = 6
 
@@ -82,22 +82,6 @@ def seed(folder: Path) -> FeatureStore:
 @pytest.fixture(scope="module")
 def anchor(folder: Path) -> FeatureStore:
     return FeatureStore.open(folder / "anchor")
-
-
-class Scripted:
-    """A test double: says what a function of the request says."""
-
-    name = "scripted"
-
-    def __init__(self, say: Callable[[Request], str]) -> None:
-        self.say, self.requests = say, list[Request]()
-
-    def generate(self, requests: Sequence[Request], book: Book) -> None:
-        for number, request in enumerate(requests):
-            if not book.start(number):
-                return
-            self.requests.append(request)
-            book.finish(number, Completion(self.say(request), "stop", 10, 5))
 
 
 def test_targets_are_what_the_formulas_say(seed: FeatureStore, anchor: FeatureStore) -> None:
@@ -483,18 +467,7 @@ def test_killed_it_continues_and_pays_for_nothing_twice(
 ) -> None:
     """kill -9 in the middle; then the result is that of a run that was never killed."""
     if not (folder / "targets.json").exists():
-        words = ["synth", "targets", str(folder / "seed"), "--reference", str(folder / "anchor")]
-        main(
-            [
-                *words,
-                "--contrast",
-                "lang=zh",
-                "--kind",
-                "harmful",
-                "--out",
-                str(folder / "targets.json"),
-            ]
-        )
+        main(words_for_targets(folder))
     running: list[Fork] = []
 
     def behave(call: Call) -> Any:

@@ -26,6 +26,7 @@ from qwen_scope_lens.cli import inputs
 from qwen_scope_lens.cli.inputs import Input
 from qwen_scope_lens.cli.options import (
     Word,
+    add_group,
     add_json,
     add_labels,
     add_layers,
@@ -62,13 +63,7 @@ def _data(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("--positive", metavar="VALUE", help="its positive value (default: true, 1)")
     corpus = parser.add_argument_group("for a corpus")
     add_model(corpus, "a folder, a name on the hub, or mini-qwen3", device=False)
-    corpus.add_argument(
-        "--sae",
-        metavar="GROUP",
-        action=Input,
-        check=inputs.group,
-        help="such as qwen3-1.7b-base/w32k-l0-50",
-    )
+    add_group(corpus, required=False)
     add_layers(
         corpus,
         "layers to extract and to choose from, such as 10-20; default: all",

@@ -25,6 +25,7 @@ from qwen_scope_lens.cli import inputs
 from qwen_scope_lens.cli.inputs import Input
 from qwen_scope_lens.cli.options import (
     Word,
+    add_group,
     add_json,
     add_labels,
     add_layers,
@@ -148,13 +149,7 @@ def _drift(arguments: argparse.Namespace) -> None:
 
 
 def _transfer_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--sae",
-        required=True,
-        action=Input,
-        check=inputs.group,
-        help="a group, such as qwen3-8b-base/w64k-l0-50",
-    )
+    add_group(parser)
     add_layers(parser, "such as 12,20", required=True, check=inputs.group_layers)
     parser.add_argument(
         "--models",

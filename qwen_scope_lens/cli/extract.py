@@ -22,6 +22,7 @@ from qwen_scope_lens.catalog import find_group
 from qwen_scope_lens.cli import inputs
 from qwen_scope_lens.cli.inputs import Input
 from qwen_scope_lens.cli.options import (
+    add_group,
     add_json,
     add_layers,
     add_model,
@@ -44,14 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         check=inputs.corpus,
         help="a file, a folder of datasets, or a name on the hub",
     )
-    parser.add_argument(
-        "--sae",
-        required=True,
-        metavar="GROUP",
-        action=Input,
-        check=inputs.group,
-        help="qwen3-8b-base/w64k-l0-50",
-    )
+    add_group(parser)
     add_layers(parser, "such as 12,20 or 0-7", required=True, check=inputs.group_layers)
     parser.add_argument("--out", required=True, type=Path, help="the store's folder")
     add_model(parser)

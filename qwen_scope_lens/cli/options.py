@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Word",
+    "add_group",
     "add_json",
     "add_labels",
     "add_layer",
@@ -183,6 +184,15 @@ def add_labels(
 def add_store(parser: Parser, help: str = "a feature store, from `qsl extract`") -> None:
     parser.add_argument(
         "store", type=Path, metavar="STORE", action=Input, check=inputs.store, help=help
+    )
+
+
+def add_group(
+    parser: Parser, help: str = "such as qwen3-8b-base/w64k-l0-50", required: bool = True
+) -> None:
+    """The group of SAEs whose features a verb computes."""
+    parser.add_argument(
+        "--sae", required=required, metavar="GROUP", action=Input, check=inputs.group, help=help
     )
 
 

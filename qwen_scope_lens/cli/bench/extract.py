@@ -10,6 +10,7 @@ from qwen_scope_lens.cli import inputs
 from qwen_scope_lens.cli.inputs import Input
 from qwen_scope_lens.cli.options import (
     Word,
+    add_group,
     add_json,
     add_model,
     add_old,
@@ -59,13 +60,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         check=_benchmark,
         help="or NAME=FILE, or a data set",
     )
-    parser.add_argument(
-        "--sae",
-        required=True,
-        action=Input,
-        check=inputs.group,
-        help="a group, such as qwen3-8b-base/w64k-l0-50",
-    )
+    add_group(parser)
     parser.add_argument(
         "--layers",
         type=_layers,
