@@ -76,7 +76,7 @@ def measure(shape: tuple[int, int, int, int], script: str) -> None:
     # SAELens decodes with a contiguous decoder, as its own loader leaves it.
     theirs.W_dec = torch.nn.Parameter(state["W_dec"].contiguous(), requires_grad=False)
     x, one = residuals(d_in, tokens, "isotropic"), residuals(d_in, 1, "isotropic")
-    encoder = ours._encoder()
+    encoder = ours.exact_encoder()
     codes, dense = ours.encode_sparse(x), theirs.encode(x)
     one_codes, one_dense = ours.encode_sparse(one), theirs.encode(one)
     chosen = torch.arange(10) * (d_sae // 10)
@@ -86,7 +86,7 @@ def measure(shape: tuple[int, int, int, int], script: str) -> None:
         values = codes.values.clone().requires_grad_()
         ours.decode_sparse(type(codes)(values, codes.indices, d_sae)).square().sum().backward()
 
-    rows = ours._decoder_rows()
+    rows = ours.decoder_rows()
 
     def plain_backward() -> None:
         values = codes.values.clone().requires_grad_()
@@ -109,7 +109,9 @@ def measure(shape: tuple[int, int, int, int], script: str) -> None:
         "GEMM bfloat16, bare": lambda: half_x @ half_rows.T,
         "encode SAELens": no_grad(lambda: theirs.encode(x)),
         "encode certified": lambda: encode_topk(x, encoder, k, torch.bfloat16),
-        "encode certified, half copy": lambda: encode_topk(x, kept._encoder(), k, torch.bfloat16),
+        "encode certified, half copy": lambda: encode_topk(
+            x, kept.exact_encoder(), k, torch.bfloat16
+        ),
         "encode float32 only": lambda: encode_topk(x, encoder, k, torch.float32),
         "decode SAELens": no_grad(lambda: theirs.decode(dense)),
         "decode": no_grad(lambda: ours.decode_sparse(codes)),
@@ -165,7 +167,7 @@ def certificates(kept: ScopeSAE, state: dict[str, torch.Tensor], shape: tuple[in
         if kind == "realistic":  # a trained bias takes the mean away again
             bias = bias - x.median(0).values @ state["W_enc"]
         kept.b_enc = torch.nn.Parameter(bias, requires_grad=False)
-        encoder = kept.prepare(half_copy=True)._encoder()
+        encoder = kept.prepare(half_copy=True).exact_encoder()
         case = partial(encode_topk, x, encoder, kept.cfg.k, torch.bfloat16)
         case()
         encoder.settled.clear()
@@ -188,7 +190,7 @@ def minis() -> None:
         read = qsl.capture(model, texts, group.layers, truncate=True)
         for layer in group.layers:
             sae, x = qsl.load_sae(f"{group.short}/{layer}"), read.residuals[layer]
-            encoder = sae.prepare()._encoder()
+            encoder = sae.prepare().exact_encoder()
             encode_topk(x, encoder, group.k, torch.bfloat16)  # finds its centre
             encoder.settled.clear()
             encode_topk(x, encoder, group.k, torch.bfloat16)
@@ -242,7 +244,7 @@ def peak(name: str, d_in: int, d_sae: int, k: int, tokens: int) -> int:
             case = partial(sae.decode_sparse, codes)
         elif name != "encode SAELens":
             precision = torch.bfloat16 if name == "encode certified" else torch.float32
-            case = partial(encode_topk, x, sae._encoder(), k, precision)
+            case = partial(encode_topk, x, sae.exact_encoder(), k, precision)
         gc.collect()
         return sorted(peak_extra(case) for _ in range(3))[1]
 

@@ -65,7 +65,7 @@ def _cases(folder: Path) -> dict[str, Callable[[], object]]:
     import qwen_scope_lens as qsl
     from qwen_scope_lens.address import LayerRef
     from qwen_scope_lens.converters import official_to_saelens
-    from qwen_scope_lens.converters._saelens_folder import _write_safetensors
+    from qwen_scope_lens.converters.saelens_folder import write_safetensors
     from qwen_scope_lens.saes import extents, locate, open_layer
 
     published, converted = folder / "published", folder / "converted"
@@ -109,7 +109,7 @@ def _cases(folder: Path) -> dict[str, Callable[[], object]]:
         file = locate(LayerRef.parse(f"{GROUP}/20"), folder=source.parent)
         target = scratch / "sae_weights.safetensors"
         nothing = lambda count: None  # noqa: E731
-        _write_safetensors(target, source, open_layer(file), torch.float32, nothing, nothing)
+        write_safetensors(target, source, open_layer(file), torch.float32, nothing, nothing)
         shutil.rmtree(scratch)
 
     load_ours = {"published": lambda: load(published), "converted": lambda: load(converted)}

@@ -125,7 +125,7 @@ def _convert_layer(
     from sae_lens.util import str_to_dtype
     from tqdm import tqdm
 
-    from qwen_scope_lens.converters._saelens_folder import write_saelens_folder
+    from qwen_scope_lens.converters.saelens_folder import write_saelens_folder
 
     dtype = str_to_dtype(str(config["dtype"]))
     total = 2 * file.group.d_sae * file.group.d_model * dtype.itemsize

@@ -15,7 +15,7 @@ def nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine without any browser."""
     monkeypatch.delenv("CHROMIUM", raising=False)
     monkeypatch.setenv("PATH", "/nowhere")
-    monkeypatch.setattr(browser, "_of_playwright", lambda: None)
+    monkeypatch.setattr(browser, "of_playwright", lambda: None)
 
 
 def test_a_browser_that_is_there_is_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -50,7 +50,7 @@ def test_a_wrong_path_is_named_and_nothing_is_installed(monkeypatch: pytest.Monk
 def test_one_is_got_by_the_first_way_that_works(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, program: str
 ) -> None:
-    monkeypatch.setattr(browser, "_may_install", lambda: True)
+    monkeypatch.setattr(browser, "may_install", lambda: True)
 
     def run(command: Sequence[str]) -> bool:
         if program not in command or "update" in command:
@@ -66,7 +66,7 @@ def test_one_is_got_by_the_first_way_that_works(
 
 @pytest.mark.usefixtures("nothing")
 def test_where_none_can_be_had_the_line_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(browser, "_may_install", lambda: False)
+    monkeypatch.setattr(browser, "may_install", lambda: False)
     path, line = browser.get_browser(lambda command: False)
     assert path is None
     assert "Install Chromium" in line

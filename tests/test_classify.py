@@ -237,7 +237,7 @@ def test_predicting_goes_on_where_it_stopped(
     for module in (predict_module, __import__("sys").modules[Stream.__module__]):
         monkeypatch.setattr(module, "WINDOW", 32)
     predict_module.predict_data(fitted, str(corpus), whole)
-    real = Stream._batch
+    real = Stream.read_batch
     calls = []
 
     def failing(self: Stream, batch: Any) -> Any:
@@ -246,7 +246,7 @@ def test_predicting_goes_on_where_it_stopped(
             raise KeyboardInterrupt
         return real(self, batch)
 
-    monkeypatch.setattr(Stream, "_batch", failing)
+    monkeypatch.setattr(Stream, "read_batch", failing)
     with pytest.raises(KeyboardInterrupt):
         predict_module.predict_data(fitted, str(corpus), broken)
     assert not broken.exists()
@@ -254,7 +254,7 @@ def test_predicting_goes_on_where_it_stopped(
     kept = partial.read_text("utf-8").splitlines()
     assert len(kept) > 32
     partial.write_text("\n".join(kept[:-1]) + '\n{"key": "cut', "utf-8")
-    monkeypatch.setattr(Stream, "_batch", real)
+    monkeypatch.setattr(Stream, "read_batch", real)
     made = predict_module.predict_data(fitted, str(corpus), broken)
     assert made < len(whole.read_text("utf-8").splitlines())
     assert broken.read_text("utf-8") == whole.read_text("utf-8")

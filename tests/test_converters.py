@@ -100,10 +100,10 @@ def test_half_precision_is_rounded_once(out: Path, dtype: str) -> None:
 
 def test_tiles_of_every_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Matrices that are smaller than a tile, equal to one, and not a multiple of one."""
-    from qwen_scope_lens.converters import _saelens_folder
+    from qwen_scope_lens.converters import saelens_folder
 
     for number, (d_model, d_sae, tile) in enumerate([(5, 7, 3), (6, 9, 3), (4, 4, 4), (1, 8, 16)]):
-        monkeypatch.setattr(_saelens_folder, "TILE", tile)
+        monkeypatch.setattr(saelens_folder, "TILE", tile)
         home = tmp_path / str(number)
         folder = planted.write_group(home / "g", range(0), d_model=d_model, d_sae=d_sae, k=1)
         weights = {

@@ -284,7 +284,7 @@ def test_another_default_dtype_changes_nothing(default: torch.dtype, bridge: Sco
     truth = bridge.run_with_saes(IDS, saes=[sae], use_error_term=True)
     torch.set_default_dtype(default)
     try:
-        full = bridge._is_full
+        full = bridge.is_full
         model = make_model(dtype=torch.float32)
         again = load_model(model, tokenizer=make_tokenizer(), full_hooks=full)
         assert again.cfg.dtype == torch.float32

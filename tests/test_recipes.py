@@ -496,7 +496,7 @@ class Judge:
 
 
 def test_a_judge_of_replies(tmp_path: Path) -> None:
-    from qwen_scope_lens.recipes.safety_arms import _rates, judged
+    from qwen_scope_lens.recipes.safety_arms import judged, rates_of
 
     rows = [
         {"kind": kind, "prompt": f"{{reply}} {number}", "reply": f"r{number}"}
@@ -511,7 +511,7 @@ def test_a_judge_of_replies(tmp_path: Path) -> None:
         silent.name = "silent"
         with pytest.raises(GeneratorFailed, match="6 of 6 replies"):
             judged(rows, silent, book, "P {prompt} R {reply}")
-    rates = _rates(rows, found)
+    rates = rates_of(rows, found)
     assert rates["ASR"]["value"] == pytest.approx(200 / 3)
     assert (rates["RR"]["value"], rates["unread"]) == (50, 1)
     assert rates["Acc"] == pytest.approx(100 - (200 / 3 + 50) / 2)
@@ -553,8 +553,8 @@ def test_targets_by_descriptions_and_a_judge_are_paid_for_once(
     def done(recipe: Recipe) -> Mapping[str, Any]:
         job = engine.Run(recipe, tmp_path, model=mini)
         for stage in engine.stages_of(recipe)[:3]:
-            engine._do(job, stage, engine._state(job, stage))
-        found = engine._state(job, stage).result
+            engine.do_stage(job, stage, engine.state_of(job, stage))
+        found = engine.state_of(job, stage).result
         assert found is not None
         return found
 

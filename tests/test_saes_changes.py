@@ -59,7 +59,7 @@ def test_a_recentring_in_the_middle_of_an_encode(
     real, moved = certified.approximate, []
 
     def recentre() -> None:
-        encoder._blocks_until_recentre = 0
+        encoder.blocks_until_recentre = 0
         moved.append(encoder.recentre(0.3 * torch.randn(40, 64) + next(others)))
 
     def approximate(*arguments: object) -> torch.Tensor:
@@ -103,7 +103,7 @@ def test_one_thread_recentres_and_the_others_go_on() -> None:
     torch.manual_seed(0)
     encoder = Encoder(torch.randn(256, 16), torch.zeros(256))
     x = torch.randn(40, 16) + 100
-    with encoder._turn:
+    with encoder.turn:
         assert not encoder.recentre(x)
     assert encoder.recentre(x)
 
@@ -205,7 +205,7 @@ def test_members_follow_their_sae(home: Path) -> None:
 def test_another_default_dtype(home: Path, dtype: torch.dtype) -> None:
     x = torch.randn(40, 64, dtype=torch.float32)
     want = qsl.load_sae("local/mine/1").encode_sparse(x)
-    topk._half_from.cache_clear()
+    topk.half_from.cache_clear()
     torch.set_default_dtype(dtype)
     try:
         sae = qsl.load_sae("local/mine/1")
@@ -213,11 +213,11 @@ def test_another_default_dtype(home: Path, dtype: torch.dtype) -> None:
         for count in (1, 2, 40):
             assert sae.encode_sparse(x[:count]) == want[:count]
             assert members.values(x[:count]).dtype == torch.float32
-        assert encode_topk(x, sae._encoder(), 4, torch.bfloat16)[0].dtype == torch.float32
+        assert encode_topk(x, sae.exact_encoder(), 4, torch.bfloat16)[0].dtype == torch.float32
         assert sae(x).dtype == sae.pre_activations(x, [3]).dtype == torch.float32
     finally:
         torch.set_default_dtype(torch.float32)
-        topk._half_from.cache_clear()
+        topk.half_from.cache_clear()
 
 
 def test_another_default_device(home: Path) -> None:
@@ -225,12 +225,12 @@ def test_another_default_device(home: Path) -> None:
     x = torch.randn(40, 64)
     sae = qsl.load_sae("local/mine/1")
     want, out = sae.encode_sparse(x), sae(x)
-    topk._half_from.cache_clear()
+    topk.half_from.cache_clear()
     with torch.device("meta"):
         assert sae.prepare().encode_sparse(x) == want
         assert sae.encode_sparse(x[:1]) == want[:1]
         assert torch.equal(sae(x), out)
-    topk._half_from.cache_clear()
+    topk.half_from.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

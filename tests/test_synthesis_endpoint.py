@@ -474,8 +474,8 @@ def test_an_absurd_wait_is_no_wait(said: str) -> None:
     assert seconds is None or seconds >= 0
     client = Endpoint("http://localhost:1/v1", "m", max_backoff=0.001, backoff=0.001)
     started = time.monotonic()
-    client._pause(seconds, 10**6, everyone=True)
-    client._pace()
+    client.pause(seconds, 10**6, everyone=True)
+    client.keep_pace()
     assert time.monotonic() - started < 5
 
 

@@ -203,7 +203,7 @@ def test_exact_where_torch_may_multiply_in_fewer_bits(
 
 
 def test_autocast_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(float32, "_onednn_wins", lambda: False)  # its product ignores autocast
+    monkeypatch.setattr(float32, "onednn_wins", lambda: False)  # its product ignores autocast
     x, rows, bias = problem(n=64, d=512, d_sae=4096)
     with torch.autocast("cpu", torch.bfloat16):
         check(x, rows, bias, 20)
@@ -214,7 +214,7 @@ def test_autocast_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_road_of_a_float32_product(
     monkeypatch: pytest.MonkeyPatch, onednn: bool, n: int
 ) -> None:
-    monkeypatch.setattr(float32, "_onednn_wins", lambda: onednn)
+    monkeypatch.setattr(float32, "onednn_wins", lambda: onednn)
     x, rows, bias = problem(n=n, d=300, d_sae=1003)
     for d in (300, 1, 0):
         got = float32.product(x[:, :d], rows[:, :d])
@@ -246,7 +246,7 @@ def test_first_pass_follows_the_clock(
 
     monkeypatch.setattr(topk, "approximate", timed)
     monkeypatch.setattr(topk.time, "thread_time", lambda: now[0])
-    assert topk._half_from.__wrapped__("cpu", True) == expected
+    assert topk.half_from.__wrapped__("cpu", True) == expected
 
 
 # ScopeSAE against SAELens
@@ -462,10 +462,10 @@ def test_official_layout_is_transposed_once() -> None:
     ours.W_enc.data = ours.W_enc.data.T.contiguous().T
     x = torch.randn(3, 24)
     torch.testing.assert_close(ours(x), theirs(x).detach())
-    first = ours._decoder_rows()
+    first = ours.decoder_rows()
     assert first.is_contiguous()
-    assert ours._decoder_rows() is first
-    assert ours._encoder().rows.data_ptr() == ours.W_enc.data_ptr()
+    assert ours.decoder_rows() is first
+    assert ours.exact_encoder().rows.data_ptr() == ours.W_enc.data_ptr()
     assert set(ours.state_dict()) == set(theirs.state_dict())
 
 
@@ -493,8 +493,8 @@ def test_copies_do_not_carry_the_derived() -> None:
     ours.prepare(half_copy=True)
     x = torch.randn(3, 24)
     twin = copy.deepcopy(ours)
-    assert not twin._derived._kept
-    assert not pickle.loads(pickle.dumps(ours._derived))._kept
+    assert not twin.derived.kept
+    assert not pickle.loads(pickle.dumps(ours.derived)).kept
     assert twin.encode_sparse(x) == ours.encode_sparse(x)
 
 

@@ -17,7 +17,7 @@ from qwen_scope_lens.address import FeatureRef
 from qwen_scope_lens.errors import BadPlan, WrongModel
 from qwen_scope_lens.steering import Edit, Plan
 from qwen_scope_lens.train import RareNegativeGRPOConfig, RareNegativeGRPOTrainer, no_repetition
-from qwen_scope_lens.train.rare_negatives import _in_hindsight
+from qwen_scope_lens.train.rare_negatives import in_hindsight
 
 PROMPTS = ["The package manager", "Установка программ", "Use the command", "一个文件"]
 STRONG = 400.0  # about the length of the residual there
@@ -136,7 +136,7 @@ def test_with_vllm_only_the_steered_rollouts_come_from_the_model(
 
 def test_more_than_one_may_be_steered(tmp_path: Path) -> None:
     trainer = run(tmp_path, 5.0, steered_per_group=2, max_steps=1)
-    assert trainer._steered_rows(8) == [False, False, True, True] * 2
+    assert trainer.steered_rows(8) == [False, False, True, True] * 2
     with pytest.raises(ValueError, match="less than num_generations"):
         RareNegativeGRPOConfig(
             **settings(tmp_path, per_device_train_batch_size=4),
@@ -160,10 +160,10 @@ def test_the_ratio_may_use_the_policy_that_wrote(tmp_path: Path) -> None:
         "completion_ids": reply,
         "completion_mask": torch.ones_like(reply),
     }
-    found = trainer._behaviour_logprobs(output)
+    found = trainer.behaviour_logprobs(output)
     model = trainer.model.eval()
     direction = 100.0 * _direction()
-    assert set(trainer._steered_rows(4)) == {True, False}
+    assert set(trainer.steered_rows(4)) == {True, False}
     for row, ids in enumerate(rows):
         tokens = torch.tensor([[*ids, *reply[row].tolist()]])
         start = len(ids)
@@ -174,7 +174,7 @@ def test_the_ratio_may_use_the_policy_that_wrote(tmp_path: Path) -> None:
             change[:, start:] = direction
             return x + change
 
-        steered = trainer._steered_rows(4)[row]
+        steered = trainer.steered_rows(4)[row]
         handle = model.model.layers[5].register_forward_hook(push) if steered else None
         with torch.no_grad():
             logits = model(tokens).logits[0, start - 1 : -1] / trainer.temperature
@@ -194,13 +194,13 @@ def test_the_true_ratio_of_a_steered_rollout_is_clipped_away(tmp_path: Path) -> 
     """Why the default is the unsteered policy: pi / pi_steered lies far below 1 - epsilon."""
     trainer = run(tmp_path, STRONG, behaviour="steered", max_steps=1)
     kept: dict[str, Any] = {}
-    original = trainer._behaviour_logprobs
+    original = trainer.behaviour_logprobs
 
     def spy(output: dict[str, Any]) -> torch.Tensor:
         kept["output"], kept["steered"] = output, original(output)
         return kept["steered"]
 
-    trainer._behaviour_logprobs = spy
+    trainer.behaviour_logprobs = spy
     trainer.model.train()
     trainer._generate_and_score_completions([{"prompt": PROMPTS[0]}] * 4)
     output = kept["output"]
@@ -217,7 +217,7 @@ def test_the_true_ratio_of_a_steered_rollout_is_clipped_away(tmp_path: Path) -> 
 
 def test_hindsight_places_an_edit_as_it_acted() -> None:
     def spans(where: str) -> Any:
-        (edit,) = _in_hindsight(plan(1.0, where), 9).edits
+        (edit,) = in_hindsight(plan(1.0, where), 9).edits
         assert edit.where.phase == "both"
         return edit.where.positions
 

@@ -18,8 +18,8 @@ from qwen_scope_lens.catalog import bundled_model
 from qwen_scope_lens.cli.verbs import main
 from qwen_scope_lens.errors import BadFile, UnknownName
 from qwen_scope_lens.steering import Edit, Plan
-from qwen_scope_lens.train.checkpoints import _list_files, last_whole, set_aside
-from qwen_scope_lens.train.runs import GRPO, SASFT, _rewards, read_run, run_sasft
+from qwen_scope_lens.train.checkpoints import last_whole, list_files, set_aside
+from qwen_scope_lens.train.runs import GRPO, SASFT, read_run, reward_functions, run_sasft
 
 
 def write_run(folder: Path, **content: Any) -> Path:
@@ -94,7 +94,7 @@ def test_a_checkpoint_is_whole_when_its_list_fits(tmp_path: Path) -> None:
         folder = tmp_path / f"checkpoint-{step}"
         (folder / "deep").mkdir(parents=True)
         (folder / "deep" / "weights").write_bytes(b"12345")
-        _list_files(folder)
+        list_files(folder)
     assert last_whole(tmp_path) == str(tmp_path / "checkpoint-10")
     (tmp_path / "checkpoint-10" / "deep" / "weights").write_bytes(b"123")
     assert last_whole(tmp_path) == str(tmp_path / "checkpoint-9")
@@ -133,7 +133,7 @@ def test_what_contradicts_the_checkpoints_is_refused_and_fresh_sets_them_aside(
     assert "is damaged" in message()
     state.write_text(text, "utf-8")
     make_model().save_pretrained(state.parent)
-    _list_files(state.parent)
+    list_files(state.parent)
     sasft_run(tmp_path, max_steps=2)
     assert "checkpoint-1 does not belong to this model and run" in message()
     sasft_run(tmp_path, max_steps=1)
@@ -242,19 +242,19 @@ def test_what_is_wrong_in_a_run_is_one_line(
 
 def test_rewards_by_name_and_of_ones_own(tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path, rewards=["no_repetition", "json:dumps"]), GRPO)
-    assert _rewards(run)[1] is json.dumps
+    assert reward_functions(run)[1] is json.dumps
     for wrong in ("no_such", "json:no_such", "no.such.module:f"):
         with pytest.raises(UnknownName, match="reward"):
-            _rewards(read_run(write_run(tmp_path, rewards=[wrong]), GRPO))
+            reward_functions(read_run(write_run(tmp_path, rewards=[wrong]), GRPO))
     odds: tuple[Any, ...] = ([], 5, [5], [{}], {"no_repetition": 1, "no_script": "zh"})
     for odd in odds:
         with pytest.raises(BadFile, match="expected names"):
-            _rewards(read_run(write_run(tmp_path, rewards=odd), GRPO))
+            reward_functions(read_run(write_run(tmp_path, rewards=odd), GRPO))
     for rule in ({"min_time": 3}, {"min_times": 1}, {"value": "low"}, {"min_times": "x"}):
         with pytest.raises(BadFile, match="no_repetition cannot be used"):
-            _rewards(read_run(write_run(tmp_path, rewards=[{"no_repetition": rule}]), GRPO))
+            reward_functions(read_run(write_run(tmp_path, rewards=[{"no_repetition": rule}]), GRPO))
     with pytest.raises(UnknownName, match="'de' has no script"):
-        _rewards(read_run(write_run(tmp_path, rewards=[{"no_script": "de"}]), GRPO))
+        reward_functions(read_run(write_run(tmp_path, rewards=[{"no_script": "de"}]), GRPO))
 
 
 def test_measuring_replies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,7 +23,7 @@ from qwen_scope_lens.train import (
     record_residuals,
 )
 from qwen_scope_lens.train.penalty import require_graph
-from qwen_scope_lens.train.sasft import _counted, build_penalty
+from qwen_scope_lens.train.sasft import build_penalty, counted_tokens
 
 FEATURES = {7: (3, 40), 5: (11,)}
 
@@ -135,10 +135,10 @@ def test_the_label_shift() -> None:
     """The residual that predicts a response token counts, the last one predicts nothing."""
     labels = torch.tensor([[-100, -100, 5, 6, 7, -100]])
     languages = torch.zeros_like(labels)
-    assert _counted(labels, languages, "predicting").int().tolist() == [[0, 1, 1, 1, 0, 0]]
-    assert _counted(labels, languages, "response").int().tolist() == [[0, 0, 1, 1, 1, 0]]
+    assert counted_tokens(labels, languages, "predicting").int().tolist() == [[0, 1, 1, 1, 0, 0]]
+    assert counted_tokens(labels, languages, "response").int().tolist() == [[0, 0, 1, 1, 1, 0]]
     languages[0, 1] = -1  # a pad of the collator
-    assert _counted(labels, languages, "predicting").int().tolist() == [[0, 0, 1, 1, 0, 0]]
+    assert counted_tokens(labels, languages, "predicting").int().tolist() == [[0, 0, 1, 1, 0, 0]]
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ def grpo(folder: Path) -> dict[str, Any]:
         processing_class=tokenizer,
     )
     run.train()
-    return {"steered": run._steered_rows(2)}
+    return {"steered": run.steered_rows(2)}
 
 
 def found(what: str, out: Path) -> dict[str, Any]:

@@ -31,7 +31,7 @@ def find_browser() -> str | None:
     for name in NAMES:
         if path := shutil.which(name):
             return path
-    return _of_playwright()
+    return of_playwright()
 
 
 def get_browser(run: Callable[[Sequence[str]], bool] | None = None) -> tuple[str | None, str]:
@@ -48,7 +48,7 @@ def get_browser(run: Callable[[Sequence[str]], bool] | None = None) -> tuple[str
         path := find_browser()
     ):
         return path, f"browser tests use {path}, which Playwright downloaded now"
-    if _may_install() and run(["apt-get", "update", "-q"]):
+    if may_install() and run(["apt-get", "update", "-q"]):
         install = ["apt-get", "install", "-qy", "--no-install-recommends", "chromium"]
         if run(install) and (path := find_browser()):
             return path, f"browser tests use {path}, which apt-get installed now"
@@ -64,7 +64,7 @@ def main() -> int:
     return 0
 
 
-def _of_playwright() -> str | None:
+def of_playwright() -> str | None:
     try:
         from playwright.sync_api import sync_playwright
     except ImportError:
@@ -74,7 +74,7 @@ def _of_playwright() -> str | None:
     return path if path and Path(path).is_file() else None
 
 
-def _may_install() -> bool:
+def may_install() -> bool:
     return shutil.which("apt-get") is not None and os.geteuid() == 0
 
 

@@ -100,11 +100,11 @@ class Stream:
         while window := list(islice(stream, WINDOW)):
             done: dict[int, Prediction] = {}
             for batch in self.reader.captures(window):
-                done |= zip(batch.doc_ids, self._batch(batch), strict=True)
+                done |= zip(batch.doc_ids, self.read_batch(batch), strict=True)
             yield from (done[i] for i in range(len(window)))
 
     @torch.no_grad()
-    def _batch(self, batch: Capture) -> Iterator[Prediction]:
+    def read_batch(self, batch: Capture) -> Iterator[Prediction]:
         m = len(self.fitted.features)
         values = np.zeros((len(batch), m), dtype=np.float32)
         rows = np.full((len(batch), m), -1)

@@ -211,7 +211,7 @@ class RepairedBridge(AttachesSAEs):
             check_nested(self, super().state_dict(destination={}, prefix="m.", keep_vars=True))
             nested: dict[str, Any] = super().state_dict(destination, prefix, keep_vars)
             return nested
-        state = whole_state(self, upstream_names=self._is_full)
+        state = whole_state(self, upstream_names=self.is_full)
         return state if keep_vars else {name: t.detach() for name, t in state.items()}
 
     def load_state_dict(
@@ -219,12 +219,12 @@ class RepairedBridge(AttachesSAEs):
     ) -> Any:
         """Load a state dict of this bridge or of an HF model. With `strict` it must be complete."""
         lists = load_whole(
-            self, state_dict, strict=strict, assign=assign, upstream_names=self._is_full
+            self, state_dict, strict=strict, assign=assign, upstream_names=self.is_full
         )
         return _IncompatibleKeys(*lists)
 
     @property
-    def _is_full(self) -> bool:
+    def is_full(self) -> bool:
         return not isinstance(self.adapter, ResidualAdapter)
 
     def enable_compatibility_mode(self, *args: Any, **kwargs: Any) -> NoReturn:

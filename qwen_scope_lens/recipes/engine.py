@@ -270,14 +270,14 @@ def run(
     with exclusive(folder):
         for number, stage in enumerate(stages := stages_of(recipe), start=1):
             head = f"[{number}/{len(stages)}] {stage.name}: {stage.what}"
-            before = _state(job, stage)
+            before = state_of(job, stage)
             if before.state == "finished":
                 say(f"{head}: finished before")
                 continue
             page.unlink(missing_ok=True)  # what is not computed is not shown
             say(head + (f" ({before.why})" if before.why else ""))
-            _do(job, stage, before)
-        done = [_state(job, stage) for stage in stages]
+            do_stage(job, stage, before)
+        done = [state_of(job, stage) for stage in stages]
         make_page(job, done).save(page)
     return Outcome(page, {state.name: state.result for state in done if state.result is not None})
 
@@ -287,7 +287,7 @@ def states(recipe: Recipe, folder: Path, data: Path | None = None) -> list[State
     job = Run(recipe, folder, data)
     known: dict[str, State] = {}
     for stage in stages_of(recipe):
-        found = _state(job, stage)
+        found = state_of(job, stage)
         if found.state in ("finished", "begun"):
             read = _read(job.record(stage.name))["reads"]
             old = [name for name in known if f"stage:{name}" in read and known[name].result is None]
@@ -298,7 +298,7 @@ def states(recipe: Recipe, folder: Path, data: Path | None = None) -> list[State
     return list(known.values())
 
 
-def _do(job: Run, stage: Stage, before: State) -> None:
+def do_stage(job: Run, stage: Stage, before: State) -> None:
     own = job.folder / stage.name
     refuse_link(own)
     if before.state == "not begun" and own.exists():
@@ -325,7 +325,7 @@ def _do(job: Run, stage: Stage, before: State) -> None:
     write_json(job.record(stage.name), FORMAT, VERSION, content)
 
 
-def _state(job: Run, stage: Stage) -> State:
+def state_of(job: Run, stage: Stage) -> State:
     path = job.record(stage.name)
     if not path.is_file():
         return State(stage.name, "not begun")

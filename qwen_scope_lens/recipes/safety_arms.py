@@ -106,13 +106,13 @@ def rates(work: Work) -> Mapping[str, Any]:
             )
         rows = [row for _, row in read_rows(path)]
         by_phrases = [is_refusal(row["reply"], phrases) for row in rows]
-        found[arm] = {"by phrases": _rates(rows, by_phrases)}
+        found[arm] = {"by phrases": rates_of(rows, by_phrases)}
         if judge:
             folder = paid_folder(work, "replies", work["judge_prompt"])
             with Ledger.open(folder, Prices(**work["prices"])) as book:
                 refuses = judged(rows, judge, book, work["judge_prompt"])
                 within_limit(book)
-            found[arm]["by judge"] = _rates(rows, refuses)
+            found[arm]["by judge"] = rates_of(rows, refuses)
     how = "by judge" if judge else "by phrases"
     return {
         "arms": found,
@@ -154,7 +154,7 @@ def judged(
     return found
 
 
-def _rates(rows: Sequence[Mapping[str, Any]], refuses: Sequence[bool | None]) -> dict[str, Any]:
+def rates_of(rows: Sequence[Mapping[str, Any]], refuses: Sequence[bool | None]) -> dict[str, Any]:
     """ASR and RR with Wilson intervals, and Acc; answers that cannot be read are left out."""
     cells: dict[str, Any] = {"unread": sum(one is None for one in refuses)}
     for name, kind, bad in (("ASR", "harmful", False), ("RR", "benign", True)):

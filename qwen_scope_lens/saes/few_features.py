@@ -63,7 +63,7 @@ class Membership:
         self._encoded = 0
         self._next_choice = WARM_UP
         self._witnesses: torch.Tensor | None = None  # numbers of features
-        self._derived = Derived()
+        self.derived = Derived()
         self.settled: Counter[str] = Counter()
 
     @torch.no_grad()
@@ -116,7 +116,7 @@ class Membership:
         score = inside.double() @ rows.T + bias
         if not bool(score.isfinite().all()):
             require_finite(x, x.shape[:-1])
-            self.sae._encoder()  # raises with the names of weights that are not finite
+            self.sae.exact_encoder()  # raises with the names of weights that are not finite
             raise NotFinite("scores exceed float64: expected residuals of a trained model")
         length = norm_above(inside).double()
         d_in = self.sae.cfg.d_in
@@ -153,8 +153,8 @@ class Membership:
 
         weights, bias = self.sae.W_enc, self.sae.b_enc
         column = torch.arange(len(index), device=index.device) % len(weights)
-        now = (self.sae._derived.generation, fingerprint(weights.detach()[column, index]))
-        return self._derived.get(name, (weights, bias), read, also=now)
+        now = (self.sae.derived.generation, fingerprint(weights.detach()[column, index]))
+        return self.derived.get(name, (weights, bias), read, also=now)
 
     def _encode(self, x: torch.Tensor) -> torch.Tensor:
         """The features' values from a full encode. `[n, d_in] -> [n, m]`"""
@@ -171,7 +171,7 @@ class Membership:
     def _choose_witnesses(self) -> None:
         """Take the features that fired most often so far as witnesses."""
         self._witnesses = self._often.topk(min(self.n_witnesses, self.sae.cfg.d_sae)).indices
-        self._derived.clear()
+        self.derived.clear()
 
     def _first(
         self, upper: torch.Tensor, open_: torch.Tensor, document: torch.Tensor, take: int

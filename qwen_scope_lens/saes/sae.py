@@ -84,14 +84,14 @@ class ScopeSAE(TopKSAE):
 
     def __init__(self, cfg: TopKSAEConfig, use_error_term: bool = False) -> None:
         super().__init__(cfg, use_error_term)
-        self._derived = Derived()
+        self.derived = Derived()
         self._half_copy = False
         self.requires_grad_(False)
 
     def requires_grad_(self, requires_grad: bool = True) -> ScopeSAE:
         """As in torch. Tensors derived from the weights are made anew afterwards, because a fused
         optimizer changes weights without leaving a trace."""
-        self._derived.clear()
+        self.derived.clear()
         super().requires_grad_(requires_grad)
         return self
 
@@ -123,7 +123,7 @@ class ScopeSAE(TopKSAE):
             size = max(1, _INPUT_BYTES // (4 * self.cfg.d_in))
         if not transformed():  # under a transform, `encode_topk` checks
             require_finite(flat, shape)
-        encoder = self._encoder()
+        encoder = self.exact_encoder()
         parts = []
         for start in range(0, max(1, len(flat)), size):
             block = flat[start : start + size]
@@ -141,8 +141,8 @@ class ScopeSAE(TopKSAE):
         hundred tokens. The codes are the same, bit for bit. `prepare()` drops the copy again.
         """
         self._half_copy = half_copy
-        self._derived.clear()
-        self._encoder()
+        self.derived.clear()
+        self.exact_encoder()
         return self
 
     @torch.compiler.disable
@@ -160,7 +160,7 @@ class ScopeSAE(TopKSAE):
         if self.cfg.rescale_acts_by_decoder_norm:
             values = values / self.W_dec[codes.indices].norm(dim=-1)
         flat = codes.flatten()
-        out = gather_decode(values.reshape(-1, codes.k), flat.indices, self._decoder_rows())
+        out = gather_decode(values.reshape(-1, codes.k), flat.indices, self.decoder_rows())
         return self._finish(out.reshape(*codes.shape, self.cfg.d_in))
 
     def pre_activations(
@@ -210,7 +210,7 @@ class ScopeSAE(TopKSAE):
         position, feature = flat.nonzero(as_tuple=True)
         out = torch.nn.functional.embedding_bag(
             feature,
-            self._decoder_rows(),
+            self.decoder_rows(),
             counts.cumsum(0) - counts,
             mode="sum",
             per_sample_weights=flat[position, feature],
@@ -272,7 +272,7 @@ class ScopeSAE(TopKSAE):
         """Whether autograd or functorch needs gradients of these parameters."""
         for kept, sources in _MADE_FROM.items():
             if any(getattr(self, name).requires_grad for name in sources):
-                self._derived.drop(kept)
+                self.derived.drop(kept)
         wanted = [getattr(self, name) for name in names]
         return (torch.is_grad_enabled() and any(w.requires_grad for w in wanted)) or hidden(*wanted)
 
@@ -312,12 +312,12 @@ class ScopeSAE(TopKSAE):
     def _rowwise_input(self) -> bool:
         return self.cfg.normalize_activations == "none" and self.cfg.reshape_activations == "none"
 
-    def _encoder(self) -> Encoder:
+    def exact_encoder(self) -> Encoder:
         """The encoder with its error bounds, made once and kept.
 
         Its rows `[d_sae, d_in]` are a view of an official file's W_enc, else a row-major copy.
         """
-        return self._derived.get(
+        return self.derived.get(
             "encoder",
             (self.W_enc, self.b_enc),
             self._new_encoder,
@@ -351,12 +351,12 @@ class ScopeSAE(TopKSAE):
             super()._apply(fn, recurse)
         return self
 
-    def _decoder_rows(self) -> torch.Tensor:
+    def decoder_rows(self) -> torch.Tensor:
         if self.W_dec.is_contiguous():
             return self.W_dec
         if self._trains("W_dec"):
             return self.W_dec.contiguous()
-        return self._derived.get("decoder rows", (self.W_dec,), self.W_dec.detach().contiguous)
+        return self.derived.get("decoder rows", (self.W_dec,), self.W_dec.detach().contiguous)
 
     def _checked(self, features: int | Sequence[int] | torch.Tensor) -> torch.Tensor:
         given = torch.as_tensor(features, device=self.W_dec.device)

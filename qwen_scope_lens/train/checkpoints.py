@@ -45,7 +45,7 @@ class WholeCheckpoints:
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             folder = self._get_output_dir(trial=trial)
-            _list_files(Path(folder, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"))
+            list_files(Path(folder, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"))
             rotate_checkpoints(
                 output_dir=folder,
                 save_total_limit=limit,
@@ -126,7 +126,7 @@ def save_final(trainer: Any, folder: Path) -> None:
     trainer.accelerator.wait_for_everyone()
 
 
-def _list_files(folder: Path) -> None:
+def list_files(folder: Path) -> None:
     sizes = {
         str(path.relative_to(folder)): path.stat().st_size
         for path in sorted(folder.rglob("*"))

@@ -100,7 +100,7 @@ class RareNegativeGRPOTrainer(WholeCheckpoints, GRPOTrainer):
         if self.use_vllm:  # TRL prepares the model's own generation only without vLLM
             self._prepare_own_generation()
 
-    def _steered_rows(self, count: int) -> list[bool]:
+    def steered_rows(self, count: int) -> list[bool]:
         """Which rows of this process are steered: the last ones of each group.
 
         TRL repeats each prompt `num_generations` times in a row, and each process gets a contiguous
@@ -115,7 +115,7 @@ class RareNegativeGRPOTrainer(WholeCheckpoints, GRPOTrainer):
     def _generate_single_turn(self, prompt_ids: Any, *rest: Any, **named: Any) -> Any:
         if not self.model.training:
             return super()._generate_single_turn(prompt_ids, *rest, **named)
-        rows = self._steered_rows(len(prompt_ids))
+        rows = self.steered_rows(len(prompt_ids))
         plans = [self.plan if steered else None for steered in rows]
         if self.use_vllm:
             found = super()._generate_single_turn(prompt_ids, *rest, **named)
@@ -177,11 +177,11 @@ class RareNegativeGRPOTrainer(WholeCheckpoints, GRPOTrainer):
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         output: dict[str, Any] = super()._generate_and_score_completions(inputs)
         if self.model.training and self.args.behaviour == "steered":
-            output["old_per_token_logps"] = self._behaviour_logprobs(output)
+            output["old_per_token_logps"] = self.behaviour_logprobs(output)
         return output
 
     @torch.no_grad()
-    def _behaviour_logprobs(self, output: dict[str, Any]) -> torch.Tensor:
+    def behaviour_logprobs(self, output: dict[str, Any]) -> torch.Tensor:
         """Log-probabilities under the policy that wrote each rollout. `-> [rows, completion]`"""
         ids = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)
         mask = torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1)
@@ -191,11 +191,11 @@ class RareNegativeGRPOTrainer(WholeCheckpoints, GRPOTrainer):
         if found is None:
             found, _, _ = self._get_per_token_logps_and_entropies(self.model, ids, mask, keep, size)
         found = found.clone()
-        steered = torch.tensor(self._steered_rows(len(ids))).nonzero()[:, 0]
+        steered = torch.tensor(self.steered_rows(len(ids))).nonzero()[:, 0]
         for rows in steered.split(size):
             rows = rows.to(ids.device)
             lengths = output["prompt_mask"][rows].sum(dim=1).tolist()
-            plans = [_in_hindsight(self.plan, length) for length in lengths]
+            plans = [in_hindsight(self.plan, length) for length in lengths]
             with self._steered(plans):
                 found[rows], _, _ = self._get_per_token_logps_and_entropies(
                     self.model, ids[rows], mask[rows], keep, size
@@ -234,7 +234,7 @@ def _check_model(model: Any, args: RareNegativeGRPOConfig, plan: Plan) -> None:
         check_backbone(model, row, allow_other_model=args.allow_other_model)
 
 
-def _in_hindsight(plan: Plan, prompt: int) -> Plan:
+def in_hindsight(plan: Plan, prompt: int) -> Plan:
     """The plan for one pass over a finished text, acting as it did while the text was written."""
 
     def placed(edit: Edit) -> Edit:

@@ -123,7 +123,7 @@ def run_grpo(path: Path, resume: bool = True) -> Path:
     args = _arguments(run, RareNegativeGRPOConfig)
     _check_earlier(run, "grpo", args, resume)
     plan = Plan.load(run.file("plan"))
-    rewards = _rewards(run)
+    rewards = reward_functions(run)
     trainer = _set_up(run, RareNegativeGRPOTrainer, args, reward_funcs=rewards, plan=plan)
     return _train(run, "grpo", trainer, resume)
 
@@ -194,7 +194,7 @@ def _lora(run: Run) -> Any:
         raise BadFile(f"{run.path}: `lora` cannot be used: {error}") from error
 
 
-def _rewards(run: Run) -> list[Any]:
+def reward_functions(run: Run) -> list[Any]:
     """Reward functions: `no_repetition`, `no_script: zh`, or the user's `module:function`."""
     from importlib import import_module
 

@@ -170,7 +170,7 @@ class SASFTTrainer(WholeCheckpoints, SFTTrainer):
         with record_residuals(model, tuple(self._penalty.rows)) as residuals:
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss, outputs = result if return_outputs else (result, None)
-        counted = _counted(labels, languages, self.args.positions)
+        counted = counted_tokens(labels, languages, self.args.positions)
         with torch.set_grad_enabled(self.args.lam > 0):
             if self.args.lam > 0:
                 require_graph(residuals)
@@ -243,7 +243,7 @@ def _name_what_is_left_out(
             )
 
 
-def _counted(labels: torch.Tensor, languages: torch.Tensor, positions: str) -> torch.Tensor:
+def counted_tokens(labels: torch.Tensor, languages: torch.Tensor, positions: str) -> torch.Tensor:
     """Which residuals the penalty counts. `-> bool [batch, position]`
 
     The residual at t predicts the token at t + 1, because the model shifts labels. At the end of a

@@ -128,7 +128,7 @@ class Endpoint:
         started = time.monotonic()
         what, charged = "", 0
         for trial in range(self.tries):
-            self._pace()
+            self.keep_pace()
             if self._stop.is_set() or not book.start(number):
                 return
             try:
@@ -145,7 +145,7 @@ class Endpoint:
                 unreachable = trouble.unreachable and not self._answered and trial > 0
                 if trouble.final or unreachable or charged >= self.charged_tries:
                     break
-                self._pause(trouble.wait, trial, everyone=trouble.wait is not None)
+                self.pause(trouble.wait, trial, everyone=trouble.wait is not None)
                 continue
             with self._lock:
                 self._answered, self._failed_in_a_row = True, 0
@@ -207,7 +207,7 @@ class Endpoint:
             )
         return key
 
-    def _pace(self) -> None:
+    def keep_pace(self) -> None:
         """Wait until this call may start."""
         with self._lock:
             now = time.monotonic()
@@ -216,7 +216,7 @@ class Endpoint:
                 self._next_start = start + 60 / self.requests_per_minute
         self._stop.wait(min(max(0.0, start - now), threading.TIMEOUT_MAX))
 
-    def _pause(self, wait: float | None, trial: int, everyone: bool) -> None:
+    def pause(self, wait: float | None, trial: int, everyone: bool) -> None:
         """Wait before the next try: as the server says, else longer each time, with jitter."""
         if wait is None:
             grown = self.backoff * 2.0 ** min(trial, 60)

@@ -189,8 +189,8 @@ class Encoder:
             centre=centre,
             half=half,
         )
-        self._turn = threading.Lock()
-        self._blocks_until_recentre = 0
+        self.turn = threading.Lock()
+        self.blocks_until_recentre = 0
         self._recentred = 0
 
     @property
@@ -222,15 +222,15 @@ class Encoder:
         Each change reads all the weights, so it is allowed ever more rarely, and in one thread at a
         time: meanwhile the other threads go on as they are.
         """
-        if not self._turn.acquire(blocking=False):
+        if not self.turn.acquire(blocking=False):
             return False
         try:
-            self._blocks_until_recentre -= 1
+            self.blocks_until_recentre -= 1
             half = self.rows.dtype == torch.bfloat16
-            if self._blocks_until_recentre > 0 or len(x) < 32 or half:
+            if self.blocks_until_recentre > 0 or len(x) < 32 or half:
                 return False
             self._recentred += 1
-            self._blocks_until_recentre = 4**self._recentred
+            self.blocks_until_recentre = 4**self._recentred
             sample = x[:: max(1, len(x) // 512)]
             point = sample.median(dim=0).values
             apart = (sample - point).square()
@@ -240,7 +240,7 @@ class Encoder:
             self.snapshot = self.snapshot.centred(point, columns)
             return True
         finally:
-            self._turn.release()
+            self.turn.release()
 
 
 def _centre_at(

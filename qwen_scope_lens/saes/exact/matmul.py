@@ -49,7 +49,7 @@ def _product(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         return _by_blas(x, rows)
     if len(x) <= BY_DOTS:
         return all_dots(rows, x)
-    return _by_onednn(x, rows) if _onednn_wins() else _by_blas(x, rows)
+    return _by_onednn(x, rows) if onednn_wins() else _by_blas(x, rows)
 
 
 def full_float32(device: str) -> bool:
@@ -74,7 +74,7 @@ def _by_onednn(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
 
 
 @cache
-def _onednn_wins() -> bool:
+def onednn_wins() -> bool:
     """Whether oneDNN is faster than the BLAS here. Measured once per process, in 20 ms."""
     known = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     if not known:

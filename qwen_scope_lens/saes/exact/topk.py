@@ -109,11 +109,11 @@ class _TopK(torch.autograd.Function):
 
 def first_pass(tokens: int, device: str, keeps_half: bool = False) -> torch.dtype:
     """The precision in which a first pass over this many positions is fastest here."""
-    return torch.bfloat16 if tokens >= _half_from(device, keeps_half) else torch.float32
+    return torch.bfloat16 if tokens >= half_from(device, keeps_half) else torch.float32
 
 
 @cache
-def _half_from(device: str, keeps_half: bool) -> int:
+def half_from(device: str, keeps_half: bool) -> int:
     """The number of positions from which a bfloat16 first pass is clearly faster than float32.
 
     Its time includes converting the weights, unless a copy is kept. Measured once per process, in

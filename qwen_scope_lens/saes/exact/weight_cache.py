@@ -30,7 +30,7 @@ class Derived:
     """A cache of objects made from tensors. Each is valid for one state of its tensors."""
 
     def __init__(self) -> None:
-        self._kept: dict[str, tuple[Any, Any]] = {}
+        self.kept: dict[str, tuple[Any, Any]] = {}
         self.generation = 0
         """A counter that grows whenever an entry is dropped on purpose."""
 
@@ -60,26 +60,26 @@ class Derived:
         also: object,
     ) -> T:
         if any(source.requires_grad or source.is_inference() for source in sources):
-            self._kept.pop(name, None)
+            self.kept.pop(name, None)
             return make()
         state = (also, *(_state(source, every_feature) for source in sources))
-        found = self._kept.get(name)
+        found = self.kept.get(name)
         if found is not None and found[0] == state:
             made: T = found[1]
             return made
-        self._kept.pop(name, None)
+        self.kept.pop(name, None)
         made = make()
-        self._kept[name] = (state, made)
+        self.kept[name] = (state, made)
         return made
 
     def drop(self, name: str) -> None:
         """Forget one entry, because its sources may change without a trace."""
-        if self._kept.pop(name, None) is not None:
+        if self.kept.pop(name, None) is not None:
             self.generation += 1
 
     def clear(self) -> None:
         """Forget all entries."""
-        self._kept.clear()
+        self.kept.clear()
         self.generation += 1
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Derived:

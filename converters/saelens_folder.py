@@ -50,7 +50,7 @@ def write_saelens_folder(
     with ThreadPoolExecutor(1) as pool:
         source_hash = pool.submit(file_sha256, source.path)
         weights_hash = _Follower(weights, pool)
-        _write_safetensors(weights, source.path, tensors, dtype, progress, weights_hash.reach)
+        write_safetensors(weights, source.path, tensors, dtype, progress, weights_hash.reach)
         metadata = {
             **config["metadata"],
             "source_file": source.path.name,
@@ -94,7 +94,7 @@ class _Follower:
                 start += len(data)
 
 
-def _write_safetensors(
+def write_safetensors(
     path: Path,
     source: Path,
     tensors: SAETensors,
