@@ -24,7 +24,7 @@ from qwen_scope_lens.bench.equal_size import spread_enough
 from qwen_scope_lens.bench.panel import Scores
 from qwen_scope_lens.errors import BadCorpus, BadFile, StoreMismatch, TooLittleData
 from qwen_scope_lens.features import pool
-from qwen_scope_lens.stores import Document, Reading
+from qwen_scope_lens.stores import Document, StoreReader
 
 SAE = "mini-qwen3/w1k-l0-16"
 
@@ -53,7 +53,7 @@ def test_the_last_token_alone_gives_the_same_footprints(model: Any, tmp_path: Pa
         with pytest.raises(StoreMismatch, match="--last-token"):
             last["a"].footprint(3, position)
     with pytest.raises(StoreMismatch, match="last token of each document only"):
-        Reading.of(last["a"].store).document_residuals(model, texts)
+        StoreReader.of(last["a"].store).document_residuals(model, texts)
     with pytest.raises(StoreMismatch, match="last_token"):
         extract_suite(prompts, model, SAE, [1, 3], tmp_path / "last", progress=False)
 

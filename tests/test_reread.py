@@ -19,7 +19,7 @@ from qwen_scope_lens.classify.pooled import source_of_store
 from qwen_scope_lens.compare.fidelity import fidelity
 from qwen_scope_lens.compare.sources import both_fvu
 from qwen_scope_lens.errors import BadFile, LayerOutOfRange
-from qwen_scope_lens.stores import FeatureStore, Reading, extract, pooled_residuals
+from qwen_scope_lens.stores import FeatureStore, StoreReader, extract, pooled_residuals
 from qwen_scope_lens.stores.corpus import Document
 from qwen_scope_lens.train import mean_pre_activations
 
@@ -64,7 +64,7 @@ def captured(model: Any) -> Any:
 
 
 def test_a_reading_gives_the_store_again(store: FeatureStore, captured: Any) -> None:
-    reading = Reading.of(store)
+    reading = StoreReader.of(store)
     assert (reading.layers, reading.dtype) == (tuple(LAYERS), "bfloat16")
     model = reading.open_model()
     assert next(model.parameters()).dtype == torch.bfloat16
@@ -75,7 +75,7 @@ def test_a_reading_gives_the_store_again(store: FeatureStore, captured: Any) -> 
             there = store.by_token(number, 1)
             assert batch.keep(1)[rows].tolist() == there.keep.tolist()
     with pytest.raises(LayerOutOfRange, match="layer 2"):
-        Reading.of(store, [2])
+        StoreReader.of(store, [2])
 
 
 def test_residuals_beside_a_ranking_are_the_store_s(store: FeatureStore, captured: Any) -> None:
@@ -138,7 +138,7 @@ def test_the_revision_goes_where_the_model_is_loaded(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(
         "qwen_scope_lens.stores.reread.load_model", lambda name, **how: asked.update(how, name=name)
     )
-    Reading("some/model", (2, 5), dtype="bfloat16", revision="abc").open_model(device="cpu")
+    StoreReader("some/model", (2, 5), dtype="bfloat16", revision="abc").open_model(device="cpu")
     assert asked == {
         "name": "some/model",
         "up_to_layer": 5,
@@ -146,7 +146,7 @@ def test_the_revision_goes_where_the_model_is_loaded(monkeypatch: pytest.MonkeyP
         "revision": "abc",
         "device": "cpu",
     }
-    assert Reading("m", (1,), dtype="uint8").load_options["dtype"] is None  # quantised weights
+    assert StoreReader("m", (1,), dtype="uint8").load_options["dtype"] is None  # quantised weights
     for edited in ("float33", "nn"):
         with pytest.raises(BadFile, match=edited):
-            _ = Reading("m", (1,), dtype=edited).load_options
+            _ = StoreReader("m", (1,), dtype=edited).load_options

@@ -24,7 +24,7 @@ from qwen_scope_lens.bench.prompts import PromptFormat, read_prompts
 from qwen_scope_lens.bench.suite import Benchmark, extract_suite, read_footprint
 from qwen_scope_lens.errors import BadFile
 from qwen_scope_lens.stores.manifest import Manifest
-from qwen_scope_lens.stores.reread import Reading
+from qwen_scope_lens.stores.reread import StoreReader
 from qwen_scope_lens.stores.store import FeatureStore
 
 __all__ = ["Screened", "footprint_like", "own_novelty", "screen"]
@@ -52,7 +52,7 @@ def footprint_like(
         raise BadFile(
             f"{place} is a folder but not a feature store: expected a store or a file of items"
         )
-    reading = Reading.of(benchmark.store, [chosen])
+    reading = StoreReader.of(benchmark.store, [chosen])
     sae = LayerRef.parse(benchmark.store.sae(chosen).ref)
     prompts = list(read_prompts(path, _own_format(benchmark) if how is None else how))
     say(f"{place.name}: {len(prompts):,} items through {reading.model}")

@@ -16,7 +16,7 @@ import numpy as np
 from qwen_scope_lens.errors import LayerOutOfRange, StoreMismatch
 from qwen_scope_lens.features.pool import canonical, pool
 from qwen_scope_lens.stores.manifest import Settings
-from qwen_scope_lens.stores.reread import Reading
+from qwen_scope_lens.stores.reread import StoreReader
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
@@ -79,10 +79,10 @@ class Source:
         return replace(self, layers=tuple(self.layers[i] for i in positions))
 
     @property
-    def reading(self) -> Reading:
+    def reading(self) -> StoreReader:
         """The same, for reading texts with the model."""
         layers = tuple(facts.layer for facts in self.layers)
-        return Reading(self.model, layers, Settings(**self.settings), self.dtype, self.revision)
+        return StoreReader(self.model, layers, Settings(**self.settings), self.dtype, self.revision)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

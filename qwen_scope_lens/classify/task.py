@@ -17,7 +17,7 @@ from qwen_scope_lens.classify.methods import Documents
 from qwen_scope_lens.classify.pooled import pool_layers
 from qwen_scope_lens.errors import BadPlan, TooLittleData
 from qwen_scope_lens.features.document_sets import DocumentLabel, held_out_texts
-from qwen_scope_lens.stores.reread import Reading
+from qwen_scope_lens.stores.reread import StoreReader
 from qwen_scope_lens.stores.store import FeatureStore
 
 __all__ = ["Task", "by_language", "documents_of", "open_data", "residuals_of", "split"]
@@ -124,7 +124,7 @@ def residuals_of(
     documents: Documents, store: FeatureStore, layers: Sequence[int], model: Any
 ) -> Documents:
     """The same with mean residuals, which `model` reads the texts again for."""
-    found = Reading.of(store, layers).document_residuals(model, documents.texts)
+    found = StoreReader.of(store, layers).document_residuals(model, documents.texts)
     return replace(documents, residuals=found)
 
 

@@ -149,7 +149,7 @@ def _read(
 ) -> tuple[Documents, Documents, str, FeatureStore]:
     """Discovery and test documents, a line that says what they are, and the store of the test."""
     from qwen_scope_lens.classify.task import Task, documents_of, residuals_of, split
-    from qwen_scope_lens.stores.reread import Reading
+    from qwen_scope_lens.stores.reread import StoreReader
 
     model: Any = None
     task = Task(arguments.label, arguments.positive)
@@ -161,7 +161,7 @@ def _read(
         layers = arguments.layers or list(store.layers)
         documents = documents_of(store, task, layers=layers, language=arguments.language)
         if residuals:
-            model = model or Reading.of(store, layers).open_model()
+            model = model or StoreReader.of(store, layers).open_model()
             documents = residuals_of(documents, store, layers, model)
         found.append(documents)
     discovery, test = found if len(found) == 2 else split(found[0])

@@ -13,7 +13,7 @@ from qwen_scope_lens.compare.fidelity import fidelity
 from qwen_scope_lens.compare.match import Matching, match_activations, match_decoders
 from qwen_scope_lens.errors import StoreMismatch, TooLittleData, UnknownName
 from qwen_scope_lens.saes.load import load_sae
-from qwen_scope_lens.stores.reread import Reading
+from qwen_scope_lens.stores.reread import StoreReader
 
 if TYPE_CHECKING:
     from qwen_scope_lens.stores.store import FeatureStore
@@ -92,7 +92,7 @@ def both_fvu(
     sample = [t for t in base.documents(["text"])["text"].to_pylist()[:texts] if t]
     saes = {layer: load_sae(base.sae(layer).ref) for layer in wanted}
     found = []
-    for reading in (Reading.of(store, wanted) for store in (base, tuned)):
+    for reading in (StoreReader.of(store, wanted) for store in (base, tuned)):
         model = load_related(reading.model, **reading.load_options)
         found.append(
             fidelity(

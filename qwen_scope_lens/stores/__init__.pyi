@@ -10,7 +10,7 @@ from .manifest import SAEFacts as SAEFacts
 from .manifest import Settings as Settings
 from .manifest import TokenizerFacts as TokenizerFacts
 from .merge import merge as merge
-from .reread import Reading as Reading
+from .reread import StoreReader as StoreReader
 from .reread import pooled_residuals as pooled_residuals
 from .shard_files import CodedDocument as CodedDocument
 from .shard_files import write_shard as write_shard

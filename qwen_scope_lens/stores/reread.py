@@ -2,7 +2,7 @@
 
 A store keeps sparse codes only. Whoever needs residuals, or codes of texts that are not in the
 store, needs the same model (its revision and dtype), the same token limit and the same rule for
-tokens of extreme norm. `Reading` holds all of that. Reading tokens is `models/residuals.py`.
+tokens of extreme norm. `StoreReader` holds all of that. Reading tokens is `models/residuals.py`.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from qwen_scope_lens.models.load import ScopeBridge
     from qwen_scope_lens.stores.store import FeatureStore
 
-__all__ = ["Reading", "document_means", "kept_rows", "pooled_residuals"]
+__all__ = ["StoreReader", "document_means", "kept_rows", "pooled_residuals"]
 
 
 @dataclass(frozen=True)
-class Reading:
+class StoreReader:
     """The model and the settings with which a store's documents were read."""
 
     model: str
@@ -39,7 +39,7 @@ class Reading:
     revision: str | None = None  # of the model
 
     @classmethod
-    def of(cls, store: FeatureStore, layers: Iterable[int] | None = None) -> Reading:
+    def of(cls, store: FeatureStore, layers: Iterable[int] | None = None) -> StoreReader:
         """How a store was made, for all or some of its layers."""
         wanted = store.layers if layers is None else tuple(sorted(set(layers)))
         for layer in wanted:
@@ -148,11 +148,11 @@ def pooled_residuals(
     keep: bool = True,
     **options: Any,
 ) -> dict[int, np.ndarray[Any, Any]]:
-    """The residuals of a store's documents: see `Reading.document_residuals`.
+    """The residuals of a store's documents: see `StoreReader.document_residuals`.
 
     The store's own model reads the store's own token ids. Another `model` reads the texts.
     """
-    reading = Reading.of(store, layers)
+    reading = StoreReader.of(store, layers)
     texts: list[Content]
     if model is None:
         model = reading.open_model()

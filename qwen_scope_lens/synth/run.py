@@ -18,7 +18,7 @@ from qwen_scope_lens.files import read_json, whole_file, write_json
 from qwen_scope_lens.models.residuals import EXTREME_NORM_RATIO
 from qwen_scope_lens.saes.sae import ScopeSAE
 from qwen_scope_lens.stores import corpus
-from qwen_scope_lens.stores.reread import Reading
+from qwen_scope_lens.stores.reread import StoreReader
 from qwen_scope_lens.synth.pipeline import Counts, Synthesis
 from qwen_scope_lens.synth.reader import Reader
 from qwen_scope_lens.synth.recipe import SCOPE, Recipe
@@ -222,10 +222,10 @@ def open_reader(
     return Reader(model, saes, extreme_norm_ratio=ratio), saes
 
 
-def made_with(targets: TargetSet) -> Reading:
+def made_with(targets: TargetSet) -> StoreReader:
     """The model, layers, dtype and revision with which texts were read when targets were found."""
     made, layers = targets.provenance, tuple(sorted({ref.layer for ref in targets.saes}))
-    return Reading(
+    return StoreReader(
         str(made["model"]), layers, dtype=made.get("dtype"), revision=made.get("revision")
     )
 

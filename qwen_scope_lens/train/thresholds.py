@@ -17,7 +17,7 @@ from qwen_scope_lens.errors import TooLittleData
 from qwen_scope_lens.models.backbone import check_backbone
 from qwen_scope_lens.saes.load import load_sae
 from qwen_scope_lens.stores.facts import check_model
-from qwen_scope_lens.stores.reread import Reading
+from qwen_scope_lens.stores.reread import StoreReader
 from qwen_scope_lens.train.penalty import FeatureRows
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def mean_pre_activations(
         layer: list(dict.fromkeys(ref.feature for ref in refs if ref.layer == layer))
         for layer in layers
     }
-    reading = Reading.of(store, layers)
+    reading = StoreReader.of(store, layers)
     if model is None:
         model = reading.open_model()
     check_model(model, refs[0].sae.row)  # the width
