@@ -34,7 +34,7 @@ DOCUMENT = 200  # tokens
 
 
 def planted(rng: np.random.Generator, share: np.ndarray) -> qsl.SparseCodes:
-    """The codes of one document: K different features a token, drawn by their share."""
+    """The codes of one document: K different features per token, drawn by their share."""
     drawn = rng.choice(D_SAE, size=(DOCUMENT, 4 * K), p=share)
     index = np.empty((DOCUMENT, K), np.int64)
     for row in range(DOCUMENT):

@@ -1,7 +1,7 @@
 """What the SASFT term costs: a training step with it against the same step without.
 
 One process, steps taken in turns; CPU time. The mini, and a random Qwen3 of 3 layers of
-Qwen3-1.7B's width with two features a layer in the last two layers.
+Qwen3-1.7B's width with two features per layer in the last two layers.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ def tensors(
 def activations(
     weights: dict[str, torch.Tensor], tokens: int = 512, k: int = K, seed: int = 1
 ) -> torch.Tensor:
-    """`[tokens, d_model]`: k features a token, strong enough to be told apart, plus b_dec."""
+    """`[tokens, d_model]`: k features per token, strong enough to be told apart, plus b_dec."""
     rng = torch.Generator().manual_seed(seed)
     d_sae = weights["W_enc"].shape[0]
     index = torch.stack([torch.randperm(d_sae, generator=rng)[:k] for _ in range(tokens)])

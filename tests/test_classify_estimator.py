@@ -373,7 +373,7 @@ def test_labels_of_every_type_survive_the_file(names: np.ndarray, tmp_path: Path
 
 
 def test_at_least_says_what_to_change() -> None:
-    """One feature tells the classes apart, the others fire alike: a larger top_k is no way out."""
+    """One feature tells the classes apart, the others fire alike: a larger top_k does not help."""
     y = np.arange(20) < 10
     X = np.ones((20, 4))
     X[:, 1] = y

@@ -17,6 +17,7 @@ import qwen_scope_lens as qsl
 from qwen_scope_lens.cli.verbs import VERBS, main
 from tools.docs.follow import follow, outputs, row, write_outputs
 from tools.docs.pages import Page, commands, help_pages, parser_of, read_page, read_pages
+from tools.docs.prose import findings
 from tools.docs.reader import Place
 
 ROOT = Path(__file__).parent.parent
@@ -220,3 +221,12 @@ def test_the_first_screen_is_short() -> None:
     first = (ROOT / "README.md").read_text().splitlines()[:32]
     assert any(line.startswith("![") for line in first)
     assert any("SAE.from_pretrained" in line for line in first)
+
+
+def test_prose_is_plain(tmp_path: Path) -> None:
+    """No page, docstring or comment has a pattern that the style names; and the script finds one."""
+    assert not [str(found) for found in findings()]
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "README.md").write_text("It stores 4 bytes a token, which is no problem.\n")
+    (tmp_path / "CONTRIBUTING.md").write_text("There is no such thing.\n")
+    assert [found.place for found in findings(tmp_path)] == ["README.md:1", "README.md:1"]

@@ -148,7 +148,7 @@ def test_tau_curve_against_scipy_on_all_subsets() -> None:
     np.testing.assert_allclose(found, exact, atol=0.03)
     assert found[-1] == pytest.approx(1.0)
     real = ranking_curve(correct * 0.1, sizes, 4000, np.random.default_rng(1))
-    np.testing.assert_allclose(real, found, atol=1e-6)  # scores that are no whole numbers
+    np.testing.assert_allclose(real, found, atol=1e-6)  # scores that are not whole numbers
 
 
 def test_agreement_is_seeded_and_larger_where_models_differ_more() -> None:

@@ -26,7 +26,7 @@ from qwen_scope_lens.errors import BadFile, TooLittleData, UnknownName
 @settings(deadline=None, max_examples=80)
 @given(matrices(), st.floats(0.1, 1.0))
 def test_the_subset_keeps_the_share_and_its_bounds_hold(matrix: np.ndarray, share: float) -> None:
-    """Against every subset of every size: the share is reached, the bound is no lie, and greedy
+    """Against every subset of every size: the share is reached, the bound holds, and greedy
     covers at least 1 - 1/e of the best subset of its size."""
     one = footprint("b", matrix)
     found = choose(one, share)
@@ -136,7 +136,7 @@ def test_lines_that_are_no_rows_are_refused(tmp_path: Path, line: str) -> None:
 
 
 def test_ids_are_names_not_numbers(tmp_path: Path) -> None:
-    """007 of a file of prompts is 007 of its scores; a number of Parquet is no fraction."""
+    """007 of a file of prompts is 007 of its scores; a number of Parquet is not a fraction."""
     path = tmp_path / "long.csv"
     rows = [f"{m},b,{i},{int(i == '007')}" for m in ("01", "1") for i in ("007", "7", "1e3")]
     path.write_text("model,benchmark,item,correct\n" + "\n".join(rows), "utf-8")

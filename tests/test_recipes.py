@@ -379,7 +379,7 @@ def test_a_figure_is_read_against_the_papers() -> None:
     assert reading({**wide, "low": 0.6}) == "differs from the paper"
     assert reading(0.7, above=True) == "as in the paper"
     assert reading(None) == "not measured"
-    assert reading({"k": 1.0}) == "not found: s.v"  # a mapping is no figure
+    assert reading({"k": 1.0}) == "not found: s.v"  # a mapping is not a figure
     typo = recipes.Figure("f", "s.w", 1.0)
     assert figure_rows([typo], {"s": {"v": 1}}, only_shown=True)[0][6] == "not found: s.w"
     assert not_found([typo], {"s": {"w": {"value": None}}}) == []

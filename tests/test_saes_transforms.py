@@ -191,7 +191,7 @@ def test_a_dense_decode_of_another_dtype_is_saelenss(pair: Pair) -> None:
     assert messages[0] == messages[1]
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(ours.decode(acts), theirs.decode(acts))
-    with pytest.raises(RuntimeError):  # as SAELens has it; twice the width is no twice the batch
+    with pytest.raises(RuntimeError):  # as SAELens has it; twice the width is not twice the batch
         ours.decode(torch.zeros(4, 192))
 
 

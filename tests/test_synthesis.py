@@ -513,7 +513,7 @@ def test_the_fac_recipe(
     ]
     assert run.kept[0].activation == max(one.activation for one in run.candidates[2:])
     assert run.ledger.spent.calls_by_purpose["reply"] == 2  # none for the demonstrations
-    # delta: what fires, but not above it, is no demonstration.
+    # delta: what fires, but not above it, is not a demonstration.
     high = replace(recipe, threshold=1e6, attempts=1)
     first = iter([weak, strong])
     run = synthesis(tmp_path / "high", target, reader, Scripted(say), high)
