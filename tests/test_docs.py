@@ -224,7 +224,7 @@ def test_the_first_screen_is_short() -> None:
 
 
 def test_prose_is_plain(tmp_path: Path) -> None:
-    """No page, docstring or comment has a pattern that the style names; and the script finds one."""
+    """No page, docstring or comment has a pattern of the list; and the script finds them."""
     assert not [str(found) for found in findings()]
     (tmp_path / "docs").mkdir()
     (tmp_path / "README.md").write_text("It stores 4 bytes a token, which is no problem.\n")

@@ -2,8 +2,8 @@
 
 The thin adapter wraps only the embedding, the decoder layers and the unembedding. Attention, linear
 attention and experts run HF's own kernels, and the hook points are those that a residual SAE needs:
-`hook_embed`, `blocks.L.hook_resid_pre`, `blocks.L.hook_resid_post`. Norms are not wrapped, so there
-does not have a norm hook that could give wrong values.
+`hook_embed`, `blocks.L.hook_resid_pre`, `blocks.L.hook_resid_post`. Norms are not wrapped, so no
+hook on a norm could give wrong values.
 
 TransformerLens's full adapter rebuilds attention in eager mode and also wraps norms and
 projections. `prepare_full` makes up for its known defects on Qwen, or refuses the model. Every

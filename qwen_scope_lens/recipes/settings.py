@@ -25,7 +25,7 @@ KINDS: Mapping[str, tuple[str, tuple[type, ...]]] = {
     "mapping": ("a mapping of names to values", (dict,)),
     "any": ("a plain value", (str, int, float, bool, list, dict, type(None))),
 }
-"""What a kind is called, and its types. A boolean is not a number, though Python takes it for one."""
+"""What a kind is called, and its types. A boolean is not a number here, as it is in Python."""
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ UNITS = "features|tokens|bytes|examples|seconds|documents|texts|layers|rows|word
 PER = "token|feature|document|step|layer|text|language|class|row|group|prompt|seed"
 
 PATTERNS = {
-    r"(?<!there )(?<!There )\bis no (?!longer\b|more than\b|better than\b|such\b)": 'say "is not a"',
-    r"(?<!there )(?<!There )\bare no (?!longer\b|more than\b|such\b)": 'say "are not"',
+    r"(?<![Tt]here )\bis no (?!longer\b|more than\b|better than\b|such\b)": 'say "is not a"',
+    r"(?<![Tt]here )\bare no (?!longer\b|more than\b|such\b)": 'say "are not"',
     rf"\b(?:{UNITS}) an? (?:{PER})\b": 'say "per"',
 }
 
