@@ -162,7 +162,7 @@ def test_promoted_tokens_are_those_of_the_model(site: Path, frequent: list[int])
             logits = model.unembed(inner.model.norm(sae.direction([feature]))[None])[0, 0]
         best = logits[: len(model.tokenizer)].topk(3).indices.tolist()
         shown = [token for token, _ in page_of(site, feature)["promoted"][:3]]
-        # Bytes that are a part of a character stand as `<0xA9>` on the site, as one mark in `decode`.
+        # Bytes that are part of a character are `<0xA9>` on the site, as one mark in `decode`.
         plain = [re.sub("(<0x[0-9A-F]{2}>)+", "\ufffd", token) for token in shown]
         decoded = [model.tokenizer.decode([token]) for token in best]
         assert plain == [re.sub("\ufffd+", "\ufffd", token) for token in decoded]
