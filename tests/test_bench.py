@@ -52,12 +52,12 @@ def benchmarks() -> dict[str, list[Document]]:
 
 
 @pytest.fixture(scope="module")
-def model() -> object:
+def model() -> Any:
     return qsl.load_model("mini-qwen3", up_to_layer=6)
 
 
 @pytest.fixture(scope="module")
-def suite(model: object, tmp_path_factory: pytest.TempPathFactory) -> Suite:
+def suite(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Suite:
     out = tmp_path_factory.mktemp("bench")
     facts = {"capitals": {"source": "table", "template": "The capital of {land} is"}}
     return extract_suite(benchmarks(), model, GROUP, LAYERS, out, facts, progress=False)
@@ -83,7 +83,7 @@ def test_footprints_are_those_of_the_encoder(suite: Suite, model: Any) -> None:
         assert (anywhere.items[i].toarray()[0] > 0).tolist() == expected.tolist()
 
 
-def test_what_a_suite_refuses(suite: Suite, model: object, tmp_path: Path) -> None:
+def test_what_a_suite_refuses(suite: Suite, model: Any, tmp_path: Path) -> None:
     one = suite["sums"]
     with pytest.raises(UnknownName, match="expected last"):
         one.footprint(3, "middle")
@@ -117,7 +117,7 @@ def test_what_a_suite_refuses(suite: Suite, model: object, tmp_path: Path) -> No
         )
 
 
-def test_a_suite_grows_and_is_not_made_again(suite: Suite, model: object) -> None:
+def test_a_suite_grows_and_is_not_made_again(suite: Suite, model: Any) -> None:
     stamp = {path: path.stat().st_mtime_ns for path in suite.folder.rglob("*.parquet")}
     grown = extract_suite(
         {**benchmarks(), "more": items(["a b c", "a b c"])},
@@ -138,9 +138,7 @@ def test_a_suite_grows_and_is_not_made_again(suite: Suite, model: object) -> Non
     assert open_suite(suite.folder).names == suite.names
 
 
-def test_candidates_are_read_as_the_benchmark_was(
-    suite: Suite, model: object, tmp_path: Path
-) -> None:
+def test_candidates_are_read_as_the_benchmark_was(suite: Suite, model: Any, tmp_path: Path) -> None:
     own = suite["capitals"]
     path = tmp_path / "new.jsonl"
     rows = [{"land": "France"}, {"land": "Atlantis"}]

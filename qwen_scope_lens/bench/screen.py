@@ -14,7 +14,6 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -23,6 +22,7 @@ from qwen_scope_lens.bench.footprint import Footprint, check_comparable
 from qwen_scope_lens.bench.prompts import PromptFormat, read_prompts
 from qwen_scope_lens.bench.suite import Benchmark, extract_suite, read_footprint
 from qwen_scope_lens.errors import BadFile
+from qwen_scope_lens.models.architecture import Model
 from qwen_scope_lens.stores.manifest import Manifest
 from qwen_scope_lens.stores.reread import StoreReader
 from qwen_scope_lens.stores.store import FeatureStore
@@ -36,7 +36,7 @@ def footprint_like(
     layer: int | None = None,
     position: str = "last",
     how: PromptFormat | None = None,
-    model: Any = None,
+    model: Model | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Footprint:
     """The footprint of a store's folder or of a file of items, comparable to the benchmark's.

@@ -21,6 +21,7 @@ from qwen_scope_lens.catalog import find_group
 from qwen_scope_lens.errors import BadCorpus, BadFile, LayerOutOfRange, StoreMismatch, UnknownName
 from qwen_scope_lens.features.pool import pool
 from qwen_scope_lens.files import read_json, write_json
+from qwen_scope_lens.models.architecture import Model
 from qwen_scope_lens.stores.corpus import Document
 from qwen_scope_lens.stores.extract import extract
 from qwen_scope_lens.stores.manifest import Manifest
@@ -106,7 +107,7 @@ def suite_layers(group: str, layers: str | Sequence[int]) -> list[int]:
 
 def extract_suite(
     benchmarks: Mapping[str, Sequence[Document]],
-    model: Any,
+    model: str | Path | Model,
     group: str,
     layers: str | Sequence[int],
     out: str | os.PathLike[str],

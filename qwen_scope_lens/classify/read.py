@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 import torch
 
 from qwen_scope_lens.address import LayerRef
 from qwen_scope_lens.classify.pooled import LayerFacts, Pooled, Source, stack_layers
+from qwen_scope_lens.models.architecture import Model
 from qwen_scope_lens.models.residuals import Capture
 from qwen_scope_lens.models.tokenize import Content
 from qwen_scope_lens.saes.load import load_sae
@@ -31,7 +31,7 @@ __all__ = ["Reader", "open_reader", "read_documents", "source_of"]
 class Reader:
     """A model and SAEs that read texts in the way that `source` describes."""
 
-    model: Any
+    model: Model
     saes: Mapping[int, ScopeSAE]
     source: Source
 
@@ -52,7 +52,7 @@ def source_of(
     return Source(model, tuple(layers), keep, asdict(Settings(max_tokens)))
 
 
-def open_reader(source: Source, model: Any = None) -> Reader:
+def open_reader(source: Source, model: Model | None = None) -> Reader:
     """Open the SAEs of `source` and, unless `model` is given, its model up to the last layer."""
     saes = {}
     for facts in source.layers:

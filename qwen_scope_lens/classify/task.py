@@ -17,6 +17,7 @@ from qwen_scope_lens.classify.methods import Documents
 from qwen_scope_lens.classify.pooled import pool_layers
 from qwen_scope_lens.errors import BadPlan, TooLittleData
 from qwen_scope_lens.features.document_sets import DocumentLabel, held_out_texts
+from qwen_scope_lens.models.architecture import Model
 from qwen_scope_lens.stores.reread import StoreReader
 from qwen_scope_lens.stores.store import FeatureStore
 
@@ -121,7 +122,7 @@ def documents_of(
 
 
 def residuals_of(
-    documents: Documents, store: FeatureStore, layers: Sequence[int], model: Any
+    documents: Documents, store: FeatureStore, layers: Sequence[int], model: Model
 ) -> Documents:
     """The same with mean residuals, which `model` reads the texts again for."""
     found = StoreReader.of(store, layers).document_residuals(model, documents.texts)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from qwen_scope_lens.errors import TooLittleData, WrongModel
 from qwen_scope_lens.models.architecture import (
+    Model,
     context_length,
     d_model,
     decoder_layers,
@@ -58,7 +59,7 @@ class Fidelity:
 
 @torch.no_grad()
 def fidelity(
-    model: Any,
+    model: Model,
     saes: Mapping[int, ScopeSAE],
     texts: Sequence[Content],
     *,
@@ -165,7 +166,9 @@ def _zero(mask: Tensor, ratio: float) -> Callable[[Tensor], Tensor]:
 
 
 @contextlib.contextmanager
-def _hooks(model: Any, changes: Mapping[int, Callable[[Tensor], Tensor | None]]) -> Iterator[None]:
+def _hooks(
+    model: Model, changes: Mapping[int, Callable[[Tensor], Tensor | None]]
+) -> Iterator[None]:
     """Inside the `with` block, the output of each layer goes through its function."""
 
     def hook(change: Callable[[Tensor], Tensor | None]) -> Any:
@@ -188,7 +191,7 @@ def _hooks(model: Any, changes: Mapping[int, Callable[[Tensor], Tensor | None]])
             handle.remove()
 
 
-def _logits(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
+def _logits(model: Model, ids: Tensor, mask: Tensor) -> Tensor:
     out = unwrap(model)(input_ids=ids, attention_mask=mask.long(), use_cache=False)
     return out.logits if hasattr(out, "logits") else out[0]
 

@@ -37,6 +37,7 @@ from qwen_scope_lens.files import (
     whole_file,
     write_json,
 )
+from qwen_scope_lens.models.architecture import Model
 from qwen_scope_lens.recipes.recipe import KINDS, Recipe
 from qwen_scope_lens.saes.locate import local_path
 from qwen_scope_lens.tables import plain
@@ -94,7 +95,7 @@ class Run:
     recipe: Recipe
     folder: Path
     data: Path | None = None  # a local folder in place of the hub
-    model: Any = None  # in memory, in place of the recipe's name
+    model: Model | None = None  # in memory, in place of the recipe's name
     options: Mapping[str, Any] = field(default_factory=dict)  # device, token_budget, sae_memory
     say: Callable[[str], None] = lambda line: None
     loaded: dict[int | None, Any] = field(default_factory=dict)  # models, by their last layer
@@ -252,7 +253,7 @@ def run(
     folder: Path,
     *,
     data: Path | None = None,
-    model: Any = None,
+    model: Model | None = None,
     options: Mapping[str, Any] | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Outcome:

@@ -17,6 +17,7 @@ from qwen_scope_lens.catalog import bundled_model
 from qwen_scope_lens.errors import ScopeError, StoreMismatch, WrongTokenizer
 from qwen_scope_lens.features.document_sets import label_text
 from qwen_scope_lens.labels.packs import LabelPack
+from qwen_scope_lens.models.architecture import Model
 from qwen_scope_lens.models.checkpoint import Tokenizer, open_tokenizer
 from qwen_scope_lens.models.token_text import Vocabulary
 from qwen_scope_lens.models.unembedding import Unembedding, read_unembedding
@@ -179,7 +180,11 @@ def build_site(
 
 
 def site_of_documents(
-    documents: Sequence[Mapping[str, Any]], model: Any, group: str, layers: Sequence[int], out: Path
+    documents: Sequence[Mapping[str, Any]],
+    model: str | Path | Model,
+    group: str,
+    layers: Sequence[int],
+    out: Path,
 ) -> Path:
     """Make a site from a few documents. The store in between is not kept."""
     with tempfile.TemporaryDirectory(prefix="qsl-store-") as folder:

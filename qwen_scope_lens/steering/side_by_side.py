@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from qwen_scope_lens.models.architecture import Model
 from qwen_scope_lens.models.tokenize import Content, find_tokenizer
 from qwen_scope_lens.steering.generate import Sampling, continue_batch, encode_prompts
 from qwen_scope_lens.steering.hooks import steer
@@ -79,7 +80,7 @@ def shown_text(text: str) -> str:
 
 
 def stream(
-    model: Any,
+    model: Model,
     prompt: Content,
     plan: Plan,
     sampling: Sampling,

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
 from qwen_scope_lens.errors import BadPlan
-from qwen_scope_lens.models.architecture import input_device, text_config, unwrap
+from qwen_scope_lens.models.architecture import Model, input_device, text_config, unwrap
 from qwen_scope_lens.steering.generate import Continuation
 from qwen_scope_lens.steering.hooks import is_steered
 from qwen_scope_lens.steering.token_masks import token_classes
@@ -19,7 +18,7 @@ __all__ = ["perplexity", "repetition", "share_of_class", "surprisals"]
 
 @torch.no_grad()
 def surprisals(
-    model: Any, texts: Sequence[Continuation], token_budget: int = 4096
+    model: Model, texts: Sequence[Continuation], token_budget: int = 4096
 ) -> list[float | None]:
     """Mean -log p of each continuation's tokens after its prompt; None where it has none."""
     if is_steered(model):

@@ -17,7 +17,13 @@ from scipy.sparse import csr_matrix
 
 from qwen_scope_lens.address import FeatureRef, LayerRef
 from qwen_scope_lens.errors import StoreMismatch, WrongModel
-from qwen_scope_lens.models.architecture import context_length, d_model, decoder_layers, describe
+from qwen_scope_lens.models.architecture import (
+    Model,
+    context_length,
+    d_model,
+    decoder_layers,
+    describe,
+)
 from qwen_scope_lens.models.residuals import EXTREME_NORM_RATIO, iter_captures
 from qwen_scope_lens.models.tokenize import Content
 from qwen_scope_lens.saes.codes import SparseCodes
@@ -90,7 +96,7 @@ class Reader:
 
     def __init__(
         self,
-        model: Any,
+        model: Model,
         saes: Mapping[LayerRef, ScopeSAE],
         *,
         tokenizer: Any = None,

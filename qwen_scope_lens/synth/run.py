@@ -15,6 +15,7 @@ from typing import Any
 from qwen_scope_lens.address import FeatureRef, LayerRef
 from qwen_scope_lens.errors import BadFile, StoreMismatch
 from qwen_scope_lens.files import read_json, whole_file, write_json
+from qwen_scope_lens.models.architecture import Model
 from qwen_scope_lens.models.residuals import EXTREME_NORM_RATIO
 from qwen_scope_lens.saes.sae import ScopeSAE
 from qwen_scope_lens.stores import corpus
@@ -211,7 +212,7 @@ def synthesise(
 
 
 def open_reader(
-    targets: TargetSet, model: Any, device: str = "cpu", more: Iterable[FeatureRef] = ()
+    targets: TargetSet, model: Model, device: str = "cpu", more: Iterable[FeatureRef] = ()
 ) -> tuple[Reader, dict[LayerRef, ScopeSAE]]:
     """A reader with the SAEs of the targets and of `more` features, and these SAEs."""
     from qwen_scope_lens.saes.load import load_sae

@@ -16,6 +16,7 @@ import numpy as np
 
 from qwen_scope_lens.address import FeatureRef
 from qwen_scope_lens.errors import TooLittleData
+from qwen_scope_lens.models.architecture import Model
 from qwen_scope_lens.models.backbone import check_backbone
 from qwen_scope_lens.steering.generate import Continuation, Sampling, generate
 from qwen_scope_lens.steering.plan import Edit, Plan
@@ -71,7 +72,7 @@ def amplified(refs: Sequence[FeatureRef], strength: float) -> Plan:
 
 
 def own_loops(
-    model: Any,
+    model: Model,
     prompts: Sequence[str],
     *,
     samples: int = 1,
@@ -90,7 +91,7 @@ def own_loops(
 
 
 def screen_causes(
-    model: Any,
+    model: Model,
     candidates: Sequence[FeatureRef],
     prompts: Sequence[str],
     *,

@@ -19,6 +19,7 @@ from qwen_scope_lens.address import FeatureRef, LayerRef
 from qwen_scope_lens.errors import BadFile, ScopeError, TooLittleData, UnknownName
 from qwen_scope_lens.features.document_sets import DocumentLabel, halves
 from qwen_scope_lens.files import read_json, write_json
+from qwen_scope_lens.models.architecture import Model
 from qwen_scope_lens.train.thresholds import mean_pre_activations
 
 if TYPE_CHECKING:
@@ -226,7 +227,7 @@ def find_language_features(
     texts: int = TEXTS_PER_LANGUAGE,
     shuffles: int = 20,
     seed: int = 0,
-    model: Any = None,
+    model: Model | None = None,
 ) -> LanguageFeatures:
     """Find the features of each target language on half of its documents; score them on the rest.
 

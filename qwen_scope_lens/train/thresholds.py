@@ -7,13 +7,14 @@ ids of the store, not the texts, so that truncation and chat templates are the s
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from qwen_scope_lens.address import FeatureRef
 from qwen_scope_lens.errors import TooLittleData
+from qwen_scope_lens.models.architecture import Model
 from qwen_scope_lens.models.backbone import check_backbone
 from qwen_scope_lens.saes.load import load_sae
 from qwen_scope_lens.stores.facts import check_model
@@ -30,7 +31,7 @@ def mean_pre_activations(
     store: FeatureStore,
     refs: Sequence[FeatureRef],
     docs_of: Mapping[str, np.ndarray],
-    model: Any = None,
+    model: Model | None = None,
 ) -> dict[FeatureRef, dict[str, float]]:
     """`{feature: {language: mean}}` over the kept tokens of each language's documents.
 

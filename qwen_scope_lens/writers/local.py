@@ -17,7 +17,13 @@ import torch
 
 from qwen_scope_lens.address import FeatureRef
 from qwen_scope_lens.errors import BadPlan, WrongTokenizer
-from qwen_scope_lens.models.architecture import context_length, input_device, places_of, unwrap
+from qwen_scope_lens.models.architecture import (
+    Model,
+    context_length,
+    input_device,
+    places_of,
+    unwrap,
+)
 from qwen_scope_lens.models.tokenize import find_tokenizer
 from qwen_scope_lens.steering.hooks import steer
 from qwen_scope_lens.steering.plan import Edit, Plan
@@ -51,7 +57,7 @@ class Local:
 
     def __init__(
         self,
-        model: Any,
+        model: Model,
         name: str,
         *,
         tokenizer: Any = None,
