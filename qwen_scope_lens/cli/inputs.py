@@ -38,6 +38,7 @@ __all__ = [
     "data",
     "device",
     "edit",
+    "features",
     "file",
     "file_or_folder",
     "free_port",
@@ -160,6 +161,13 @@ def plan(path: Path, _: argparse.Namespace) -> None:
     from qwen_scope_lens.steering.plan import Plan
 
     Plan.load(path)
+
+
+def features(path: Path, _: argparse.Namespace) -> None:
+    """A file with addresses of features, best first."""
+    from qwen_scope_lens.steering.plan_for import read_features
+
+    read_features(path)
 
 
 def calibration(path: Path, _: argparse.Namespace) -> None:

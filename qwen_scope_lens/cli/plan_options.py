@@ -67,12 +67,12 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
         type=Path,
         action=Input,
         check=inputs.plan,
-        help="a file with edits, from --save-plan",
+        help="a file with edits, from `qsl plan` or --save-plan",
     )
     add_calibration(parser)
 
 
-def add_calibration(parser: argparse.ArgumentParser) -> None:
+def add_calibration(parser: options.Parser) -> None:
     parser.add_argument(
         "--calibration",
         type=Path,

@@ -46,6 +46,7 @@ SECTIONS = {
         "compare": "features across SAEs, layers and models: match, drift, transfer",
     },
     "steering": {
+        "plan": "the same edit on the best features of a ranking",
         "steer": "generate with features amplified, set, capped or removed",
         "sweep": "effect of an edit against its strength, with control and picture",
         "calibrate": "typical activations, the unit of strengths",
