@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import re
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +52,7 @@ __all__ = [
     "models",
     "plan",
     "refs",
+    "sae_files",
     "sae_folder",
     "site",
     "store",
@@ -282,6 +283,8 @@ def edit(text: str, _: argparse.Namespace) -> None:
 
 def model(name: str | Path, _: argparse.Namespace) -> None:
     """A folder with a model, or what may be a name on the hub."""
+    from qwen_scope_lens.models.checkpoint import may_be_on_hub
+
     place = Path(name).expanduser()
     if bundled_model(str(name)) is not None:
         return
@@ -291,7 +294,7 @@ def model(name: str | Path, _: argparse.Namespace) -> None:
                 f"{name} is not a model that transformers can open: expected a hub name, or a"
                 " folder with the config.json of a Qwen model"
             )
-    elif place.is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") > 1:
+    elif not may_be_on_hub(str(name)):
         raise CheckpointMissing(
             f"{name} is not a folder: expected a model's folder, or a hub name such as"
             " Qwen/Qwen3-8B"
@@ -314,6 +317,16 @@ def device(name: str, _: argparse.Namespace) -> None:
             f"device {name!r:.60} cannot be used here: expected cpu, or cuda, cuda:1, ... on a"
             " machine with GPUs"
         )
+
+
+def sae_files(saes: Iterable[LayerRef], folder: Path | None = None) -> None:
+    """Raise where the files of SAEs are not here and cannot be fetched either."""
+    from qwen_scope_lens.hub import out_of_reach
+    from qwen_scope_lens.saes.locate import local_path, locate
+
+    for sae in saes:
+        if folder is not None or (local_path(sae) is None and out_of_reach()):
+            locate(sae, folder)
 
 
 # --- everything else -----------------------------------------------------------------------------

@@ -123,8 +123,11 @@ def calibrated(plan: Plan, arguments: argparse.Namespace) -> Plan:
 
 def load(arguments: argparse.Namespace, saes: Iterable[LayerRef]) -> Any:
     """The model that was named, else the one that all the SAEs belong to."""
+    saes = list(saes)
     groups = dict.fromkeys(sae.row for sae in saes)
     name = model_of(arguments, groups)
+    if getattr(arguments, "sae_folder", None) is None:
+        inputs.sae_files(saes)
 
     import torch
     import transformers

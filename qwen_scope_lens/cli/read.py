@@ -79,6 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
             "there is no text to read: give some words, or - and a text by standard input"
         )
     group = refs[0].row
+    inputs.sae_files(refs, arguments.sae_folder)
     remark(f"Note: {group.notice}\n")
 
     import transformers

@@ -59,13 +59,13 @@ def read_features(path: Path) -> Sequence[FeatureRef]:
         rows = content["rows"]
         refs = [FeatureRef.parse(row.get("ref", row.get("feature"))) for row in rows]
     except FileNotFoundError as error:
-        raise BadFile(f"{path} does not exist: `qsl rank --out {path}` makes such a file") from error
+        raise BadFile(
+            f"{path} does not exist: `qsl rank --out {path}` makes such a file"
+        ) from error
     except ScopeError as error:
         raise BadFile(f"{path}: {error}; {way}") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise BadFile(
-            f"{path} has no rows with features ({shown(repr(error))}): {way}"
-        ) from error
+        raise BadFile(f"{path} has no rows with features ({shown(repr(error))}): {way}") from error
     if not refs:
         raise BadFile(f"{path} has no feature: nothing passed the test there, or it is cut short")
     return refs
