@@ -196,9 +196,11 @@ def store(path: Path | str, _: argparse.Namespace) -> Manifest:
 def data(path: str, arguments: argparse.Namespace) -> None:
     """A feature store with the label, or a corpus and what is needed to extract it."""
     from qwen_scope_lens.stores.corpus import read_corpus
-    from qwen_scope_lens.stores.manifest import Manifest, is_stored
+    from qwen_scope_lens.stores.manifest import Manifest, is_stored, model_and_group
 
-    if is_stored(path, arguments.model, arguments.sae):
+    places = (arguments.store, f"{path}.store", arguments.data)
+    model_name, group_name = model_and_group(arguments.model, arguments.sae, *places)
+    if is_stored(path, model_name, group_name):
         manifest = Manifest.open(Path(path).expanduser())
         for name in (arguments.label, getattr(arguments, "language", None)):
             if name is not None:
@@ -209,8 +211,10 @@ def data(path: str, arguments: argparse.Namespace) -> None:
     corpus(path, arguments)
     if Path(path).is_file():
         read_corpus(path, text=arguments.text).check_label(arguments.label)
-    group_layers(arguments.layers or (), arguments)
-    model(arguments.model, arguments)
+    row = find_group(str(group_name))
+    for layer in arguments.layers or ():
+        row.check_layer(layer)
+    model(str(model_name), arguments)
 
 
 def store_or_sae(name: str, arguments: argparse.Namespace) -> None:

@@ -4,10 +4,10 @@
         --measure class=han --new-tokens 24 --out dose
 
 PROMPTS is a corpus (JSON Lines with `text` or `messages`, plain text with one prompt per line, CSV,
-Parquet). Edits are given without a strength, or as a plan, whose strengths are replaced. --strengths
-is FROM:TO:STEP or a list, in --unit (raw, typical, norm) or in the plan's own unit. The effect is
---measure: change (share of tokens that differ from the unsteered text), class=NAME (share of
-characters of a class, such as han) or regex=PATTERN (share of texts in which it is found). Each
+Parquet). Edits are given without a strength, or as a plan, whose strengths are replaced.
+--strengths is FROM:TO:STEP or a list, in --unit (raw, typical, norm) or in the plan's own unit. The
+effect is --measure: change (share of tokens that differ from the unsteered text), class=NAME (share
+of characters of a class, such as han) or regex=PATTERN (share of texts in which it is found). Each
 strength is run beside a control: changes of the same size along random directions. DIR gets
 sweep.json, which is rewritten after every strength (a stopped sweep goes on from it), and a page to
 look at.
