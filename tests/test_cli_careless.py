@@ -99,6 +99,9 @@ bench extract --sae MINI --layers 6 --out b                             | no ben
 bench extract --tasks t --sae MINI --layers 6 --out b                   | lm_eval, which is not
 bench redundancy folder                                                 | does not hold benchmarks
 bench subset nosuch                                                     | not a feature store
+compare match MINI/6 MINI/7 --by activation                            | needs a store of each
+compare match MINI/6 OTHER/7 --by decoder                               | different residual spaces
+reproduce show toxicity --yaml --json                                   | give one of them
 classify fit nosuch --label l --out c.json                              | pass --sae
 classify fit store --label nosuch --out c.json                          | no label 'nosuch'
 classify fit one.jsonl --label nosuch --out c.json --model m --sae MINI | no column 'nosuch'
