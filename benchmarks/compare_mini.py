@@ -231,7 +231,7 @@ def show_drift(
     found = drift(stores["base"], stores["tuned"], fvu=fvu)
     print(f"== drift\n{drift_summary(found)}")
     drift_page(found).save(work / "drift.html")
-    ranking = rank(stores["base"], [TUNE_LANG], label="lang", layer=LAYER, pool="mean", top=20)
+    ranking = rank(stores["base"], [TUNE_LANG], label="lang", layers=LAYER, pool="mean", top=20)
     features = [int(row.ref.rsplit("/", 1)[1]) for row in ranking.rows]
     one = found.layers[LAYER]
     alive = one.rate_base > 0

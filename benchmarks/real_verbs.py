@@ -135,7 +135,7 @@ def rank(setting: Setting) -> None:
     languages = sorted(set(store.labels("lang").tolist()))
     rows = []
     for language in languages:
-        found = qsl.rank(store, language, label="lang", layer=setting.layers, pool="mean", top=3)
+        found = qsl.rank(store, language, label="lang", layers=setting.layers, pool="mean", top=3)
         if not found.rows:
             rows.append((language, "none passed", found.found, "", "", ""))
             continue

@@ -51,6 +51,7 @@ from .steering.generate import generate as generate
 from .steering.hooks import steer as steer
 from .steering.plan import Edit as Edit
 from .steering.plan import Plan as Plan
+from .steering.plan_for import plan_for as plan_for
 from .steering.report import Report as Report
 from .steering.sweep import Sweep as Sweep
 from .steering.sweep import sweep as sweep

@@ -26,6 +26,7 @@ __all__ = [
     "Shaded",
     "chart",
     "lines_html",
+    "printable",
     "save_chart",
     "shaded_html",
     "table_html",
@@ -104,15 +105,15 @@ class Page:
 
     def heading(self, text: str) -> Page:
         """Add a heading."""
-        return self._add(f"<h2>{html.escape(text)}</h2>")
+        return self._add(f"<h2>{_safe(text)}</h2>")
 
     def text(self, text: str, quiet: bool = False) -> Page:
         """Add a paragraph."""
-        return self._add(f"<p{' class=quiet' if quiet else ''}>{html.escape(text)}</p>")
+        return self._add(f"<p{' class=quiet' if quiet else ''}>{_safe(text)}</p>")
 
     def verbatim(self, text: str) -> Page:
         """Add a text with its line breaks and spaces as they are."""
-        return self._add(f'<pre dir="auto">{html.escape(text)}</pre>')
+        return self._add(f'<pre dir="auto">{_safe(text)}</pre>')
 
     def table(
         self,
@@ -130,11 +131,11 @@ class Page:
 
     def figure(self, svg: str, caption: str = "") -> Page:
         """Add a picture made by `chart`."""
-        return self._add(f"<figure>{svg}<figcaption>{html.escape(caption)}</figcaption></figure>")
+        return self._add(f"<figure>{svg}<figcaption>{_safe(caption)}</figcaption></figure>")
 
     def render(self) -> str:
         """The page as HTML."""
-        title = html.escape(self.title)
+        title = _safe(self.title)
         return (
             f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>\n'
             '<meta name="viewport" content="width=device-width">\n'
@@ -154,6 +155,33 @@ class Page:
     def _add(self, part: str) -> Page:
         self._parts.append(part)
         return self
+
+
+_COMMANDS = re.compile(
+    "[\x00-\x1f\x7f-\x9f"  # control characters
+    "\u202a-\u202e\u2066-\u2069"  # which turn the direction of what follows
+    "\u2028\u2029\ud800-\udfff]"  # line breaks, and halves of characters
+)
+
+
+def printable(text: object, keep: str = "") -> str:
+    """Text for a terminal or a page. Characters that would command a terminal, or turn the
+    direction of what follows, are written out, such as `\\x1b`.
+
+    Those in `keep` stay, such as tab and newline in a text of several lines.
+    """
+    return _COMMANDS.sub(
+        lambda found: found[0] if found[0] in keep else _escaped(found[0]), str(text)
+    )
+
+
+def _safe(text: str) -> str:
+    """A text as HTML that shows nothing but this text. Lines and tabs stay."""
+    return html.escape(printable(text, keep="\t\n"))
+
+
+def _escaped(char: str) -> str:
+    return char.encode("unicode_escape").decode("ascii")
 
 
 def table_html(
@@ -179,7 +207,7 @@ def table_html(
     most = max((cell for cell in found if math.isfinite(cell)), default=0.0)
     kinds = [' class="number"' if number else ' dir="auto"' for number in right]
     head = "".join(
-        f"<th{kind}>{html.escape(name)}</th>" for kind, name in zip(kinds, columns, strict=True)
+        f"<th{kind}>{_safe(name)}</th>" for kind, name in zip(kinds, columns, strict=True)
     )
 
     def cell_html(cell: Any, i: int) -> str:
@@ -199,7 +227,7 @@ def table_html(
 def lines_html(lines: Sequence[str]) -> str:
     """Lines of text as they are, aligned columns included; nothing for no line."""
     text = "\n".join(lines).strip("\n")
-    return f"<pre>{html.escape(text)}</pre>" if text else ""
+    return f"<pre>{_safe(text)}</pre>" if text else ""
 
 
 def shaded_html(rows: Iterable[tuple[str, Sequence[Shaded]]]) -> str:
@@ -207,13 +235,13 @@ def shaded_html(rows: Iterable[tuple[str, Sequence[Shaded]]]) -> str:
     parts = []
     for name, pieces in rows:
         spans = "".join(
-            f'<span{_shade(piece.share)} title="{html.escape(piece.hint)}">'
-            + html.escape(piece.text).replace("\n", "↵\n")  # a line break can be seen, too
+            f'<span{_shade(piece.share)} title="{_safe(piece.hint)}">'
+            + _safe(piece.text).replace("\n", "↵\n")  # a line break can be seen, too
             + "</span>"
             for piece in pieces
         )
         parts.append(
-            f"<div dir='auto' style='unicode-bidi:isolate;opacity:.75'>{html.escape(name)}</div>"
+            f"<div dir='auto' style='unicode-bidi:isolate;opacity:.75'>{_safe(name)}</div>"
             "<div dir='auto' style='unicode-bidi:isolate;white-space:pre-wrap;margin:0 0 .7em'>"
             f"{spans}</div>"
         )
@@ -282,7 +310,7 @@ def _breaks(cell: str) -> str:
 def _shown(cell: Any, how: str = "") -> str:
     """A cell as HTML."""
     if isinstance(cell, Link):
-        return f'<a href="{html.escape(cell.target)}">{html.escape(cell.text)}</a>'
+        return f'<a href="{_safe(cell.target)}">{_safe(cell.text)}</a>'
     if cell is None or (isinstance(cell, float) and math.isnan(cell)):
         return "–"
     if isinstance(cell, float):
@@ -290,4 +318,4 @@ def _shown(cell: Any, how: str = "") -> str:
     if isinstance(cell, int) and not isinstance(cell, bool):
         return f"{cell:,}"
     text = str(cell)
-    return html.escape(text if text.strip() else text.encode("unicode_escape").decode())
+    return _safe(text if text.strip() else text.encode("unicode_escape").decode())

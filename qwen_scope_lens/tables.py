@@ -11,7 +11,6 @@ from __future__ import annotations
 import csv
 import io
 import math
-import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen_scope_lens.files import whole_file
+from qwen_scope_lens.pages import lines_html, printable, table_html
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -110,8 +110,6 @@ class Table:
 
     def _repr_html_(self) -> str:
         """For notebooks: the first rows, with the lines around them."""
-        from qwen_scope_lens.pages import lines_html, table_html
-
         table = table_html(self.columns, self.rows[:SOME], self.formats, self.heat)
         left_out = self.more + max(0, len(self.rows) - SOME)
         tail = [f"... and {left_out:,} more"] if left_out else []
@@ -162,22 +160,7 @@ def shown(cell: Any, how: str = "") -> str:
     return str(cell)
 
 
-_COMMANDS = re.compile(
-    "[\x00-\x1f\x7f-\x9f"  # control characters
-    "\u202a-\u202e\u2066-\u2069"  # which turn the direction of what follows
-    "\u2028\u2029\ud800-\udfff]"  # line breaks, and halves of characters
-)
 _NO_WIDTH = ("Cf", "Mn", "Me")  # Unicode's categories of marks and of invisible signs
-
-
-def printable(text: object, keep: str = "") -> str:
-    """Text for a terminal: characters that would command it are written out, such as `\\x1b`.
-
-    Those in `keep` stay, such as tab and newline in a text of several lines.
-    """
-    return _COMMANDS.sub(
-        lambda found: found[0] if found[0] in keep else _escaped(found[0]), str(text)
-    )
 
 
 def width_of(text: str) -> int:
@@ -205,10 +188,6 @@ def plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
-
-
-def _escaped(char: str) -> str:
-    return char.encode("unicode_escape").decode("ascii")
 
 
 def _is_number(cell: Any) -> bool:

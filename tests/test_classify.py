@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import runpy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,20 @@ def test_fit_and_predict_on_stores(store: FeatureStore, fitted: FeatureRuleClass
     assert documents.pooled.shape[1] == 1024
     again = FeatureRuleClassifier(layer=5).fit(documents.pooled, documents.truth)
     assert again.source_ == source_of_store(store, [5])
+
+
+def test_short_documents_are_said(fitted: FeatureRuleClassifier, tmp_path: Path) -> None:
+    """What was fitted on long documents warns of short ones, with the figures."""
+    lengths = [2] * 40 + [60] * 60
+    rule = FeatureRuleClassifier.load(fitted.save(tmp_path / "c.json")).fitted_
+    assert rule.tokens is not None
+    assert rule.tokens == fitted.fitted_.tokens
+    rule = replace(rule, tokens=(40.0, 130.0))
+    assert "40 of 100 documents have fewer than 40 tokens" in rule.shorter(lengths)
+    assert "median 130" in rule.shorter(lengths)
+    for alike in (None, [], [50] * 9, [2] * 10 + [60] * 90, [2] * 40 + [99] * 60):
+        assert rule.shorter(alike) == ""
+    assert replace(rule, tokens=None).shorter(lengths) == ""  # a file of an older version
 
 
 def test_reading_texts_is_reading_a_store(
@@ -187,6 +202,10 @@ def test_the_command_line(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFi
     printed = capsys.readouterr().out
     assert "chinese: 40 of 120 documents" in printed
     assert json.loads(clf.read_text())["task"] == {"label": "chinese", "positive": None}
+    many = ["--rule", "thresholds", "--top-k", 9]  # the store that was made knows model and SAEs
+    assert command("fit", data, "--label", "chinese", *many, "--out", tmp_path / "many.json") == 0
+    used = len(json.loads((tmp_path / "many.json").read_text())["features"])
+    assert f"own thresholds, 9 features; {used} of the 9 are in it" in capsys.readouterr().out
     assert command("predict", clf, data, "--out", out) == 0
     rows = [json.loads(line) for line in out.read_text("utf-8").splitlines()]
     assert [row["key"] for row in rows][-1] == "odd"

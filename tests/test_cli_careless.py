@@ -76,6 +76,9 @@ steer x --edit MINI/6/1:add:2typical --calibration none.json            | does n
 steer x --edit MINI/6/1:ablate --thinking                               | --chat
 steer x --edit MINI/6/1:ablate --edit OTHER/3/1:ablate                  | different models
 steer x --plan bad.json                                                 | cannot be read as JSON
+plan none.json --edit ablate                                            | `qsl rank --out none.json`
+plan bad.json --edit ablate                                             | has no rows with features
+sweep one.jsonl --strengths 1                                           | nothing to sweep
 sweep empty.jsonl --edit MINI/6/1:add --strengths 1                     | empty.jsonl is empty
 sweep one.jsonl --edit MINI/6/1:add --strengths x                       | strengths 'x'
 sweep one.jsonl --edit MINI/6/1:ablate --strengths 1                    | without a strength
@@ -96,7 +99,10 @@ bench extract --sae MINI --layers 6 --out b                             | no ben
 bench extract --tasks t --sae MINI --layers 6 --out b                   | lm_eval, which is not
 bench redundancy folder                                                 | does not hold benchmarks
 bench subset nosuch                                                     | not a feature store
-classify fit nosuch --label l --out c.json                              | pass --model and --sae
+compare match MINI/6 MINI/7 --by activation                            | needs a store of each
+compare match MINI/6 OTHER/7 --by decoder                               | different residual spaces
+reproduce show toxicity --yaml --json                                   | give one of them
+classify fit nosuch --label l --out c.json                              | pass --sae
 classify fit store --label nosuch --out c.json                          | no label 'nosuch'
 classify fit one.jsonl --label nosuch --out c.json --model m --sae MINI | no column 'nosuch'
 classify predict bad.json store                                         | cannot be read as JSON

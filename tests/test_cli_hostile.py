@@ -168,6 +168,14 @@ def test_places_that_cannot_be_written(
     assert os.path.exists("/dev/null")
 
 
+@pytest.mark.parametrize("words", ["mini texts --out=", "reproduce run toxicity --out=x --data="])
+def test_an_empty_path_is_not_this_folder(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(words.split())
+    assert caught.value.code == 2
+    assert "'' is not a path" in capsys.readouterr().err
+
+
 def test_a_message_does_not_repeat_a_whole_file(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

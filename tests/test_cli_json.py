@@ -17,6 +17,7 @@ from feature_stores import GROUP, build_store
 from qwen_scope_lens.cli import main
 from qwen_scope_lens.cli.verbs import VERBS
 from qwen_scope_lens.features import Ranking
+from qwen_scope_lens.steering import Edit, Plan
 
 N = 24
 
@@ -113,6 +114,31 @@ def test_what_rank_prints_is_its_file(
     assert shown.out == (tmp_path / "out.json").read_text()
     assert f"written: {tmp_path / 'out.json'}" in shown.err
     assert Ranking.load(tmp_path / "out.json").rows[0].ref == f"{GROUP}/6/5"
+
+
+def test_from_a_ranking_to_a_plan(
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    store = str(folder / "store")
+    words = ["rank", store, "--label", "toxic", "--positive", "true", "--out", "ranking.json"]
+    assert main(words) == 0
+    words = ["plan", "ranking.json", "--edit", "add:-2typical@generation", "--out", "plan.json"]
+    assert main(words) == 1
+    assert "give --store" in capsys.readouterr().err
+    assert main([*words, "--store", store]) == 0
+    assert (
+        f"{GROUP}/6/5  add              -2  typical  generation        2" in capsys.readouterr().out
+    )
+    edit = Edit(f"{GROUP}/6/5", "add", -2, "typical", "generation", typical=2.0)
+    assert Plan.load("plan.json") == Plan([edit])
+    assert main([*words, "--store", store, "--json"]) == 0
+    assert capsys.readouterr().out == Path("plan.json").read_text()
+    assert main(["steer", "x", "--plan", "ranking.json"]) == 1
+    assert "qsl plan" in capsys.readouterr().err
 
 
 WITHOUT = """

@@ -62,7 +62,7 @@ def test_the_plant_is_found_and_holds_on_new_documents(store: FeatureStore) -> N
 
 
 def test_both_sides_and_an_order_by_rate(store: FeatureStore) -> None:
-    ranking = rank(store, "zh", label="lang", both_sides=True, by="rate_difference", layer=5)
+    ranking = rank(store, "zh", label="lang", both_sides=True, by="rate_difference", layers=5)
     assert {row.ref.split("/")[-1] for row in ranking.rows} == {str(PLANT), str(ANTI)}
     differences = [abs(row.rate_difference) for row in ranking.rows]
     assert differences == sorted(differences, reverse=True)
@@ -85,7 +85,7 @@ def test_shuffled_labels_find_nothing(store: FeatureStore, correction: Correctio
 
 @pytest.mark.parametrize("how", get_args(How))
 def test_every_pooling_of_documents(store: FeatureStore, how: How) -> None:
-    ranking = rank(store, "zh", label="lang", layer=5, pool=how)
+    ranking = rank(store, "zh", label="lang", layers=5, pool=how)
     found = {row.ref.split("/")[-1] for row in ranking.rows}
     assert found == (set() if how == "last" else {str(PLANT)})
 
@@ -106,7 +106,7 @@ def test_probes_stand_beside_the_features(store: FeatureStore) -> None:
     rng = np.random.default_rng(1)
     told = (store.labels("lang") == "zh")[:, None]
     residual = rng.normal(size=(N_DOCS, 16)) + told * rng.normal(size=16)
-    ranking = rank(store, "zh", label="lang", layer=5, residuals={5: residual})
+    ranking = rank(store, "zh", label="lang", layers=5, residuals={5: residual})
     scores = {(probe.name, probe.on): probe.auroc for probe in ranking.probes}
     assert set(scores) == {
         (name, on)
@@ -116,14 +116,14 @@ def test_probes_stand_beside_the_features(store: FeatureStore) -> None:
     assert scores["linear probe", "residual"] > 0.9
     assert scores["difference of means", "features"] > 0.6
     noise = {5: rng.normal(size=(N_DOCS, 16))}
-    chance = rank(store, "zh", label="lang", layer=5, residuals=noise).probes
+    chance = rank(store, "zh", label="lang", layers=5, residuals=noise).probes
     assert all(0.2 < probe.auroc < 0.8 for probe in chance if probe.on == "residual")
     with pytest.raises(WrongShape, match="residuals"):
-        rank(store, "zh", label="lang", layer=5, residuals={5: residual[:3]})
+        rank(store, "zh", label="lang", layers=5, residuals={5: residual[:3]})
 
 
 def test_the_file_says_what_was_asked_and_comes_back(store: FeatureStore, tmp_path: Path) -> None:
-    ranking = rank(store, "zh", ["en"], label="lang", layer=5, both_sides=True)
+    ranking = rank(store, "zh", ["en"], label="lang", layers=5, both_sides=True)
     path = tmp_path / "zh.json"
     ranking.save(path)
     assert Ranking.load(path) == ranking
@@ -158,7 +158,8 @@ def test_the_table_names_features_and_controls(store: FeatureStore) -> None:
     frame = ranking.to_pandas()
     assert frame["held_out_auroc"].tolist() == [row.held_out_auroc for row in ranking.rows]
     assert ranking._repr_html_().count("<tr>") == 21
-    empty = str(rank(store, np.arange(30), layer=2).table())
+    with pytest.warns(DeprecationWarning, match="layers="):
+        empty = str(rank(store, np.arange(30), layer=2).table())
     assert "no feature tells the groups apart" in empty
 
 
@@ -235,7 +236,7 @@ def test_residuals_of_the_store_s_own_model_are_pooled(tmp_path: Path) -> None:
 
 
 def test_fdr_one_shows_the_best_anyway(store: FeatureStore) -> None:
-    ranking = rank(store, np.arange(40), layer=2, fdr=1.0, top=5)
+    ranking = rank(store, np.arange(40), layers=2, fdr=1.0, top=5)
     assert len(ranking.rows) == 5
     assert ranking.found > 5
 
@@ -252,6 +253,6 @@ def test_what_cannot_be_ranked_says_why(store: FeatureStore) -> None:
     with pytest.raises(TooLittleData, match="positive"):
         rank(store, [0, 1])
     with pytest.raises(LayerOutOfRange):
-        rank(store, "zh", label="lang", layer=3)
+        rank(store, "zh", label="lang", layers=3)
     with pytest.raises(TooLittleData, match="auroc"):
         rank(store, "zh", label="lang", by="magic")  # type: ignore[arg-type]

@@ -131,6 +131,27 @@ def test_models_and_saes_by_name_or_in_memory(reading: qsl.Reading, model: Scope
         qsl.read_all("a text", GROUP, model=model)
 
 
+def test_what_a_reading_does_not_have_is_refused_by_name(reading: qsl.Reading) -> None:
+    assert reading.track(f"{GROUP}/6/423") == reading.track(qsl.FeatureRef(GROUP, 6, 423))
+    for ref, said in (("text", "not a feature address"), (f"{GROUP}/5/1", "layers 2, 6")):
+        with pytest.raises((UnknownName, LayerOutOfRange), match=said):
+            reading.track(ref)
+    with pytest.raises(LayerOutOfRange, match="layer 99 was not read"):
+        reading.strongest(99)
+    with pytest.raises(BadText, match="top=-1"):
+        reading.strongest(6, top=-1)
+    assert reading.strongest(6, top=0) == []
+
+
+def test_a_standard_input_that_is_no_text(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for words in (["read", "-"], ["steer", "-", "--edit", f"{GROUP}/6/1:ablate"]):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a \xff b")))
+        assert main(words) == 1
+        assert "standard input is not UTF-8" in capsys.readouterr().err
+
+
 def test_nothing_from_a_text_runs_on_a_page(model: ScopeBridge) -> None:
     reading = qsl.read(HOSTILE, f"{GROUP}/6", model=model, labels=LABELS)
     for html in (reading.page().render(), reading._repr_html_()):

@@ -570,6 +570,17 @@ def test_targets_by_descriptions_and_a_judge_are_paid_for_once(
         done(recipe.with_settings({"prices": {"max_cost": 0.0}}))
 
 
+def test_show_hints_at_a_smoke_run(fake: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fake.write_text(FAKE.replace("smoke: {}", "smoke: {settings: {n: 7}}"))
+    recipe, out = open_recipe(fake).for_smoke(), fake.parent / "out"
+    run(recipe, out, data=fake.parent)
+    show = ["reproduce", "show", str(fake), "--out", str(out), "--data", str(fake.parent)]
+    assert main(show) == 0
+    assert "was made with --smoke: give it here, too" in capsys.readouterr().err
+    assert main([*show, "--smoke"]) == 0
+    assert "--smoke" not in capsys.readouterr().err
+
+
 def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["reproduce", "list", "--json"]) == 0
     assert [row["recipe"] for row in json.loads(capsys.readouterr().out)["rows"]] == list(names())

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 from qwen_scope_lens.address import FeatureRef
 from qwen_scope_lens.errors import BadFile, BadPlan, LayerOutOfRange, UnknownName
 from qwen_scope_lens.steering import OPERATIONS, Edit, Plan, Where
+from qwen_scope_lens.steering.plan_for import plan_for, read_features
 from qwen_scope_lens.steering.where import TOKEN_CLASSES
 
 REF = "mini-qwen3/w1k-l0-16/6/42"
@@ -25,6 +28,36 @@ def test_the_text_form_says_everything() -> None:
     assert Edit.parse(f"{REF}:ablate") == Edit(REF, "ablate")
     assert Edit.parse(f"{REF}:add:-0.1norm").unit == "norm"
     assert Edit.parse(f"{REF}:set:.5e1").strength == 5
+
+
+def test_a_plan_for_what_names_features() -> None:
+    rows = [SimpleNamespace(ref=OTHER), SimpleNamespace(ref=FeatureRef.parse(REF))]
+    ranking = SimpleNamespace(rows=[*rows, rows[0]])
+    plan = Plan([f"{OTHER}:add:-1typical@generation", f"{REF}:add:-1typical@generation"])
+    for features in (ranking, rows, [OTHER, REF], iter([OTHER, REF, OTHER])):
+        assert plan_for(features, "add", -1, "typical", "generation") == plan
+    assert plan_for(ranking, "ablate", top=1) == Plan([f"{OTHER}:ablate"])
+    assert plan_for(REF, "ablate", top=9) == Plan([f"{REF}:ablate"])
+    for top in (0, -1):
+        with pytest.raises(BadPlan, match="top="):
+            plan_for(ranking, "ablate", top=top)
+    with pytest.raises(BadPlan, match="no feature"):
+        plan_for([], "ablate")
+    with pytest.raises(UnknownName, match="5 is not"):
+        plan_for([5], "ablate")
+
+
+def test_features_of_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "found.json"
+    path.write_text(json.dumps({"rows": [{"ref": OTHER}, {"feature": REF, "label": "x"}]}))
+    assert list(map(str, read_features(path))) == [OTHER, REF]
+    rows = ("7", "[7]", "[]", '[{"feature": 7}]', '[{"feature": "a/b"}]')
+    for content in ("", "[]", "7", "{}", "[" * 100_000, *(f'{{"rows": {row}}}' for row in rows)):
+        path.write_text(content)
+        with pytest.raises(BadFile, match=re.escape(str(path))):
+            read_features(path)
+    with pytest.raises(BadFile, match="qsl rank"):
+        read_features(tmp_path / "none.json")
 
 
 def test_a_plan_is_shown_as_a_table() -> None:

@@ -18,7 +18,7 @@ TOOLS = TOP / "tools"  # not in the wheel, and on top of every room
 # From the ground up. Rooms on one line may not import each other.
 FLOORS = (
     ("errors", "families", "version"),
-    ("files", "extras", "stats"),
+    ("files", "extras", "hub", "stats"),
     ("catalog",),
     ("address", "pages"),
     ("tables",),

@@ -10,6 +10,7 @@ import pytest
 from scipy import stats as scipy_stats
 
 from qwen_scope_lens import stats
+from qwen_scope_lens.pages import Page, Shaded, shaded_html
 from qwen_scope_lens.tables import Table, View, plain, printable, shown
 
 TABLE = Table.of(["feature", "rate", "texts"], [("a/b/1/2", 0.25, 1200), ("日本", None, 3)])
@@ -30,6 +31,19 @@ def test_terminals_obey_nothing_that_a_cell_holds() -> None:
     assert "\r" not in text
     assert r"\x1b[2Jgone\r\n\u202e" in text
     assert printable("naïve 語 👩‍💻") == "naïve 語 👩‍💻"
+
+
+def test_notebooks_obey_nothing_that_a_cell_holds() -> None:
+    """All notebooks' views and pages are made of these pieces."""
+    bad = "\x1b[2J<b>\u202eabc"
+    table = Table.of((bad,), [(bad,)], above=(bad,), below=(bad,))
+    for made in (
+        table._repr_html_(),
+        shaded_html([(bad, [Shaded(bad, 0.5, bad)])]),
+        Page(bad).heading(bad).text(bad).verbatim(bad).table((bad,), [(bad,)]).render(),
+    ):
+        assert not any(sign in made for sign in ("\x1b", "\u202e", "<b>"))
+        assert "\\x1b[2J&lt;b&gt;\\u202eabc" in made
 
 
 def test_csv_and_json_keep_the_cells() -> None:

@@ -8,6 +8,7 @@ selects the features and `rules.py` learns the rule; the result is a frozen `Fit
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -189,6 +190,7 @@ class FeatureRuleClassifier(ClassifierMixin, BaseEstimator):
             differences=choice.differences[needed],
             layer_differences=dict(zip(numbers, choice.best_by_layer.tolist(), strict=True)),
             source=source,
+            tokens=None if pooled is None else _lengths(pooled.tokens),
         )
         return self
 
@@ -226,6 +228,8 @@ class FeatureRuleClassifier(ClassifierMixin, BaseEstimator):
             wanted = [n for n in (f.layer for f in self.source_.layers) if n in have]
             X = pool_layers(X, wanted or None, keep=self.source_.keep)  # if none: refused below
         self.source_.check_same(X.source, "the data")
+        if said := self.fitted_.shorter(X.tokens):
+            warnings.warn(said, UserWarning, stacklevel=3)
         return X.matrix[:, [X.column(address) for address in self.features_]].toarray()
 
     def rule_score(self, values: np.ndarray) -> np.ndarray:
@@ -340,6 +344,14 @@ class FeatureRuleClassifier(ClassifierMixin, BaseEstimator):
 
 def _are_stores(X: Any) -> bool:
     return isinstance(X, (list, tuple)) and len(X) > 0 and all(map(is_store, X))
+
+
+def _lengths(tokens: np.ndarray | None) -> tuple[float, float] | None:
+    """The number that 95% of documents have at least, and the median."""
+    if tokens is None:
+        return None
+    least, median = np.quantile(tokens, [0.05, 0.5])
+    return float(least), float(median)
 
 
 def _plain(labels: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ classifier that was read back refuses other ones just as the one that was fitted
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,8 @@ class FittedRule:
     differences: np.ndarray  # Δ of each feature, [m]
     layer_differences: Mapping[int, float]  # layer -> the largest Δ of its features
     source: Source | None  # the model and SAEs; None if it was fitted on an array
+    tokens: tuple[float, float] | None = None
+    """Of the discovery documents: how many 95% of them have at least, and the median."""
 
     def __post_init__(self) -> None:
         m, rule = len(self.features), self.rule
@@ -75,6 +77,23 @@ class FittedRule:
         refs = map(FeatureRef.parse, self.features)
         return [(ref.layer, ref.feature) for ref in refs]
 
+    def shorter(self, tokens: Sequence[int] | np.ndarray | None) -> str:
+        """What to say of documents with so many tokens, where they have less than half the length
+        of the discovery documents (in the median), and a quarter are shorter than 95% of those.
+        Else an empty text."""
+        if self.tokens is None or tokens is None or not len(tokens):
+            return ""
+        least, median = self.tokens
+        short = int((np.asarray(tokens) < least).sum())
+        if 4 * short < len(tokens) or 2 * np.median(tokens) > median:
+            return ""
+        return (
+            f"{short:,} of {len(tokens):,} documents have fewer than {least:.0f} tokens; of the"
+            f" discovery documents 95% have more (median {median:.0f}). The rule reads the largest"
+            " value of each feature in a document, which grows with its length, so it misses short"
+            " documents of the class. Fit it on documents as long as these"
+        )
+
     def predicted(self, scores: np.ndarray) -> np.ndarray:
         """The class of each score. `[n] -> [n]`"""
         return np.asarray(self.classes[(scores > 0).astype(int)])
@@ -97,6 +116,7 @@ class FittedRule:
             "rule": self.rule.to_json(),
             "layer_differences": {str(n): d for n, d in self.layer_differences.items()},
             "n_features_in": int(width),
+            "tokens": None if self.tokens is None else list(self.tokens),
             "source": None if self.source is None else self.source.to_json(),
             "versions": {
                 "qwen-scope-lens": __version__,
@@ -120,6 +140,7 @@ def load_fitted(path: Path) -> tuple[FittedRule, dict[str, Any]]:
             differences=np.array(content["differences"], dtype=np.float64),
             layer_differences={int(n): float(d) for n, d in content["layer_differences"].items()},
             source=None if source is None else Source.from_json(source),
+            tokens=_lengths(content.get("tokens")),
         )
         content["n_features_in"] = int(content["n_features_in"])
         content["task"], content["settings"] = dict(content["task"]), dict(content["settings"])
@@ -133,6 +154,14 @@ def load_fitted(path: Path) -> tuple[FittedRule, dict[str, Any]]:
 def damaged(path: Path, error: Exception) -> BadFile:
     """The error for a file whose parts do not fit together."""
     return BadFile(f"{path} is damaged ({error}): make it again with `{MADE_BY}`, or restore it")
+
+
+def _lengths(found: Any) -> tuple[float, float] | None:
+    """Files of older versions have no lengths."""
+    if found is None:
+        return None
+    least, median = map(float, found)
+    return least, median
 
 
 def _classes(values: list[Any], dtype: str | None) -> np.ndarray:

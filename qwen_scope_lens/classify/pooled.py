@@ -132,6 +132,7 @@ class Pooled:
     matrix: csr_matrix
     source: Source
     docs: np.ndarray
+    tokens: np.ndarray | None = None  # in each document, where that is known
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "matrix", canonical(self.matrix))
@@ -157,7 +158,8 @@ class Pooled:
         """Some of the documents, by numbers, a mask or a slice (a trailing `...` is allowed)."""
         rows = key[0] if isinstance(key, tuple) else key
         rows = np.atleast_1d(rows) if not isinstance(rows, slice) else rows
-        return Pooled(self.matrix[rows], self.source, self.docs[rows])
+        tokens = None if self.tokens is None else self.tokens[rows]
+        return Pooled(self.matrix[rows], self.source, self.docs[rows], tokens)
 
     @property
     def offsets(self) -> np.ndarray:
@@ -176,7 +178,8 @@ class Pooled:
         positions = [self.position(number) for number in numbers]
         offsets = self.offsets
         parts = [self.matrix[:, offsets[i] : offsets[i + 1]] for i in positions]
-        return Pooled(hstack(parts, format="csr"), self.source.only(positions), self.docs)
+        matrix = hstack(parts, format="csr")
+        return Pooled(matrix, self.source.only(positions), self.docs, self.tokens)
 
     def position(self, layer: int) -> int:
         """The position of the model's layer `layer` among the layers here."""
@@ -206,13 +209,16 @@ def is_store(data: Any) -> bool:
 
 
 def stack_layers(
-    blocks: Sequence[csr_matrix], source: Source, docs: np.ndarray | None = None
+    blocks: Sequence[csr_matrix],
+    source: Source,
+    docs: np.ndarray | None = None,
+    tokens: np.ndarray | None = None,
 ) -> Pooled:
     """Join one CSR matrix per layer, in the order of `source.layers`."""
     from scipy.sparse import hstack
 
     matrix = hstack(blocks, format="csr")
-    return Pooled(matrix, source, np.arange(matrix.shape[0]) if docs is None else docs)
+    return Pooled(matrix, source, np.arange(matrix.shape[0]) if docs is None else docs, tokens)
 
 
 def pool_layers(
@@ -245,7 +251,8 @@ def pool_layers(
         blocks.append(pool(store, number, how="max", keep=keep, docs=docs))
     source = replace(source_of_store(some[0], (), keep), layers=tuple(facts))
     numbers = np.arange(some[0].n_docs) if docs is None else np.asarray(docs)
-    return stack_layers(blocks, source, numbers)
+    tokens = some[0].documents(["n_tokens"])["n_tokens"].to_numpy()[numbers]
+    return stack_layers(blocks, source, numbers, tokens)
 
 
 def source_of_store(store: FeatureStore, layers: Iterable[int], keep: bool = True) -> Source:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
@@ -84,6 +85,7 @@ class Stream:
         saes = {layer: reader.saes[layer] for layer in features}
         self.reader = Reader(reader.model, saes, reader.source)
         self.members = {layer: Membership(saes[layer], f) for layer, f in features.items()}
+        self.tokens: list[int] = []  # in each document that was read
 
     @property
     def settled(self) -> dict[str, int]:
@@ -106,6 +108,7 @@ class Stream:
     @torch.no_grad()
     def read_batch(self, batch: Capture) -> Iterator[Prediction]:
         m = len(self.fitted.features)
+        self.tokens += batch.offsets.diff().tolist()
         values = np.zeros((len(batch), m), dtype=np.float32)
         rows = np.full((len(batch), m), -1)
         owner = batch.doc_rows()
@@ -180,13 +183,20 @@ def _from_corpus(
 
     for prediction in stream.predict(contents(islice(iter(corpus), start, None))):
         yield {"key": keys.popleft(), **prediction.to_json()}
+    if said := stream.fitted.shorter(stream.tokens):
+        print(said, file=sys.stderr)
 
 
 def _from_store(
     classifier: FeatureRuleClassifier, store: FeatureStore, labels: LabelPack | None, start: int
 ) -> Iterator[dict[str, Any]]:
     """The same for a store; evidence is read only for documents that are called positive."""
-    fitted, scores = classifier.fitted_, classifier.decision_function(store)
+    fitted = classifier.fitted_
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        scores = classifier.decision_function(store)
+    for warning in said:
+        print(warning.message, file=sys.stderr)
     keys = store.documents(["key"])["key"].to_pylist()
     for doc in range(start, len(keys)):
         evidence: dict[str, dict[str, Any]] = {}

@@ -78,8 +78,10 @@ def read_documents(
         layer: np.zeros((len(texts), sae.cfg.d_in), dtype=np.float32)
         for layer, sae in reader.saes.items()
     }
+    tokens = np.zeros(len(texts), dtype=np.int64)
     for batch in _progress(reader.captures(texts), len(texts)):
         numbers = np.array(batch.doc_ids)
+        tokens[numbers] = batch.offsets.diff().numpy()
         for layer, sae in reader.saes.items():
             x, doc = kept_rows(batch, layer, reader.source.keep)
             if residuals:
@@ -98,7 +100,7 @@ def read_documents(
         rows, columns, values = (np.concatenate(part) for part in zip(*found, strict=True))
         shape = (len(texts), reader.saes[layer].cfg.d_sae)
         blocks.append(csr_matrix((values, (rows, columns)), shape=shape))
-    return stack_layers(blocks, reader.source), means if residuals else {}
+    return stack_layers(blocks, reader.source, tokens=tokens), means if residuals else {}
 
 
 def _progress(batches: Iterator[Capture], total: int) -> Iterator[Capture]:

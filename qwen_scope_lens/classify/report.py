@@ -137,7 +137,7 @@ def fit_text(classifier: FeatureRuleClassifier, documents: Documents, task: str)
     return "\n".join(
         [
             f"{task}: {own.positives:,} of {own.n:,} documents.",
-            f"Rule: {name_of(classifier.get_params(deep=False))}",
+            f"Rule: {name_of(classifier.get_params(deep=False))}{_used(classifier)}",
             _text(("feature", "Δ"), [(name, float(delta)) for name, delta in rows]),
             "\nLargest Δ of each layer:",
             _text(("layer", "d"), layers),
@@ -145,6 +145,12 @@ def fit_text(classifier: FeatureRuleClassifier, documents: Documents, task: str)
             f" recall {own.recall:.3f}; `qsl classify report` measures on others.",
         ]
     )
+
+
+def _used(classifier: FeatureRuleClassifier) -> str:
+    """How many features are in the rule, where that is not the number that was asked for."""
+    asked, used = classifier.top_k * classifier.n_layers, len(classifier.features_)
+    return "" if used == asked else f"; {used} of the {asked} are in it, the others would not help"
 
 
 def layer_table(rows: Sequence[LayerRow]) -> str:

@@ -77,7 +77,7 @@ def open_data(
     from qwen_scope_lens.catalog import find_group
     from qwen_scope_lens.stores.corpus import read_corpus
     from qwen_scope_lens.stores.extract import extract
-    from qwen_scope_lens.stores.manifest import is_stored
+    from qwen_scope_lens.stores.manifest import Manifest, is_stored
 
     path = Path(data).expanduser()
     if is_stored(path, model, group):
@@ -88,6 +88,10 @@ def open_data(
     place = store or (f"{path}.store" if path.exists() else f"{data.replace('/', '-')}.store")
     row = find_group(str(group))
     wanted = list(range(row.backbone.num_layers)) if layers is None else list(layers)
+    if Manifest.exists(Path(place)):  # as an earlier command made it
+        manifest = Manifest.open(Path(place))
+        wanted = list(manifest.saes) if layers is None else wanted
+        max_tokens = manifest.settings.max_tokens if max_tokens is None else max_tokens
     return extract(
         corpus, model=str(model), group=row.short, layers=wanted, out=place, max_tokens=max_tokens
     )

@@ -11,7 +11,9 @@
 
 DATA is a feature store (`qsl extract`) or a corpus (JSON Lines, CSV, Parquet, a dataset). A corpus
 is extracted first, into --store (default: DATA.store), which is kept: the next command on it starts
-at once, and an interrupted command goes on. Rules are written as JSON, never as a pickle.
+at once and needs no --model or --sae, and an interrupted command goes on. Rules are written as
+JSON, never as a pickle. A rule that was fitted on long documents misses short ones; `predict` says
+so.
 `qsl classify VERB --help` explains each.
 """
 
@@ -130,11 +132,14 @@ def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _open(arguments: argparse.Namespace, data: str, store: str | None) -> FeatureStore:
     from qwen_scope_lens.classify.task import open_data
+    from qwen_scope_lens.stores.manifest import model_and_group
 
+    places = (store, f"{data}.store", arguments.data)
+    model, group = model_and_group(arguments.model, arguments.sae, *places)
     return open_data(
         data,
-        model=arguments.model,
-        group=arguments.sae,
+        model=model,
+        group=group,
         layers=arguments.layers,
         store=store,
         text=arguments.text,

@@ -82,6 +82,10 @@ def _match(arguments: argparse.Namespace) -> None:
     correlation of activations on the texts that both stores have, piece of text by piece of text,
     whatever the tokenizers. Every score is compared with scores against a shuffled B.
     """
+    from qwen_scope_lens.compare.sides import sides_of
+
+    sides_of(arguments.a, arguments.b, arguments.layers, arguments.by)  # before torch is imported
+
     from qwen_scope_lens.compare.match import facts, save_matching
     from qwen_scope_lens.compare.sources import match_sources
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from qwen_scope_lens.address import LayerRef
 from qwen_scope_lens.catalog import find_group
 from qwen_scope_lens.cli import inputs
 from qwen_scope_lens.cli.inputs import Input
@@ -95,6 +96,9 @@ def run(arguments: argparse.Namespace) -> int:
     group = find_group(arguments.sae)
     if arguments.ray is not None:
         check("ray", "ray")
+    if arguments.revision is None:
+        saes = [LayerRef(group.short, layer) for layer in arguments.layers]
+        inputs.sae_files(saes, arguments.sae_folder)
 
     from qwen_scope_lens.cli.store import describe, facts
     from qwen_scope_lens.cli.terminal import plain

@@ -155,7 +155,9 @@ def _made(arguments: argparse.Namespace) -> tuple[FeatureGraph, Any]:
     from qwen_scope_lens.graphs.attribution import check_files
 
     check_files(row, arguments.layers, arguments.sae_folder)
-    model = plans.load(arguments, [LayerRef(row.short, row.layers[0])])
+    model = plans.load(
+        arguments, [LayerRef(row.short, layer) for layer in arguments.layers or row.layers]
+    )
     graph = attribute(
         model,
         arguments.text,

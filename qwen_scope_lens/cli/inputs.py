@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import re
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +38,7 @@ __all__ = [
     "data",
     "device",
     "edit",
+    "features",
     "file",
     "file_or_folder",
     "free_port",
@@ -51,6 +52,7 @@ __all__ = [
     "models",
     "plan",
     "refs",
+    "sae_files",
     "sae_folder",
     "site",
     "store",
@@ -162,6 +164,13 @@ def plan(path: Path, _: argparse.Namespace) -> None:
     Plan.load(path)
 
 
+def features(path: Path, _: argparse.Namespace) -> None:
+    """A file with addresses of features, best first."""
+    from qwen_scope_lens.steering.plan_for import read_features
+
+    read_features(path)
+
+
 def calibration(path: Path, _: argparse.Namespace) -> None:
     from qwen_scope_lens.steering.typical import Calibration
 
@@ -187,9 +196,11 @@ def store(path: Path | str, _: argparse.Namespace) -> Manifest:
 def data(path: str, arguments: argparse.Namespace) -> None:
     """A feature store with the label, or a corpus and what is needed to extract it."""
     from qwen_scope_lens.stores.corpus import read_corpus
-    from qwen_scope_lens.stores.manifest import Manifest, is_stored
+    from qwen_scope_lens.stores.manifest import Manifest, is_stored, model_and_group
 
-    if is_stored(path, arguments.model, arguments.sae):
+    places = (arguments.store, f"{path}.store", arguments.data)
+    model_name, group_name = model_and_group(arguments.model, arguments.sae, *places)
+    if is_stored(path, model_name, group_name):
         manifest = Manifest.open(Path(path).expanduser())
         for name in (arguments.label, getattr(arguments, "language", None)):
             if name is not None:
@@ -200,8 +211,10 @@ def data(path: str, arguments: argparse.Namespace) -> None:
     corpus(path, arguments)
     if Path(path).is_file():
         read_corpus(path, text=arguments.text).check_label(arguments.label)
-    group_layers(arguments.layers or (), arguments)
-    model(arguments.model, arguments)
+    row = find_group(str(group_name))
+    for layer in arguments.layers or ():
+        row.check_layer(layer)
+    model(str(model_name), arguments)
 
 
 def store_or_sae(name: str, arguments: argparse.Namespace) -> None:
@@ -274,6 +287,8 @@ def edit(text: str, _: argparse.Namespace) -> None:
 
 def model(name: str | Path, _: argparse.Namespace) -> None:
     """A folder with a model, or what may be a name on the hub."""
+    from qwen_scope_lens.models.checkpoint import may_be_on_hub
+
     place = Path(name).expanduser()
     if bundled_model(str(name)) is not None:
         return
@@ -283,7 +298,7 @@ def model(name: str | Path, _: argparse.Namespace) -> None:
                 f"{name} is not a model that transformers can open: expected a hub name, or a"
                 " folder with the config.json of a Qwen model"
             )
-    elif place.is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") > 1:
+    elif not may_be_on_hub(str(name)):
         raise CheckpointMissing(
             f"{name} is not a folder: expected a model's folder, or a hub name such as"
             " Qwen/Qwen3-8B"
@@ -306,6 +321,16 @@ def device(name: str, _: argparse.Namespace) -> None:
             f"device {name!r:.60} cannot be used here: expected cpu, or cuda, cuda:1, ... on a"
             " machine with GPUs"
         )
+
+
+def sae_files(saes: Iterable[LayerRef], folder: Path | None = None) -> None:
+    """Raise where the files of SAEs are not here and cannot be fetched either."""
+    from qwen_scope_lens.hub import out_of_reach
+    from qwen_scope_lens.saes.locate import local_path, locate
+
+    for sae in saes:
+        if folder is not None or (local_path(sae) is None and out_of_reach()):
+            locate(sae, folder)
 
 
 # --- everything else -----------------------------------------------------------------------------

@@ -67,12 +67,12 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
         type=Path,
         action=Input,
         check=inputs.plan,
-        help="a file with edits, from --save-plan",
+        help="a file with edits, from `qsl plan` or --save-plan",
     )
     add_calibration(parser)
 
 
-def add_calibration(parser: argparse.ArgumentParser) -> None:
+def add_calibration(parser: options.Parser) -> None:
     parser.add_argument(
         "--calibration",
         type=Path,
@@ -123,8 +123,11 @@ def calibrated(plan: Plan, arguments: argparse.Namespace) -> Plan:
 
 def load(arguments: argparse.Namespace, saes: Iterable[LayerRef]) -> Any:
     """The model that was named, else the one that all the SAEs belong to."""
+    saes = list(saes)
     groups = dict.fromkeys(sae.row for sae in saes)
     name = model_of(arguments, groups)
+    if getattr(arguments, "sae_folder", None) is None:
+        inputs.sae_files(saes)
 
     import torch
     import transformers

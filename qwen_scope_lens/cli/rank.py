@@ -105,7 +105,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.positive,
         arguments.negative,
         label=arguments.label,
-        layer=arguments.layers,
+        layers=arguments.layers,
         pool=arguments.pool,
         keep=not arguments.all_tokens,
         by=arguments.by,

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import sys
 import warnings
 from typing import TYPE_CHECKING
 
@@ -37,6 +36,7 @@ from qwen_scope_lens.cli.options import (
     read_labels,
     remark,
 )
+from qwen_scope_lens.cli.terminal import given_text
 from qwen_scope_lens.errors import BadText
 
 if TYPE_CHECKING:
@@ -73,15 +73,17 @@ def run(arguments: argparse.Namespace) -> int:
     # What is wrong is said before torch is imported, which takes seconds.
     refs = saes_named(arguments.sae, arguments.layers)
     labels = read_labels(arguments.labels)
-    texts = [sys.stdin.read() if text == "-" else text for text in arguments.texts]
+    texts = [given_text(text) for text in arguments.texts]
     if not all(text.strip() for text in texts):
         raise BadText(
             "there is no text to read: give some words, or - and a text by standard input"
         )
     group = refs[0].row
+    inputs.sae_files(refs, arguments.sae_folder)
     remark(f"Note: {group.notice}\n")
 
     import transformers
+    from tqdm import tqdm
 
     from qwen_scope_lens.features.read import read_all
     from qwen_scope_lens.features.reading import page_of, readings_json
@@ -106,7 +108,8 @@ def run(arguments: argparse.Namespace) -> int:
             truncate=True,
         )
     found = []
-    for reading in readings:
+    hidden = len(texts) == 1 or not (arguments.json or arguments.out)  # else the tables show it
+    for reading in tqdm(readings, total=len(texts), unit="text", leave=False, disable=hidden):
         found.append(reading)
         if not arguments.json:
             _print(reading, arguments.top, len(texts) > 1)

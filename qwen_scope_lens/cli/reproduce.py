@@ -31,6 +31,7 @@ from qwen_scope_lens.cli.options import (
 from qwen_scope_lens.errors import UnknownName
 
 if TYPE_CHECKING:
+    from qwen_scope_lens.recipes.engine import State
     from qwen_scope_lens.recipes.recipe import Recipe
 
 RECIPE = "a name from `qsl reproduce list`, or a YAML file of your own"
@@ -84,6 +85,8 @@ def _show(arguments: argparse.Namespace) -> None:
     from qwen_scope_lens.recipes.engine import stages_of, states
     from qwen_scope_lens.recipes.recipe import recipe_text
 
+    if arguments.yaml and arguments.json:
+        raise UnknownName("--yaml prints the file itself and --json a summary: give one of them")
     if arguments.yaml:
         print(recipe_text(arguments.recipe), end="")
         return
@@ -94,6 +97,7 @@ def _show(arguments: argparse.Namespace) -> None:
     head: tuple[str, ...] = ("stage", "what it does")
     if arguments.out is not None:
         known = states(recipe, arguments.out, arguments.data)
+        _hint_at_smoke(arguments, known)
         stages = [(*row, found.state, found.why) for row, found in zip(stages, known, strict=True)]
         head = (*head, "state", "why")
     settings = [
@@ -185,11 +189,23 @@ def _run(arguments: argparse.Namespace) -> int:
     return int(arguments.recipe not in names())
 
 
-def _opened(arguments: argparse.Namespace) -> Recipe:
+def _hint_at_smoke(arguments: argparse.Namespace, known: Sequence[State]) -> None:
+    """Say so where a folder is out of date only because one of run and show had --smoke."""
+    from qwen_scope_lens.recipes.engine import states
+
+    if not any(one.state == "out of date" for one in known):
+        return
+    other = states(_opened(arguments, not arguments.smoke), arguments.out, arguments.data)
+    if any(one.state == "finished" for one in other):
+        how, way = ("without", "leave it out") if arguments.smoke else ("with", "give it")
+        remark(f"{arguments.out} was made {how} --smoke: {way} here, too")
+
+
+def _opened(arguments: argparse.Namespace, smoke: bool | None = None) -> Recipe:
     from qwen_scope_lens.recipes.recipe import open_recipe
 
     recipe = open_recipe(arguments.recipe)
-    if arguments.smoke:
+    if arguments.smoke if smoke is None else smoke:
         recipe = recipe.for_smoke()
     changes = {key: getattr(arguments, key) for key in ("model", "sae") if getattr(arguments, key)}
     return recipe.with_settings({**changes, **_pairs(arguments.changes)})

@@ -22,6 +22,7 @@ from typing import Any
 
 from qwen_scope_lens.cli import plan_options as plans
 from qwen_scope_lens.cli.options import output
+from qwen_scope_lens.cli.terminal import given_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,8 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
     plans.notices(saes)
     if arguments.save_plan:
         plan.save(arguments.save_plan)
-    text = sys.stdin.read() if arguments.text == "-" else arguments.text
-    prompt = plans.as_prompt(arguments, text)
+    prompt = plans.as_prompt(arguments, given_text(arguments.text))
     enable_thinking = plans.thinking(arguments, [prompt])
     plans.model_of(arguments, [sae.row for sae in saes])
     sampling = plans.sampling_of(arguments)

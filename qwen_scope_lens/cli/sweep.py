@@ -4,12 +4,13 @@
         --measure class=han --new-tokens 24 --out dose
 
 PROMPTS is a corpus (JSON Lines with `text` or `messages`, plain text with one prompt per line, CSV,
-Parquet). Edits are given without a strength; --strengths is FROM:TO:STEP or a list, in --unit (raw,
-typical, norm). The effect is --measure: change (share of tokens that differ from the unsteered
-text), class=NAME (share of characters of a class, such as han) or regex=PATTERN (share of texts in
-which it is found). Each strength is run beside a control: changes of the same size along random
-directions. DIR gets sweep.json, which is rewritten after every strength (a stopped sweep goes on
-from it), and a page to look at.
+Parquet). Edits are given without a strength, or as a plan, whose strengths are replaced.
+--strengths is FROM:TO:STEP or a list, in --unit (raw, typical, norm) or in the plan's own unit. The
+effect is --measure: change (share of tokens that differ from the unsteered text), class=NAME (share
+of characters of a class, such as han) or regex=PATTERN (share of texts in which it is found). Each
+strength is run beside a control: changes of the same size along random directions. DIR gets
+sweep.json, which is rewritten after every strength (a stopped sweep goes on from it), and a page to
+look at.
 """
 
 from __future__ import annotations
@@ -35,11 +36,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a file of prompts",
     )
     parser.add_argument(
-        "--edit", action="append", required=True, metavar="REF:OP[@WHERE]", help="again for more"
+        "--edit", action="append", default=[], metavar="REF:OP[@WHERE]", help="again for more"
+    )
+    parser.add_argument(
+        "--plan",
+        type=Path,
+        action=Input,
+        check=inputs.plan,
+        help="from `qsl plan`: all of its edits at each of the strengths, in the plan's own unit",
     )
     parser.add_argument("--strengths", required=True, metavar="FROM:TO:STEP")
     parser.add_argument(
-        "--unit", type=_unit, choices=UNITS, default="raw", help="of the strengths; default: raw"
+        "--unit", type=_unit, choices=UNITS, default="raw", help="of --edit; default: raw"
     )
     plans.add_calibration(parser)
     parser.add_argument("--measure", default="change", help="default: %(default)s")
@@ -55,12 +63,17 @@ def _unit(name: str) -> str:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from qwen_scope_lens.errors import BadPlan
     from qwen_scope_lens.steering.doses import Measure, parse_open_edit, parse_strengths
     from qwen_scope_lens.steering.plan import Plan
 
     strengths = parse_strengths(arguments.strengths)
-    plan = Plan([parse_open_edit(text, arguments.unit) for text in arguments.edit])
-    plan = plans.calibrated(plan, arguments)
+    edits = [parse_open_edit(text, arguments.unit) for text in arguments.edit]
+    if arguments.plan is not None:
+        edits += Plan.load(arguments.plan).edits
+    if not edits:
+        raise BadPlan("there is nothing to sweep: give --edit REF:OP, or --plan FILE")
+    plan = plans.calibrated(Plan(edits), arguments)
     measure = Measure.parse(arguments.measure)
     prompts = plans.read_prompts(arguments, arguments.prompts)
     enable_thinking = plans.thinking(arguments, prompts)

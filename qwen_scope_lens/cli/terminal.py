@@ -14,10 +14,11 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TextIO
 
+from qwen_scope_lens.errors import BadText
 from qwen_scope_lens.pages import Shaded
 from qwen_scope_lens.tables import printable, width_of
 
-__all__ = ["has_colour", "plain", "print_shaded", "shown_safely", "silenced"]
+__all__ = ["given_text", "has_colour", "plain", "print_shaded", "shown_safely", "silenced"]
 
 SHADES = (230, 222, 215, 208, 202)
 """Numbers of a terminal's 256 colours, from weak to strong; the text on them is black (16)."""
@@ -61,6 +62,16 @@ def shown_safely() -> Iterator[None]:
         yield
     finally:
         sys.stdout = out
+
+
+def given_text(word: str) -> str:
+    """A text of the command line, where `-` is the standard input."""
+    if word != "-":
+        return word
+    try:
+        return sys.stdin.buffer.read().decode("utf-8") if sys.stdin is not None else ""
+    except ValueError as error:
+        raise BadText(f"the standard input is not UTF-8 text: {error}") from error
 
 
 def has_colour() -> bool:

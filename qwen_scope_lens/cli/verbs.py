@@ -46,6 +46,7 @@ SECTIONS = {
         "compare": "features across SAEs, layers and models: match, drift, transfer",
     },
     "steering": {
+        "plan": "the same edit on the best features of a ranking",
         "steer": "generate with features amplified, set, capped or removed",
         "sweep": "effect of an edit against its strength, with control and picture",
         "calibrate": "typical activations, the unit of strengths",
@@ -62,6 +63,9 @@ SECTIONS = {
     },
 }
 VERBS = {verb: what for section in SECTIONS.values() for verb, what in section.items()}
+
+GO_ON = ("bench", "classify", "extract", "reproduce", "sweep", "synth", "train")
+"""Verbs that keep what is finished of a long job, and go on from it."""
 
 OLD_NAMES = {"lm_eval": "lm-eval"}
 
@@ -137,10 +141,16 @@ def _run(
     add_arguments(parser)
 
     from qwen_scope_lens.cli.inputs import check_inputs
-    from qwen_scope_lens.cli.options import add_quiet, old_spellings, remark
+    from qwen_scope_lens.cli.options import (
+        add_quiet,
+        old_spellings,
+        refuse_empty_paths,
+        remark,
+    )
     from qwen_scope_lens.cli.terminal import plain, shown_safely, silenced
 
     add_quiet(parser)
+    refuse_empty_paths(parser)
     arguments = parser.parse_args(words)
     arguments.quiet = getattr(arguments, "quiet", False)
     try:
@@ -155,7 +165,9 @@ def _run(
         print(plain(f"{parser.prog}: {_in_short(str(error))}"), file=sys.stderr)
         return EXIT_ERROR
     except KeyboardInterrupt:
-        print(f"{parser.prog}: interrupted; what was finished is kept", file=sys.stderr)
+        goes_on = str(prog).removeprefix("qsl ") in GO_ON
+        kept = "what was finished is kept, and the same command again goes on" if goes_on else ""
+        print(f"{parser.prog}: interrupted{'; ' if kept else ''}{kept}", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         raise

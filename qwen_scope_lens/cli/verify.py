@@ -67,6 +67,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if arguments.revision is None:
+        inputs.sae_files([LayerRef.parse(arguments.sae)], arguments.sae_folder)
+
     from qwen_scope_lens.saes.load import load_sae
 
     sae = load_sae(

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from qwen_scope_lens.address import LayerRef
 from qwen_scope_lens.compare.align import align
 from qwen_scope_lens.compare.fidelity import fidelity
 from qwen_scope_lens.compare.match import Matching, match_activations, match_decoders
-from qwen_scope_lens.errors import StoreMismatch, TooLittleData, UnknownName
+from qwen_scope_lens.compare.sides import By, sides_of
+from qwen_scope_lens.errors import TooLittleData
 from qwen_scope_lens.saes.load import load_sae
 from qwen_scope_lens.stores.reread import StoreReader
 
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from qwen_scope_lens.stores.store import FeatureStore
 
 __all__ = ["both_fvu", "match_sources", "read_texts"]
-
-By = Literal["decoder", "activation"]
 
 
 def match_sources(
@@ -39,31 +37,9 @@ def match_sources(
     """
     from qwen_scope_lens.stores.store import FeatureStore
 
-    stores: list[FeatureStore | None] = []
-    refs: list[LayerRef] = []
-    numbers = list(layers) if layers is not None else []
-    if len(numbers) > 2:
-        raise UnknownName(f"layers {numbers}: expected one for both, or one of A and one of B")
-    for side, name in enumerate((a, b)):
-        if Path(name).is_dir():
-            store = FeatureStore.open(name)
-            layer = numbers[min(side, len(numbers) - 1)] if numbers else store.layers[-1]
-            stores.append(store)
-            refs.append(LayerRef.parse(store.sae(layer).ref))
-        else:
-            stores.append(None)
-            refs.append(LayerRef.parse(name))
-    same_space = refs[0].row.backbone == refs[1].row.backbone
-    if by is None:
-        by = "decoder" if same_space else "activation"
+    refs, by = sides_of(a, b, layers, by)
     names = (str(refs[0]), str(refs[1]))
     if by == "decoder":
-        if not same_space:
-            raise StoreMismatch(
-                f"{names[0]} and {names[1]} belong to different residual spaces"
-                f" ({refs[0].row.backbone.model_id}, {refs[1].row.backbone.model_id}), so their"
-                " directions cannot be compared. Match stores of both by activation"
-            )
         from tqdm import tqdm
 
         x, y = (load_sae(ref).W_dec for ref in refs)
@@ -71,11 +47,7 @@ def match_sources(
             return match_decoders(
                 x, y, names, candidates=candidates, fdr=fdr, seed=seed, progress=bar.update
             )
-    if stores[0] is None or stores[1] is None:
-        raise UnknownName(
-            f"matching {names[0]} and {names[1]} by activation needs a store of each on the same"
-            " texts (`qsl extract`), not addresses"
-        )
+    stores = FeatureStore.open(a), FeatureStore.open(b)
     common = align(stores[0], refs[0].layer, stores[1], refs[1].layer)
     return match_activations(
         common.a, common.b, names, doc=common.doc, candidates=candidates, fdr=fdr, seed=seed

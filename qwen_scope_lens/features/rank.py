@@ -8,6 +8,7 @@ computes the tests and q-values, and `ranking.py` holds the result.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -55,7 +56,7 @@ def rank(
     negative: str | Sequence[str] | Sequence[int] | np.ndarray[Any, Any] | None = None,
     *,
     label: str | None = None,
-    layer: int | Iterable[int] | None = None,
+    layers: int | Iterable[int] | None = None,
     pool: How = "max",
     keep: bool = True,
     by: Measure = "auroc",
@@ -68,13 +69,14 @@ def rank(
     shuffles: int = 10,
     residuals: Mapping[int, np.ndarray[Any, Any]] | None = None,
     seed: int = 0,
+    layer: int | Iterable[int] | None = None,
 ) -> Ranking:
     """Rank the features of some layers by how well they tell positive from negative documents.
 
     Args:
         positive, negative: with `label`, values of that label; without it, document numbers or
             masks. By default the negatives are all other documents (that have the label).
-        layer: one layer, several, or None for all that the store has. The false-discovery rate is
+        layers: one layer, several, or None for all that the store has. The false-discovery rate is
             controlled over all of them together.
         pool: how the tokens of a document become one number: max, mean, any, or last.
         keep: leave out first tokens and tokens of extreme norm (`last` always reads the last).
@@ -87,7 +89,11 @@ def rank(
         held_out: the share of documents on which the winners are scored again.
         shuffles: how often the whole ranking is repeated on shuffled labels.
         residuals: `{layer: [n_docs, d_model]}` of the whole store, for probes on the residual.
+        layer: the older name of `layers`.
     """
+    if layer is not None:
+        warnings.warn("layer= is now called layers=", DeprecationWarning, stacklevel=2)
+        layers = layer if layers is None else layers
     from qwen_scope_lens.features.pool import pool as pool_documents
 
     if by not in get_args(Measure) or correction not in get_args(Correction):
@@ -100,14 +106,14 @@ def rank(
         if label is None
         else by_label(store, label, positive, negative)  # type: ignore[arg-type]
     )
-    layers = _layers(store, layer)
+    numbers = _layers(store, layers)
     texts = store.documents(["text"])["text"].to_pylist()
     discovery, held = split(
         groups.positive, [texts[doc] for doc in groups.docs.tolist()], held_out, seed
     )
     _require_enough(groups, discovery, held)
     results = []
-    for number in layers:
+    for number in numbers:
         x = pool_documents(store, number, how=pool, keep=keep, docs=groups.docs)
         sums = RankSums(x[np.flatnonzero(discovery)])
         labels = groups.positive[discovery]
@@ -126,7 +132,7 @@ def rank(
         )
     settings = {
         **groups.said,
-        "layers": layers,
+        "layers": numbers,
         "pool": pool,
         "keep": keep,
         "by": by,
@@ -139,13 +145,13 @@ def rank(
         "shuffles": shuffles,
         "seed": seed,
     }
-    refs = [str(store.sae(number).ref) for number in layers]
+    refs = [str(store.sae(number).ref) for number in numbers]
     documents = {
         f"{side}_{part}": int((mask & (groups.positive == (side == "positive"))).sum())
         for side in ("positive", "negative")
         for part, mask in (("discovery", discovery), ("held_out", held))
     }
-    return _ranking(results, refs, settings, documents, top, _provenance(store, layers))
+    return _ranking(results, refs, settings, documents, top, _provenance(store, numbers))
 
 
 def _ranking(
@@ -235,10 +241,10 @@ def _ranking(
     )
 
 
-def _layers(store: FeatureStore, layer: int | Iterable[int] | None) -> list[int]:
-    if layer is None:
+def _layers(store: FeatureStore, layers: int | Iterable[int] | None) -> list[int]:
+    if layers is None:
         return list(store.layers)
-    wanted = [layer] if isinstance(layer, int) else sorted(set(layer))
+    wanted = [layers] if isinstance(layers, int) else sorted(set(layers))
     for number in wanted:
         store.sae(number)  # raises where the store has no such layer
     return wanted

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from qwen_scope_lens.address import FeatureRef
+from qwen_scope_lens.errors import BadText, LayerOutOfRange
 from qwen_scope_lens.files import json_text
 from qwen_scope_lens.models.token_text import Piece
 from qwen_scope_lens.pages import Page, Shaded, shaded_html
@@ -94,6 +95,12 @@ class Reading(View):
 
         Each comes with its largest activation. `top=None` gives all features that fire.
         """
+        if layer not in self.codes:
+            raise LayerOutOfRange(
+                f"layer {layer!r} was not read: this reading has {', '.join(map(str, self.layers))}"
+            )
+        if top is not None and top < 0:
+            raise BadText(f"top={top}: expected a number of features, or None for all")
         rows = np.asarray(self.counted(layer) if tokens is None else list(tokens), dtype=np.int64)
         codes = self.codes[layer][rows.tolist()]
         at, entry = codes.active.numpy().nonzero()
@@ -120,8 +127,14 @@ class Reading(View):
         codes = self.codes[layer][self.counted(layer)]
         return len(codes.indices[codes.active].unique())
 
-    def track(self, ref: FeatureRef) -> list[float]:
+    def track(self, ref: FeatureRef | str) -> list[float]:
         """What one feature does on every piece of the text. `[n_pieces]`"""
+        ref = FeatureRef.parse(ref)
+        if ref.group != self.group or ref.layer not in self.codes:
+            raise LayerOutOfRange(
+                f"{ref} was not read: this reading has {self.group}, layers"
+                f" {', '.join(map(str, self.layers))}"
+            )
         codes = self.codes[ref.layer]
         mine = (codes.indices.numpy() == ref.feature) & codes.active.numpy()
         values = np.where(mine, codes.values.numpy(), 0).sum(axis=-1)

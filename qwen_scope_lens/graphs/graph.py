@@ -21,7 +21,8 @@ from qwen_scope_lens.address import FeatureRef
 from qwen_scope_lens.errors import BadFile, ScopeError
 from qwen_scope_lens.features.reading import Labels
 from qwen_scope_lens.files import read_json, write_json
-from qwen_scope_lens.steering.plan import Edit, Plan
+from qwen_scope_lens.steering.plan import Plan
+from qwen_scope_lens.steering.plan_for import plan_for
 from qwen_scope_lens.tables import Table, View, shown
 
 __all__ = ["KINDS", "FeatureGraph", "Node"]
@@ -157,7 +158,7 @@ class FeatureGraph(View):
                 few = ", ".join(node.name for node in self.features[:3])
                 raise BadFile(f"{name!r:.60} is not a feature node of this graph, such as {few}")
             refs.append(self.ref(known[name]))
-        return Plan([Edit(ref, op, strength) for ref in dict.fromkeys(refs)])
+        return plan_for(refs, op, strength)
 
     def table(self, most: int | None = None) -> Table:
         """The feature nodes by influence, with the token and what is known of each."""

@@ -135,7 +135,7 @@ def _language(model: Any, store: qsl.FeatureStore, language: str) -> None:
     spoken = store.labels("lang") == language
     with _step(f"find the features of {name}, against {len(LANGUAGES) - 1} other languages"):
         ranking = rank(
-            store, prose & spoken, prose & ~spoken, layer=LAYER, pool="mean", by="effect"
+            store, prose & spoken, prose & ~spoken, layers=LAYER, pool="mean", by="effect"
         )
     best = ranking.rows[:FEATURES_STEERED]
     for row in best:

@@ -7,6 +7,7 @@ refused without asking, damaged files raise a named error, and only regular file
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,8 +18,18 @@ from qwen_scope_lens.errors import (
     UnsafeCheckpoint,
     WrongTokenizer,
 )
+from qwen_scope_lens.hub import only_cache, ways_out
 
-__all__ = ["Tokenizer", "check_folder", "in_short", "open_config", "open_tokenizer"]
+__all__ = [
+    "Tokenizer",
+    "cache_only",
+    "check_folder",
+    "in_short",
+    "may_be_on_hub",
+    "missing",
+    "open_config",
+    "open_tokenizer",
+]
 
 TRUST = "trust_remote_code"
 _FOLDERS = (".", "additional_chat_templates")
@@ -57,15 +68,13 @@ def open_config(name: str, **source: Any) -> Any:
     import transformers
 
     check_folder(name)
-    source = {TRUST: False, **source}
+    source = {TRUST: False, **source, **cache_only(name, source)}
     try:
         config = transformers.AutoConfig.from_pretrained(name, **source)
     except ScopeError:
         raise
     except OSError as error:
-        raise CheckpointMissing(
-            f"{name} cannot be loaded as a model, from a folder or from the hub: {in_short(error)}"
-        ) from error
+        raise CheckpointMissing(missing(name, error)) from error
     except Exception as error:  # transformers raises errors of many kinds here
         _refuse_code(name, TRUST in str(error))
         raise NotACheckpoint(
@@ -84,7 +93,7 @@ def open_tokenizer(name: str, **source: Any) -> Tokenizer:
     import transformers
 
     check_folder(name)
-    source = {TRUST: False, **source}
+    source = {TRUST: False, **source, **cache_only(name, source)}
     try:
         tokenizer: Tokenizer = transformers.AutoTokenizer.from_pretrained(name, **source)
     except OSError:
@@ -98,6 +107,38 @@ def open_tokenizer(name: str, **source: Any) -> Tokenizer:
     own = getattr(tokenizer, "init_kwargs", {}).get("auto_map")
     _refuse_code(name, bool(own) and not source[TRUST])
     return tokenizer
+
+
+def cache_only(name: str, source: Mapping[str, Any]) -> dict[str, bool]:
+    """What says to transformers that the hub is not to be asked, where it cannot be reached."""
+    given = bool(source.get("local_files_only"))
+    from_hub = may_be_on_hub(name) and not Path(name).is_dir()
+    return {"local_files_only": given or (from_hub and only_cache())}
+
+
+def may_be_on_hub(name: str) -> bool:
+    """Whether a name may be one of the hub's, such as Qwen/Qwen3-8B, and not only a folder's."""
+    return not (Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1)
+
+
+def missing(name: str, error: OSError) -> str:
+    """The message where a model is neither a folder nor to be had from the hub."""
+    if Path(name).is_dir():
+        return f"{name} cannot be loaded as a model from its folder: {in_short(error)}"
+    if not may_be_on_hub(name):
+        return (
+            f"{name} cannot be loaded as a model: it is not a folder. Expected a model's folder, or"
+            f" a hub name such as Qwen/Qwen3-8B ({in_short(error)})"
+        )
+    folder = f"/path/to/{name.rpartition('/')[2]}"
+    way = (
+        f"download it elsewhere, copy it, and name its folder: load_model({folder!r}), --model"
+        f" {folder}"
+    )
+    return (
+        f"{name} cannot be loaded as a model: it is not a folder here, {ways_out(way)}"
+        f"\n  ({in_short(error)})"
+    )
 
 
 def check_folder(name: str) -> None:

@@ -49,7 +49,9 @@ from qwen_scope_lens.models.bridge import RepairedBridge
 from qwen_scope_lens.models.checkpoint import (
     TRUST,
     Tokenizer,
+    cache_only,
     in_short,
+    missing,
     open_config,
     open_tokenizer,
 )
@@ -120,6 +122,7 @@ def load_model(
         raise WrongModel("with up_to_layer there are residual hooks only: leave full_hooks out")
     name = str(bundled_model(str(name_or_model)) or name_or_model)
     source: dict[str, Any] = {"revision": revision, "local_files_only": local_files_only}
+    source |= cache_only(name, source)
     trusted = {TRUST: bool(hf_options.pop(TRUST, False))}
     if device is not None:
         _require_device(device)
@@ -146,10 +149,7 @@ def load_model(
     except OSError as error:
         if isinstance(error, ScopeError):
             raise
-        reason = " ".join(str(error).split())
-        raise CheckpointMissing(
-            f"{name} cannot be loaded as a model, from a folder or from the hub: {reason}"
-        ) from error
+        raise CheckpointMissing(missing(name, error)) from error
     if device is not None:
         model = model.to(device)
     bridge = _bridge(model.eval(), tokenizer, full_hooks)

@@ -25,7 +25,7 @@ from qwen_scope_lens.models.architecture import (
     text_config,
     unwrap,
 )
-from qwen_scope_lens.models.checkpoint import open_config
+from qwen_scope_lens.models.checkpoint import cache_only, missing, open_config
 from qwen_scope_lens.models.load import fetch_file, files_of
 
 __all__ = ["Unembedding", "read_unembedding"]
@@ -63,7 +63,8 @@ def read_unembedding(
     from safetensors import SafetensorError, safe_open
 
     name = str(bundled_model(str(model)) or model)
-    source = {"revision": revision, "local_files_only": local_files_only}
+    source: dict[str, Any] = {"revision": revision, "local_files_only": local_files_only}
+    source |= cache_only(name, source)
     try:
         config = open_config(name, **source)
         places = places_of_config(config)
@@ -77,7 +78,10 @@ def read_unembedding(
     except (OSError, SafetensorError) as error:
         if isinstance(error, ScopeError):
             raise
-        raise CheckpointMissing(f"{name} cannot be read: {error}") from error
+        said = (
+            missing(name, error) if isinstance(error, OSError) else f"cannot read {name}: {error}"
+        )
+        raise CheckpointMissing(said) from error
     text = text_config(config)
     tied = bool(getattr(config, "tie_word_embeddings", False) or text.tie_word_embeddings)
     weight = found.get("embed" if tied and "head" not in found else "head")

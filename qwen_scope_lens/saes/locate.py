@@ -16,6 +16,7 @@ from qwen_scope_lens.address import LayerRef
 from qwen_scope_lens.catalog import HOME_VARIABLE, MINI_HOME, Group, home_folder
 from qwen_scope_lens.errors import CheckpointMissing, HubUnreachable, WrongSettings
 from qwen_scope_lens.files import read_text
+from qwen_scope_lens.hub import only_cache, ways_out
 
 __all__ = ["CONFIG_NAME", "HubOptions", "LayerFile", "local_path", "locate", "read_config"]
 
@@ -155,7 +156,7 @@ def _from_hub(ref: LayerRef, hub: HubOptions, tried: list[Path]) -> LayerFile:
                 filename,
                 revision=hub.revision,
                 token=hub.token,
-                local_files_only=hub.local_files_only,
+                local_files_only=only_cache(hub.local_files_only),
                 force_download=hub.force_download,
             )
         )
@@ -163,16 +164,16 @@ def _from_hub(ref: LayerRef, hub: HubOptions, tried: list[Path]) -> LayerFile:
     try:
         path = download(name)
     except LocalEntryNotFoundError as error:  # offline, or local_files_only
-        raise HubUnreachable(_unreachable(where, group, tried, error)) from error
+        raise HubUnreachable(_unreachable(where, ref, tried, error)) from error
     except (RepositoryNotFoundError, GatedRepoError, RevisionNotFoundError) as error:
         raise HubUnreachable(
             f"the hub refused {where} ({type(error).__name__}): check the revision, your network's"
-            f" mirror (HF_ENDPOINT) and your token, or {_local_way_out(group)}"
+            f" mirror (HF_ENDPOINT) and your token, or {_local_way_out(ref)}"
         ) from error
     except EntryNotFoundError as error:
         raise CheckpointMissing(f"the hub has no file {where}") from error
     except (HfHubHTTPError, OSError, ValueError) as error:  # ValueError: a forced download failed
-        raise HubUnreachable(_unreachable(where, group, tried, error)) from error
+        raise HubUnreachable(_unreachable(where, ref, tried, error)) from error
     try:
         config: Path | None = download(CONFIG_NAME)
     except (HfHubHTTPError, EntryNotFoundError, OSError, ValueError):
@@ -186,16 +187,18 @@ def _commit_of(path: Path) -> str | None:
     return parent.name if parent.parent.name == "snapshots" else None
 
 
-def _unreachable(where: str, group: Group, tried: list[Path], error: Exception) -> str:
-    looked = "".join(f"\n  not found locally: {path}" for path in tried)
+def _unreachable(where: str, ref: LayerRef, tried: list[Path], error: Exception) -> str:
+    looked = "".join(f"\n  not there: {path}" for path in tried) or f" {HOME_VARIABLE} is not set;"
     return (
-        f"cannot fetch {where}: the hub is unreachable ({type(error).__name__}) and its cache has"
-        f" no copy.{looked}\n  Way out: {_local_way_out(group)}"
+        f"{ref} cannot be loaded: its file is {where} ({type(error).__name__}).{looked}"
+        f"{chr(10) if tried else ' '}{ways_out(_local_way_out(ref))}"
     )
 
 
-def _local_way_out(group: Group) -> str:
+def _local_way_out(ref: LayerRef) -> str:
+    group = ref.row
     return (
         f"copy the repository's files to a folder and set {HOME_VARIABLE}=FOLDER, where"
-        f" FOLDER/{group.repo_name}/{group.file_name(group.layers[0])} exists (or pass folder=...)"
+        f" FOLDER/{group.repo_name}/{group.file_name(ref.layer)} exists (or give folder=FOLDER,"
+        " --sae-folder FOLDER)"
     )

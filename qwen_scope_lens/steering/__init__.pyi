@@ -1,5 +1,6 @@
 from .blame import blame as blame
 from .calibrate import calibrate as calibrate
+from .calibrate import calibrate_from_store as calibrate_from_store
 from .generate import Continuation as Continuation
 from .generate import Sampling as Sampling
 from .generate import generate as generate
@@ -7,6 +8,7 @@ from .hooks import steer as steer
 from .plan import OPERATIONS as OPERATIONS
 from .plan import Edit as Edit
 from .plan import Plan as Plan
+from .plan_for import plan_for as plan_for
 from .report import Report as Report
 from .sweep import Sweep as Sweep
 from .sweep import sweep as sweep

@@ -131,7 +131,7 @@ def find_operation(name: object) -> Operation:
 
 FORMAT, VERSION = "qsl-plan", 2
 OLDER = (1,)  # the unit `typical` was called `sigma`
-MADE_BY = "qsl steer --save-plan"
+MADE_BY = "qsl plan` or `qsl steer --save-plan"
 EVERYWHERE = Where()
 
 

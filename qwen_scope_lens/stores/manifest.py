@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from qwen_scope_lens.address import LayerRef
+from qwen_scope_lens.catalog import find_group
 from qwen_scope_lens.errors import (
     BadFile,
     BadPlan,
@@ -32,6 +34,7 @@ __all__ = [
     "TokenizerFacts",
     "is_stored",
     "join_label_types",
+    "model_and_group",
 ]
 
 FORMAT = "qwen-scope-store"
@@ -246,10 +249,27 @@ def is_stored(data: str | Path, model: str | None, group: str | None) -> bool:
         return True
     if model is None or group is None:
         raise BadPlan(
-            f"{data} is not a feature store. To read it as a corpus, pass --model and --sae, such"
-            " as --model mini-qwen3 --sae mini-qwen3/w1k-l0-16"
+            f"{data} is not a feature store. To read it as a corpus, pass --sae, such as --sae"
+            " mini-qwen3/w1k-l0-16, and --model for another model than theirs"
         )
     return False
+
+
+def model_and_group(
+    model: str | None, group: str | None, *stores: str | Path | None
+) -> tuple[str | None, str | None]:
+    """The names as given, else those of the first of these folders that is a store. Of a group
+    alone, the model is the one that its SAEs were trained on."""
+    for place in stores:
+        if None in (model, group) and place and Manifest.exists(path := Path(place).expanduser()):
+            manifest = Manifest.open(path)
+            there = LayerRef.parse(next(iter(manifest.saes.values())).ref).group
+            if model is None and group in (None, there):
+                model = manifest.model.id
+            group = there if group is None else group
+    if model is None and group is not None:
+        model = find_group(group).backbone.model_id
+    return model, group
 
 
 def _typed(kind: type[Any], content: Any) -> Any:

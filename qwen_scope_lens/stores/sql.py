@@ -6,6 +6,7 @@ truncated, labels) and `tokens` (doc, position, token_id, token, start, end, ext
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -69,6 +70,11 @@ def run_query(store: FeatureStore, query: str, most_memory: int = MOST_MEMORY) -
             ) from error
         except duckdb.Error as error:
             words = " ".join(str(error).split())
+            if address := re.search(r"[\w.-]+/[\w.-]+/(\d+)/(\d+)", query):
+                hint += (
+                    f". Layers and features are numbers here: {address[0]} is layer = {address[1]}"
+                    f" and feature = {address[2]}"
+                )
             raise BadQuery(f"DuckDB: {words} {hint}") from error
 
 
