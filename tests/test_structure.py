@@ -28,7 +28,7 @@ FLOORS = (
     ("features", "steering"),
     ("writers",),
     ("labels",),
-    ("bench", "classify", "compare", "graphs", "synth", "train"),
+    ("bench", "classify", "compare", "concepts", "graphs", "synth", "train"),
     ("site",),
     ("app",),
     ("mini",),
