@@ -21,7 +21,7 @@ FLOORS = (
     ("files", "extras", "stats"),
     ("catalog",),
     ("address", "pages"),
-    ("tables",),
+    ("hosted", "tables"),
     ("saes",),
     ("models", "converters"),
     ("stores",),

@@ -1,10 +1,12 @@
-"""Read, check, join and search label packs: what features mean, as JSON lines.
+"""Read, check, join, search and import label packs: what features mean, as JSON lines.
 
     qsl label list texts/labels.jsonl --match chinese
     qsl label show texts/labels.jsonl mini-qwen3/w1k-l0-16/6/423
     qsl label check texts/labels.jsonl --store store/
     # needs a second pack, of `qsl synth describe`:
     qsl label merge texts/labels.jsonl machine.jsonl --prefer score --out labels.jsonl
+    # needs a download from Neuronpedia:
+    qsl label import v1/qwen3.5-2b-pt/ --out labels.jsonl
 
 A line of a pack is {"address": "GROUP/LAYER/FEATURE", "text": "...", "score": 0.9, "provenance":
 {...}}; score and provenance may be left out, so a pack can be written by hand. `qsl synth describe`
@@ -23,10 +25,15 @@ from qwen_scope_lens.cli.inputs import Input
 from qwen_scope_lens.cli.options import (
     Word,
     add_json,
+    add_model,
+    add_sae_files,
     add_words,
+    count,
     finite,
+    from_zero,
     output,
     print_json,
+    remark,
     show,
 )
 
@@ -154,7 +161,77 @@ def _check(arguments: argparse.Namespace) -> None:
         print(f"  {sae}: {len(pack.of_sae(sae))} of {sae.row.d_sae} features have a label{never}")
 
 
+def _import_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "folder",
+        type=Path,
+        metavar="FOLDER",
+        action=Input,
+        check=_export,
+        help="a source, a model, or all that was downloaded",
+    )
+    add_model(parser)
+    parser.add_argument(
+        "--sample", type=count, default=32, help="features of each layer that are checked; 32"
+    )
+    parser.add_argument("--passages", type=count, default=2, help="of each of them; 2")
+    parser.add_argument("--seed", type=from_zero, default=0)
+    add_sae_files(parser)
+    parser.add_argument("--allow-other-model", action="store_true")
+    parser.add_argument(
+        "--record",
+        action="store_true",
+        help="keep the ids of accepted layers in QWEN_SCOPE_HOME, for loaded SAEs and exports",
+    )
+    add_json(parser)
+    parser.add_argument("--out", type=output, required=True, metavar="PACK")
+
+
+def _export(path: Path, _: argparse.Namespace) -> None:
+    from qwen_scope_lens.labels.exports import exports_in, require_candidates
+
+    for export in exports_in(path):
+        require_candidates(export)
+
+
+def _import(arguments: argparse.Namespace) -> int:
+    """Make a pack of a label export of Neuronpedia, after checking to which SAE it belongs.
+
+    Neuronpedia does not say which k an SAE has that it hosts. Some features are drawn, the texts on
+    which they are said to fire are encoded again with every SAE that the export can be, and a layer
+    is accepted if one SAE fires on the same tokens (in 70% of the passages) as strongly
+    (correlation of 0.8). The labels of refused layers are left out.
+    """
+    from qwen_scope_lens.address import LayerRef
+    from qwen_scope_lens.hosted import record
+    from qwen_scope_lens.labels.verified import import_labels
+
+    found = import_labels(
+        arguments.folder,
+        model=arguments.model,
+        features=arguments.sample,
+        per_feature=arguments.passages,
+        seed=arguments.seed,
+        sae_folder=arguments.sae_folder,
+        device=arguments.device,
+        allow_other_model=arguments.allow_other_model,
+        progress=remark,
+    )
+    show(found.table(), arguments.json, labels=len(found.pack))
+    if not found.pack:
+        remark("nothing is written: no layer was accepted")
+        return 1
+    found.pack.write(arguments.out)
+    remark(f"written: {arguments.out}")
+    for layer in found.layers if arguments.record else ():
+        if layer.sae is not None:
+            best = next(one for one in layer.tried if one.ref == layer.sae)
+            remark(f"recorded: {record(LayerRef.parse(layer.sae), layer.id, best.to_dict())}")
+    return 0
+
+
 WORDS = (
+    Word("import", _import_arguments, _import),
     Word("list", _list_arguments, _list),
     Word("show", _show_arguments, _show),
     Word("merge", _merge_arguments, _merge),

@@ -37,7 +37,7 @@ SECTIONS = {
         "stats": "every feature of a store: how often, how strongly, with which others",
         "find": "from a concept to features: labels, examples, causes",
         "rank": "which features tell one group of documents from another",
-        "label": "packs of what features mean: list, show, merge, check",
+        "label": "packs of what features mean: list, show, merge, check, import",
     },
     "looking": {
         "read": "which features fire on a text, per token and as a whole",

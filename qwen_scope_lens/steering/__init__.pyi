@@ -1,6 +1,6 @@
-from .blame import blame as blame
 from .arms import Examples as Examples
 from .arms import mean_difference as mean_difference
+from .blame import blame as blame
 from .calibrate import calibrate as calibrate
 from .causal import Causes as Causes
 from .causal import causes as causes

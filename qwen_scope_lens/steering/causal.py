@@ -95,8 +95,8 @@ class Causes(View):
             ],
             above=(
                 f"effect: {self.meaning}; {self.prompts} prompts",
-                "of each arm the strongest coherent of the doses"
-                f" {', '.join(f'{dose:g}' for dose in self.doses)} (parts of the residual's length)",
+                f"doses of {', '.join(f'{dose:g}' for dose in self.doses)} of the residual's"
+                " length; of each arm the strongest coherent one",
             ),
             below=(
                 *(() if self.ask is None else (f"asked: each prompt after {self.ask!r}",)),
