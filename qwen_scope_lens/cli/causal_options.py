@@ -15,9 +15,11 @@ if TYPE_CHECKING:
     from qwen_scope_lens.address import FeatureRef
     from qwen_scope_lens.steering.causal import Causes
 
-__all__ = ["add_causal", "run_causal"]
+__all__ = ["SHOWN", "add_causal", "run_causal"]
 
 DOSES = "0.1,0.2,0.4"
+SHOWN = 8
+"""How many documents of each side stand for a concept."""
 
 
 def add_causal(parser: argparse.ArgumentParser) -> None:
@@ -76,6 +78,8 @@ def run_causal(
     words: str = "",
     examples: Iterable[str] = (),
     against: Iterable[str] = (),
+    prompts: Sequence[Any] = (),
+    enable_thinking: bool | None = None,
 ) -> Causes:
     """Test the first `--causal` features. Without examples the words stand for the concept."""
     from tqdm import tqdm
@@ -91,7 +95,7 @@ def run_causal(
     if not positive:
         positive = tuple(carrier.format(words) for carrier in CARRIERS)
         negative = tuple(carrier.format(other) for other in FILLERS for carrier in CARRIERS)
-    prompts: Sequence[Any] = PROMPTS
+    prompts = prompts or PROMPTS
     if arguments.prompts:
         prompts = [document.content for document in read_corpus(arguments.prompts)]
     with tqdm(unit="dose", leave=False) as bar:
@@ -109,6 +113,7 @@ def run_causal(
             prompts=prompts,
             doses=parse_strengths(arguments.doses),
             sampling=Sampling(new_tokens=arguments.new_tokens),
+            enable_thinking=enable_thinking,
             progress=progress,
-            allow_other_model=arguments.allow_other_model,
+            allow_other_model=getattr(arguments, "allow_other_model", False),
         )

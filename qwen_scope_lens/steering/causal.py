@@ -36,6 +36,7 @@ PROMPTS = (
 )
 DOSES = (0.1, 0.2, 0.4)
 """In parts of the residual's length, so that no calibration is needed."""
+LEAST_PROMPTS = 4
 NEUTRAL = 12
 """How many of the bundled texts the steered model reads."""
 
@@ -175,6 +176,8 @@ def _cause(ref: FeatureRef, found: Sweep) -> Cause:
     nothing = max(found.plain.effect, chance.effect if chance else found.plain.effect)
     if mine is None:
         verdict = "no dose is coherent"
+    elif found.settings["prompts"] < LEAST_PROMPTS:
+        verdict = f"{LEAST_PROMPTS} prompts are needed for a verdict"
     elif mine.low <= nothing:
         verdict = "no effect beyond random directions"
     else:
