@@ -21,6 +21,8 @@ from .catalog import GROUPS as GROUPS
 from .catalog import Group as Group
 from .catalog import find_group as find_group
 from .classify.estimator import FeatureRuleClassifier as FeatureRuleClassifier
+from .concepts.discover import discover as discover
+from .concepts.discovery import Discovery as Discovery
 from .concepts.find import Found as Found
 from .concepts.find import find as find
 from .errors import ScopeError as ScopeError

@@ -36,6 +36,7 @@ SECTIONS = {
         "store": "a feature store: info, check, sql, merge",
         "stats": "every feature of a store: how often, how strongly, with which others",
         "find": "from a concept to features: labels, examples, causes",
+        "discover": "from a labelled corpus or pairs to tested hypotheses",
         "rank": "which features tell one group of documents from another",
         "label": "packs of what features mean: list, show, merge, check, import",
     },
