@@ -309,7 +309,7 @@ def importing(options: argparse.Namespace, say: Printed) -> None:
         peak = peak_in_fresh_process(__file__, str(place))
     say(
         f"{labels:,} labels in 512 batches, {passages} passages drawn; {size / 1e6:,.0f} MB"
-        f" gzipped: {took[0]:.1f} s ({took[1]:.1f} CPU seconds), {peak / 1e6:,.0f} MB beyond the imports"
+        f" gzipped: {took[0]:.1f} s ({took[1]:.1f} CPU seconds), {peak / 1e6:,.0f} MB at the peak"
     )
 
 

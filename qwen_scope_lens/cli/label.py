@@ -36,6 +36,9 @@ from qwen_scope_lens.cli.options import (
     remark,
     show,
 )
+from qwen_scope_lens.cli.synth.generators import add_generator_arguments, prices, roles
+
+KINDS = ("detection", "fuzzing", "intruder", "output")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -230,7 +233,82 @@ def _import(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _score_arguments(parser: argparse.ArgumentParser) -> None:
+    _pack(parser)
+    parser.add_argument(
+        "--store", type=Path, required=True, action=Input, check=inputs.store, help="with passages"
+    )
+    parser.add_argument("--judge", required=True, metavar="SPEC", help="openai:URL#MODEL, hf:MODEL")
+    parser.add_argument(
+        "--kinds",
+        type=_kinds,
+        default=list(KINDS),
+        help=f"some of {','.join(KINDS)}; default: all of them",
+    )
+    parser.add_argument("--price-only", action="store_true", help="only say what it would cost")
+    parser.add_argument("--templates", type=Path, help="folder of `qsl synth templates`")
+    parser.add_argument("--seed", type=from_zero, default=0)
+    add_sae_files(parser)
+    add_json(parser)
+    parser.add_argument("--out", type=output, required=True, metavar="PACK")
+    add_generator_arguments(parser)
+
+
+def _kinds(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    if not set(names) <= set(KINDS):
+        raise argparse.ArgumentTypeError(f"{text!r:.60}: expected some of {','.join(KINDS)}")
+    return names
+
+
+def _score(arguments: argparse.Namespace) -> int:
+    """Test labels by harder questions to a judge, after saying what this will cost.
+
+        # needs an endpoint that judges:
+        qsl label score texts/labels.jsonl --store store/ --out scored.jsonl \\
+            --judge openai:http://localhost:8000/v1#NAME --price-prompt 0.15 --price-completion 0.6
+
+    detection: active passages against near ones (related features fire, or the same token stands,
+    but this feature is silent). fuzzing: right marks against moved marks. intruder: without the
+    label, the silent passage among active ones. output: the tokens that the feature promotes, among
+    others'. The first two are balanced accuracies (0.5 is chance), the others shares of right
+    answers (0.2). The provenance says who wrote a label and who judged it. No answer is paid for
+    twice.
+    """
+    from qwen_scope_lens.features.token_effects import promoted_of
+    from qwen_scope_lens.labels.packs import LabelPack
+    from qwen_scope_lens.labels.scores import estimate, questions, score, table_of
+    from qwen_scope_lens.models.load import load_model
+    from qwen_scope_lens.stores.store import FeatureStore
+    from qwen_scope_lens.writers.ledger import Ledger
+    from qwen_scope_lens.writers.templates import Templates
+
+    pack, store = LabelPack.read(arguments.pack), FeatureStore.open(arguments.store)
+    templates = Templates(arguments.templates)
+    asked = questions(
+        store,
+        pack,
+        arguments.kinds,
+        promoted=promoted_of(store.manifest.model.id, arguments.sae_folder),
+        seed=arguments.seed,
+    )
+    remark(estimate(asked, pack, prices(arguments), templates))
+    if arguments.price_only:
+        return 0
+    folder = arguments.out.with_name(f"{arguments.out.stem}.run")
+    with Ledger.open(folder, prices(arguments)) as ledger:
+        judge = roles(arguments, load_model).open(arguments.judge)
+        scored = score(pack, asked, judge, ledger, templates=templates, seed=arguments.seed)
+        remark(ledger.limit_reached or "finished")
+        remark(str(ledger.spent))
+    show(table_of(scored), arguments.json)
+    scored.write(arguments.out)
+    remark(f"written: {arguments.out}")
+    return 0
+
+
 WORDS = (
+    Word("score", _score_arguments, _score),
     Word("import", _import_arguments, _import),
     Word("list", _list_arguments, _list),
     Word("show", _show_arguments, _show),

@@ -38,7 +38,7 @@ SECTIONS = {
         "find": "from a concept to features: labels, examples, causes",
         "discover": "from a labelled corpus or pairs to tested hypotheses",
         "rank": "which features tell one group of documents from another",
-        "label": "packs of what features mean: list, show, merge, check, import",
+        "label": "packs of what features mean: list, show, merge, check, import, score",
     },
     "looking": {
         "read": "which features fire on a text, per token and as a whole",

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
-import torch
 from torch import nn
 
 from qwen_scope_lens.address import FeatureRef, LayerRef, saes_named
@@ -30,7 +29,7 @@ from qwen_scope_lens.concepts.evidence import (
     shares,
 )
 from qwen_scope_lens.errors import CheckpointMissing, StoreMismatch, TooLittleData, UnknownName
-from qwen_scope_lens.features.token_effects import token_effects
+from qwen_scope_lens.features.token_effects import promoted_of
 from qwen_scope_lens.files import write_json
 from qwen_scope_lens.labels.packs import LabelPack
 from qwen_scope_lens.labels.search import bm25
@@ -38,7 +37,6 @@ from qwen_scope_lens.models.architecture import Model, describe
 from qwen_scope_lens.models.backbone import check_backbone
 from qwen_scope_lens.models.jacobian import Lens
 from qwen_scope_lens.models.load import load_model
-from qwen_scope_lens.models.token_text import Vocabulary
 from qwen_scope_lens.models.tokenize import find_tokenizer
 from qwen_scope_lens.models.unembedding import read_unembedding
 from qwen_scope_lens.saes.load import load_sae
@@ -224,7 +222,11 @@ def find(
     best = best[score[best] > 0]
     d_sae = row.d_sae
     best_refs = [refs[at // d_sae].feature(int(at % d_sae)) for at in best.tolist()]
-    tokens = _promoted(best_refs, end, tokenizer, promoted, sae_folder)
+    tokens = (
+        promoted_of(source, sae_folder, promoted, end=end, tokenizer=tokenizer)(best_refs)
+        if promoted and best_refs
+        else {}
+    )
 
     def of(name: str, at: int) -> float | None:
         return float(joined[name][at]) if name in joined else None
@@ -341,24 +343,3 @@ def _combined(
         score[order] += WEIGHTS[column] * (SOFTENED + 1) / (SOFTENED + place[order])
         places[str(column)] = place
     return score, places
-
-
-def _promoted(
-    refs: Sequence[FeatureRef], end: Any, tokenizer: Any, count: int, folder: str | Path | None
-) -> dict[FeatureRef, tuple[str, ...]]:
-    """The tokens that features promote; only their own decoder rows are read."""
-    if not refs or end is None or tokenizer is None or not count:
-        return {}
-    from qwen_scope_lens.saes.load import load_directions
-
-    vocabulary = Vocabulary(tokenizer)
-    by_sae: dict[LayerRef, list[FeatureRef]] = {}
-    for ref in refs:
-        by_sae.setdefault(ref.sae, []).append(ref)
-    found: dict[FeatureRef, tuple[str, ...]] = {}
-    for sae, some in by_sae.items():
-        rows = load_directions(sae, [ref.feature for ref in some], folder=folder).float()
-        effects = token_effects(torch.as_tensor(rows), end, count, vocabulary=len(vocabulary))
-        for ref, ids in zip(some, effects.promoted.tolist(), strict=True):
-            found[ref] = tuple(map(vocabulary.text, ids))
-    return found
