@@ -257,7 +257,13 @@ def _discovery(
     twice: bool = False,
 ) -> Discovery:
     """Propose on one half, test on the other; `x` has the documents of `held`, twice for pairs."""
-    d_sae = refs[0].row.d_sae
+    d_sae = x.shape[1] // len(refs)
+    halves = [half for _, _, *sides in groups for half in sides]
+    if min(halves) < 2:
+        raise TooLittleData(
+            f"one half has {min(halves)} documents or pairs of a side: equal texts stay together,"
+            " and at least 2 are needed in each half"
+        )
     first = np.concatenate([~held, ~held]) if twice else ~held
     proposed: list[tuple[str, int, float]] = []
     for value, test, _, _ in groups:

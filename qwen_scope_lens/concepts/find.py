@@ -28,7 +28,13 @@ from qwen_scope_lens.concepts.evidence import (
     share_in_store,
     shares,
 )
-from qwen_scope_lens.errors import CheckpointMissing, StoreMismatch, TooLittleData, UnknownName
+from qwen_scope_lens.errors import (
+    CheckpointMissing,
+    HubUnreachable,
+    StoreMismatch,
+    TooLittleData,
+    UnknownName,
+)
 from qwen_scope_lens.features.token_effects import promoted_of
 from qwen_scope_lens.files import write_json
 from qwen_scope_lens.labels.packs import LabelPack
@@ -278,7 +284,7 @@ def layers_of(
         ref = LayerRef(row.short, layer)
         try:
             locate(ref, folder, HubOptions(local_files_only=True))
-        except CheckpointMissing:
+        except (CheckpointMissing, HubUnreachable):
             continue
         here.append(ref)
     return tuple(here) or saes_named(sae)

@@ -103,7 +103,9 @@ def fit_lens(
     batch: int = 16,
     progress: bool = False,
 ) -> Lens:
-    """Fit a lens with transformer-lens and write its file. `bridge` comes from `load_bridge`.
+    """Fit a lens with transformer-lens and write its file.
+
+    `bridge` comes from `load_model(name, full_hooks=True)`.
 
     Costs `d_model / batch` backward passes per text. A hundred texts of 128 tokens are usable, says
     its reference; published lenses use a thousand.

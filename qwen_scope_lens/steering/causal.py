@@ -186,7 +186,8 @@ def _cause(ref: FeatureRef, found: Sweep) -> Cause:
             for name, dose in (("asking", found.asked), ("the mean difference", mean))
             if dose is not None and dose.effect > mine.effect
         ]
-        verdict = f"moves it; {' and '.join(better)} moves it more" if better else "moves it"
+        moves = "moves" if len(better) == 1 else "move"
+        verdict = f"moves it; {' and '.join(better)} {moves} it more" if better else "moves it"
     return Cause(
         ref=str(ref),
         dose=mine.strength if mine else None,
