@@ -37,7 +37,7 @@ def write_export(
         spans = one.char_spans[0]
         assert spans is not None
         tokens = [texts[one.doc_ids[0]][a:b] for a, b in spans]
-        assert len(tokens) == len(tokenizer.encode(texts[one.doc_ids[0]]))
+        assert len(tokens) == len(tokenizer(texts[one.doc_ids[0]])["input_ids"])
         for feature in codes.indices[1:][codes.active[1:]].unique().tolist():
             values = (codes.values * (codes.indices == feature)).sum(-1).tolist()
             row = {"index": str(feature), "tokens": tokens, "values": values, **where}

@@ -62,9 +62,12 @@ def test_find_puts_the_features_of_the_examples_first(mini: Any) -> None:
     assert on_chinese > 0
     assert on_english == 0
     row = found.rows[0]
+    assert row.on_examples is not None
+    assert row.elsewhere is not None
     assert row.examples == pytest.approx(row.on_examples - row.elsewhere)
+    weights: dict[str, float] = {str(name): weight for name, weight in WEIGHTS.items()}
     assert row.score == pytest.approx(
-        sum(WEIGHTS[name] * 11 / (10 + place) for name, place in row.places.items())
+        sum(weights[name] * 11 / (10 + place) for name, place in row.places.items())
     )
     assert len(row.promotes) == 2
     table = found.table(3)
@@ -102,7 +105,8 @@ def test_shares_and_says_are_what_they_say(mini: Any) -> None:
 
 
 def test_the_readout_prefers_tokens_that_only_the_examples_have(mini: Any) -> None:
-    end, tokenizer = read_unembedding("mini-qwen3"), find_tokenizer(mini)
+    end = read_unembedding("mini-qwen3")
+    tokenizer: Any = find_tokenizer(mini)
     words = readout(Concept("Chinese"), tokenizer, end)
     both = readout(Concept("Chinese", tuple(CHINESE[:4])), tokenizer, end)
     assert words.tokens == both.tokens

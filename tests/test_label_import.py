@@ -104,7 +104,8 @@ def test_both_k_are_candidates() -> None:
         assert candidates("qwen3.5-2b-pt", source) == []
     for group in qsl.GROUPS:  # what we export is found again
         ref = qsl.LayerRef(group.short, group.layers[0])
-        assert ref in candidates(*neuronpedia_id(ref).split("/"))
+        model, source = neuronpedia_id(ref).split("/")
+        assert ref in candidates(model, source)
 
 
 def test_agreement_is_measured_token_by_token() -> None:

@@ -129,7 +129,7 @@ def run(arguments: argparse.Namespace) -> int:
             prompts=[case.prompt for case in bad],
             enable_thinking=enable_thinking,
         )
-    more = {"causal": tested.to_dict()} if tested is not None else {}
+    more: dict[str, Any] = {"causal": tested.to_dict()} if tested is not None else {}
     show(Table.of(columns, rows), arguments.json, **more)
     if tested is not None and not arguments.json:
         print(f"\n{tested}\n")

@@ -7,7 +7,7 @@ does not grow with the number of layers.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +34,7 @@ Floats = np.ndarray[Any, np.dtype[np.float32]]
 
 MOST_TOKENS = 64
 """How much of a text is read. Examples are sentences; longer texts are cut."""
+GROUPS = ("words", "fillers", "examples", "neutral")
 AT_ONCE = 256
 """Rows of a decoder that are multiplied at a time: 64 MB of 65,536 features."""
 
@@ -55,13 +56,17 @@ class TextEvidence:
 
 
 def read_groups(
-    model: Model, concept: Concept, layers: Sequence[int], tokenizer: Tokenizer
+    model: Model,
+    concept: Concept,
+    layers: Sequence[int],
+    tokenizer: Tokenizer,
+    wanted: Container[str] = GROUPS,
 ) -> tuple[list[Capture], list[str]]:
-    """The residuals of all texts of a concept, and the group of each text.
+    """The residuals of the texts of a concept, of the wanted groups, and the group of each text.
 
     Together they are some thousand tokens: at most `MOST_TOKENS` per text.
     """
-    groups, texts = zip(*concept.texts(), strict=True)
+    groups, texts = zip(*(pair for pair in concept.texts() if pair[0] in wanted), strict=True)
     found = iter_captures(
         model, texts, layers, tokenizer=tokenizer, truncate=True, max_tokens=MOST_TOKENS
     )
@@ -125,8 +130,8 @@ def readout(concept: Concept, tokenizer: Tokenizer, end: Unembedding) -> Readout
         for form in (words, words.lower(), words.capitalize())
         for space in ("", " ")
     )
-    own = {t for form in forms for t in tokenizer.encode(form, add_special_tokens=False)}
-    weights: list[Counter[int]] = [Counter(dict.fromkeys(own, 1.0))]  # type: ignore[arg-type]
+    own = {t for form in forms for t in _ids(tokenizer, form)}
+    weights = [Counter(own)]
     if concept.examples:
         sides = [
             Counter(t for text in texts for t in set(_ids(tokenizer, text)))
@@ -178,8 +183,9 @@ def says(
     return found
 
 
-def _ids(tokenizer: Tokenizer, text: str) -> Iterator[int]:
-    yield from tokenizer.encode(text, add_special_tokens=False)[:MOST_TOKENS]
+def _ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    found: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"][:MOST_TOKENS]
+    return found
 
 
 def _mean(weight: Tensor) -> Tensor:

@@ -114,15 +114,16 @@ class Found(View):
     def table(self, most: int | None = None) -> Table:
         """The best features, with their evidence in every column that was asked for."""
         rows = self.rows if most is None else self.rows[:most]
-        shown = ["feature", "score", *self.columns, "promotes"]
-        labelled = "labels" in self.columns
-        columns = [*shown, "label"] if labelled else shown
+        promotes = any(row.promotes for row in self.rows)
+        labelled = any(row.label for row in self.rows)
+        columns = ["feature", "score", *self.columns]
+        columns += ["promotes"] * promotes + ["label"] * labelled
         cells = [
             [
                 row.ref,
                 row.score,
                 *(getattr(row, column) for column in self.columns),
-                " ".join(text.strip() for text in row.promotes),
+                *([" ".join(text.strip() for text in row.promotes)] if promotes else []),
                 *([row.label] if labelled else []),
             ]
             for row in rows
@@ -196,8 +197,16 @@ def find(
     running: Any = source
     if not isinstance(source, nn.Module) and (reads or "says" in chosen or promoted):
         running = _opened(source, row, numbers[-1] if reads else 0, device, allow_other_model)
-    tokenizer = find_tokenizer(running) if isinstance(running, nn.Module) else None
-    captures, groups = read_groups(running, concept, numbers, tokenizer) if reads else ([], [])
+    tokenizer: Any = find_tokenizer(running) if isinstance(running, nn.Module) else None
+    read = [
+        group
+        for column in reads
+        for group in (("examples", "neutral") if column == "examples" else ("words", "fillers"))
+        if group != "neutral" or store is None or concept.against
+    ]
+    captures, groups = (
+        read_groups(running, concept, numbers, tokenizer, read) if reads else ([], [])
+    )
     end = read_unembedding(source) if promoted or "says" in chosen else None
     wanted = readout(concept, tokenizer, end) if "says" in chosen and end is not None else None
     evidence: dict[str, list[Floats]] = {}

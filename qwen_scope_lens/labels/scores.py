@@ -214,8 +214,7 @@ class _Near:
         wanted: dict[int, list[Place]] = {}
         for ref in refs:
             if top := facts.top_examples(ref.feature):
-                block = store.by_token(top[0].doc)
-                token = int(block.token_ids[top[0].position])
+                token = int(store.by_token(top[0].doc).token_ids[top[0].position])
                 self._tokens[ref] = token
                 wanted.setdefault(token, [])
         listed = np.array(sorted(wanted), dtype=np.int64)
@@ -302,9 +301,8 @@ def _outputs(
             continue
         start = min(max(0, place[ref.feature] - 20), max(0, len(firing) - 41))
         near = [int(f) for f in firing[start : start + 41] if f != ref.feature]
-        for _ in range(ROUNDS):
-            others = rng.sample(near, CHOICES - 1)
-            asked.append((ref, [sae.feature(other) for other in others]))
+        rounds = (rng.sample(near, CHOICES - 1) for _ in range(ROUNDS))
+        asked += [(ref, [sae.feature(one) for one in some]) for some in rounds]
     every = list(dict.fromkeys(one for ref, others in asked for one in (ref, *others)))
     tokens = promoted(every)
     for number, (ref, others) in enumerate(asked):

@@ -163,7 +163,7 @@ class Sweep:
             quiet=True,
         )
         page.heading("What followed the first prompt")
-        samples = [(d.strength, d.sample) for d in self.arm(PLAN)]
+        samples: list[tuple[float | str, str]] = [(d.strength, d.sample) for d in self.arm(PLAN)]
         samples += [(ASKED, self.asked.sample)] if self.asked else []
         page.table((strength, "text"), samples)
         page.heading("How these figures were made")
