@@ -2,6 +2,7 @@ from . import app as app
 from . import bench as bench
 from . import classify as classify
 from . import compare as compare
+from . import concepts as concepts
 from . import features as features
 from . import graphs as graphs
 from . import labels as labels
@@ -20,6 +21,10 @@ from .catalog import GROUPS as GROUPS
 from .catalog import Group as Group
 from .catalog import find_group as find_group
 from .classify.estimator import FeatureRuleClassifier as FeatureRuleClassifier
+from .concepts.discover import discover as discover
+from .concepts.discovery import Discovery as Discovery
+from .concepts.find import Found as Found
+from .concepts.find import find as find
 from .errors import ScopeError as ScopeError
 from .features.rank import rank as rank
 from .features.ranking import Ranking as Ranking
@@ -53,8 +58,8 @@ from .steering.plan import Edit as Edit
 from .steering.plan import Plan as Plan
 from .steering.plan_for import plan_for as plan_for
 from .steering.report import Report as Report
-from .steering.sweep import Sweep as Sweep
 from .steering.sweep import sweep as sweep
+from .steering.sweep_result import Sweep as Sweep
 from .steering.typical import Calibration as Calibration
 from .steering.where import Where as Where
 from .stores.corpus import Corpus as Corpus

@@ -8,9 +8,10 @@ A file of cases has one per line: {"prompt": ..., "reply": ..., "bad": true}, or
 of `prompt`. The bad replies are compared with those that have "bad": false, and with all prompts.
 With --class only the tokens of that class in the bad replies count as bad. The last lines are what
 to try: a push of one typical activation against the feature. `qsl steer` shows its effect, `qsl
-sweep` measures it. Where a feature is only ablated, others carry on, and less changes.
---graph goes upstream from the first bad token, through all layers of the SAEs' group (see
-`qsl graph --help`).
+sweep` measures it. Where a feature is only ablated, others carry on, and less changes. --causal
+adds the first suspects to the model on the prompts of the bad replies, and measures how much more
+the model writes like these. --graph goes upstream from the first bad token, through all layers of
+the SAEs' group (see `qsl graph --help`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwen_scope_lens.cli import inputs
 from qwen_scope_lens.cli import plan_options as plans
+from qwen_scope_lens.cli.causal_options import SHOWN, add_causal, run_causal
 from qwen_scope_lens.cli.graph import GRAPH
 from qwen_scope_lens.cli.inputs import Input
 from qwen_scope_lens.cli.options import add_json, add_labels, count, read_labels, remark, show
@@ -29,6 +31,7 @@ from qwen_scope_lens.files import refuse_other_folder
 if TYPE_CHECKING:
     from qwen_scope_lens.labels.packs import LabelPack
     from qwen_scope_lens.steering.blame import Case
+    from qwen_scope_lens.steering.causal import Causes
 
 TRIED = 3
 """For how many suspects there is a line to try."""
@@ -67,6 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--graph", type=Path, metavar="FOLDER", help="a graph of the first bad token"
     )
+    add_causal(parser)
     plans.add_model(parser)
     add_json(parser)
 
@@ -113,7 +117,22 @@ def run(arguments: argparse.Namespace) -> int:
         )
         for one in found
     ]
-    show(Table.of(columns, rows), arguments.json)
+    tested: Causes | None = None
+    if arguments.causal and found:
+        bad = [case for case in cases if case.bad][:SHOWN]
+        tested = run_causal(
+            arguments,
+            model,
+            [suspect.ref for suspect in found],
+            examples=[case.reply for case in bad],
+            against=[case.reply for case in cases if not case.bad][:SHOWN],
+            prompts=[case.prompt for case in bad],
+            enable_thinking=enable_thinking,
+        )
+    more: dict[str, Any] = {"causal": tested.to_dict()} if tested is not None else {}
+    show(Table.of(columns, rows), arguments.json, **more)
+    if tested is not None and not arguments.json:
+        print(f"\n{tested}\n")
     if found and not arguments.json:
         refs = [str(suspect.ref) for suspect in found[:TRIED]]
         print(f"try: qsl calibrate {' '.join(refs)} --texts CORPUS --out typical.json")

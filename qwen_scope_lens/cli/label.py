@@ -1,10 +1,12 @@
-"""Read, check, join and search label packs: what features mean, as JSON lines.
+"""Read, check, join, search and import label packs: what features mean, as JSON lines.
 
     qsl label list texts/labels.jsonl --match chinese
     qsl label show texts/labels.jsonl mini-qwen3/w1k-l0-16/6/423
     qsl label check texts/labels.jsonl --store store/
     # needs a second pack, of `qsl synth describe`:
     qsl label merge texts/labels.jsonl machine.jsonl --prefer score --out labels.jsonl
+    # needs a download from Neuronpedia:
+    qsl label import v1/qwen3.5-2b-pt/ --out labels.jsonl
 
 A line of a pack is {"address": "GROUP/LAYER/FEATURE", "text": "...", "score": 0.9, "provenance":
 {...}}; score and provenance may be left out, so a pack can be written by hand. `qsl synth describe`
@@ -23,12 +25,20 @@ from qwen_scope_lens.cli.inputs import Input
 from qwen_scope_lens.cli.options import (
     Word,
     add_json,
+    add_model,
+    add_sae_files,
     add_words,
+    count,
     finite,
+    from_zero,
     output,
     print_json,
+    remark,
     show,
 )
+from qwen_scope_lens.cli.synth.generators import add_generator_arguments, prices, roles
+
+KINDS = ("detection", "fuzzing", "intruder", "output")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -154,7 +164,152 @@ def _check(arguments: argparse.Namespace) -> None:
         print(f"  {sae}: {len(pack.of_sae(sae))} of {sae.row.d_sae} features have a label{never}")
 
 
+def _import_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "folder",
+        type=Path,
+        metavar="FOLDER",
+        action=Input,
+        check=_export,
+        help="a source, a model, or all that was downloaded",
+    )
+    add_model(parser)
+    parser.add_argument(
+        "--sample", type=count, default=32, help="features of each layer that are checked; 32"
+    )
+    parser.add_argument("--passages", type=count, default=2, help="of each of them; 2")
+    parser.add_argument("--seed", type=from_zero, default=0)
+    add_sae_files(parser)
+    parser.add_argument("--allow-other-model", action="store_true")
+    parser.add_argument(
+        "--record",
+        action="store_true",
+        help="keep the ids of accepted layers in QWEN_SCOPE_HOME, for loaded SAEs and exports",
+    )
+    add_json(parser)
+    parser.add_argument("--out", type=output, required=True, metavar="PACK")
+
+
+def _export(path: Path, _: argparse.Namespace) -> None:
+    from qwen_scope_lens.labels.exports import exports_in, require_candidates
+
+    for export in exports_in(path):
+        require_candidates(export)
+
+
+def _import(arguments: argparse.Namespace) -> int:
+    """Make a pack of a label export of Neuronpedia, after checking to which SAE it belongs.
+
+    Neuronpedia does not say which k an SAE has that it hosts. Some features are drawn, the texts on
+    which they are said to fire are encoded again with every SAE that the export can be, and a layer
+    is accepted if one SAE fires on the same tokens (in 70% of the passages) as strongly
+    (correlation of 0.8). The labels of refused layers are left out.
+    """
+    from qwen_scope_lens.address import LayerRef
+    from qwen_scope_lens.hosted import record
+    from qwen_scope_lens.labels.verified import import_labels
+
+    found = import_labels(
+        arguments.folder,
+        model=arguments.model,
+        features=arguments.sample,
+        per_feature=arguments.passages,
+        seed=arguments.seed,
+        sae_folder=arguments.sae_folder,
+        device=arguments.device,
+        allow_other_model=arguments.allow_other_model,
+        progress=remark,
+    )
+    show(found.table(), arguments.json, labels=len(found.pack))
+    if not found.pack:
+        remark("nothing is written: no layer was accepted")
+        return 1
+    found.pack.write(arguments.out)
+    remark(f"written: {arguments.out}")
+    for layer in found.layers if arguments.record else ():
+        if layer.sae is not None:
+            best = next(one for one in layer.tried if one.ref == layer.sae)
+            remark(f"recorded: {record(LayerRef.parse(layer.sae), layer.id, best.to_dict())}")
+    return 0
+
+
+def _score_arguments(parser: argparse.ArgumentParser) -> None:
+    _pack(parser)
+    parser.add_argument(
+        "--store", type=Path, required=True, action=Input, check=inputs.store, help="with passages"
+    )
+    parser.add_argument("--judge", required=True, metavar="SPEC", help="openai:URL#MODEL, hf:MODEL")
+    parser.add_argument(
+        "--kinds",
+        type=_kinds,
+        default=list(KINDS),
+        help=f"some of {','.join(KINDS)}; default: all of them",
+    )
+    parser.add_argument("--price-only", action="store_true", help="only say what it would cost")
+    parser.add_argument("--templates", type=Path, help="folder of `qsl synth templates`")
+    parser.add_argument("--seed", type=from_zero, default=0)
+    add_sae_files(parser)
+    add_json(parser)
+    parser.add_argument("--out", type=output, required=True, metavar="PACK")
+    add_generator_arguments(parser)
+
+
+def _kinds(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    if not set(names) <= set(KINDS):
+        raise argparse.ArgumentTypeError(f"{text!r:.60}: expected some of {','.join(KINDS)}")
+    return names
+
+
+def _score(arguments: argparse.Namespace) -> int:
+    """Test labels by harder questions to a judge, after saying what this will cost.
+
+        # needs an endpoint that judges:
+        qsl label score texts/labels.jsonl --store store/ --out scored.jsonl \\
+            --judge openai:http://localhost:8000/v1#NAME --price-prompt 0.15 --price-completion 0.6
+
+    detection: active passages against near ones (related features fire, or the same token stands,
+    but this feature is silent). fuzzing: right marks against moved marks. intruder: without the
+    label, the silent passage among active ones. output: the tokens that the feature promotes, among
+    others'. The first two are balanced accuracies (0.5 is chance), the others shares of right
+    answers (0.2). The provenance says who wrote a label and who judged it. No answer is paid for
+    twice.
+    """
+    from qwen_scope_lens.features.token_effects import promoted_of
+    from qwen_scope_lens.labels.packs import LabelPack
+    from qwen_scope_lens.labels.scores import estimate, questions, score, table_of
+    from qwen_scope_lens.models.load import load_model
+    from qwen_scope_lens.stores.store import FeatureStore
+    from qwen_scope_lens.writers.ledger import Ledger
+    from qwen_scope_lens.writers.templates import Templates
+
+    pack, store = LabelPack.read(arguments.pack), FeatureStore.open(arguments.store)
+    templates = Templates(arguments.templates)
+    asked = questions(
+        store,
+        pack,
+        arguments.kinds,
+        promoted=promoted_of(store.manifest.model.id, arguments.sae_folder),
+        seed=arguments.seed,
+    )
+    remark(estimate(asked, pack, prices(arguments), templates))
+    if arguments.price_only:
+        return 0
+    folder = arguments.out.with_name(f"{arguments.out.stem}.run")
+    with Ledger.open(folder, prices(arguments)) as ledger:
+        judge = roles(arguments, load_model).open(arguments.judge)
+        scored = score(pack, asked, judge, ledger, templates=templates, seed=arguments.seed)
+        remark(ledger.limit_reached or "finished")
+        remark(str(ledger.spent))
+    show(table_of(scored), arguments.json)
+    scored.write(arguments.out)
+    remark(f"written: {arguments.out}")
+    return 0
+
+
 WORDS = (
+    Word("score", _score_arguments, _score),
+    Word("import", _import_arguments, _import),
     Word("list", _list_arguments, _list),
     Word("show", _show_arguments, _show),
     Word("merge", _merge_arguments, _merge),

@@ -10,14 +10,17 @@ scored again on the held-out documents. The report compares them with the same s
 labels, with random features, with features of similar rate and strength, and with probes
 (difference of means, logistic regression) on features or, with --residuals, on the residual, too.
 Without --negative all other documents that have the label are the negatives. --fdr 1 shows the best
-features whether they pass or not.
+features whether they pass or not. --causal adds the best features while the store's model writes,
+beside random directions, the prompt that asks, and the mean difference of documents.
 """
 
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 from qwen_scope_lens.cli import inputs
+from qwen_scope_lens.cli.causal_options import SHOWN, add_causal, run_causal
 from qwen_scope_lens.cli.inputs import Input
 from qwen_scope_lens.cli.options import (
     add_json,
@@ -31,6 +34,11 @@ from qwen_scope_lens.cli.options import (
     remark,
     share,
 )
+
+if TYPE_CHECKING:
+    from qwen_scope_lens.features.ranking import Ranking
+    from qwen_scope_lens.steering.causal import Causes
+    from qwen_scope_lens.stores.store import FeatureStore
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -77,6 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         help="run the model again (the store's own, or this one) for probes on the residual",
     )
+    add_causal(parser)
     parser.add_argument("--seed", type=from_zero, default=0)
     parser.add_argument("--out", type=output, help="a JSON file with rows, controls and provenance")
     add_json(parser)
@@ -117,14 +126,41 @@ def run(arguments: argparse.Namespace) -> int:
         residuals=residuals,
         seed=arguments.seed,
     )
+    found = _causes(arguments, store, ranking) if arguments.causal and ranking.rows else None
     if arguments.json:  # the same as in the file
-        print_json(FORMAT, ranking.to_dict(), VERSION)
+        more = {"causal": found.to_dict()} if found is not None else {}
+        print_json(FORMAT, ranking.to_dict() | more, VERSION)
     else:
         print(ranking.table(arguments.show))
+        if found is not None:
+            print(f"\n{found}")
     if arguments.out:
         ranking.save(arguments.out)
         remark(f"written: {arguments.out}")
     return 0
+
+
+def _causes(arguments: argparse.Namespace, store: FeatureStore, ranking: Ranking) -> Causes:
+    """Add the winners, with the store's own model and some of its documents as examples."""
+    import numpy as np
+
+    from qwen_scope_lens.address import FeatureRef
+    from qwen_scope_lens.features.document_sets import by_label
+    from qwen_scope_lens.models.load import load_model
+
+    groups = by_label(store, arguments.label, arguments.positive, arguments.negative)
+    texts = store.documents(["text"])["text"]
+    positive, negative = (
+        [text for doc in docs[:SHOWN].tolist() if (text := texts[doc].as_py())]
+        for docs in (groups.docs[groups.positive], groups.docs[np.logical_not(groups.positive)])
+    )
+    return run_causal(
+        arguments,
+        load_model(arguments.residuals or store.manifest.model.id),
+        [FeatureRef.parse(row.ref) for row in ranking.rows],
+        examples=positive,
+        against=negative,
+    )
 
 
 def _values(text: str) -> list[str]:

@@ -8,9 +8,10 @@ Parquet). Edits are given without a strength, or as a plan, whose strengths are 
 --strengths is FROM:TO:STEP or a list, in --unit (raw, typical, norm) or in the plan's own unit. The
 effect is --measure: change (share of tokens that differ from the unsteered text), class=NAME (share
 of characters of a class, such as han) or regex=PATTERN (share of texts in which it is found). Each
-strength is run beside a control: changes of the same size along random directions. DIR gets
-sweep.json, which is rewritten after every strength (a stopped sweep goes on from it), and a page to
-look at.
+strength is run beside a control: changes of the same size along random directions. Three options
+make the verdict honest: --ask (the prompt that simply asks for the effect), --examples (the same
+push along the mean difference of activations) and --capability. DIR gets sweep.json, which is
+rewritten after every strength (a stopped sweep goes on from it), and a page to look at.
 """
 
 from __future__ import annotations
@@ -51,6 +52,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     plans.add_calibration(parser)
     parser.add_argument("--measure", default="change", help="default: %(default)s")
+    arms = parser.add_argument_group("more to compare with")
+    arms.add_argument("--ask", help='the prompt alone: an instruction such as "Write in Chinese."')
+    for name, help in (
+        ("--examples", "texts with the effect: a push along the mean difference of activations"),
+        ("--against", "texts without it (bundled neutral ones)"),
+    ):
+        arms.add_argument(
+            name, type=Path, metavar="FILE", action=Input, check=inputs.corpus, help=help
+        )
+    arms.add_argument(
+        "--capability",
+        action="store_true",
+        help="how well the steered model reads neutral texts; a dose that harms it is incoherent",
+    )
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: only print")
     parser.add_argument("--batch", type=count, default=16, help="prompts at a time; default: 16")
     plans.add_model(parser)
@@ -84,7 +99,14 @@ def run(arguments: argparse.Namespace) -> int:
 
     from tqdm import tqdm
 
+    from qwen_scope_lens.concepts.concept import neutral_texts, read_examples
+    from qwen_scope_lens.steering.arms import Examples
     from qwen_scope_lens.steering.sweep import FORMAT, VERSION, sweep
+
+    examples = None
+    if arguments.examples:
+        others = read_examples(arguments.against) if arguments.against else neutral_texts()
+        examples = Examples(read_examples(arguments.examples), others)
 
     out: Path | None = arguments.out
     with tqdm(unit="dose", leave=False) as bar:
@@ -103,6 +125,9 @@ def run(arguments: argparse.Namespace) -> int:
             batch=arguments.batch,
             seed=arguments.seed,
             enable_thinking=enable_thinking,
+            ask=arguments.ask,
+            examples=examples,
+            neutral=neutral_texts() if arguments.capability else (),
             keep=out / "sweep.json" if out else None,
             progress=progress,
             allow_other_model=True,  # `plans.load` has looked

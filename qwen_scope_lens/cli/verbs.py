@@ -35,8 +35,10 @@ SECTIONS = {
         "extract": "a corpus through model and SAEs, into a feature store",
         "store": "a feature store: info, check, sql, merge",
         "stats": "every feature of a store: how often, how strongly, with which others",
+        "find": "from a concept to features: labels, examples, causes",
+        "discover": "from a labelled corpus or pairs to tested hypotheses",
         "rank": "which features tell one group of documents from another",
-        "label": "packs of what features mean: list, show, merge, check",
+        "label": "packs of what features mean: list, show, merge, check, import, score",
     },
     "looking": {
         "read": "which features fire on a text, per token and as a whole",

@@ -7,17 +7,26 @@ The effects of the layers in between are left out, so for early layers this is o
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from qwen_scope_lens.address import FeatureRef, LayerRef
 from qwen_scope_lens.errors import WrongModel
 from qwen_scope_lens.features.extremes import extremes
-from qwen_scope_lens.models.unembedding import Unembedding
+from qwen_scope_lens.models.architecture import Model
+from qwen_scope_lens.models.checkpoint import Tokenizer
+from qwen_scope_lens.models.load import load_model
+from qwen_scope_lens.models.token_text import Vocabulary
+from qwen_scope_lens.models.tokenize import find_tokenizer
+from qwen_scope_lens.models.unembedding import Unembedding, read_unembedding
+from qwen_scope_lens.saes.load import load_directions
 
-__all__ = ["Neighbours", "TokenEffects", "nearest", "token_effects"]
+__all__ = ["Neighbours", "TokenEffects", "nearest", "promoted_of", "token_effects"]
 
 
 @dataclass(frozen=True)
@@ -76,6 +85,36 @@ def token_effects(
         least.indices.numpy(),
         (least.values - mean).numpy(),
     )
+
+
+def promoted_of(
+    model: str | Model,
+    sae_folder: str | Path | None = None,
+    count: int = 8,
+    *,
+    end: Unembedding | None = None,
+    tokenizer: Tokenizer | None = None,
+) -> Callable[[Sequence[FeatureRef]], dict[FeatureRef, tuple[str, ...]]]:
+    """A function from features to the tokens that they promote; it reads only their decoder rows.
+
+    `end` and `tokenizer` are those of the model, where they are known already.
+    """
+
+    def of(refs: Sequence[FeatureRef]) -> dict[FeatureRef, tuple[str, ...]]:
+        last = read_unembedding(model) if end is None else end
+        vocabulary = Vocabulary(tokenizer or find_tokenizer(load_model(model, up_to_layer=0)))
+        by_sae: dict[LayerRef, list[FeatureRef]] = {}
+        for ref in refs:
+            by_sae.setdefault(ref.sae, []).append(ref)
+        found: dict[FeatureRef, tuple[str, ...]] = {}
+        for sae, some in by_sae.items():
+            rows = load_directions(sae, [ref.feature for ref in some], folder=sae_folder).float()
+            effects = token_effects(rows, last, count, vocabulary=len(vocabulary))
+            for ref, ids in zip(some, effects.promoted.tolist(), strict=True):
+                found[ref] = tuple(map(vocabulary.text, ids))
+        return found
+
+    return of
 
 
 @torch.no_grad()

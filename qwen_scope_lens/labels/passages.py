@@ -6,6 +6,7 @@ store; callers decide which tokens they show.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,23 @@ class Passages:
         codes = block.layers[layer]
         mine = codes.values.numpy() * (codes.indices.numpy() == feature)
         return self._cut(example.doc, example.position, mine.max(axis=-1), scale)
+
+    def moved(self, layer: int, feature: int, example: Example, rng: random.Random) -> str:
+        """The same passage with as many marks on tokens where the feature is silent.
+
+        Empty where it fires on every token of the passage.
+        """
+        codes = self._read(example.doc).layers[layer]
+        fires = ((codes.indices.numpy() == feature) & (codes.values.numpy() > 0)).any(-1)
+        start, end = max(0, example.position - self._before), example.position + self._after + 1
+        window = range(start, min(end, len(fires)))
+        silent = [i for i in window if not fires[i]]
+        count = min(len(silent), sum(bool(fires[i]) for i in window))
+        if not count:
+            return ""
+        marks = np.zeros(len(fires))
+        marks[rng.sample(silent, count)] = 1.0
+        return self._cut(example.doc, example.position, marks, 0.0)
 
     def top(self, layer: int, feature: int, examples: Iterable[Example]) -> list[str]:
         """Marked passages, each only once."""

@@ -203,6 +203,11 @@ FILES = (
         "loops.jsonl", "texts that end in a loop, and others: label", lambda: _lines(_loops())
     ),
     SampleFile(
+        "chinese.txt",
+        "five sentences in Chinese, one per line",
+        lambda: "".join(f"{' '.join(row['text'].split())[:80]}\n" for row in _prose(["zh"], 0, 5)),
+    ),
+    SampleFile(
         "prompts.txt", "beginnings of English sentences", lambda: "\n".join(_prompts()) + "\n"
     ),
     SampleFile(

@@ -17,6 +17,7 @@ from sae_lens.util import str_to_dtype
 
 from qwen_scope_lens.address import FeatureRef, LayerRef
 from qwen_scope_lens.errors import WrongSettings
+from qwen_scope_lens.hosted import verified_id
 from qwen_scope_lens.saes.byte_ranges import extents
 from qwen_scope_lens.saes.checkpoint import SAETensors, open_layer, subtracts_b_dec
 from qwen_scope_lens.saes.locate import HubOptions, LayerFile, locate
@@ -137,7 +138,7 @@ def build_config(
         "prepend_bos": False,  # Qwen has no BOS token
         "context_size": 1024,  # not published; SAELens's own loader says the same
         "dataset_path": None,  # not published
-        "neuronpedia_id": None,
+        "neuronpedia_id": verified_id(ref),
         "qwen_scope_ref": str(ref),
         "repo_id": group.repo_id,
         "revision": revision,

@@ -22,6 +22,7 @@ from sae_lens.util import str_to_dtype
 from qwen_scope_lens.address import LayerRef
 from qwen_scope_lens.catalog import GROUPS, Group, find_group
 from qwen_scope_lens.errors import UnsupportedSAELens
+from qwen_scope_lens.hosted import verified_id
 from qwen_scope_lens.saes.load import build_config, read_layer
 from qwen_scope_lens.saes.locate import HubOptions, locate
 from qwen_scope_lens.saes.sae import ARCHITECTURE, ScopeSAE, ScopeSAEConfig
@@ -179,7 +180,9 @@ def _patches(loader: ScopeLoader) -> list[_Patch]:
                 saes_map=saes_map,
                 expected_var_explained=dict.fromkeys(saes_map.layers, math.nan),  # not published
                 expected_l0=dict.fromkeys(saes_map.layers, float(group.k)),
-                neuronpedia_id=dict.fromkeys(saes_map.layers),
+                neuronpedia_id={
+                    f"layer{n}": verified_id(LayerRef(group.short, n)) for n in group.layers
+                },
                 norm_scaling_factor={},
                 config_overrides=None,
             )
@@ -233,7 +236,8 @@ class _LayerIds(dict[str, str]):
 def _merged(config: dict[str, Any], cfg_overrides: dict[str, Any] | None) -> dict[str, Any]:
     """Our configuration with SAELens's overrides, and with a class that SAELens can find."""
     overrides = {k: v for k, v in (cfg_overrides or {}).items() if v is not None}
-    config["metadata"]["neuronpedia_id"] = overrides.pop("neuronpedia_id", None)
+    if hosted := overrides.pop("neuronpedia_id", None):
+        config["metadata"]["neuronpedia_id"] = hosted
     if not _is_registered():  # as a plain `converter=`: SAELens does not know our architecture
         config["architecture"] = TopKSAEConfig.architecture()
     return config | overrides

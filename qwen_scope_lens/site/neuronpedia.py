@@ -25,6 +25,7 @@ from tqdm import tqdm
 from qwen_scope_lens.address import LayerRef
 from qwen_scope_lens.errors import UnknownName
 from qwen_scope_lens.files import refuse_other_folder, whole_folder
+from qwen_scope_lens.hosted import ours, verified_id
 from qwen_scope_lens.site.layer import FeaturePage, LayerPages
 from qwen_scope_lens.site.passages import Passage
 
@@ -56,7 +57,7 @@ class Release:
 
 def model_id(ref: LayerRef, release: Release | None = None) -> str:
     """The model's name. Neuronpedia allows letters, digits, dots and dashes."""
-    name = (release.model if release else None) or ref.row.backbone.key
+    name = (release.model if release else None) or _id(ref)[0]
     if not re.fullmatch(r"[a-z0-9][a-z0-9._-]*", name):
         raise UnknownName(
             f"{name!r} cannot be a model's id on Neuronpedia: lower-case letters, digits, dots,"
@@ -66,17 +67,18 @@ def model_id(ref: LayerRef, release: Release | None = None) -> str:
 
 
 def set_name(ref: LayerRef) -> str:
-    """All layers of one group: `qwenscope-res-64k-l0-50`."""
-    row = ref.row
-    kind = {"official": "qwenscope", "mini": "mini"}.get(row.origin)
-    width = f"{row.d_sae // 1024}k" if row.d_sae % 1024 == 0 else str(row.d_sae)
-    if kind is None:
-        kind = re.sub(r"[^a-z0-9]+", "-", row.repo_id.lower()).strip("-")
-    return f"{kind}-res-{width}-l0-{row.k}"
+    """All layers of one group: theirs where it was verified, else `qwenscope-res-64k-l0-50`."""
+    return source_id(ref).partition("-")[2]
 
 
 def source_id(ref: LayerRef) -> str:
-    return f"{ref.layer}-{set_name(ref)}"
+    return _id(ref)[1]
+
+
+def _id(ref: LayerRef) -> tuple[str, str]:
+    """Model and source: Neuronpedia's own where `qsl label import` verified it."""
+    model, _, source = (verified_id(ref) or ours(ref)).partition("/")
+    return model, source
 
 
 def neuronpedia_id(ref: LayerRef, release: Release | None = None) -> str:

@@ -1,6 +1,10 @@
+from .arms import Examples as Examples
+from .arms import mean_difference as mean_difference
 from .blame import blame as blame
 from .calibrate import calibrate as calibrate
 from .calibrate import calibrate_from_store as calibrate_from_store
+from .causal import Causes as Causes
+from .causal import causes as causes
 from .generate import Continuation as Continuation
 from .generate import Sampling as Sampling
 from .generate import generate as generate
@@ -10,8 +14,8 @@ from .plan import Edit as Edit
 from .plan import Plan as Plan
 from .plan_for import plan_for as plan_for
 from .report import Report as Report
-from .sweep import Sweep as Sweep
 from .sweep import sweep as sweep
+from .sweep_result import Sweep as Sweep
 from .text_quality import perplexity as perplexity
 from .text_quality import repetition as repetition
 from .text_quality import share_of_class as share_of_class

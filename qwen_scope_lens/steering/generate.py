@@ -6,7 +6,7 @@ plan, and a callback can watch the new tokens of every step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,7 +77,7 @@ def generate(
     tokenizer: Any = None,
     sampling: Sampling | None = None,
     batch: int = 16,
-    control: int | None = None,
+    control: int | Mapping[int, torch.Tensor] | None = None,
     must_fire: bool = True,
     enable_thinking: bool | None = None,
     on_step: OnStep | None = None,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -46,7 +46,7 @@ def steer(
     *,
     tokenizer: Any = None,
     must_fire: bool = True,
-    control: int | None = None,
+    control: int | Mapping[int, Tensor] | None = None,
     allow_other_model: bool = False,
 ) -> Iterator[Report]:
     """Edit the residual while the model runs: `with steer(model, plan): model.generate(...)`.
@@ -57,14 +57,15 @@ def steer(
     acts on all rows made from its own. `tokenizer` is needed only where edits select by token class
     or chat role and the model's tokenizer is not found. If no edit acted, `PlanNeverFired` is
     raised at the end, unless `must_fire=False`. With `control` (a seed) every change keeps its size
-    but goes along a random direction, which shows what any push of that size does.
+    but goes along a random direction, which shows what any push of that size does. With directions
+    by layer, `[d_model]` each, it goes along those.
 
     A model that is known not to be the one on which the SAEs were trained is refused. A model whose
     name says nothing gives a warning. `allow_other_model` accepts both.
     """
     plans = _per_row(plan)
     tagged = [(row, edit) for row, one in enumerate(plans) if one for edit in one.edits]
-    if control is not None:
+    if control is not None and not isinstance(control, Mapping):
         check_seed(control)
     _check_model(model, [edit for _, edit in tagged], allow_other_model)
     selector = Selector(lambda: find_tokenizer(model, tokenizer))
@@ -126,7 +127,9 @@ def _alone(model: Any) -> Iterator[None]:
         vars(inner).pop(_ACTIVE, None)
 
 
-def _layers(tagged: Sequence[tuple[int, Edit]], saes: SAEs, control: int | None) -> list[_Layer]:
+def _layers(
+    tagged: Sequence[tuple[int, Edit]], saes: SAEs, control: int | Mapping[int, Tensor] | None
+) -> list[_Layer]:
     """The edits by layer, in an order that does not depend on how the plan was written."""
     by_layer: dict[int, list[int]] = {}
     for i, (_, edit) in enumerate(tagged):
@@ -135,7 +138,9 @@ def _layers(tagged: Sequence[tuple[int, Edit]], saes: SAEs, control: int | None)
     for number, members in sorted(by_layer.items()):
         members.sort(key=lambda i: (tagged[i][0], str(tagged[i][1])))
         made = layer_edits([tagged[i][1] for i in members], saes)
-        if control is not None:
+        if isinstance(control, Mapping):
+            made = made.along(control[number])
+        elif control is not None:
             made = made.astray(control)
         rows = tuple(tagged[i][0] for i in members)
         lengths = made.directions.norm(dim=-1)

@@ -87,6 +87,17 @@ class LayerEdits:
             rows.append(chance * (row.norm() / chance.norm()))
         return replace(self, pushes=torch.stack(rows), _placed={})
 
+    def along(self, direction: Tensor) -> LayerEdits:
+        """The same changes along one direction `[d_model]`, each as long as before."""
+        one = direction.detach().float().cpu()
+        if one.shape != self.directions.shape[1:] or not 0 < float(one.norm()) < float("inf"):
+            raise BadPlan(
+                f"a direction of shape {tuple(one.shape)} and length {float(one.norm()):g}:"
+                f" expected [{self.directions.shape[1]}] and a length above 0"
+            )
+        lengths = self.directions.norm(dim=-1, keepdim=True).cpu()
+        return replace(self, pushes=lengths * one / one.norm(), _placed={})
+
     def change(self, x: Tensor, selected: Tensor) -> tuple[Tensor, Tensor]:
         """The new residual and the c of every edit.
 

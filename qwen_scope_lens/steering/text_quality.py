@@ -18,10 +18,16 @@ __all__ = ["perplexity", "repetition", "share_of_class", "surprisals"]
 
 @torch.no_grad()
 def surprisals(
-    model: Model, texts: Sequence[Continuation], token_budget: int = 4096
+    model: Model,
+    texts: Sequence[Continuation],
+    token_budget: int = 4096,
+    steered: bool = False,
 ) -> list[float | None]:
-    """Mean -log p of each continuation's tokens after its prompt; None where it has none."""
-    if is_steered(model):
+    """Mean -log p of each continuation's tokens after its prompt; None where it has none.
+
+    Under an active plan only with `steered`, so that nobody measures steered texts so by accident.
+    """
+    if is_steered(model) and not steered:
         raise BadPlan(
             "perplexity is measured under the unsteered model, and a plan is active: call this"
             " outside of the `with steer` block"

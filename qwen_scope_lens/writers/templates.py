@@ -42,6 +42,9 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "judge_rewrite": ("prompt", "rewrite"),
     "describe": ("examples",),
     "detect": ("description", "examples"),
+    "fuzz": ("description", "examples"),
+    "intruder": ("examples",),
+    "output": ("description", "examples"),
 }
 """Every template and the names that it may use."""
 

@@ -1,0 +1,6 @@
+"""From words, examples or a labelled corpus to the features behind them: find and discover."""
+
+import lazy_loader
+
+# The names are listed once, in `__init__.pyi`.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
