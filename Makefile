@@ -8,7 +8,7 @@ BIN := .venv/bin
 # Python compiles what is imported; compiling all that is installed takes longer than the demo.
 PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-all follow upstream lint bench docs mini clean
+.PHONY: demo test test-all follow upstream lint bench docs notebooks agents mini clean
 .DELETE_ON_ERROR:
 
 demo: .venv/installed
@@ -42,6 +42,14 @@ follow: .venv/ready
 # The same on this checkout; what the blocks print is written into the pages.
 docs: .venv/ready
 	$(BIN)/python -m tools.docs.follow --warm --write
+
+# Every notebook in examples/, in an empty folder; what its cells show is written into it.
+notebooks: .venv/ready
+	$(BIN)/python -m tools.notebooks
+
+# What agents read first: llms.txt and AGENTS.md, made from the README, the docs and the doors.
+agents: .venv/ready
+	$(BIN)/python -m tools.docs.agents
 
 # Everything from nothing, for hours; each step goes on where it was interrupted. The texts come
 # from Debian packages, so this needs `apt-get` with package lists. glibc keeps freed memory here:
