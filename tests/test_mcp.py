@@ -88,6 +88,7 @@ def test_read_is_that_of_the_command_line(ask: Ask) -> None:
     )
     assert "layer" in ask("read", text="a", layers=[8])["error"]
     assert "expected 1 to 50" in ask("read", text="a b", top=0)["error"]
+    assert "expected at most 200,000" in ask("read", text="a" * 200_001)["error"]
 
 
 def test_a_feature_is_what_the_sae_says(ask: Ask, toolbox: Toolbox) -> None:

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Toolbox"]
 
+MOST_CHARACTERS = 200_000
+"""Of a text or a query, which is refused before the tokenizer sees it."""
+
 MOST_LAYERS, MOST_TOP, MOST_EDITS, MOST_TOKENS, MOST_ROWS = 8, 50, 64, 512, 200
 PROMOTED = 10
 """How many tokens and neighbours `feature` names."""
@@ -90,8 +93,7 @@ class Toolbox:
 
         chosen = self._layers(layers)
         _at_most("top", top, MOST_TOP)
-        if not text.strip():
-            raise BadText("there is no text to read: give some words")
+        _is_text("text to read", text)
         with self._lock:
             saes = [self._sae(layer) for layer in chosen]
             reading = read(
@@ -159,9 +161,8 @@ class Toolbox:
         """
         chosen = self._layers(layers)
         _at_most("limit", limit, MOST_TOP)
+        _is_text("query", query)
         asked = query.strip()
-        if not asked:
-            raise BadText("there is nothing to search for: give a number, words or a token")
         found = [*self._by_number(asked, chosen), *self._by_label(asked, chosen)]
         with self._lock:
             found += self._by_token(query, chosen, limit)
@@ -200,8 +201,7 @@ class Toolbox:
         _at_most("new_tokens", new_tokens, MOST_TOKENS)
         if not edits or len(edits) > MOST_EDITS:
             raise BadPlan(f"there are {len(edits)} edits: expected 1 to {MOST_EDITS}")
-        if not prompt:
-            raise BadText("there is no prompt: give some words")
+        _is_text("prompt", prompt)
         plan = Plan([Plan.of(edit).edits[0] for edit in edits])
         for ref in plan.refs:
             self._own(ref)
@@ -375,6 +375,15 @@ class Toolbox:
 def _at_most(name: str, value: int, most: int) -> None:
     if not 1 <= value <= most:
         raise UnknownName(f"{name} is {value}: expected 1 to {most}")
+
+
+def _is_text(what: str, text: str) -> None:
+    if not text.strip():
+        raise BadText(f"there is no {what}: give some words")
+    if len(text) > MOST_CHARACTERS:
+        raise BadText(
+            f"the {what} has {len(text):,} characters: expected at most {MOST_CHARACTERS:,}"
+        )
 
 
 def _tokens(vocabulary: Vocabulary, ids: Any, logits: Any) -> list[list[Any]]:
