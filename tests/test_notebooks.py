@@ -133,7 +133,7 @@ def test_what_is_wrong_is_said(said: str) -> None:
     del found.cells[3:]
     code = read(NOTEBOOKS[0]).cells[1]
     code.update(source="print(1)", execution_count=3)
-    code.metadata = {}
+    code.metadata, code.id = {}, "another"
     code.outputs = Cells().run("print(1)")
     found.cells.append(code)
     assert problems(NOTEBOOKS[0].stem, found) == []

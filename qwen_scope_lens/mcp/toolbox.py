@@ -123,10 +123,10 @@ class Toolbox:
         ref = self._own(FeatureRef.parse(address))
         with self._lock:
             sae, vocabulary = self._sae(ref.layer), self._vocabulary
-            direction = sae.direction([ref.feature]).detach()
+            direction = sae.direction([ref.feature]).detach().cpu()
             effects = token_effects(direction, self._end, PROMOTED, vocabulary=len(vocabulary))
-            beside = nearest(direction, PROMOTED + 1, among=sae.W_dec.detach())
-            row = sae.encoder_row(ref.feature).detach().float()
+            beside = nearest(direction, PROMOTED + 1, among=sae.W_dec.detach().cpu())
+            row = sae.encoder_row(ref.feature).detach().float().cpu()
         decoder = direction[0].float()
         near = [
             [str(ref.sae.feature(int(other))), float(cosine)]
@@ -364,7 +364,7 @@ class Toolbox:
         rows: list[Answer] = []
         for layer in layers:
             with torch.no_grad():
-                logits = end.normed(self._sae(layer).W_dec.detach()).float() @ column
+                logits = end.normed(self._sae(layer).W_dec.detach().cpu()).float() @ column
                 best = logits.topk(min(most, len(logits)))
             for value, feature in zip(best.values.tolist(), best.indices.tolist(), strict=True):
                 ref = LayerRef(self.group.short, layer).feature(feature)
