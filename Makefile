@@ -8,7 +8,7 @@ BIN := .venv/bin
 # Python compiles what is imported; compiling all that is installed takes longer than the demo.
 PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-all follow upstream lint bench docs site mini clean
+.PHONY: demo test test-all follow upstream lint bench docs site notebooks agents mini clean
 .DELETE_ON_ERROR:
 
 demo: .venv/installed
@@ -47,6 +47,14 @@ docs: .venv/ready
 site: .venv/ready
 	$(BIN)/python -m tools.site.live --out build/live
 	$(BIN)/python -m mkdocs build --strict --quiet
+
+# Every notebook in examples/, in an empty folder; what its cells show is written into it.
+notebooks: .venv/ready
+	$(BIN)/python -m tools.notebooks
+
+# What agents read first: llms.txt and AGENTS.md, made from the README, the docs and the doors.
+agents: .venv/ready
+	$(BIN)/python -m tools.docs.agents
 
 # Everything from nothing, for hours; each step goes on where it was interrupted. The texts come
 # from Debian packages, so this needs `apt-get` with package lists. glibc keeps freed memory here:

@@ -23,6 +23,7 @@ __all__ = [
     "MissingExtra",
     "NotACheckpoint",
     "NotFinite",
+    "OutsideFolders",
     "PlanBypassed",
     "PlanNeverFired",
     "ScopeError",
@@ -159,6 +160,10 @@ class GeneratorFailed(ScopeError, RuntimeError):
 
 class MissingExtra(ScopeError, ImportError):
     """An optional package is not installed."""
+
+
+class OutsideFolders(ScopeError, ValueError):
+    """A path leads out of the folders that may be read, or to nothing in them."""
 
 
 class PlanBypassed(ScopeError, RuntimeError):

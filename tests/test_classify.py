@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import runpy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+import qwen_scope_lens as qsl
+from qwen_scope_lens import classify
 from qwen_scope_lens.classify import (
     FeatureRuleClassifier,
     Task,
@@ -345,24 +346,35 @@ def test_what_users_get_wrong(
     assert "plain array" in capsys.readouterr().err
 
 
-def test_the_toxicity_example_on_a_file_of_the_same_schema(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One file a language, columns text and toxic, as the data set on the hub has splits."""
+def test_the_papers_experiment_on_files_of_the_same_schema(tmp_path: Path) -> None:
+    """One file a language, columns text and toxic, as the data set on the hub has splits: every
+    method, transfer, overlap of features, and less data. (`qsl reproduce run toxicity` is all of
+    it in one command.)"""
     words = {"en": ("good day", "bad fool"), "ru": ("добрый день", "глупый осёл")}
+    discovery, test = {}, {}
     for language, (clean, toxic) in words.items():
         rows = [{"text": f"{(clean, toxic)[i % 2]} {i}", "toxic": i % 2} for i in range(40)]
         lines = (json.dumps(row, ensure_ascii=False) for row in rows)
-        (tmp_path / f"{language}.jsonl").write_text("\n".join(lines), "utf-8")
-    path = Path(__file__).parent.parent / "examples" / "toxicity.py"
-    arguments = ["--model", MODEL, "--sae", GROUP, "--layers", "5,6", "--data", str(tmp_path)]
-    arguments += ["--languages", "en", "ru", "--out", str(tmp_path / "stores")]
-    monkeypatch.setattr("sys.argv", [str(path), *arguments])
-    with pytest.raises(SystemExit) as end:
-        runpy.run_path(str(path), run_name="__main__")
-    assert end.value.code == 0
-    printed = capsys.readouterr().out
-    for part in ("<- largest d", "always yes", "ru (layer", "Jaccard", "of full"):
-        assert part in printed
-    best = next(line for line in printed.splitlines() if line.startswith("OR, K = 2, layer best"))
-    assert float(best.split()[-1]) > 0.9
+        path = tmp_path / f"{language}.jsonl"
+        path.write_text("\n".join(lines), "utf-8")
+        corpus = qsl.read_corpus(path, text="text", labels=["toxic"])
+        out = tmp_path / f"{language}.store"
+        store = qsl.extract(corpus, model=MODEL, group=GROUP, layers=[5, 6], out=out)
+        discovery[language], test[language] = classify.split(
+            classify.documents_of(store, classify.Task("toxic")), 0.2
+        )
+    rows_of = {name: classify.by_layer(known, test[name]) for name, known in discovery.items()}
+    best = [classify.best_test_layer(rows).test.f1 for rows in rows_of.values()]
+    assert sum(best) / len(best) > 0.9
+    assert "<- largest d" in classify.layer_table(rows_of["en"])
+    methods = [*classify.rule_methods(), *classify.baselines(residuals=False)]
+    assert "always yes" in {method.name for method in methods}
+    for method in methods:
+        scores = method.fit(discovery["ru"]).score(test["ru"])
+        assert scores.shape == test["ru"].truth.shape
+        found = classify.macro([(scores > 0, test["ru"].truth)])
+        assert found.low <= found.value <= found.high
+    assert "ru (layer" in classify.transfer_table(classify.transfer(discovery, test))
+    assert "Jaccard" in classify.overlap_table(classify.overlap(discovery))
+    less = classify.efficiency(discovery["en"], test["en"], best_layer=True)
+    assert "of full" in classify.efficiency_table(less)

@@ -30,7 +30,7 @@ FLOORS = (
     ("labels",),
     ("bench", "classify", "compare", "concepts", "graphs", "synth", "train"),
     ("site",),
-    ("app",),
+    ("app", "mcp"),
     ("mini",),
     ("recipes",),
     ("cli",),

@@ -44,6 +44,7 @@ SECTIONS = {
         "read": "which features fire on a text, per token and as a whole",
         "dash": "every feature on a page: a static site, or Neuronpedia's format",
         "app": "read, compare and steer in a browser",
+        "mcp": "the same for a language-model agent, over the Model Context Protocol",
         "graph": "which features, through all layers, made the model say that",
         "compare": "features across SAEs, layers and models: match, drift, transfer",
     },

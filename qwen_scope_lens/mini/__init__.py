@@ -15,7 +15,16 @@ from typing import Any
 
 from qwen_scope_lens.catalog import MINI_GROUPS, MINI_HOME
 
-__all__ = ["HELDOUT", "MINI_HOME", "MODELS", "SAES", "heldout", "model_path", "sae_folder"]
+__all__ = [
+    "HELDOUT",
+    "MINI_HOME",
+    "MODELS",
+    "SAES",
+    "heldout",
+    "model_path",
+    "sae_folder",
+    "write_texts",
+]
 
 HELDOUT = MINI_HOME / "heldout.jsonl"
 """A labelled sample of texts that neither models nor SAEs were trained on."""
@@ -43,6 +52,16 @@ def heldout(domain: str | None = None, lang: str | None = None) -> Iterator[dict
             record = json.loads(line)
             if domain in (None, record["domain"]) and lang in (None, record["lang"]):
                 yield record
+
+
+def write_texts(folder: Path) -> list[Path]:
+    """Write small files to try the verbs on, as `qsl mini texts` does; returns their paths.
+
+    A file of yours is never replaced: it raises `BadFile`.
+    """
+    from qwen_scope_lens.mini import texts
+
+    return texts.write_texts(folder)
 
 
 def _known(model: str) -> str:

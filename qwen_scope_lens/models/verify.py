@@ -19,7 +19,7 @@ from sae_lens.saes.topk_sae import TopKSAE
 from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 
-from qwen_scope_lens.catalog import BACKBONES
+from qwen_scope_lens.catalog import BACKBONES, name_of_model
 from qwen_scope_lens.errors import BadText, UnknownHook, VerificationFailed, WrongModel
 from qwen_scope_lens.models.architecture import (
     Model,
@@ -117,7 +117,7 @@ def verify_model(
         said = "".join(f"\n  NOTE: {note}" for note in notes)
         raise VerificationFailed(f"{describe(model)}: {error}{said}") from error
     return ModelCheck(
-        model=describe(model),
+        model=name_of_model(describe(model)),
         sae_model=sae.cfg.metadata.model_name,
         layer=layer,
         hook_name=hook_name,

@@ -1,3 +1,4 @@
+from .build import Sources as Sources
 from .build import build_site as build_site
 from .layer import gather as gather
 from .neuronpedia import write_neuronpedia as write_neuronpedia
