@@ -82,3 +82,6 @@ export async function* stream(path, body, signal) {
 }
 
 export const featurePath = (address) => `/api/feature/${address.split("/").map(encodeURIComponent).join("/")}`;
+
+// The site's data come by script elements, which send no header: a cookie opens it where there is a token.
+export const openSite = () => (token ? call("POST", "/api/session") : Promise.resolve());

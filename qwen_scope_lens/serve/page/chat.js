@@ -49,7 +49,7 @@ class Side {
     this.name = name;
     this.status = QSL.make("span", { class: "quiet", role: "status" });
     this.tail = QSL.make("span", { class: "tail", dir: "auto" });
-    this.panel = new Panel([`${title}, prompt`, `${title}, reply`], { scale });
+    this.panel = new Panel([`${title}, prompt`, `${title}, reply`], { scale, open: innerWidth > 700 });
     this.report = QSL.make("div", { class: "note-line report" });
     const [prompt, reply, ...rest] = this.panel.elements;
     prompt.classList.add("prompt");
@@ -137,7 +137,7 @@ class Turn {
   async answer(names, signal) {
     const place = turns.indexOf(this);
     this.edits = state.edits.map((edit) => ({ ...edit }));
-    this.made = JSON.stringify(this.edits);
+    Object.assign(this, { made: JSON.stringify(this.edits), layer: state.layer });
     this.compared.textContent = "";
     if (!this.edits.length) delete this.sides.steered;
     const wanted = names.filter((name) => name === "plain" || this.edits.length);
@@ -188,15 +188,18 @@ class Turn {
 async function run(turn, names) {
   running?.abort();
   const mine = (running = new AbortController());
+  const done = turn.answer(names, mine.signal);
   buttons();
-  await turn.answer(names, mine.signal);
+  await done;
   if (running === mine) running = null;
   buttons();
 }
 
 function buttons() {
   $("stop").disabled = !busy();
+  $("send").disabled = busy();
   $("again").disabled = $("new-chat").disabled = !turns.length;
+  outdated();
 }
 
 function send() {
@@ -226,8 +229,11 @@ function planMoved() {
 
 function outdated() {
   const last = turns.at(-1);
-  const changed = last && JSON.stringify(state.edits) !== last.made;
-  $("outdated").hidden = !changed;
+  const plan = last?.made !== undefined && JSON.stringify(state.edits) !== last.made;
+  const layer = last?.layer !== undefined && state.layer !== last.layer;
+  $("outdated").hidden = busy() || !(plan || layer);
+  $("outdated").textContent = `The last reply was ${[plan && "made with another plan", layer && `read in layer ${last.layer}`].filter(Boolean).join(" and ")}`
+    + ". Answer again takes the present choice.";
 }
 
 export function startChat() {
@@ -258,7 +264,6 @@ export function startChat() {
     $("turns").replaceChildren();
     $("say").focus();
     buttons();
-    outdated();
   });
   listen((changed) => {
     for (const name of ["say", "form", "temperature", "top_p", "tokens", "seed"])

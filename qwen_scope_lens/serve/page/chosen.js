@@ -1,42 +1,12 @@
 // The chosen feature: what it is, its label to be edited, and its page as in the static site.
 
-import { call, featurePath, file } from "/api.js";
-import { addEdit, featureButton } from "/panel.js";
+import { call, file, openSite } from "/api.js";
+import { addEdit, ask, featureButton, forget, measureTypical, typicalOf } from "/names.js";
 import { relabelled } from "/read.js";
-import { labels, layerRef, learn, listen, numberOf, set, short, state } from "/state.js";
+import { labels, layerRef, listen, numberOf, set, short, state } from "/state.js";
 
 const $ = (id) => document.getElementById(id);
-const known = new Map(); // address -> promise of what the server knows
-const typical = new Map(); // address -> its typical activation, null where it never fires
-
-export const typicalOf = (address) => typical.get(address) ?? null;
-
-// The typical activation, computed by the server where it is not known yet.
-typicalOf.load = async (address) => {
-  if (!typical.has(address)) {
-    try {
-      typical.set(address, (await call("GET", `${featurePath(address)}?typical=1`)).typical);
-    } catch {
-      return null; // the plan's check says why
-    }
-  }
-  return typical.get(address);
-};
-
-function ask(address) {
-  if (!known.has(address)) {
-    const promise = call("GET", featurePath(address)).then((found) => {
-      learn({ feature: address, label: found.label?.text || "", promotes: found.promoted.map(([token]) => token) });
-      found.nearest.forEach(([feature, , label]) => label && labels.set(feature, label));
-      if (found.typical !== null) typical.set(address, found.typical);
-      return found;
-    });
-    promise.catch(() => known.delete(address));
-    known.set(address, promise);
-  }
-  return known.get(address);
-}
-
+const inWords = (value) => (value === null ? "not known: it fires on none of the sample texts" : QSL.value(value));
 const tokens = (title, list) => [QSL.make("h3", {}, title),
   QSL.make("div", { class: "tokens" }, list.map(([token, logit]) => QSL.token(token, { title: `logit ${QSL.value(logit)}` })))];
 
@@ -47,7 +17,7 @@ function labelForm(address, found) {
   const keep = async () => {
     try {
       const label = await call("PUT", `/api/labels/${address.split("/").map(encodeURIComponent).join("/")}`, { text: field.value });
-      known.delete(address);
+      forget(address);
       relabelled(address, label?.text || "");
       says.textContent = `${label ? "Saved" : "Deleted"}${state.info.labels_saved ? "." : ", for as long as the server runs: download the labels to keep them."}`;
     } catch (error) {
@@ -61,6 +31,9 @@ function labelForm(address, found) {
 async function show() {
   const address = state.feature;
   const card = $("chosen");
+  if (!address && state.unknown) return card.replaceChildren(QSL.make("p", { class: "refused", role: "alert" },
+    "There is no feature ", QSL.make("bdi", { class: "address" }, state.unknown), " here. The features are ",
+    `${state.info.group}/LAYER/NUMBER.`));
   if (!address) return card.replaceChildren(QSL.make("p", { class: "quiet" }, "Choose a feature: in a list, or by a token's click."));
   card.replaceChildren(QSL.make("p", { class: "address" }, address), QSL.make("p", { class: "quiet" }, "Asking …"));
   let found;
@@ -71,11 +44,9 @@ async function show() {
     return undefined;
   }
   if (state.feature !== address) return undefined; // another one was chosen meanwhile
-  const measured = QSL.make("span", { id: "typical" }, QSL.value(typicalOf(address)));
-  if (!typical.has(address))
-    typicalOf.load(address).then((value) => {
-      measured.textContent = value === null ? "not known: it fires on none of the sample texts" : QSL.value(value);
-    });
+  const measured = QSL.make("span", { id: "typical" }, typicalOf(address) === undefined
+    ? QSL.button("measure", () => measureTypical(address).then(inWords, (error) => error.message).then((text) => measured.replaceChildren(text)),
+      { class: "small" }) : inWords(typicalOf(address)));
   const source = found.label ? [found.label.score === null || found.label.score === undefined ? null : `score ${QSL.value(found.label.score)}`,
     ...Object.entries(found.label.provenance || {}).map(([name, value]) => `${name}: ${typeof value === "string" ? value : JSON.stringify(value)}`)].filter(Boolean).join(" · ") : "";
   const taken = QSL.make("div", { id: "chosen-taken" });
@@ -108,7 +79,7 @@ async function showPage() {
   }
   if (state.feature !== address) return undefined;
   const label = labels.get(address);
-  return box.replaceChildren(QSL.make("h2", { class: "address", id: "address" }, address),
+  return box.replaceChildren(QSL.make("p", { class: "address", id: "address" }, address),
     QSL.make("h1", { id: "label" }, `${numberOf(address)} · `, label ? QSL.make("bdi", {}, label) : QSL.make("span", { class: "quiet" }, "No label yet")),
     ...parts);
 }
@@ -116,7 +87,7 @@ async function showPage() {
 let opened = null;
 async function ofSite(address) {
   if (!state.info.site) return null;
-  opened ||= call("POST", "/api/session").then(() => QSL.load("site"));
+  opened ||= openSite().then(() => QSL.load("site"));
   QSL.base = state.info.site.slice(0, state.info.site.lastIndexOf("/") + 1);
   opened.catch(() => (opened = null));
   QSL.site = await opened;
@@ -147,7 +118,7 @@ export function startChosen() {
     QSL.save("labels.jsonl", "application/jsonl", await file("/api/labels?format=jsonl"));
   });
   listen((changed) => {
-    if (changed.has("feature")) show();
+    if (changed.has("feature") || changed.has("unknown")) show();
     if ((changed.has("feature") || changed.has("tab") || changed.has("labels")) && state.tab === "feature") showPage();
   });
   show();

@@ -2,7 +2,7 @@
 // sentence, which is read.
 
 import { call } from "/api.js";
-import { featureButton } from "/panel.js";
+import { featureButton } from "/names.js";
 import { labels, learn, set, state } from "/state.js";
 
 const $ = (id) => document.getElementById(id);

@@ -6,7 +6,7 @@ import { startChosen } from "/chosen.js";
 import { startFind } from "/find.js";
 import { startPlan, takePlan } from "/plan.js";
 import { startReading } from "/read.js";
-import { fromHash, layerOf, listen, set, state, toHash } from "/state.js";
+import { fromHash, isFeature, layerOf, listen, set, state, toHash } from "/state.js";
 
 const $ = (id) => document.getElementById(id);
 const TABS = ["read", "chat", "compare", "feature"];
@@ -27,6 +27,7 @@ function allowed(changes) {
   if (!state.info.layers.includes(changes.layer)) delete changes.layer;
   for (const [name, low, high] of [["temperature", 0, 2], ["top_p", 0.01, 1], ["tokens", 1, state.info.context], ["seed", 0, 2 ** 31 - 1]])
     if (name in changes && !(changes[name] >= low && changes[name] <= high)) delete changes[name];
+  if (changes.feature && !isFeature(changes.feature)) Object.assign(changes, { unknown: changes.feature, feature: null });
   if (changes.feature && changes.layer === undefined && state.info.layers.includes(layerOf(changes.feature))
     && !state.feature) changes.layer = layerOf(changes.feature);
   return changes;
@@ -125,6 +126,7 @@ async function start() {
   $("layers").value = String(state.layer);
   $("layers").addEventListener("change", () => set({ layer: Number($("layers").value) }));
   for (const name of TABS) $(`tab-${name}`).addEventListener("click", () => set({ tab: name }));
+  $("to-plan").addEventListener("click", () => $("plan").scrollIntoView());
   $("tabs").addEventListener("keydown", tabKeys);
   $("help").addEventListener("click", () => $("keys").showModal());
   $("keys").append(QSL.make("h2", {}, "Keyboard"), QSL.make("dl", {},
@@ -140,7 +142,7 @@ async function start() {
   listen((changed) => {
     if (changed.has("layer")) $("layers").value = String(state.layer);
     if (changed.has("tab")) showTab();
-    if (!following && [...changed].some((name) => !["hover", "labels", "edits"].includes(name))) keepAddress(changed);
+    if (!following && [...changed].some((name) => !["hover", "labels", "edits", "unknown"].includes(name))) keepAddress(changed);
   });
   addEventListener("hashchange", followAddress);
   addEventListener("keydown", pressed);

@@ -1,46 +1,40 @@
 // A panel: texts with a colour on every token, what the colour means, and the features that fire: of the
 // token that is chosen, else of the whole text. Used for a text, a reply and both sides of a comparison.
 
-import { labels, listen, promotes, set, short, state } from "/state.js";
+import { addEdit, featureButton } from "/names.js";
+import { labels, listen, short, state } from "/state.js";
 
 const MOST_LISTED = 12;
 const panels = new Set();
 
-// The colour of a feature means the same in all panels of one scale.
+// The colour of a feature means the same in all panels of one scale. The first token and those of extreme
+// norm do not count: next to them nothing else would have a colour.
 export class Scale {
   constructor() {
     this.panels = [];
   }
 
   strongest(address) {
-    const tracks = this.panels.flatMap((panel) => panel.parts.map((part) => part.reading?.track(address) || []));
-    return Math.max(1e-9, ...tracks.map((track) => track.reduce((a, b) => Math.max(a, b), 0)));
+    let most = 0, outlier = 0;
+    for (const { reading } of this.panels.flatMap((panel) => panel.parts))
+      (reading?.track(address) || []).forEach((value, i) => {
+        if (reading.pieces[i].note) outlier = Math.max(outlier, value);
+        else most = Math.max(most, value);
+      });
+    return most || outlier || 1;
   }
-}
-
-export const addEdit = { with: () => {} }; // the plan's, so that a list can add to it
-
-// A button that chooses a feature; where it rests, texts are coloured by it.
-export function featureButton(address, attributes = {}) {
-  const label = labels.get(address);
-  const about = label ? QSL.make("bdi", {}, label)
-    : (promotes.get(address) || []).slice(0, 3).map((token) => QSL.token(token, { title: "a token that it promotes" }));
-  const press = QSL.button("", () => set({ feature: address }), { class: "feature-button", title: address, ...attributes,
-    "aria-pressed": String(state.feature === address), "data-feature": address });
-  press.append(QSL.make("span", { class: "name" }, short(address)), " ", ...[about].flat());
-  for (const [event, to] of [["pointerenter", address], ["focus", address], ["pointerleave", null], ["blur", null]])
-    press.addEventListener(event, () => set({ hover: to }));
-  return press;
 }
 
 export class Panel {
   // `names`: of the texts, for screen readers. `empty`: what stands there before anything was read.
-  constructor(names, { scale = new Scale(), empty = "", list = true } = {}) {
+  constructor(names, { scale = new Scale(), empty = "", list = true, open = true } = {}) {
     this.scale = scale;
     this.parts = names.map((name) => ({ name, reading: null, drawn: 0, strip: this.#strip(name), differs: new Set(), instead: [] }));
     this.caption = QSL.make("p", { class: "note-line caption" }, empty);
     this.list = QSL.make("ol", { class: "features" });
-    this.heading = QSL.make("h3", {}, "");
+    this.heading = QSL.make("summary", {}, "");
+    this.firing = QSL.make("details", { class: "firing" }, this.heading, this.list);
+    this.firing.open = open;
     this.token = null; // {part, index}
     this.lists = list;
     scale.panels.push(this);
@@ -48,7 +42,7 @@ export class Panel {
   }
 
   get elements() {
-    return [...this.parts.map((part) => part.strip), this.caption, this.heading, this.list];
+    return [...this.parts.map((part) => part.strip), this.caption, this.firing];
   }
 
   get reading() {
@@ -135,7 +129,12 @@ export class Panel {
   // Choose a token, or let it go again.
   choose(part, index) {
     const same = this.token && this.token.part === part && this.token.index === index;
+    this.token?.part.strip.children[this.token.index]?.removeAttribute("aria-pressed");
     this.token = same ? null : { part, index };
+    if (this.token) {
+      part.strip.children[index].setAttribute("aria-pressed", "true");
+      this.firing.open = true;
+    }
     this.#reach(part.strip, index);
     this.paint();
     this.fill();
@@ -169,7 +168,8 @@ export class Panel {
     const all = tracks.filter(Boolean).flat();
     const fires = all.filter((value) => value > 0).length;
     if (!fires) return [...name, " fires on none of these tokens."];
-    const peak = all.reduce((best, value, i) => (value > all[best] ? i : best), 0);
+    const rank = (i) => all[i] * (pieces[i].note ? 1e-9 : 1); // an outlier is named only where there is nothing else
+    const peak = all.reduce((best, _, i) => (rank(i) > rank(best) ? i : best), 0);
     return [...name, ` fires on ${fires} of ${all.length} tokens, most on `, QSL.token(pieces[peak].text),
       ` (${QSL.value(all[peak])}).`];
   }
@@ -182,6 +182,7 @@ export class Panel {
     const about = chosen && chosen.part.reading.pieces[chosen.index];
     this.heading.replaceChildren(...(about ? ["On ", QSL.token(about.text), about.note ? ` (${about.note})` : "", " ",
       QSL.button("whole text", () => this.choose(chosen.part, chosen.index), { class: "small" })] : rows.length ? ["Strongest features"] : []));
+    this.firing.hidden = !rows.length && !about;
     const most = Math.max(1e-9, ...rows.map((row) => row[1]));
     const instead = (chosen && chosen.part.instead[chosen.index]) || [];
     this.list.replaceChildren(...rows.map(([address, value]) => QSL.make("li", {},
@@ -200,6 +201,4 @@ listen((changed) => {
     else panel.paint();
     if (changed.has("labels")) panel.fill();
   }
-  for (const press of document.querySelectorAll(".feature-button"))
-    press.setAttribute("aria-pressed", String(press.dataset.feature === state.feature));
 });

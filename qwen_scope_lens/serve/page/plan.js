@@ -2,9 +2,8 @@
 // reads and writes plan files, as `qsl steer --plan` takes them.
 
 import { call } from "/api.js";
-import { addEdit, featureButton } from "/panel.js";
+import { addEdit, featureButton, measureTypical, typicalOf } from "/names.js";
 import { fitsAddress, listen, set, short, state, toHash } from "/state.js";
-import { typicalOf } from "/chosen.js";
 
 const $ = (id) => document.getElementById(id);
 const FORMAT = "qsl-plan", VERSION = 2;
@@ -15,10 +14,11 @@ const SLIDER = { typical: [-5, 5, 0.1], norm: [-1, 1, 0.01], raw: [-20, 20, 0.1]
 const NO_LESS = ["set", "clamp", "floor", "cap", "scale"];
 
 let names = [];
-let values = []; // of each edit, in raw activations, as the server says
+let checked = []; // the edits with what the server adds: typical activations, strengths in raw activations
 
 const operation = (name) => state.info.operations.find((one) => one.name === name);
-export const planJSON = () => `${JSON.stringify({ format: FORMAT, version: VERSION, edits: state.edits }, null, 1)}\n`;
+const bare = ({ text, value, ...edit }) => edit;
+const planJSON = () => `${JSON.stringify({ format: FORMAT, version: VERSION, edits: checked.map(bare) }, null, 1)}\n`;
 
 function says(text, kind = "quiet") {
   $("plan-says").replaceChildren(QSL.make("p", kind === "refused" ? { class: kind, role: "alert" } : { class: kind, role: "status" }, text));
@@ -29,7 +29,7 @@ let asked = 0;
 async function check() {
   const mine = (asked += 1);
   const { edits } = state;
-  values = [];
+  checked = [];
   if (!edits.length) {
     says("");
     set({ editTexts: [] });
@@ -38,7 +38,7 @@ async function check() {
   try {
     const found = await call("POST", "/api/plans/check", { plan: { edits } });
     if (mine !== asked) return undefined;
-    values = found.edits.map((edit) => edit.value);
+    checked = found.edits;
     says("");
     set({ editTexts: found.edits.map((edit) => edit.text) });
   } catch (error) {
@@ -50,9 +50,10 @@ async function check() {
 
 function showValues() {
   document.querySelectorAll("#edits .means").forEach((element, i) => {
-    const edit = state.edits[i], value = values[i];
+    const edit = state.edits[i], value = checked[i]?.value;
     element.textContent = value === undefined || value === null || edit?.unit === "raw" ? "" : `= ${QSL.value(value)} raw`;
   });
+  for (const id of ["plan-export", "plan-save"]) $(id).disabled = !checked.length; // what was refused is not kept
 }
 
 let soon = 0;
@@ -121,13 +122,13 @@ function row(edit, i) {
   slider(edit, i),
   QSL.make("div", { class: "edit-how" }, ops,
     takes && units.length > 1 ? picker(`Unit of ${short(edit.ref)}`, units.map((unit) => [unit, unit]), edit.unit, (unit) => redraw(i, { unit })) : null,
-    QSL.make("span", { class: "quiet" }, "on"), where, QSL.make("span", { class: "means quiet" })));
+    QSL.make("label", { class: "quiet" }, "where", where), QSL.make("span", { class: "means quiet" })));
 }
 
 function draw() {
   $("edits").replaceChildren(...state.edits.map(row));
   $("no-edits").hidden = state.edits.length > 0;
-  for (const id of ["plan-clear", "plan-export", "plan-save"]) $(id).disabled = !state.edits.length;
+  $("plan-clear").disabled = !state.edits.length;
   showValues();
 }
 
@@ -135,8 +136,7 @@ function draw() {
 export async function takePlan(plan, from) {
   try {
     const found = await call("POST", "/api/plans/check", { plan });
-    set({ edits: found.edits.map(({ ref, op, strength, unit, where }) =>
-      ({ ref, op, ...(strength === null || strength === undefined ? {} : { strength, unit }), where: where || "both" })) });
+    set({ edits: found.edits.map(bare) });
     draw();
     return await check();
   } catch (error) {
@@ -157,6 +157,9 @@ function importFile() {
     } catch {
       return says(`${given.name} is not JSON.`, "refused");
     }
+    if (plan?.format !== FORMAT || !(plan.version >= 1 && plan.version <= VERSION))
+      return says(`${given.name}: expected a plan of version 1 or 2, found ${String(plan?.format).slice(0, 40)} of version`
+        + ` ${String(plan?.version).slice(0, 20)}.`, "refused");
     return takePlan(plan, given.name);
   });
   input.click();
@@ -183,7 +186,7 @@ async function kept(work, done) {
 // Add a feature to the plan at its typical activation; where that is not known, as a share of the norm.
 addEdit.with = async (address) => {
   if (state.edits.some((edit) => edit.ref === address)) return says(`${short(address)} is in the plan already: move its slider.`);
-  const typical = await typicalOf.load(address);
+  const typical = await measureTypical(address).catch(() => null); // the plan's check says why
   const strength = typical ? { strength: 2, unit: "typical" } : { strength: 0.1, unit: "norm" };
   change([...state.edits, { ref: address, op: "add", ...strength, where: "both" }]);
   draw();
@@ -220,7 +223,7 @@ export async function startPlan(texts) {
     const name = $("plan-name").value.trim();
     if (!name) return $("plan-name").focus();
     return kept(async () => {
-      await call("PUT", `/api/plans/${encodeURIComponent(name)}`, { edits: state.edits });
+      await call("PUT", `/api/plans/${encodeURIComponent(name)}`, { edits: checked.map(bare) });
       await listPlans(name);
     }, `Saved as ${name}${info.plans_saved ? "." : ", for as long as the server runs."}`);
   });

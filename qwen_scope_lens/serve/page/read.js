@@ -2,7 +2,8 @@
 // one is shown.
 
 import { call } from "/api.js";
-import { Panel, Scale, addEdit, featureButton } from "/panel.js";
+import { addEdit, featureButton } from "/names.js";
+import { Panel, Scale } from "/panel.js";
 import { Reading } from "/reading.js";
 import { labels, learn, listen, set, short, state } from "/state.js";
 
@@ -12,7 +13,6 @@ const COMPARED = 15; // features
 const $ = (id) => document.getElementById(id);
 
 const refused = (error) => QSL.make("span", { class: "refused", role: "alert" }, error.message);
-const taken = (answer) => Reading.ofAnswer(answer, TOP, state.info.k);
 
 // Work that a newer call makes void: the former one is stopped, and its answer is never used.
 function latest(work) {
@@ -41,7 +41,7 @@ const read = latest(async (signal) => {
   signal.throwIfAborted();
   try {
     const answer = await call("POST", "/api/read", { text, layers: [layer], top: TOP, monitor: feature ? [feature] : [] }, signal);
-    panel.show([taken(answer)]);
+    panel.show([Reading.ofAnswer(answer, layer, TOP, state.info.k)]);
   } catch (error) {
     if (signal.aborted) throw error;
     panel.caption.replaceChildren(refused(error));
@@ -80,7 +80,7 @@ const compare = latest(async (signal) => {
   clearComparison("Comparing …");
   try {
     const answer = await call("POST", "/api/compare", { a, b, layers: [layer], top: COMPARED, leave_out: leave.split(",").filter(Boolean) }, signal);
-    sides.forEach((side, i) => side.show([Reading.ofAnswer(answer[i ? "b" : "a"], COMPARED, state.info.k)]));
+    sides.forEach((side, i) => side.show([Reading.ofAnswer(answer[i ? "b" : "a"], layer, COMPARED, state.info.k)]));
     answer.features.forEach(learn);
     $("compare-says").replaceChildren(answer.features.length
       ? "Score: |rate A − rate B|. A rate is the share of the kept tokens on which the feature fires. Two texts are a first look;"
@@ -141,7 +141,7 @@ export function startReading() {
     }
   });
   for (const [name, id] of [["text", "text"], ["a", "text-a"], ["b", "text-b"]]) $(id).value = state[name];
-  choosesStrongest = !state.feature;
+  choosesStrongest = !state.feature && !state.unknown;
   return read();
 }
 

@@ -6,21 +6,20 @@ import { learn } from "/state.js";
 // `top`: how many features a token's list has at most; `k`: how many are active on a token at most.
 export class Reading {
   constructor(top, k) {
-    Object.assign(this, { top, k, pieces: [], lists: [], tracks: new Map(), layers: new Set(), features: null });
+    Object.assign(this, { top, k, pieces: [], lists: [], tracks: new Map(), layers: new Set() });
   }
 
-  // From the answer of /api/read or of a side of /api/compare.
-  static ofAnswer(answer, top, k) {
+  // From the answer of /api/read or of a side of /api/compare, with the lists of one layer.
+  static ofAnswer(answer, layer, top, k) {
     const reading = new Reading(top, k);
     reading.pieces = answer.pieces.map((piece) => ({ ids: piece.ids, text: piece.text, special: piece.special,
       note: piece.first ? "first token" : piece.extreme.length ? "extreme norm" : "" }));
-    reading.lists = answer.tokens.map((layers) => new Map(Object.values(layers).flat()));
-    reading.layers = new Set(answer.layers);
-    for (const firing of [...Object.values(answer.features).flat(), ...answer.monitor]) {
+    reading.lists = answer.tokens.map((layers) => new Map(layers[layer]));
+    reading.layers = new Set([layer]);
+    for (const firing of [...answer.features[layer], ...answer.monitor]) {
       learn(firing);
       reading.tracks.set(firing.feature, firing.track);
     }
-    reading.features = Object.values(answer.features).flat();
     return reading;
   }
 
@@ -79,7 +78,6 @@ export class Reading {
 
   // The same over the text. The first token and those of extreme norm are left out: they are outliers.
   strongest(most) {
-    if (this.features) return this.features.slice(0, most).map((one) => [one.feature, one.activation]);
     const best = new Map();
     this.lists.forEach((list, i) => {
       if (this.pieces[i].note || this.pieces[i].special) return;

@@ -7,7 +7,7 @@ export const DEFAULTS = {
 const NUMBERS = ["layer", "temperature", "top_p", "tokens", "seed"];
 const LONGEST = 4000; // characters of a text in the address: servers and chats cut longer ones off
 
-export const state = { ...DEFAULTS, edits: [], editTexts: [], hover: null, info: null };
+export const state = { ...DEFAULTS, edits: [], editTexts: [], hover: null, unknown: null, info: null };
 
 const listeners = new Set();
 export const listen = (listener) => listeners.add(listener);
@@ -27,7 +27,14 @@ export const promotes = new Map();
 
 export function learn(firing) {
   if (firing.label !== undefined) labels.set(firing.feature, firing.label || "");
-  if (firing.promotes) promotes.set(firing.feature, firing.promotes);
+  if (firing.promotes?.length) promotes.set(firing.feature, firing.promotes);
+}
+
+// Whether an address is of a feature that is served.
+export function isFeature(address) {
+  const { group, layers, d_sae: size } = state.info;
+  const [, layer, number] = address.match(/\/(\d{1,5})\/(\d{1,9})$/) || [];
+  return number !== undefined && address === `${group}/${layer}/${number}` && layers.includes(Number(layer)) && Number(number) < size;
 }
 
 export const layerOf = (address) => Number(address.split("/").at(-2));
