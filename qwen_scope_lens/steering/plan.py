@@ -38,14 +38,14 @@ UNITS = ("raw", "typical", "norm")
 chosen at every token so that the length of v d is this fraction of the residual's length."""
 
 OLD_UNITS = {"sigma": "typical"}
-"""The older name still parses. It was given up because the unit is not a standard deviation."""
+"""The older name still parses; the unit is not a standard deviation."""
 
 Reads = Literal["nothing", "code", "residual"]
 
 
 @dataclass(frozen=True)
 class Operation:
-    """One operation: `v` is the strength, `a` the activation, `x` the residual before any edit."""
+    """`v` is the strength, `a` the activation, `x` the residual before any edit."""
 
     name: str
     change: str  # the formula, for documentation and messages
@@ -123,8 +123,7 @@ _BY_NAME = {row.name: row for row in OPERATIONS}
 
 
 def find_operation(name: object) -> Operation:
-    row = _BY_NAME.get(name) if isinstance(name, str) else None
-    if row is None:
+    if (row := _BY_NAME.get(name) if isinstance(name, str) else None) is None:
         raise BadPlan(f"no operation is named {name!r:.60}: there are {', '.join(_BY_NAME)}")
     return row
 
@@ -140,8 +139,8 @@ class Edit:
     """One operation on one feature, given by its address as text or as a `FeatureRef`.
 
     `strength` is v of the operation's formula, in `unit`: raw activations, `typical` (multiples of
-    the feature's typical activation, which `Plan.calibrated` fills in) or `norm` (fraction of the
-    residual's length at the token). `sigma` is the older name of the unit `typical`.
+    the typical activation, which `Plan.calibrated` fills in) or `norm` (fraction of the residual's
+    length). `sigma` is the older name of `typical`.
     """
 
     ref: FeatureRef
@@ -179,6 +178,11 @@ class Edit:
         if unit not in row.units:
             raise BadPlan(
                 f"{self.ref}: unit {unit!r} for {row.name}: expected {' or '.join(row.units)}"
+            )
+        if (gate := self.where.gate) is not None and gate.ref.layer > self.ref.layer:
+            raise BadPlan(
+                f"{self.ref}: its gate {gate.ref} is read in a later layer, after the edit acts:"
+                f" expected a feature of a layer from 0 to {self.ref.layer}"
             )
         if typical is not None and not _number(typical, self.ref) > 0:
             raise BadPlan(f"{self.ref}: typical activation {shown(typical)} is not above 0")
@@ -297,7 +301,7 @@ class Plan(View):
         return self._each(fill)
 
     def times(self, factor: float) -> Plan:
-        """The same plan with every strength multiplied; a negative factor reverses the plan."""
+        """With every strength multiplied; a negative factor reverses the plan."""
         for edit in self.edits:
             if not edit.operation.takes_strength:
                 raise BadPlan(f"{edit}: {edit.op} has no strength to multiply: leave this edit out")
@@ -383,7 +387,7 @@ def _unit_now(unit: Any) -> Any:
 
 
 def check_seed(seed: object) -> int:
-    """The seed as given; raises `BadPlan` for one that torch's generators do not take."""
+    """The seed, if torch's generators take it."""
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
         raise BadPlan(f"seed {shown(seed)}: expected a whole number from 0 to 2^64 - 1")
     return seed
