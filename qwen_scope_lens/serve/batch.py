@@ -136,7 +136,10 @@ class Batch:
             self._cache = caches.selected(self._cache, stay)
             spare = self._columns - max(row.read for row in self.rows)
             if spare:
-                self._cache, self._columns = caches.trimmed(self._cache, spare), self._columns - spare
+                self._cache, self._columns = (
+                    caches.trimmed(self._cache, spare),
+                    self._columns - spare,
+                )
         self._arranged()
 
     @torch.no_grad()
@@ -170,7 +173,10 @@ class Batch:
         gates = {gate for row in rows for gate in row.opened}
         opened = {
             gate: torch.tensor(
-                [_column(row.opened.get(gate, NEVER), p) for row, p in zip(rows, pads, strict=True)],
+                [
+                    _column(row.opened.get(gate, NEVER), p)
+                    for row, p in zip(rows, pads, strict=True)
+                ],
                 device=self._device,
             )
             for gate in gates

@@ -1,9 +1,9 @@
 """The caches of a model as data: rows of keys and values that are joined, split and cropped.
 
-transformers' `DynamicCache` holds one batch. Here its layers are taken apart, so that a row can join
-a batch or leave it between two passes. Rows of different lengths are aligned on the right. Layers of
-linear attention have states instead of keys and values; they have no length, and nothing can be
-cropped from them.
+transformers' `DynamicCache` holds one batch. Here its layers are taken apart, so that a row can
+join a batch or leave it between two passes. Rows of different lengths are aligned on the right.
+Layers of linear attention have states instead of keys and values; they have no length, and nothing
+can be cropped from them.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The engine: one thread that decodes all requests together.
 
-Between two steps rows leave (finished, cancelled, too late) and others join, so nobody waits for the
-longest reply of a batch. Other work with the model (reading a text, calibrating) is done by the same
-thread between two steps, because hooks of a plan belong to the model.
+Between two steps rows leave (finished, cancelled, too late) and others join, so nobody waits for
+the longest reply of a batch. Other work with the model (reading a text, calibrating) is done by the
+same thread between two steps, because hooks of a plan belong to the model.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch import Tensor
 from qwen_scope_lens.errors import BadText, ScopeError
 from qwen_scope_lens.models.architecture import context_length, input_device
 from qwen_scope_lens.models.token_text import Vocabulary
+from qwen_scope_lens.saes.sae import ScopeSAE
 from qwen_scope_lens.serve.batch import Batch
 from qwen_scope_lens.serve.prefixes import PrefixCache
 from qwen_scope_lens.serve.rows import Row, Sink, Step, Wanted
@@ -56,7 +57,7 @@ class Engine:
         self,
         model: Any,
         tokenizer: Any,
-        saes: Any,
+        sae_of: Callable[[str], ScopeSAE],
         *,
         rows: int = 16,
         queue: int = 256,
@@ -70,7 +71,7 @@ class Engine:
         self.special = special_tokens(tokenizer)
         self.counts: Counter[str] = Counter()
         self._model, self._ends, self._device = model, end_tokens(model), input_device(model)
-        self._steering = RowSteering(model, tokenizer, saes, allow_other_model)
+        self._steering = RowSteering(model, tokenizer, sae_of, allow_other_model)
         self._prefixes = PrefixCache(prefix_tokens)
         self._batch = Batch(model, self._steering, self._prefixes)
         self._waiting: deque[Row] = deque()
@@ -101,8 +102,8 @@ class Engine:
             # An idle engine takes a request of any size: it could never be answered otherwise.
             if self._waiting and len(self._waiting) + len(rows) > self.queue:
                 raise QueueFull(
-                    f"{len(self._waiting)} replies are waiting and the queue holds {self.queue}: ask"
-                    " again later"
+                    f"{len(self._waiting)} replies wait and the queue holds {self.queue}: ask again"
+                    " later"
                 )
             self._waiting.extend(rows)
             self._wake.notify()
@@ -197,7 +198,9 @@ class Engine:
                 self.counts["cancelled"] += 1
                 continue
             if row.deadline < time.monotonic():
-                self._fail([row], TooLate(f"waited longer than {self.seconds:g} s: ask again later"))
+                self._fail(
+                    [row], TooLate(f"waited longer than {self.seconds:g} s: ask again later")
+                )
                 continue
             try:
                 logits, cache = self._batch.prefill(row)
@@ -248,15 +251,15 @@ class Engine:
             wanted = row.wanted
             token = best[i] if row.chooser.greedy else row.chooser.choose(logits[i])
             row.next, row.first_token = token, row.first_token or time.monotonic()
-            if token in self._ends:
-                row.reason = "stop"
-                done.append((row, Step(row.text.end(), reason="stop")))
-                continue
-            row.tokens.append(token)
             found: tuple[Logprob, ...] = ()
             if wanted.top_logprobs is not None:
                 found = tuple(logprobs(logits[i : i + 1], [token], wanted.top_logprobs))
                 row.logprobs += found
+            if token in self._ends:
+                row.reason = "stop"
+                done.append((row, Step(row.text.end(), (), found, "stop")))
+                continue
+            row.tokens.append(token)
             text = row.text.add(token)
             if row.text.stopped or len(row.tokens) == wanted.new_tokens:
                 row.reason = "stop" if row.text.stopped else "length"

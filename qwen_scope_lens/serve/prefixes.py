@@ -1,7 +1,7 @@
 """The prefix cache: prompts that begin alike are read once.
 
-An entry is what a text left behind: its tokens, the model's cache, the residuals that were wanted of
-it, and what its plan did. It serves another prompt that begins with the same tokens. A plan that
+An entry is what a text left behind: its tokens, the model's cache, the residuals that were wanted
+of it, and what its plan did. It serves another prompt that begins with the same tokens. A plan that
 acts on prompts shares entries with no other plan and takes only whole ones, so that its report is
 complete; of a model with linear attention, too, only whole entries can be used.
 """

@@ -66,7 +66,10 @@ class GrowingText:
             certain, self._held = self._held[: min(found)], ""
         else:
             keep = self._begun()
-            certain, self._held = self._held[: len(self._held) - keep], self._held[-keep:] * (keep > 0)
+            certain, self._held = (
+                self._held[: len(self._held) - keep],
+                self._held[-keep:] * (keep > 0),
+            )
         self.text += certain
         return certain
 

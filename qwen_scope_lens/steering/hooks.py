@@ -33,7 +33,15 @@ from qwen_scope_lens.steering.readers import SAEs, layer_edits, with_readers
 from qwen_scope_lens.steering.report import Report
 from qwen_scope_lens.steering.token_masks import Selector
 
-__all__ = ["EditHook", "EditedLayer", "check_model", "edited_layers", "is_steered", "place_of", "steer"]
+__all__ = [
+    "EditHook",
+    "EditedLayer",
+    "check_model",
+    "edited_layers",
+    "is_steered",
+    "place_of",
+    "steer",
+]
 
 _ACTIVE = "_qsl_steered"
 _marking = threading.Lock()
@@ -241,8 +249,7 @@ def _per_row(plan: Any) -> list[Plan | None]:
 
 def check_model(model: Any, edits: Sequence[Edit], allow_other_model: bool) -> None:
     width, depth = d_model(model), len(decoder_layers(model))
-    refs = [edit.ref for edit in edits]
-    refs += [edit.where.gate.ref for edit in edits if edit.where.gate is not None]
+    refs = [ref for edit in edits for ref in edit.involved]
     for ref in refs:
         row = ref.sae.row
         if row.d_model != width or ref.layer >= depth:

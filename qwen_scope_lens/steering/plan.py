@@ -9,9 +9,6 @@ the arithmetic, and `hooks.py` applies it to a running model.
 
 from __future__ import annotations
 
-import math
-import re
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +17,7 @@ from typing import Any, Literal
 from qwen_scope_lens.address import FeatureRef
 from qwen_scope_lens.errors import BadFile, BadPlan, ScopeError
 from qwen_scope_lens.files import read_json, write_json
+from qwen_scope_lens.steering.units import OLD_UNITS, UNITS, finite, parse_strength, unit_now
 from qwen_scope_lens.steering.where import Where, shown
 from qwen_scope_lens.tables import Table, View
 
@@ -32,13 +30,6 @@ __all__ = [
     "check_seed",
     "find_operation",
 ]
-
-UNITS = ("raw", "typical", "norm")
-"""raw: the SAE's activations. typical: multiples of the feature's typical activation. norm: v is
-chosen at every token so that the length of v d is this fraction of the residual's length."""
-
-OLD_UNITS = {"sigma": "typical"}
-"""The older name still parses; the unit is not a standard deviation."""
 
 Reads = Literal["nothing", "code", "residual"]
 
@@ -159,7 +150,7 @@ class Edit:
         where: Where | str = EVERYWHERE,
         typical: float | None = None,
     ) -> None:
-        unit = _unit_now(unit)
+        unit = unit_now(unit)
         given = {"ref": FeatureRef.parse(ref), "op": op, "strength": strength, "unit": unit}
         for name, value in (given | {"where": Where.of(where), "typical": typical}).items():
             object.__setattr__(self, name, value)
@@ -168,7 +159,7 @@ class Edit:
             wants = "needs a strength" if row.takes_strength else "takes no strength"
             raise BadPlan(f"{self.ref}: {row.name} {wants}; found {shown(strength)}")
         if strength is not None:
-            number = _number(strength, self.ref)
+            number = finite(strength, self.ref)
             object.__setattr__(self, "strength", number)
             if row.least is not None and number < row.least:
                 raise BadPlan(
@@ -184,12 +175,18 @@ class Edit:
                 f"{self.ref}: its gate {gate.ref} is read in a later layer, after the edit acts:"
                 f" expected a feature of a layer from 0 to {self.ref.layer}"
             )
-        if typical is not None and not _number(typical, self.ref) > 0:
+        if typical is not None and not finite(typical, self.ref) > 0:
             raise BadPlan(f"{self.ref}: typical activation {shown(typical)} is not above 0")
 
     @property
     def operation(self) -> Operation:
         return find_operation(self.op)
+
+    @property
+    def involved(self) -> tuple[FeatureRef, ...]:
+        """Its own feature, and that of its gate."""
+        gate = self.where.gate
+        return (self.ref,) if gate is None else (self.ref, gate.ref)
 
     @property
     def value(self) -> float:
@@ -305,7 +302,7 @@ class Plan(View):
         for edit in self.edits:
             if not edit.operation.takes_strength:
                 raise BadPlan(f"{edit}: {edit.op} has no strength to multiply: leave this edit out")
-        by = _number(factor, self.edits[0].ref)
+        by = finite(factor, self.edits[0].ref)
         return self._each(lambda edit: replace(edit, strength=(edit.strength or 0.0) * by))
 
     def at(self, strength: float) -> Plan:
@@ -369,36 +366,8 @@ class Plan(View):
                     )
 
 
-def parse_strength(text: str) -> tuple[float, str]:
-    """`4`, `+2typical`, `-0.1norm` -> the number and its unit."""
-    found = re.fullmatch(r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*([a-z]*)\s*", text)
-    if found is None or found[2] not in ("", *UNITS, *OLD_UNITS):
-        raise BadPlan(f"strength {shown(text)}: expected a number such as 4, +2typical or -0.1norm")
-    return float(found[1]), _unit_now(found[2] or "raw")
-
-
-def _unit_now(unit: Any) -> Any:
-    """The unit by its name of today."""
-    if not isinstance(unit, str) or unit not in OLD_UNITS:
-        return unit
-    said = f"the unit {unit} is now called {OLD_UNITS[unit]}"
-    warnings.warn(said, DeprecationWarning, stacklevel=4)
-    return OLD_UNITS[unit]
-
-
 def check_seed(seed: object) -> int:
     """The seed, if torch's generators take it."""
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
         raise BadPlan(f"seed {shown(seed)}: expected a whole number from 0 to 2^64 - 1")
     return seed
-
-
-def _number(value: Any, ref: FeatureRef) -> float:
-    try:
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            number = float(value)
-            if math.isfinite(number):
-                return number
-    except OverflowError:
-        pass
-    raise BadPlan(f"{ref}: {shown(value)} is not a finite number that a float can hold")

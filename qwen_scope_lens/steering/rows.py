@@ -8,8 +8,9 @@ time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor
@@ -19,8 +20,7 @@ from qwen_scope_lens.saes.sae import ScopeSAE
 from qwen_scope_lens.steering.calls import Call, OfOneModel, Pass
 from qwen_scope_lens.steering.gates import GateHook, gates_by_layer
 from qwen_scope_lens.steering.hooks import EditHook, check_model, edited_layers, place_of
-from qwen_scope_lens.steering.plan import Plan
-from qwen_scope_lens.steering.readers import with_readers
+from qwen_scope_lens.steering.plan import Edit, Plan
 from qwen_scope_lens.steering.report import Report
 from qwen_scope_lens.steering.token_masks import Selector
 from qwen_scope_lens.steering.where import Gate
@@ -32,9 +32,13 @@ class RowSteering(OfOneModel):
     """The plans of the rows that are decoded together. It belongs to one thread."""
 
     def __init__(
-        self, model: Any, tokenizer: Any, saes: Mapping[str, ScopeSAE], allow_other_model: bool
+        self,
+        model: Any,
+        tokenizer: Any,
+        sae_of: Callable[[str], ScopeSAE],
+        allow_other_model: bool = False,
     ) -> None:
-        self.name, self._model, self._saes = describe(model), model, saes
+        self.name, self._model, self._sae_of = describe(model), model, sae_of
         self._allow = allow_other_model
         self._selector = Selector(lambda: tokenizer)
         self._hooks: list[tuple[int, Any]] = []
@@ -47,7 +51,7 @@ class RowSteering(OfOneModel):
         check_model(self._model, plan.edits, self._allow)
         for edit in plan.edits:
             self._selector.check(edit.where)
-        edited_layers([(0, edit) for edit in plan.edits], with_readers(plan.edits, self._saes))
+        edited_layers([(0, edit) for edit in plan.edits], self._saes(plan.edits))
 
     def arrange(self, plans: Sequence[Plan | None]) -> None:
         """Give the plan of each row of the passes that follow, None for a row to leave alone."""
@@ -55,18 +59,22 @@ class RowSteering(OfOneModel):
         ends = [0]
         for one in plans:
             ends.append(ends[-1] + (len(one) if one else 0))
-        self._slices = [slice(a, b) for a, b in zip(ends, ends[1:], strict=False)]
+        self._slices = [slice(a, b) for a, b in pairwise(ends)]
         self._hooks, self._report = [], None
         if not tagged:
             return
         self._report = Report([edit for _, edit in tagged])
-        known = with_readers([edit for _, edit in tagged], self._saes)
+        known = self._saes(edit for _, edit in tagged)
         self._hooks = [
             (layer.number, EditHook(layer, self, self._selector, self._report, len(plans)))
             for layer in edited_layers(tagged, known)
         ]
         gates = gates_by_layer(edit for _, edit in tagged)
         self._hooks += [(n, GateHook(n, own, known, self)) for n, own in gates.items()]
+
+    def _saes(self, edits: Iterable[Edit]) -> dict[str, ScopeSAE]:
+        refs = {ref for edit in edits for ref in edit.involved}
+        return {name: self._sae_of(name) for name in {str(ref.sae) for ref in refs}}
 
     def taken(self) -> list[Tensor | None]:
         """What the edits of each row did since `arrange`, as `Report.taken` gives it."""

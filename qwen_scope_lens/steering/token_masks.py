@@ -185,9 +185,7 @@ class Selector:
 
     def _think_marks(self) -> tuple[int, int, list[int]]:
         tokenizer = self._known()
-        think, thought, *ends = map(
-            tokenizer.convert_tokens_to_ids, (THINK, THOUGHT, START, END)
-        )
+        think, thought, *ends = map(tokenizer.convert_tokens_to_ids, (THINK, THOUGHT, START, END))
         if {think, thought} & {None, tokenizer.unk_token_id}:
             raise WrongTokenizer(
                 f"a thinking phase is read from {THINK} and {THOUGHT}, which this tokenizer does"

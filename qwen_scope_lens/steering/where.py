@@ -83,16 +83,15 @@ class Gate:
             return value
         ref, sign, number = value.partition(">") if isinstance(value, str) else ("", "", "")
         try:
-            return cls(FeatureRef.parse(ref.strip()), float(number)) if sign else cls._refused(value)
+            threshold = float(number)
         except ValueError:
-            return cls._refused(value)
-
-    @classmethod
-    def _refused(cls, value: object) -> Gate:
-        raise BadPlan(
-            f"gate {shown(value)}: expected an address and a threshold, such as"
-            " qwen3-8b-base/w64k-l0-50/20/6159>3.5"
-        )
+            threshold, sign = 0.0, ""
+        if not sign:
+            raise BadPlan(
+                f"gate {shown(value)}: expected an address and a threshold, such as"
+                " qwen3-8b-base/w64k-l0-50/20/6159>3.5"
+            )
+        return cls(FeatureRef.parse(ref.strip()), threshold)
 
     def __str__(self) -> str:
         return f"{self.ref}>{self.threshold!r}"
