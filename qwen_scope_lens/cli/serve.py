@@ -17,7 +17,10 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import tempfile
+import threading
+from concurrent.futures import Future
 from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
@@ -33,6 +36,7 @@ from qwen_scope_lens.cli.options import (
     add_sae_files,
     count,
     from_zero,
+    layer_list,
     memory,
     output,
     port,
@@ -49,7 +53,9 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     plans.add_model(parser)
     parser.add_argument(
-        "--sae", default="mini-qwen3/w1k-l0-16", help="a group, or one SAE (%(default)s)"
+        "--sae",
+        default="mini-qwen3/w1k-l0-16",
+        help="GROUP, GROUP/20 or GROUP/4,10-12 (%(default)s)",
     )
     add_layers(
         parser, "read by default, and recorded; default: the middle one", check=inputs.unchecked
@@ -80,7 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     record = parser.add_argument_group("recording")
     record.add_argument(
-        "--record", type=output, metavar="STORE", help="a feature store to append to"
+        "--record", type=Path, metavar="STORE", help="a feature store to append to"
     )
     record.add_argument(
         "--record-codes-only", action="store_true", help="without texts and token ids"
@@ -116,7 +122,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     # What is wrong is said before torch is imported, which takes seconds.
-    refs = saes_named(arguments.sae, arguments.layers)
+    group_name, slash, numbers = arguments.sae.rpartition("/")
+    if slash and re.fullmatch(r"\d+([,-]\d+)+", numbers):  # GROUP/4,10
+        refs = saes_named(group_name, layer_list(numbers))
+    else:
+        refs = saes_named(arguments.sae, arguments.layers)
     check("starlette", "serve")
     check("uvicorn", "serve")
     token = arguments.token or os.environ.get("QSL_TOKEN") or None
@@ -129,6 +139,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.record_limit is not None and arguments.record_limit < arguments.record_rotate:
         raise CannotWrite("--record-limit is below --record-rotate: one store would be too large")
     inputs.free_port(arguments.host, arguments.port)
+    if arguments.record is not None:
+        _check_record(arguments.record)
     labels = read_labels(arguments.labels)
     if arguments.plans is not None:
         arguments.plans.mkdir(parents=True, exist_ok=True)
@@ -139,7 +151,6 @@ def run(arguments: argparse.Namespace) -> int:
     from qwen_scope_lens.serve.plans import Plans
     from qwen_scope_lens.serve.recorder import Recorder, Recording
     from qwen_scope_lens.serve.run import listen, serve
-    from qwen_scope_lens.serve.site import Site
     from qwen_scope_lens.serve.web import Serving
     from qwen_scope_lens.steering.plan import Plan
     from qwen_scope_lens.steering.typical import Calibration
@@ -161,7 +172,7 @@ def run(arguments: argparse.Namespace) -> int:
         allow_other_model=True,  # `plans.load` has looked
     )
     with ExitStack() as stack:
-        site = _site(arguments.site, bridge, group, layers, stack)
+        site = _site(arguments, group, layers, stack)
         lens = Lens(
             bridge.release(),
             tokenizer,
@@ -193,7 +204,7 @@ def run(arguments: argparse.Namespace) -> int:
         serving = Serving(
             lens,
             named,
-            None if site is None else Site(site),
+            site,
             recorder,
             token,
             names if local or arguments.allow_host else None,
@@ -208,16 +219,43 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _site(
-    given: Path | None, model: Any, group: Any, layers: list[int], stack: ExitStack
-) -> Path | None:
-    """The site that was given; for the toy model one that is made now."""
-    if given is not None or group.origin != "mini":
-        return given
-    from qwen_scope_lens.mini import heldout
-    from qwen_scope_lens.site.build import site_of_documents
+def _check_record(store: Path) -> None:
+    """Refuse a folder that holds something else. One that was begun and killed may have no more
+    than shards."""
+    if store.is_dir() and not (store / "manifest.json").is_file():
+        names = [path.name for path in store.iterdir() if not path.name.startswith(".")]
+        if set(names) - {"shards"}:
+            raise CannotWrite(
+                f"{store} holds other files than a feature store ({sorted(names)[0]}): name another"
+                " folder, or a store that was recorded before"
+            )
+    elif store.exists() and not store.is_dir():
+        raise CannotWrite(f"{store} is a file: expected a folder, or a name that is free")
 
-    remark("Making every feature's page from a few texts ...")
+
+def _site(arguments: argparse.Namespace, group: Any, layers: list[int], stack: ExitStack) -> Any:
+    """The site that was given; for the toy model one that is made while the server answers."""
+    from qwen_scope_lens.serve.site import Site
+
+    if arguments.site is None and (group.origin != "mini" or arguments.model is not None):
+        return None
+    made: Future[Site] = Future()
+    if arguments.site is not None:
+        made.set_result(Site(arguments.site))
+        return made
     folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="qsl-serve-"))
-    texts = list(islice(heldout(), 0, None, 20))
-    return site_of_documents(texts, model, group.short, layers, Path(folder, "site"))
+
+    def make() -> None:
+        from qwen_scope_lens.mini import heldout
+        from qwen_scope_lens.site.build import site_of_documents
+
+        try:
+            texts = list(islice(heldout(), 0, None, 20))
+            out = Path(folder, "site")
+            model = group.backbone.model_id  # the engine has its own
+            made.set_result(Site(site_of_documents(texts, model, group.short, layers, out)))
+        except Exception as error:
+            made.set_exception(error)
+
+    threading.Thread(target=make, name="qsl-site", daemon=True).start()
+    return made

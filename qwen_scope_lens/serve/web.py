@@ -6,6 +6,7 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from concurrent.futures import Future
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,7 +38,7 @@ class Serving:
 
     lens: Lens
     plans: Plans = field(default_factory=Plans)
-    site: Site | None = None
+    site: Future[Site] | None = None  # one that is still being made is not shown yet
     recorder: Recorder | None = None
     token: str | None = None
     hosts: Sequence[str] | None = LOCAL  # None: under any name
@@ -69,8 +70,11 @@ class _Web:
         self._created = int(time.time())
         self._stopping = False
         self._files = static_files()
-        if serving.site is not None:
-            self._files.update(serving.site.files)
+
+    @property
+    def _site(self) -> Site | None:
+        made = self._serving.site
+        return made.result() if made and made.done() and not made.exception() else None
 
     def table(self) -> list[tuple[str, str, Handler]]:
         return [
@@ -185,7 +189,7 @@ class _Web:
         serving = self._serving
         record = None if serving.recorder is None else str(serving.recorder.store)
         saved = serving.save_labels is not None
-        return self._json(questions.info(self._lens, self._plans, serving.site, record, saved))
+        return self._json(questions.info(self._lens, self._plans, self._site, record, saved))
 
     async def read(self, request: Any) -> Any:
         return await self._asked(questions.read, request)
@@ -203,9 +207,7 @@ class _Web:
     async def feature(self, request: Any) -> Any:
         address = request.path_params["address"]
         typical = request.query_params.get("typical", "") in ("1", "true")
-        found = await asyncio.to_thread(
-            questions.feature, address, self._lens, self._serving.site, typical
-        )
+        found = await asyncio.to_thread(questions.feature, address, self._lens, self._site, typical)
         return self._json(found)
 
     async def search(self, request: Any) -> Any:
@@ -303,6 +305,8 @@ class _Web:
 
     async def file(self, request: Any) -> Any:
         path = self._files.get(request.url.path)
+        if path is None and self._site is not None:
+            path = self._site.files.get(request.url.path)
         if path is None:
             raise Fault("there is no such page", "not_found", None, 404)
         content = await asyncio.to_thread(content_of, path)
