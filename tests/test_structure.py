@@ -30,7 +30,7 @@ FLOORS = (
     ("labels",),
     ("bench", "classify", "compare", "graphs", "synth", "train"),
     ("site",),
-    ("app",),
+    ("serve",),
     ("mini",),
     ("recipes",),
     ("cli",),

@@ -42,6 +42,7 @@ SECTIONS = {
         "read": "which features fire on a text, per token and as a whole",
         "dash": "every feature on a page: a static site, or Neuronpedia's format",
         "app": "read, compare and steer in a browser",
+        "serve": "an OpenAI-compatible server that steers, monitors and records",
         "graph": "which features, through all layers, made the model say that",
         "compare": "features across SAEs, layers and models: match, drift, transfer",
     },
