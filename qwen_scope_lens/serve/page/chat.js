@@ -9,6 +9,7 @@ import { layerOf, listen, set, state } from "/state.js";
 const $ = (id) => document.getElementById(id);
 const TOP = 50; // features per token: what the server gives at most
 const ALTERNATIVES = 5;
+const CALM = 500; // milliseconds between two lists of a reply that grows
 const MOST_MARKED = 600; // tokens up to which differences are marked while a reply still grows
 const FORMS = { chat: "chat", think: "chat, thinking", text: "plain text" };
 const turns = []; // {text, form, sides: {plain, steered}}
@@ -66,10 +67,13 @@ class Side {
     this.report.replaceChildren();
     this.status.textContent = "waiting …";
     const ids = [];
+    let filled = 0;
     const draw = () => {
       this.drawn = false;
       if (this.run !== mine) return;
-      this.panel.grow();
+      const fill = Boolean(this.finish) || performance.now() - filled > CALM;
+      if (fill) filled = performance.now();
+      this.panel.grow(fill);
       this.panel.parts[1].instead = reply.pieces.map((piece) => this.instead[piece.start] || []);
       // A token's activations come one step after its text: what has none yet stands there without colour.
       const known = reply.text;

@@ -86,6 +86,8 @@ async function showPage() {
 
 let opened = null;
 async function ofSite(address) {
+  // The toy model's site is made while the server answers already.
+  state.info.site ||= (await call("GET", "/api/info")).site;
   if (!state.info.site) return null;
   opened ||= openSite().then(() => QSL.load("site"));
   QSL.base = state.info.site.slice(0, state.info.site.lastIndexOf("/") + 1);

@@ -64,8 +64,8 @@ export class Panel {
     this.caption.replaceChildren(says);
   }
 
-  // Draw the pieces that were added to the readings.
-  grow() {
+  // Draw the pieces that were added to the readings, and unless there are more to come at once, the list.
+  grow(fill = true) {
     for (const part of this.parts) {
       const pieces = part.reading?.pieces || [];
       if (part.drawn && pieces.length >= part.drawn) part.strip.children[--part.drawn].remove(); // it may have grown
@@ -73,7 +73,7 @@ export class Panel {
       part.strip.hidden = !pieces.length;
     }
     this.paint();
-    this.fill();
+    if (fill) this.fill();
   }
 
   mark(part, differs) {
@@ -161,8 +161,7 @@ export class Panel {
     const name = [QSL.make("b", {}, short(address)), label ? [" ", QSL.make("bdi", {}, label)] : ""].flat();
     if (!tracks.at(-1)) {
       const layers = [...this.reading.layers].join(", ");
-      return [...name, layers ? `: not computed for this text, which was read in layer ${layers}. So no colour is shown.`
-        : ": not computed for this text. So no colour is shown."];
+      return [...name, layers ? ` was not computed here (read in layer ${layers}): no colour.` : " was not computed here: no colour."];
     }
     const pieces = this.parts.flatMap((part, i) => (tracks[i] ? part.reading.pieces : []));
     const all = tracks.filter(Boolean).flat();
@@ -180,8 +179,7 @@ export class Panel {
     const rows = !this.reading ? [] : chosen ? chosen.part.reading.on(chosen.index).slice(0, MOST_LISTED)
       : this.lists ? this.reading.strongest(MOST_LISTED) : [];
     const about = chosen && chosen.part.reading.pieces[chosen.index];
-    this.heading.replaceChildren(...(about ? ["On ", QSL.token(about.text), about.note ? ` (${about.note})` : "", " ",
-      QSL.button("whole text", () => this.choose(chosen.part, chosen.index), { class: "small" })] : rows.length ? ["Strongest features"] : []));
+    this.heading.replaceChildren(...(about ? ["On ", QSL.token(about.text), about.note ? ` (${about.note})` : ""] : rows.length ? ["Strongest features"] : []));
     this.firing.hidden = !rows.length && !about;
     const most = Math.max(1e-9, ...rows.map((row) => row[1]));
     const instead = (chosen && chosen.part.instead[chosen.index]) || [];
@@ -190,7 +188,8 @@ export class Panel {
       QSL.button("Steer", () => addEdit.with(address), { class: "small", "aria-label": `Steer ${short(address)}` }))),
     ...(about && !rows.length ? [QSL.make("li", { class: "quiet" }, "No feature is known here.")] : []),
     ...(instead.length ? [QSL.make("li", { class: "instead quiet" }, "Most probable here: ", instead.map(([text, share]) =>
-      [QSL.token(text), ` ${QSL.share(share, 1)} `]))] : []));
+      [QSL.token(text), ` ${QSL.share(share, 1)} `]))] : []),
+    ...(about ? [QSL.make("li", { class: "instead" }, QSL.button("Back to the whole text", () => this.choose(chosen.part, chosen.index), { class: "small" }))] : []));
   }
 }
 

@@ -24,6 +24,9 @@ function says(text, kind = "quiet") {
   $("plan-says").replaceChildren(QSL.make("p", kind === "refused" ? { class: kind, role: "alert" } : { class: kind, role: "status" }, text));
 }
 
+// What the server says against the plan as it is now.
+const objection = (text) => $("plan-refused").replaceChildren(...(text ? [QSL.make("p", { class: "refused", role: "alert" }, text)] : []));
+
 // Ask what the plan means. A plan that contradicts itself is refused in words, and not put into the address.
 let asked = 0;
 async function check() {
@@ -31,7 +34,7 @@ async function check() {
   const { edits } = state;
   checked = [];
   if (!edits.length) {
-    says("");
+    objection("");
     set({ editTexts: [] });
     return showValues();
   }
@@ -39,11 +42,11 @@ async function check() {
     const found = await call("POST", "/api/plans/check", { plan: { edits } });
     if (mine !== asked) return undefined;
     checked = found.edits;
-    says("");
+    objection("");
     set({ editTexts: found.edits.map((edit) => edit.text) });
   } catch (error) {
     if (mine !== asked) return undefined;
-    says(error.message, "refused");
+    objection(error.message);
   }
   return showValues();
 }
@@ -59,6 +62,10 @@ function showValues() {
 let soon = 0;
 function change(edits) {
   set({ edits });
+  says("");
+  asked += 1; // an answer that is under way is about another plan
+  checked = [];
+  showValues();
   clearTimeout(soon);
   soon = setTimeout(check, PATIENCE);
 }
@@ -137,6 +144,7 @@ export async function takePlan(plan, from) {
   try {
     const found = await call("POST", "/api/plans/check", { plan });
     set({ edits: found.edits.map(bare) });
+    says("");
     draw();
     return await check();
   } catch (error) {
