@@ -117,8 +117,7 @@ def test_a_stream_says_what_the_whole_answer_says(served: Served, client: openai
         text = "".join(record["text"] for record in records)
         assert text.startswith(choice.message.content)
         assert choice.finish_reason == "length" or "." in text or " de" in text
-        # What is set is what is monitored; the best of the other layer are those of a reading.
-        assert {record["monitor"][FEATURE] > 0 for record in records} == {True}
+        assert max(record["monitor"][FEATURE] for record in records) > 0
         assert {len(record["explain"]["4"]) for record in records} == {2}
 
 
@@ -257,9 +256,8 @@ def test_own_questions(served: Served) -> None:
     assert feature["page"] is None
     assert feature["nearest"][0][1] <= 1
     assert len(feature["promoted"]) == 10
-    by_token = http.get(
-        "/api/search", params={"q": feature["promoted"][0][0], "limit": 200}
-    ).json()["features"]
+    asked = {"q": feature["promoted"][0][0], "limit": 200}
+    by_token = http.get("/api/search", params=asked).json()["features"]
     assert FEATURE in {row["feature"] for row in by_token}
     [by_label] = http.get("/api/search", params={"q": "INSTALLING"}).json()["features"]
     assert (by_label["feature"], by_label["why"]) == (FEATURE, "label")

@@ -143,7 +143,7 @@ def test_hostile_texts_come_back_as_text(served: Served) -> None:
     assert (half.status_code, half.json()["error"]["code"]) == (400, "bad_text")
     plans = Plans()
     plan = plans.of(f"{GROUP}/6/1:ablate", served.lens)[0]
-    for name in ("../x", "x" * 65, "", ".hidden", "a/b"):
+    for name in ("../x", "x" * 65, "", ".hidden", "a/b", "none"):
         with pytest.raises(Fault, match="cannot name a plan"):
             plans.put(name, plan)
 
