@@ -85,9 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--sae-cache-max", type=count, default=8, help="SAEs in memory (%(default)s)"
     )
     record = parser.add_argument_group("recording")
-    record.add_argument(
-        "--record", type=Path, metavar="STORE", help="a feature store to append to"
-    )
+    record.add_argument("--record", type=Path, metavar="STORE", help="a feature store to append to")
     record.add_argument(
         "--record-codes-only", action="store_true", help="without texts and token ids"
     )

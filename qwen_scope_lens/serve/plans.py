@@ -17,6 +17,8 @@ from qwen_scope_lens.steering.where import shown
 __all__ = ["MOST_EDITS", "Plans"]
 
 MOST_EDITS, MOST_PLANS = 64, 200
+NO_PLAN = "none"
+"""What records say of a request without a plan. No plan can have this name."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -115,6 +117,6 @@ class Plans(Mapping[str, Plan]):
 
 
 def _name(name: str) -> str:
-    if not NAME.fullmatch(name) or name.endswith("."):
+    if not NAME.fullmatch(name) or name.endswith(".") or name == NO_PLAN:
         raise Fault(f"{shown(name)} cannot name a plan: letters, digits, . _ and -, at most 64")
     return name

@@ -33,6 +33,7 @@ from qwen_scope_lens.files import exclusive
 from qwen_scope_lens.models.residuals import EXTREME_NORM_RATIO, extreme_tokens
 from qwen_scope_lens.serve.asking import Asked
 from qwen_scope_lens.serve.lens import Lens
+from qwen_scope_lens.serve.plans import NO_PLAN
 from qwen_scope_lens.serve.rows import Row, Wanted
 from qwen_scope_lens.stores.codec import pack
 from qwen_scope_lens.stores.facts import model_facts, sae_facts, tokenizer_facts, versions
@@ -106,7 +107,7 @@ class Recorder:
 
     def add(self, row: Row, identity: str, asked: Asked) -> None:
         """Record a finished reply, by a name of its own. It returns at once."""
-        name = asked.plan_name or ("" if asked.plan is None else str(asked.plan))
+        name = asked.plan_name or (NO_PLAN if asked.plan is None else str(asked.plan))
         try:
             self._waiting.put_nowait((row, identity, name, time.time()))
         except queue.Full:
