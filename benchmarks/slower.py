@@ -53,9 +53,9 @@ def figures(text: str) -> Iterator[Figure]:
         elif re.search(r"(^|\s{2})(x|of) \w", line) and not re.search(r"\d\.\d", line):
             columns = [(m.end(), m[0]) for m in re.finditer(r"\S+(?: \S+)*", line)]
         elif columns and (label := re.match(r"\S+(?: \S+)*", line)):
-            cells = [(m.end(), m[0]) for m in re.finditer(NUMBER, line) if m.start() > label.end()]
+            numbers = [m for m in re.finditer(NUMBER, line) if m.start() > label.end()]
             named = [
-                ((end, name), cell) for end, name in columns for at, cell in cells if at == end
+                ((end, name), m[0]) for end, name in columns for m in numbers if m.end() == end
             ]
             yield from _costs(f"{heading}: {label[0]}", iter(named))
         else:

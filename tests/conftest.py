@@ -17,6 +17,8 @@ import pytest
 from browser import NO_BROWSER, Browser, open_browser
 
 if TYPE_CHECKING:
+    from serving import Served
+
     from qwen_scope_lens.stores import FeatureStore
 
 # A shell's `&` starts processes that ignore Ctrl-C, and so would all that the tests start.
@@ -43,6 +45,15 @@ def small_store(tmp_path_factory: pytest.TempPathFactory) -> FeatureStore:
     from dash_site import build_small_store
 
     return build_small_store(tmp_path_factory.mktemp("dash") / "store")
+
+
+@pytest.fixture(scope="session")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """`qsl serve` on the mini: see `serving.py`."""
+    from serving import serving
+
+    with serving(tmp_path_factory.mktemp("served")) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")

@@ -74,7 +74,7 @@ def _words(parser: argparse.ArgumentParser) -> list[list[str]]:
     return found
 
 
-HEAVY = ("torch", "transformers", "sae_lens", "transformer_lens", "gradio", "lm_eval", "trl")
+HEAVY = ("torch", "transformers", "sae_lens", "transformer_lens", "starlette", "lm_eval", "trl")
 
 
 def test_no_help_imports_anything_heavy() -> None:

@@ -59,7 +59,9 @@ app --sae nosuch                                                        | no gro
 app --layers 99                                                         | layer 99
 app --labels none.jsonl                                                 | none.jsonl
 app --site nosuch                                                       | not a site of features
-app                                                                     | gradio, which is not
+app                                                                     | starlette, which is not
+serve --plan none.json                                                  | none.json
+serve --host 0.0.0.0                                                    | give a --token
 compare match nosuch MINI/6                                             | not an SAE address
 compare match MINI/99 MINI/6                                            | layer 99
 compare drift nosuch store                                              | not a feature store
@@ -130,7 +132,7 @@ class Heavy:
         if name in ("torch", "sae_lens", "transformers", "transformer_lens", "sklearn", "datasets"):
             raise AssertionError(f"imports {name}")
 sys.meta_path.insert(0, Heavy())
-for name in ("gradio", "lm_eval", "gguf", "ray", "trl", "peft"):
+for name in ("starlette", "lm_eval", "gguf", "ray", "trl", "peft"):
     sys.modules[name] = None  # as if it were not installed
 from qwen_scope_lens.cli import main
 from qwen_scope_lens.stores.manifest import (

@@ -57,7 +57,7 @@ def test_blocks_are_read(page: Page) -> None:
 def test_a_page_begins_on_the_mini(page: Page) -> None:
     """Its first block that runs names the toy model, or writes the sample files."""
     first = next(block for block in page.code if block.runs)
-    toys = r"mini-qwen3|qsl mini texts|qsl app |qsl reproduce list"
+    toys = r"mini-qwen3|qsl mini texts|qsl serve|qsl reproduce list"
     assert re.search(toys, first.runs), first.where
 
 

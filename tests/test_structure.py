@@ -30,7 +30,7 @@ FLOORS = (
     ("labels",),
     ("bench", "classify", "compare", "concepts", "graphs", "synth", "train"),
     ("site",),
-    ("app", "mcp"),
+    ("serve", "mcp"),
     ("mini",),
     ("recipes",),
     ("cli",),

@@ -125,7 +125,9 @@ def _figures() -> list[NotebookNode]:
     """Every figure that a cell left open, as Jupyter's inline backend shows it."""
     plt = sys.modules.get("matplotlib.pyplot")
     found = []
-    for number in plt.get_fignums() if plt else ():
+    if plt is None:
+        return []
+    for number in plt.get_fignums():
         figure, file = plt.figure(number), io.BytesIO()
         figure.savefig(file, format="png", dpi=72, bbox_inches="tight")
         data = {

@@ -52,6 +52,7 @@ __all__ = [
     "models",
     "plan",
     "refs",
+    "refuse_empty_paths",
     "sae_files",
     "sae_folder",
     "site",
@@ -100,6 +101,22 @@ def check_inputs(parser: argparse.ArgumentParser, arguments: argparse.Namespace)
             each = value if action.repeated or action.nargs in ("*", "+") else [value]
             for one in each:
                 action.check(one, arguments)
+
+
+def refuse_empty_paths(parser: argparse.ArgumentParser) -> None:
+    """Let no option of the verb and of its words take '' for the folder that one is in."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for below in action.choices.values():
+                refuse_empty_paths(below)
+        elif action.type is Path:
+            action.type = _path
+
+
+def _path(text: str) -> Path:
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a path: name a file or a folder")
+    return Path(text)
 
 
 # --- files ---------------------------------------------------------------------------------------

@@ -50,7 +50,6 @@ __all__ = [
     "positive",
     "print_json",
     "read_labels",
-    "refuse_empty_paths",
     "remark",
     "seed",
     "share",
@@ -358,22 +357,6 @@ def share(text: str) -> float:
             f"{text!r:.60} is not a share: expected a number from 0 to 1"
         )
     return number
-
-
-def refuse_empty_paths(parser: argparse.ArgumentParser) -> None:
-    """Let no option of the verb and of its words take '' for the folder that one is in."""
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            for below in action.choices.values():
-                refuse_empty_paths(below)
-        elif action.type is Path:
-            action.type = _path
-
-
-def _path(text: str) -> Path:
-    if not text.strip():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a path: name a file or a folder")
-    return Path(text)
 
 
 def output(text: str) -> Path:

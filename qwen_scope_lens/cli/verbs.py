@@ -44,6 +44,7 @@ SECTIONS = {
         "read": "which features fire on a text, per token and as a whole",
         "dash": "every feature on a page: a static site, or Neuronpedia's format",
         "app": "read, compare and steer in a browser",
+        "serve": "an OpenAI-compatible server that steers, monitors and records",
         "mcp": "the same for a language-model agent, over the Model Context Protocol",
         "graph": "which features, through all layers, made the model say that",
         "compare": "features across SAEs, layers and models: match, drift, transfer",
@@ -143,11 +144,10 @@ def _run(
     )
     add_arguments(parser)
 
-    from qwen_scope_lens.cli.inputs import check_inputs
+    from qwen_scope_lens.cli.inputs import check_inputs, refuse_empty_paths
     from qwen_scope_lens.cli.options import (
         add_quiet,
         old_spellings,
-        refuse_empty_paths,
         remark,
     )
     from qwen_scope_lens.cli.terminal import plain, shown_safely, silenced

@@ -129,7 +129,7 @@ class Toolbox:
             row = sae.encoder_row(ref.feature).detach().float().cpu()
         decoder = direction[0].float()
         near = [
-            [str(ref.sae.feature(int(other))), float(cosine)]
+            (str(ref.sae.feature(int(other))), float(cosine))
             for other, cosine in zip(beside.features[0], beside.cosines[0], strict=True)
             if int(other) != ref.feature
         ]
@@ -395,7 +395,5 @@ def _tokens(vocabulary: Vocabulary, ids: Any, logits: Any) -> list[list[Any]]:
 
 def _cell(value: Any) -> Any:
     """What JSON has for a value of an answer; others, such as dates, as text."""
-    if isinstance(value, (Mapping, list)):
-        return plain(value)
-    known = value is None or isinstance(value, (str, int, float, bool))
+    known = value is None or isinstance(value, (Mapping, list, str, int, float, bool))
     return plain(value) if known else str(value)

@@ -43,7 +43,7 @@ from qwen_scope_lens.models.tokenize import (
     is_ids,
 )
 
-__all__ = ["EXTREME_NORM_RATIO", "Capture", "capture", "iter_captures"]
+__all__ = ["EXTREME_NORM_RATIO", "Capture", "capture", "extreme_tokens", "iter_captures"]
 
 EXTREME_NORM_RATIO = 10.0
 """A token is extreme when its norm is more than this many times the median norm of its document
@@ -309,7 +309,7 @@ def _finish(
     norms = {
         n: torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32) for n, x in residuals.items()
     }
-    extreme = {n: _extreme(x, lengths, ratio) for n, x in norms.items()}
+    extreme = {n: extreme_tokens(x, lengths, ratio) for n, x in norms.items()}
 
     def place(tensor: Tensor) -> Tensor:
         return tensor if device is None else tensor.to(device)
@@ -330,7 +330,7 @@ def _finish(
     )
 
 
-def _extreme(norms: Tensor, lengths: list[int], ratio: float) -> Tensor:
+def extreme_tokens(norms: Tensor, lengths: list[int], ratio: float) -> Tensor:
     """Flag extreme tokens by the median of their own document, whatever the batch.
 
     The median leaves out the first token, unless it is the only one.

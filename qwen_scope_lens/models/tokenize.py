@@ -16,7 +16,15 @@ from qwen_scope_lens.errors import BadText, WrongTokenizer
 from qwen_scope_lens.models.architecture import Model, describe, places_of, text_config, unwrap
 from qwen_scope_lens.models.checkpoint import Tokenizer, in_short, open_tokenizer
 
-__all__ = ["Content", "Encoded", "check_tokenizer", "encode", "find_tokenizer", "is_ids"]
+__all__ = [
+    "Content",
+    "Encoded",
+    "check_tokenizer",
+    "encode",
+    "find_tokenizer",
+    "is_ids",
+    "render_chat",
+]
 
 Content: TypeAlias = str | Sequence[Mapping[str, Any]] | Sequence[int] | torch.Tensor
 """A text, a chat (messages with `role` and `content`), or token ids `[n]`."""
@@ -130,7 +138,9 @@ def encode(
         elif is_ids(document):
             ready[i] = tuple(int(token) for token in document)  # type: ignore[arg-type]
         elif isinstance(document, Sequence) and all(isinstance(m, Mapping) for m in document):
-            texts[i] = _render(document, tokenizer, enable_thinking, add_generation_prompt, where)
+            texts[i] = render_chat(
+                document, tokenizer, enable_thinking, add_generation_prompt, where
+            )
         else:
             raise BadText(
                 f"{where} is a {type(document).__name__}: expected a text, a list of chat messages"
@@ -175,14 +185,18 @@ def encode(
     return result
 
 
-def _render(
+def render_chat(
     messages: Any,
     tokenizer: Tokenizer | None,
     enable_thinking: bool | None,
     add_prompt: bool,
     where: str,
+    tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> str:
-    """Turn a chat into the text that the tokenizer's template makes of it."""
+    """The text that the tokenizer's template makes of a chat, and of the tools that it may call.
+
+    `where` names the chat in messages.
+    """
     if enable_thinking is None:
         raise BadText(
             f"{where} is a chat: pass enable_thinking=True or False. The template's text depends on"
@@ -199,6 +213,7 @@ def _render(
                 tokenize=False,
                 add_generation_prompt=add_prompt,
                 enable_thinking=enable_thinking,
+                **({} if tools is None else {"tools": list(tools)}),
             )
         )
     except Exception as error:  # a template is a program, and may raise any error

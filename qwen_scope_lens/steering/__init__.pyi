@@ -22,4 +22,5 @@ from .text_quality import share_of_class as share_of_class
 from .text_quality import surprisals as surprisals
 from .typical import Calibration as Calibration
 from .typical import Typical as Typical
+from .where import Gate as Gate
 from .where import Where as Where

@@ -20,10 +20,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from qwen_scope_lens.errors import PlanBypassed, WrongModel
+from qwen_scope_lens.errors import BadPlan, PlanBypassed, WrongModel
 from qwen_scope_lens.models.architecture import describe
+from qwen_scope_lens.steering.where import Gate
 
-__all__ = ["Call", "OfOneModel", "Pass", "Watch"]
+__all__ = ["NEVER", "Call", "OfOneModel", "Pass", "Watch"]
+
+NEVER = 2**62
+"""The column at which a closed gate opens."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,7 @@ class Call:
     ids: Tensor | None  # [rows, past + columns] as far as known; None when embeddings came in
     real: Tensor | None  # bool [rows, past + columns], False for pads; None: no pads
     generating: bool  # inside `generate`, which may have multiplied the rows
+    ends: Tensor | None = None  # [rows, 1] length of each row's prompt, where they were not joined
 
     @property
     def in_prompt(self) -> bool:
@@ -55,6 +60,25 @@ class Pass:
     call: Call
     derived: dict[Any, Any] = field(default_factory=dict)  # masks, made once per pass
     fired: set[int] = field(default_factory=set)  # the watched layers that have run
+    opened: dict[Gate, Tensor] = field(default_factory=dict)  # int64 [rows]: the column, or NEVER
+
+    def open(self, gate: Gate, flags: Tensor) -> None:
+        """Note where a gate opens in this pass. `flags`, bool `[rows, columns]`: is it passed?"""
+        call = self.call
+        first = flags.to(torch.int8).argmax(1) + call.past
+        first = torch.where(flags.any(1), first, NEVER)
+        before = self.opened.get(gate)
+        if before is None and call.past:
+            raise BadPlan(
+                f"gate={gate} needs the tokens before these: start the text in the context"
+            )
+        self.opened[gate] = first if before is None else torch.minimum(before, first)
+
+    def is_open(self, gate: Gate) -> Tensor:
+        """Where a gate is open, bool `[rows, columns]`. Its layer has run before the edit's."""
+        opened = self.opened[gate]
+        at = torch.arange(self.call.columns, device=opened.device) + self.call.past
+        return at >= opened[:, None]
 
 
 @dataclass(frozen=True)
@@ -63,6 +87,7 @@ class _Text:
 
     prompt: int
     ids: Tensor | None
+    opened: dict[Gate, Tensor] = field(default_factory=dict)
 
 
 class _Thread(threading.local):
@@ -101,6 +126,7 @@ class Watch(OfOneModel):
         self.name = describe(model)
         self._root: Any = root  # the text model, which runs the layers
         self._layers = frozenset(layers)
+        self.looks_back = False  # whether an edit has a thinking phase or a gate
         self._texts: WeakKeyDictionary[Any, _Text] = WeakKeyDictionary()
         self._recomputed = WeakTensorKeyDictionary()
         self._lock = threading.Lock()
@@ -127,7 +153,7 @@ class Watch(OfOneModel):
         table = ids if ids is not None else embeds
         if table is None:
             return  # the model itself will complain
-        mine.now = Pass(self._made(table, ids, kwargs))
+        mine.now = self._made(table, ids, kwargs)
         mine.passes += 1
         mine.seen = max(mine.seen, mine.now.call.past + mine.now.call.columns)
 
@@ -144,7 +170,7 @@ class Watch(OfOneModel):
                 " knows no hooks. Change the compiler's stance outside of the block only, pass"
                 " disable_compile=True to generate(), or steer the model before it is compiled"
             )
-        self._remember(getattr(output, "past_key_values", None), now.call)
+        self._remember(getattr(output, "past_key_values", None), now)
 
     def at_layer(self, layer: int, module: Any, kwargs: dict[str, Any]) -> Pass | None:
         """The pass to which this run of a layer belongs.
@@ -165,7 +191,7 @@ class Watch(OfOneModel):
             now.fired.add(layer)
         return now
 
-    def _made(self, table: Tensor, ids: Tensor | None, kwargs: dict[str, Any]) -> Call:
+    def _made(self, table: Tensor, ids: Tensor | None, kwargs: dict[str, Any]) -> Pass:
         mine = self.thread
         rows, columns = table.shape[:2]
         cache = kwargs.get("past_key_values")
@@ -188,17 +214,20 @@ class Watch(OfOneModel):
             self._real(kwargs.get("attention_mask"), rows, total),
             bool(mine.inside),
         )
-        self._remember(cache, call)
-        return call
+        # What a cache was cropped to leave out has opened nothing.
+        opened = {} if text is None else text.opened
+        now = Pass(call, opened={g: at.masked_fill(at >= past, NEVER) for g, at in opened.items()})
+        self._remember(cache, now)
+        return now
 
     def _text_of(self, cache: Any) -> _Text | None:
         with self._lock:
             return self._texts.get(cache)
 
-    def _remember(self, cache: Any, call: Call) -> None:
+    def _remember(self, cache: Any, now: Pass) -> None:
         if hasattr(cache, "get_seq_length"):
             with self._lock:
-                self._texts[cache] = _Text(call.prompt, call.ids)
+                self._texts[cache] = _Text(now.call.prompt, now.call.ids, now.opened)
 
     def _real(self, mask: Any, rows: int, total: int) -> Tensor | None:
         if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] >= total:
@@ -221,8 +250,13 @@ class Watch(OfOneModel):
         )
 
     @contextmanager
-    def generation(self, prompt: int | None, mask: Any) -> Iterator[None]:
+    def generation(self, prompt: int | None, mask: Any, beams: int = 1) -> Iterator[None]:
         """A call of `generate`; `prompt` columns where they are known before the first pass."""
+        if beams > 1 and self.looks_back:
+            raise BadPlan(
+                f"{beams} beams change rows while they are written, and a thinking phase or a gate"
+                " belongs to one row's text: generate with num_beams=1"
+            )
         mine = self.thread
         if mine.inside == 0:
             mine.prompt, mine.seen = prompt, 0

@@ -29,7 +29,14 @@ from qwen_scope_lens.steering.readers import SAEs, with_readers
 from qwen_scope_lens.steering.report import Report
 from qwen_scope_lens.steering.where import shown
 
-__all__ = ["Continuation", "Sampling", "continue_batch", "encode_prompts", "generate"]
+__all__ = [
+    "Continuation",
+    "Sampling",
+    "continue_batch",
+    "encode_prompts",
+    "end_tokens",
+    "generate",
+]
 
 MOST_TEMPERATURE = 1e6
 OnStep = Callable[[list[list[int]]], None]
@@ -164,7 +171,7 @@ def continue_batch(
     inner: Any = unwrap(model)
     if places_of(inner).head is None or not hasattr(inner, "generate"):
         raise WrongModel(f"{describe(inner)} has no unembedding: it cannot generate")
-    ends = _end_tokens(inner)
+    ends = end_tokens(inner)
     pad = getattr(text_config(inner), "pad_token_id", None)
     pad = next(iter(ends), 0) if pad is None else int(pad)
     longest = max(map(len, rows))
@@ -221,7 +228,8 @@ def _continuation(
     return Continuation(tuple(prompt), tuple(new[:stop]), text)
 
 
-def _end_tokens(inner: Any) -> set[int]:
+def end_tokens(inner: Any) -> set[int]:
+    """The tokens with which the model ends a text."""
     for holder in ("generation_config", "config"):
         found = getattr(getattr(inner, holder, None), "eos_token_id", None)
         if found is not None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,15 +24,24 @@ from qwen_scope_lens.models.architecture import d_model, decoder_layers, describ
 from qwen_scope_lens.models.backbone import check_backbone
 from qwen_scope_lens.models.eager import eagerly
 from qwen_scope_lens.models.tokenize import find_tokenizer
-from qwen_scope_lens.steering.calls import Call, OfOneModel, Pass, Watch
+from qwen_scope_lens.steering.calls import Call, OfOneModel, Pass
+from qwen_scope_lens.steering.gates import GateHook, gates_by_layer
 from qwen_scope_lens.steering.layer_edits import LayerEdits
 from qwen_scope_lens.steering.passes import watching
 from qwen_scope_lens.steering.plan import Edit, Plan, check_seed
-from qwen_scope_lens.steering.readers import SAEs, layer_edits
+from qwen_scope_lens.steering.readers import SAEs, layer_edits, with_readers
 from qwen_scope_lens.steering.report import Report
 from qwen_scope_lens.steering.token_masks import Selector
 
-__all__ = ["is_steered", "steer"]
+__all__ = [
+    "EditHook",
+    "EditedLayer",
+    "check_model",
+    "edited_layers",
+    "is_steered",
+    "place_of",
+    "steer",
+]
 
 _ACTIVE = "_qsl_steered"
 _marking = threading.Lock()
@@ -67,19 +76,26 @@ def steer(
     tagged = [(row, edit) for row, one in enumerate(plans) if one for edit in one.edits]
     if control is not None and not isinstance(control, Mapping):
         check_seed(control)
-    _check_model(model, [edit for _, edit in tagged], allow_other_model)
+    check_model(model, [edit for _, edit in tagged], allow_other_model)
     selector = Selector(lambda: find_tokenizer(model, tokenizer))
     for _, edit in tagged:
         selector.check(edit.where)
     report = Report([edit for _, edit in tagged])
-    layers = _layers(tagged, saes, control)
+    known = with_readers([edit for _, edit in tagged], saes)
+    layers = edited_layers(tagged, known, control)
+    gates = gates_by_layer(edit for _, edit in tagged)
     with ExitStack() as stack:
         stack.enter_context(_alone(model))
         stack.enter_context(eagerly())
-        watch = stack.enter_context(watching(model, [layer.number for layer in layers]))
-        for layer in layers:
-            hook = _Hook(layer, watch, selector, report, len(plans))
-            place = _place(model, layer.number)
+        watch = stack.enter_context(watching(model, [*(layer.number for layer in layers), *gates]))
+        watch.looks_back = any(e.where.gate or e.where.think for _, e in tagged)
+        hooks: list[tuple[int, Any]] = [
+            (layer.number, EditHook(layer, watch, selector, report, len(plans))) for layer in layers
+        ]
+        # The last one is called first: gates read what no edit of their layer has changed.
+        hooks += [(n, GateHook(n, own, known, watch)) for n, own in gates.items()]
+        for number, hook in hooks:
+            place = place_of(model, number)
             handle = place.register_forward_hook(hook, prepend=True, with_kwargs=True)
             stack.callback(handle.remove)
         yield report
@@ -88,7 +104,9 @@ def steer(
 
 
 @dataclass(frozen=True)
-class _Layer:
+class EditedLayer:
+    """The edits of one layer, whoever's they are."""
+
     number: int
     edits: LayerEdits
     rows: tuple[int, ...]  # the plan of each edit
@@ -127,9 +145,11 @@ def _alone(model: Any) -> Iterator[None]:
         vars(inner).pop(_ACTIVE, None)
 
 
-def _layers(
-    tagged: Sequence[tuple[int, Edit]], saes: SAEs, control: int | Mapping[int, Tensor] | None
-) -> list[_Layer]:
+def edited_layers(
+    tagged: Sequence[tuple[int, Edit]],
+    saes: SAEs,
+    control: int | Mapping[int, Tensor] | None = None,
+) -> list[EditedLayer]:
     """The edits by layer, in an order that does not depend on how the plan was written."""
     by_layer: dict[int, list[int]] = {}
     for i, (_, edit) in enumerate(tagged):
@@ -144,15 +164,15 @@ def _layers(
             made = made.astray(control)
         rows = tuple(tagged[i][0] for i in members)
         lengths = made.directions.norm(dim=-1)
-        layers.append(_Layer(number, made, rows, tuple(members), lengths))
+        layers.append(EditedLayer(number, made, rows, tuple(members), lengths))
     return layers
 
 
-class _Hook(OfOneModel):
+class EditHook(OfOneModel):
     """The forward hook of a layer: `[rows, columns, d_model]` in, the same out."""
 
     def __init__(
-        self, layer: _Layer, watch: Watch, selector: Selector, report: Report, n_plans: int
+        self, layer: EditedLayer, watch: Any, selector: Selector, report: Report, n_plans: int
     ) -> None:
         self.name = watch.name
         self._layer, self._watch, self._selector = layer, watch, selector
@@ -196,6 +216,8 @@ class _Hook(OfOneModel):
                 found = torch.full((call.rows, call.columns), on, device=device)
                 if mask is not None:
                     found = found & mask
+                if edit.where.gate is not None and on:
+                    found = found & now.is_open(edit.where.gate).to(device)
                 if self._n_plans > 1:
                     found = found & _own_rows(row, self._n_plans, call, device)
                 now.derived[key] = found
@@ -214,7 +236,7 @@ def _own_rows(plan: int, n_plans: int, call: Call, device: torch.device) -> Tens
     return rows[:, None]
 
 
-def _place(model: Any, layer: int) -> nn.Module:
+def place_of(model: Any, layer: int) -> nn.Module:
     """Where the residual after a layer can be changed."""
     if "original_model" in vars(model):  # a bridge
         hooks: dict[str, nn.Module] = model.hook_dict
@@ -230,18 +252,18 @@ def _per_row(plan: Any) -> list[Plan | None]:
     return plans
 
 
-def _check_model(model: Any, edits: Iterable[Edit], allow_other_model: bool) -> None:
+def check_model(model: Any, edits: Sequence[Edit], allow_other_model: bool) -> None:
     width, depth = d_model(model), len(decoder_layers(model))
-    edits = list(edits)
-    for edit in edits:
-        row = edit.ref.sae.row
-        if row.d_model != width or edit.ref.layer >= depth:
+    refs = [ref for edit in edits for ref in edit.involved]
+    for ref in refs:
+        row = ref.sae.row
+        if row.d_model != width or ref.layer >= depth:
             raise WrongModel(
-                f"{edit.ref} is a feature of {row.backbone.model_id} (d_model {row.d_model}, layer"
-                f" {edit.ref.layer}); {describe(model)} has d_model {width} and layers"
+                f"{ref} is a feature of {row.backbone.model_id} (d_model {row.d_model}, layer"
+                f" {ref.layer}); {describe(model)} has d_model {width} and layers"
                 f" 0..{depth - 1}"
             )
-    for row in dict.fromkeys(edit.ref.sae.row for edit in edits):
+    for row in dict.fromkeys(ref.sae.row for ref in refs):
         check_backbone(model, row, allow_other_model=allow_other_model)
 
 

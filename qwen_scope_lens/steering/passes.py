@@ -97,7 +97,8 @@ class _Wrapped(OfOneModel):
                 f"this is a copy of {self.name} that was made while a plan was active: its"
                 f" {self._original.__name__} is the original's. Copy the model outside of the block"
             )
-        return self._watch.generation(_prompt_columns(args, kwargs), kwargs.get("attention_mask"))
+        columns, mask = _prompt_columns(args, kwargs), kwargs.get("attention_mask")
+        return self._watch.generation(columns, mask, _beams(self._original, kwargs))
 
 
 class _Generate(_Wrapped):
@@ -144,6 +145,13 @@ def _prompt_columns(args: Any, kwargs: dict[str, Any]) -> int | None:
         if isinstance(value, Tensor) and value.ndim == 2:
             return int(value.shape[1])
     return None
+
+
+def _beams(generate: Any, kwargs: dict[str, Any]) -> int:
+    """How many beams this call of `generate` searches."""
+    model = getattr(generate, "__self__", None)
+    config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
+    return int(kwargs.get("num_beams") or getattr(config, "num_beams", None) or 1)
 
 
 def _new_columns(out: Any, args: Any, kwargs: dict[str, Any]) -> int | None:

@@ -9,9 +9,6 @@ the arithmetic, and `hooks.py` applies it to a running model.
 
 from __future__ import annotations
 
-import math
-import re
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +17,7 @@ from typing import Any, Literal
 from qwen_scope_lens.address import FeatureRef
 from qwen_scope_lens.errors import BadFile, BadPlan, ScopeError
 from qwen_scope_lens.files import read_json, write_json
+from qwen_scope_lens.steering.units import OLD_UNITS, UNITS, finite, parse_strength, unit_now
 from qwen_scope_lens.steering.where import Where, shown
 from qwen_scope_lens.tables import Table, View
 
@@ -33,19 +31,12 @@ __all__ = [
     "find_operation",
 ]
 
-UNITS = ("raw", "typical", "norm")
-"""raw: the SAE's activations. typical: multiples of the feature's typical activation. norm: v is
-chosen at every token so that the length of v d is this fraction of the residual's length."""
-
-OLD_UNITS = {"sigma": "typical"}
-"""The older name still parses. It was given up because the unit is not a standard deviation."""
-
 Reads = Literal["nothing", "code", "residual"]
 
 
 @dataclass(frozen=True)
 class Operation:
-    """One operation: `v` is the strength, `a` the activation, `x` the residual before any edit."""
+    """`v` is the strength, `a` the activation, `x` the residual before any edit."""
 
     name: str
     change: str  # the formula, for documentation and messages
@@ -123,8 +114,7 @@ _BY_NAME = {row.name: row for row in OPERATIONS}
 
 
 def find_operation(name: object) -> Operation:
-    row = _BY_NAME.get(name) if isinstance(name, str) else None
-    if row is None:
+    if (row := _BY_NAME.get(name) if isinstance(name, str) else None) is None:
         raise BadPlan(f"no operation is named {name!r:.60}: there are {', '.join(_BY_NAME)}")
     return row
 
@@ -140,8 +130,8 @@ class Edit:
     """One operation on one feature, given by its address as text or as a `FeatureRef`.
 
     `strength` is v of the operation's formula, in `unit`: raw activations, `typical` (multiples of
-    the feature's typical activation, which `Plan.calibrated` fills in) or `norm` (fraction of the
-    residual's length at the token). `sigma` is the older name of the unit `typical`.
+    the typical activation, which `Plan.calibrated` fills in) or `norm` (fraction of the residual's
+    length). `sigma` is the older name of `typical`.
     """
 
     ref: FeatureRef
@@ -160,7 +150,7 @@ class Edit:
         where: Where | str = EVERYWHERE,
         typical: float | None = None,
     ) -> None:
-        unit = _unit_now(unit)
+        unit = unit_now(unit)
         given = {"ref": FeatureRef.parse(ref), "op": op, "strength": strength, "unit": unit}
         for name, value in (given | {"where": Where.of(where), "typical": typical}).items():
             object.__setattr__(self, name, value)
@@ -169,7 +159,7 @@ class Edit:
             wants = "needs a strength" if row.takes_strength else "takes no strength"
             raise BadPlan(f"{self.ref}: {row.name} {wants}; found {shown(strength)}")
         if strength is not None:
-            number = _number(strength, self.ref)
+            number = finite(strength, self.ref)
             object.__setattr__(self, "strength", number)
             if row.least is not None and number < row.least:
                 raise BadPlan(
@@ -180,12 +170,23 @@ class Edit:
             raise BadPlan(
                 f"{self.ref}: unit {unit!r} for {row.name}: expected {' or '.join(row.units)}"
             )
-        if typical is not None and not _number(typical, self.ref) > 0:
+        if (gate := self.where.gate) is not None and gate.ref.layer > self.ref.layer:
+            raise BadPlan(
+                f"{self.ref}: its gate {gate.ref} is read in a later layer, after the edit acts:"
+                f" expected a feature of a layer from 0 to {self.ref.layer}"
+            )
+        if typical is not None and not finite(typical, self.ref) > 0:
             raise BadPlan(f"{self.ref}: typical activation {shown(typical)} is not above 0")
 
     @property
     def operation(self) -> Operation:
         return find_operation(self.op)
+
+    @property
+    def involved(self) -> tuple[FeatureRef, ...]:
+        """Its own feature, and that of its gate."""
+        gate = self.where.gate
+        return (self.ref,) if gate is None else (self.ref, gate.ref)
 
     @property
     def value(self) -> float:
@@ -297,11 +298,11 @@ class Plan(View):
         return self._each(fill)
 
     def times(self, factor: float) -> Plan:
-        """The same plan with every strength multiplied; a negative factor reverses the plan."""
+        """With every strength multiplied; a negative factor reverses the plan."""
         for edit in self.edits:
             if not edit.operation.takes_strength:
                 raise BadPlan(f"{edit}: {edit.op} has no strength to multiply: leave this edit out")
-        by = _number(factor, self.edits[0].ref)
+        by = finite(factor, self.edits[0].ref)
         return self._each(lambda edit: replace(edit, strength=(edit.strength or 0.0) * by))
 
     def at(self, strength: float) -> Plan:
@@ -365,36 +366,8 @@ class Plan(View):
                     )
 
 
-def parse_strength(text: str) -> tuple[float, str]:
-    """`4`, `+2typical`, `-0.1norm` -> the number and its unit."""
-    found = re.fullmatch(r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*([a-z]*)\s*", text)
-    if found is None or found[2] not in ("", *UNITS, *OLD_UNITS):
-        raise BadPlan(f"strength {shown(text)}: expected a number such as 4, +2typical or -0.1norm")
-    return float(found[1]), _unit_now(found[2] or "raw")
-
-
-def _unit_now(unit: Any) -> Any:
-    """The unit by its name of today."""
-    if not isinstance(unit, str) or unit not in OLD_UNITS:
-        return unit
-    said = f"the unit {unit} is now called {OLD_UNITS[unit]}"
-    warnings.warn(said, DeprecationWarning, stacklevel=4)
-    return OLD_UNITS[unit]
-
-
 def check_seed(seed: object) -> int:
-    """The seed as given; raises `BadPlan` for one that torch's generators do not take."""
+    """The seed, if torch's generators take it."""
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
         raise BadPlan(f"seed {shown(seed)}: expected a whole number from 0 to 2^64 - 1")
     return seed
-
-
-def _number(value: Any, ref: FeatureRef) -> float:
-    try:
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            number = float(value)
-            if math.isfinite(number):
-                return number
-    except OverflowError:
-        pass
-    raise BadPlan(f"{ref}: {shown(value)} is not a finite number that a float can hold")

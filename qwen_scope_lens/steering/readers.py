@@ -29,12 +29,14 @@ def layer_edits(edits: Sequence[Edit], saes: SAEs = None) -> LayerEdits:
 
 
 def with_readers(edits: Iterable[Edit], saes: SAEs = None) -> dict[str, ScopeSAE]:
-    """The given SAEs and, loaded, those whose codes the edits read; by address."""
+    """The given SAEs and, loaded, those whose codes the edits or their gates read; by address."""
     known = by_address(saes)
     for edit in edits:
-        name = str(edit.ref.sae)
-        if edit.operation.reads == "code" and name not in known:
-            known[name] = load_sae(name)
+        read = [edit.ref] if edit.operation.reads == "code" else []
+        read += [edit.where.gate.ref] if edit.where.gate is not None else []
+        for name in (str(ref.sae) for ref in read):
+            if name not in known:
+                known[name] = load_sae(name)
     return known
 
 

@@ -61,6 +61,20 @@ class Report(View):
                     before = self._sums.get(number)
                     self._sums[number] = sums[:, j] if before is None else before + sums[:, j]
 
+    def taken(self) -> Tensor:
+        """The sums of every edit: tokens selected, fired on, lengths, shares. float64 `[m, 4]`"""
+        with self._lock:
+            sums = [self._sums.get(i) for i in range(len(self._edits))]
+        rows = [torch.zeros(4).double() if x is None else x.double().cpu() for x in sums]
+        return torch.stack(rows)
+
+    def give(self, sums: Tensor) -> None:
+        """Add what another report of the same edits has `taken`."""
+        with self._lock:
+            for number, row in enumerate(sums):
+                before = self._sums.get(number)
+                self._sums[number] = row if before is None else before + row
+
     @property
     def edits(self) -> tuple[EditReport, ...]:
         """One row per edit, in the order of the plan; several plans follow one another."""

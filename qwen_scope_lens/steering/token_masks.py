@@ -1,12 +1,13 @@
 """Where an edit acts in a running pass: from `Where` and `Call` to one flag per token.
 
-Token classes depend on the text of the token alone, roles on the chat markers around it.
+Token classes depend on the text of the token alone, roles and the thinking phase on the markers
+before it.
 """
 
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,9 +17,10 @@ from qwen_scope_lens.errors import BadPlan, WrongTokenizer
 from qwen_scope_lens.steering.calls import Call
 from qwen_scope_lens.steering.where import Span, Where
 
-__all__ = ["Selector", "roles_of", "token_classes"]
+__all__ = ["Selector", "roles_of", "thinking", "token_classes"]
 
 START, END = "<|im_start|>", "<|im_end|>"
+THINK, THOUGHT = "<think>", "</think>"
 
 _SCRIPTS = {
     "latin": ("LATIN",),
@@ -80,6 +82,20 @@ def roles_of(ids: list[int], tokenizer: Any) -> list[str | None]:
     return roles
 
 
+def thinking(ids: Tensor, think: int, thought: int, ends: Sequence[int]) -> dict[str, Tensor]:
+    """Which tokens are inside a thinking phase, and which after one. int64 `[rows, n] -> [rows, n]`
+
+    A phase ends with the message that it is in; `ends` are the marks of messages.
+    """
+    mark = ids == thought
+    for token in (think, *ends):
+        mark = mark | (ids == token)
+    at = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    last = torch.where(mark, at, -1).cummax(1).values  # the last mark so far
+    kind = ids.gather(1, last.clamp(min=0)).masked_fill(last < 0, -1)
+    return {"inside": (kind == think) & ~mark, "after": (kind == thought) & ~mark}
+
+
 class Selector:
     """Selects tokens with one tokenizer, and remembers the classes of tokens."""
 
@@ -100,6 +116,8 @@ class Selector:
                 raise WrongTokenizer(
                     f"chat roles are read from {START}, which this tokenizer does not have"
                 )
+        if where.think:
+            self._think_marks()
 
     def active(self, where: Where, call: Call) -> bool:
         """Whether the pass has any column of the wanted phase."""
@@ -128,6 +146,8 @@ class Selector:
             else:
                 at = real.cumsum(1)[:, past:] - 1
                 ends = real[:, : call.prompt].sum(1, keepdim=True)
+            if call.ends is not None:
+                ends = call.ends.to(device)
             if where.positions is None:
                 parts.append(at != 0)
             else:
@@ -137,6 +157,10 @@ class Selector:
             parts.append(self._of_kind(where, call).to(device))
         if where.roles:
             parts.append(self._of_role(where, call).to(device))
+        if where.think:
+            ids = self._ids(call, whole=True)
+            phases = thinking(ids, *self._think_marks())
+            parts.append(phases[where.think][:, -call.columns :].to(device))
         if not parts:
             return None
         mask = parts[0]
@@ -154,18 +178,31 @@ class Selector:
         return torch.tensor([[wanted(token) for token in row] for row in ids])
 
     def _of_role(self, where: Where, call: Call) -> Tensor:
-        ids = self._ids(call)
-        if ids.shape[1] != call.past + call.columns:
-            raise BadPlan("chat roles need the tokens before these: start the text in the context")
+        ids = self._ids(call, whole=True)
         tokenizer = self._known()
         roles = [roles_of(row, tokenizer)[-call.columns :] for row in ids.tolist()]
         return torch.tensor([[role in where.roles for role in row] for row in roles])
 
-    def _ids(self, call: Call) -> Tensor:
+    def _think_marks(self) -> tuple[int, int, list[int]]:
+        tokenizer = self._known()
+        think, thought, *ends = map(tokenizer.convert_tokens_to_ids, (THINK, THOUGHT, START, END))
+        if {think, thought} & {None, tokenizer.unk_token_id}:
+            raise WrongTokenizer(
+                f"a thinking phase is read from {THINK} and {THOUGHT}, which this tokenizer does"
+                " not have as tokens"
+            )
+        return think, thought, [token for token in ends if token is not None]
+
+    def _ids(self, call: Call, whole: bool = False) -> Tensor:
         if call.ids is None:
             raise BadPlan(
                 "an edit selects by token or role, but the tokens are not known (embeddings were"
                 " given, or the text began before the context): select by position or phase"
+            )
+        if whole and call.ids.shape[1] != call.past + call.columns:
+            raise BadPlan(
+                "chat roles and the thinking phase need the tokens before these: start the text in"
+                " the context"
             )
         return call.ids
 

@@ -1,23 +1,30 @@
 """Where: which tokens an edit acts on, as pure data with a text form.
 
 The default is every token of the prompt and of the generation except the first token of the text,
-whose residual is an outlier in every Qwen model. `token_masks.py` finds the selected tokens in a
-running model.
+whose residual is an outlier in every Qwen model. Two conditions depend on what came before in the
+text: the thinking phase, and a gate, which another feature opens. `token_masks.py` finds the
+selected tokens in a running model, and `gates.py` the tokens that open a gate.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
+from qwen_scope_lens.address import FeatureRef
 from qwen_scope_lens.errors import BadPlan
 
-__all__ = ["TOKEN_CLASSES", "Positions", "Where", "shown"]
+__all__ = ["THINKS", "TOKEN_CLASSES", "Gate", "Positions", "Where", "shown"]
 
 Phase = Literal["both", "prompt", "generation"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
+Think = Literal["inside", "after"]
+THINKS: tuple[Think, ...] = get_args(Think)
+"""inside: between `<think>` and `</think>`. after: from `</think>` to the end of that message. The
+marks themselves are neither."""
 MOST = 2**31
 
 TOKEN_CLASSES: dict[str, str] = {
@@ -48,6 +55,48 @@ its pads; a negative start counts from the end of the prompt, so -1 is its last 
 Span: TypeAlias = "tuple[int, int | None]"
 
 
+@dataclass(frozen=True, order=True)
+class Gate:
+    """Closed at the beginning of a text, and open from the token on at which the activation of a
+    feature is above `threshold` (in raw activations, before any edit in the feature's layer).
+
+    The first token of a text opens no gate, because its residual is an outlier.
+    """
+
+    ref: FeatureRef
+    threshold: float
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ref", FeatureRef.parse(self.ref))
+        value = self.threshold
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number or not math.isfinite(value) or value < 0:
+            raise BadPlan(
+                f"gate {self.ref}: threshold {shown(value)}: expected a number of 0 or more"
+            )
+        object.__setattr__(self, "threshold", float(value))
+
+    @classmethod
+    def of(cls, value: Gate | str) -> Gate:
+        """From its text form, `ADDRESS>THRESHOLD`."""
+        if isinstance(value, Gate):
+            return value
+        ref, sign, number = value.partition(">") if isinstance(value, str) else ("", "", "")
+        try:
+            threshold = float(number)
+        except ValueError:
+            threshold, sign = 0.0, ""
+        if not sign:
+            raise BadPlan(
+                f"gate {shown(value)}: expected an address and a threshold, such as"
+                " qwen3-8b-base/w64k-l0-50/20/6159>3.5"
+            )
+        return cls(FeatureRef.parse(ref.strip()), threshold)
+
+    def __str__(self) -> str:
+        return f"{self.ref}>{self.threshold!r}"
+
+
 @dataclass(frozen=True)
 class Where:
     """Which tokens an edit acts on: all conditions have to hold.
@@ -55,7 +104,9 @@ class Where:
     `phase`: both, prompt or generation. `positions`: single ones or ranges. `classes`: names of
     `TOKEN_CLASSES`, any of them. `token_ids`: or any of these tokens. `roles`: chat roles, which
     stand for the content of their messages. `skip_first`: leave out the first token of the text,
-    where no `positions` are given. Text form: `prompt,class=han,pos=3-8+-1,role=user,first`.
+    where no `positions` are given. `think`: inside or after the thinking of a reply. `gate`: from
+    the token on at which another feature fired. Text form:
+    `prompt,class=han,pos=3-8+-1,role=user,first`, `generation,think=inside,gate=G/6/12>3.5`.
     """
 
     phase: Phase
@@ -64,6 +115,8 @@ class Where:
     token_ids: tuple[int, ...]
     roles: tuple[str, ...]
     skip_first: bool
+    think: Think | None
+    gate: Gate | None
 
     def __init__(
         self,
@@ -73,9 +126,13 @@ class Where:
         token_ids: int | Iterable[int] = (),
         roles: str | Iterable[str] = (),
         skip_first: bool = True,
+        think: Think | None = None,
+        gate: Gate | str | None = None,
     ) -> None:
         if phase not in PHASES:
             raise BadPlan(f"phase {phase!r}: expected one of {', '.join(PHASES)}")
+        if think is not None and think not in THINKS:
+            raise BadPlan(f"think {shown(think)}: expected one of {', '.join(THINKS)}")
         spans: tuple[Span, ...] | None = None
         if positions is not None:
             spans = tuple(_span(one) for one in _listed(positions))
@@ -88,6 +145,8 @@ class Where:
             "token_ids": tuple(_listed(token_ids)),
             "roles": tuple(_listed(roles)),
             "skip_first": skip_first,
+            "think": think,
+            "gate": None if gate is None else Gate.of(gate),
         }
         for name, value in given.items():
             object.__setattr__(self, name, value)
@@ -131,11 +190,19 @@ class Where:
             terms.append(f"role={'+'.join(self.roles)}")
         if not self.skip_first:
             terms.append("first")
+        terms += [f"think={self.think}"] if self.think else []
+        terms += [f"gate={self.gate}"] if self.gate else []
         return ",".join(terms)
 
     def apart(self, other: Where) -> bool:
         """Whether the two can never select the same token."""
-        return {self.phase, other.phase} == {"prompt", "generation"}
+        phases = {self.phase, other.phase} == {"prompt", "generation"}
+        return phases or {self.think, other.think} == {"inside", "after"}
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether it depends on which tokens came before."""
+        return bool(self.roles or self.think or self.gate)
 
 
 def _parse(text: str) -> Where:
@@ -156,10 +223,15 @@ def _parse(text: str) -> Where:
             key, found = "roles", values
         elif key == "token" and values and all(v.isdecimal() and len(v) < 11 for v in values):
             key, found = "token_ids", tuple(map(int, values))
+        elif key == "think" and value in THINKS:
+            found = value
+        elif key == "gate" and value:
+            found = Gate.of(value)
         else:
             raise BadPlan(
                 f"{shown(term)} in {shown(text)} is not a condition: expected prompt, generation,"
-                " both, first, pos=3-8+-1, class=han, role=user or token=42, joined by commas"
+                " both, first, pos=3-8+-1, class=han, role=user, token=42, think=inside or"
+                " gate=ADDRESS>3.5, joined by commas"
             )
         if key in given:
             raise BadPlan(f"{shown(text)} gives {key} twice: join values with +, as in pos=1+3")

@@ -34,6 +34,13 @@ QSL.histogram = (counts, edges, describe, ends) => {
   return svg;
 };
 
+// A piece of text on a background as strong as its value is beside the strongest; 0 has none.
+QSL.heat = (element, value, strongest) => {
+  element.classList.toggle("on", value > 0);
+  element.style.setProperty("--share", value > 0 ? String(0.12 + 0.88 * Math.min(1, value / strongest)) : "0");
+  return element;
+};
+
 // A bar behind a number: share from 0 to 1. The size is set through the object model, which a
 // content security policy without inline styles allows.
 QSL.meter = (share, kind = "") => {

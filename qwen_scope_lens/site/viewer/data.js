@@ -3,6 +3,7 @@
 "use strict";
 
 QSL.arrived = new Map(); // name -> {resolve, reject} while under way
+QSL.base = ""; // where data/ is, seen from the page
 QSL.kept = new Map(); // name -> promise of the content; of each kind only the last few
 QSL.MOST_KEPT = { block: 24, index: 12, documents: 8 };
 
@@ -23,7 +24,7 @@ QSL.load = (name) => {
   const promise = new Promise((resolve, reject) => {
     QSL.arrived.set(name, { resolve, reject });
     const script = document.createElement("script");
-    script.src = `data/${name.split("/").map(encodeURIComponent).join("/")}.js`;
+    script.src = `${QSL.base}data/${name.split("/").map(encodeURIComponent).join("/")}.js`;
     script.onerror = () => reject(new Error(`data/${name}.js is not there: is the site complete?`));
     script.onload = () => script.remove();
     document.head.append(script);

@@ -57,6 +57,9 @@ QSL.token = (text, attributes = {}) => {
   return QSL.make("bdi", { class: "token", ...attributes }, spaces(before), QSL.text(inside), spaces(after));
 };
 
+// A number with what it is.
+QSL.fact = (text, value) => QSL.make("div", { class: "fact" }, QSL.make("b", {}, value), QSL.make("span", {}, text));
+
 QSL.number = (value) => Number(value).toLocaleString("en");
 
 QSL.share = (part, whole) => {
@@ -71,4 +74,25 @@ QSL.value = (value) => {
   if (value === 0) return "0";
   const size = Math.abs(value);
   return size >= 100 ? value.toFixed(0) : size >= 0.01 ? Number(value).toPrecision(3) : Number(value).toExponential(1);
+};
+
+// Light or dark: the reader's choice on this machine, else the system's.
+QSL.theme = () => {
+  const { dataset } = document.documentElement;
+  const dark = dataset.theme ? dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
+  dataset.theme = dark ? "light" : "dark";
+  try {
+    localStorage.setItem("qsl-theme", dataset.theme);
+  } catch {
+    /* storage is off: the choice lasts until the page is closed */
+  }
+};
+
+QSL.themeAsChosen = () => {
+  try {
+    const chosen = localStorage.getItem("qsl-theme");
+    if (chosen === "dark" || chosen === "light") document.documentElement.dataset.theme = chosen;
+  } catch {
+    /* storage is off */
+  }
 };

@@ -56,13 +56,14 @@ QSL.featureCSV = (layer, page, feature) => {
     .map((line) => line.map(cell).join(",") + "\n").join("");
 };
 
-function save(name, type, text) {
+// Give the reader a file.
+QSL.save = (name, type, text) => {
   const link = QSL.make("a", {});
   link.href = URL.createObjectURL(new Blob([text], { type }));
   link.download = name;
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
-}
+};
 
 // A button that copies; where the browser forbids it, the text is shown and selected in `box`.
 QSL.copier = (name, text, box, done, attributes) => {
@@ -92,8 +93,8 @@ QSL.takeaway = (layer, page, feature) => {
   if (!page.tokens) plan.title = "It fires on no token here, so its typical activation is not known";
   return [QSL.make("div", { class: "buttons" },
     QSL.copier("Copy address", address, box, "Copied."), plan,
-    QSL.button("Download JSON", () => save(`${file}.json`, "application/json", QSL.featureJSON(layer, page, feature)),
+    QSL.button("Download JSON", () => QSL.save(`${file}.json`, "application/json", QSL.featureJSON(layer, page, feature)),
       { title: "Everything on this page" }),
-    QSL.button("Download CSV", () => save(`${file}.csv`, "text/csv", QSL.featureCSV(layer, page, feature)),
+    QSL.button("Download CSV", () => QSL.save(`${file}.csv`, "text/csv", QSL.featureCSV(layer, page, feature)),
       { title: "The examples, one per row" })), box];
 };

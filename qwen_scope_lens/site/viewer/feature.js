@@ -11,9 +11,8 @@ function passage(example, strongest, breaks) {
     if (breaks && piece.includes("\n")) inside.push("\n");
     const value = values.get(i);
     if (value === undefined) return text.append(...inside);
-    const token = QSL.make("span", { class: i === example.at ? "on peak" : "on", title: `${QSL.value(value)}` }, inside);
-    token.style.setProperty("--share", String(0.12 + 0.88 * Math.min(1, value / strongest)));
-    text.append(token);
+    const token = QSL.make("span", { class: i === example.at && "peak", title: `${QSL.value(value)}` }, inside);
+    text.append(QSL.heat(token, value, strongest));
   });
   return text;
 }
@@ -174,13 +173,14 @@ function headline(layer, page, feature) {
   ];
 }
 
-QSL.showFeature = (main, layer, index, page, feature) => {
+// What is known of a feature, without a headline: elements from the top down.
+QSL.featureBody = (layer, index, page) => {
   const fires = page.tokens > 0;
   const facts = QSL.make("section", { class: "card facts" },
-    fact(`of tokens: it fires on ${QSL.number(page.tokens)}`, QSL.share(page.tokens, layer.tokens)),
-    fact(`of documents: it fires in ${QSL.number(page.documents)}`, QSL.share(page.documents, layer.documents)),
-    fact("strongest activation", QSL.value(page.maximum)),
-    fact("typical activation: the mean where it fires", QSL.value(page.mean)));
+    QSL.fact(`of tokens: it fires on ${QSL.number(page.tokens)}`, QSL.share(page.tokens, layer.tokens)),
+    QSL.fact(`of documents: it fires in ${QSL.number(page.documents)}`, QSL.share(page.documents, layer.documents)),
+    QSL.fact("strongest activation", QSL.value(page.maximum)),
+    QSL.fact("typical activation: the mean where it fires", QSL.value(page.mean)));
   const texts = QSL.make("section", { class: "card", id: "examples" });
   const fill = () => {
     const box = QSL.make("input", { type: "checkbox" });
@@ -201,18 +201,24 @@ QSL.showFeature = (main, layer, index, page, feature) => {
       ...groups.filter(Boolean));
   };
   fill();
-  main.replaceChildren(
-    ...headline(layer, page, feature).filter(Boolean), facts,
+  return [facts,
     page.tokens > 0.1 * layer.tokens
       ? QSL.make("p", { class: "note" }, "It fires on more than a tenth of all tokens: such features rarely have one meaning.") : "",
     QSL.make("div", { class: "feature" }, texts, QSL.make("div", { class: "side" },
-      [activations(page), ...breakdown(page), written(page),
-        neighbours(layer, index, "Similar features of this layer", "Cosine of the decoder directions. Bars: from 0 to 1.",
-          page.nearest, (cosine) => cosine.toFixed(2)),
-        otherLayers(page),
-        neighbours(layer, index, "Fires together with", "Of the tokens where either fires, the share where both do"
-          + " (Jaccard index). Bars: from 0 to 100%.", page.together.map(([f, share, count]) =>
-          [f, share, `${QSL.number(count)} tokens in common; Jaccard index`]), (share) => QSL.share(share, 1)),
-        geometry(page)].filter(Boolean))));
+      [activations(page), ...breakdown(page), ...QSL.featureCards(layer, index, page)]))];
+};
+
+// What the weights of a feature say, and its neighbours: a card each.
+QSL.featureCards = (layer, index, page) => [written(page),
+  neighbours(layer, index, "Similar features of this layer", "Cosine of the decoder directions. Bars: from 0 to 1.",
+    page.nearest, (cosine) => cosine.toFixed(2)),
+  otherLayers(page),
+  neighbours(layer, index, "Fires together with", "Of the tokens where either fires, the share where both do"
+    + " (Jaccard index). Bars: from 0 to 100%.", page.together.map(([f, share, count]) =>
+    [f, share, `${QSL.number(count)} tokens in common; Jaccard index`]), (share) => QSL.share(share, 1)),
+  geometry(page)].filter(Boolean);
+
+QSL.showFeature = (main, layer, index, page, feature) => {
+  main.replaceChildren(...headline(layer, page, feature).filter(Boolean), ...QSL.featureBody(layer, index, page));
   scrollTo(0, 0);
 };

@@ -14,10 +14,6 @@ QSL.columns = {
   label: { name: "Label", key: (index, f) => index.labels[f] || "\uffff", first: false },
 };
 
-function fact(text, value) {
-  return QSL.make("div", { class: "fact" }, QSL.make("b", {}, value), QSL.make("span", {}, text));
-}
-
 function densityChart(index, tokens) {
   const low = -6, high = 0, bins = 36;
   const edges = Array.from({ length: bins + 1 }, (_, i) => low + ((high - low) * i) / bins);
@@ -39,12 +35,12 @@ function summary(layer, index) {
     QSL.make("h2", {}, "Features, by how often they fire"), densityChart(index, layer.tokens),
     QSL.make("p", { class: "note-line" }, "Across: share of tokens. Up: number of features. Both scales are logarithmic."));
   const facts = QSL.make("section", { class: "card facts" },
-    fact(`of ${QSL.number(layer.d_sae)} features fire`, QSL.number(alive)),
-    fact("never fire here", QSL.number(layer.d_sae - alive)),
-    fact("fire on over 10% of tokens", QSL.number(dense)),
-    fact(`features fire per token (k = ${layer.k})`, QSL.value(layer.l0)),
-    fact(`tokens of ${QSL.number(layer.documents)} documents`, QSL.number(layer.tokens)),
-    ...layer.metrics.map(([name, value]) => fact(name, QSL.value(value))));
+    QSL.fact(`of ${QSL.number(layer.d_sae)} features fire`, QSL.number(alive)),
+    QSL.fact("never fire here", QSL.number(layer.d_sae - alive)),
+    QSL.fact("fire on over 10% of tokens", QSL.number(dense)),
+    QSL.fact(`features fire per token (k = ${layer.k})`, QSL.value(layer.l0)),
+    QSL.fact(`tokens of ${QSL.number(layer.documents)} documents`, QSL.number(layer.tokens)),
+    ...layer.metrics.map(([name, value]) => QSL.fact(name, QSL.value(value))));
   return QSL.make("div", { class: "summary" }, facts, chart);
 }
 

@@ -96,17 +96,6 @@ function search() {
   return update();
 }
 
-function theme() {
-  const dark = document.documentElement.dataset.theme
-    ? document.documentElement.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
-  document.documentElement.dataset.theme = dark ? "light" : "dark";
-  try {
-    localStorage.setItem("qsl-theme", document.documentElement.dataset.theme);
-  } catch {
-    /* storage is off: the choice lasts until the page is closed */
-  }
-}
-
 function layerStep(by) {
   const { layers } = QSL.site;
   const next = layers[layers.indexOf(QSL.current.layer) + by];
@@ -129,7 +118,7 @@ const KEYS = {
   }],
   "]": ["next layer", () => layerStep(1)],
   "[": ["layer before", () => layerStep(-1)],
-  t: ["light or dark", theme],
+  t: ["light or dark", QSL.theme],
   "?": ["this list", () => $("keys").showModal()],
 };
 const SAME = { ArrowDown: "j", ArrowUp: "k", ArrowRight: "n", ArrowLeft: "p" };
@@ -151,18 +140,13 @@ function pressed(event) {
 }
 
 async function start() {
-  try {
-    const chosen = localStorage.getItem("qsl-theme");
-    if (chosen === "dark" || chosen === "light") document.documentElement.dataset.theme = chosen;
-  } catch {
-    /* storage is off */
-  }
+  QSL.themeAsChosen();
   QSL.site = await QSL.load("site");
   $("brand").textContent = QSL.site.model;
   for (const layer of QSL.site.layers) $("layers").append(new Option(layer.ref, layer.ref));
   $("layers").addEventListener("change", () => (location.hash = encodeURI($("layers").value)));
   $("search").addEventListener("input", search);
-  $("theme").addEventListener("click", theme);
+  $("theme").addEventListener("click", QSL.theme);
   $("help").addEventListener("click", () => $("keys").showModal());
   $("keys").append(QSL.make("h2", {}, "Keyboard"),
     QSL.make("dl", {}, Object.entries(KEYS).map(([key, [what]]) => [

@@ -105,7 +105,9 @@ def _operation(engine: Any, edits: Sequence[Edit], rows: torch.Tensor) -> Any:
 
 def _places(model: Any, where: Where, ids: list[int]) -> tuple[list[int], bool]:
     """Prompt positions to leave out, and whether generated tokens are steered."""
-    picky = where.positions is not None or where.classes or where.token_ids or where.roles
+    if where.gate is not None:
+        raise BadPlan(f"{where}: interp-engine has no gates: only this package's own runtime has")
+    picky = where.positions is not None or where.classes or where.token_ids or where.looks_back
     if picky and where.phase != "prompt":
         raise BadPlan(f"{where}: interp-engine cannot select among generated tokens: add `prompt`")
     call = Call(1, len(ids), 0, len(ids), torch.tensor([ids]), None, False)

@@ -1,4 +1,4 @@
-"""Read, compare and steer in a browser."""
+"""The lens as a server: one OpenAI-compatible API for programs and for the page."""
 
 import lazy_loader
 

@@ -1,2 +1,0 @@
-from .server import serve as serve
-from .workbench import Workbench as Workbench

@@ -1,0 +1,2 @@
+from .engine import Engine as Engine
+from .rows import Wanted as Wanted

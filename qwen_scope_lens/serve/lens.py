@@ -1,0 +1,253 @@
+"""What the server works with: one model, the SAEs of one group, labels, plans, and a site.
+
+Everything that runs the model goes through the engine's thread. SAEs encode in the threads of the
+requests, one at a time.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qwen_scope_lens.address import FeatureRef, LayerRef
+from qwen_scope_lens.catalog import Group, name_of_model
+from qwen_scope_lens.errors import TooLittleData, UnknownName
+from qwen_scope_lens.features.read import read_layers
+from qwen_scope_lens.features.reading import Reading
+from qwen_scope_lens.features.token_effects import TokenEffects, token_effects
+from qwen_scope_lens.labels.packs import Label, LabelPack
+from qwen_scope_lens.models.architecture import describe
+from qwen_scope_lens.models.tokenize import Content
+from qwen_scope_lens.models.unembedding import Unembedding, read_unembedding
+from qwen_scope_lens.models.verify import sample_texts
+from qwen_scope_lens.saes.codes import SparseCodes
+from qwen_scope_lens.saes.load import load_sae
+from qwen_scope_lens.saes.sae import ScopeSAE
+from qwen_scope_lens.serve.engine import Engine
+from qwen_scope_lens.serve.faults import Fault
+from qwen_scope_lens.steering.calibrate import calibrate
+from qwen_scope_lens.steering.plan import Plan
+
+__all__ = ["Lens", "Options"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How much the server does at once, and for whom."""
+
+    rows: int = 16
+    queue: int = 256
+    seconds: float = 600
+    prefix_tokens: int = 8192
+    most_saes: int = 8  # in memory; the one used longest ago goes
+    allow_other_model: bool = False
+
+
+class Lens:
+    """A model in memory with the SAEs of a group. `layers` are those that are read by default."""
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        group: Group,
+        layers: Sequence[int],
+        *,
+        labels: LabelPack | None = None,
+        typical: Mapping[Any, float] | None = None,
+        sae_folder: Path | None = None,
+        options: Options | None = None,
+    ) -> None:
+        options = options or Options()
+        self.model, self.tokenizer, self.group, self.layers = model, tokenizer, group, tuple(layers)
+        self.name = name_of_model(describe(model))
+        self.labels = labels or LabelPack()
+        self._typical = {str(ref): value for ref, value in (typical or {}).items()}
+        self._folder, self._most = sae_folder, options.most_saes
+        self._saes: OrderedDict[str, ScopeSAE] = OrderedDict()
+        self._loading, self._encoding = threading.Lock(), threading.Lock()
+        self._lens_lock = threading.Lock()
+        self.engine = Engine(
+            model,
+            tokenizer,
+            self.sae_of,
+            rows=options.rows,
+            queue=options.queue,
+            seconds=options.seconds,
+            prefix_tokens=options.prefix_tokens,
+            allow_other_model=options.allow_other_model,
+        )
+        self.vocabulary = self.engine.vocabulary
+
+    @property
+    def has_chat(self) -> bool:
+        return bool(getattr(self.tokenizer, "chat_template", None))
+
+    def ref(self, address: Any) -> FeatureRef:
+        """A feature of the served group; any other is refused."""
+        found = FeatureRef.parse(address)
+        if found.group != self.group.short:
+            raise Fault(f"{found} is not a feature of {self.group.short}, which is served here")
+        return found
+
+    def layer(self, number: Any) -> int:
+        if isinstance(number, bool) or number not in self.group.layers:
+            raise Fault(f"layer {number!r:.40} is not one of {self.group.short}")
+        return int(number)
+
+    # SAEs.
+
+    def sae_of(self, name: str) -> ScopeSAE:
+        """The SAE of an address, loaded once."""
+        ref = LayerRef.parse(name)
+        if ref.group != self.group.short:
+            raise Fault(f"{name} is not an SAE of {self.group.short}, which is served here")
+        with self._loading:
+            if name not in self._saes:
+                self._saes[name] = load_sae(ref, folder=self._folder)
+            self._saes.move_to_end(name)
+            while len(self._saes) > self._most:
+                self._saes.popitem(last=False)
+            return self._saes[name]
+
+    def sae(self, layer: int) -> ScopeSAE:
+        return self.sae_of(f"{self.group.short}/{layer}")
+
+    @torch.no_grad()
+    def encode(self, layer: int, residuals: Tensor) -> SparseCodes:
+        """`[n, d_model] -> SparseCodes [n]` on the CPU."""
+        sae = self.sae(layer)
+        with self._encoding:
+            codes = sae.encode_sparse(residuals.to(sae.W_dec.device))
+        return codes.detach().to("cpu", torch.float32)
+
+    # Questions.
+
+    def read(self, content: Content, layers: Sequence[int], **options: Any) -> Reading:
+        """What fires on a text. It waits for the engine."""
+        for layer in layers:
+            self.sae(layer)  # loaded by this thread, while the engine goes on
+
+        def work() -> Reading:
+            return read_layers(
+                self.model,
+                content,
+                layers,
+                self.sae,
+                group=self.group.short,
+                vocabulary=self.vocabulary,
+                labels=self.labels,
+                tokenizer=self.tokenizer,
+                **options,
+            )
+
+        return self.engine.call(work).result()
+
+    @cached_property
+    def unembedding(self) -> Unembedding:
+        return read_unembedding(self.model)
+
+    def effects(self, refs: Sequence[FeatureRef], count: int = 10) -> TokenEffects:
+        """The tokens that features promote and suppress. `[n, count]`"""
+        with self._lens_lock:
+            end = self.unembedding
+        rows = torch.cat([self.sae(ref.layer).direction([ref.feature]) for ref in refs])
+        directions = rows.detach().float().cpu()
+        return token_effects(directions, end, count, vocabulary=len(self.vocabulary))
+
+    def typical(self, refs: Sequence[FeatureRef]) -> dict[str, float]:
+        """Typical activations in a bundled sample of texts, of those features that fire there."""
+        missing = [ref for ref in refs if str(ref) not in self._typical]
+        if missing:
+            saes = {f"{self.group.short}/{ref.layer}": self.sae(ref.layer) for ref in missing}
+            texts, own = sample_texts(), self.tokenizer
+            found = self.engine.call(
+                lambda: calibrate(self.model, missing, texts, saes, truncate=True, tokenizer=own)
+            ).result()
+            self._typical |= {str(ref): float(value) for ref, value in dict(found).items()}
+        return {str(ref): self._typical[str(ref)] for ref in refs if str(ref) in self._typical}
+
+    def known_typical(self, ref: FeatureRef) -> float | None:
+        return self._typical.get(str(ref))
+
+    def calibrated(self, plan: Plan) -> Plan:
+        """With typical activations where strengths need them."""
+        needed = [e.ref for e in plan.edits if e.unit == "typical" and e.typical is None]
+        if not needed:
+            return plan
+        known = self.typical(needed)
+        if silent := [str(ref) for ref in needed if str(ref) not in known]:
+            raise TooLittleData(
+                f"{', '.join(silent)} fires on none of the sample texts, so nothing is known of"
+                " its typical activation: give the strength as raw or norm"
+            )
+        return plan.calibrated(known)
+
+    def label(self, ref: FeatureRef, text: str) -> Label | None:
+        """Give a feature a label, or take it away with an empty text."""
+        others = [label for label in self.labels.values() if label.ref != ref]
+        new = Label(ref, text, provenance={"source": "person"}) if text.strip() else None
+        self.labels = LabelPack([*others, new] if new else others)
+        return new
+
+    def search(self, words: str, layers: Sequence[int], limit: int) -> list[dict[str, Any]]:
+        """Features by address or number, by words of their labels, by a token that they promote."""
+        found: dict[FeatureRef, dict[str, Any]] = {}
+
+        def add(ref: FeatureRef, why: str, what: str, score: float) -> None:
+            row = {"feature": str(ref), "label": self.labels.text(ref), "why": why}
+            found.setdefault(ref, {**row, "found": what, "score": score})
+
+        for ref in self._addressed(words, layers):
+            add(ref, "address", str(ref), 1.0)
+        terms = words.lower().split()
+        for ref, label in self.labels.items():
+            if ref.layer in layers and ref.group == self.group.short and terms:
+                share = sum(term in label.text.lower() for term in terms) / len(terms)
+                if share == 1:
+                    add(ref, "label", label.text, share)
+        for layer, feature, token, value in self._promoting(words, layers, limit):
+            add(FeatureRef(self.group.short, layer, feature), "token", token, value)
+        return list(found.values())[:limit]
+
+    def _addressed(self, words: str, layers: Sequence[int]) -> list[FeatureRef]:
+        if words.isdecimal() and len(words) < 9 and int(words) < self.group.d_sae:
+            return [FeatureRef(self.group.short, layer, int(words)) for layer in layers]
+        try:
+            ref = FeatureRef.parse(words)
+        except UnknownName:
+            return []
+        except ValueError:
+            return []
+        return [ref] if ref.group == self.group.short else []
+
+    def _promoting(
+        self, words: str, layers: Sequence[int], limit: int
+    ) -> list[tuple[int, int, str, float]]:
+        """The features whose direction raises the logit of a token most, over the layers."""
+        tokens = []
+        for text in (words, f" {words}"):
+            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            tokens += [ids[0]] if len(ids) == 1 and ids[0] not in tokens else []
+        if not tokens:
+            return []
+        with self._lens_lock:
+            end = self.unembedding
+        rows = []
+        for layer in layers:
+            directions = self.sae(layer).W_dec.detach().float().cpu()
+            logits = end.normed(directions) @ end.weight[tokens].float().T
+            best = logits.max(1)
+            values, features = best.values.topk(min(limit, len(directions)))
+            at = best.indices[features].tolist()
+            for feature, value, i in zip(features.tolist(), values.tolist(), at, strict=True):
+                rows.append((layer, feature, self.vocabulary.text(tokens[i]), value))
+        return sorted(rows, key=lambda row: -row[3])[:limit]

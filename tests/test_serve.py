@@ -1,0 +1,303 @@
+"""The server's API, as OpenAI's own client, lm-eval and a browser use it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import openai
+import pytest
+import torch
+from serving import GROUP, LABEL, STEERED, Served
+
+from qwen_scope_lens.catalog import bundled_model
+from qwen_scope_lens.features import read
+from qwen_scope_lens.serve.answers import Answers
+from qwen_scope_lens.serve.openapi import description
+from qwen_scope_lens.serve.web import _Web
+from qwen_scope_lens.steering import Plan, Sampling, generate
+
+FEATURE = f"{GROUP}/6/423"
+CHAT: Any = [{"role": "user", "content": "Name the capital of Spain."}]
+NO_THINKING: dict[str, Any] = {"chat_template_kwargs": {"enable_thinking": False}}
+
+
+@pytest.fixture(scope="module")
+def client(served: Served) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0)
+
+
+def single(served: Served, prompt: Any, plan: str | None, sampling: Sampling) -> str:
+    """What `generate` writes for one prompt."""
+    lens = served.lens
+
+    def work() -> str:
+        [found] = generate(
+            lens.model,
+            [prompt],
+            plan,
+            [lens.sae(6)],
+            tokenizer=lens.tokenizer,
+            sampling=sampling,
+            must_fire=False,
+            enable_thinking=False,
+        )
+        return found.text
+
+    return lens.engine.call(work).result()
+
+
+def test_a_chat_is_what_generate_writes(served: Served, client: openai.OpenAI) -> None:
+    assert [one.id for one in client.models.list()] == ["mini-qwen3", "mini-qwen3+chinese"]
+    assert client.models.retrieve("mini-qwen3+chinese").owned_by == "qwen-scope-lens"
+    for seed, temperature, plan in ((0, 0.0, None), (5, 0.8, None), (7, 1.0, STEERED)):
+        sampling = Sampling(24, temperature, 0.9 if temperature else 1.0, seed)
+        answer: Any = client.chat.completions.create(
+            model="mini-qwen3",
+            messages=CHAT,
+            max_tokens=24,
+            temperature=temperature,
+            top_p=sampling.top_p,
+            seed=seed,
+            extra_body={"plan": plan, **NO_THINKING},
+        )
+        assert answer.choices[0].message.content == single(served, CHAT, plan, sampling)
+        assert answer.usage.completion_tokens == len(answer.choices[0].qsl["token_ids"])
+        assert answer.choices[0].qsl["seed"] == seed
+    assert answer.choices[0].qsl["fired"]
+    assert answer.choices[0].qsl["plan"][0]["fired"] > 3
+    assert answer.qsl["plan"] == Plan(STEERED).to_dict()
+    named: Any = client.chat.completions.create(
+        model="mini-qwen3+chinese",
+        messages=CHAT,
+        max_completion_tokens=24,
+        temperature=1,
+        top_p=0.9,
+        seed=7,
+        extra_body=NO_THINKING,
+    )
+    assert named.choices[0].message.content == answer.choices[0].message.content
+    assert named.qsl["plan_name"] == "chinese"
+
+
+def test_a_stream_says_what_the_whole_answer_says(served: Served, client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {
+        "model": "mini-qwen3",
+        "messages": CHAT,
+        "max_tokens": 12,
+        "temperature": 0.9,
+        "seed": 3,
+        "n": 2,
+        "stop": [".", " de"],
+        "logprobs": True,
+        "top_logprobs": 2,
+        "extra_body": {
+            "plan": STEERED,
+            "monitor": [FEATURE],
+            "explain": {"top": 2, "layers": [4]},
+            **NO_THINKING,
+        },
+    }
+    whole: Any = client.chat.completions.create(**asked)
+    chunks: list[Any] = list(
+        client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True})
+    )
+    assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
+    assert chunks[0].qsl["prompt"] == whole.qsl["prompt"]
+    for index, choice in enumerate(whole.choices):
+        own = [c for chunk in chunks for c in chunk.choices if c.index == index]
+        assert "".join(c.delta.content or "" for c in own) == choice.message.content
+        assert own[-1].finish_reason == choice.finish_reason
+        scores = [x.model_dump() for c in own if c.logprobs for x in c.logprobs.content]
+        assert scores == [x.model_dump() for x in choice.logprobs.content]
+        records = [record for c in own for record in getattr(c, "qsl", {}).get("tokens", ())]
+        assert records == choice.qsl["tokens"]
+        assert [record["id"] for record in records] == choice.qsl["token_ids"]
+        assert own[-1].qsl["plan"] == choice.qsl["plan"]
+        text = "".join(record["text"] for record in records)
+        assert text.startswith(choice.message.content)
+        assert choice.finish_reason == "length" or "." in text or " de" in text
+        assert max(record["monitor"][FEATURE] for record in records) > 0
+        assert {len(record["explain"]["4"]) for record in records} == {2}
+
+
+def test_records_are_a_reading(served: Served) -> None:
+    text = "The kernel reads a file. 内核读取文件。"
+    answer = served.post(
+        "/v1/completions", prompt=text, max_tokens=1, temperature=0, explain={"layers": [6]}
+    )
+    found = read(text, GROUP, layers=6, all_tokens=True, promoted=0)
+    records = answer["qsl"]["prompt"]
+    assert "".join(record["text"] for record in records) == text
+    assert records[0]["note"] == "first token"
+    for number, record in enumerate(records):
+        [best, *_] = found.strongest(6, [number], 1)
+        assert record["explain"]["6"][0]["feature"] == str(best.ref)
+        assert record["explain"]["6"][0]["activation"] == pytest.approx(best.value, rel=1e-4)
+    shown = served.post("/api/read", text=text, layers=[6], top=1, monitor=[FEATURE])
+    assert "".join(piece["text"] for piece in shown["pieces"]) == text
+    assert [one["6"][0][0] for one in shown["tokens"]] == [
+        str(found.strongest(6, found.tokens_of(i), 1)[0].ref) for i in range(len(found.pieces))
+    ]
+    assert shown["monitor"][0]["track"] == pytest.approx(found.track(_ref(FEATURE)), rel=1e-4)
+
+
+def _ref(address: str) -> Any:
+    from qwen_scope_lens.address import FeatureRef
+
+    return FeatureRef.parse(address)
+
+
+def test_log_probabilities_of_an_echoed_prompt(served: Served, client: openai.OpenAI) -> None:
+    prompt = "The kernel reads"
+    answer: Any = client.completions.create(
+        model="mini-qwen3", prompt=prompt, max_tokens=1, temperature=0, echo=True, logprobs=1
+    )
+    scores = answer.choices[0].logprobs
+    ids = served.lens.tokenizer(prompt)["input_ids"] + answer.choices[0].qsl["token_ids"]
+    assert answer.choices[0].text.startswith(prompt)
+    with torch.no_grad():
+        logits = served.lens.model(input_ids=torch.tensor([ids])).logits[0].float()
+    expected = logits.log_softmax(-1)[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+    assert scores.token_logprobs[0] is None
+    assert scores.token_logprobs[1:] == pytest.approx(expected.tolist(), abs=1e-4)
+    words = zip(scores.tokens, scores.text_offset, strict=True)
+    assert all(answer.choices[0].text.startswith(word, at) for word, at in words)
+    assert max(scores.top_logprobs[-1].values()) == scores.token_logprobs[-1]  # it is greedy
+
+
+def test_lm_eval_measures_through_the_api(served: Served) -> None:
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    def score(model: str) -> list[tuple[float, bool]]:
+        lm = LocalCompletionsAPI(
+            base_url=f"{served.url}/v1/completions",
+            model=model,
+            tokenizer=str(bundled_model("mini-qwen3")),
+            max_length=256,
+            batch_size=2,
+        )
+        asked = [("The kernel", " reads a file"), ("The", " kernel")]
+        wanted = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(asked)]
+        found: list[tuple[float, bool]] = lm.loglikelihood(wanted, disable_tqdm=True)
+        return found
+
+    lens, found = served.lens, score("mini-qwen3")
+    ids = lens.tokenizer("The kernel reads a file")["input_ids"]
+    start = len(lens.tokenizer("The kernel")["input_ids"])
+    with torch.no_grad():
+        logits = lens.model(input_ids=torch.tensor([ids])).logits[0].float().log_softmax(-1)
+    expected = sum(float(logits[i - 1, ids[i]]) for i in range(start, len(ids)))
+    assert found[0][0] == pytest.approx(expected, abs=1e-3)
+    assert score("mini-qwen3+chinese")[0][0] == pytest.approx(expected, abs=1e-3)  # it acts later
+
+
+def test_tool_calls_are_told_as_openai_tells_them(served: Served) -> None:
+    class Asked:
+        chat, model, tools = True, "mini-qwen3", True
+
+    text = 'Yes. <tool_call>\n{"name": "f", "arguments": {"x": "é"}}\n</tool_call>'
+    asked: Any = Asked()
+    [call] = Answers(served.lens, asked, "chatcmpl-1").calls(text)
+    assert call["function"] == {"name": "f", "arguments": '{"x": "é"}'}
+    assert Answers(served.lens, asked, "chatcmpl-1").calls("<tool_call>no</tool_call>") == []
+
+
+REFUSED: list[tuple[dict[str, Any], int, str, str]] = [
+    ({"moniter": []}, 400, "unknown_field", "moniter"),
+    ({"logit_bias": {"5": 1}}, 400, "unsupported", "logit_bias"),
+    ({"temperature": -1}, 400, "bad_value", "temperature"),
+    ({"n": 17}, 400, "bad_value", "n"),
+    ({"max_tokens": 2000}, 400, "context_length_exceeded", "prompt"),
+    ({"prompt": "x " * 2000}, 400, "context_length_exceeded", "prompt"),
+    ({"prompt": [9999999]}, 400, "bad_value", "prompt"),
+    ({"prompt": ""}, 400, "bad_text", "prompt"),
+    ({"model": "gpt"}, 404, "model_not_found", "model"),
+    ({"plan": "none"}, 404, "plan_not_found", "plan"),
+    ({"plan": {"edits": []}}, 400, "bad_plan", "plan"),
+    ({"plan": f"{GROUP}/6/12:jump"}, 400, "bad_plan", "plan"),
+    ({"plan": "mini-qwen3.5/w1k-l0-16/6/1:ablate"}, 400, "bad_value", "plan"),
+    ({"monitor": ["mini-qwen3/w1k-l0-16/6/1024"]}, 400, "layer_out_of_range", "monitor"),
+    ({"explain": {"layers": [99]}}, 400, "bad_value", "layers"),
+    ({"seed": 1.5}, 400, "bad_value", "seed"),
+]
+
+
+@pytest.mark.parametrize("case", REFUSED, ids=lambda case: str(next(iter(case[0])))[:20])
+def test_what_cannot_be_obeyed_is_refused(case: Any, served: Served) -> None:
+    fields, status, code, param = case
+    found, error = served.error("/v1/completions", **{"prompt": "The", "max_tokens": 1, **fields})
+    assert (found, error["code"], error["param"]) == (status, code, param), error
+    assert "Traceback" not in error["message"]
+
+
+def test_the_clients_see_their_own_errors(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="moniter"):
+        client.completions.create(model="mini-qwen3", prompt="x", extra_body={"moniter": 1})
+    with pytest.raises(openai.NotFoundError):
+        client.completions.create(model="other", prompt="x")
+
+
+def test_own_questions(served: Served) -> None:
+    http = served.http
+    info = http.get("/api/info").json()
+    assert info["chosen"] == [4, 6]
+    assert info["plans"] == ["chinese"]
+    assert info["labels"] == 1
+    found = served.post("/api/compare", a="Install the package now", b="内核读取文件内核", top=3)
+    assert found["features"][0]["score"] == max(row["score"] for row in found["features"])
+    assert [one["feature"] for one in found["a"]["monitor"]] == [
+        row["feature"] for row in found["features"]
+    ]
+    feature = http.get(f"/api/feature/{FEATURE}?typical=1").json()
+    assert feature["label"]["text"] == LABEL
+    assert feature["typical"] > 0
+    assert feature["page"] is None
+    assert feature["nearest"][0][1] <= 1
+    assert len(feature["promoted"]) == 10
+    asked = {"q": feature["promoted"][0][0], "limit": 200}
+    by_token = http.get("/api/search", params=asked).json()["features"]
+    assert FEATURE in {row["feature"] for row in by_token}
+    [by_label] = http.get("/api/search", params={"q": "INSTALLING"}).json()["features"]
+    assert (by_label["feature"], by_label["why"]) == (FEATURE, "label")
+    status = http.get("/api/search", params={"q": "x", "layers": "99"}).status_code
+    assert status == 400
+    answer = served.post("/api/coherence", prompt="The", plain=[5, 6, 7, 8], steered=[5] * 8)
+    assert not answer["coherent"]
+    assert answer["repetition"][1] > 0.5
+
+
+def test_plans_and_labels_are_kept(served: Served) -> None:
+    http = served.http
+    plan = {"edits": [{"ref": FEATURE, "op": "add", "strength": 2, "unit": "typical"}]}
+    made = http.put("/api/plans/mine", json=plan).json()
+    assert made["edits"][0]["typical"] > 0
+    checked = served.post("/api/plans/check", plan=plan)["edits"][0]
+    assert checked["value"] == pytest.approx(2 * made["edits"][0]["typical"])
+    assert Plan.from_dict(http.get("/api/plans/mine").json()).edits[0].strength == 2
+    assert [one["name"] for one in http.get("/api/plans").json()["plans"]] == ["chinese", "mine"]
+    assert http.put("/api/plans/..%2Fx", json=plan).status_code in (400, 404, 405)
+    assert http.delete("/api/plans/mine").status_code == 204
+    assert http.get("/api/plans/mine").status_code == 404
+    address = f"{GROUP}/4/7"
+    assert http.put(f"/api/labels/{address}", json={"text": "new"}).json()["text"] == "new"
+    rows = [json.loads(row) for row in http.get("/api/labels?format=jsonl").text.splitlines()]
+    assert {row["address"] for row in rows} == {address, FEATURE}
+    assert http.put(f"/api/labels/{address}", json={"text": " "}).status_code == 204
+    assert len(served.lens.labels) == 1
+
+
+def test_the_description_has_every_address(served: Served) -> None:
+    described = description()["paths"]
+    from qwen_scope_lens.serve.web import Serving
+
+    table = _Web(Serving(served.lens)).table()
+    routes = {(path.replace(":path", ""), method.lower()) for method, path, _ in table}
+    told = {(path, method) for path, methods in described.items() for method in methods}
+    assert routes - told == {("/{file}", "get")}
+    assert told - routes == {("/api/session", "post")}  # the guard answers it
+    assert served.http.get("/openapi.json").json() == json.loads(json.dumps(description()))
+    metrics = served.http.get("/metrics").text
+    assert 'qsl_requests_total{path="/v1/models",status="200"}' in metrics
+    assert "qsl_new_tokens_total 0" not in metrics

@@ -1,0 +1,135 @@
+"""The flight recorder: a feature store that grows while the server answers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from serving import GROUP, Served
+
+from qwen_scope_lens.errors import CannotWrite
+from qwen_scope_lens.features import rank, read
+from qwen_scope_lens.serve.recorder import Recorder, Recording, rotated
+from qwen_scope_lens.serve.rows import Wanted
+from qwen_scope_lens.stores import FeatureStore, Manifest, merge
+from qwen_scope_lens.stores.merge import check
+
+
+def recorded(recorder: Recorder, count: int) -> FeatureStore:
+    """The store, once it has so many documents more."""
+    until = time.monotonic() + 30
+    while recorder.recorded < count and time.monotonic() < until:
+        time.sleep(0.02)
+    return FeatureStore.open(recorder.store)
+
+
+def test_what_was_served_is_recorded_exactly(served: Served) -> None:
+    before = served.recorder.recorded
+    plain = served.post("/v1/completions", prompt="内核读取 a file", max_tokens=6, temperature=0)
+    for _ in range(4):
+        served.post("/v1/completions", prompt="The kernel", max_tokens=6, plan="chinese", seed=3)
+        served.post("/v1/completions", prompt="The kernel", max_tokens=6, seed=4)
+    store = recorded(served.recorder, before + 9)
+    assert check(store.path) == []
+    table = store.documents(["request", "plan", "text", "prompt_tokens", "seed"]).to_pylist()
+    doc = [row["request"] for row in table].index(plain["id"])
+    found = table[doc]
+    assert found["text"] == "内核读取 a file" + plain["choices"][0]["text"]
+    ids = store.token_ids(doc).tolist()
+    assert ids[found["prompt_tokens"] :] == plain["choices"][0]["qsl"]["token_ids"]
+    assert found["seed"] == plain["choices"][0]["qsl"]["seed"]
+    reading = read(torch.tensor(ids), GROUP, layers=[4, 6], all_tokens=True, promoted=0)
+    for layer in (4, 6):
+        stored = store.by_token(doc, layer).codes.to_dense()
+        expected = reading.codes[layer].to_dense()
+        assert np.allclose(stored, expected, rtol=0.002, atol=0.01)
+    ranking = rank(store, "chinese", label="plan", layer=6)  # while the server goes on
+    assert f"{GROUP}/6/423" in {str(row.ref) for row in ranking.rows}
+
+
+@pytest.fixture
+def recorder(served: Served, tmp_path: Path) -> Iterator[Any]:
+    made: list[Recorder] = []
+
+    def make(name: str = "store", **settings: Any) -> Recorder:
+        settings = {"every": 0.05, **settings}
+        made.append(Recorder(served.lens, Recording(tmp_path / name, (4,), **settings)))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+def serve_one(served: Served, recorder: Recorder, prompt: str = "The kernel reads") -> None:
+    """One reply, straight from the engine to this recorder."""
+    ids = tuple(served.lens.tokenizer(prompt)["input_ids"])
+    done: list[Any] = []
+    wanted = recorder.watched(Wanted(ids, 3, 0.0))
+    [row] = served.lens.engine.submit([wanted], lambda row, step: done.append(step))
+    until = time.monotonic() + 30
+    while not done and time.monotonic() < until:
+        time.sleep(0.005)
+    asked: Any = type("Asked", (), {"plan_name": None, "plan": None})()
+    recorder.add(row, f"cmpl-{id(row)}/0", asked)
+
+
+def test_codes_can_be_kept_without_texts(served: Served, recorder: Any) -> None:
+    one = recorder(codes_only=True)
+    serve_one(served, one)
+    store = recorded(one, 1)
+    assert store.documents(["text"])["text"].to_pylist() == [None]
+    assert set(store.token_ids(0).tolist()) == {0}
+    assert b"kernel" not in b"".join(p.read_bytes() for p in store.path.rglob("*") if p.is_file())
+    assert store.n_nonzero(4) > 0
+
+
+def test_a_kill_between_shard_and_manifest_costs_no_store(
+    served: Served, recorder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = recorder()
+    serve_one(served, one)
+    recorded(one, 1)
+
+    def killed(*given: Any) -> None:
+        raise OSError("killed here")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Manifest, "write", killed)
+        serve_one(served, one)
+        until = time.monotonic() + 30
+        while not one.dropped and time.monotonic() < until:
+            time.sleep(0.02)
+    store = FeatureStore.open(one.store)  # as the next reader finds it
+    assert (store.n_docs, store.is_complete) == (1, True)
+    assert len(list((one.store / "shards").iterdir())) == 2
+    one.close()
+    again = recorder()  # the next server goes on
+    serve_one(served, again)
+    store = recorded(again, 1)
+    assert (store.n_docs, check(store.path)) == (2, [])
+    with pytest.raises(CannotWrite, match="another process"):
+        recorder()
+
+
+def test_stores_rotate_and_the_oldest_go(served: Served, recorder: Any, tmp_path: Path) -> None:
+    one = recorder(rotate=1)
+    for count in range(1, 4):
+        serve_one(served, one)
+        recorded(one, count)
+    older = rotated(one.store)
+    assert [path.name for path in older] == ["store-0001", "store-0002"]
+    whole = merge([*older, one.store], tmp_path / "whole")
+    assert whole.n_docs == 3
+    assert check(whole.path) == []
+    one.close()
+    size = sum(p.stat().st_size for p in one.store.rglob("*") if p.is_file())
+    two = recorder(rotate=1, limit=size + size // 2)
+    serve_one(served, two)
+    recorded(two, 1)
+    assert [path.name for path in rotated(two.store)] == ["store-0003"]
