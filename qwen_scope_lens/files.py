@@ -19,6 +19,7 @@ import json
 import os
 import shutil
 import stat
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ from qwen_scope_lens.errors import BadFile, CannotWrite, ScopeError
 __all__ = [
     "exclusive",
     "file_sha256",
+    "gunzip",
     "json_text",
     "load_yaml",
     "open_own",
@@ -49,6 +51,9 @@ __all__ = [
 MOST_VALUES = 100_000
 """The most values that are read from a YAML file, which people write by hand."""
 MOST_LEVELS = 100
+
+MOST_UNPACKED = 2**30
+"""The most bytes that one gzipped file may hold."""
 
 _FULL = (
     "No space left",
@@ -246,6 +251,21 @@ def parse_yaml(text: str) -> Any:
         if level > MOST_LEVELS:
             raise ValueError(f"it is nested deeper than {MOST_LEVELS} levels")
     return content
+
+
+def gunzip(data: bytes, most: int = MOST_UNPACKED) -> bytes:
+    """What gzipped bytes hold. More than `most` bytes raise ValueError: some kilobytes can unpack
+    to more than the memory. Damaged data raise EOFError or zlib.error."""
+    found = b""
+    while data:
+        unpacker = zlib.decompressobj(31)
+        found += unpacker.decompress(data, most + 1 - len(found))
+        if len(found) > most:
+            raise ValueError(f"it unpacks to more than {most / 2**30:.3g} GiB")
+        if not unpacker.eof:
+            raise EOFError("it ends too early")
+        data = unpacker.unused_data.lstrip(b"\0")
+    return found
 
 
 def file_sha256(path: Path) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import pickle
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from safetensors.torch import save_file
 
 import qwen_scope_lens as qsl
 from qwen_scope_lens import errors
+from qwen_scope_lens.files import gunzip
 
 
 @pytest.fixture
@@ -288,3 +291,14 @@ def test_a_revision_of_a_local_file_is_not_known(layer: Path) -> None:
 def test_names_that_name_no_layer(name: object) -> None:
     with pytest.raises(errors.UnknownName):
         qsl.load_sae(name)  # type: ignore[arg-type]
+
+
+def test_a_gzipped_file_is_unpacked_up_to_a_limit() -> None:
+    whole = gzip.compress(b"a" * 5000)
+    assert gunzip(whole + whole) == b"a" * 10_000
+    with pytest.raises(ValueError, match="unpacks to more"):
+        gunzip(whole, most=4999)
+    with pytest.raises(EOFError):
+        gunzip(whole[:-3])
+    with pytest.raises(zlib.error):
+        gunzip(b"no gzip")

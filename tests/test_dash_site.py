@@ -245,6 +245,22 @@ def test_a_site_that_cannot_be_kept_is_not_touched(site: Path, tmp_path: Path) -
     with pytest.raises(StoreMismatch, match=r"pages of mini-qwen3,.*--replace"):
         earlier.check_model("Qwen3-8B")
     facts = read_data(out, "site")
+    documents = facts["layers"][0]["documents_folder"]
+    some = next((out / "data" / documents).glob("*.js")).stem
+    for name in (f"{FOLDER}/index", f"{FOLDER}/block-0003", f"{documents}/{some}"):
+        path = out / "data" / f"{name}.js"
+        whole = path.read_bytes()
+        for content in (whole[: len(whole) // 2], whole[:200] + b"A" + whole[201:], None):
+            if content is not None:
+                path.write_bytes(content)
+            elif name.startswith(FOLDER):
+                path.unlink()
+            else:
+                continue  # which documents are there, only the pages know
+            with pytest.raises(BadFile, match="--replace"):
+                earlier.copy(list(earlier.layers), tmp_path / "new")
+            assert not any((tmp_path / "new").rglob("*.js"))
+        path.write_bytes(whole)
     for change in (
         {"version": 1},
         {"layers": [{"ref": "a/b/1", "folder": "../elsewhere"}]},

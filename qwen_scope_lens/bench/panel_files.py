@@ -7,9 +7,9 @@ a folder of what lm-eval writes with `--log_samples`: `MODEL/samples_TASK_DATE.j
 
 from __future__ import annotations
 
-import gzip
 import json
 import re
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import numpy as np
 
 from qwen_scope_lens.bench.panel import Scores, read_scores
 from qwen_scope_lens.errors import BadFile, TooLittleData
-from qwen_scope_lens.files import open_regular
+from qwen_scope_lens.files import gunzip, open_regular
 from qwen_scope_lens.stores.corpus import read_rows
 
 __all__ = ["MOST_MISSING", "read_panel"]
@@ -56,9 +56,9 @@ def _per_item(place: Path, keys: Mapping[str, Sequence[str]]) -> Results:
     try:
         with open_regular(place) as file:
             data = file.read()
-        whole = gzip.decompress(data) if place.suffix.lower() == ".gz" else data
+        whole = gunzip(data) if place.suffix.lower() == ".gz" else data
         content = json.loads(whole)
-    except (OSError, EOFError, ValueError, RecursionError) as error:
+    except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
         raise BadFile(f"{place} cannot be read as JSON: {error}") from error
     if not isinstance(content, dict) or not all(isinstance(row, dict) for row in content.values()):
         raise BadFile(f"{place}: expected {{model: {{item: right or wrong}}}}")

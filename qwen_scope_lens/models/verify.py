@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from typing import Any
 
@@ -136,11 +136,12 @@ def _require_nearest(layer: int, own: Verification, neighbours: dict[int, float]
     fvu = own.fvu[own.convention]
     for other, theirs in neighbours.items():
         if theirs < fvu - max(BETTER, BETTER * fvu):
-            raise VerificationFailed(
-                f"{own}\n  PROBLEM: the SAE fits the residuals of layer {other} better (FVU"
-                f" {theirs:.4f}) than those of layer {layer} ({fvu:.4f}): is the layer counted from"
-                " 0, and is it the output of the decoder layer?"
+            problem = (
+                f"the SAE fits the residuals of layer {other} better (FVU {theirs:.4f}) than those"
+                f" of layer {layer} ({fvu:.4f}): is the layer counted from 0, and is it the output"
+                " of the decoder layer?"
             )
+            raise VerificationFailed(str(replace(own, problems=(*own.problems, problem))))
 
 
 def sample_texts() -> list[str]:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_scope_lens.errors import BadFile
-from qwen_scope_lens.files import open_regular
+from qwen_scope_lens.files import gunzip, open_regular
 
 __all__ = [
     "FORMAT",
@@ -77,7 +77,7 @@ def collect(data: Path, name: str) -> Any:
             call = _CALL.fullmatch(file.read())
         if call is None:
             raise ValueError("it is not one call of QSL.deliver")
-        return json.loads(gzip.decompress(base64.b64decode(call[1])))
+        return json.loads(gunzip(base64.b64decode(call[1])))
     except (OSError, ValueError, EOFError, RecursionError, zlib.error) as error:
         raise BadFile(
             f"{path} is not a data file of a site ({error}): build all layers again, with --replace"

@@ -93,10 +93,24 @@ class EarlierSite:
                         found.append(Label(ref, label["text"], label["score"], label["provenance"]))
         return LabelPack(found)
 
+    def _check(self, name: str, kept: list[dict[str, Any]]) -> None:
+        """Raise where a data file of a folder is missing or damaged: a copy would hide it."""
+        data = self.folder / "data"
+        for facts in kept:
+            if facts["folder"] == name:
+                blocks = range(-(-LayerRef.parse(facts["ref"]).row.d_sae // facts["block"]))
+                for file in ("index", *(f"block-{number:04d}" for number in blocks)):
+                    collect(data, f"{name}/{file}")
+        for path in sorted((data / name).glob("*.js")):
+            if path.stem.isdecimal():
+                collect(data, f"{name}/{path.stem}")
+
     def copy(self, kept: list[dict[str, Any]], folder: Path) -> None:
         """Copy the data files of some layers into a new site."""
         names = {facts["folder"] for facts in kept}
         names |= {facts["documents_folder"] for facts in kept if facts.get("documents_folder")}
+        for name in sorted(names):
+            self._check(name, kept)
         for name in sorted(names):
             source, target = self.folder / "data" / name, folder / "data" / name
             if target.exists():  # the same documents, written anew
