@@ -118,7 +118,7 @@ def test_what_rank_prints_is_its_file(
 WITHOUT = """
 app, bench report, classify predict, completion, convert official-to-saelens,
 convert openinterp-to-saelens, convert saelens-to-official, dash build, dash export, dash serve,
-demo, export, label merge, steer, store merge, synth describe, synth targets, synth templates,
+demo, export, label merge, mcp, steer, store merge, synth describe, synth targets, synth templates,
 train grpo, train repetition loops, train sasft, train sft
 """
 """What prints no table. `classify predict` writes JSON Lines always."""

@@ -35,9 +35,8 @@ class Folders:
         A path that leads out of the folders, also by a link, raises `OutsideFolders`, and so does a
         store with a file that is a link to somewhere else.
         """
-        given = Path(name) if name and "\0" not in name else None
-        for root in self.roots if given is not None else ():
-            place = (root / given).resolve()  # an absolute path stays itself
+        for root in self.roots if name and "\0" not in name else ():
+            place = (root / name).resolve()  # an absolute path stays itself
             if self._is_store(place):
                 self._refuse_links(place)
                 return place
