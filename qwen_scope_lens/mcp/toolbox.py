@@ -33,6 +33,9 @@ MOST_CHARACTERS = 200_000
 """Of a text or a query, which is refused before the tokenizer sees it."""
 
 MOST_LAYERS, MOST_TOP, MOST_EDITS, MOST_TOKENS, MOST_ROWS = 8, 50, 64, 512, 200
+MOST_SECONDS = 60.0
+"""Of one query."""
+
 PROMOTED = 10
 """How many tokens and neighbours `feature` names."""
 
@@ -129,7 +132,7 @@ class Toolbox:
             row = sae.encoder_row(ref.feature).detach().float().cpu()
         decoder = direction[0].float()
         near = [
-            [str(ref.sae.feature(int(other))), float(cosine)]
+            (str(ref.sae.feature(int(other))), float(cosine))
             for other, cosine in zip(beside.features[0], beside.cosines[0], strict=True)
             if int(other) != ref.feature
         ]
@@ -245,7 +248,7 @@ class Toolbox:
 
         _at_most("limit", limit, MOST_ROWS)
         place = self.folders.store(store)
-        answer = FeatureStore.open(place).sql(sql)
+        answer = FeatureStore.open(place).sql(sql, most_seconds=MOST_SECONDS)
         rows = answer.slice(0, limit).to_pylist()
         cells = [{name: _cell(value) for name, value in row.items()} for row in rows]
         return {"columns": answer.column_names, "rows": cells, "more": len(answer) - len(rows)}
