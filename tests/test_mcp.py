@@ -150,6 +150,17 @@ def test_a_store_answers_and_cannot_be_changed(ask: Ask, planted_store: FeatureS
     assert "BadQuery" in ask("query", store=name, sql="from read_text('/etc/hostname')")["error"]
 
 
+def test_a_query_that_takes_long_is_ended(
+    ask: Ask, planted_store: FeatureStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qwen_scope_lens.mcp.toolbox.MOST_SECONDS", 0.2)
+    endless = (
+        "select count(*) from range(10000000) a, range(10000000) b where a.range % 7 = b.range"
+    )
+    assert "ended after 0.2 s" in ask("query", store=planted_store.path.name, sql=endless)["error"]
+    assert planted_store.sql("select 1 a", most_seconds=60)["a"].to_pylist() == [1]
+
+
 def test_paths_outside_the_folders_are_refused(
     ask: Ask, planted_store: FeatureStore, tmp_path: Path
 ) -> None:

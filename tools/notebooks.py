@@ -123,11 +123,9 @@ def _silent(source: str) -> bool:
 
 def _figures() -> list[NotebookNode]:
     """Every figure that a cell left open, as Jupyter's inline backend shows it."""
-    plt = sys.modules.get("matplotlib.pyplot")
+    plt: Any = sys.modules.get("matplotlib.pyplot")
     found = []
-    if plt is None:
-        return []
-    for number in plt.get_fignums():
+    for number in plt.get_fignums() if plt is not None else ():
         figure, file = plt.figure(number), io.BytesIO()
         figure.savefig(file, format="png", dpi=72, bbox_inches="tight")
         data = {

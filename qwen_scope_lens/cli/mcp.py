@@ -14,6 +14,7 @@ again), and nothing outside of them; without --folder there is no store. Nothing
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from qwen_scope_lens.catalog import find_group
@@ -70,6 +71,8 @@ def run(arguments: argparse.Namespace) -> int:
     from qwen_scope_lens.mcp.toolbox import Toolbox
 
     remark(group.notice)
+    if sys.stdin.isatty():
+        remark("Waiting for an agent's program on standard input (Ctrl-C ends it).")
     toolbox = Toolbox(
         group,
         tuple(arguments.layers or [group.layers[len(group.layers) // 2]]),

@@ -19,6 +19,7 @@ from qwen_scope_lens.catalog import Group
 from qwen_scope_lens.errors import BadPlan, BadText, TooLittleData, UnknownName
 from qwen_scope_lens.labels.packs import LabelPack
 from qwen_scope_lens.mcp.folders import Folders
+from qwen_scope_lens.mcp.search import Hit, by_label, by_number, by_token
 from qwen_scope_lens.tables import plain
 
 if TYPE_CHECKING:
@@ -33,6 +34,9 @@ MOST_CHARACTERS = 200_000
 """Of a text or a query, which is refused before the tokenizer sees it."""
 
 MOST_LAYERS, MOST_TOP, MOST_EDITS, MOST_TOKENS, MOST_ROWS = 8, 50, 64, 512, 200
+MOST_SECONDS = 60.0
+"""Of one query."""
+
 PROMOTED = 10
 """How many tokens and neighbours `feature` names."""
 
@@ -163,13 +167,34 @@ class Toolbox:
         _at_most("limit", limit, MOST_TOP)
         _is_text("query", query)
         asked = query.strip()
-        found = [*self._by_number(asked, chosen), *self._by_label(asked, chosen)]
+        refs = [LayerRef(self.group.short, layer) for layer in chosen]
+        hits = [*by_number(asked, refs), *by_label(asked, refs, self.labels)]
         with self._lock:
-            found += self._by_token(query, chosen, limit)
-        first: dict[str, Answer] = {}
-        for row in found:
-            first.setdefault(row["feature"], row)
-        return {"query": query, "features": list(first.values())[:limit]}
+            hits += by_token(
+                query,
+                refs,
+                lambda ref: self._sae(ref.layer).W_dec,
+                self._end,
+                self._model.tokenizer,
+                len(self._vocabulary),
+                limit,
+            )
+        first: dict[FeatureRef, Hit] = {}
+        for hit in hits:
+            first.setdefault(self._own(hit.ref), hit)
+        return {
+            "query": query,
+            "features": [
+                {
+                    "feature": str(hit.ref),
+                    "label": self.labels.text(hit.ref),
+                    "why": hit.why,
+                    "found": hit.found,
+                    "score": hit.score,
+                }
+                for hit in list(first.values())[:limit]
+            ],
+        }
 
     def steer(
         self,
@@ -245,7 +270,7 @@ class Toolbox:
 
         _at_most("limit", limit, MOST_ROWS)
         place = self.folders.store(store)
-        answer = FeatureStore.open(place).sql(sql)
+        answer = FeatureStore.open(place).sql(sql, most_seconds=MOST_SECONDS)
         rows = answer.slice(0, limit).to_pylist()
         cells = [{name: _cell(value) for name, value in row.items()} for row in rows]
         return {"columns": answer.column_names, "rows": cells, "more": len(answer) - len(rows)}
@@ -323,53 +348,6 @@ class Toolbox:
                     " its typical activation: give the strength in activations, or in norm"
                 )
         return plan.calibrated(self._typical)
-
-    def _found(self, ref: FeatureRef, why: str, what: str, score: float | None = None) -> Answer:
-        label = self.labels.text(ref)
-        return {"feature": str(ref), "why": why, "found": what, "score": score, "label": label}
-
-    def _by_number(self, asked: str, layers: Sequence[int]) -> list[Answer]:
-        if asked.isdecimal() and len(asked) <= 18 and int(asked) < self.group.d_sae:
-            refs = [LayerRef(self.group.short, layer).feature(int(asked)) for layer in layers]
-        elif asked.count("/") >= 2 and asked.rpartition("/")[2].isdecimal():
-            refs = [self._own(FeatureRef.parse(asked))]
-        else:
-            refs = []
-        return [self._found(ref, "number", str(ref.feature)) for ref in refs]
-
-    def _by_label(self, asked: str, layers: Sequence[int]) -> list[Answer]:
-        words = asked.casefold().split()
-        return [
-            self._found(ref, "label", label.text)
-            for ref, label in self.labels.items()
-            if ref.group == self.group.short
-            and ref.layer in layers
-            and all(word in label.text.casefold() for word in words)
-        ]
-
-    def _by_token(self, query: str, layers: Sequence[int], most: int) -> list[Answer]:
-        """The features of these layers whose direction raises the token's logit most."""
-        import torch
-
-        tokenizer = self._model.tokenizer
-        for text in (query, query.strip(), f" {query.strip()}"):
-            ids = tokenizer(text, add_special_tokens=False).input_ids
-            if len(ids) == 1:
-                break
-        else:
-            return []
-        end = self._end
-        weight = end.weight[: len(self._vocabulary)].float()
-        column = weight[ids[0]] - weight.mean(0)
-        rows: list[Answer] = []
-        for layer in layers:
-            with torch.no_grad():
-                logits = end.normed(self._sae(layer).W_dec.detach().cpu()).float() @ column
-                best = logits.topk(min(most, len(logits)))
-            for value, feature in zip(best.values.tolist(), best.indices.tolist(), strict=True):
-                ref = LayerRef(self.group.short, layer).feature(feature)
-                rows.append(self._found(ref, "token", text, value))
-        return sorted(rows, key=lambda row: -row["score"])[:most]
 
 
 def _at_most(name: str, value: int, most: int) -> None:

@@ -7,8 +7,11 @@ truncated, labels) and `tokens` (doc, position, token_id, token, start, end, ext
 from __future__ import annotations
 
 import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
@@ -29,8 +32,14 @@ MOST_NESTED = 200
 """The most brackets inside each other. DuckDB's parser takes minutes for some thousands."""
 
 
-def run_query(store: FeatureStore, query: str, most_memory: int = MOST_MEMORY) -> pa.Table:
-    """The answer to one SELECT. DuckDB uses at most `most_memory` bytes for it."""
+def run_query(
+    store: FeatureStore,
+    query: str,
+    most_memory: int = MOST_MEMORY,
+    most_seconds: float | None = None,
+) -> pa.Table:
+    """The answer to one SELECT. DuckDB uses at most `most_memory` bytes and `most_seconds` for
+    it."""
     import duckdb
 
     if not store.shards:
@@ -61,7 +70,8 @@ def run_query(store: FeatureStore, query: str, most_memory: int = MOST_MEMORY) -
                     f"SQL can only read a store: expected a SELECT over {VIEWS}, found"
                     f" {str(kind).rpartition('.')[2]}"
                 )
-            return connection.sql(query).to_arrow_table()
+            with _ended_after(connection, most_seconds):
+                return connection.sql(query).to_arrow_table()
         except duckdb.OutOfMemoryException as error:
             raise BadQuery(
                 f"DuckDB needs more than {most_memory / 2**30:.3g} GiB for this query: ask for less"
@@ -76,6 +86,28 @@ def run_query(store: FeatureStore, query: str, most_memory: int = MOST_MEMORY) -
                     f" and feature = {address[2]}"
                 )
             raise BadQuery(f"DuckDB: {words} {hint}") from error
+
+
+@contextmanager
+def _ended_after(connection: Any, seconds: float | None) -> Iterator[None]:
+    """Interrupt what the connection does after so many seconds, and raise `BadQuery`."""
+    import duckdb
+
+    if seconds is None:
+        yield
+        return
+    timer = threading.Timer(seconds, connection.interrupt)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    except duckdb.InterruptException as error:
+        raise BadQuery(
+            f"the query was ended after {seconds:g} s: ask for less (a where, a limit, a join with"
+            " a condition)"
+        ) from error
+    finally:
+        timer.cancel()
 
 
 def _nested(query: str) -> int:

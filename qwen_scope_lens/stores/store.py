@@ -248,14 +248,18 @@ class FeatureStore:
             )
         return ref.layer, ref.feature
 
-    def sql(self, query: str, most_memory: int | None = None) -> pa.Table:
+    def sql(
+        self, query: str, most_memory: int | None = None, most_seconds: float | None = None
+    ) -> pa.Table:
         """Ask DuckDB about the views `features`, `documents` and `tokens`; it can only read.
 
-        DuckDB uses at most `most_memory` bytes; None means 2 GiB.
+        DuckDB uses at most `most_memory` bytes; None means 2 GiB. A query that takes longer than
+        `most_seconds` raises `BadQuery`; None lets it take as long as it needs.
         """
         from qwen_scope_lens.stores.sql import MOST_MEMORY, run_query
 
-        return run_query(self, query, MOST_MEMORY if most_memory is None else most_memory)
+        memory = MOST_MEMORY if most_memory is None else most_memory
+        return run_query(self, query, memory, most_seconds)
 
     # Where documents and tokens stand.
 
