@@ -204,6 +204,8 @@ def test_the_verb_writes_what_it_prints(tmp_path: Path, capsys: Any) -> None:
         (["--examples", str(tmp_path / "none.txt")], "none.txt"),
         (["--lens", str(texts)], "is not a Jacobian lens"),
         (["--causal", "1", "--measure", "class=nonsense"], "measure"),
+        (["--causal", "1", "--doses", "0"], "the only dose is 0"),
+        (["--by", "labels"], "needs labels"),
     ):
         assert main(["find", "Chinese", *wrong]) == 1
         assert message in capsys.readouterr().err
@@ -320,10 +322,10 @@ def test_pairs_are_tested_by_signs(tmp_path: Path) -> None:
         for i in range(40)
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    documents = pairs_of(path)
+    documents = list(pairs_of(path))
     assert [d.text for d in documents[:2]] == ["good 0", "bad 0"]
     with pytest.raises(BadCorpus, match="expected a text in the column none, found chosen"):
-        pairs_of(path, "none")
+        list(pairs_of(path, "none"))
     rng = np.random.default_rng(0)
     tokens = [
         [

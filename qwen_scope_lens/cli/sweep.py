@@ -71,9 +71,12 @@ def _unit(name: str) -> str:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from qwen_scope_lens.errors import BadPlan
     from qwen_scope_lens.steering.doses import Measure, parse_open_edit, parse_strengths
     from qwen_scope_lens.steering.plan import Plan
 
+    if arguments.against and not arguments.examples:
+        raise BadPlan("--against needs --examples: the push is along their mean difference")
     strengths = parse_strengths(arguments.strengths)
     plan = Plan([parse_open_edit(text, arguments.unit) for text in arguments.edit])
     plan = plans.calibrated(plan, arguments)
