@@ -359,3 +359,22 @@ def test_the_sign_test_is_exact() -> None:
         expected = binomtest(int(above), int(above + below)).pvalue
         assert found.p[feature] == pytest.approx(expected)
         assert found.size[feature] == pytest.approx(above / (above + below))
+
+
+def test_rank_and_blame_test_their_winners(
+    small_store: qsl.FeatureStore, capsys: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "one.txt").write_text("Here is what happened:\n")
+    causal = ["--prompts", str(tmp_path / "one.txt")]
+    causal += ["--causal", "1", "--doses", "0.3", "--new-tokens", "2", "--json"]
+    rank = ["rank", str(small_store.path), "--label", "lang", "--positive", "zh", "--fdr", "1"]
+    rank += ["--held-out", "0.5"]
+    assert main([*rank, "--layers", "6", "--top", "2", *causal]) == 0
+    ranked = json.loads(capsys.readouterr().out)
+    assert [row["ref"] for row in ranked["causal"]["rows"]] == [ranked["rows"][0]["ref"]]
+    assert ranked["causal"]["rows"][0]["difference"] is not None
+    reply = ["--prompt", "How do I install it?", "--reply", "安装程序 and restart"]
+    assert main(["blame", f"{GROUP}/6", *reply, "--top", "2", *causal]) == 0
+    blamed = json.loads(capsys.readouterr().out)
+    assert blamed["causal"]["rows"][0]["ref"] == blamed["rows"][0]["feature"]
+    assert blamed["causal"]["rows"][0]["verdict"] != "moves it"  # one prompt is too few
