@@ -246,7 +246,7 @@ def speed(options: argparse.Namespace, say: Printed) -> None:
         wanted = readout(concept, tokenizer, end)
         groups = [group for group, _ in concept.texts()]
         rows = []
-        for threads in (1, torch.get_num_threads() if options.threads is None else options.threads):
+        for threads in dict.fromkeys((1, options.threads)):
             torch.set_num_threads(threads)
             for warm in (False, True):
                 start, cpu = time.perf_counter(), time.process_time()
@@ -359,7 +359,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--layers", default="")
     parser.add_argument("--data", type=Path)
     parser.add_argument("--work", type=Path)
-    parser.add_argument("--threads", type=int)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--peak")
     return parser.parse_args()

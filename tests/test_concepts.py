@@ -204,6 +204,8 @@ def test_the_verb_writes_what_it_prints(tmp_path: Path, capsys: Any) -> None:
         (["--examples", str(tmp_path / "none.txt")], "none.txt"),
         (["--lens", str(texts)], "is not a Jacobian lens"),
         (["--causal", "1", "--measure", "class=nonsense"], "measure"),
+        (["--causal", "1", "--doses", "0"], "the only dose is 0"),
+        (["--by", "labels"], "needs labels"),
     ):
         assert main(["find", "Chinese", *wrong]) == 1
         assert message in capsys.readouterr().err
@@ -320,10 +322,10 @@ def test_pairs_are_tested_by_signs(tmp_path: Path) -> None:
         for i in range(40)
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    documents = pairs_of(path)
+    documents = list(pairs_of(path))
     assert [d.text for d in documents[:2]] == ["good 0", "bad 0"]
     with pytest.raises(BadCorpus, match="expected a text in the column none, found chosen"):
-        pairs_of(path, "none")
+        list(pairs_of(path, "none"))
     rng = np.random.default_rng(0)
     tokens = [
         [
@@ -357,3 +359,22 @@ def test_the_sign_test_is_exact() -> None:
         expected = binomtest(int(above), int(above + below)).pvalue
         assert found.p[feature] == pytest.approx(expected)
         assert found.size[feature] == pytest.approx(above / (above + below))
+
+
+def test_rank_and_blame_test_their_winners(
+    small_store: qsl.FeatureStore, capsys: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "one.txt").write_text("Here is what happened:\n")
+    causal = ["--prompts", str(tmp_path / "one.txt")]
+    causal += ["--causal", "1", "--doses", "0.3", "--new-tokens", "2", "--json"]
+    rank = ["rank", str(small_store.path), "--label", "lang", "--positive", "zh", "--fdr", "1"]
+    rank += ["--held-out", "0.5"]
+    assert main([*rank, "--layers", "6", "--top", "2", *causal]) == 0
+    ranked = json.loads(capsys.readouterr().out)
+    assert [row["ref"] for row in ranked["causal"]["rows"]] == [ranked["rows"][0]["ref"]]
+    assert ranked["causal"]["rows"][0]["difference"] is not None
+    reply = ["--prompt", "How do I install it?", "--reply", "安装程序 and restart"]
+    assert main(["blame", f"{GROUP}/6", *reply, "--top", "2", *causal]) == 0
+    blamed = json.loads(capsys.readouterr().out)
+    assert blamed["causal"]["rows"][0]["ref"] == blamed["rows"][0]["feature"]
+    assert blamed["causal"]["rows"][0]["verdict"] != "moves it"  # one prompt is too few

@@ -65,9 +65,11 @@ def _measure(text: str, _: argparse.Namespace) -> None:
 
 
 def _doses(text: str, _: argparse.Namespace) -> None:
+    from qwen_scope_lens.errors import BadPlan
     from qwen_scope_lens.steering.doses import parse_strengths
 
-    parse_strengths(text)
+    if not any(parse_strengths(text)):
+        raise BadPlan(f"--doses {text:.60}: the only dose is 0, which is unsteered")
 
 
 def run_causal(

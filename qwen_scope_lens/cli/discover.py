@@ -83,6 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _data(path: str, arguments: argparse.Namespace) -> None:
+    from qwen_scope_lens.concepts.pairs import pairs_of
     from qwen_scope_lens.errors import BadText
     from qwen_scope_lens.stores.corpus import read_corpus
     from qwen_scope_lens.stores.manifest import Manifest
@@ -98,6 +99,8 @@ def _data(path: str, arguments: argparse.Namespace) -> None:
     inputs.corpus(path, arguments)
     if arguments.label and Path(path).is_file():
         read_corpus(path).check_label(arguments.label)
+    if arguments.preferred:
+        next(pairs_of(path, arguments.preferred, arguments.rejected))
     for layer in arguments.layers or ():
         find_group(arguments.sae).check_layer(layer)
 
@@ -133,7 +136,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _store(arguments: argparse.Namespace) -> Any:
-    from qwen_scope_lens.concepts.discover import pairs_of
+    from qwen_scope_lens.concepts.pairs import pairs_of
     from qwen_scope_lens.stores.corpus import read_corpus
     from qwen_scope_lens.stores.extract import extract
     from qwen_scope_lens.stores.manifest import Manifest
@@ -146,7 +149,7 @@ def _store(arguments: argparse.Namespace) -> Any:
     documents: Any = (
         read_corpus(arguments.corpus, labels=[arguments.label])
         if arguments.label
-        else pairs_of(arguments.corpus, arguments.preferred, arguments.rejected)
+        else list(pairs_of(arguments.corpus, arguments.preferred, arguments.rejected))
     )
     return extract(
         documents,

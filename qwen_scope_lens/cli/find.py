@@ -95,7 +95,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     # What is wrong is said before torch is imported, which takes seconds.
     from qwen_scope_lens.address import saes_named
-    from qwen_scope_lens.concepts.concept import Concept, read_examples
+    from qwen_scope_lens.concepts.concept import Concept, columns_of, read_examples
 
     [first, *_] = saes_named(arguments.sae, arguments.layers)
     concept = Concept(
@@ -104,6 +104,7 @@ def run(arguments: argparse.Namespace) -> int:
         read_examples(arguments.against) if arguments.against else (),
     )
     labels = read_labels(arguments.labels)
+    columns_of(arguments.by, concept, labels is not None)
     remark(f"Note: {first.row.notice}\n")
 
     import transformers

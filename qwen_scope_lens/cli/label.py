@@ -238,7 +238,9 @@ def _score_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--store", type=Path, required=True, action=Input, check=inputs.store, help="with passages"
     )
-    parser.add_argument("--judge", required=True, metavar="SPEC", help="openai:URL#MODEL, hf:MODEL")
+    parser.add_argument(
+        "--judge", required=True, metavar="SPEC", type=_judge, help="openai:URL#MODEL or hf:MODEL"
+    )
     parser.add_argument(
         "--kinds",
         type=_kinds,
@@ -252,6 +254,13 @@ def _score_arguments(parser: argparse.ArgumentParser) -> None:
     add_json(parser)
     parser.add_argument("--out", type=output, required=True, metavar="PACK")
     add_generator_arguments(parser)
+
+
+def _judge(text: str) -> str:
+    kind, _, rest = text.partition(":")
+    if kind not in ("openai", "hf") or not rest:
+        raise argparse.ArgumentTypeError(f"{text!r:.60}: expected openai:URL#MODEL or hf:MODEL")
+    return text
 
 
 def _kinds(text: str) -> list[str]:

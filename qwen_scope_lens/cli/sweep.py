@@ -82,6 +82,8 @@ def run(arguments: argparse.Namespace) -> int:
     from qwen_scope_lens.steering.doses import Measure, parse_open_edit, parse_strengths
     from qwen_scope_lens.steering.plan import Plan
 
+    if arguments.against and not arguments.examples:
+        raise BadPlan("--against needs --examples: the push is along their mean difference")
     strengths = parse_strengths(arguments.strengths)
     edits = [parse_open_edit(text, arguments.unit) for text in arguments.edit]
     if arguments.plan is not None:

@@ -2,8 +2,8 @@ from .concept import Concept as Concept
 from .concept import read_examples as read_examples
 from .discover import discover as discover
 from .discover import discover_pairs as discover_pairs
-from .discover import pairs_of as pairs_of
 from .discovery import Discovery as Discovery
 from .find import Found as Found
 from .find import FoundFeature as FoundFeature
 from .find import find as find
+from .pairs import pairs_of as pairs_of

@@ -7,13 +7,27 @@ user gives, or with the bundled neutral texts.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
-from qwen_scope_lens.errors import BadText
+from qwen_scope_lens.errors import BadText, TooLittleData, UnknownName
 
-__all__ = ["CARRIERS", "FILLERS", "Concept", "neutral_texts", "read_examples"]
+__all__ = [
+    "CARRIERS",
+    "COLUMNS",
+    "FILLERS",
+    "Column",
+    "Concept",
+    "columns_of",
+    "neutral_texts",
+    "read_examples",
+]
+
+Column = Literal["examples", "labels", "words", "says"]
+COLUMNS: tuple[Column, ...] = get_args(Column)
+"""The kinds of evidence, as the table has them."""
 
 CARRIERS = ("{}.", "Topic: {}", "I am reading about {} today.", "This is an example of {}.")
 FILLERS = ("the weather", "a small house", "music", "an old friend", "numbers of people")
@@ -89,3 +103,24 @@ def read_examples(path: str | Path) -> tuple[str, ...]:
     if not found:
         raise BadText(f"{path} has no text")
     return tuple(found)
+
+
+def columns_of(
+    wanted: Sequence[Column] | None, concept: Concept, labels: bool
+) -> tuple[Column, ...]:
+    """The columns that count: those wanted, or all for which there is something to go by."""
+    possible = [
+        column
+        for column in COLUMNS
+        if (column != "examples" or concept.examples) and (column != "labels" or labels)
+    ]
+    if wanted is None:
+        return tuple(possible)
+    for column in wanted:
+        if column not in COLUMNS:
+            raise UnknownName(f"column {column!r}: expected some of {', '.join(COLUMNS)}")
+        if column not in possible:
+            raise TooLittleData(f"the column {column} needs {column}: give some")
+    if not wanted:
+        raise TooLittleData(f"no column is chosen: choose some of {', '.join(COLUMNS)}")
+    return tuple(column for column in COLUMNS if column in wanted)

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,21 +18,17 @@ from scipy.sparse import csr_matrix, hstack
 
 from qwen_scope_lens.address import FeatureRef, LayerRef
 from qwen_scope_lens.concepts.discovery import Discovery, Hypothesis
-from qwen_scope_lens.errors import BadCorpus, TooLittleData
+from qwen_scope_lens.concepts.pairs import PAIR, PREFERRED, REJECTED, SIDE
+from qwen_scope_lens.errors import TooLittleData
 from qwen_scope_lens.features.contrast import contrast, q_values
 from qwen_scope_lens.features.document_sets import DocumentLabel, held_out_texts
 from qwen_scope_lens.features.pool import How, pool
 from qwen_scope_lens.features.statistics import statistics
 from qwen_scope_lens.labels.packs import LabelPack
 from qwen_scope_lens.labels.passages import Passages
-from qwen_scope_lens.stores.corpus import Document, read_rows
 from qwen_scope_lens.stores.store import FeatureStore
 
-__all__ = ["PAIR", "SIDE", "discover", "discover_pairs", "pairs_of"]
-
-PAIR, SIDE = "pair", "side"
-"""Labels of the documents that `pairs_of` makes."""
-PREFERRED, REJECTED = "preferred", "rejected"
+__all__ = ["discover", "discover_pairs"]
 
 MOST_VALUES = 20
 LEAST_DOCUMENTS = 3
@@ -186,30 +181,6 @@ def discover_pairs(
         fdr,
         twice=True,
     )
-
-
-def pairs_of(
-    path: str | Path, preferred: str = "chosen", rejected: str = "rejected"
-) -> list[Document]:
-    """The two texts of every row, as documents with the labels `pair` and `side`.
-
-    `preferred` and `rejected` are columns. A chat counts by its last message, the reply.
-    """
-    found = []
-    for number, (where, row) in enumerate(read_rows(path)):
-        for side, name in ((PREFERRED, preferred), (REJECTED, rejected)):
-            value = row.get(name) if isinstance(row, dict) else None
-            if isinstance(value, list) and value and isinstance(value[-1], dict):
-                value = value[-1].get("content")
-            if not isinstance(value, str) or not value.strip():
-                have = ", ".join(row) if isinstance(row, dict) else "no columns"
-                raise BadCorpus(f"{where}: expected a text in the column {name}, found {have}")
-            found.append(
-                Document(f"{number}-{side}", text=value, labels={PAIR: number, SIDE: side})
-            )
-    if not found:
-        raise BadCorpus(f"{path} has no pairs")
-    return found
 
 
 def _matrix(

@@ -12,14 +12,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import nn
 
 from qwen_scope_lens.address import FeatureRef, LayerRef, saes_named
 from qwen_scope_lens.catalog import MINI_GROUPS, Group, find_group, name_of_model
-from qwen_scope_lens.concepts.concept import Concept
+from qwen_scope_lens.concepts.concept import COLUMNS, Column, Concept, columns_of
 from qwen_scope_lens.concepts.evidence import (
     Floats,
     read_groups,
@@ -32,7 +32,6 @@ from qwen_scope_lens.errors import (
     CheckpointMissing,
     HubUnreachable,
     StoreMismatch,
-    TooLittleData,
     UnknownName,
 )
 from qwen_scope_lens.features.token_effects import promoted_of
@@ -58,8 +57,6 @@ __all__ = ["COLUMNS", "Column", "Found", "FoundFeature", "find", "layers_of"]
 FORMAT, VERSION = "qwen-scope-find", 1
 DEFAULT = MINI_GROUPS[0].short
 
-Column = Literal["examples", "labels", "words", "says"]
-COLUMNS: tuple[Column, ...] = get_args(Column)
 WEIGHTS: dict[Column, float] = {"examples": 3.0, "labels": 2.0, "words": 1.0, "says": 1.0}
 """Examples show what is meant, labels were written about the feature; words and the logit lens are
 hints."""
@@ -182,7 +179,7 @@ def find(
         progress: called with the number of layers done and of all layers.
     """
     concept = Concept(words, tuple(examples), tuple(against))
-    chosen = _columns(columns, concept, labels)
+    chosen = columns_of(columns, concept, labels is not None)
     refs = layers_of(sae, layers, sae_folder)
     row, numbers = refs[0].row, [ref.layer for ref in refs]
     if store is not None:
@@ -297,26 +294,6 @@ def layers_of(
             continue
         here.append(ref)
     return tuple(here) or saes_named(sae)
-
-
-def _columns(
-    wanted: Sequence[Column] | None, concept: Concept, labels: LabelPack | None
-) -> tuple[Column, ...]:
-    possible = [
-        column
-        for column in COLUMNS
-        if (column != "examples" or concept.examples) and (column != "labels" or labels is not None)
-    ]
-    if wanted is None:
-        return tuple(possible)
-    for column in wanted:
-        if column not in COLUMNS:
-            raise UnknownName(f"column {column!r}: expected some of {', '.join(COLUMNS)}")
-        if column not in possible:
-            raise TooLittleData(f"the column {column} needs {column}: give some")
-    if not wanted:
-        raise TooLittleData(f"no column is chosen: choose some of {', '.join(COLUMNS)}")
-    return tuple(column for column in COLUMNS if column in wanted)
 
 
 def _require_same(store: FeatureStore, refs: Sequence[LayerRef]) -> None:
