@@ -15,7 +15,7 @@ let asked = 0;
 function close() {
   asked += 1;
   $("found").hidden = true;
-  $("search").setAttribute("aria-expanded", "false");
+  $("found-says").textContent = "";
   set({ hover: null });
 }
 
@@ -44,8 +44,8 @@ async function look() {
   const parts = [];
   const show = () => {
     box.hidden = false;
-    $("search").setAttribute("aria-expanded", "true");
     box.replaceChildren(...parts);
+    $("found-says").textContent = `${box.querySelectorAll(".feature-button").length} features found; arrow keys reach them`;
   };
   try {
     const [found, read] = await Promise.all([call("GET", `/api/search?${query}`),

@@ -136,7 +136,8 @@ async function start() {
   $("loading").hidden = true;
   $("page").hidden = false;
   startFind();
-  startChat();
+  const plan = startPlan(edits);
+  startChat(plan);
   const reading = startReading();
   startChosen();
   listen((changed) => {
@@ -146,7 +147,7 @@ async function start() {
   });
   addEventListener("hashchange", followAddress);
   addEventListener("keydown", pressed);
-  await Promise.all([reading, startPlan(edits)]);
+  await Promise.all([reading, plan]);
 }
 
 start().catch((error) => {

@@ -27,7 +27,7 @@ export class Scale {
 
 export class Panel {
   // `names`: of the texts, for screen readers. `empty`: what stands there before anything was read.
-  constructor(names, { scale = new Scale(), empty = "", list = true, open = true } = {}) {
+  constructor(names, { scale = new Scale(), empty = "", most = MOST_LISTED, open = true } = {}) {
     this.scale = scale;
     this.parts = names.map((name) => ({ name, reading: null, drawn: 0, strip: this.#strip(name), differs: new Set(), instead: [] }));
     this.caption = QSL.make("p", { class: "note-line caption" }, empty);
@@ -36,7 +36,7 @@ export class Panel {
     this.firing = QSL.make("details", { class: "firing" }, this.heading, this.list);
     this.firing.open = open;
     this.token = null; // {part, index}
-    this.lists = list;
+    this.most = most; // features of the whole text
     scale.panels.push(this);
     panels.add(this);
   }
@@ -67,10 +67,12 @@ export class Panel {
   // Draw the pieces that were added to the readings, and unless there are more to come at once, the list.
   grow(fill = true) {
     for (const part of this.parts) {
-      const pieces = part.reading?.pieces || [];
+      const pieces = part.reading?.pieces || [], { strip } = part;
+      const atEnd = strip.scrollTop + strip.clientHeight > strip.scrollHeight - 8;
       if (part.drawn && pieces.length >= part.drawn) part.strip.children[--part.drawn].remove(); // it may have grown
       for (; part.drawn < pieces.length; part.drawn += 1) part.strip.append(this.#token(pieces[part.drawn], part.drawn));
-      part.strip.hidden = !pieces.length;
+      strip.hidden = !pieces.length;
+      if (atEnd) strip.scrollTop = strip.scrollHeight;
     }
     this.paint();
     if (fill) this.fill();
@@ -177,7 +179,7 @@ export class Panel {
   fill() {
     const chosen = this.token;
     const rows = !this.reading ? [] : chosen ? chosen.part.reading.on(chosen.index).slice(0, MOST_LISTED)
-      : this.lists ? this.reading.strongest(MOST_LISTED) : [];
+      : this.reading.strongest(this.most);
     const about = chosen && chosen.part.reading.pieces[chosen.index];
     this.heading.replaceChildren(...(about ? ["On ", QSL.token(about.text), about.note ? ` (${about.note})` : ""] : rows.length ? ["Strongest features"] : []));
     this.firing.hidden = !rows.length && !about;

@@ -111,7 +111,7 @@ export function startReading() {
   $("read-result").append(...panel.elements);
   const scale = new Scale();
   for (const name of ["a", "b"]) {
-    const side = new Panel([`Text ${name.toUpperCase()}`], { scale, list: false });
+    const side = new Panel([`Text ${name.toUpperCase()}`], { scale, most: 0 });
     $(`result-${name}`).append(...side.elements);
     sides.push(side);
     $(`text-${name}`).addEventListener("input", (event) => set({ [name]: event.target.value }));
