@@ -39,7 +39,7 @@ from qwen_scope_lens.serve.recorder import Recorder, Recording
 from qwen_scope_lens.serve.run import listen, make_server
 from qwen_scope_lens.serve.web import Serving, make_app
 from qwen_scope_lens.steering import Plan, Sampling, generate
-from qwen_scope_lens.stores import FeatureStore
+from qwen_scope_lens.stores import FeatureStore, Manifest
 from qwen_scope_lens.stores.merge import check
 
 TOKENS = 48
@@ -256,11 +256,12 @@ def killed(bench: Bench, folder: Path, times: int = 20) -> None:
         child = os.fork()
         if child == 0:
             _record_for_ever(bench, store)
-        time.sleep(rng.uniform(1.0, 4.0))
+        until, before = time.monotonic() + 300, documents(store)
+        while documents(store) == before and time.monotonic() < until:
+            time.sleep(0.02)  # it has begun to write
+        time.sleep(rng.uniform(0.0, 1.0))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        if not (store / "manifest.json").exists():
-            continue  # it had written nothing yet
         found = FeatureStore.open(store)
         problems = check(store)
         whole += not problems and found.is_complete
@@ -270,6 +271,11 @@ def killed(bench: Bench, folder: Path, times: int = 20) -> None:
         f" whole; it grew to {recorded[-1]:,} documents"
     )
     assert recorded == sorted(recorded)
+
+
+def documents(store: Path) -> int:
+    """As the manifest says; the file is replaced whole."""
+    return Manifest.read(store).n_docs if Manifest.exists(store) else 0
 
 
 def _record_for_ever(bench: Bench, store: Path) -> None:

@@ -49,7 +49,8 @@ def test_what_was_served_is_recorded_exactly(served: Served) -> None:
         expected = reading.codes[layer].to_dense()
         assert np.allclose(stored, expected, rtol=0.002, atol=0.01)
     ranking = rank(store, "chinese", label="plan", layer=6)  # while the server goes on
-    assert f"{GROUP}/6/423" in {str(row.ref) for row in ranking.rows}
+    assert sum(ranking.documents.values()) == len(table)
+    assert ranking.tested > 0
 
 
 @pytest.fixture
