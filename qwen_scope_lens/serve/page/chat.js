@@ -50,21 +50,20 @@ class Side {
     const title = name === "plain" ? "Unsteered" : "Steered";
     this.name = name;
     this.status = QSL.make("span", { class: "quiet" });
-    this.tail = QSL.make("span", { class: "tail", dir: "auto" });
     this.panel = new Panel([`${title}, prompt`, `${title}, reply`], { scale, most: 6, open: innerWidth > 700 });
     this.report = QSL.make("div", { class: "note-line report" });
     const [prompt, reply, ...rest] = this.panel.elements;
     prompt.classList.add("prompt");
     this.element = QSL.make("section", { class: `card reply ${name}`, "aria-label": title },
-      QSL.make("h3", {}, title, " ", this.status), prompt, reply, this.tail, this.report, rest);
+      QSL.make("h3", {}, title, " ", this.status), prompt, reply, this.report, rest);
   }
 
   async ask(path, asked, former, signal, grown) {
     const mine = (this.run = {}); // a run that was stopped for a newer one says nothing more
     const [prompt, reply] = [new Reading(TOP, state.info.k), new Reading(TOP, state.info.k)];
     Object.assign(this, { said: "", ids: null, failed: false, drawn: false, instead: [], finish: null });
+    this.element.style.minHeight = `${this.element.offsetHeight}px`; // so that nothing jumps while it is answered again
     this.panel.clear("");
-    this.tail.textContent = "";
     this.report.replaceChildren();
     this.status.textContent = "waiting …";
     const ids = [];
@@ -74,11 +73,11 @@ class Side {
       if (this.run !== mine) return;
       const fill = Boolean(this.finish) || performance.now() - filled > CALM;
       if (fill) filled = performance.now();
-      this.panel.grow(fill);
       this.panel.parts[1].instead = reply.pieces.map((piece) => this.instead[piece.start] || []);
       // A token's activations come one step after its text: what has none yet stands there without colour.
       const known = reply.text;
-      this.tail.textContent = this.said.startsWith(known) ? this.said.slice(known.length) : "";
+      this.panel.parts[1].tail.textContent = this.said.startsWith(known) ? this.said.slice(known.length) : "";
+      this.panel.grow(fill);
       this.status.textContent = this.finish ? `${this.instead.length} tokens, ${this.finish}` : `${this.instead.length} of ${asked.max_tokens} tokens`;
       grown();
     };
@@ -119,6 +118,7 @@ class Side {
         error.wait ? `${error.message} Try again in ${error.wait} s.` : error.message));
     }
     draw();
+    this.element.style.minHeight = "";
     $("chat-says").textContent = `${this.name === "plain" ? "Unsteered" : "Steered"}: ${this.status.textContent}`;
   }
 

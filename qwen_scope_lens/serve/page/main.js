@@ -143,7 +143,7 @@ async function start() {
   listen((changed) => {
     if (changed.has("layer")) $("layers").value = String(state.layer);
     if (changed.has("tab")) showTab();
-    if (!following && [...changed].some((name) => !["hover", "labels", "edits", "unknown"].includes(name))) keepAddress(changed);
+    if (!following && [...changed].some((name) => !["hover", "labels", "edits", "unknown", "typicals"].includes(name))) keepAddress(changed);
   });
   addEventListener("hashchange", followAddress);
   addEventListener("keydown", pressed);

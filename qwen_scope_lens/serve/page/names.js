@@ -31,6 +31,7 @@ export const typicalOf = (address) => typical.get(address);
 
 export async function measureTypical(address) {
   if (!typical.has(address)) typical.set(address, (await call("GET", `${featurePath(address)}?typical=1`)).typical);
+  set({ typicals: Symbol("one more") });
   return typical.get(address);
 }
 
