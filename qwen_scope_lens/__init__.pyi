@@ -1,4 +1,3 @@
-from . import app as app
 from . import bench as bench
 from . import classify as classify
 from . import compare as compare
@@ -8,6 +7,7 @@ from . import labels as labels
 from . import mini as mini
 from . import models as models
 from . import saes as saes
+from . import serve as serve
 from . import site as site
 from . import steering as steering
 from . import stores as stores

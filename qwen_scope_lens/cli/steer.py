@@ -9,7 +9,8 @@
 An edit is REF:OP[:STRENGTH][@WHERE]. OP: add, set (or clamp), scale, ablate, floor, cap,
 project_out. STRENGTH: 4 (in activations), +2typical (twice the feature's typical activation),
 -0.1norm (fraction of the residual's length). WHERE, joined by commas: prompt, generation,
-pos=3-8+-1, class=han, role=user, token=42, first; default: everything but the first token.
+pos=3-8+-1, class=han, role=user, token=42, first, think=inside (or after), gate=G/12/345>3.5 (once
+that feature has fired so strongly); default: everything but the first token.
 The text comes from standard input when it is `-`.
 """
 

@@ -136,7 +136,7 @@ class Recorder:
         ended = False
         while not ended:
             batch: list[CodedDocument] = []
-            until = None
+            until: float | None = None
             while len(batch) < self._settings.batch:
                 left = None if until is None else max(0.0, until - time.monotonic())
                 try:
