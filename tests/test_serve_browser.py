@@ -254,6 +254,11 @@ def test_compare_find_and_label(served: Served, page: Any) -> None:
     lines.nth(1).click()
     expect(page.locator("#chosen-address")).to_have_text(ref)
     expect(page.locator("#result-b .caption")).to_contain_text(ref.split("/")[-1])
+    # A feature that was found in another layer is read for both texts.
+    page.goto(f"{served.url}/#{GROUP}/4/36")
+    for side in ("a", "b"):
+        expect(page.locator(f"#result-{side} .caption")).to_contain_text("tokens")
+        expect(page.locator(f"#result-{side} .caption b")).to_have_text("4/36")
     page.locator("#leave input").nth(1).check()  # the table is of the old choice: it goes
     expect(page.locator("#compare-table")).to_be_hidden()
     # By label, by token, by sentence. A label is text.

@@ -252,7 +252,7 @@ function outdated() {
 export function startChat(plan) {
   planIsThere = plan;
   const forms = state.info.has_chat ? FORMS : { text: FORMS.text };
-  if (!(state.form in forms)) set({ form: Object.keys(forms)[0] });
+  if (!Object.hasOwn(forms, state.form)) set({ form: Object.keys(forms)[0] });
   for (const [value, text] of Object.entries(forms)) $("form").append(new Option(text, value));
   for (const name of ["form", "temperature", "top_p", "tokens", "seed"]) {
     $(name).value = state[name];

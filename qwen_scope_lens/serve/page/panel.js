@@ -2,7 +2,7 @@
 // token that is chosen, else of the whole text. Used for a text, a reply and both sides of a comparison.
 
 import { addEdit, featureButton } from "/names.js";
-import { labels, listen, short, state } from "/state.js";
+import { labels, listen, set, short, state } from "/state.js";
 
 const MOST_LISTED = 12;
 const panels = new Set();
@@ -187,6 +187,8 @@ export class Panel {
     const about = chosen && chosen.part.reading.pieces[chosen.index];
     this.heading.replaceChildren(...(about ? ["On ", QSL.token(about.text), about.note ? ` (${about.note})` : ""] : rows.length ? ["Strongest features"] : []));
     this.firing.hidden = !rows.length && !about;
+    // A button that goes is never left by the pointer: what it coloured would stay.
+    if (state.hover && this.list.querySelector(".feature-button:hover, .feature-button:focus")) set({ hover: null });
     const most = Math.max(1e-9, ...rows.map((row) => row[1]));
     const instead = (chosen && chosen.part.instead[chosen.index]) || [];
     this.list.replaceChildren(...rows.map(([address, value]) => QSL.make("li", {},
