@@ -20,7 +20,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -310,6 +310,7 @@ def workplace() -> Iterator[Path]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--real", nargs=2, metavar=("MODEL", "GROUP/LAYER"))
+    parser.add_argument("--only", nargs="+", help="kill, overhead, throughput, recorder, ...")
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -328,21 +329,24 @@ def main() -> None:
     bench = Bench("mini-qwen3", "mini-qwen3/w1k-l0-16/4")
     print(f"CPU: {cpu_name()}, one thread of torch; torch {torch.__version__}")
     print("mini-qwen3, mini-qwen3/w1k-l0-16/4", flush=True)
+    only, repeats = arguments.only, arguments.repeats
     with workplace() as folder:
-        bench.lens.engine.close()
-        killed(bench, folder)
-        sys.stdout.flush()
+        bench.lens.engine.close()  # a process with threads is not to be forked
+        if not only or "kill" in only:
+            killed(bench, folder)
         bench.lens = bench.make_lens()
         server = Server(bench.lens)
-        overhead(bench, server, TOKENS, arguments.repeats)
-        sys.stdout.flush()
-        throughput(bench, server, TOKENS, max(2, arguments.repeats // 2))
-        sys.stdout.flush()
-        recording(bench, server, folder, arguments.repeats)
-        sys.stdout.flush()
-        at_once(bench, server)
-        sys.stdout.flush()
-        flat_memory(server, bench)
+        parts: dict[str, Callable[[], None]] = {
+            "overhead": lambda: overhead(bench, server, TOKENS, repeats),
+            "throughput": lambda: throughput(bench, server, TOKENS, max(2, repeats // 2)),
+            "recorder": lambda: recording(bench, server, folder, repeats),
+            "at once": lambda: at_once(bench, server),
+            "memory": lambda: flat_memory(server, bench),
+        }
+        for name, part in parts.items():
+            if not only or name in only:
+                part()
+                sys.stdout.flush()
         server.close()
 
 

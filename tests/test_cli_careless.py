@@ -61,6 +61,7 @@ app --labels none.jsonl                                                 | none.j
 app --site nosuch                                                       | not a site of features
 app                                                                     | starlette, which is not
 serve --plan none.json                                                  | none.json
+serve --record-limit 1MB                                                | below --record-rotate
 serve --host 0.0.0.0                                                    | give a --token
 compare match nosuch MINI/6                                             | not an SAE address
 compare match MINI/99 MINI/6                                            | layer 99

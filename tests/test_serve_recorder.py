@@ -31,10 +31,10 @@ def recorded(recorder: Recorder, count: int) -> FeatureStore:
 def test_what_was_served_is_recorded_exactly(served: Served) -> None:
     before = served.recorder.recorded
     plain = served.post("/v1/completions", prompt="内核读取 a file", max_tokens=6, temperature=0)
-    for _ in range(4):
-        served.post("/v1/completions", prompt="The kernel", max_tokens=6, plan="chinese", seed=3)
-        served.post("/v1/completions", prompt="The kernel", max_tokens=6, seed=4)
-    store = recorded(served.recorder, before + 9)
+    for word in ("reads", "writes", "opens", "closes", "needs"):
+        for plan in ("chinese", None):
+            served.post("/v1/completions", prompt=f"It {word} a file", max_tokens=3, plan=plan)
+    store = recorded(served.recorder, before + 11)
     assert check(store.path) == []
     table = store.documents(["request", "plan", "text", "prompt_tokens", "seed"]).to_pylist()
     doc = [row["request"] for row in table].index(plain["id"])

@@ -125,8 +125,6 @@ def run(arguments: argparse.Namespace) -> int:
         refs = saes_named(group_name, layer_list(numbers))
     else:
         refs = saes_named(arguments.sae, arguments.layers)
-    check("starlette", "serve")
-    check("uvicorn", "serve")
     token = arguments.token or os.environ.get("QSL_TOKEN") or None
     local = arguments.host in LOCAL
     if not local and token is None:
@@ -136,9 +134,11 @@ def run(arguments: argparse.Namespace) -> int:
         )
     if arguments.record_limit is not None and arguments.record_limit < arguments.record_rotate:
         raise CannotWrite("--record-limit is below --record-rotate: one store would be too large")
-    inputs.free_port(arguments.host, arguments.port)
     if arguments.record is not None:
         _check_record(arguments.record)
+    check("starlette", "serve")
+    check("uvicorn", "serve")
+    inputs.free_port(arguments.host, arguments.port)
     labels = read_labels(arguments.labels)
     if arguments.plans is not None:
         arguments.plans.mkdir(parents=True, exist_ok=True)
