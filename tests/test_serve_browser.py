@@ -40,6 +40,7 @@ def sheet(chromium: Browser) -> Iterator[Any]:
 
 @pytest.fixture
 def page(sheet: Any, browser: Browser) -> Any:
+    sheet.unroute_all()  # of a test that failed
     sheet.goto("about:blank")  # another fragment alone would load nothing
     sheet.set_viewport_size({"width": 1280, "height": 900})
     return sheet
