@@ -2,9 +2,13 @@
 
     python -m tools.shots pictures/ report.html 'site/index.html#mini-qwen3/w1k-l0-16/6/3'
 
-A page is an HTML file, with an address inside it where it has one. It prints what the browser
+A page is an HTML file, with an address inside it where it has one, or the address of a server that
+runs on this machine; `--click` presses something on it first. It prints what the browser
 complains about and how far a page is wider than the window, and then exits with 1. The picture in
-`docs/dash.md` is one with `--width 1180 --scheme light --height 800`.
+`docs/dash.md` is one with `--width 1180 --scheme light --height 800`, that in `docs/serve.md`:
+
+    python -m tools.shots pictures/ 'http://127.0.0.1:8765/#PAGE' --click '#send' \
+        --until '.compared b' --width 1180 --scheme light --height 800
 """
 
 from __future__ import annotations
@@ -28,7 +32,15 @@ SETTLE = 800
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, help="the folder of the pictures")
-    parser.add_argument("pages", nargs="+", help="HTML files, with #address where there is one")
+    parser.add_argument(
+        "pages",
+        nargs="+",
+        help="HTML files or http://127.0.0.1..., with #address where there is one",
+    )
+    parser.add_argument(
+        "--click", action="append", default=[], help="a selector, before the picture"
+    )
+    parser.add_argument("--until", help="a selector to wait for, before the picture")
     parser.add_argument("--width", nargs="+", type=int, default=WIDTHS, help="of the window")
     parser.add_argument("--scheme", nargs="+", choices=SCHEMES, default=SCHEMES)
     parser.add_argument("--height", type=int, help="the top of the page, not the whole of it")
@@ -45,8 +57,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         engine = play.chromium.launch(executable_path=path, args=["--no-sandbox"])
         for page in given.pages:
             file, mark, inside = page.partition("#")
-            address = Path(file).resolve(strict=True).as_uri() + mark + inside
-            name = re.sub(r"\W+", "-", f"{Path(file).parent.name} {Path(file).stem} {inside}")
+            address = page
+            if not page.startswith("http://127.0.0.1"):
+                address = Path(file).resolve(strict=True).as_uri() + mark + inside
+            name = re.sub(r"\W+", "-", f"{Path(file).parent.name} {Path(file).stem} {inside}")[:100]
             for width in given.width:
                 for scheme in given.scheme:
                     view = engine.new_page(
@@ -59,6 +73,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     view.on("pageerror", lambda error, to=complaints: to.append(str(error)))
                     view.goto(address)
                     view.wait_for_timeout(SETTLE)
+                    for selector in given.click:
+                        view.locator(selector).click()
+                    if given.until:
+                        view.locator(given.until).first.wait_for()
+                        view.wait_for_timeout(SETTLE)
                     wide = view.evaluate("document.documentElement.scrollWidth - innerWidth")
                     if wide > 0:
                         complaints.append(f"{wide} pixels wider than the window")

@@ -13,6 +13,7 @@ const CALM = 500; // milliseconds between two lists of a reply that grows
 const MOST_MARKED = 600; // tokens up to which differences are marked while a reply still grows
 const FORMS = { chat: "chat", think: "chat, thinking", text: "plain text" };
 const turns = []; // {text, form, sides: {plain, steered}}
+let planIsThere = null;
 let running = null; // the AbortController of the turn that is being answered
 
 export const busy = () => running !== null;
@@ -48,22 +49,21 @@ class Side {
   constructor(name, scale) {
     const title = name === "plain" ? "Unsteered" : "Steered";
     this.name = name;
-    this.status = QSL.make("span", { class: "quiet", role: "status" });
-    this.tail = QSL.make("span", { class: "tail", dir: "auto" });
-    this.panel = new Panel([`${title}, prompt`, `${title}, reply`], { scale, open: innerWidth > 700 });
+    this.status = QSL.make("span", { class: "quiet" });
+    this.panel = new Panel([`${title}, prompt`, `${title}, reply`], { scale, most: 6, open: innerWidth > 700 });
     this.report = QSL.make("div", { class: "note-line report" });
     const [prompt, reply, ...rest] = this.panel.elements;
     prompt.classList.add("prompt");
     this.element = QSL.make("section", { class: `card reply ${name}`, "aria-label": title },
-      QSL.make("h3", {}, title, " ", this.status), prompt, reply, this.tail, this.report, rest);
+      QSL.make("h3", {}, title, " ", this.status), prompt, reply, this.report, rest);
   }
 
   async ask(path, asked, former, signal, grown) {
     const mine = (this.run = {}); // a run that was stopped for a newer one says nothing more
     const [prompt, reply] = [new Reading(TOP, state.info.k), new Reading(TOP, state.info.k)];
     Object.assign(this, { said: "", ids: null, failed: false, drawn: false, instead: [], finish: null });
+    this.element.style.minHeight = `${this.element.offsetHeight}px`; // so that nothing jumps while it is answered again
     this.panel.clear("");
-    this.tail.textContent = "";
     this.report.replaceChildren();
     this.status.textContent = "waiting …";
     const ids = [];
@@ -73,11 +73,11 @@ class Side {
       if (this.run !== mine) return;
       const fill = Boolean(this.finish) || performance.now() - filled > CALM;
       if (fill) filled = performance.now();
-      this.panel.grow(fill);
       this.panel.parts[1].instead = reply.pieces.map((piece) => this.instead[piece.start] || []);
       // A token's activations come one step after its text: what has none yet stands there without colour.
       const known = reply.text;
-      this.tail.textContent = this.said.startsWith(known) ? this.said.slice(known.length) : "";
+      this.panel.parts[1].tail.textContent = this.said.startsWith(known) ? this.said.slice(known.length) : "";
+      this.panel.grow(fill);
       this.status.textContent = this.finish ? `${this.instead.length} tokens, ${this.finish}` : `${this.instead.length} of ${asked.max_tokens} tokens`;
       grown();
     };
@@ -118,6 +118,8 @@ class Side {
         error.wait ? `${error.message} Try again in ${error.wait} s.` : error.message));
     }
     draw();
+    this.element.style.minHeight = "";
+    $("chat-says").textContent = `${this.name === "plain" ? "Unsteered" : "Steered"}: ${this.status.textContent}`;
   }
 
   // What the plan did, in the words of its report.
@@ -135,7 +137,7 @@ class Turn {
     this.compared = QSL.make("p", { class: "note-line compared", role: "status" });
     this.pair = QSL.make("div", { class: "pair" });
     this.element = QSL.make("article", { class: "turn" }, QSL.make("h2", {}, "You"),
-      QSL.make("p", { class: "said", dir: "auto" }, text), this.pair, this.compared);
+      QSL.make("p", { class: "said", dir: "auto" }, text), this.compared, this.pair);
   }
 
   async answer(names, signal) {
@@ -202,11 +204,13 @@ async function run(turn, names) {
 function buttons() {
   $("stop").disabled = !busy();
   $("send").disabled = busy();
+  $("chat-intro").hidden = turns.length > 0;
   $("again").disabled = $("new-chat").disabled = !turns.length;
   outdated();
 }
 
-function send() {
+async function send() {
+  await planIsThere; // of the address, which the server may still be looking at
   if (busy()) return undefined;
   if (!state.say.trim()) {
     $("say").focus();
@@ -231,6 +235,11 @@ function planMoved() {
   soon = setTimeout(() => again(last.sides.plain?.failed === false ? ["steered"] : undefined), 250);
 }
 
+function showSettings() {
+  $("settings-say").textContent = `Settings: ${FORMS[state.form]}, ${state.tokens} new tokens, ${state.temperature
+    ? `temperature ${state.temperature}, top p ${state.top_p}, seed ${state.seed}` : "the most probable token each time"}`;
+}
+
 function outdated() {
   const last = turns.at(-1);
   const plan = last?.made !== undefined && JSON.stringify(state.edits) !== last.made;
@@ -240,9 +249,10 @@ function outdated() {
     + ". Answer again takes the present choice.";
 }
 
-export function startChat() {
+export function startChat(plan) {
+  planIsThere = plan;
   const forms = state.info.has_chat ? FORMS : { text: FORMS.text };
-  if (!(state.form in forms)) set({ form: Object.keys(forms)[0] });
+  if (!Object.hasOwn(forms, state.form)) set({ form: Object.keys(forms)[0] });
   for (const [value, text] of Object.entries(forms)) $("form").append(new Option(text, value));
   for (const name of ["form", "temperature", "top_p", "tokens", "seed"]) {
     $(name).value = state[name];
@@ -274,6 +284,8 @@ export function startChat() {
       if (changed.has(name) && $(name).value !== String(state[name])) $(name).value = state[name];
     if (changed.has("edits")) planMoved();
     outdated();
+    showSettings();
   });
   buttons();
+  showSettings();
 }

@@ -6,7 +6,6 @@ import { relabelled } from "/read.js";
 import { labels, layerRef, listen, numberOf, set, short, state } from "/state.js";
 
 const $ = (id) => document.getElementById(id);
-const inWords = (value) => (value === null ? "not known: it fires on none of the sample texts" : QSL.value(value));
 const tokens = (title, list) => [QSL.make("h3", {}, title),
   QSL.make("div", { class: "tokens" }, list.map(([token, logit]) => QSL.token(token, { title: `logit ${QSL.value(logit)}` })))];
 
@@ -28,6 +27,13 @@ function labelForm(address, found) {
   return [QSL.make("div", { class: "label-form" }, field, QSL.button("Save label", keep, { id: "label-save" })), says];
 }
 
+function showTypical() {
+  const address = state.feature, value = typicalOf(address), place = $("typical");
+  const failed = (error) => place.replaceChildren(QSL.make("span", { class: "refused", role: "alert" }, error.message));
+  place?.replaceChildren(value === undefined ? QSL.button("measure", () => measureTypical(address).catch(failed), { class: "small" })
+    : value === null ? "not known: it fires on none of the sample texts" : QSL.value(value));
+}
+
 async function show() {
   const address = state.feature;
   const card = $("chosen");
@@ -44,16 +50,13 @@ async function show() {
     return undefined;
   }
   if (state.feature !== address) return undefined; // another one was chosen meanwhile
-  const measured = QSL.make("span", { id: "typical" }, typicalOf(address) === undefined
-    ? QSL.button("measure", () => measureTypical(address).then(inWords, (error) => error.message).then((text) => measured.replaceChildren(text)),
-      { class: "small" }) : inWords(typicalOf(address)));
   const source = found.label ? [found.label.score === null || found.label.score === undefined ? null : `score ${QSL.value(found.label.score)}`,
     ...Object.entries(found.label.provenance || {}).map(([name, value]) => `${name}: ${typeof value === "string" ? value : JSON.stringify(value)}`)].filter(Boolean).join(" · ") : "";
   const taken = QSL.make("div", { id: "chosen-taken" });
-  return card.replaceChildren(
+  card.replaceChildren(
     QSL.make("p", { class: "address", id: "chosen-address" }, address), ...labelForm(address, found),
     source ? QSL.make("p", { class: "note-line" }, QSL.make("bdi", {}, source)) : "",
-    QSL.make("p", {}, "Typical activation: ", measured),
+    QSL.make("p", {}, "Typical activation: ", QSL.make("span", { id: "typical" })),
     QSL.make("div", { class: "buttons" },
       QSL.button("Steer with it", () => addEdit.with(address), { id: "steer-it" }),
       QSL.button("Open its page", () => set({ tab: "feature" }), { id: "open-page" }),
@@ -62,6 +65,7 @@ async function show() {
     ...tokens("Promotes", found.promoted), ...tokens("Suppresses", found.suppressed),
     ...(found.nearest.length ? [QSL.make("h3", {}, "Similar"), QSL.make("div", { class: "similar" },
       found.nearest.slice(0, 6).map(([feature, cosine]) => QSL.make("div", {}, featureButton(feature), QSL.make("span", { class: "number quiet" }, cosine.toFixed(2)))))] : []));
+  return showTypical();
 }
 
 // Its page, drawn by the parts of the static site; without a site only what the weights say.
@@ -121,6 +125,7 @@ export function startChosen() {
   });
   listen((changed) => {
     if (changed.has("feature") || changed.has("unknown")) show();
+    if (changed.has("typicals")) showTypical();
     if ((changed.has("feature") || changed.has("tab") || changed.has("labels")) && state.tab === "feature") showPage();
   });
   show();

@@ -3,11 +3,12 @@
 
 import { call } from "/api.js";
 import { featureButton } from "/names.js";
-import { labels, learn, set, state } from "/state.js";
+import { Reading } from "/reading.js";
+import { labels, set, state } from "/state.js";
 
 const $ = (id) => document.getElementById(id);
 const PATIENCE = 200; // milliseconds after a key
-const MOST = 20;
+const MOST = 20, FIRING = 10, TOP = 50;
 const WHY = { address: "By number", label: "By label", token: "By token that it promotes" };
 
 let asked = 0;
@@ -15,7 +16,7 @@ let asked = 0;
 function close() {
   asked += 1;
   $("found").hidden = true;
-  $("search").setAttribute("aria-expanded", "false");
+  $("found-says").textContent = "";
   set({ hover: null });
 }
 
@@ -25,6 +26,7 @@ function group(title, rows) {
   return [name, QSL.make("ul", { "aria-label": title }, rows.map(([feature, more]) => {
     const press = featureButton(feature);
     press.addEventListener("click", () => {
+      $("search").value = "";
       close();
       $("search").blur();
     });
@@ -44,12 +46,12 @@ async function look() {
   const parts = [];
   const show = () => {
     box.hidden = false;
-    $("search").setAttribute("aria-expanded", "true");
     box.replaceChildren(...parts);
+    $("found-says").textContent = `${box.querySelectorAll(".feature-button").length} features found; arrow keys reach them`;
   };
   try {
     const [found, read] = await Promise.all([call("GET", `/api/search?${query}`),
-      sentence ? call("POST", "/api/read", { text: q, layers: [state.layer], top: 8, all_tokens: false }) : null]);
+      sentence ? call("POST", "/api/read", { text: q, layers: [state.layer], top: TOP }) : null]);
     if (mine !== asked) return undefined;
     for (const one of found.features) if (one.label) labels.set(one.feature, one.label);
     for (const [why, title] of Object.entries(WHY)) {
@@ -57,9 +59,8 @@ async function look() {
       parts.push(...group(`${title}, layer ${state.layer}`, rows.map((one) => [one.feature, why === "token" ? [QSL.token(one.found)] : null])));
     }
     if (read) {
-      const rows = Object.values(read.features).flat();
-      rows.forEach(learn);
-      parts.push(...group(`Fires on this sentence, layer ${state.layer}`, rows.map((one) => [one.feature, QSL.value(one.activation)])));
+      const rows = Reading.ofAnswer(read, read.layers[0], TOP, state.info.k).strongest(FIRING);
+      parts.push(...group(`Fires on this sentence, layer ${read.layers[0]}`, rows.map(([feature, value]) => [feature, QSL.value(value)])));
     }
     if (!parts.length) parts.push(QSL.make("p", { class: "quiet", role: "status" }, `Nothing found in layer ${state.layer}: `
       + "neither a label nor a token that a feature promotes. Type a sentence to see what fires on it."));

@@ -136,17 +136,18 @@ async function start() {
   $("loading").hidden = true;
   $("page").hidden = false;
   startFind();
-  startChat();
+  const plan = startPlan(edits);
+  startChat(plan);
   const reading = startReading();
   startChosen();
   listen((changed) => {
     if (changed.has("layer")) $("layers").value = String(state.layer);
     if (changed.has("tab")) showTab();
-    if (!following && [...changed].some((name) => !["hover", "labels", "edits", "unknown"].includes(name))) keepAddress(changed);
+    if (!following && [...changed].some((name) => !["hover", "labels", "edits", "unknown", "typicals"].includes(name))) keepAddress(changed);
   });
   addEventListener("hashchange", followAddress);
   addEventListener("keydown", pressed);
-  await Promise.all([reading, startPlan(edits)]);
+  await Promise.all([reading, plan]);
 }
 
 start().catch((error) => {

@@ -31,6 +31,7 @@ export const typicalOf = (address) => typical.get(address);
 
 export async function measureTypical(address) {
   if (!typical.has(address)) typical.set(address, (await call("GET", `${featurePath(address)}?typical=1`)).typical);
+  set({ typicals: Symbol("one more") });
   return typical.get(address);
 }
 
@@ -55,7 +56,7 @@ const about = (address) => (labels.get(address) ? [QSL.make("bdi", {}, labels.ge
 
 // A button that chooses a feature; where it rests, texts are coloured by it.
 export function featureButton(address, attributes = {}) {
-  const press = QSL.button("", () => set({ feature: address }), { class: "feature-button", title: address, ...attributes,
+  const press = QSL.button("", () => set({ feature: address, hover: null }), { class: "feature-button", title: address, ...attributes,
     "aria-pressed": String(state.feature === address), "data-feature": address });
   press.append(QSL.make("span", { class: "name" }, short(address)), " ", QSL.make("span", { class: "about" }, about(address)));
   for (const [event, to] of [["pointerenter", address], ["focus", address], ["pointerleave", null], ["blur", null]])

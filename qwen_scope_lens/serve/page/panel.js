@@ -2,7 +2,7 @@
 // token that is chosen, else of the whole text. Used for a text, a reply and both sides of a comparison.
 
 import { addEdit, featureButton } from "/names.js";
-import { labels, listen, short, state } from "/state.js";
+import { labels, listen, set, short, state } from "/state.js";
 
 const MOST_LISTED = 12;
 const panels = new Set();
@@ -26,17 +26,18 @@ export class Scale {
 }
 
 export class Panel {
-  // `names`: of the texts, for screen readers. `empty`: what stands there before anything was read.
-  constructor(names, { scale = new Scale(), empty = "", list = true, open = true } = {}) {
+  // A text's tail is what is written but not read yet. `names`: of the texts, for screen readers. `empty`: what stands there before anything was read.
+  constructor(names, { scale = new Scale(), empty = "", most = MOST_LISTED, open = true } = {}) {
     this.scale = scale;
-    this.parts = names.map((name) => ({ name, reading: null, drawn: 0, strip: this.#strip(name), differs: new Set(), instead: [] }));
+    this.parts = names.map((name) => ({ name, reading: null, drawn: 0, strip: this.#strip(name),
+      tail: QSL.make("em", { class: "tail" }), differs: new Set(), instead: [] }));
     this.caption = QSL.make("p", { class: "note-line caption" }, empty);
     this.list = QSL.make("ol", { class: "features" });
     this.heading = QSL.make("summary", {}, "");
     this.firing = QSL.make("details", { class: "firing" }, this.heading, this.list);
     this.firing.open = open;
     this.token = null; // {part, index}
-    this.lists = list;
+    this.most = most; // features of the whole text
     scale.panels.push(this);
     panels.add(this);
   }
@@ -51,8 +52,9 @@ export class Panel {
 
   show(readings) {
     this.parts.forEach((part, i) => {
+      part.tail.textContent = "";
       Object.assign(part, { reading: readings[i], drawn: 0, differs: new Set(), instead: [] });
-      part.strip.replaceChildren();
+      part.strip.replaceChildren(part.tail);
     });
     this.token = null;
     this.grow();
@@ -67,10 +69,12 @@ export class Panel {
   // Draw the pieces that were added to the readings, and unless there are more to come at once, the list.
   grow(fill = true) {
     for (const part of this.parts) {
-      const pieces = part.reading?.pieces || [];
+      const pieces = part.reading?.pieces || [], { strip } = part;
+      const atEnd = strip.scrollTop + strip.clientHeight > strip.scrollHeight - 8;
       if (part.drawn && pieces.length >= part.drawn) part.strip.children[--part.drawn].remove(); // it may have grown
-      for (; part.drawn < pieces.length; part.drawn += 1) part.strip.append(this.#token(pieces[part.drawn], part.drawn));
-      part.strip.hidden = !pieces.length;
+      for (; part.drawn < pieces.length; part.drawn += 1) part.tail.before(this.#token(pieces[part.drawn], part.drawn));
+      strip.hidden = !pieces.length && !part.tail.textContent;
+      if (atEnd && part === this.parts.at(-1)) strip.scrollTop = strip.scrollHeight;
     }
     this.paint();
     if (fill) this.fill();
@@ -88,12 +92,12 @@ export class Panel {
     strip.addEventListener("click", (event) => at(event) >= 0 && this.choose(part(), at(event)));
     for (const event of ["pointerover", "focusin"]) strip.addEventListener(event, (what) => at(what) >= 0 && this.#say(part(), at(what)));
     strip.addEventListener("keydown", (event) => {
-      const i = at(event), tokens = strip.children;
-      const step = { ArrowRight: i + 1, ArrowLeft: i - 1, Home: 0, End: tokens.length - 1 }[event.key];
+      const i = at(event), last = part().drawn - 1;
+      const step = { ArrowRight: i + 1, ArrowLeft: i - 1, Home: 0, End: last }[event.key];
       if (i < 0) return;
       if (event.key === "Enter" || event.key === " ") this.choose(part(), i);
       else if (event.key === "Escape" && this.token) this.choose(this.token.part, this.token.index);
-      else if (step !== undefined && tokens[step]) this.#reach(strip, step);
+      else if (step >= 0 && step <= last) this.#reach(strip, step);
       else return;
       event.preventDefault();
       event.stopPropagation();
@@ -156,14 +160,16 @@ export class Panel {
 
   #explain(address) {
     if (!address) return ["Choose a feature to colour the text by it."];
-    const tracks = this.parts.map((part) => part.reading && part.reading.track(address));
+    const parts = this.parts.filter((part) => part.reading?.pieces.length);
+    if (!parts.length) return [];
+    const tracks = parts.map((part) => part.reading.track(address));
     const label = labels.get(address);
     const name = [QSL.make("b", {}, short(address)), label ? [" ", QSL.make("bdi", {}, label)] : ""].flat();
     if (!tracks.at(-1)) {
-      const layers = [...this.reading.layers].join(", ");
+      const layers = [...parts.at(-1).reading.layers].join(", ");
       return [...name, layers ? ` was not computed here (read in layer ${layers}): no colour.` : " was not computed here: no colour."];
     }
-    const pieces = this.parts.flatMap((part, i) => (tracks[i] ? part.reading.pieces : []));
+    const pieces = parts.flatMap((part, i) => (tracks[i] ? part.reading.pieces : []));
     const all = tracks.filter(Boolean).flat();
     const fires = all.filter((value) => value > 0).length;
     if (!fires) return [...name, " fires on none of these tokens."];
@@ -177,10 +183,12 @@ export class Panel {
   fill() {
     const chosen = this.token;
     const rows = !this.reading ? [] : chosen ? chosen.part.reading.on(chosen.index).slice(0, MOST_LISTED)
-      : this.lists ? this.reading.strongest(MOST_LISTED) : [];
+      : this.reading.strongest(this.most);
     const about = chosen && chosen.part.reading.pieces[chosen.index];
     this.heading.replaceChildren(...(about ? ["On ", QSL.token(about.text), about.note ? ` (${about.note})` : ""] : rows.length ? ["Strongest features"] : []));
     this.firing.hidden = !rows.length && !about;
+    // A button that goes is never left by the pointer: what it coloured would stay.
+    if (state.hover && this.list.querySelector(".feature-button:hover, .feature-button:focus")) set({ hover: null });
     const most = Math.max(1e-9, ...rows.map((row) => row[1]));
     const instead = (chosen && chosen.part.instead[chosen.index]) || [];
     this.list.replaceChildren(...rows.map(([address, value]) => QSL.make("li", {},

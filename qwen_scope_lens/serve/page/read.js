@@ -30,7 +30,8 @@ function latest(work) {
   return run;
 }
 
-let panel;
+let panel; // of the text
+const sides = []; // of the two that are compared
 let choosesStrongest = false; // the next reading chooses its strongest feature
 
 const read = latest(async (signal) => {
@@ -53,27 +54,28 @@ const read = latest(async (signal) => {
   await follow();
 });
 
-// The activations of the chosen feature where the reading does not have them.
+// The activations of the chosen feature where a reading does not have them.
 const follow = latest(async (signal) => {
-  const { text, feature, layer } = state;
-  const reading = panel.reading;
-  if (!reading || !feature || reading.track(feature)) return;
-  let answer;
-  try {
-    answer = await call("POST", "/api/read", { text, layers: [layer], top: 1, monitor: [feature] }, signal);
-  } catch (error) {
-    if (signal.aborted) throw error;
-    return; // the caption says that it was not computed
+  const { text, a, b, feature, layer } = state;
+  for (const [one, given] of [[panel, text], [sides[0], a], [sides[1], b]]) {
+    const { reading } = one;
+    if (!reading || !feature || reading.track(feature)) continue;
+    let answer;
+    try {
+      answer = await call("POST", "/api/read", { text: given, layers: [layer], top: 1, monitor: [feature] }, signal);
+    } catch (error) {
+      if (signal.aborted) throw error;
+      return; // the caption says that it was not computed
+    }
+    const found = answer.monitor.find((firing) => firing.feature === feature);
+    if (one.reading !== reading || !found) continue;
+    learn(found);
+    reading.tracks.set(feature, found.track);
+    one.scale.panels.forEach((other) => other.paint());
   }
-  const found = answer.monitor.find((one) => one.feature === feature);
-  if (panel.reading !== reading || !found) return;
-  learn(found);
-  reading.tracks.set(feature, found.track);
-  panel.paint();
 });
 
 const LEAVE = { first: "the first token", shared_tokens: "tokens that both have", shared_prefix: "the prefix that both have" };
-const sides = [];
 
 const compare = latest(async (signal) => {
   const { a, b, layer, leave, feature } = state;
@@ -111,7 +113,7 @@ export function startReading() {
   $("read-result").append(...panel.elements);
   const scale = new Scale();
   for (const name of ["a", "b"]) {
-    const side = new Panel([`Text ${name.toUpperCase()}`], { scale, list: false });
+    const side = new Panel([`Text ${name.toUpperCase()}`], { scale, most: 0 });
     $(`result-${name}`).append(...side.elements);
     sides.push(side);
     $(`text-${name}`).addEventListener("input", (event) => set({ [name]: event.target.value }));
