@@ -6,7 +6,6 @@ import contextlib
 import copy
 import re
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -23,22 +22,13 @@ from tools.notebooks import (
     read,
 )
 
-ROOMS = {
-    "11_serve_and_record": "qwen_scope_lens.serve",
-    "12_find_and_discover": "qwen_scope_lens.concepts",
-}
-"""These rooms are built beside the notebooks; where one is missing, its notebook waits for it."""
-
-EVERY = sorted(EXAMPLES.glob("*.ipynb"))
-NOTEBOOKS = [
-    path for path in EVERY if path.stem not in ROOMS or find_spec(ROOMS[path.stem]) is not None
-]
+NOTEBOOKS = sorted(EXAMPLES.glob("*.ipynb"))
 SHORT = ("01_load_and_read", "10_graph")
 """They take about two seconds of CPU each, without the imports; the others are marked slow."""
 
 
 def test_there_is_one_for_each_thing_that_people_do() -> None:
-    assert len(EVERY) == 13
+    assert len(NOTEBOOKS) == 13
     assert set(SHORT) <= {path.stem for path in NOTEBOOKS}
     assert [path.name for path in EXAMPLES.iterdir() if path.suffix not in (".ipynb", "")] == []
 

@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -37,11 +37,13 @@ from qwen_scope_lens.files import (
     whole_file,
     write_json,
 )
-from qwen_scope_lens.models.architecture import Model
 from qwen_scope_lens.recipes.recipe import KINDS, Recipe
 from qwen_scope_lens.saes.locate import local_path
 from qwen_scope_lens.tables import plain
 from qwen_scope_lens.version import __version__
+
+if TYPE_CHECKING:
+    from qwen_scope_lens.models.architecture import Model
 
 __all__ = ["Outcome", "Run", "Stage", "State", "Work", "run", "stages_of", "states"]
 
