@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers.models.qwen2.modeling_qwen2 as qwen2
 import transformers.models.qwen3.modeling_qwen3 as qwen3
 import transformers.models.qwen3_5.modeling_qwen3_5 as qwen3_5
 
@@ -66,7 +67,7 @@ class _Double:
 def in_float64(model: ScopeBridge) -> Iterator[None]:
     plain = torch.Tensor.float
     with pytest.MonkeyPatch.context() as patch:
-        for module in (qwen3, qwen3_5):
+        for module in (qwen2, qwen3, qwen3_5):
             patch.setattr(module, "torch", _Double())
         keep = lambda x, *args, **kwargs: x if x.dtype == torch.float64 else plain(x)  # noqa: E731
         patch.setattr(torch.Tensor, "float", keep)
