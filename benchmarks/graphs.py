@@ -12,6 +12,7 @@ pair in the shapes of Qwen3-8B with synthetic weights.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import platform
 import sys
@@ -86,13 +87,14 @@ AGREEMENT = {  # the beginning of a sentence, the verb that agrees, one that doe
     "I bambini": (" sono", " è"),
     "Il bambino": (" è", " sono"),
 }
-KNOWN: tuple[tuple[str, str, str | None], ...] = (
+KINDS: dict[str, list[tuple[str, str, str | None]]] = {
     # prompts with a known answer, for a real model; where there is one, the answer it competes with
-    *((f"The capital of {country} is", f" {city}", None) for country, city in CAPITALS.items()),
-    *((f"{a} + {b} = ", str(a + b), None) for a, b in SUMS),
-    *((text, right, wrong) for text, (right, wrong) in AGREEMENT.items()),
-)
-KINDS = {"capitals": len(CAPITALS), "arithmetic": len(SUMS), "agreement": len(AGREEMENT)}
+    "capitals": [(f"The capital of {a} is", f" {city}", None) for a, city in CAPITALS.items()],
+    "arithmetic": [(f"{a} + {b} = ", str(a + b), None) for a, b in SUMS],
+    "agreement": [(text, right, wrong) for text, (right, wrong) in AGREEMENT.items()],
+}
+KNOWN = [one for turn in itertools.zip_longest(*KINDS.values()) for one in turn if one is not None]
+"""One of each kind in turn, so that the first ones are a sample of all."""
 NODES, LAYER = 64, 5
 Prompt = tuple[str, str | None, str | None]
 """Text, target, and the token that the target counts against."""
@@ -272,12 +274,11 @@ def show_curves(say: Printed, rows: Sequence[dict[str, Any]]) -> None:
 
 def known_answers(say: Printed, rows: Sequence[dict[str, Any]]) -> None:
     """Of each kind of prompt: how often the model is right, and how the whole graph does."""
-    start = 0
-    for kind, count in KINDS.items():
-        some = rows[start : start + count]
-        start += count
+    for kind, prompts in KINDS.items():
+        texts = {text for text, _, _ in prompts}
+        some = [row for row in rows if row["text"] in texts]
         if not some:
-            return
+            continue
         full = np.array([row["curves"]["zero"][-1] for row in some])
         better = (full[:, 1] > full[:, 2]).mean()
         lost = (full[:, 3] > full[:, 4]).mean()
@@ -349,6 +350,7 @@ def main() -> None:
     parser.add_argument("--group", help="its SAEs")
     parser.add_argument("--name", help="what the real model is, for the results")
     parser.add_argument("--known", type=Path, help="JSON lines: text, target; for --real")
+    parser.add_argument("--prompts", type=int, default=len(KNOWN), help="of the known ones")
     parser.add_argument("--keep", type=Path, help="file that holds finished prompts, for --real")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -359,7 +361,7 @@ def main() -> None:
     say("per second, wall time for the rest;")
     say(f"torch {torch.__version__}, transformers {transformers.__version__}\n")
     if arguments.real:
-        known: Sequence[Prompt] = KNOWN
+        known: Sequence[Prompt] = KNOWN[: arguments.prompts]
         if arguments.known:
             lines = map(json.loads, arguments.known.read_text("utf-8").splitlines())
             known = [(row["text"], row["target"], row.get("minus")) for row in lines]
@@ -368,7 +370,7 @@ def main() -> None:
         settings = {"allow_other_model": True, "hold": ("norms", "attention"), "most": 32}
         say("32 features followed per layer, held norms and attention")
         rows = whole(say, model, arguments.group, known, arguments.keep, **settings)
-        if known is KNOWN:
+        if not arguments.known:
             known_answers(say, rows)
         say("\nedges against central differences, float64")
         right(say, arguments.name or "the model", arguments.group, model, KNOWN[0][0])
