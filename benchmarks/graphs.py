@@ -172,12 +172,20 @@ def naive(model: Any, ids: list[int], below: Any, above: Any, nodes: Any) -> tor
     return torch.stack(rows).detach()
 
 
-def right(say: Printed, name: str, group: str, model: Any = None, text: str = PROMPTS[0]) -> None:
-    """Agreement with finite differences in float64, all layers."""
+def right(
+    say: Printed,
+    name: str,
+    group: str,
+    model: Any = None,
+    text: str = PROMPTS[0],
+    layers: Any = None,
+) -> None:
+    """Agreement with finite differences in float64, by default of all layers."""
     model = model or qsl.load_model(name)
+    more = {"layers": layers, "most": 16, "allow_other_model": True}
     for hold in ((), ("norms",), ("norms", "attention")):
         with in_float64(model):
-            graph = attribute(model, text, group, hold=hold, most=16, allow_other_model=True)
+            graph = attribute(model, text, group, hold=hold, **more)
             table = agreement(model, graph, each=1)
         worst = max(row[3] for row in table.rows)
         say(
@@ -348,6 +356,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=16, help="nodes of the large layer pair")
     parser.add_argument("--real", help="folder of a real model")
     parser.add_argument("--group", help="its SAEs")
+    parser.add_argument("--layers", help="of the group, if it lacks some, such as 4,10,14,20")
     parser.add_argument("--name", help="what the real model is, for the results")
     parser.add_argument("--known", type=Path, help="JSON lines: text, target; for --real")
     parser.add_argument("--prompts", type=int, default=len(KNOWN), help="of the known ones")
@@ -367,13 +376,15 @@ def main() -> None:
             known = [(row["text"], row["target"], row.get("minus")) for row in lines]
         model = qsl.load_model(arguments.real, dtype=torch.float32)
         say(f"{arguments.name or Path(arguments.real).name}, float32; {arguments.group}")
+        layers = arguments.layers and [int(n) for n in arguments.layers.split(",")]
         settings = {"allow_other_model": True, "hold": ("norms", "attention"), "most": 32}
+        settings["layers"] = layers
         say("32 features followed per layer, held norms and attention")
         rows = whole(say, model, arguments.group, known, arguments.keep, **settings)
         if not arguments.known:
             known_answers(say, rows)
         say("\nedges against central differences, float64")
-        right(say, arguments.name or "the model", arguments.group, model, KNOWN[0][0])
+        right(say, "the model", arguments.group, model, KNOWN[0][0], layers)
     else:
         say("edges per second, one layer pair, against one pass per node with dense encodes")
         for name, group in MINIS.items():
