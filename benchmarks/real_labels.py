@@ -32,10 +32,10 @@ from qwen_scope_lens.writers.local import Local
 
 KINDS = {"prose": 0.4, "code": 0.2, "benchmarks": 0.2, "prompts": 0.2}
 """Shares of the tokens of the store; toxic texts and harmful prompts are left out."""
-TOKENS = 28_000
-FEATURES, LEAST = 50, 16
+TOKENS = 20_000
+FEATURES, LEAST = 50, 12
 """How many are labelled, and in how many documents each fires at least."""
-SAMPLED = Sampled(top=5, quantiles=(0.5,), active=5, silent=5)
+SAMPLED = Sampled(top=4, quantiles=(0.5,), active=4, silent=4)
 
 
 def mixed_store(setting: Setting, work: Path, texts: Path) -> qsl.FeatureStore:

@@ -44,10 +44,10 @@ from qwen_scope_lens.train import (
 
 LANGUAGES = ("zh", "en", "es", "ko", "ru", "vi")
 TARGET = "zh"
-ENGLISH, CHINESE, OTHER, SWITCHED = 72, 16, 8, 0.5
+ENGLISH, CHINESE, OTHER, SWITCHED = 48, 12, 4, 0.5
 """Examples: English ones, Chinese ones, those of all other languages; spoilt English ones."""
 BATCH, RATE = 4, 1e-3
-PROMPTS, SAMPLES, TOKENS, CONVERSATIONS = 32, 2, 32, 24
+PROMPTS, SAMPLES, TOKENS, CONVERSATIONS = 32, 2, 24, 16
 ARMS = [
     ("before", 0.0),
     ("SFT", 0.0),
@@ -56,7 +56,6 @@ ARMS = [
     ("random features", 0.1),
     ("SASFT", 0.03),
     ("SASFT", 0.001),
-    ("random features", 0.03),
 ]
 LORA = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 

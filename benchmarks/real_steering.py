@@ -34,12 +34,15 @@ from real_verbs import FEATURES, NEW_TOKENS, PROMPTS, Setting, leaked
 
 import qwen_scope_lens as qsl
 from qwen_scope_lens.models import unwrap
-from qwen_scope_lens.steering.sweep import CONTROL, PLAN
+from qwen_scope_lens.stats import between, draws_of_groups
+from qwen_scope_lens.steering.doses import Measure
+from qwen_scope_lens.steering.sweep import CONTROL, PLAN, Dose
+from qwen_scope_lens.steering.text_quality import perplexity, repetition, surprisals
 from qwen_scope_lens.tables import Table
 
 CODE = r"```|\bdef \w+\(|\bimport \w|\bprint\(|\breturn |\bself\.|\w\(\)|==|\{\n|;\n"
 """Signs of source code in a reply."""
-QUESTIONS, LONGEST = 48, 110
+QUESTIONS, LONGEST = 32, 110
 """Of MMLU: how many, and of how many tokens at most."""
 LETTERS = "ABCD"
 DIFFERENCE = "mean difference"
@@ -107,7 +110,7 @@ def code_case(setting: Setting, work: Path, texts: Path) -> Case:
     difference, natural = mean_difference(setting, push, yes, no)
     english = english_prompts(setting)
     sets = [("English questions", english, (1.0, 2.0, 3.0, 4.0), f"regex={CODE}")]
-    return Case("code", push, difference, natural, sets, (1.0, 2.0, 3.0, 4.0))
+    return Case("code", push, difference, natural, sets, (1.0, 2.0, 4.0))
 
 
 def chinese_case(setting: Setting, work: Path, texts: Path) -> Case:
@@ -120,7 +123,7 @@ def chinese_case(setting: Setting, work: Path, texts: Path) -> Case:
         ("English questions", english_prompts(setting), (1.0, 2.0, 4.0), "class=han"),
         ("leaked replies", leaked(setting, PROMPTS), (-0.5, -1.0, -2.0), "class=han"),
     ]
-    return Case("chinese", push, difference, natural, sets, (-2.0, -1.0, 1.0, 2.0))
+    return Case("chinese", push, difference, natural, sets, (-1.0, 1.0, 2.0))
 
 
 def english_prompts(setting: Setting) -> list[str]:
@@ -138,37 +141,63 @@ def doses(setting: Setting, case: Case, work: Path) -> None:
         f" of means {case.natural:.2f} before it was scaled to that"
     )
     for name, prompts, strengths, measure in case.sets:
-        found = {}
-        for arm, push in (("features", case.push), (DIFFERENCE, case.difference)):
-            file = f"{case.name}-{name.split()[0].lower()}-{arm.split()[0]}.json"
-            found[arm] = qsl.sweep(
-                setting.model,
-                push.plan,
-                strengths,
-                prompts,
-                measure,
-                [push.sae],
-                sampling=qsl.Sampling(NEW_TOKENS),
-                keep=work / file,
-                allow_other_model=True,
-            )
+        stem = f"{case.name}-{name.split()[0].lower()}"
+        swept = qsl.sweep(
+            setting.model,
+            case.push.plan,
+            strengths,
+            prompts,
+            measure,
+            [case.push.sae],
+            sampling=qsl.Sampling(NEW_TOKENS),
+            keep=work / f"{stem}.json",
+        )
+        means = difference_doses(
+            setting, case, prompts, strengths, swept, work / f"{stem}-mean.json"
+        )
         rows = []
-        swept = found["features"]
         for dose in swept.arm(PLAN):
             at = dose.strength
+            if at and at not in strengths:
+                continue
             other = {d.strength: d for d in swept.arm(CONTROL)}[at]
-            mean = {d.strength: d for d in found[DIFFERENCE].arm(PLAN)}[at]
+            three = (dose, other, means.get(at, dose))
             rows.append(
                 (
                     f"{at:+g}",
-                    *(f"{d.effect:.3f} [{d.low:.3f}, {d.high:.3f}]" for d in (dose, other, mean)),
-                    *(_perplexity(swept, d) for d in (dose, other)),
-                    _perplexity(found[DIFFERENCE], mean),
+                    *(f"{d.effect:.3f} [{d.low:.3f}, {d.high:.3f}]" for d in three),
+                    *(_perplexity(swept, d) for d in three),
                 )
             )
         header = ("dose", "effect", "random", DIFFERENCE, "perplexity", "random ", DIFFERENCE + " ")
         setting.say(f"\n{name}, {len(prompts)}, {NEW_TOKENS} new tokens; {swept.meaning}:\n")
         setting.say(Table.of(header, rows).text())
+
+
+def difference_doses(
+    setting: Setting, case: Case, prompts: list[str], strengths: Any, swept: Any, keep: Path
+) -> dict[float, Dose]:
+    """The doses of the mean difference, in the same way as those of the sweep."""
+    done = json.loads(keep.read_text("utf-8")) if keep.is_file() else {}
+    measure = Measure.parse(swept.measure)
+    for strength in strengths:
+        if str(strength) not in done:
+            texts = qsl.generate(
+                setting.model,
+                prompts,
+                case.difference.plan.at(strength),
+                [case.difference.sae],
+                sampling=qsl.Sampling(NEW_TOKENS),
+                allow_other_model=True,
+            )
+            effects = np.array([measure.of(text, text) for text in texts])
+            effect = between(effects.mean(), draws_of_groups(effects, range(len(effects))))
+            repeats = [r for text in texts if (r := repetition(text.ids)) is not None]
+            height = perplexity(surprisals(setting.model, texts))
+            numbers = (effect.value, effect.low, effect.high, height, float(np.mean(repeats)))
+            done[str(strength)] = [*map(float, numbers), texts[0].text]
+            keep.write_text(json.dumps(done), "utf-8")
+    return {float(at): Dose(DIFFERENCE, float(at), *row) for at, row in done.items()}
 
 
 def _perplexity(found: Any, dose: Any) -> str:
