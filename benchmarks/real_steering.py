@@ -109,8 +109,8 @@ def code_case(setting: Setting, work: Path, texts: Path) -> Case:
     push = chosen_push(setting, store, "code", "kind", yes)
     difference, natural = mean_difference(setting, push, yes, no)
     english = english_prompts(setting)
-    sets = [("English questions", english, (1.0, 2.0, 3.0, 4.0), f"regex={CODE}")]
-    return Case("code", push, difference, natural, sets, (1.0, 2.0, 4.0))
+    sets = [("English questions", english, (2.0, 4.0, 8.0, 12.0), f"regex={CODE}")]
+    return Case("code", push, difference, natural, sets, (4.0, 8.0, 12.0))
 
 
 def chinese_case(setting: Setting, work: Path, texts: Path) -> Case:
