@@ -10,7 +10,8 @@ called whole, logits and all) and with care (the model without its head). Ours i
 tokenising, encoding, both views, checksums.
 
 CPU times of the process on one thread, one of each per round; ratios are medians over rounds. Peak
-memory is what a variant needs beyond the loaded models and code, measured in a fresh process.
+memory is what a variant needs beyond the loaded model (each of whose weights is read once before) and
+code, measured in a fresh process.
 With --model and --sae (a folder and a group of `tools/real`) a real model is measured instead
 of the two toys.
 """
@@ -78,6 +79,9 @@ class Bench:
             self.tokenizer = _large_tokenizer(MIDDLE["vocab_size"])
             self.model = qsl.load_model(make_model(**MIDDLE), tokenizer=self.tokenizer)
         self.hf = unwrap(self.model)
+        with torch.no_grad():  # weights that are pages of a file count as loaded
+            self.hf(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=False)
+            self.hf.get_input_embeddings().weight.sum()
         self.tokenizer.padding_side = "right"
         self.texts = [record["text"] for record, _ in zip(heldout(), range(count), strict=False)]
 
