@@ -10,8 +10,8 @@ called whole, logits and all) and with care (the model without its head). Ours i
 tokenising, encoding, both views, checksums.
 
 CPU times of the process on one thread, one of each per round; ratios are medians over rounds. Peak
-memory is what a variant needs beyond the loaded model (each of whose weights is read once before) and
-code, measured in a fresh process.
+memory is what a variant needs beyond the loaded model, whose weights are all read once before, and
+beyond loaded code, measured in a fresh process.
 With --model and --sae (a folder and a group of `tools/real`) a real model is measured instead
 of the two toys.
 """
