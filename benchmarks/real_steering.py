@@ -1,14 +1,15 @@
 """Steering a real model: a style, two controls, and what it costs in a capability.
 
-    QWEN_SCOPE_HOME=WORK/release python benchmarks/real_steering.py --model MODEL \
+    QWEN_SCOPE_HOME=WORK/release python benchmarks/real_steering.py --model MODEL \\
         --name "WHAT IT IS" --sae local/SAE-... --layer 14 --data DATA --texts WORK --work OUT
 
 Two cases, each with the three features of the layer that tell its texts best (by effect size):
 `code` (source code against prose, problems and prompts; pushed into English questions) and
 `chinese` (that of `real_verbs.py`). Each is pushed at every dose, beside random directions that
 move the residual as far, and beside the difference of mean residuals, made as long as the push of
-the features. Then the model answers multiple-choice questions of MMLU while it is steered:
-accuracy, and the log-likelihood of the right letter among the four, against the unsteered one.
+the features. Then the model reads problems of MATH with their right solutions while it is steered:
+the log-likelihood of a solution's tokens, and how many tokens of the boxed answer it would have
+written itself. (Letters of MMLU were tried first: without any push this model is at chance there.)
 
 Everything that is done is kept in the work folder, so a run that was stopped goes on.
 """
@@ -17,7 +18,9 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
+import re
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -42,9 +45,8 @@ from qwen_scope_lens.tables import Table
 
 CODE = r"```|\bdef \w+\(|\bimport \w|\bprint\(|\breturn |\bself\.|\w\(\)|==|\{\n|;\n"
 """Signs of source code in a reply."""
-QUESTIONS, LONGEST = 32, 110
-"""Of MMLU: how many, and of how many tokens at most."""
-LETTERS = "ABCD"
+PROBLEMS, LONGEST = 20, 130
+"""Of MATH: how many, and of how many tokens at most, solution included."""
 DIFFERENCE = "mean difference"
 
 
@@ -109,12 +111,13 @@ def code_case(setting: Setting, work: Path, texts: Path) -> Case:
     push = chosen_push(setting, store, "code", "kind", yes)
     difference, natural = mean_difference(setting, push, yes, no)
     english = english_prompts(setting)
-    sets = [("English questions", english, (2.0, 4.0, 8.0, 12.0), f"regex={CODE}")]
-    return Case("code", push, difference, natural, sets, (4.0, 8.0, 12.0))
+    sets = [("English questions", english, (2.0, 4.0, 6.0, 8.0, 12.0), f"regex={CODE}")]
+    return Case("code", push, difference, natural, sets, (4.0, 6.0, 8.0))
 
 
 def chinese_case(setting: Setting, work: Path, texts: Path) -> Case:
-    store = setting.declaration()
+    made = work / "declaration"  # that of `real_verbs.py` has more layers, and will do
+    store = qsl.FeatureStore.open(made) if made.is_dir() else setting.declaration()
     rows = list(setting.rows("parallel/udhr"))
     yes, no = ([row["text"] for row in rows if row["lang"] == lang] for lang in ("zh", "en"))
     push = chosen_push(setting, store, "zh", "lang", yes)
@@ -204,81 +207,96 @@ def _perplexity(found: Any, dose: Any) -> str:
     return f"{dose.perplexity:.1f}{'' if not dose.strength or found.coherent(dose) else ' (!)'}"
 
 
-def questions(setting: Setting) -> list[tuple[list[int], int]]:
-    """Short questions of MMLU, each of another subject: token ids, and which letter is right."""
+@dataclass(frozen=True)
+class Problem:
+    """A problem with its right solution: token ids, where the solution begins, the boxed tokens."""
+
+    ids: list[int]
+    start: int
+    boxed: list[int]  # places in `ids`
+
+
+def problems(setting: Setting) -> list[Problem]:
+    """Short problems of MATH, of each subject in turn."""
     tokenizer = setting.model.tokenizer
-    subjects: dict[str, list[tuple[list[int], int]]] = {}
-    for row in setting.rows("benchmarks/mmlu-test"):
-        options = "\n".join(f"{a}. {b}" for a, b in zip(LETTERS, row["choices"], strict=True))
-        ids = tokenizer(f"{row['question']}\n{options}\nAnswer:")["input_ids"]
-        if len(ids) <= LONGEST:
-            some = subjects.setdefault(row["subject"], [])
-            some.append((list(ids), LETTERS.index(row["answer"])))
-    order = np.random.default_rng(0).permutation(sorted(subjects))
-    return [subjects[name][0] for name in order][:QUESTIONS]
+    subjects: dict[str, list[Problem]] = {}
+    for row in setting.rows("benchmarks/math-test"):
+        found = re.search(r"\\boxed\{([^{}]+)\}", row["answer"])
+        if found is None:
+            continue
+        head = f"Problem: {row['question']}\nSolution: "
+        made = tokenizer(head + row["answer"], return_offsets_mapping=True)
+        spans = made["offset_mapping"]
+        low, high = (len(head) + at for at in found.span(1))
+        boxed = [i for i, (a, b) in enumerate(spans) if a >= low and b <= high]
+        start = next(i for i, (a, _) in enumerate(spans) if a >= len(head) - 1)
+        if boxed and len(spans) <= LONGEST:
+            subjects.setdefault(row["subject"], []).append(
+                Problem(list(made["input_ids"]), start, boxed)
+            )
+    turns = itertools.zip_longest(*(subjects[name] for name in sorted(subjects)))
+    return [one for turn in turns for one in turn if one is not None][:PROBLEMS]
 
 
 @torch.no_grad()
-def answers(setting: Setting, asked: Any, push: Push | None, dose: float, seed: int | None) -> Any:
-    """Log-probabilities of the four letters, `[questions, 4]`."""
+def solved(
+    setting: Setting, asked: Sequence[Problem], push: Push | None, dose: float, seed: int | None
+) -> list[list[float]]:
+    """Of each problem: nats and tokens of its solution; boxed tokens that come out, and all."""
     model, found = unwrap(setting.model), []
-    letters = [setting.model.tokenizer.encode(f" {letter}")[-1] for letter in LETTERS]
-    for ids, _ in asked:
-        one: Any = nullcontext()
+    for one in asked:
+        steered: Any = nullcontext()
         if push is not None:
             how = {"control": seed, "must_fire": False, "allow_other_model": True}
-            one = qsl.steer(setting.model, push.plan.at(dose), [push.sae], **how)
-        with one:
-            logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].float()
-        found.append(logits[letters].log_softmax(-1).tolist())
+            steered = qsl.steer(setting.model, push.plan.at(dose), [push.sae], **how)
+        with steered:
+            logits = model(input_ids=torch.tensor([one.ids]), use_cache=False).logits[0, :-1]
+        ids = torch.tensor(one.ids[1:])
+        nats = -logits.float().log_softmax(-1).gather(1, ids[:, None])[one.start - 1 :, 0]
+        right = (logits.argmax(-1) == ids)[[i - 1 for i in one.boxed]]
+        found.append([float(nats.sum()), len(nats), float(right.sum()), len(right)])
     return found
 
 
-def capability(setting: Setting, case: Case, work: Path, asked: Any) -> None:
-    """MMLU while steered: accuracy, and the right letter's log-likelihood against unsteered."""
-    keep = work / "answers.json"
+def capability(setting: Setting, case: Case, work: Path, asked: Sequence[Problem]) -> None:
+    """MATH while steered: nats per token of right solutions, and boxed tokens that come out."""
+    keep = work / "solutions.json"
     done = json.loads(keep.read_text("utf-8")) if keep.is_file() else {}
-    right = np.array([at for _, at in asked])
-    arms = {
+    arms: dict[str, tuple[Push, int | None]] = {
         "features": (case.push, None),
         "random": (case.push, 0),
         DIFFERENCE: (case.difference, None),
     }
+    picks = np.random.default_rng(0).integers(0, len(asked), (2000, len(asked)))
+    every = np.arange(len(asked))
     rows: list[tuple[Any, ...]] = []
     wanted = [("unsteered", 0.0)] + [(arm, dose) for dose in case.asked_at for arm in arms]
+
+    def nats(table: np.ndarray, which: np.ndarray) -> np.ndarray:
+        return np.asarray(table[which, 0].sum(-1) / table[which, 1].sum(-1))
+
+    def right(table: np.ndarray, which: np.ndarray) -> np.ndarray:
+        return np.asarray(table[which, 2].sum(-1) / table[which, 3].sum(-1))
+
     for arm, dose in wanted:
         key = arm if arm == "unsteered" else f"{case.name} {arm} {dose:+g}"
         if key not in done:
             push, seed = arms.get(arm, (None, None))
-            done[key] = answers(setting, asked, push, dose, seed)
+            done[key] = solved(setting, asked, push, dose, seed)
             keep.write_text(json.dumps(done), "utf-8")
-        values, plain = (np.array(done[name]) for name in (key, "unsteered"))
-        chosen = values.argmax(1)
-        ours, before = (table[np.arange(len(right)), right] for table in (values, plain))
-        change = ours - before
-        draws = np.random.default_rng(0).integers(0, len(right), (2000, len(right)))
-        low, high = np.quantile(change[draws].mean(1), [0.025, 0.975])
-        rows.append(
-            (
-                *(f"{dose:+g}" if dose else "", arm),
-                f"{(chosen == right).mean():.2f}",
-                f"{ours.mean():.2f}",
-                "" if not dose else f"{change.mean():+.2f} [{low:+.2f}, {high:+.2f}]",
-                "" if not dose else f"{(chosen != plain.argmax(1)).mean():.0%}",
-            )
-        )
-    header = (
-        "dose",
-        "arm",
-        "accuracy",
-        "log-likelihood of the right letter",
-        "change",
-        "other letter",
-    )
+        now, plain = (np.array(done[name]) for name in (key, "unsteered"))
+        cells = [f"{float(of(now, every)):.2f}" for of in (nats, right)]
+        for at, of in enumerate((nats, right) if dose else ()):
+            low, high = np.quantile(of(now, picks) - of(plain, picks), [0.025, 0.975])
+            middle = float(of(now, every) - of(plain, every))
+            cells[at] += f" ({middle:+.2f} [{low:+.2f}, {high:+.2f}])"
+        rows.append((f"{dose:+g}" if dose else "", arm, *cells))
+    tokens = sum(len(one.boxed) for one in asked)
     setting.say(
-        f"\nMMLU, {len(asked)} questions of as many subjects, log-likelihood of the right"
-        " letter among four:\n"
+        f"\nMATH, {len(asked)} problems with their right solutions, {tokens} boxed tokens; in"
+        " brackets against unsteered:\n"
     )
+    header = ("dose", "arm", "nats per token of the solution", "boxed tokens right")
     setting.say(Table.of(header, rows).text())
 
 
@@ -302,7 +320,7 @@ def main() -> None:
     say = Printed()
     say(f"{options.name}; SAEs {options.sae}; {cpu_name()}, one thread; {date.today()}")
     setting = Setting(options, say)
-    asked = questions(setting)
+    asked = problems(setting)
     for name in options.only.split(","):
         started = time.process_time()
         say(f"\n## {name}\n")
