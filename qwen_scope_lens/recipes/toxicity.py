@@ -112,8 +112,9 @@ def residuals(work: Work) -> Mapping[str, Any]:
         path = work.path("residuals", f"{number:05}.npz")
         if not path.exists():
             some = reading.document_residuals(model, texts[start : start + PART])
+            arrays: dict[str, Any] = {str(layer): x for layer, x in some.items()}
             with whole_file(path) as partial, partial.open("wb") as file:
-                np.savez(file, **{str(layer): x for layer, x in some.items()})
+                np.savez(file, **arrays)
     return {"layers": list(reading.layers)}
 
 
