@@ -3,9 +3,9 @@
     QWEN_SCOPE_HOME=WORK/release python benchmarks/real_steering.py --model MODEL \\
         --name "WHAT IT IS" --sae local/SAE-... --layer 14 --data DATA --texts WORK --work OUT
 
-Two cases, each with the three features of the layer that tell its texts best (by effect size):
-`code` (source code against prose, problems and prompts; pushed into English questions) and
-`chinese` (that of `real_verbs.py`). Each is pushed at every dose, beside random directions that
+Three cases, each with the three features of the layer that tell its texts best (by effect size):
+`code` (source code against prose, problems and prompts; pushed into English questions), `chinese`
+(that of `real_verbs.py`), and `russian`. Each is pushed at every dose, beside random directions that
 move the residual as far, and beside the difference of mean residuals, made as long as the push of
 the features. Then the model reads problems of MATH with their right solutions while it is steered:
 the log-likelihood of a solution's tokens, and how many tokens of the boxed answer it would have
@@ -127,6 +127,17 @@ def chinese_case(setting: Setting, work: Path, texts: Path) -> Case:
         ("leaked replies", leaked(setting, PROMPTS), (-0.5, -1.0, -2.0), "class=han"),
     ]
     return Case("chinese", push, difference, natural, sets, (-1.0, 1.0, 2.0))
+
+
+def russian_case(setting: Setting, work: Path, texts: Path) -> Case:
+    rows = list(setting.rows("parallel/udhr"))
+    yes, no = ([row["text"] for row in rows if row["lang"] == lang] for lang in ("ru", "en"))
+    store = qsl.FeatureStore.open(work / "declaration")
+    push = chosen_push(setting, store, "ru", "lang", yes)
+    difference, natural = mean_difference(setting, push, yes, no)
+    doses = (1.0, 2.0, 3.0, 4.0)
+    sets = [("English questions", english_prompts(setting), doses, "class=cyrillic")]
+    return Case("russian", push, difference, natural, sets, (2.0, 3.0))
 
 
 def english_prompts(setting: Setting) -> list[str]:
@@ -300,7 +311,7 @@ def capability(setting: Setting, case: Case, work: Path, asked: Sequence[Problem
     setting.say(Table.of(header, rows).text())
 
 
-CASES = {"code": code_case, "chinese": chinese_case}
+CASES = {"code": code_case, "chinese": chinese_case, "russian": russian_case}
 
 
 def main() -> None:
