@@ -5,7 +5,7 @@
 
 Three cases, each with the three features of the layer that tell its texts best (by effect size):
 `code` (source code against prose, problems and prompts; pushed into English questions), `chinese`
-(that of `real_verbs.py`), and `russian`. Each is pushed at every dose, beside random directions that
+(that of `real_verbs.py`) and `russian`. Each is pushed at every dose, beside random directions that
 move the residual as far, and beside the difference of mean residuals, made as long as the push of
 the features. Then the model reads problems of MATH with their right solutions while it is steered:
 the log-likelihood of a solution's tokens, and how many tokens of the boxed answer it would have
