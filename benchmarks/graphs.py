@@ -383,6 +383,8 @@ def main() -> None:
         rows = whole(say, model, arguments.group, known, arguments.keep, **settings)
         if not arguments.known:
             known_answers(say, rows)
+        if arguments.out:
+            say.save(arguments.out)
         say("\nedges against central differences, float64")
         right(say, "the model", arguments.group, model, KNOWN[0][0], layers)
     else:

@@ -44,7 +44,7 @@ from qwen_scope_lens.train import (
 
 LANGUAGES = ("zh", "en", "es", "ko", "ru", "vi")
 TARGET = "zh"
-ENGLISH, CHINESE, OTHER, SWITCHED = 48, 12, 4, 0.5
+ENGLISH, CHINESE, OTHER, SWITCHED = 40, 8, 4, 0.5
 """Examples: English ones, Chinese ones, those of all other languages; spoilt English ones."""
 BATCH, RATE = 4, 1e-3
 PROMPTS, SAMPLES, TOKENS, CONVERSATIONS = 32, 2, 24, 16
