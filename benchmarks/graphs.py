@@ -265,15 +265,17 @@ def whole(
         f" from SAE errors; edges differ from removing all features by"
         f" {np.median([r['misfit'] for r in rows]):.0%}"
     )
-    show_curves(say, rows)
+    show_curves(say, rows, medians=keep is not None)
     return rows
 
 
-def show_curves(say: Printed, rows: Sequence[dict[str, Any]]) -> None:
+def show_curves(say: Printed, rows: Sequence[dict[str, Any]], medians: bool) -> None:
+    """Medians where a share may have a small denominator, as a difference of logits has."""
     for ablation in ("zero", "mean"):
-        say(f"  {ablation} ablation, means over prompts; random sets in brackets")
-        for means in np.mean([row["curves"][ablation] for row in rows], axis=0):
-            n, faithful, random, complete, other = means
+        word, of = ("medians", np.median) if medians else ("means", np.mean)
+        say(f"  {ablation} ablation, {word} over prompts; random sets in brackets")
+        for middle in of([row["curves"][ablation] for row in rows], axis=0):
+            n, faithful, random, complete, other = middle
             say(
                 f"    {n:5.0f} features: faithfulness {faithful:5.2f} ({random:5.2f}),"
                 f" completeness {complete:5.2f} ({other:5.2f})"
