@@ -361,6 +361,7 @@ def main() -> None:
     parser.add_argument("--layers", help="of the group, if it lacks some, such as 4,10,14,20")
     parser.add_argument("--name", help="what the real model is, for the results")
     parser.add_argument("--known", type=Path, help="JSON lines: text, target; for --real")
+    parser.add_argument("--no-edges", action="store_true", help="do not check those of --real")
     parser.add_argument("--prompts", type=int, default=len(KNOWN), help="of the known ones")
     parser.add_argument("--keep", type=Path, help="file that holds finished prompts, for --real")
     arguments = parser.parse_args()
@@ -387,6 +388,8 @@ def main() -> None:
             known_answers(say, rows)
         if arguments.out:
             say.save(arguments.out)
+        if arguments.no_edges:
+            return
         say("\nedges against central differences, float64")
         right(say, "the model", arguments.group, model, KNOWN[0][0], layers)
     else:
