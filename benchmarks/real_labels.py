@@ -116,7 +116,7 @@ def main() -> None:
     say(f"{store.n_docs} documents, {store.n_tokens:,} tokens")
     say(f"{len(refs)} features of layer {layer}, at random")
     say(f"writer and judge: {options.name}, greedy; passages: {SAMPLED}")
-    local = Local(setting.model, Path(options.model).name, batch=8)
+    local = Local(setting.model, Path(options.model).name, batch=32)
     with Ledger.open(options.work / "labels.run") as ledger:
         pack = describe(store, refs, local, ledger, sampled=SAMPLED, progress=True)
         pack.write(options.work / "labels.jsonl")
