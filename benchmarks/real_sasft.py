@@ -52,8 +52,8 @@ ARMS = [
     ("before", 0.0),
     ("SFT", 0.0),
     ("SASFT", 0.1),
-    ("SASFT", 0.01),
     ("random features", 0.1),
+    ("SASFT", 0.01),
     ("SASFT", 0.03),
     ("SASFT", 0.001),
 ]
