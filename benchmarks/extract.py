@@ -10,7 +10,8 @@ called whole, logits and all) and with care (the model without its head). Ours i
 tokenising, encoding, both views, checksums.
 
 CPU times of the process on one thread, one of each per round; ratios are medians over rounds. Peak
-memory is what a variant needs beyond the loaded models and code, measured in a fresh process.
+memory is what a variant needs beyond the loaded model, whose weights are all read once before, and
+beyond loaded code, measured in a fresh process.
 With --model and --sae (a folder and a group of `tools/real`) a real model is measured instead
 of the two toys.
 """
@@ -62,9 +63,9 @@ SIZES = {"mini": ("mini-qwen3/w1k-l0-16", [3, 6], 160), "middle": ("local/middle
 class Bench:
     """A model, its SAEs and some documents, with the variants to be measured."""
 
-    def __init__(self, size: str, folder: Path, real: str | None = None, layers: str = "") -> None:
-        self.folder = folder
-        self.group, self.layers, count = SIZES.get(size, (size, [], 64))
+    def __init__(self, size: str, folder: Path, given: argparse.Namespace) -> None:
+        self.folder, real, layers = folder, given.model, given.layers
+        self.group, self.layers, count = SIZES.get(size, (size, [], given.documents))
         if real is not None:
             self.layers = [int(layer) for layer in layers.split(",")]
             self.model = qsl.load_model(real, dtype=torch.bfloat16)
@@ -78,6 +79,9 @@ class Bench:
             self.tokenizer = _large_tokenizer(MIDDLE["vocab_size"])
             self.model = qsl.load_model(make_model(**MIDDLE), tokenizer=self.tokenizer)
         self.hf = unwrap(self.model)
+        with torch.no_grad():  # weights that are pages of a file count as loaded
+            self.hf(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=False)
+            self.hf.get_input_embeddings().weight.sum()
         self.tokenizer.padding_side = "right"
         self.texts = [record["text"] for record, _ in zip(heldout(), range(count), strict=False)]
 
@@ -189,6 +193,7 @@ def main() -> None:
     arguments.add_argument("--model", help="a real model's folder, with --sae")
     arguments.add_argument("--sae", help="the group of its SAEs")
     arguments.add_argument("--layers", default="", help="of the real model, such as 10,14")
+    arguments.add_argument("--documents", type=int, default=64, help="for a real model")
     arguments.add_argument("--peak", nargs=2, metavar=("SIZE", "VARIANT"))
     given = arguments.parse_args()
     if given.model:
@@ -196,17 +201,20 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         if given.peak:
-            bench = Bench(given.peak[0], Path(folder), given.model, given.layers)
+            bench = Bench(given.peak[0], Path(folder), given)
             print(peak_extra(bench.variants()[given.peak[1]]))
             return
         print(f"CPU: {cpu_name()}, one thread, CPU time; torch {torch.__version__}")
         for size in given.sizes:
-            report(size, Bench(size, Path(folder), given.model, given.layers), given)
+            report(size, Bench(size, Path(folder), given), given)
 
 
 def report(size: str, bench: Bench, given: argparse.Namespace) -> None:
     rounds = given.rounds
-    real = ["--model", given.model, "--layers", given.layers] if given.model else []
+    real = []
+    if given.model:
+        real = ["--model", given.model, "--layers", given.layers]
+        real += ["--documents", str(given.documents)]
     tokens = sum(int(batch["attention_mask"].sum()) for batch in bench.batches())
     config = bench.hf.config
     print(

@@ -12,11 +12,13 @@ pair in the shapes of Qwen3-8B with synthetic weights.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import platform
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -43,14 +45,59 @@ PROMPTS = (
     "软件包管理器是一个",
     "Le gestionnaire de paquets est un",
 )
-CAPITALS = {"France": "Paris", "Germany": "Berlin", "Italy": "Rome", "Japan": "Tokyo"}
-KNOWN = (  # prompts with a known answer, for a real model
-    *((f"The capital of {country} is", f" {city}") for country, city in CAPITALS.items()),
-    *((f"{a} + {b} = ", str(a + b)) for a, b in ((2, 3), (4, 5), (1, 6))),
-    *(("The keys to the cabinet", " are"), ("The key to the cabinets", " is")),
-    *(("Les enfants", " sont"), ("Die Kinder", " sind")),
-)
+CAPITALS = {
+    "France": "Paris",
+    "Germany": "Berlin",
+    "Italy": "Rome",
+    "Japan": "Tokyo",
+    "Spain": "Madrid",
+    "Russia": "Moscow",
+    "England": "London",
+    "Egypt": "Cairo",
+    "Austria": "Vienna",
+    "Greece": "Athens",
+    "Cuba": "Havana",
+    "Ireland": "Dublin",
+    "Portugal": "Lisbon",
+    "China": "Beijing",
+    "South Korea": "Seoul",
+    "Poland": "Warsaw",
+}
+SUMS = ((2, 3), (4, 5), (1, 6), (3, 3), (7, 1), (4, 2), (5, 3), (8, 1), (2, 2), (3, 6))
+SUMS += ((6, 2), (1, 3), (4, 4), (5, 2))
+AGREEMENT = {  # the beginning of a sentence, the verb that agrees, one that does not
+    "The keys to the cabinet": (" are", " is"),
+    "The key to the cabinets": (" is", " are"),
+    "The books on the table": (" are", " is"),
+    "The book on the tables": (" is", " are"),
+    "The children of the teacher": (" were", " was"),
+    "The teacher of the children": (" was", " were"),
+    "Les enfants": (" sont", " est"),
+    "Les clés de la maison": (" sont", " est"),
+    "La clé des maisons": (" est", " sont"),
+    "Le livre de mes parents": (" est", " sont"),
+    "Die Kinder": (" sind", " ist"),
+    "Das Kind": (" ist", " sind"),
+    "Die Bücher auf dem Tisch": (" sind", " ist"),
+    "Das Buch auf den Tischen": (" ist", " sind"),
+    "Los niños": (" son", " es"),
+    "El libro de mis padres": (" es", " son"),
+    "Las llaves de la casa": (" son", " es"),
+    "La llave de las casas": (" es", " son"),
+    "I bambini": (" sono", " è"),
+    "Il bambino": (" è", " sono"),
+}
+KINDS: dict[str, list[tuple[str, str, str | None]]] = {
+    # prompts with a known answer, for a real model; where there is one, the answer it competes with
+    "capitals": [(f"The capital of {a} is", f" {city}", None) for a, city in CAPITALS.items()],
+    "arithmetic": [(f"{a} + {b} = ", str(a + b), None) for a, b in SUMS],
+    "agreement": [(text, right, wrong) for text, (right, wrong) in AGREEMENT.items()],
+}
+KNOWN = [one for turn in itertools.zip_longest(*KINDS.values()) for one in turn if one is not None]
+"""One of each kind in turn, so that the first ones are a sample of all."""
 NODES, LAYER = 64, 5
+Prompt = tuple[str, str | None, str | None]
+"""Text, target, and the token that the target counts against."""
 
 
 @contextmanager
@@ -125,12 +172,20 @@ def naive(model: Any, ids: list[int], below: Any, above: Any, nodes: Any) -> tor
     return torch.stack(rows).detach()
 
 
-def right(say: Printed, name: str, group: str) -> None:
-    """Agreement with finite differences in float64, all layers."""
-    model = qsl.load_model(name)
+def right(
+    say: Printed,
+    name: str,
+    group: str,
+    model: Any = None,
+    text: str = PROMPTS[0],
+    layers: Any = None,
+) -> None:
+    """Agreement with finite differences in float64, by default of all layers."""
+    model = model or qsl.load_model(name)
+    more = {"layers": layers, "most": 16, "allow_other_model": True}
     for hold in ((), ("norms",), ("norms", "attention")):
         with in_float64(model):
-            graph = attribute(model, PROMPTS[0], group, hold=hold, most=16)
+            graph = attribute(model, text, group, hold=hold, **more)
             table = agreement(model, graph, each=1)
         worst = max(row[3] for row in table.rows)
         say(
@@ -140,45 +195,112 @@ def right(say: Printed, name: str, group: str) -> None:
         )
 
 
-def whole(say: Printed, model: Any, group: str, prompts: Any, **settings: Any) -> None:
-    """Time and memory of graphs, and their curves, as means over prompts."""
-    seconds, memory, curves, misfits, errors = [], [], {"zero": [], "mean": []}, [], []
-    for text, target in prompts:
-        found: list[Any] = []
+SHARES = (0.125, 0.25, 0.5, 1.0)
+"""Of a pruned graph's features, at which its curves are read."""
 
-        def run(text: str = text, target: Any = target, found: list[Any] = found) -> None:
-            found.append(attribute(model, text, group, target=target, **settings))
 
-        start = time.perf_counter()
-        memory.append(peak_extra(run))
-        seconds.append(time.perf_counter() - start)
-        graph = prune(found[0])
-        misfits.append(found[0].misfit)
-        errors.append(found[0].error_share)
-        for ablation, list_ in curves.items():
-            list_.append(faithfulness(model, graph, ablation=ablation, draws=3))
+def measured(model: Any, group: str, prompt: Prompt, **settings: Any) -> dict[str, Any]:
+    """One prompt: time and memory of its graph, and its curves at `SHARES`."""
+    text, target, minus = prompt
+    found: list[Any] = []
+
+    def run() -> None:
+        options = {"target": target, "target_minus": minus, **settings}
+        found.append(attribute(model, text, group, **options))
+
+    start = time.perf_counter()
+    memory = peak_extra(run)
+    seconds = time.perf_counter() - start
+    graph, curves = prune(found[0]), {}
+    for ablation in ("zero", "mean"):
+        test = faithfulness(model, graph, ablation=ablation, draws=3)
+        at = [
+            int(np.argmin([abs(size - share * test.sizes[-1]) for size in test.sizes]))
+            for share in SHARES
+        ]
+        columns = (test.sizes, test.faithful, test.random_faithful)
+        columns += (test.complete, test.random_complete)
+        curves[ablation] = [[float(column[i]) for column in columns] for i in at]
+    return {
+        "text": text,
+        "target": target,
+        "minus": minus,
+        "tokens": len(graph.tokens),
+        "seconds": seconds,
+        "memory": memory,
+        "misfit": found[0].misfit,
+        "gap": found[0].completeness,
+        "errors": found[0].error_share,
+        "curves": curves,
+        "nodes": len(graph.nodes),
+        "edges": len(graph.weights),
+        "chance": graph.probability,
+        "first": graph.likely[0][0] == target,
+        "value": graph.nodes[0].value,
+    }
+
+
+def whole(
+    say: Printed, model: Any, group: str, prompts: Sequence[Prompt], keep: Path | None, **more: Any
+) -> list[dict[str, Any]]:
+    """Time and memory of graphs, and their curves, as means over prompts. `keep` holds what is
+    done, so that a run that was stopped goes on."""
+    done = []
+    if keep is not None and keep.is_file():
+        done = [json.loads(line) for line in keep.read_text("utf-8").splitlines()]
+    known = {(row["text"], row["target"]): row for row in done}
+    rows = []
+    for prompt in prompts:
+        row = known.get(prompt[:2])
+        if row is None:
+            row = measured(model, group, prompt, **more)
+            if keep is not None:
+                with keep.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
+        rows.append(row)
     say(
-        f"{len(prompts)} prompts, median {np.median(seconds):.1f} s and"
-        f" {max(memory) / 2**20:.0f} MiB at most for a graph; {np.mean(errors):.0%} of influence"
-        f" from SAE errors; edges differ from removing all features by {np.median(misfits):.0%}"
+        f"{len(rows)} prompts, median {np.median([r['seconds'] for r in rows]):.1f} s and"
+        f" {max(r['memory'] for r in rows) / 2**20:.0f} MiB at most for a graph;"
+        f" {np.mean([r['errors'] for r in rows]):.0%} of influence"
+        f" from SAE errors; edges differ from removing all features by"
+        f" {np.median([r['misfit'] for r in rows]):.0%}"
     )
-    for ablation, tests in curves.items():
-        say(f"  {ablation} ablation, means over prompts; random sets in brackets")
-        for share in (0.125, 0.25, 0.5, 1.0):
-            rows = []
-            for test in tests:
-                at = int(np.argmin([abs(size - share * test.sizes[-1]) for size in test.sizes]))
-                rows.append(
-                    (
-                        *(test.sizes[at], test.faithful[at], test.random_faithful[at]),
-                        *(test.complete[at], test.random_complete[at]),
-                    )
-                )
-            n, faithful, random, complete, other = np.mean(rows, axis=0)
+    show_curves(say, rows, medians=keep is not None)
+    return rows
+
+
+def show_curves(say: Printed, rows: Sequence[dict[str, Any]], medians: bool) -> None:
+    """Medians where a share may have a small denominator, as a difference of logits has."""
+    for ablation in ("zero", "mean"):
+        word, of = ("medians", np.median) if medians else ("means", np.mean)
+        say(f"  {ablation} ablation, {word} over prompts; random sets in brackets")
+        for middle in of([row["curves"][ablation] for row in rows], axis=0):
+            n, faithful, random, complete, other = middle
             say(
                 f"    {n:5.0f} features: faithfulness {faithful:5.2f} ({random:5.2f}),"
                 f" completeness {complete:5.2f} ({other:5.2f})"
             )
+
+
+def known_answers(say: Printed, rows: Sequence[dict[str, Any]]) -> None:
+    """Of each kind of prompt: how often the model is right, and how the whole graph does."""
+    for kind, prompts in KINDS.items():
+        texts = {text for text, _, _ in prompts}
+        some = [row for row in rows if row["text"] in texts]
+        if not some:
+            continue
+        full = np.array([row["curves"]["zero"][-1] for row in some])
+        better = (full[:, 1] > full[:, 2]).mean()
+        lost = (full[:, 3] > full[:, 4]).mean()
+        right = np.mean([row["value"] > 0 if row["minus"] else row["first"] for row in some])
+        say(
+            f"  {kind}: {len(some)} prompts, the model is right on {right:.0%}; graphs of"
+            f" {np.mean([row['nodes'] for row in some]):.0f} nodes and"
+            f" {np.mean([row['edges'] for row in some]):.0f} edges; median faithfulness"
+            f" {np.median(full[:, 1]):.2f} ({np.median(full[:, 2]):.2f} random), completeness"
+            f" {np.median(full[:, 3]):.2f} ({np.median(full[:, 4]):.2f}); more faithful than random"
+            f" on {better:.0%}, more is lost without on {lost:.0%}"
+        )
 
 
 def shapes(say: Printed, rows: int) -> None:
@@ -236,7 +358,12 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=16, help="nodes of the large layer pair")
     parser.add_argument("--real", help="folder of a real model")
     parser.add_argument("--group", help="its SAEs")
+    parser.add_argument("--layers", help="of the group, if it lacks some, such as 4,10,14,20")
+    parser.add_argument("--name", help="what the real model is, for the results")
     parser.add_argument("--known", type=Path, help="JSON lines: text, target; for --real")
+    parser.add_argument("--no-edges", action="store_true", help="do not check those of --real")
+    parser.add_argument("--prompts", type=int, default=len(KNOWN), help="of the known ones")
+    parser.add_argument("--keep", type=Path, help="file that holds finished prompts, for --real")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     transformers.utils.logging.disable_progress_bar()
@@ -246,14 +373,25 @@ def main() -> None:
     say("per second, wall time for the rest;")
     say(f"torch {torch.__version__}, transformers {transformers.__version__}\n")
     if arguments.real:
-        known = KNOWN
+        known: Sequence[Prompt] = KNOWN[: arguments.prompts]
         if arguments.known:
-            lines = arguments.known.read_text("utf-8").splitlines()
-            known = tuple((row["text"], row["target"]) for row in map(json.loads, lines))
-        model = qsl.load_model(arguments.real)
-        say(f"{Path(arguments.real).name}, {arguments.group}")
+            lines = map(json.loads, arguments.known.read_text("utf-8").splitlines())
+            known = [(row["text"], row["target"], row.get("minus")) for row in lines]
+        model = qsl.load_model(arguments.real, dtype=torch.float32)
+        say(f"{arguments.name or Path(arguments.real).name}, float32; {arguments.group}")
+        layers = arguments.layers and [int(n) for n in arguments.layers.split(",")]
         settings = {"allow_other_model": True, "hold": ("norms", "attention"), "most": 32}
-        whole(say, model, arguments.group, known, **settings)
+        settings["layers"] = layers
+        say("32 features followed per layer, held norms and attention")
+        rows = whole(say, model, arguments.group, known, arguments.keep, **settings)
+        if not arguments.known:
+            known_answers(say, rows)
+        if arguments.out:
+            say.save(arguments.out)
+        if arguments.no_edges:
+            return
+        say("\nedges against central differences, float64")
+        right(say, "the model", arguments.group, model, KNOWN[0][0], layers)
     else:
         say("edges per second, one layer pair, against one pass per node with dense encodes")
         for name, group in MINIS.items():
@@ -263,7 +401,8 @@ def main() -> None:
             right(say, name, group)
         for name, group in MINIS.items():
             say(f"\n{name}, all 8 layers, 64 features followed per layer, held norms")
-            whole(say, qsl.load_model(name), group, [(text, None) for text in PROMPTS])
+            prompts = [(text, None, None) for text in PROMPTS]
+            whole(say, qsl.load_model(name), group, prompts, None)
         say()
         shapes(say, arguments.rows)
     if arguments.out:

@@ -2,15 +2,19 @@
 
     pip install llama-cpp-python gguf      # builds llama.cpp from source
     python benchmarks/llama_runtime.py > benchmarks/results/llama-cpp.txt
+    QWEN_SCOPE_HOME=WORK/release python benchmarks/llama_runtime.py --model MODEL \\
+        --name "WHAT IT IS" --sae local/SAE-... --layers 10,14    # a real one
 
-mini-qwen3 is written as GGUF (float32, without a vocabulary: token ids go in) into a temporary
-folder. A plan of `add` edits is exported with `to_gguf`, read back, laid out as llama.cpp's own
-loader does (`common_control_vector_load`: direction.N at N - 1) and given to the context. The same
-plan runs under `steer` on the HF model. Compared are all next-token logits of held-out texts.
+mini-qwen3 (or a Qwen2 or Qwen3 model of one's own) is written as GGUF (float32, without a
+vocabulary: token ids go in) into a temporary folder. A plan of `add` edits is exported with
+`to_gguf`, read back, laid out as llama.cpp's own loader does (`common_control_vector_load`:
+direction.N at N - 1) and given to the context. The same plan runs under `steer` on the HF model.
+Compared are all next-token logits of held-out texts.
 """
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import tempfile
 import warnings
@@ -30,8 +34,7 @@ from qwen_scope_lens.models import load_model
 from qwen_scope_lens.steering import Plan, calibrate, steer
 from qwen_scope_lens.steering.runtimes import to_gguf
 
-GROUP = "mini-qwen3/w1k-l0-16"
-TEXTS, TOKENS = 16, 48
+TOKENS = 48
 
 NAMES = {
     "model.embed_tokens": "token_embd",
@@ -52,13 +55,20 @@ NAMES = {
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="mini-qwen3")
+    parser.add_argument("--name", default="mini-qwen3", help="what the model is, for the results")
+    parser.add_argument("--sae", default="mini-qwen3/w1k-l0-16", help="the group of its SAEs")
+    parser.add_argument("--layers", default="3,6", help="two of them")
+    parser.add_argument("--texts", type=int, default=16)
+    given = parser.parse_args()
     warnings.simplefilter("ignore")
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)
-    bridge = load_model("mini-qwen3", dtype=torch.float32)
-    documents = [row["text"] for row in heldout("prose")][:: 320 // TEXTS]
-    ids = [bridge.tokenizer(text)["input_ids"][:TOKENS] for text in documents[:TEXTS]]
-    plan = make_plan(bridge, documents)
+    bridge = load_model(given.model, dtype=torch.float32)
+    documents = [row["text"] for row in heldout("prose")][:: 320 // given.texts]
+    ids = [bridge.tokenizer(text)["input_ids"][:TOKENS] for text in documents[: given.texts]]
+    plan = make_plan(bridge, given.sae, given.layers.split(","), documents)
     hf = bridge.release()
     with tempfile.TemporaryDirectory() as folder:
         runtime = Runtime(write_model(hf, Path(folder) / "mini.gguf"))
@@ -66,13 +76,13 @@ def main() -> None:
             to_gguf(plan, Path(folder) / "vector.gguf"), int(hf.config.hidden_size)
         )
         plain_hf, plain = logits(hf, ids), runtime.logits(ids)
-        with steer(hf, plan) as report:
+        with steer(hf, plan, allow_other_model=True) as report:
             moved_hf = logits(hf, ids)
         runtime.steer(vector)
         moved = runtime.logits(ids)
         runtime.steer(None)
         again = runtime.logits(ids)
-    print(f"CPU: {cpu_name()}; llama-cpp-python {version()}, float32 GGUF")
+    print(f"{given.name}; CPU: {cpu_name()}; llama-cpp-python {version()}, float32 GGUF")
     print(f"{len(ids)} texts, {sum(map(len, ids))} positions; plan:")
     print("\n".join(f"  {row}" for row in report.edits))
     ours, theirs = moved_hf - plain_hf, moved - plain
@@ -86,12 +96,14 @@ def main() -> None:
     print(f"vector taken off: logits as before, bit for bit: {bool((again == plain).all())}")
 
 
-def make_plan(bridge: Any, documents: Sequence[str]) -> Plan:
+def make_plan(bridge: Any, group: str, layers: Sequence[str], documents: Sequence[str]) -> Plan:
     """Three features in two layers that fire in these texts, half up and half down."""
-    found = calibrate(bridge, [f"{GROUP}/3", f"{GROUP}/6"], documents)
+    low, high = (f"{group}/{layer}" for layer in layers)
+    found = calibrate(bridge, [low, high], documents)
     common = sorted(found, key=lambda ref: -found.facts[ref].rate)
-    three = [ref for ref in common if "/3/" in ref][5:6] + [ref for ref in common if "/6/" in ref][
-        5:7
+    three = [
+        *[ref for ref in common if ref.startswith(f"{low}/")][5:6],
+        *[ref for ref in common if ref.startswith(f"{high}/")][5:7],
     ]
     edits = [f"{ref}:add:{sign}1typical@first" for ref, sign in zip(three, "+-+", strict=True)]
     return Plan(edits).calibrated(found)
@@ -105,15 +117,16 @@ def logits(model: Any, rows: Sequence[Sequence[int]]) -> np.ndarray:
 
 def write_model(hf: Any, path: Path) -> Path:
     cfg = hf.config
-    writer = gguf.GGUFWriter(str(path), "qwen3")
+    writer = gguf.GGUFWriter(str(path), cfg.model_type)
     writer.add_context_length(cfg.max_position_embeddings)
     writer.add_embedding_length(cfg.hidden_size)
     writer.add_block_count(cfg.num_hidden_layers)
     writer.add_feed_forward_length(cfg.intermediate_size)
     writer.add_head_count(cfg.num_attention_heads)
     writer.add_head_count_kv(cfg.num_key_value_heads)
-    writer.add_key_length(cfg.head_dim)
-    writer.add_value_length(cfg.head_dim)
+    head = getattr(cfg, "head_dim", None) or cfg.hidden_size // cfg.num_attention_heads
+    writer.add_key_length(head)
+    writer.add_value_length(head)
     writer.add_rope_freq_base(float(cfg.rope_parameters["rope_theta"]))
     writer.add_layer_norm_rms_eps(cfg.rms_norm_eps)
     writer.add_vocab_size(cfg.vocab_size)
@@ -130,11 +143,11 @@ def write_model(hf: Any, path: Path) -> Path:
 
 
 def gguf_name(name: str) -> str:
-    stem = name.removesuffix(".weight")
+    stem, _, kind = name.rpartition(".")  # weight or bias
     if not stem.startswith("model.layers."):
-        return f"{NAMES[stem]}.weight"
+        return f"{NAMES[stem]}.{kind}"
     _, _, layer, rest = stem.split(".", 3)
-    return f"blk.{layer}.{NAMES[rest]}.weight"
+    return f"blk.{layer}.{NAMES[rest]}.{kind}"
 
 
 def read_vector(path: Path, width: int) -> np.ndarray:

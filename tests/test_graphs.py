@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers.models.qwen2.modeling_qwen2 as qwen2
 import transformers.models.qwen3.modeling_qwen3 as qwen3
 import transformers.models.qwen3_5.modeling_qwen3_5 as qwen3_5
 
@@ -66,7 +67,7 @@ class _Double:
 def in_float64(model: ScopeBridge) -> Iterator[None]:
     plain = torch.Tensor.float
     with pytest.MonkeyPatch.context() as patch:
-        for module in (qwen3, qwen3_5):
+        for module in (qwen2, qwen3, qwen3_5):
             patch.setattr(module, "torch", _Double())
         keep = lambda x, *args, **kwargs: x if x.dtype == torch.float64 else plain(x)  # noqa: E731
         patch.setattr(torch.Tensor, "float", keep)
@@ -127,6 +128,40 @@ def test_blocks_do_not_change_the_graph(model: ScopeBridge, graph: FeatureGraph)
     one_by_one = attribute(model, TEXT, GROUP, layers=LAYERS, most=24, memory=1)
     assert [node.name for node in one_by_one.nodes] == [node.name for node in graph.nodes]
     assert np.allclose(one_by_one.weights, graph.weights, rtol=1e-3, atol=1e-3)
+
+
+def test_an_interrupted_graph_goes_on(
+    model: ScopeBridge,
+    graph: FeatureGraph,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is the same graph; finished levels are not made again, those of another graph are."""
+    from qwen_scope_lens.graphs import attribution
+
+    keep, really, made = tmp_path / "levels.json", attribution.decompose, []
+
+    def stopped(one: Any, layer: int, sae: Any) -> Any:
+        made.append(layer)
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        return really(one, layer, sae)
+
+    monkeypatch.setattr(attribution, "decompose", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        attribute(model, TEXT, GROUP, layers=LAYERS, most=24, keep=keep)
+    whole = attribute(model, TEXT, GROUP, layers=LAYERS, most=24, keep=keep)
+    assert made == [7, 3, 2, 2, -1]
+    assert whole.nodes == graph.nodes
+    assert all(
+        np.array_equal(getattr(whole, name), getattr(graph, name))
+        for name in ("sources", "targets", "weights")
+    )
+    again = attribute(model, TEXT, GROUP, layers=LAYERS, most=24, keep=keep)
+    assert len(made) == 5
+    assert again.nodes == graph.nodes
+    attribute(model, TEXT, GROUP, layers=LAYERS, most=4, keep=keep)
+    assert made[5:] == [7, 3, 2, -1]
 
 
 def test_the_model_is_left_as_it_was(model: ScopeBridge) -> None:
@@ -290,12 +325,26 @@ def test_the_export_has_the_shape_that_viewers_read(graph: FeatureGraph) -> None
     assert json.loads(json.dumps(content, allow_nan=False)) == content
 
 
+def test_a_slider_of_the_export_keeps_the_strongest() -> None:
+    """Viewers keep nodes whose influence is at most the threshold: it is cumulative there."""
+    given = {"7_9_1": 0.75, "7_error_1": 0.25, "E_0_0": 0.1875, "E_1_1": 0.1875}
+    whole = circuit_tracer(prune(planted(), nodes=1.0, edges=1.0))
+    shares = {node["node_id"]: node["influence"] for node in whole["nodes"]}
+    total = sum(given.values())
+    assert whole["metadata"]["node_threshold"] == 1.0
+    assert shares.pop("9_5_1") is None  # the target, which viewers always show
+    assert shares["7_9_1"] == pytest.approx(0.75 / total)
+    assert shares["7_error_1"] == pytest.approx(1 / total)
+    assert max(shares.values()) == 1.0
+
+
 def test_the_verb_writes_a_graph_and_a_plan(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, plan = tmp_path / "graph", tmp_path / "plan.json"
     options = ["--layers", "6,7", "--most", "8", "--out", str(out)]
     assert main(["graph", TEXT, *options]) == 0
+    assert not out.with_name("graph.levels.json").exists()
     printed = capsys.readouterr().out
     assert "zero ablation" in printed
     assert "mean ablation" in printed

@@ -443,6 +443,21 @@ def test_smoke(name: str, mini: Any, folders: Path, monkeypatch: pytest.MonkeyPa
 # --- what only one recipe has ---------------------------------------------------------------------
 
 
+def test_toxicity_has_a_probe_on_the_residual(mini: Any, folders: Path) -> None:
+    """Beside the rules, on all languages, with less data and carried over from the first one."""
+    recipe = open_recipe("toxicity").for_smoke()
+    run(recipe, folders / recipe.kind, model=mini)
+    found = {state.name: state.result or {} for state in states(recipe, folders / recipe.kind)}
+    probe = "linear probe on the residual"
+    assert found["residuals"]["layers"] == [4, 6]
+    alone, moved = found["rules"]["baselines"][probe], found["across"]["chosen"][probe]
+    assert 0.6 < alone["value"] <= 1  # tone is easy for the toy; chance is about 0.5
+    assert alone["low"] <= alone["value"] <= alone["high"]
+    assert set(moved) == {"en", "de"}
+    less = found["efficiency"]["baselines"][probe]
+    assert less["of full"]["value"] == pytest.approx(less["f1"] / less["all"])
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

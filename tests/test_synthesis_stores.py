@@ -35,6 +35,7 @@ from qwen_scope_lens.labels import Label, LabelPack, describe
 from qwen_scope_lens.labels.describe import (
     Sampled,
     balanced_accuracy,
+    one_line,
     parse_numbers,
 )
 from qwen_scope_lens.labels.passages import Passages
@@ -307,6 +308,21 @@ def test_descriptions_are_tested(tmp_path: Path, anchor: FeatureStore) -> None:
         len(features_to_describe(anchor, layer=LAYER))
         == (pool(anchor, LAYER) > 0).max(axis=0).sum()
     )
+
+
+@pytest.mark.parametrize(
+    ("said", "label"),
+    [
+        ("Names of fruit.", "Names of fruit."),
+        ("They have in common the following:\n\n1. Names of fruit\n2. Colours", "Names of fruit"),
+        ('"Names of fruit"\nBecause the passages say so.', "Names of fruit"),
+        ("Ends with a colon:", "Ends with a colon:"),
+        ("", ""),
+    ],
+)
+def test_a_description_is_the_line_that_says_something(said: str, label: str) -> None:
+    """Small writers announce their answer, and the announcement is no label."""
+    assert one_line(said) == label
 
 
 def test_scores() -> None:

@@ -14,8 +14,9 @@ how far to trust it: what the model still says when only the graph's features ar
 (faithfulness) and how much it loses without them (completeness), beside random features.
 
 --out gets index.html (the graph to click through), graph.json (everything, for --from) and a folder
-circuit-tracer/ that the viewers of circuit-tracer and Neuronpedia read. A plan that is made from
-nodes acts at every token: `qsl steer` shows what it does, `qsl sweep` measures it.
+circuit-tracer/ that the viewers of circuit-tracer and Neuronpedia read. With it, a graph that was
+interrupted goes on behind its last finished layer when the command is given again. A plan that is
+made from nodes acts at every token: `qsl steer` shows what it does, `qsl sweep` measures it.
 """
 
 from __future__ import annotations
@@ -133,6 +134,8 @@ def run(arguments: argparse.Namespace) -> int:
     _print(arguments, graph, tests)
     if arguments.out:
         page = save_folder(arguments.out, whole, graph, tests, arguments.pages)
+        if arguments.made is None and (levels := _levels(arguments.out)):
+            levels.unlink(missing_ok=True)
         remark(f"\nwritten: {page}")
     if edits:
         _plan(arguments, whole)
@@ -173,8 +176,14 @@ def _made(arguments: argparse.Namespace) -> tuple[FeatureGraph, Any]:
         device=arguments.device,
         allow_other_model=True,  # `plans.load` has looked
         progress=True,
+        keep=_levels(arguments.out),
     )
     return graph, model
+
+
+def _levels(out: Path | None) -> Path | None:
+    """Beside the folder, the finished levels of a graph that is not done."""
+    return None if out is None else out.with_name(f"{out.name}.levels.json")
 
 
 def _print(arguments: argparse.Namespace, graph: FeatureGraph, tests: list[Faithfulness]) -> None:

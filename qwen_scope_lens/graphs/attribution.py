@@ -8,7 +8,7 @@ followed. Their share of the target is counted as circuit-tracer counts it: see 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from qwen_scope_lens.features.reading import Labels
 from qwen_scope_lens.graphs.edges import MEMORY, Edges, Level, Target, decompose, edges_from
 from qwen_scope_lens.graphs.frozen import EMBEDDINGS, Frozen, frozen
 from qwen_scope_lens.graphs.graph import FeatureGraph, Node
+from qwen_scope_lens.graphs.kept import Kept, Levels, sae_files
 from qwen_scope_lens.models.architecture import Model, decoder_layers, describe
 from qwen_scope_lens.models.backbone import check_backbone
 from qwen_scope_lens.models.load import load_model
@@ -32,6 +33,8 @@ from qwen_scope_lens.models.tokenize import Content, encode, find_tokenizer
 from qwen_scope_lens.saes.load import load_sae
 from qwen_scope_lens.saes.locate import HubOptions, locate
 from qwen_scope_lens.saes.sae import ScopeSAE
+from qwen_scope_lens.stores.facts import model_facts
+from qwen_scope_lens.version import __version__
 
 __all__ = ["attribute", "check_files", "open_saes", "target_of"]
 
@@ -59,6 +62,7 @@ def attribute(
     device: str | None = None,
     allow_other_model: bool = False,
     progress: bool = False,
+    keep: Path | None = None,
     **options: Any,
 ) -> FeatureGraph:
     """The graph of what makes a model go on with `target` after a text, a chat or token ids.
@@ -75,6 +79,9 @@ def attribute(
             from none to their activations. 1 is the plain gradient at the activations.
         memory: bytes that the gradients of a block of target nodes may take.
         saes: loaded SAEs by layer, instead of those of the group's files.
+        keep: a file for the levels that are finished. A graph of the same text, model, SAEs and
+            settings goes on from it, so that an interruption costs one level; for SAEs in memory
+            the caller knows that they are the same. The caller removes it.
         options: of `encode`, such as `enable_thinking` for a chat.
     """
     row = find_group(sae)
@@ -90,7 +97,19 @@ def attribute(
     [found] = encode([text], tokenizer, limit=options.pop("limit", 2**31), **options)
     with frozen(running, found.ids, chosen, hold) as one:
         end = target_of(tokenizer, one.logits, target, target_minus)
-        nodes, edges = _from_the_top(one, chosen, sae_of, end, most, steps, memory, progress)
+        kept = None
+        if keep is not None:
+            made_from = {
+                "text": list(found.ids),
+                "model": asdict(model_facts(running, chosen)),
+                "group": row.short,
+                "layers": chosen,
+                "saes": None if saes is not None else sae_files(row.short, chosen, sae_folder),
+                "target": [end.token, end.minus],
+                "settings": [sorted(hold), most, steps, __version__],
+            }
+            kept = Kept(Path(keep), made_from)
+        nodes, edges = _from_the_top(one, chosen, sae_of, end, most, steps, memory, progress, kept)
         chances = one.logits.float().softmax(-1)
         probable = chances.topk(LIKELY)
         likely = zip(probable.indices.tolist(), probable.values.tolist(), strict=True)
@@ -209,36 +228,44 @@ def _from_the_top(
     steps: int,
     memory: int,
     progress: bool,
+    kept: Kept | None,
 ) -> tuple[list[Node], list[tuple[np.ndarray, np.ndarray, np.ndarray]]]:
     """Nodes and edges: one level after the other, from the target to the embeddings."""
     value = float(target.value(one.logits[None].float())[0])
-    last = one.length - 1
-    nodes = [Node("target", len(one.layers), last, target.token, value, 1.0)]
-    edges = []
-    upper, above = [0], None
+    first = Node("target", len(one.layers), one.length - 1, target.token, value, 1.0)
+    now = (kept.load() if kept else None) or Levels([first], [], [0])
     seeds: list[tuple[int, Tensor]] = []
+    order = [*reversed(layers), EMBEDDINGS]
     total = (len(layers) * most + 1) * steps
     with tqdm(total=total, unit="node", desc="graph", disable=not progress) as bar:
-        for layer in [*reversed(layers), EMBEDDINGS]:
+        if now.above is not None:
+            bar.update(max(0, now.done - 1) * most * steps + steps)
+            if now.above != EMBEDDINGS:
+                seeds = _seeds(now, sae_of(now.above))
+        for layer in order[now.done :] if now.upper else ():
             bar.set_postfix_str("embeddings" if layer == EMBEDDINGS else f"layer {layer}")
             sae = None if layer == EMBEDDINGS else sae_of(layer)
             level = decompose(one, layer, sae)
+            on = [(at, row.to(level.error)) for at, row in seeds]
             step = partial(edges_from, steps=steps, memory=memory, on_block=bar.update)
-            found = step(one, level, above, seeds, target)
-            kept, some = _keep(nodes, upper, found, level, one.ids, most)
-            edges.append(some)
-            upper, above = kept, layer
-            if not kept:
+            found = step(one, level, now.above, on, target)
+            now.upper, some = _keep(now.nodes, now.upper, found, level, one.ids, most)
+            now.edges.append(some)
+            now.above, now.done = layer, now.done + 1
+            if kept:
+                kept.save(now)
+            if not now.upper:
                 break
-            assert sae is not None or layer == EMBEDDINGS
-            seeds = []
-            if sae is not None:
-                numbers = [nodes[i].number for i in kept]
-                rows = sae.encoder_row([n for n in numbers if n is not None])
-                at = [nodes[i].position or 0 for i in kept]
-                seeds = list(zip(at, rows.to(level.error), strict=True))
+            seeds = [] if sae is None else _seeds(now, sae)
         bar.total = bar.n
-    return nodes, edges
+    return now.nodes, now.edges
+
+
+def _seeds(now: Levels, sae: ScopeSAE) -> list[tuple[int, Tensor]]:
+    """Position and encoder row of each feature that the graph goes on from."""
+    nodes = [now.nodes[i] for i in now.upper]
+    rows = sae.encoder_row([node.number for node in nodes if node.number is not None])
+    return list(zip([node.position or 0 for node in nodes], rows, strict=True))
 
 
 def _keep(

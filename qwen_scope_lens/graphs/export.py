@@ -2,15 +2,20 @@
 
 The shape is that of circuit-tracer's `frontend.graph_models`: metadata, qParams, nodes, links. Its
 nodes are transcoder features; ours are features of the residual stream, under the same type name,
-because viewers draw by it. Biases have no type there and are left out.
+because viewers draw by it. Biases have no type there and are left out. A node's `influence` is
+cumulative there: the share of all influence that it and the more influential nodes have, so that a
+viewer's slider, up to `node_threshold`, keeps the strongest.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from qwen_scope_lens.files import whole_file
 from qwen_scope_lens.graphs.graph import FeatureGraph, Node
@@ -30,6 +35,9 @@ def circuit_tracer(graph: FeatureGraph, slug: str = "graph") -> dict[str, Any]:
     """The graph in that shape. `slug` is the name under which a viewer lists it."""
     names = [_name(graph, node) for node in graph.nodes]
     there = [node.kind in _TYPES for node in graph.nodes]
+    shares = _cumulative(
+        [node if shown else None for node, shown in zip(graph.nodes, there, strict=True)]
+    )
     return {
         "metadata": {
             "slug": slug,
@@ -37,7 +45,7 @@ def circuit_tracer(graph: FeatureGraph, slug: str = "graph") -> dict[str, Any]:
             "transcoder_list": [],
             "prompt_tokens": list(graph.tokens),
             "prompt": graph.text,
-            "node_threshold": None,
+            "node_threshold": 1.0,
             "schema_version": 1,
             "info": {"generator": {"name": "qwen-scope-lens", "version": __version__}},
         },
@@ -49,8 +57,8 @@ def circuit_tracer(graph: FeatureGraph, slug: str = "graph") -> dict[str, Any]:
             "sg_pos": "",
         },
         "nodes": [
-            _node(graph, node, name)
-            for node, name, shown in zip(graph.nodes, names, there, strict=True)
+            _node(graph, node, name, share)
+            for node, name, share, shown in zip(graph.nodes, names, shares, there, strict=True)
             if shown
         ],
         "links": [
@@ -83,7 +91,20 @@ def _name(graph: FeatureGraph, node: Node) -> str:
     return f"{node.layer}_{node.kind}_{node.position}"  # "0_LAYER_POSITION" there, as some features
 
 
-def _node(graph: FeatureGraph, node: Node, name: str) -> dict[str, Any]:
+def _cumulative(nodes: Sequence[Node | None]) -> list[float | None]:
+    """The share of all influence down to each node, by influence; None for the target, and for
+    nodes that are not shown (None)."""
+    known = [(i, node.influence) for i, node in enumerate(nodes) if node and node.kind != "target"]
+    counted, values = [i for i, _ in known], np.array([value for _, value in known])
+    order = np.argsort(-values, kind="stable")
+    total = float(values.sum())
+    found: list[float | None] = [None] * len(nodes)
+    for i, share in zip(order.tolist(), values[order].cumsum().tolist(), strict=True):
+        found[counted[i]] = min(1.0, share / total) if total else 1.0
+    return found
+
+
+def _node(graph: FeatureGraph, node: Node, name: str, share: float | None) -> dict[str, Any]:
     ends = {"embedding": "E", "target": str(graph.n_layers + 1)}
     layer = ends.get(node.kind, str(node.layer))
     where = {"embedding": node.position, "target": node.position}.get(node.kind, 0)
@@ -111,7 +132,7 @@ def _node(graph: FeatureGraph, node: Node, name: str) -> dict[str, Any]:
         "reverse_ctx_idx": 0,
         "jsNodeId": f"{'L' if node.kind == 'target' else layer}_{_of(node)}-{where}",
         "clerp": clerp,
-        "influence": node.influence,
+        "influence": share,
         "activation": node.value if node.kind == "feature" else None,
     }
 

@@ -31,6 +31,7 @@ __all__ = [
     "Sampled",
     "balanced_accuracy",
     "describe",
+    "one_line",
     "parse_numbers",
 ]
 
@@ -123,7 +124,7 @@ def _describe(
     ]
     texts: dict[FeatureRef, str] = {}
     for ref, completion in zip(shown, ledger.ask(describer, requests), strict=True):
-        first = clean(clean(completion.text).split("\n")[0]) if completion else ""
+        first = one_line(completion.text) if completion else ""
         if first:
             texts[ref] = first
     tests = {ref: _detection(store, ref, facts, shown[ref], source, sampled) for ref in texts}
@@ -149,6 +150,14 @@ def _describe(
         ):
             score = balanced_accuracy(said, test.active)
         yield Label(ref, text, score, _provenance(store, describer, scorer, templates, test))
+
+
+def one_line(text: str) -> str:
+    """The line that was asked for; behind an announcement ("... in common is:") the next one."""
+    lines = [line for line in clean(text).splitlines() if line.strip()]
+    if len(lines) > 1 and lines[0].rstrip().endswith(":"):
+        lines = [re.sub(r"^\s*(?:\d+[.)]|[-*•])\s+", "", lines[1])]
+    return clean(lines[0]) if lines else ""
 
 
 def parse_numbers(text: str, most: int) -> set[int] | None:

@@ -55,6 +55,7 @@ KINDS: Mapping[str, Mapping[str, str]] = {
     "toxicity": {
         "texts": "labelled texts of every language, with a fixed split",
         "features": "features of all languages in one store",
+        "residuals": "mean residuals of all texts, for a probe beside the rules",
         "rules": "K x layer x language, the layer that is chosen, baselines",
         "across": "transfer from the first language, overlap of best features",
         "efficiency": "less discovery data, macro-averaged over languages",

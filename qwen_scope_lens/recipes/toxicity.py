@@ -7,6 +7,7 @@ overlap are those of `classify`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from typing import Any
@@ -14,30 +15,30 @@ from typing import Any
 import numpy as np
 
 from qwen_scope_lens.classify.estimator import FeatureRuleClassifier
-from qwen_scope_lens.classify.experiments import (
-    best_test_layer,
-    by_layer,
-    overlap_pairs,
-)
+from qwen_scope_lens.classify.experiments import best_test_layer, by_layer, overlap_pairs
 from qwen_scope_lens.classify.experiments import (
     efficiency as less_data,
 )
-from qwen_scope_lens.classify.methods import Documents, baselines
+from qwen_scope_lens.classify.methods import Documents, Method, RuleMethod
 from qwen_scope_lens.classify.scores import macro, scored
 from qwen_scope_lens.classify.task import Task, by_language, documents_of
 from qwen_scope_lens.errors import TooLittleData
 from qwen_scope_lens.features.document_sets import held_out_texts
-from qwen_scope_lens.files import write_rows
+from qwen_scope_lens.files import whole_file, write_rows
 from qwen_scope_lens.pages import Page, chart
 from qwen_scope_lens.recipes.data import text_rows
 from qwen_scope_lens.recipes.engine import Work
+from qwen_scope_lens.recipes.toxicity_baselines import baselines_f1, interval, learners, less
 from qwen_scope_lens.stores.corpus import read_corpus
 from qwen_scope_lens.stores.extract import extract
+from qwen_scope_lens.stores.reread import Reading
 from qwen_scope_lens.stores.store import FeatureStore
 
-__all__ = ["across", "draw", "efficiency", "features", "rules", "texts"]
+__all__ = ["across", "draw", "efficiency", "features", "residuals", "rules", "texts"]
 
 TASK = Task("toxic")
+PART = 1024
+"""So many texts are read again at a time; a stage that was stopped goes on behind the last."""
 
 
 def texts(work: Work) -> Mapping[str, Any]:
@@ -99,6 +100,24 @@ def features(work: Work) -> Mapping[str, Any]:
     return {"model": store.manifest.model, "tokens": store.n_tokens, "layers": store.layers}
 
 
+def residuals(work: Work) -> Mapping[str, Any]:
+    """Mean residuals of every text and layer; the model reads the texts again, part by part."""
+    work.result("features")
+    if not work["residuals"]:
+        return {"layers": []}
+    store = FeatureStore.open(work.path("features"))
+    texts = store.documents(["text"])["text"].to_pylist()
+    reading, model = Reading.of(store), work.model(up_to_layer=max(work.layers))
+    for number, start in enumerate(range(0, len(texts), PART)):
+        path = work.path("residuals", f"{number:05}.npz")
+        if not path.exists():
+            some = reading.document_residuals(model, texts[start : start + PART])
+            arrays: dict[str, Any] = {str(layer): x for layer, x in some.items()}
+            with whole_file(path) as partial, partial.open("wb") as file:
+                np.savez(file, **arrays)
+    return {"layers": list(reading.layers)}
+
+
 def rules(work: Work) -> Mapping[str, Any]:
     """F1 of the OR rule by language, layer and K, with and without first tokens; baselines."""
     table, english = {}, {}
@@ -140,13 +159,16 @@ def rules(work: Work) -> Mapping[str, Any]:
         "first": english["first token left out"],
         "first_counted": english["first token counted"],
         "several layers": _several(work),
-        "baselines": _baselines(work) if work["baselines"] else {},
+        "baselines": baselines_f1(*_documents(work, means=True)) if work["baselines"] else {},
     }
 
 
 def across(work: Work) -> Mapping[str, Any]:
-    """The first language's rule of every layer on all others; Jaccard of best features."""
-    discovery, test = _documents(work)
+    """The first language's rule of every layer on all others; Jaccard of best features.
+
+    Of the baselines and of the rule whose layer is chosen on discovery texts, F1 has an interval.
+    """
+    discovery, test = _documents(work, means=True)
     first = next(iter(discovery))
     known = discovery[first]
     every = FeatureRuleClassifier.of_every_layer(
@@ -158,13 +180,32 @@ def across(work: Work) -> Mapping[str, Any]:
         }
         for language, part in test.items()
     }
+    methods: list[Method] = [RuleMethod("the rule", {"top_k": work["transfer_k"]})]
+    methods += learners(known) if work["baselines"] else []
+    fitted = [method.fit(known) for method in methods]
+    chosen = {
+        method.name: {
+            language: interval(scored(method.score(part) > 0, part.truth))
+            for language, part in test.items()
+        }
+        for method in fitted
+    }
     jaccard = overlap_pairs(discovery, work["overlap_top"]) if len(discovery) > 1 else {}
-    return {"from": first, "f1": f1, "jaccard": jaccard, "languages": list(discovery)}
+    return {
+        "from": first,
+        "f1": f1,
+        "chosen": chosen,
+        "jaccard": jaccard,
+        "languages": list(discovery),
+    }
 
 
 def efficiency(work: Work) -> Mapping[str, Any]:
-    """The mean over languages of the best layer's F1, with shares of the discovery texts."""
-    discovery, test = _documents(work)
+    """The mean over languages of the best layer's F1, with shares of the discovery texts.
+
+    Of the baselines, the same with `baseline_share` of them and with all, layers chosen on these.
+    """
+    discovery, test = _documents(work, means=True)
     rows = {
         language: less_data(
             known,
@@ -193,7 +234,9 @@ def efficiency(work: Work) -> Mapping[str, Any]:
             },
             "texts": int(np.mean([p.n for p in parts])),
         }
-    return {"shares": found}
+    draws = [int(work["seed"]) + draw for draw in range(work["draws"])]
+    others = less(discovery, test, work["baseline_share"], draws) if work["baselines"] else {}
+    return {"shares": found, "baselines": others}
 
 
 def _row(row: Mapping[str, Any], language: str, toxic: bool) -> dict[str, Any]:
@@ -204,11 +247,20 @@ def _by_d(row: Any) -> tuple[float, int]:
     return row.d, -row.layer
 
 
-def _documents(work: Work, keep: bool = True) -> tuple[dict[str, Documents], dict[str, Documents]]:
-    """Discovery and test documents of every language, in the recipe's order."""
+def _documents(
+    work: Work, keep: bool = True, means: bool = False
+) -> tuple[dict[str, Documents], dict[str, Documents]]:
+    """Discovery and test documents of every language, in the recipe's order.
+
+    `means` adds mean residuals, if the recipe has them.
+    """
     work.result("features")
     store = FeatureStore.open(work.path("features"))
     documents = documents_of(store, TASK, language="language", keep=keep)
+    if means and (layers := work.result("residuals")["layers"]):
+        parts_of = [np.load(path) for path in sorted(work.path("residuals").glob("*.npz"))]
+        rows = {n: np.concatenate([part[str(n)] for part in parts_of]) for n in layers}
+        documents = replace(documents, residuals=rows)
     sets = store.labels("set")
     parts = []
     for name in ("discovery", "test"):
@@ -227,19 +279,6 @@ def _several(work: Work) -> Mapping[str, Any]:
             clf = FeatureRuleClassifier(top_k=1, n_layers=m).fit(known.pooled, known.truth)
             decisions.append((clf.predict(test[language].pooled), test[language].truth))
         found[str(m)] = macro(decisions)
-    return found
-
-
-def _baselines(work: Work) -> Mapping[str, Any]:
-    """Always yes, bag of words and character n-grams, which read the text and no feature."""
-    discovery, test = _documents(work)
-    found = {}
-    for method in baselines(residuals=False):
-        decisions = []
-        for language, known in discovery.items():
-            scores = method.fit(known).score(test[language])
-            decisions.append((scores > 0, test[language].truth))
-        found[method.name] = macro(decisions)
     return found
 
 
@@ -275,6 +314,14 @@ def draw(page: Page, results: Mapping[str, Mapping[str, Any]]) -> None:
     page.figure(
         chart(partial(_curves, curves)), f"Transfer: the rules of {first}, unchanged, elsewhere"
     )
+    page.table(
+        (f"fitted on {first}", "tested on", "F1", "from", "to"),
+        [
+            (name, language, *_triple(value))
+            for name, mine in across["chosen"].items()
+            for language, value in mine.items()
+        ],
+    )
     for layer in _some(list(across["jaccard"])):
         page.figure(
             chart(
@@ -287,6 +334,12 @@ def draw(page: Page, results: Mapping[str, Mapping[str, Any]]) -> None:
         ("share", "texts per language", "F1 of the best layer", "of full", "from", "to"),
         [(n, row["texts"], row["f1"], *_triple(row["of full"])) for n, row in less.items()],
     )
+    if others := results["efficiency"]["baselines"]:
+        page.text("The same share of the texts for the baselines, layers chosen on those texts:")
+        page.table(
+            ("baseline", "F1", "with all texts", "of full", "from", "to"),
+            [(n, r["f1"], r["all"], *_triple(r["of full"])) for n, r in others.items()],
+        )
 
 
 def _triple(value: Mapping[str, float]) -> tuple[float, float, float]:
