@@ -98,7 +98,13 @@ def test_bodies_are_small_json_and_do_not_dawdle(
 
 def test_only_listed_files_are_given(served: Served, tmp_path: Path) -> None:
     assert "/viewer/viewer.css" in static_files()
-    for path in ("/../pyproject.toml", "/viewer/../serve/web.py", "/%2e%2e/x", "/site/x", "/etc/passwd"):
+    for path in (
+        "/../pyproject.toml",
+        "/viewer/../serve/web.py",
+        "/%2e%2e/x",
+        "/site/x",
+        "/etc/passwd",
+    ):
         assert served.http.get(path).status_code == 404
     answer = served.http.get("/viewer/viewer.css")
     assert "default-src 'none'" in answer.headers["content-security-policy"]

@@ -321,7 +321,7 @@ def test_descriptions_are_tested(tmp_path: Path, anchor: FeatureStore) -> None:
     ],
 )
 def test_a_description_is_the_line_that_says_something(said: str, label: str) -> None:
-    """Small writers announce their answer, and the announcement is no label."""
+    """Small writers announce their answer, and the announcement is not a label."""
     assert one_line(said) == label
 
 

@@ -201,9 +201,7 @@ def test_files_that_are_no_runs(tmp_path: Path, text: str, words: str) -> None:
         read_run(tmp_path / "none.yaml", SASFT)
 
 
-def test_what_is_wrong_in_a_run_is_said(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_is_wrong_in_a_run_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def message(path: Path) -> str:
         assert main(["train", "sasft", str(path)]) == 1
         error = "qsl train: " + capsys.readouterr().err.strip().rpartition("qsl train: ")[2]
