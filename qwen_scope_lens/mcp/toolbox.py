@@ -209,7 +209,7 @@ class Toolbox:
 
         Args:
             prompt: a text to continue; with `chat` a user's message.
-            edits: each ADDRESS:OPERATION[:STRENGTH][@WHERE], such as GROUP/6/423:add:+2typical,
+            edits: each `ADDRESS:OPERATION[:STRENGTH][@WHERE]`, such as GROUP/6/423:add:+2typical,
                 GROUP/6/423:ablate, GROUP/6/423:add:-0.1norm@generation. Operations: add, set,
                 scale, ablate, floor, cap, project_out. A strength is in activations, or in
                 `typical` (the feature's mean activation where it fires), or in `norm` (a fraction
