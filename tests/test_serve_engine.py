@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -153,6 +154,47 @@ def test_reports_and_residuals_do_not_depend_on_the_cache(machine: Machine) -> N
     [row] = machine.submit([other])
     machine.finish([row])
     assert row.cached == 0  # what another plan did to the prompt is not used
+
+
+def test_a_prompt_that_is_read_in_between_changes_nothing(machine: Machine) -> None:
+    """Neither what the others write nor what their reports say."""
+    sampling = Sampling(TOKENS, 0.0)
+    prompt, plan = "The kernel reads", "{g}/4/12:add:25"
+    expected = machine.alone(prompt, plan, sampling)
+    [row] = machine.submit([machine.wanted(prompt, plan, temperature=0)])
+    machine.finish([row])
+    assert row.tokens == expected
+    alone = [(one.selected, one.fired) for one in row.report.edits]  # type: ignore[union-attr]
+    [going] = machine.submit([machine.wanted(prompt, plan, temperature=0, streams=True)])
+    short = replace(machine.wanted("x", "{g}/6/423:set:300", temperature=0), new_tokens=1)
+    asked, ended = 1, 0
+    while ended < asked:
+        row, step = machine.steps.get(timeout=60)
+        assert step.error is None
+        ended += step.reason is not None
+        if row is going and step.reason is None and asked < 4:
+            machine.submit([short])  # ends with its first token
+            asked += 1
+    assert asked == 4
+    assert going.tokens == expected
+    assert [(one.selected, one.fired) for one in going.report.edits] == alone  # type: ignore[union-attr]
+
+
+def test_a_step_that_fails_fails_its_rows_and_no_others(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails() -> None:
+        raise RuntimeError("out of memory")
+
+    wanted = machine.wanted("The kernel", "{g}/4/12:add:25", temperature=0)
+    with monkeypatch.context() as patch:
+        patch.setattr(machine.engine._batch, "step", fails)
+        machine.submit([wanted, wanted])
+        errors = [machine.steps.get(timeout=60)[1].error for _ in range(2)]
+    assert [str(error) for error in errors] == ["out of memory"] * 2
+    assert machine.finish(machine.submit([wanted])) == [
+        machine.alone("The kernel", "{g}/4/12:add:25", Sampling(TOKENS))
+    ]
 
 
 def test_a_client_that_goes_away_frees_its_row(machine: Machine) -> None:

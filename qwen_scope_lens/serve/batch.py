@@ -12,7 +12,7 @@ order of summation depends on their shape.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -44,8 +44,12 @@ HEAD_ROWS = 64
 class Batch:
     """Rows under way on one model. It belongs to the engine's thread."""
 
-    def __init__(self, model: Any, steering: RowSteering, prefixes: PrefixCache) -> None:
-        self._model, self._steering, self._prefixes = model, steering, prefixes
+    def __init__(
+        self, model: Any, steering: Callable[[], RowSteering], prefixes: PrefixCache
+    ) -> None:
+        self._model, self._prefixes = model, prefixes
+        self._steering = steering()
+        self._alone = steering()  # of a prompt that is read while the others wait
         self._device = input_device(model)
         self.rows: list[Row] = []
         self._cache: Any = None
@@ -72,12 +76,12 @@ class Batch:
                 row.residuals[layer] = [known.residuals[layer]]
         row.cached = row.read = past
         if logits is None:
-            self._steering.arrange([wanted.plan])
+            self._alone.arrange([wanted.plan])
             table = torch.tensor([ids], device=self._device)
             call = Call(1, len(ids) - past, past, len(ids), table, None, True)
-            with self._pass(call, [row], [0]):
+            with self._pass(self._alone, call, [row], [0]):
                 logits = self._read_prompt(row, table[:, past:], cache)
-            self._settle([row])
+            _settle(self._alone, [row])
         if not caches.supported(cache):
             raise WrongModel(f"{describe(self._model)} keeps a cache of a kind that is not served")
         if not wanted.prompt_logprobs:
@@ -121,9 +125,16 @@ class Batch:
         self.rows = [*self.rows, *rows]
         self._arranged()
 
+    def clear(self) -> list[Row]:
+        """Forget everything, after a failure. The rows that were under way."""
+        rows, self.rows = self.rows, []
+        self._cache, self._columns = None, 0
+        self._arranged()
+        return rows
+
     def leave(self, gone: Sequence[Row]) -> None:
         """Let rows go. What an unsteered one has read can begin the next prompt of its chat."""
-        self._collect()
+        _settle(self._steering, self.rows)
         for i, row in enumerate(self.rows):
             if row in gone and row.wanted.plan is None and not row.cancelled:
                 own = caches.trimmed(caches.selected(self._cache, [i]), self._pads[i])
@@ -155,7 +166,7 @@ class Batch:
             mask = torch.arange(total, device=device)[None] >= pads[:, None]
         call = Call(len(rows), 1, self._columns, self._columns, self._ids, mask, True, self._ends)
         at = torch.tensor([[row.read] for row in rows], device=device)
-        with self._pass(call, rows, self._pads):
+        with self._pass(self._steering, call, rows, self._pads):
             out = self._model(
                 input_ids=new.to(device),
                 attention_mask=None if mask is None else mask.long(),
@@ -168,7 +179,9 @@ class Batch:
         return out.logits[:, -1].float()
 
     @contextmanager
-    def _pass(self, call: Call, rows: Sequence[Row], pads: Sequence[int]) -> Iterator[None]:
+    def _pass(
+        self, steering: RowSteering, call: Call, rows: Sequence[Row], pads: Sequence[int]
+    ) -> Iterator[None]:
         """Steer one pass, and give its rows the residuals that they want."""
         gates = {gate for row in rows for gate in row.opened}
         opened = {
@@ -181,7 +194,7 @@ class Batch:
             )
             for gate in gates
         }
-        with self._steering.running(call, opened) as now, ExitStack() as stack:
+        with steering.running(call, opened) as now, ExitStack() as stack:
             for layer in sorted({n for row in rows for n in row.wanted.layers}):
                 self._watch(stack, layer, rows)
             yield
@@ -209,17 +222,16 @@ class Batch:
         for i, row in enumerate(rows):
             table[i, self._pads[i] :] = torch.tensor(row.ids[: row.read])
         self._ids = table
-        self._ends = torch.tensor([[len(row.wanted.prompt)] for row in rows])
+        ends = [len(row.wanted.prompt) for row in rows]
+        self._ends = torch.tensor(ends, dtype=torch.long)[:, None]
         self._steering.arrange([row.wanted.plan for row in rows])
 
-    def _collect(self) -> None:
-        self._settle(self.rows)
 
-    def _settle(self, rows: Sequence[Row]) -> None:
-        """Add what the edits did to the rows' own reports."""
-        for row, sums in zip(rows, self._steering.taken(), strict=True):
-            if row.report is not None and sums is not None:
-                row.report.give(sums)
+def _settle(steering: RowSteering, rows: Sequence[Row]) -> None:
+    """Add what the edits did to the rows' own reports."""
+    for row, sums in zip(rows, steering.taken(), strict=True):
+        if row.report is not None and sums is not None:
+            row.report.give(sums)
 
 
 def _column(position: int, pad: int) -> int:

@@ -71,9 +71,13 @@ class Engine:
         self.special = special_tokens(tokenizer)
         self.counts: Counter[str] = Counter()
         self._model, self._ends, self._device = model, end_tokens(model), input_device(model)
-        self._steering = RowSteering(model, tokenizer, sae_of, allow_other_model)
         self._prefixes = PrefixCache(prefix_tokens)
-        self._batch = Batch(model, self._steering, self._prefixes)
+
+        def steering() -> RowSteering:
+            return RowSteering(model, tokenizer, sae_of, allow_other_model)
+
+        self._steering = steering()  # checks plans, in the threads of the requests
+        self._batch = Batch(model, steering, self._prefixes)
         self._waiting: deque[Row] = deque()
         self._jobs: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._wake = threading.Condition()
@@ -167,9 +171,7 @@ class Engine:
                     self._advance()
             except Exception as error:  # whatever a kernel raises; the next requests are served
                 log.exception("a step failed")
-                self._fail(self._batch.rows, error)
-                self._batch.rows = []
-                self._batch.leave([])
+                self._fail(self._batch.clear(), error)
         stopping = Stopping("the server is being shut down")
         self._fail([*self._batch.rows, *self._waiting], stopping)
         for _, future in self._jobs:
@@ -182,8 +184,6 @@ class Engine:
         self._fail(late, TooLate(f"took longer than {self.seconds:g} s: ask for fewer tokens"))
         self.counts["cancelled"] += len(gone)
         if late or gone:
-            for row in late:
-                row.cancelled = True
             self._batch.leave([*late, *gone])
 
     def _admit(self) -> None:
@@ -216,7 +216,11 @@ class Engine:
                 ready.append(row)
                 kept.append(cache)
         if ready:
-            self._batch.join(ready, kept)
+            try:
+                self._batch.join(ready, kept)
+            except Exception as error:
+                self._fail(ready, error)
+                raise
 
     def _begin(self, row: Row, logits: Tensor) -> bool:
         """Choose the first token. Whether there is more to do."""
@@ -280,6 +284,7 @@ class Engine:
         for row in rows:
             if not row.cancelled:
                 self.counts["failed"] += 1
+                row.cancelled = True  # nothing more is told
                 row.sink(row, Step(error=error))
 
 
