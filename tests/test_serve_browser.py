@@ -256,6 +256,7 @@ def test_compare_find_and_label(served: Served, page: Any) -> None:
     expect(page.locator("#chosen-address")).to_have_text(ref)
     expect(page.locator("#result-b .caption")).to_contain_text(ref.split("/")[-1])
     # A feature that was found in another layer is read for both texts.
+    page.mouse.move(0, 0)  # off the line, which colours the texts while the pointer rests on it
     page.goto(f"{served.url}/#{GROUP}/4/36")
     for side in ("a", "b"):
         expect(page.locator(f"#result-{side} .caption")).to_contain_text("tokens")

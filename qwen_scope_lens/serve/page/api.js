@@ -54,6 +54,17 @@ export async function call(method, path, body, signal) {
   return answer.status === 204 ? null : answer.json();
 }
 
+// The token of the fragment (`/#token=...`) is taken out of the address.
+const given = /^#(.*&)?token=/.test(location.hash) && new URLSearchParams(location.hash.slice(1)).get("token");
+if (given) {
+  useToken(given);
+  history.replaceState(null, "", location.hash.replace(/([#&])token=[^&]*&?/, "$1").replace(/[#&]$/, "") || location.pathname);
+}
+
+// What is served: asked for before the other modules are there.
+export const served = call("GET", "/api/info");
+served.catch(() => {}); // whoever waits for it says so
+
 export const file = async (path) => (await send("GET", path)).text();
 
 // The chunks of an answer that comes as server-sent events.

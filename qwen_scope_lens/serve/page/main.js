@@ -1,6 +1,6 @@
 // The start of the page: what is served, the tabs, the address behind the #, the keyboard.
 
-import { Refusal, call, useToken } from "/api.js";
+import { Refusal, served, useToken } from "/api.js";
 import { startChat } from "/chat.js";
 import { startChosen } from "/chosen.js";
 import { startFind } from "/find.js";
@@ -108,12 +108,8 @@ function askToken(error) {
 async function start() {
   QSL.themeAsChosen();
   $("theme").addEventListener("click", QSL.theme);
-  const { changes, edits, token } = fromHash(location.hash);
-  if (token) {
-    useToken(token);
-    history.replaceState(null, "", location.hash.replace(/([#&])token=[^&]*&?/, "$1").replace(/[#&]$/, "") || location.pathname);
-  }
-  const info = await call("GET", "/api/info");
+  const { changes, edits } = fromHash(location.hash);
+  const info = await served;
   const standard = { layer: info.chosen[0] ?? info.layers[0], text: info.example, a: COMPARED[0], b: COMPARED[1],
     form: info.has_chat ? "chat" : "text" };
   set({ info, start: standard });
