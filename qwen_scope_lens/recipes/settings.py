@@ -121,6 +121,8 @@ SETTINGS: Mapping[str, Rule] = {
     "overlap_top": COUNT,
     "shares": Rule("number", 0, 1, open=(True, False), many=True, empty=False),
     "baselines": SWITCH,
+    "baseline_share": SOME_SHARE,
+    "residuals": SWITCH,
     # bench
     "layer": FROM_ZERO,
     "benchmarks": WORDS,

@@ -31,7 +31,7 @@ from qwen_scope_lens.recipes.engine import Work
 from qwen_scope_lens.recipes.toxicity_baselines import baselines_f1, interval, learners, less
 from qwen_scope_lens.stores.corpus import read_corpus
 from qwen_scope_lens.stores.extract import extract
-from qwen_scope_lens.stores.reread import Reading
+from qwen_scope_lens.stores.reread import StoreReader
 from qwen_scope_lens.stores.store import FeatureStore
 
 __all__ = ["across", "draw", "efficiency", "features", "residuals", "rules", "texts"]
@@ -107,7 +107,7 @@ def residuals(work: Work) -> Mapping[str, Any]:
         return {"layers": []}
     store = FeatureStore.open(work.path("features"))
     texts = store.documents(["text"])["text"].to_pylist()
-    reading, model = Reading.of(store), work.model(up_to_layer=max(work.layers))
+    reading, model = StoreReader.of(store), work.model(up_to_layer=max(work.layers))
     for number, start in enumerate(range(0, len(texts), PART)):
         path = work.path("residuals", f"{number:05}.npz")
         if not path.exists():
