@@ -69,15 +69,18 @@ mini: .venv/ready
 
 # setuptools and torch come first: the package is built without an environment of its own, and torch
 # keeps the build that is there.
-.venv/installed: pyproject.toml constraints.txt
+.venv/torch: constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(PIP) setuptools torch
+	touch $@
+
+.venv/installed: .venv/torch pyproject.toml constraints.txt
 	$(PIP) --no-build-isolation --editable .
 	touch $@
 
-.venv/ready: .venv/installed
+.venv/ready: .venv/torch pyproject.toml constraints.txt
 	$(PIP) --no-build-isolation --editable ".[dev]"
-	touch $@
+	touch .venv/installed $@
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -35,6 +35,7 @@ def test_names_of_the_models() -> None:
     assert bundled_model("Qwen/Qwen3-8B-Base") is None
 
 
+@pytest.mark.slow  # twice eight layers, with every convention
 @pytest.mark.parametrize("group", MINI_GROUPS, ids=lambda g: g.short)
 def test_verify_on_every_layer(group: qsl.Group) -> None:
     """Trained, so the right layer fits well, and another layer's residuals are refused."""

@@ -129,7 +129,7 @@ def contrast(one: str, other: str) -> float:
     return (high + 0.05) / (low + 0.05)
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("scheme", ["light", pytest.param("dark", marks=pytest.mark.slow)])
 def test_reports_are_shown_whole(reports: list[Path], browser: Browser, scheme: Any) -> None:
     ground = "#ffffff" if scheme == "light" else "#121212"  # Chromium's own
     paper = "rgb({}, {}, {})".format(*(int(ground[i : i + 2], 16) for i in (1, 3, 5)))

@@ -405,7 +405,8 @@ SHOWN = {
 }
 
 
-SLOW = ("repetition-rl",)  # two training runs, and replies of three models
+SLOW = ("bench-redundancy", "repetition-rl", "safety-synthesis", "sasft")
+"""They train models, or render 17 benchmarks; `make test-all` runs them."""
 
 
 def test_every_recipe_has_its_smoke_run() -> None:

@@ -48,7 +48,7 @@ def test_what_was_served_is_recorded_exactly(served: Served) -> None:
         stored = store.by_token(doc, layer).codes.to_dense()
         expected = reading.codes[layer].to_dense()
         assert np.allclose(stored, expected, rtol=0.002, atol=0.01)
-    ranking = rank(store, "chinese", label="plan", layer=6)  # while the server goes on
+    ranking = rank(store, "chinese", label="plan", layers=6)  # while the server goes on
     assert sum(ranking.documents.values()) == len(table)
     assert ranking.tested > 0
 

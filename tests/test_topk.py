@@ -499,7 +499,9 @@ def test_copies_do_not_carry_the_derived() -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
-@pytest.mark.parametrize("precision", PASSES)
+@pytest.mark.parametrize(
+    "precision", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)]
+)
 def test_memory_does_not_grow_with_tokens_or_width(precision: torch.dtype) -> None:
     """2k tokens at 81,920 features: dense would be 0.7 GB. The benchmark runs 16k tokens."""
     import subprocess

@@ -146,8 +146,11 @@ def test_the_label_shift() -> None:
     [
         {},
         {"packing": True, "max_length": 64},
-        {"padding_free": True, "max_length": None},
-        {"gradient_accumulation_steps": 2, "gradient_checkpointing": True, "bf16": True},
+        pytest.param({"padding_free": True, "max_length": None}, marks=pytest.mark.slow),
+        pytest.param(
+            {"gradient_accumulation_steps": 2, "gradient_checkpointing": True, "bf16": True},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=lambda changes: "-".join(changes) or "plain",
 )
