@@ -145,7 +145,7 @@ def nearest(
         column_scale=1 / norms.clamp(min=1e-12),
         progress="nearest directions" if progress else None,
     )
-    return Neighbours(found.indices.numpy(), found.values.clamp(-1, 1).numpy())
+    return Neighbours(found.indices.cpu().numpy(), found.values.clamp(-1, 1).cpu().numpy())
 
 
 def _mean(weight: Tensor) -> Tensor:

@@ -122,34 +122,20 @@ class Toolbox:
         Args:
             address: GROUP/LAYER/FEATURE, such as the addresses that `read` and `search` give.
         """
-        from qwen_scope_lens.features.token_effects import nearest, token_effects
+        from qwen_scope_lens.features.feature_facts import feature_facts
+        from qwen_scope_lens.features.token_effects import token_effects
 
         ref = self._own(FeatureRef.parse(address))
         with self._lock:
             sae, vocabulary = self._sae(ref.layer), self._vocabulary
             direction = sae.direction([ref.feature]).detach().cpu()
             effects = token_effects(direction, self._end, PROMOTED, vocabulary=len(vocabulary))
-            beside = nearest(direction, PROMOTED + 1, among=sae.W_dec.detach().cpu())
-            row = sae.encoder_row(ref.feature).detach().float().cpu()
-        decoder = direction[0].float()
-        near = [
-            (str(ref.sae.feature(int(other))), float(cosine))
-            for other, cosine in zip(beside.features[0], beside.cosines[0], strict=True)
-            if int(other) != ref.feature
-        ]
+            facts = feature_facts(ref, sae, effects, vocabulary, self.labels, PROMOTED)
         label = self.labels.get(ref)
         return {
             "feature": str(ref),
             "label": None if label is None else label.to_row(),
-            "promoted": _tokens(vocabulary, effects.promoted[0], effects.promoted_by[0]),
-            "suppressed": _tokens(vocabulary, effects.suppressed[0], effects.suppressed_by[0]),
-            "nearest": [[name, cosine, self.labels.text(name)] for name, cosine in near[:PROMOTED]],
-            "geometry": {
-                "decoder_norm": float(decoder.norm()),
-                "encoder_norm": float(row.norm()),
-                "cosine": float((row @ decoder) / (row.norm() * decoder.norm()).clamp(min=1e-12)),
-                "bias": float(sae.b_enc[ref.feature]),
-            },
+            **facts,
         }
 
     def search(self, query: str, layers: list[int] | None = None, limit: int = 20) -> Answer:
@@ -362,13 +348,6 @@ def _is_text(what: str, text: str) -> None:
         raise BadText(
             f"the {what} has {len(text):,} characters: expected at most {MOST_CHARACTERS:,}"
         )
-
-
-def _tokens(vocabulary: Vocabulary, ids: Any, logits: Any) -> list[list[Any]]:
-    return [
-        [vocabulary.text(int(token)), float(logit)]
-        for token, logit in zip(ids, logits, strict=True)
-    ]
 
 
 def _cell(value: Any) -> Any:

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from qwen_scope_lens.address import FeatureRef
 from qwen_scope_lens.errors import TooLittleData
+from qwen_scope_lens.features.feature_facts import feature_facts
 from qwen_scope_lens.features.reading import Firing, Reading
 from qwen_scope_lens.serve.asking import MOST, chat_text, messages_of
 from qwen_scope_lens.serve.faults import Fault
@@ -278,13 +278,7 @@ def _differences(
 
 def feature(address: str, lens: Lens, site: Site | None, typical: bool) -> Json:
     ref = lens.ref(address)
-    sae = lens.sae(ref.layer)
-    effects = lens.effects([ref], PROMOTED)
-    word = lens.vocabulary.text
-    columns = {
-        "promoted": (effects.promoted, effects.promoted_by),
-        "suppressed": (effects.suppressed, effects.suppressed_by),
-    }
+    sae, effects = lens.sae(ref.layer), lens.effects([ref], PROMOTED)
     label = lens.labels.get(ref)
     known = lens.typical([ref]).get(str(ref)) if typical else lens.known_typical(ref)
     return {
@@ -292,44 +286,10 @@ def feature(address: str, lens: Lens, site: Site | None, typical: bool) -> Json:
         "label": None
         if label is None
         else {"text": label.text, "score": label.score, "provenance": dict(label.provenance)},
-        **{
-            name: [
-                [word(token), float(value)]
-                for token, value in zip(tokens[0].tolist(), by[0].tolist(), strict=True)
-            ]
-            for name, (tokens, by) in columns.items()
-        },
-        "nearest": _nearest(ref, lens),
-        "geometry": _geometry(ref, sae),
+        **feature_facts(ref, sae, effects, lens.vocabulary, lens.labels, NEIGHBOURS),
         "typical": known,
         "site": None if site is None or not site.has(ref) else f"{site.address}#{ref}",
         "page": None if site is None else site.page(ref),
-    }
-
-
-@torch.no_grad()
-def _nearest(ref: FeatureRef, lens: Lens) -> list[list[Any]]:
-    rows = lens.sae(ref.layer).W_dec.detach()
-    own = rows[ref.feature].float()
-    cosines = torch.nn.functional.cosine_similarity(rows.float(), own[None], dim=-1)
-    cosines[ref.feature] = -2
-    values, found = cosines.topk(min(NEIGHBOURS, len(rows) - 1))
-    refs = [FeatureRef(ref.group, ref.layer, number) for number in found.tolist()]
-    return [
-        [str(one), value, lens.labels.text(one)]
-        for one, value in zip(refs, values.tolist(), strict=True)
-    ]
-
-
-@torch.no_grad()
-def _geometry(ref: FeatureRef, sae: Any) -> dict[str, float]:
-    write = sae.W_dec[ref.feature].detach().float()
-    read_row = sae.W_enc[:, ref.feature].detach().float()
-    return {
-        "decoder_norm": float(write.norm()),
-        "encoder_norm": float(read_row.norm()),
-        "cosine": float(torch.nn.functional.cosine_similarity(write, read_row, dim=0)),
-        "bias": float(sae.b_enc[ref.feature]),
     }
 
 
