@@ -11,17 +11,13 @@ control the judge takes the same tests with the description of another feature.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Mapping, Sequence
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from _measure import Printed, cpu_name
-from real_verbs import Setting
+from real_verbs import Setting, begin, real_arguments
 
 import qwen_scope_lens as qsl
 from qwen_scope_lens.address import FeatureRef
@@ -95,21 +91,11 @@ def scores_of(pack: Mapping[FeatureRef, Any]) -> dict[FeatureRef, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--name", required=True, help="what the model is, for the first line")
-    parser.add_argument("--sae", required=True, help="the group, such as local/SAE-Res-...")
-    parser.add_argument("--layer", required=True, dest="layers")
-    parser.add_argument("--data", type=Path, required=True)
+    parser = real_arguments(__doc__, layer=True)
     parser.add_argument("--texts", type=Path, required=True, help="the work folder of tools/real")
-    parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--out", type=Path, help="also write what is printed into this file")
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    options.work.mkdir(parents=True, exist_ok=True)
-    say = Printed()
-    say(f"{options.name}; SAEs {options.sae}; {cpu_name()}, one thread; {date.today()}")
-    setting = Setting(options, say)
+    setting = begin(options)
+    say = setting.say
     layer = setting.layers[0]
     store = mixed_store(setting, options.work, options.texts)
     refs = drawn(store, setting.group, layer)

@@ -12,13 +12,11 @@ sentences are those of the Language Confusion Benchmark. What is done is kept in
 
 from __future__ import annotations
 
-import argparse
 import random
 import re
 import sys
 import tempfile
 import time
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +25,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import numpy as np
 import torch
 import transformers
-from _measure import Printed, cpu_name
+from _measure import Printed
 from _mini_runs import Cells, loss_of_each, replies
 from datasets import Dataset, disable_progress_bars
 from peft import LoraConfig
-from real_verbs import Setting
+from real_verbs import Setting, begin, real_arguments
 
 import qwen_scope_lens as qsl
 from qwen_scope_lens.address import FeatureRef
@@ -237,22 +235,13 @@ def report(say: Printed, cells: dict[tuple[str, float], Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--name", required=True, help="what the model is, for the first line")
-    parser.add_argument("--sae", required=True, help="the group, such as local/SAE-Res-...")
-    parser.add_argument("--layer", required=True, dest="layers")
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--work", type=Path, required=True)
+    parser = real_arguments(__doc__, layer=True)
     parser.add_argument("--minutes", type=float, default=1e9, help="then report what is there")
-    parser.add_argument("--out", type=Path, help="also write what is printed into this file")
     options = parser.parse_args()
-    torch.set_num_threads(1)
     disable_progress_bars()
-    options.work.mkdir(parents=True, exist_ok=True)
-    started, say = time.monotonic(), Printed()
-    say(f"{options.name}; SAEs {options.sae}; {cpu_name()}, one thread; {date.today()}")
-    setting = Setting(options, say)
+    started = time.monotonic()
+    setting = begin(options)
+    say = setting.say
     [layer] = setting.layers
     lines = sentences(setting)
     halves = [{n: some[i::2] for n, some in lines.items()} for i in range(2)]

@@ -16,7 +16,6 @@ Everything that is done is kept in the work folder, so a run that was stopped go
 
 from __future__ import annotations
 
-import argparse
 import copy
 import itertools
 import json
@@ -25,15 +24,13 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from _measure import Printed, cpu_name
 from real_labels import mixed_store
-from real_verbs import FEATURES, NEW_TOKENS, PROMPTS, Setting, leaked
+from real_verbs import FEATURES, NEW_TOKENS, PROMPTS, Setting, begin, leaked, real_arguments
 
 import qwen_scope_lens as qsl
 from qwen_scope_lens.models import unwrap
@@ -315,22 +312,12 @@ CASES = {"code": code_case, "chinese": chinese_case, "russian": russian_case}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--name", required=True, help="what the model is, for the first line")
-    parser.add_argument("--sae", required=True, help="the group, such as local/SAE-Res-...")
-    parser.add_argument("--layer", required=True, dest="layers")
-    parser.add_argument("--data", type=Path, required=True)
+    parser = real_arguments(__doc__, layer=True)
     parser.add_argument("--texts", type=Path, required=True, help="the work folder of tools/real")
-    parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--only", default=",".join(CASES))
-    parser.add_argument("--out", type=Path, help="also write what is printed into this file")
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    options.work.mkdir(parents=True, exist_ok=True)
-    say = Printed()
-    say(f"{options.name}; SAEs {options.sae}; {cpu_name()}, one thread; {date.today()}")
-    setting = Setting(options, say)
+    setting = begin(options)
+    say = setting.say
     asked = problems(setting)
     for name in options.only.split(","):
         started = time.process_time()

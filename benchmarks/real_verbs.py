@@ -67,6 +67,31 @@ class Setting:
         )
 
 
+def real_arguments(doc: str, *, layer: bool = False) -> argparse.ArgumentParser:
+    """What every benchmark of the real model takes; with `layer` exactly one is read."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--name", required=True, help="what the model is, for the first line")
+    parser.add_argument("--sae", required=True, help="the group, such as local/SAE-Res-...")
+    if layer:
+        parser.add_argument("--layer", required=True, dest="layers")
+    else:
+        parser.add_argument("--layers", help="by default all that the group has")
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--out", type=Path, help="also write what is printed into this file")
+    return parser
+
+
+def begin(options: argparse.Namespace) -> Setting:
+    """Say what is measured on what, and load it."""
+    torch.set_num_threads(1)
+    options.work.mkdir(parents=True, exist_ok=True)
+    say = Printed()
+    say(f"{options.name}; SAEs {options.sae}; {cpu_name()}, one thread; {date.today()}")
+    return Setting(options, say)
+
+
 def verify(setting: Setting) -> None:
     """Each SAE on the residuals of its own layer and of its neighbours, by convention."""
     say = setting.say
@@ -305,20 +330,11 @@ SECTIONS: dict[str, Callable[[Setting], None]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--name", required=True, help="what the model is, for the first line")
-    parser.add_argument("--sae", required=True, help="the group, such as local/SAE-Res-...")
-    parser.add_argument("--layers", help="by default all that the group has")
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--work", type=Path, required=True)
+    parser = real_arguments(__doc__)
     parser.add_argument("--only", default=",".join(SECTIONS))
-    parser.add_argument("--out", type=Path, help="also write what is printed into this file")
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    say = Printed()
-    say(f"{options.name}; SAEs {options.sae}; {cpu_name()}, one thread; {date.today()}")
-    setting = Setting(options, say)
+    setting = begin(options)
+    say = setting.say
     for name in options.only.split(","):
         started = time.process_time()
         say(f"\n## {name}\n\n{SECTIONS[name].__doc__}\n")
