@@ -20,7 +20,7 @@ PATIENCE = 5.0
 REMEMBERED = 60.0
 """Seconds in which a hub out of reach is not asked again."""
 
-_known: dict[str, tuple[float, str | None]] = {}
+answers: dict[str, tuple[float, str | None]] = {}
 
 
 def out_of_reach() -> str | None:
@@ -30,11 +30,11 @@ def out_of_reach() -> str | None:
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
     endpoint = constants.ENDPOINT
-    asked, reason = _known.get(endpoint, (0.0, ""))
+    asked, reason = answers.get(endpoint, (0.0, ""))
     if reason is None or (reason and time.monotonic() - asked < REMEMBERED):
         return reason
     found = _connect(endpoint)
-    _known[endpoint] = (time.monotonic(), found)
+    answers[endpoint] = (time.monotonic(), found)
     return found
 
 

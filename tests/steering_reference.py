@@ -9,9 +9,10 @@ from typing import Any
 
 import planted
 import torch
-from tiny_models import D_MODEL, N_LAYERS
+from tiny_models import D_MODEL, N_LAYERS, make_model, make_tokenizer
 from torch import Tensor
 
+import qwen_scope_lens as qsl
 from qwen_scope_lens.models import decoder_layers
 from qwen_scope_lens.steering import Edit
 
@@ -25,6 +26,14 @@ class World(dict[int, Weights]):
     """Layer -> the weights of its SAE; `home` is the folder for QWEN_SCOPE_HOME."""
 
     home: Path
+
+
+def endless_bridge() -> Any:
+    """A bridge, so that the tokenizer is known; it never stops by itself."""
+    hf = make_model()
+    hf.generation_config.eos_token_id = None
+    hf.config.eos_token_id = None
+    return qsl.load_model(hf, tokenizer=make_tokenizer())
 
 
 def write_saes(home: Path) -> World:

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import steering_reference as reference
 import torch
-from tiny_models import make_model, make_tokenizer
+from tiny_models import make_tokenizer
 
 import qwen_scope_lens as qsl
 from qwen_scope_lens.errors import BadPlan, TooLittleData
 from qwen_scope_lens.steering import Examples, Plan, Sampling, Sweep, causes, generate, sweep
 from qwen_scope_lens.steering.arms import asking, capability, likeness, mean_difference
-from qwen_scope_lens.steering.causal import _cause
+from qwen_scope_lens.steering.causal import cause_of
 from qwen_scope_lens.steering.generate import Continuation
 from qwen_scope_lens.steering.hooks import steer
 from qwen_scope_lens.steering.sweep import CONTROL, DIFFERENCE, PLAN, Dose
@@ -39,11 +38,8 @@ def _home(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def model() -> Iterator[Any]:
-    hf = make_model()
-    hf.generation_config.eos_token_id = None
-    hf.config.eos_token_id = None
-    return qsl.load_model(hf, tokenizer=make_tokenizer())
+def model() -> Any:
+    return reference.endless_bridge()
 
 
 def test_a_mean_difference_is_that_of_texts(model: Any) -> None:
@@ -174,7 +170,7 @@ def test_the_verdict_asks_for_more_than_chance() -> None:
         said = None if asked is None else dose("prompt only", 0, asked, asked, None)
         settings = {"prompts": prompts}
         made = Sweep("p", "norm", "m", "", settings, (plain, *doses), asked=said)
-        return _cause(qsl.FeatureRef.parse("mini-qwen3/w1k-l0-16/6/1"), made)
+        return cause_of(qsl.FeatureRef.parse("mini-qwen3/w1k-l0-16/6/1"), made)
 
     good = dose(PLAN, 0.4, 0.8, 0.6, 5.5)
     assert judged(good).verdict == "moves it"

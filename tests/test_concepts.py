@@ -19,9 +19,9 @@ import qwen_scope_lens as qsl
 from qwen_scope_lens.cli import main
 from qwen_scope_lens.concepts import Concept, Discovery, discover, discover_pairs, find, pairs_of
 from qwen_scope_lens.concepts.concept import CARRIERS, neutral_texts, read_examples
-from qwen_scope_lens.concepts.discover import _signs
+from qwen_scope_lens.concepts.discover import sign_test
 from qwen_scope_lens.concepts.evidence import read_groups, readout, says, shares
-from qwen_scope_lens.concepts.find import WEIGHTS, _combined, layers_of
+from qwen_scope_lens.concepts.find import WEIGHTS, combined, layers_of
 from qwen_scope_lens.errors import (
     BadCorpus,
     BadFile,
@@ -125,7 +125,7 @@ def test_one_order_joins_the_columns() -> None:
         "examples": np.array([0.0, 3.0, 2.0, -1.0], np.float32),
         "says": np.array([5.0, 0.0, 9.0, -2.0], np.float32),
     }
-    score, places = _combined(columns)  # type: ignore[arg-type]
+    score, places = combined(columns)  # type: ignore[arg-type]
     assert places["examples"].tolist() == [0, 1, 2, 0]
     assert places["says"].tolist() == [2, 0, 1, 0]
     expected = [11 / 12, 3.0, 3 * 11 / 12 + 1, 0.0]
@@ -352,7 +352,7 @@ def test_pairs_are_tested_by_signs(tmp_path: Path) -> None:
 def test_the_sign_test_is_exact() -> None:
     rng = np.random.default_rng(1)
     high, low = (csr_matrix(rng.integers(0, 3, (30, 8)).astype(float)) for _ in range(2))
-    found = _signs(high, low)
+    found = sign_test(high, low)
     difference = (high - low).toarray()
     for feature in range(8):
         above, below = (difference[:, feature] > 0).sum(), (difference[:, feature] < 0).sum()

@@ -31,7 +31,7 @@ def online(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, i
     monkeypatch.setattr(hub, "getproxies", dict)
     monkeypatch.setattr(hub.socket, "create_connection", refuse)
     monkeypatch.setattr(hub.time, "sleep", lambda seconds: None)
-    monkeypatch.setattr(hub, "_known", {})
+    monkeypatch.setattr(hub, "answers", {})
     return tries
 
 
@@ -62,13 +62,13 @@ def test_a_hub_that_answered_is_left_to_its_client(
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{port}")
         monkeypatch.setattr(hub, "getproxies", dict)
-        monkeypatch.setattr(hub, "_known", {})
+        monkeypatch.setattr(hub, "answers", {})
         assert hub.out_of_reach() is None
     assert hub.out_of_reach() is None  # not asked again: the client repeats what fails now
-    monkeypatch.setattr(hub, "_known", {})
+    monkeypatch.setattr(hub, "answers", {})
     monkeypatch.setattr(hub, "PATIENCE", 0.1)
     assert "127.0.0.1" in str(hub.out_of_reach())
-    monkeypatch.setattr(hub, "_known", {})
+    monkeypatch.setattr(hub, "answers", {})
     monkeypatch.setattr(hub, "getproxies", lambda: {"http": "http://proxy:1"})
     monkeypatch.setattr(hub, "proxy_bypass", lambda host: False)
     assert hub.out_of_reach() is None  # the proxy has to know

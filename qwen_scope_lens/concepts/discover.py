@@ -159,7 +159,7 @@ def discover_pairs(
         high, low = x[rows[value][part]], x[rows[other][part]]
         if some is not None:
             high, low = high[:, some], low[:, some]
-        return _signs(high, low)
+        return sign_test(high, low)
 
     groups = [(value, test, int((~held).sum()), int(held.sum())) for value in (PREFERRED, REJECTED)]
     both = x[np.concatenate([rows[PREFERRED], rows[REJECTED]])]
@@ -193,7 +193,7 @@ def _matrix(
     return numbers, refs, csr_matrix(hstack(parts, format="csr"))
 
 
-def _signs(high: csr_matrix, low: csr_matrix) -> _Test:
+def sign_test(high: csr_matrix, low: csr_matrix) -> _Test:
     """The sign test of every feature over pairs, two-sided and exact."""
     from scipy.stats import binom
 

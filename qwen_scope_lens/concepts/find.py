@@ -229,7 +229,7 @@ def find(
     joined = {name: np.concatenate(parts) for name, parts in evidence.items()}
     if labels is not None and "labels" in chosen:
         joined["labels"] = _label_scores(labels, concept.words, refs)
-    score, places = _combined({column: joined[column] for column in chosen})
+    score, places = combined({column: joined[column] for column in chosen})
     best = np.argsort(-score, kind="stable")[:top]
     best = best[score[best] > 0]
     d_sae = row.d_sae
@@ -321,7 +321,7 @@ def _label_scores(labels: LabelPack, words: str, refs: Sequence[LayerRef]) -> Fl
     return found
 
 
-def _combined(
+def combined(
     columns: dict[Column, Floats],
 ) -> tuple[np.ndarray[Any, Any], dict[str, np.ndarray[Any, Any]]]:
     """The score of every feature, and its place in every column (from 1; 0 without evidence)."""

@@ -162,12 +162,12 @@ def causes(
             progress=step,
             allow_other_model=allow_other_model,
         )
-        rows.append(_cause(ref, found))
+        rows.append(cause_of(ref, found))
     rows.sort(key=lambda row: -(row.effect if row.effect is not None else -float("inf")))
     return Causes(tuple(rows), measure.meaning, len(prompts), tuple(map(float, doses)), ask)
 
 
-def _cause(ref: FeatureRef, found: Sweep) -> Cause:
+def cause_of(ref: FeatureRef, found: Sweep) -> Cause:
     best = {arm: found.best(arm)[1] for arm in (PLAN, CONTROL, DIFFERENCE)}
     mine, chance, mean = best[PLAN], best[CONTROL], best[DIFFERENCE]
     cost = None
