@@ -3,6 +3,7 @@ from .checkpoint import open_layer as open_layer
 from .codes import SparseCodes as SparseCodes
 from .few_features import Maxima as Maxima
 from .few_features import Membership as Membership
+from .fixed_shapes import FixedMembership as FixedMembership
 from .load import load_directions as load_directions
 from .load import load_sae as load_sae
 from .locate import locate as locate

@@ -30,7 +30,7 @@ from qwen_scope_lens.saes.exact.topk import require_finite
 from qwen_scope_lens.saes.exact.weight_cache import Derived, fingerprint
 from qwen_scope_lens.saes.sae import ScopeSAE
 
-__all__ = ["Maxima", "Membership", "activations_of"]
+__all__ = ["U32", "U64", "Maxima", "Membership", "activations_of", "kth_at_least"]
 
 U32, U64 = 2.0**-24, 2.0**-53
 _NO_ROW = 2**62
@@ -138,9 +138,8 @@ class Membership:
         assert self._witnesses is not None
         rows, bias, norms = self._weights("witnesses", self._witnesses)
         score = product(inside.float(), rows) + bias
-        reach = 1.1 * (self.sae.cfg.d_in + 8) * U32
-        least = score - (reach * norm_above(inside))[:, None] * norms - reach * bias.abs()
-        return least.topk(self.sae.cfg.k, dim=1).values[:, -1].double()
+        length, cfg = norm_above(inside), self.sae.cfg
+        return kth_at_least(score, length, bias, norms, cfg.k, cfg.d_in)
 
     def _weights(
         self, name: str, index: torch.Tensor
@@ -211,6 +210,24 @@ class Membership:
             level = found == new[owner]
             first = first.scatter_reduce(0, owner[level], rows[level], "amin")
             best[:, column], where[:, column] = new, first
+
+
+def kth_at_least(
+    score: torch.Tensor,
+    length: torch.Tensor,
+    bias: torch.Tensor,
+    norms: torch.Tensor,
+    k: int,
+    d_in: int,
+) -> torch.Tensor:
+    """A score that at least k of some features reach with certainty. float64 `[n]`
+
+    `score [n, w]` are their float32 scores, `length [n]` and `norms [w]` upper bounds of the
+    lengths of the residuals and of the features' rows.
+    """
+    reach = 1.1 * (d_in + 8) * U32
+    least = score - (reach * length)[:, None] * norms - reach * bias.abs()
+    return least.topk(k, dim=1).values[:, -1].double()
 
 
 def activations_of(codes: SparseCodes, features: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ residual bit for bit.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -20,7 +20,7 @@ from qwen_scope_lens.saes.few_features import Membership, activations_of
 from qwen_scope_lens.saes.sae import ScopeSAE
 from qwen_scope_lens.steering.plan import Edit
 
-__all__ = ["LayerEdits"]
+__all__ = ["LayerEdits", "coefficients", "moved"]
 
 
 @dataclass(frozen=True)
@@ -103,41 +103,20 @@ class LayerEdits:
 
         `x [.., d_model]`, `selected` bool `[.., m]` -> `[.., d_model]` in x's dtype, `[.., m]`.
         """
-        precise = torch.promote_types(x.dtype, torch.float32)
-        pushes = self._on(x.device)[0]
         c = self.coefficients(x, selected)
-        touched = (c != 0).any(-1, keepdim=True)
-        moved = x.to(precise) + c.to(precise) @ pushes.to(precise)
-        return torch.where(touched, moved.to(x.dtype), x), c
+        return moved(x, c, self.placed(x.device)[0]), c
 
     def coefficients(self, x: Tensor, selected: Tensor) -> Tensor:
         """c of every edit: 0 where it is not selected. `[.., d_model], [.., m] -> [.., m]`"""
-        precise = torch.promote_types(x.dtype, torch.float32)
-        _, directions, values, lengths, still = self._on(x.device)
-        v = values.to(precise).expand(*x.shape[:-1], -1)
-        by_norm = [i for i, edit in enumerate(self.edits) if edit.unit == "norm"]
-        if by_norm:
-            norm = torch.linalg.vector_norm(x.to(precise), dim=-1, keepdim=True)
-            v = v.clone()
-            v[..., by_norm] = v[..., by_norm] * norm / lengths[by_norm].to(precise)
-        columns = list(v.unbind(-1))
+        read: dict[int, Tensor] = {}
         for reader in self.readers:
             wanted = selected[..., list(reader.at)].any(-1)
             a = _activations_where(reader, x, wanted)
-            for j, i in enumerate(reader.at):
-                target = self.edits[i].operation.target
-                assert target is not None
-                columns[i] = target(a[..., j], columns[i]) - a[..., j]
-        out = [i for i, edit in enumerate(self.edits) if edit.operation.reads == "residual"]
-        if out:
-            rows = directions[out].to(precise)
-            share = _projection(x.to(precise), rows, selected[..., out])
-            for j, i in enumerate(out):
-                columns[i] = -share[..., j]
-        c = torch.stack(columns, dim=-1)
-        return torch.where(selected & ~still, c, torch.zeros_like(c))
+            read.update(zip(reader.at, a.unbind(-1), strict=True))
+        return coefficients(self.edits, self.placed(x.device), x, selected, read)
 
-    def _on(self, device: torch.device) -> tuple[Tensor, ...]:
+    def placed(self, device: torch.device) -> tuple[Tensor, ...]:
+        """Pushes, directions `[m, d_model]`; values, lengths, and which are neutral `[m]`."""
         if device not in self._placed:
             values = torch.tensor([edit.value for edit in self.edits], dtype=torch.float64)
             rows = self.directions.to(device)
@@ -146,6 +125,47 @@ class LayerEdits:
             placed = (pushes, rows, values.to(device), rows.norm(dim=-1), still)
             self._placed[device] = placed
         return self._placed[device]
+
+
+def moved(x: Tensor, c: Tensor, pushes: Tensor) -> Tensor:
+    """The residual moved by `c [.., m]` along `pushes [m, d_model]`; bit for bit x where c is 0."""
+    precise = torch.promote_types(x.dtype, torch.float32)
+    touched = (c != 0).any(-1, keepdim=True)
+    new = x.to(precise) + c.to(precise) @ pushes.to(precise)
+    return torch.where(touched, new.to(x.dtype), x)
+
+
+def coefficients(
+    edits: Sequence[Edit],
+    placed: Sequence[Tensor],
+    x: Tensor,
+    selected: Tensor,
+    read: Mapping[int, Tensor],
+) -> Tensor:
+    """c of every edit, from the activations `[..]` of those that read one, by their numbers.
+
+    `placed` are the tensors of `LayerEdits.placed`; `x [.., d_model], selected [.., m] -> [.., m]`.
+    """
+    precise = torch.promote_types(x.dtype, torch.float32)
+    _, directions, values, lengths, still = placed
+    columns = list(values.to(precise).expand(*x.shape[:-1], -1).unbind(-1))
+    if any(edit.unit == "norm" for edit in edits):
+        norm = torch.linalg.vector_norm(x.to(precise), dim=-1)
+        for i, edit in enumerate(edits):
+            if edit.unit == "norm":
+                columns[i] = columns[i] * norm / lengths[i].to(precise)
+    for i, a in read.items():
+        target = edits[i].operation.target
+        assert target is not None
+        columns[i] = target(a, columns[i]) - a
+    out = [i for i, edit in enumerate(edits) if edit.operation.reads == "residual"]
+    if out:
+        rows = torch.stack([directions[i] for i in out]).to(precise)
+        flags = torch.stack([selected[..., i] for i in out], dim=-1)
+        for i, share in zip(out, _projection(x.to(precise), rows, flags).unbind(-1), strict=True):
+            columns[i] = -share
+    c = torch.stack(columns, dim=-1)
+    return torch.where(selected & ~still, c, torch.zeros_like(c))
 
 
 def _members(sae: ScopeSAE, features: list[int]) -> Membership:

@@ -12,7 +12,7 @@ from torch import Tensor
 from qwen_scope_lens.steering.plan import Edit
 from qwen_scope_lens.tables import Table, View
 
-__all__ = ["EditReport", "Report"]
+__all__ = ["EditReport", "Report", "sums_of"]
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,7 @@ class Report(View):
     ) -> None:
         """Count one pass: `c`, `selected [.., m]`, `lengths [m]`, `norms [..]` of the residual."""
         with torch.no_grad():
-            steps = (c.detach().abs() * lengths).flatten(0, -2)
-            shares = steps / norms.detach().flatten().unsqueeze(-1).clamp(min=1e-30)
-            counts = torch.stack(
-                [selected.flatten(0, -2).sum(0), (c != 0).flatten(0, -2).sum(0)]
-            ).double()
-            sums = torch.cat([counts, steps.sum(0)[None].double(), shares.sum(0)[None].double()])
+            sums = sums_of(c.detach(), selected, lengths, norms.detach())
             with self._lock:
                 for j, number in enumerate(numbers):
                     before = self._sums.get(number)
@@ -103,3 +98,11 @@ class Report(View):
 
     def __str__(self) -> str:
         return "\n".join(map(str, self.edits))
+
+
+def sums_of(c: Tensor, selected: Tensor, lengths: Tensor, norms: Tensor) -> Tensor:
+    """What one pass adds to the sums of its edits, as `Report.taken` has them. float64 `[4, m]`"""
+    steps = (c.abs() * lengths).flatten(0, -2)
+    shares = steps / norms.flatten().unsqueeze(-1).clamp(min=1e-30)
+    counts = torch.stack([selected.flatten(0, -2).sum(0), (c != 0).flatten(0, -2).sum(0)]).double()
+    return torch.cat([counts, steps.sum(0)[None].double(), shares.sum(0)[None].double()])

@@ -1,6 +1,14 @@
 from .control_vectors import export as export
 from .control_vectors import layer_vectors as layer_vectors
 from .control_vectors import to_gguf as to_gguf
+from .engine_reading import EngineReading as EngineReading
+from .engine_reading import read_engine as read_engine
+from .engine_worker import WORKER as WORKER
+from .engine_worker import ScopeWorker as ScopeWorker
+from .engine_worker import report_of as report_of
+from .engine_worker import request_flags as request_flags
+from .graph_edits import GraphEdits as GraphEdits
+from .graph_edits import graph_edits as graph_edits
 from .interp_engine import steer_engine as steer_engine
 from .lm_eval_model import evaluate as evaluate
 from .lm_eval_model import steered_lm as steered_lm

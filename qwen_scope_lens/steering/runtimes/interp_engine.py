@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from qwen_scope_lens.address import FeatureRef
 from qwen_scope_lens.errors import BadPlan, WrongModel
 from qwen_scope_lens.extras import require
 from qwen_scope_lens.models.backbone import check_name
@@ -22,7 +23,7 @@ from qwen_scope_lens.steering.readers import SAEs, directions_of
 from qwen_scope_lens.steering.token_masks import Selector
 from qwen_scope_lens.steering.where import Where
 
-__all__ = ["engine_spec", "steer_engine"]
+__all__ = ["check_engine", "chosen", "engine_spec", "steer_engine"]
 
 
 @contextmanager
@@ -37,16 +38,7 @@ def steer_engine(
     """`with steer_engine(model, plan, ids): ...` for a model of interp-engine and one prompt."""
     engine = require("interp_engine", "interp")
     spec = engine_spec(plan, saes)
-    width, depth = int(model.d_model), int(model.n_layers)
-    for edit in plan.edits:
-        if edit.ref.sae.row.d_model != width or edit.ref.layer >= depth:
-            raise WrongModel(
-                f"{edit.ref} is a feature of {edit.ref.sae.row.backbone.model_id};"
-                f" {model.hf_model_id} has d_model {width} and layers 0..{depth - 1}"
-            )
-    if not allow_other_model:
-        for row in dict.fromkeys(edit.ref.sae.row for edit in plan.edits):
-            check_name(str(model.hf_model_id), row)
+    check_engine(model, [edit.ref for edit in plan.edits], allow_other_model)
     left_out, generated = _places(model, plan.edits[0].where, list(prompt_ids))
     with engine.steer(
         model,
@@ -56,6 +48,20 @@ def steer_engine(
         generated=generated,
     ):
         yield
+
+
+def check_engine(model: Any, refs: Sequence[FeatureRef], allow_other_model: bool) -> None:
+    """Raise `WrongModel` where the features are not of the engine's model."""
+    width, depth = int(model.d_model), int(model.n_layers)
+    for ref in refs:
+        if ref.sae.row.d_model != width or ref.layer >= depth:
+            raise WrongModel(
+                f"{ref} is a feature of {ref.sae.row.backbone.model_id};"
+                f" {model.hf_model_id} has d_model {width} and layers 0..{depth - 1}"
+            )
+    if not allow_other_model:
+        for row in dict.fromkeys(ref.sae.row for ref in refs):
+            check_name(str(model.hf_model_id), row)
 
 
 def engine_spec(plan: Plan, saes: SAEs = None) -> Any:
@@ -105,17 +111,21 @@ def _operation(engine: Any, edits: Sequence[Edit], rows: torch.Tensor) -> Any:
 
 def _places(model: Any, where: Where, ids: list[int]) -> tuple[list[int], bool]:
     """Prompt positions to leave out, and whether generated tokens are steered."""
+    flags, generated = chosen(Selector(lambda: model.tokenizer), where, ids)
+    return [i for i, on in enumerate(flags.tolist()) if not on], generated
+
+
+def chosen(selector: Selector, where: Where, ids: Sequence[int]) -> tuple[torch.Tensor, bool]:
+    """Which tokens of a prompt are selected, bool `[n]`, and whether generated ones are."""
     if where.gate is not None:
         raise BadPlan(f"{where}: interp-engine has no gates: only this package's own runtime has")
     picky = where.positions is not None or where.classes or where.token_ids or where.looks_back
     if picky and where.phase != "prompt":
         raise BadPlan(f"{where}: interp-engine cannot select among generated tokens: add `prompt`")
-    call = Call(1, len(ids), 0, len(ids), torch.tensor([ids]), None, False)
-    selector = Selector(lambda: model.tokenizer)
+    call = Call(1, len(ids), 0, len(ids), torch.tensor([list(ids)]), None, False)
     selector.check(where)
     flags = torch.full((1, len(ids)), where.phase != "generation")
     mask = selector.mask(where, call, flags.device)
     if mask is not None:
         flags = flags & mask
-    left_out = [i for i, on in enumerate(flags[0].tolist()) if not on]
-    return left_out, where.phase != "prompt"
+    return flags[0], where.phase != "prompt"
