@@ -135,11 +135,19 @@ def exact_scores(
 ) -> torch.Tensor:
     """The exact dots plus bias of pairs, rounded once to float32 and returned as float64. `[p]`"""
     out = torch.empty(len(token), dtype=torch.float64, device=x.device)
-    step = max(1, _ELEMENTS // 16 // x.shape[1])  # so that a buffer stays in the CPU's cache
+    step = max(1, _ELEMENTS // 8 // x.shape[1])  # so that a buffer stays in the CPU's cache
     for start in range(0, len(token), step):
         t, f = token[start : start + step], feature[start : start + step]
-        terms = torch.cat([x[t].double() * rows[f].double(), bias[f].double()[:, None]], 1)
-        out[start : start + step] = rounded_sums(terms)
+        terms = rows.index_select(0, f).double().mul_(x.index_select(0, t))
+        add = bias[f].double()
+        score = terms.sum(-1).add_(add)
+        size = torch.linalg.vector_norm(terms, 1, dim=-1) + add.abs()
+        error = size * ((terms.shape[1] + 1) * 2.0**-53 * 1.01)
+        open_ = ((score - error).float() != (score + error).float()).nonzero().squeeze(1)
+        score = score.float().double()
+        if len(open_):
+            score[open_] = rounded_sums(torch.cat([terms[open_], add[open_, None]], 1)).double()
+        out[start : start + step] = score
     return out
 
 

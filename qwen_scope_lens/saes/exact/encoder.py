@@ -132,9 +132,9 @@ class Snapshot:
         return self.rows.new_empty((rows, self.d_in + EXTRA), dtype=torch.bfloat16)
 
     def half_tile(self, start: int, buffer: torch.Tensor) -> torch.Tensor:
-        """Rows from `start` in bfloat16 with their extra columns. `[<= 4 TILE, d_in + EXTRA]`"""
+        """Rows from `start` in bfloat16 with their extra columns. `[<= 16 TILE, d_in + EXTRA]`"""
         if self.half is not None:
-            return self.half[start : start + 4 * TILE]
+            return self.half[start : start + 16 * TILE]
         stop = min(start + TILE, self.d_sae)
         tile = buffer[: stop - start]
         tile[:, : self.d_in].copy_(self.rows[start:stop])
