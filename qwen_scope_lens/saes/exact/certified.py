@@ -34,7 +34,7 @@ from qwen_scope_lens.saes.exact import kernels
 from qwen_scope_lens.saes.exact.dots import all_dots, exact_scores, pair_dots
 from qwen_scope_lens.saes.exact.encoder import EXTRA, TILE, Snapshot, norm_above
 from qwen_scope_lens.saes.exact.matmul import BY_DOTS, product
-from qwen_scope_lens.saes.exact.pairs import Grid, Pairs, Scored, kth_largest, places
+from qwen_scope_lens.saes.exact.pairs import Grid, Pairs, Scored, kth_largest, places, sorted_rows
 
 __all__ = ["BLOCK_BYTES", "Selection", "approximate", "select", "tokens_per_block"]
 
@@ -48,6 +48,11 @@ _SPARE = 32
 
 _HARDLY_MORE = 1.25
 """Up to this many candidates per k, all are re-scored at once: to sort some out takes longer."""
+
+_READS_ALL, _SOME_MORE = 2, 4.0
+"""If the best k of all positions are at least half as many as there are features, nearly all of the
+encoder is read from memory for them, and a second reading for the others would cost more than
+up to four candidates per k at once."""
 
 
 @dataclass(frozen=True)
@@ -224,15 +229,14 @@ def _candidates(
     hit &= settled[:, None]
     place = places(hit)
     token = place // groups
-    group = place - token * groups
     # The members of a group are as far apart as there are groups.
     column = torch.arange(0, width, groups, device=approx.device)
     at = (place + token * (width - groups))[:, None] + column
-    members = approx.view(-1).index_select(0, at.view(-1)).float().view(at.shape)
-    kept = places(members >= least[token])
-    row, member = kept // size, kept % size
-    token, group = token[row], group[row]
-    pairs = Pairs(token, member * groups + group, members.view(-1)[kept])
+    flat = approx.view(-1)
+    members = flat.index_select(0, at.view(-1)).float().view(at.shape)
+    at = sorted_rows(at.view(-1)[places(members >= least[token])])
+    token = at // width
+    pairs = Pairs(token, at - token * width, flat.index_select(0, at).float())
     over = torch.bincount(token, minlength=n) > cap
     if bool(over.any()):
         settled &= ~over
@@ -272,8 +276,9 @@ def _kernel_candidates(
         precision == torch.bfloat16,
     )
     settled = bound.isfinite() & kth.isfinite() & (count <= cap)
+    feature, order = feature.sort(dim=1)  # the kernel found them in any order
     token, slot = ((feature >= 0) & settled[:, None]).nonzero(as_tuple=True)
-    return Pairs(token, feature[token, slot].long(), approx[token, slot]), settled
+    return Pairs(token, feature[token, slot].long(), approx.gather(1, order)[token, slot]), settled
 
 
 def _rescored(
@@ -285,8 +290,6 @@ def _rescored(
     k: int,
 ) -> Scored:
     """Step 3 of the module's docstring: the candidates that may still be selected, scored again."""
-    grid = Grid(pairs.token, len(rest))
-
     def score(part: Pairs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         dot = pair_dots(encoder.rows, rest, part.token, part.feature)
         # Bias and outliers are added in float64.
@@ -299,24 +302,24 @@ def _rescored(
         # The score itself is rounded to float32 once more.
         return value, error + 1.01 * U * value.abs(), dot
 
-    chosen = torch.ones_like(pairs.token, dtype=torch.bool)
-    if len(pairs.token) > _HARDLY_MORE * len(rest) * k:
-        chosen = pairs.approx >= kth_largest(grid.table(pairs.approx), k)[pairs.token]
+    wanted = len(rest) * k
+    at_once = _READS_ALL * wanted > encoder.d_sae and len(pairs.token) < _SOME_MORE * wanted
+    if at_once or len(pairs.token) <= _HARDLY_MORE * wanted:
+        return Scored(pairs.token, pairs.feature, *score(pairs))
+    grid = Grid(pairs.token, len(rest))
+    chosen = pairs.approx >= kth_largest(grid.table(pairs.approx), k)[pairs.token]
     first, others = places(chosen), places(~chosen)
-    value, error, dot = score(pairs.take(first))
-    lows = value.new_full((len(chosen),), float("-inf"))
-    lows[first] = value - error
+    best = score(pairs.take(first))
+    lows = best[0].new_full((len(chosen),), float("-inf"))
+    lows[first] = best[0] - best[1]
     line = kth_largest(grid.table(lows), k).float()
     open_ = pairs.take(others)
     second = others[open_.approx + reach.of(open_) >= line[open_.token]]
-    more, more_error, more_dot = score(pairs.take(second))
-
-    found = pairs.take(torch.cat([first, second]))
-    order = (found.token * encoder.d_sae + found.feature).argsort()
-    value, error = torch.cat([value, more]), torch.cat([error, more_error])
-    dot = torch.cat([dot, more_dot])
-    found = found.take(order)
-    return Scored(found.token, found.feature, value[order], error[order], dot[order])
+    more = score(pairs.take(second))
+    which, order = torch.cat([first, second]).sort()
+    found = pairs.take(which)
+    columns = (torch.cat(both)[order] for both in zip(best, more, strict=True))
+    return Scored(found.token, found.feature, *columns)
 
 
 def _decide(

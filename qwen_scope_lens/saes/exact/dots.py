@@ -20,6 +20,8 @@ from functools import cache
 
 import torch
 
+from qwen_scope_lens.saes.exact.encoder import norm_above
+
 __all__ = ["all_dots", "exact_scores", "exact_topk", "pair_dots", "rounded_sums"]
 
 _ELEMENTS = 2**20
@@ -138,10 +140,11 @@ def exact_scores(
     step = max(1, _ELEMENTS // 8 // x.shape[1])  # so that a buffer stays in the CPU's cache
     for start in range(0, len(token), step):
         t, f = token[start : start + step], feature[start : start + step]
-        terms = rows.index_select(0, f).double().mul_(x.index_select(0, t))
+        row, near = rows.index_select(0, f), x.index_select(0, t)
         add = bias[f].double()
+        terms = row.double().mul_(near)
         score = terms.sum(-1).add_(add)
-        size = torch.linalg.vector_norm(terms, 1, dim=-1) + add.abs()
+        size = norm_above(row).double() * norm_above(near) + add.abs()
         error = size * ((terms.shape[1] + 1) * 2.0**-53 * 1.01)
         open_ = ((score - error).float() != (score + error).float()).nonzero().squeeze(1)
         score = score.float().double()

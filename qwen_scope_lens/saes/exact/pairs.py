@@ -16,7 +16,7 @@ __all__ = ["Grid", "Pairs", "Scored", "kth_largest", "places", "sorted_rows"]
 
 @dataclass
 class Pairs:
-    """(position, feature) pairs, ordered by ascending position. All tensors are `[p]`."""
+    """(position, feature) pairs, ordered by ascending position and feature. All tensors are `[p]`."""
 
     token: torch.Tensor
     feature: torch.Tensor
@@ -75,7 +75,7 @@ def places(mask: torch.Tensor) -> torch.Tensor:
 
 
 def sorted_rows(keys: torch.Tensor) -> torch.Tensor:
-    """Each row of whole numbers in ascending order. `[n, m]`"""
+    """Whole numbers in ascending order, row by row. `[.., m]`"""
     if keys.device.type != "cpu":
-        return keys.sort(dim=1).values
-    return torch.from_numpy(np.sort(keys.numpy(), axis=1))
+        return keys.sort().values
+    return torch.from_numpy(np.sort(keys.numpy()))
