@@ -290,6 +290,7 @@ def _rescored(
     k: int,
 ) -> Scored:
     """Step 3 of the module's docstring: the candidates that may still be selected, scored again."""
+
     def score(part: Pairs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         dot = pair_dots(encoder.rows, rest, part.token, part.feature)
         # Bias and outliers are added in float64.

@@ -16,7 +16,7 @@ __all__ = ["Grid", "Pairs", "Scored", "kth_largest", "places", "sorted_rows"]
 
 @dataclass
 class Pairs:
-    """(position, feature) pairs, ordered by ascending position and feature. All tensors are `[p]`."""
+    """(position, feature) pairs in ascending position and feature. All tensors are `[p]`."""
 
     token: torch.Tensor
     feature: torch.Tensor
