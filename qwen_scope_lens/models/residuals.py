@@ -25,6 +25,7 @@ from qwen_scope_lens.models.architecture import (
     Model,
     check_layer,
     context_length,
+    d_model,
     decoder_layers,
     describe,
     input_device,
@@ -49,6 +50,10 @@ EXTREME_NORM_RATIO = 10.0
 """A token is extreme when its norm is more than this many times the median norm of its document
 (without the first token). The default is our own. Attention sinks of Qwen models reach a hundred
 times the median and more."""
+
+_CPU_TOKENS, _WIDE = 256, 512
+"""On a CPU, 256 tokens of a model of at least this width keep the matrix products busy. A larger
+batch has more pads, and its activations do not stay in the cache."""
 
 
 @dataclass(frozen=True)
@@ -161,8 +166,9 @@ def iter_captures(
 
     `window` documents are read ahead and sorted by length, so batches are not in the order of the
     texts: see `Capture.doc_ids`. A batch has at most `token_budget` tokens, pads included, unless a
-    single text is longer. When memory runs out, the batch is halved with a warning, and the budget
-    stays halved.
+    single text is longer; on a CPU, where more are not faster, it has at most 256 (of models whose
+    d_model is 512 or more). When memory runs out, the batch is halved with a warning, and the
+    budget stays halved.
 
     A document longer than `max_tokens` (by default the model's context) raises, unless `truncate`
     is set. A chat needs `enable_thinking`. Residuals keep the model's dtype and device unless
@@ -188,6 +194,8 @@ def iter_captures(
         enable_thinking=enable_thinking,
         add_generation_prompt=add_generation_prompt,
     )
+    if input_device(model).type == "cpu" and d_model(model) >= _WIDE:
+        token_budget = min(token_budget, _CPU_TOKENS)
     finish = partial(_finish, ratio=extreme_norm_ratio, dtype=dtype, device=device)
     return _batches(model, iter(texts), wanted, tokenizer, token_budget, window, prepare, finish)
 

@@ -15,12 +15,14 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor, nn
+import torch
+from torch import nn
 from tqdm.auto import tqdm
 
 from qwen_scope_lens.address import LayerRef
@@ -35,6 +37,10 @@ from qwen_scope_lens.stores.manifest import CorpusFacts, Manifest
 from qwen_scope_lens.stores.shard_files import CodedDocument, damage, shard_folder, write_shard
 
 __all__ = ["Encoder", "Job", "Piece", "coded_documents"]
+
+TOGETHER = 1024
+"""The fewest tokens that are encoded at a time, except at the end of a shard. An encode reads and
+converts the whole encoder once, however few its tokens are."""
 
 
 @dataclass
@@ -52,7 +58,8 @@ class Piece:
 class Encoder:
     """The SAEs of some layers.
 
-    With `room` (the bytes of residuals that may wait) only one SAE is in memory at a time.
+    With `room` (the bytes of residuals that may wait) only one SAE is in memory at a time. In both
+    cases, some batches are encoded together, so that an SAE is read less often.
     """
 
     def __init__(
@@ -60,15 +67,18 @@ class Encoder:
     ) -> None:
         self._load, self._layers, self._room = load, tuple(layers), room
         self._saes = {layer: load(layer) for layer in layers} if room is None else {}
+        self._waiting: list[Piece] = []
 
     def read(self, capture: Capture) -> Piece:
-        """Take a new batch: encode it at once, or put its residuals aside in main memory."""
-        if self._room is None:
-            codes = {n: _encode(self._saes[n], capture.residuals[n]) for n in self._layers}
-            return Piece(replace(capture, residuals={}), codes)
-        return Piece(
-            replace(capture, residuals={n: x.cpu() for n, x in capture.residuals.items()}), {}
-        )
+        """Take a new batch: encode it soon, or put its residuals aside in main memory."""
+        if self._room is not None:
+            on_cpu = {n: x.cpu() for n, x in capture.residuals.items()}
+            return Piece(replace(capture, residuals=on_cpu), {})
+        piece = Piece(capture, {})
+        self._waiting.append(piece)
+        if sum(each.capture.n_tokens for each in self._waiting) >= TOGETHER:
+            self._encode_waiting()
+        return piece
 
     def is_full(self, pieces: Sequence[Piece]) -> bool:
         """Whether the waiting batches should be encoded now."""
@@ -79,17 +89,42 @@ class Encoder:
     def settle(self, pieces: Sequence[Piece]) -> None:
         """Encode the waiting batches, layer by layer."""
         if self._room is None:
+            self._encode_waiting()
             return
         for layer in self._layers:
             sae = self._load(layer)
-            for piece in pieces:
-                residual = piece.capture.residuals.pop(layer)
-                piece.codes[layer] = _encode(sae, residual)
+            for some in _together(pieces):
+                _encode(sae, layer, some)
             del sae
 
+    def _encode_waiting(self) -> None:
+        for layer, sae in self._saes.items():
+            if self._waiting:
+                _encode(sae, layer, self._waiting)
+        self._waiting = []
 
-def _encode(sae: ScopeSAE, residual: Tensor) -> Packed:
-    return pack(sae.encode_sparse(residual.to(sae.W_enc.device)))
+
+def _together(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
+    """The pieces in groups of at least `TOGETHER` tokens; the last group may have fewer."""
+    group: list[Piece] = []
+    for piece in pieces:
+        group.append(piece)
+        if sum(each.capture.n_tokens for each in group) >= TOGETHER:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _encode(sae: ScopeSAE, layer: int, pieces: Sequence[Piece]) -> None:
+    """Encode the residuals of one layer of some batches, and drop them."""
+    device = sae.W_enc.device
+    residuals = [piece.capture.residuals.pop(layer).to(device) for piece in pieces]
+    packed = pack(sae.encode_sparse(torch.cat(residuals)))
+    start = 0
+    for piece, residual in zip(pieces, residuals, strict=True):
+        piece.codes[layer] = packed.rows(start, start + len(residual))
+        start += len(residual)
 
 
 def coded_documents(
@@ -165,14 +200,19 @@ class Job:
     def run(self, shards: Sequence[int], encoder: Encoder, progress: bool) -> None:
         """Run the model and the SAEs over the documents of these shards, and write them to disk.
 
-        The numbers must be ascending, because the corpus is read once from its beginning.
+        The numbers must be ascending, because the corpus is read once from its beginning. A shard
+        is written while the model reads the next one; at most one waits.
         """
         total = sum(end - start for start, end in map(self.facts.span, shards))
         waiting: list[_Read] = []
         truncated = 0
-        with tqdm(
-            total=total, unit="doc", disable=not progress, file=sys.stderr, desc="extract"
-        ) as bar:
+        writing: Future[None] | None = None
+        with (
+            ThreadPoolExecutor(1) as writer,
+            tqdm(
+                total=total, unit="doc", disable=not progress, file=sys.stderr, desc="extract"
+            ) as bar,
+        ):
             for read in self._read(shards, encoder, bar):
                 waiting.append(read)
                 pieces = [piece for each in waiting for piece in each.pieces]
@@ -181,12 +221,19 @@ class Job:
                 encoder.settle(pieces)
                 for each in waiting:
                     coded = coded_documents(each.pieces, each.documents, each.first, self.tokenizer)
-                    with exclusive(self.out, part=each.shard, name=".shards.lock"):
-                        write_shard(self.out, each.shard, self.manifest, coded)
                     truncated += sum(document.truncated for document in coded)
+                    if writing is not None:
+                        writing.result()
+                    writing = writer.submit(self._write, each.shard, coded)
                 waiting.clear()
+            if writing is not None:
+                writing.result()
         if truncated:
             self.say(f"{truncated:,} documents were cut to their first tokens (see `truncated`)")
+
+    def _write(self, shard: int, coded: list[CodedDocument]) -> None:
+        with exclusive(self.out, part=shard, name=".shards.lock"):
+            write_shard(self.out, shard, self.manifest, coded)
 
     def _read(self, shards: Sequence[int], encoder: Encoder, bar: tqdm[Any]) -> Iterator[_Read]:
         """Run the model over the documents of each shard."""

@@ -34,6 +34,7 @@ from qwen_scope_lens.saes.exact import kernels
 from qwen_scope_lens.saes.exact.dots import all_dots, exact_scores, pair_dots
 from qwen_scope_lens.saes.exact.encoder import EXTRA, TILE, Snapshot, norm_above
 from qwen_scope_lens.saes.exact.matmul import BY_DOTS, product
+from qwen_scope_lens.saes.exact.pairs import Grid, Pairs, Scored, kth_largest, places, sorted_rows
 
 __all__ = ["BLOCK_BYTES", "Selection", "approximate", "select", "tokens_per_block"]
 
@@ -48,25 +49,10 @@ _SPARE = 32
 _HARDLY_MORE = 1.25
 """Up to this many candidates per k, all are re-scored at once: to sort some out takes longer."""
 
-
-@dataclass
-class Pairs:
-    """(position, feature) pairs, ordered by ascending position. All tensors are `[p]`."""
-
-    token: torch.Tensor
-    feature: torch.Tensor
-    approx: torch.Tensor
-
-
-@dataclass(frozen=True)
-class Scored:
-    """Pairs in ascending position and feature, with scores from float32 dots. All are `[p]`."""
-
-    token: torch.Tensor
-    feature: torch.Tensor
-    value: torch.Tensor  # the scores, in float64
-    error: torch.Tensor  # upper bounds of their errors, in float64
-    dot: torch.Tensor  # the dots, in float32
+_READS_ALL, _SOME_MORE = 2, 4.0
+"""If the best k of all positions are at least half as many as there are features, nearly all of the
+encoder is read from memory for them, and a second reading for the others would cost more than
+up to four candidates per k at once."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +107,7 @@ def _select_few(encoder: Snapshot, x: torch.Tensor, k: int) -> Selection:
     reach = 1.02 * (encoder.d_in + 4) * U * norm_above(x) * encoder.norms_max
     error = (reach + TINY * encoder.d_in * (1 + encoder.norms_max)).double()[:, None]
     error = error + 2.02 * U * value.abs()
-    low = _kth(value - error, k).clamp_min(0)
+    low = kth_largest(value - error, k).clamp_min(0)
     last = (value + error).amin(1)  # no feature beyond these can have a higher score
     settled = value.isfinite().all(1) & ((last < low) | (last <= 0) | (m == encoder.d_sae))
     token = torch.arange(len(x), device=x.device).repeat_interleave(m)
@@ -226,29 +212,35 @@ def _candidates(
     size = 16
     while width // size < 4 * k and size > 1:
         size //= 2
-    best = approx.view(n, size, width // size).amax(1).float()
+    groups = width // size
+    best = approx.view(n, size, groups).amax(1).float()
     # Any disjoint groups give a valid line; with fewer, it is found sooner and is hardly lower.
     merged = 1
-    while best.shape[1] % (2 * merged) == 0 and best.shape[1] // (2 * merged) >= 8 * k:
+    while groups % (2 * merged) == 0 and groups // (2 * merged) >= 8 * k:
         merged *= 2
-    kth = best.view(n, merged, best.shape[1] // merged).amax(1).topk(k, dim=1).values[:, -1]
+    kth = kth_largest(best.view(n, merged, groups // merged).amax(1), k)
     line = kth - slope * kth.abs() - 2 * bound
     line = line - 2 * slope * line.abs()
     floor = -bound * (1 + 4 * slope)
-    hit = (best >= line[:, None]) & (best > floor[:, None])
+    # At least `line`, and more than `floor`.
+    least = torch.maximum(line, floor.nextafter(floor.new_full((), float("inf"))))[:, None]
+    hit = best >= least
     settled = bound.isfinite() & kth.isfinite() & (hit.sum(1) <= cap)
     hit &= settled[:, None]
-    token, group = hit.nonzero(as_tuple=True)
-    column = torch.arange(size, device=approx.device) * (width // size)
-    members = approx.view(-1)[(token * width + group)[:, None] + column].float()
-    keep = (members >= line[token, None]) & (members > floor[token, None])
-    row, member = keep.nonzero(as_tuple=True)
-    token, group = token[row], group[row]
-    pairs = Pairs(token, member * (width // size) + group, members[row, member])
+    place = places(hit)
+    token = place // groups
+    # The members of a group are as far apart as there are groups.
+    column = torch.arange(0, width, groups, device=approx.device)
+    at = (place + token * (width - groups))[:, None] + column
+    flat = approx.view(-1)
+    members = flat.index_select(0, at.view(-1)).float().view(at.shape)
+    at = sorted_rows(at.view(-1)[places(members >= least[token])])
+    token = at // width
+    pairs = Pairs(token, at - token * width, flat.index_select(0, at).float())
     over = torch.bincount(token, minlength=n) > cap
     if bool(over.any()):
         settled &= ~over
-        pairs = _take(pairs, settled[token])
+        pairs = pairs.take(settled[token])
     return pairs, settled
 
 
@@ -284,8 +276,9 @@ def _kernel_candidates(
         precision == torch.bfloat16,
     )
     settled = bound.isfinite() & kth.isfinite() & (count <= cap)
+    feature, order = feature.sort(dim=1)  # the kernel found them in any order
     token, slot = ((feature >= 0) & settled[:, None]).nonzero(as_tuple=True)
-    return Pairs(token, feature[token, slot].long(), approx[token, slot]), settled
+    return Pairs(token, feature[token, slot].long(), approx.gather(1, order)[token, slot]), settled
 
 
 def _rescored(
@@ -297,7 +290,6 @@ def _rescored(
     k: int,
 ) -> Scored:
     """Step 3 of the module's docstring: the candidates that may still be selected, scored again."""
-    n = len(rest)
 
     def score(part: Pairs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         dot = pair_dots(encoder.rows, rest, part.token, part.feature)
@@ -311,20 +303,24 @@ def _rescored(
         # The score itself is rounded to float32 once more.
         return value, error + 1.01 * U * value.abs(), dot
 
-    few = len(pairs.token) <= _HARDLY_MORE * n * k
-    first = torch.ones_like(pairs.token, dtype=torch.bool) if few else _best(pairs, n, k)
-    value, error, dot = score(_take(pairs, first))
-    lows, _ = _table(pairs.token[first], n, value - error)
-    line = _kth(lows, k)
-    second = ~first & (pairs.approx + reach.of(pairs) >= line.float()[pairs.token])
-    more, more_error, more_dot = score(_take(pairs, second))
-
-    token = torch.cat([pairs.token[first], pairs.token[second]])
-    feature = torch.cat([pairs.feature[first], pairs.feature[second]])
-    value, error = torch.cat([value, more]), torch.cat([error, more_error])
-    dot = torch.cat([dot, more_dot])
-    order = (token * encoder.d_sae + feature).argsort()
-    return Scored(token[order], feature[order], value[order], error[order], dot[order])
+    wanted = len(rest) * k
+    at_once = _READS_ALL * wanted > encoder.d_sae and len(pairs.token) < _SOME_MORE * wanted
+    if at_once or len(pairs.token) <= _HARDLY_MORE * wanted:
+        return Scored(pairs.token, pairs.feature, *score(pairs))
+    grid = Grid(pairs.token, len(rest))
+    chosen = pairs.approx >= kth_largest(grid.table(pairs.approx), k)[pairs.token]
+    first, others = places(chosen), places(~chosen)
+    best = score(pairs.take(first))
+    lows = best[0].new_full((len(chosen),), float("-inf"))
+    lows[first] = best[0] - best[1]
+    line = kth_largest(grid.table(lows), k).float()
+    open_ = pairs.take(others)
+    second = others[open_.approx + reach.of(open_) >= line[open_.token]]
+    more = score(pairs.take(second))
+    which, order = torch.cat([first, second]).sort()
+    found = pairs.take(which)
+    columns = (torch.cat(both)[order] for both in zip(best, more, strict=True))
+    return Scored(found.token, found.feature, *columns)
 
 
 def _decide(
@@ -333,10 +329,11 @@ def _decide(
     """Step 4 of the module's docstring: indices `[n, k]`, -1 for none, and their dots `[n, k]`."""
     n, token, feature = len(x), pairs.token, pairs.feature
     value, error = pairs.value, pairs.error
+    grid = Grid(token, n)
     # At least k scores reach `low`, and fewer than k exceed `high`. So a feature is contested only
     # if its possible scores meet the span between these two, or zero.
-    low = _kth(_table(token, n, value - error)[0], k).clamp_min(0)[token]
-    high = _kth(_table(token, n, value + error)[0], k).clamp_min(0)[token]
+    low = kth_largest(grid.table(value - error), k).clamp_min(0)[token]
+    high = kth_largest(grid.table(value + error), k).clamp_min(0)[token]
     sure = value - error > high
     contested = ~sure & (value + error >= low) & (value + error > 0)
     score = torch.full_like(value, float("-inf")).masked_fill(sure, float("inf"))
@@ -345,56 +342,21 @@ def _decide(
     fits = torch.bincount(token[contested], minlength=n) <= room
     clear = contested & fits[token] & (value - error > 0)
     score[clear] = 1
-    open_ = (contested & ~clear).nonzero().squeeze(1)
+    open_ = places(contested & ~clear)
     exact = exact_scores(encoder.rows, encoder.bias, x, token[open_], feature[open_])
     score[open_] = torch.where(exact > 0, exact, float("-inf"))
 
-    table, slot = _table(token, n, score)
+    # Features ascend within a position, so the first ones of those with the k-th score are taken.
+    last = kth_largest(grid.table(score), k)[token]
+    above, level = score > last, (score == last) & (score > float("-inf"))
+    room = k - torch.bincount(token[above], minlength=n)
+    before = level.cumsum(0) - level.long()
+    before -= before[grid.start[token]]
+    taken = places(above | (level & (before < room[token])))
+    token = token[taken]
+    slot = token * k + Grid(token, n).rank
     indices = torch.full((n, k), -1, dtype=torch.long, device=x.device)
+    indices.view(-1)[slot] = feature[taken]
     dots = x.new_zeros((n, k))
-    if table.shape[1]:
-        # The columns ascend by feature, so in a stable sort the lower one of equal scores wins.
-        best, column = table.sort(dim=1, descending=True, stable=True)
-        best, column = best[:, :k], column[:, :k]
-        pair = slot.gather(1, column).clamp_min(0)
-        indices[:, : pair.shape[1]] = feature[pair].masked_fill(best == float("-inf"), -1)
-        dots[:, : pair.shape[1]] = pairs.dot[pair]
+    dots.view(-1)[slot] = pairs.dot[taken]
     return indices, dots
-
-
-def _take(pairs: Pairs, which: torch.Tensor) -> Pairs:
-    return Pairs(pairs.token[which], pairs.feature[which], pairs.approx[which])
-
-
-def _best(pairs: Pairs, n: int, k: int) -> torch.Tensor:
-    """Which pairs have one of the k largest `approx` of their position. bool `[p]`"""
-    table, slot = _table(pairs.token, n, pairs.approx)
-    chosen = torch.ones_like(pairs.token, dtype=torch.bool)
-    if table.shape[1] > k:
-        best = slot.gather(1, table.topk(k, dim=1).indices)
-        chosen.zero_()
-        chosen[best[best >= 0]] = True
-    return chosen
-
-
-def _kth(table: torch.Tensor, k: int) -> torch.Tensor:
-    """The k-th largest value of each row, or -inf if it has fewer. `[n, m] -> [n]`"""
-    if table.shape[1] < k:
-        return table.new_full((len(table),), float("-inf"))
-    return table.topk(k, dim=1).values[:, -1]
-
-
-def _table(token: torch.Tensor, n: int, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The values of pairs as a table with a row per position, and the pair of each entry.
-
-    Both are `[n, m]`. The pairs are in ascending position; unused entries are -inf and -1.
-    """
-    counts = torch.bincount(token, minlength=n)
-    m = int(counts.max()) if n else 0
-    at = torch.arange(len(token), device=token.device)
-    column = at - (counts.cumsum(0) - counts)[token]
-    table = value.new_full((n, m), float("-inf"))
-    slot = torch.full((n, m), -1, dtype=torch.long, device=token.device)
-    table[token, column] = value
-    slot[token, column] = at
-    return table, slot

@@ -20,6 +20,8 @@ from functools import cache
 
 import torch
 
+from qwen_scope_lens.saes.exact.encoder import norm_above
+
 __all__ = ["all_dots", "exact_scores", "exact_topk", "pair_dots", "rounded_sums"]
 
 _ELEMENTS = 2**20
@@ -135,11 +137,20 @@ def exact_scores(
 ) -> torch.Tensor:
     """The exact dots plus bias of pairs, rounded once to float32 and returned as float64. `[p]`"""
     out = torch.empty(len(token), dtype=torch.float64, device=x.device)
-    step = max(1, _ELEMENTS // 16 // x.shape[1])  # so that a buffer stays in the CPU's cache
+    step = max(1, _ELEMENTS // 8 // x.shape[1])  # so that a buffer stays in the CPU's cache
     for start in range(0, len(token), step):
         t, f = token[start : start + step], feature[start : start + step]
-        terms = torch.cat([x[t].double() * rows[f].double(), bias[f].double()[:, None]], 1)
-        out[start : start + step] = rounded_sums(terms)
+        row, near = rows.index_select(0, f), x.index_select(0, t)
+        add = bias[f].double()
+        terms = row.double().mul_(near)
+        score = terms.sum(-1).add_(add)
+        size = norm_above(row).double() * norm_above(near) + add.abs()
+        error = size * ((terms.shape[1] + 1) * 2.0**-53 * 1.01)
+        open_ = ((score - error).float() != (score + error).float()).nonzero().squeeze(1)
+        score = score.float().double()
+        if len(open_):
+            score[open_] = rounded_sums(torch.cat([terms[open_], add[open_, None]], 1)).double()
+        out[start : start + step] = score
     return out
 
 

@@ -128,14 +128,14 @@ class Snapshot:
 
     def half_buffer(self) -> torch.Tensor:
         """A buffer for the rows that `half_tile` converts."""
-        rows = 0 if self.half is not None else min(TILE, self.d_sae)
+        rows = 0 if self.half is not None else min(2 * TILE, self.d_sae)
         return self.rows.new_empty((rows, self.d_in + EXTRA), dtype=torch.bfloat16)
 
     def half_tile(self, start: int, buffer: torch.Tensor) -> torch.Tensor:
-        """Rows from `start` in bfloat16 with their extra columns. `[<= 4 TILE, d_in + EXTRA]`"""
+        """Rows from `start` in bfloat16 with their extra columns. `[<= 16 TILE, d_in + EXTRA]`"""
         if self.half is not None:
-            return self.half[start : start + 4 * TILE]
-        stop = min(start + TILE, self.d_sae)
+            return self.half[start : start + 16 * TILE]
+        stop = min(start + 2 * TILE, self.d_sae)
         tile = buffer[: stop - start]
         tile[:, : self.d_in].copy_(self.rows[start:stop])
         tile[:, self.d_in :].copy_(self.centre.extra[start:stop])

@@ -17,6 +17,7 @@ from qwen_scope_lens.saes.exact.certified import U, approximate, select, tokens_
 from qwen_scope_lens.saes.exact.dots import exact_scores, exact_topk, pair_dots
 from qwen_scope_lens.saes.exact.encoder import Encoder, Snapshot
 from qwen_scope_lens.saes.exact.gather import dots, gather_decode
+from qwen_scope_lens.saes.exact.pairs import sorted_rows
 from qwen_scope_lens.saes.exact.transforms import untracked
 
 __all__ = ["encode_topk", "exact_topk", "first_pass", "require_finite"]
@@ -31,6 +32,9 @@ _ON_GPU = 24
 _NEVER = 2**62
 _CLEARLY = 1.2
 """bfloat16 must be faster by this factor, because it leaves a few more candidates to re-score."""
+
+_MOST_BITS = 2**31 - 1
+_PADDING = _MOST_BITS << 32
 
 _CROWDED = 5.0
 """From this many candidates per k on, another centre is tried. A good centre gives 2 to 4."""
@@ -201,14 +205,13 @@ def _valued(
                 " and weights whose products stay below 3.4e38, found norms up to"
                 f" {float(x.norm(dim=1).max())}"
             )
-    values = x.new_zeros(chosen.shape)
-    values[token, column] = value
-    indices = chosen.clamp_min(0).to(torch.int32)
-    # Sorted by ascending feature with padding last, and then by value in a stable sort.
-    order = torch.where(chosen >= 0, chosen, encoder.d_sae).argsort(dim=1)
-    values, indices = values.gather(1, order), indices.gather(1, order)
-    values, order = values.sort(dim=1, descending=True, stable=True)
-    return values, indices.gather(1, order)
+    # Positive floats are in the order of their bits, so one whole number sorts by descending value
+    # and then by ascending feature. Padding, with value 0, comes last.
+    keys = torch.full(chosen.shape, _PADDING, device=x.device)
+    keys[token, column] = (_MOST_BITS - value.view(torch.int32).long()) << 32 | feature
+    keys = sorted_rows(keys)
+    values = (_MOST_BITS - (keys >> 32)).to(torch.int32).view(torch.float32)
+    return values, (keys & 0xFFFFFFFF).to(torch.int32)
 
 
 def require_finite(flat: torch.Tensor, shape: torch.Size) -> None:

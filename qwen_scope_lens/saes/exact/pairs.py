@@ -1,0 +1,81 @@
+"""(position, feature) pairs in flat lists, and the few table operations that a selection needs.
+
+On a CPU, NumPy finds the k-th largest of a row, the true entries of a mask and the order of whole
+numbers two to ten times as fast as torch does; there a tensor and an array are the same memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+__all__ = ["Grid", "Pairs", "Scored", "kth_largest", "places", "sorted_rows"]
+
+
+@dataclass
+class Pairs:
+    """(position, feature) pairs in ascending position and feature. All tensors are `[p]`."""
+
+    token: torch.Tensor
+    feature: torch.Tensor
+    approx: torch.Tensor
+
+    def take(self, which: torch.Tensor) -> Pairs:
+        """Some of the pairs, by a mask or by numbers."""
+        return Pairs(self.token[which], self.feature[which], self.approx[which])
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Pairs in ascending position and feature, with scores from float32 dots. All are `[p]`."""
+
+    token: torch.Tensor
+    feature: torch.Tensor
+    value: torch.Tensor  # the scores, in float64
+    error: torch.Tensor  # upper bounds of their errors, in float64
+    dot: torch.Tensor  # the dots, in float32
+
+
+class Grid:
+    """Pairs in ascending position, as a table with a row per position."""
+
+    def __init__(self, token: torch.Tensor, n: int) -> None:
+        counts = torch.bincount(token, minlength=n)
+        self.shape = (n, int(counts.max()) if n else 0)
+        self.start = counts.cumsum(0) - counts
+        """The number of each position's first pair. `[n]`"""
+        self.rank = torch.arange(len(token), device=token.device) - self.start[token]
+        """How many pairs of its position stand before a pair. `[p]`"""
+        self._place = token * self.shape[1] + self.rank
+
+    def table(self, value: torch.Tensor) -> torch.Tensor:
+        """The values of pairs `[p]` in their rows `[n, m]`; unused entries are -inf."""
+        out = value.new_full(self.shape, float("-inf"))
+        out.view(-1).scatter_(0, self._place, value)
+        return out
+
+
+def kth_largest(table: torch.Tensor, k: int) -> torch.Tensor:
+    """The k-th largest value of each row, or -inf if it has fewer. `[n, m] -> [n]`"""
+    m = table.shape[1]
+    if m < k:
+        return table.new_full((len(table),), float("-inf"))
+    if table.device.type != "cpu":
+        return table.topk(k, dim=1, sorted=False).values.amin(1)
+    return torch.from_numpy(np.partition(table.numpy(), m - k, axis=1)[:, m - k].copy())
+
+
+def places(mask: torch.Tensor) -> torch.Tensor:
+    """Where a mask of any shape is true, counted through from its beginning. int64 `[p]`"""
+    if mask.device.type != "cpu":
+        return mask.reshape(-1).nonzero().squeeze(1)
+    return torch.from_numpy(np.flatnonzero(mask.numpy()))
+
+
+def sorted_rows(keys: torch.Tensor) -> torch.Tensor:
+    """Whole numbers in ascending order, row by row. `[.., m]`"""
+    if keys.device.type != "cpu":
+        return keys.sort().values
+    return torch.from_numpy(np.sort(keys.numpy()))
