@@ -1,9 +1,11 @@
-"""Look into a feature store: what is in it, whether it is whole, questions in SQL, merging.
+"""Look into a feature store: what is in it, whether it is whole, questions in SQL; merge, copy.
 
     qsl store info store/
     qsl store check store/
     qsl store sql store/ "select feature, count(*) n from features group by 1 order by n desc"
     qsl store merge all/ store/ new/            # makes all/
+    # needs a bucket:
+    qsl store copy store/ s3://bucket/store
 
 The views for SQL: features (layer, feature, doc, position, value), documents (doc, key, text,
 n_tokens, truncated, labels), tokens (doc, position, token_id, token, start, end, extreme_<layer>).
@@ -25,6 +27,7 @@ from qwen_scope_lens.cli.options import (
     add_words,
     count,
     memory,
+    place,
     print_json,
     remark,
 )
@@ -171,7 +174,7 @@ def _cell(value: object) -> str:
 
 def _merge_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", type=Path, help="the folder of the new store")
-    parser.add_argument("stores", type=Path, nargs="+", action=Input, check=inputs.store)
+    parser.add_argument("stores", type=place, nargs="+", action=Input, check=inputs.store)
     parser.add_argument("--shard-docs", type=count, help="documents per shard in the new store")
 
 
@@ -185,9 +188,26 @@ def _merge(arguments: argparse.Namespace) -> None:
         remark("the store is not complete: run the missing parts, then merge again")
 
 
+def _copy_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "source", type=place, action=Input, check=inputs.store, help="a store's folder or URL"
+    )
+    parser.add_argument("target", type=place, help="a URL, or an empty folder")
+
+
+def _copy(arguments: argparse.Namespace) -> None:
+    """Copy a store to a URL (s3://bucket/store), or from one; goes on where it was stopped."""
+    from qwen_scope_lens.stores.remote import copy
+    from qwen_scope_lens.stores.store import FeatureStore
+
+    copy(arguments.source, arguments.target, progress=not arguments.quiet)
+    print(plain(describe(FeatureStore.open(arguments.target))))
+
+
 WORDS = (
     Word("info", _info_arguments, _info),
     Word("check", _check_arguments, _check),
     Word("sql", _sql_arguments, _sql),
     Word("merge", _merge_arguments, _merge),
+    Word("copy", _copy_arguments, _copy),
 )
