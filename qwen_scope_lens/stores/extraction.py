@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from qwen_scope_lens.address import LayerRef
 from qwen_scope_lens.errors import TooLittleData
 from qwen_scope_lens.files import exclusive
-from qwen_scope_lens.models.architecture import input_device
+from qwen_scope_lens.models.architecture import layer_device
 from qwen_scope_lens.models.residuals import Capture, iter_captures
 from qwen_scope_lens.saes.sae import ScopeSAE
 from qwen_scope_lens.stores.codec import Packed, pack
@@ -252,7 +252,7 @@ class Job:
             self.manifest.saes[layer].ref,
             folder=self.sae_folder,
             revision=self.sae_revision,
-            device=str(input_device(self.model)),
+            device=str(layer_device(self.model, layer)),
         )
 
     def _room(self, sae_memory: int | None) -> int | None:
