@@ -27,6 +27,7 @@ __all__ = [
     "PlanBypassed",
     "PlanNeverFired",
     "ScopeError",
+    "StorageUnreachable",
     "StoreDamaged",
     "StoreMismatch",
     "TooLittleData",
@@ -172,6 +173,10 @@ class PlanBypassed(ScopeError, RuntimeError):
 
 class PlanNeverFired(ScopeError, RuntimeError):
     """A plan was active, but none of its edits ever changed a residual."""
+
+
+class StorageUnreachable(ScopeError, OSError):
+    """A place at a URL (`s3://...`) did not answer, is not there, or refused what was asked."""
 
 
 class StoreDamaged(ScopeError, ValueError):

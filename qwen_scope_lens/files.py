@@ -17,6 +17,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import stat
 import zlib
@@ -31,6 +32,7 @@ __all__ = [
     "exclusive",
     "file_sha256",
     "gunzip",
+    "is_url",
     "json_text",
     "load_yaml",
     "open_own",
@@ -266,6 +268,11 @@ def gunzip(data: bytes, most: int = MOST_UNPACKED) -> bytes:
             raise EOFError("it ends too early")
         data = unpacker.unused_data.lstrip(b"\0")
     return found
+
+
+def is_url(place: object) -> bool:
+    """Whether a place is a URL and not a path: `s3://bucket/store`."""
+    return re.match(r"[a-z][a-z0-9+.-]+://.", str(place)) is not None
 
 
 def file_sha256(path: Path) -> str:

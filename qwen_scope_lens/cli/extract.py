@@ -16,7 +16,6 @@ same command goes on where it stopped. `qsl store info` shows what is there.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from qwen_scope_lens.address import LayerRef
 from qwen_scope_lens.catalog import find_group
@@ -31,6 +30,7 @@ from qwen_scope_lens.cli.options import (
     add_sae_files,
     count,
     memory,
+    place,
     print_json,
     worker,
 )
@@ -48,7 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_group(parser)
     add_layers(parser, "such as 12,20 or 0-7", required=True, check=inputs.group_layers)
-    parser.add_argument("--out", required=True, type=Path, help="the store's folder")
+    parser.add_argument(
+        "--out", required=True, type=place, help="the store's folder, or a URL (s3://bucket/store)"
+    )
     add_model(parser)
 
     corpus = parser.add_argument_group("the corpus")

@@ -50,6 +50,7 @@ __all__ = [
     "made_by",
     "model",
     "models",
+    "path",
     "plan",
     "refs",
     "refuse_empty_paths",
@@ -110,10 +111,10 @@ def refuse_empty_paths(parser: argparse.ArgumentParser) -> None:
             for below in action.choices.values():
                 refuse_empty_paths(below)
         elif action.type is Path:
-            action.type = _path
+            action.type = path
 
 
-def _path(text: str) -> Path:
+def path(text: str) -> Path:
     if not text.strip():
         raise argparse.ArgumentTypeError(f"{text!r} is not a path: name a file or a folder")
     return Path(text)
@@ -205,9 +206,9 @@ def site(path: Path, _: argparse.Namespace) -> None:
 
 
 def store(path: Path | str, _: argparse.Namespace) -> Manifest:
-    from qwen_scope_lens.stores.manifest import Manifest
+    from qwen_scope_lens.stores.remote import open_manifest
 
-    return Manifest.open(Path(path).expanduser())
+    return open_manifest(path)
 
 
 def data(path: str, arguments: argparse.Namespace) -> None:

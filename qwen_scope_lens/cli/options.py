@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwen_scope_lens.cli import inputs
 from qwen_scope_lens.cli.inputs import Input
-from qwen_scope_lens.files import json_text, refuse_target
+from qwen_scope_lens.files import is_url, json_text, refuse_target
 
 if TYPE_CHECKING:
     from qwen_scope_lens.labels.packs import LabelPack
@@ -46,6 +46,7 @@ __all__ = [
     "not_negative",
     "old_spellings",
     "output",
+    "place",
     "port",
     "positive",
     "print_json",
@@ -181,9 +182,14 @@ def add_labels(
     parser.add_argument(name, type=Path, action=Input, check=inputs.labels, help=help)
 
 
+def place(text: str) -> Path | str:
+    """A path, or a URL as it is."""
+    return text if is_url(text) else inputs.path(text)
+
+
 def add_store(parser: Parser, help: str = "a feature store, from `qsl extract`") -> None:
     parser.add_argument(
-        "store", type=Path, metavar="STORE", action=Input, check=inputs.store, help=help
+        "store", type=place, metavar="STORE", action=Input, check=inputs.store, help=help
     )
 
 

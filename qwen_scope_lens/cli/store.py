@@ -1,9 +1,12 @@
-"""Look into a feature store: what is in it, whether it is whole, questions in SQL, merging.
+"""Look into a feature store: what is in it, whether it is whole, questions in SQL; merge, copy.
 
     qsl store info store/
     qsl store check store/
     qsl store sql store/ "select feature, count(*) n from features group by 1 order by n desc"
     qsl store merge all/ store/ new/            # makes all/
+    qsl store cost --tokens 1e9 --layers 36     # on paper
+    # needs a bucket:
+    qsl store copy store/ s3://bucket/store
 
 The views for SQL: features (layer, feature, doc, position, value), documents (doc, key, text,
 n_tokens, truncated, labels), tokens (doc, position, token_id, token, start, end, extreme_<layer>).
@@ -16,6 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qwen_scope_lens.catalog import find_group
 from qwen_scope_lens.cli import inputs
 from qwen_scope_lens.cli.inputs import Input
 from qwen_scope_lens.cli.options import (
@@ -25,6 +29,8 @@ from qwen_scope_lens.cli.options import (
     add_words,
     count,
     memory,
+    place,
+    positive,
     print_json,
     remark,
 )
@@ -171,7 +177,7 @@ def _cell(value: object) -> str:
 
 def _merge_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", type=Path, help="the folder of the new store")
-    parser.add_argument("stores", type=Path, nargs="+", action=Input, check=inputs.store)
+    parser.add_argument("stores", type=place, nargs="+", action=Input, check=inputs.store)
     parser.add_argument("--shard-docs", type=count, help="documents per shard in the new store")
 
 
@@ -185,9 +191,61 @@ def _merge(arguments: argparse.Namespace) -> None:
         remark("the store is not complete: run the missing parts, then merge again")
 
 
+def _copy_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "source", type=place, action=Input, check=inputs.store, help="a store's folder or URL"
+    )
+    parser.add_argument("target", type=place, help="a URL, or an empty folder")
+
+
+def _copy(arguments: argparse.Namespace) -> None:
+    """Copy a store to a URL (s3://bucket/store), or from one; goes on where it was stopped."""
+    from qwen_scope_lens.stores.remote import copy
+    from qwen_scope_lens.stores.store import FeatureStore
+
+    copy(arguments.source, arguments.target, progress=not arguments.quiet)
+    print(plain(describe(FeatureStore.open(arguments.target))))
+
+
+def _cost_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--sae", metavar="GROUP", action=Input, check=inputs.group, help="default: all of Qwen's"
+    )
+    parser.add_argument("--tokens", type=positive, default=1e9, help="default: 1e9")
+    parser.add_argument("--layers", type=count, metavar="N", help="the first N; default: all")
+    parser.add_argument("--tokens-per-document", type=positive, default=250.0, help="default: 250")
+    parser.add_argument("--shard-docs", type=count, default=4096, help="default: 4096")
+    parser.add_argument(
+        "--peak", type=positive, default=989.0, help="Tflop/s in bfloat16; default: 989 (an H100)"
+    )
+    parser.add_argument("--utilisation", type=positive, default=0.4, help="default: 0.4")
+    add_json(parser)
+
+
+def _cost(arguments: argparse.Namespace) -> None:
+    """What an extraction costs on paper: GPU hours, CPU hours, bytes and files."""
+    from qwen_scope_lens.stores.cost import Job, cost_table
+
+    job = Job(
+        tokens=arguments.tokens,
+        layers=arguments.layers,
+        tokens_per_document=arguments.tokens_per_document,
+        shard_docs=arguments.shard_docs,
+        peak=arguments.peak * 1e12,
+        utilisation=arguments.utilisation,
+    )
+    table = cost_table(job, [find_group(arguments.sae)] if arguments.sae else None)
+    if arguments.json:
+        print_json(arguments.json, {"costs": table.records()})
+    else:
+        print(table)
+
+
 WORDS = (
     Word("info", _info_arguments, _info),
     Word("check", _check_arguments, _check),
     Word("sql", _sql_arguments, _sql),
     Word("merge", _merge_arguments, _merge),
+    Word("copy", _copy_arguments, _copy),
+    Word("cost", _cost_arguments, _cost),
 )

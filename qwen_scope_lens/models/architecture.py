@@ -28,6 +28,7 @@ __all__ = [
     "describe",
     "input_device",
     "is_quantised",
+    "layer_device",
     "part",
     "places_of",
     "places_of_config",
@@ -223,8 +224,21 @@ def input_device(model: Model) -> torch.device:
     embed = part(model, places_of(model).embed)
     while isinstance(inner := getattr(embed, "original_component", None), nn.Module):
         embed = inner  # HF's own embedding inside that of a bridge
-    hook = getattr(embed, "_hf_hook", None)  # accelerate's
-    execution = getattr(hook, "execution_device", None)
-    if execution is not None:
-        return torch.device(execution if not isinstance(execution, int) else f"cuda:{execution}")
-    return next(embed.parameters()).device
+    return _runs_on(embed) or next(embed.parameters()).device
+
+
+def layer_device(model: Model, layer: int) -> torch.device:
+    """The device on which a decoder layer runs, where a `device_map` can differ for each layer."""
+    module = decoder_layers(model)[layer]
+    if (device := _runs_on(module)) is not None:
+        return device
+    first = next(module.parameters(), None)
+    return input_device(model) if first is None or first.is_meta else first.device
+
+
+def _runs_on(module: nn.Module) -> torch.device | None:
+    """Where accelerate runs a module, whose weights may be elsewhere; None without accelerate."""
+    execution = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    if execution is None:
+        return None
+    return torch.device(f"cuda:{execution}" if isinstance(execution, int) else execution)

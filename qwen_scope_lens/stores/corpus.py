@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_scope_lens.errors import BadCorpus
+from qwen_scope_lens.files import is_url
 from qwen_scope_lens.stores.corpus_formats import READERS, Datasets, Given, suffix_of
 from qwen_scope_lens.stores.manifest import RESERVED, join_label_types
 
@@ -119,6 +120,10 @@ def _opened(
     path: str | os.PathLike[str], split: str | None, revision: str | None
 ) -> tuple[Any, Reader]:
     """The file, folder or hub name that is meant, and its reader."""
+    if is_url(path):
+        from qwen_scope_lens.stores.remote import fetch_corpus
+
+        path = fetch_corpus(str(path))
     place = Path(path).expanduser()
     if place.is_file():
         suffix = suffix_of(place)

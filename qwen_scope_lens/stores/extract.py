@@ -24,18 +24,20 @@ from qwen_scope_lens.address import LayerRef
 from qwen_scope_lens.catalog import Group, find_group
 from qwen_scope_lens.errors import (
     BadCorpus,
+    ScopeError,
     StoreDamaged,
     StoreMismatch,
 )
-from qwen_scope_lens.files import exclusive, refuse_link
+from qwen_scope_lens.files import exclusive, is_url, refuse_link
 from qwen_scope_lens.models.load import load_model
 from qwen_scope_lens.models.residuals import EXTREME_NORM_RATIO
 from qwen_scope_lens.models.tokenize import find_tokenizer
 from qwen_scope_lens.stores import facts
 from qwen_scope_lens.stores.corpus import Corpus, Survey, as_corpus, survey
-from qwen_scope_lens.stores.extraction import Job
+from qwen_scope_lens.stores.extraction import Job, Sender
 from qwen_scope_lens.stores.fingerprints import is_sample, sampled_fingerprint
 from qwen_scope_lens.stores.manifest import CorpusFacts, Manifest, SAEFacts, Settings
+from qwen_scope_lens.stores.remote import Remote
 from qwen_scope_lens.stores.store import FeatureStore
 
 __all__ = [
@@ -43,6 +45,7 @@ __all__ = [
     "Checked",
     "Request",
     "check",
+    "check_remote",
     "extract",
     "extract_request",
     "prepare",
@@ -103,6 +106,7 @@ def extract(
             labels) or Documents.
         model: a name for `load_model` (only the layers needed are read), or a model in memory.
         group: the SAEs, such as `qwen3-8b-base/w64k-l0-50`; `layers` are the layers to store.
+        out: the store's folder, or a URL such as `s3://bucket/store` (extra `remote`).
         max_tokens: longer documents are cut to this many tokens (by default to the model's
             context), or refused with `truncate=False`.
         enable_thinking: must be given for chats.
@@ -159,8 +163,20 @@ def extract_request(
     i, n = worker
     if not 0 <= i < n:
         raise BadCorpus(f"worker {i}/{n}: expected 0/{n}..{n - 1}/{n}")
+    say = _say if progress else _silent
+    if is_url(request.out):
+        remote = Remote.of(str(request.out))
+        with remote.staging(f"{i}-of-{n}") as folder:
+            checked = check_remote(documents, request, remote, folder)
+            job = prepare(checked, tokenizer, say, **model_options)
+            sender, first = Sender.begin(job, remote), job.facts.first_shard
+            if missing := sender.missing(range(first + i, first + job.facts.n_shards, n)):
+                sender.run(missing, job.encoder(request.sae_memory), progress)
+            else:
+                say("nothing to do: every shard is there")
+        return FeatureStore.open(remote.url)
     checked = check(documents, request)
-    job = prepare(checked, tokenizer, _say if progress else _silent, **model_options)
+    job = prepare(checked, tokenizer, say, **model_options)
     lock = job.out if n == 1 else job.out / ".ranks" / f"{i}-of-{n}"
     if lock != job.out:
         refuse_link(lock)
@@ -224,6 +240,20 @@ def check(documents: Any, request: Request) -> Checked:
             " for: leave shard_docs out to go on"
         )
     return Checked(request, row, corpus, found, saes, mine, folder)
+
+
+def check_remote(documents: Any, request: Request, remote: Remote, folder: Path) -> Checked:
+    """Refuse what `check` refuses, for a store at a URL whose manifest is in `folder`."""
+    if request.append:
+        raise StoreMismatch(
+            f"{remote.url}: a store at a URL cannot be appended to. Copy it here (`qsl store"
+            " copy`), append, and copy the result to another URL"
+        )
+    remote.refuse_unreachable()
+    try:
+        return check(documents, replace(request, out=folder))
+    except ScopeError as error:
+        raise type(error)(str(error).replace(str(folder), remote.url)) from error
 
 
 def prepare(

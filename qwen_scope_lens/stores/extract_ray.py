@@ -1,16 +1,18 @@
 """The same extraction on a cluster: Ray Data hands shards to actors, each with its own model.
 
-An actor loads the model and the SAEs once and writes whole shards into the store's folder, which
-all machines must be able to write. A lost actor is replaced and its shard is made again. Between
-machines of the same kind, the store equals that of a single process byte for byte. Ray is the
-optional extra `ray`.
+An actor loads the model and the SAEs once. It writes whole shards into the store's folder, which
+all machines must be able to write, or sends them to the store's URL. A lost actor is replaced and
+its shard is made again. Between machines of the same kind, the store equals that of a single
+process byte for byte. Ray is the optional extra `ray`.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,10 @@ from tqdm.auto import tqdm
 
 from qwen_scope_lens.errors import BadCorpus, ScopeError, WrongModel
 from qwen_scope_lens.extras import require
-from qwen_scope_lens.stores.extract import Checked, Request, check, prepare
+from qwen_scope_lens.files import is_url
+from qwen_scope_lens.stores.extract import Checked, Request, check, check_remote, prepare
+from qwen_scope_lens.stores.extraction import Job, Sender
+from qwen_scope_lens.stores.remote import Remote
 from qwen_scope_lens.stores.shard_files import damage, shard_folder
 from qwen_scope_lens.stores.store import FeatureStore
 
@@ -46,10 +51,16 @@ def extract_on_ray(
         raise BadCorpus(f"{workers} workers: expected at least one")
     if not isinstance(request.model, (str, Path)):
         raise WrongModel("on a cluster every actor loads the model: name it, instead of passing it")
-    checked = check(documents, request)
-    first = checked.facts.first_shard
-    every = range(first, first + checked.facts.n_shards)
-    missing = [n for n in every if not _is_whole(shard_folder(checked.folder, n))]
+    if is_url(request.out):
+        remote = Remote.of(str(request.out))
+        with remote.staging("ray") as folder:
+            checked = check_remote(documents, request, remote, folder)
+        there = remote.whole(_shards(checked))
+        missing = [n for n in _shards(checked) if n not in there]
+    else:
+        checked = check(documents, request)
+        every = _shards(checked)
+        missing = [n for n in every if not _is_whole(shard_folder(checked.folder, n))]
     if missing:
         own = not ray.is_initialized()
         if own:
@@ -66,7 +77,12 @@ def extract_on_ray(
         finally:
             if own:
                 ray.shutdown()
-    return FeatureStore.open(checked.folder)
+    return FeatureStore.open(request.out)
+
+
+def _shards(checked: Checked) -> range:
+    first = checked.facts.first_shard
+    return range(first, first + checked.facts.n_shards)
 
 
 def _is_whole(folder: Path) -> bool:
@@ -96,12 +112,27 @@ class _Maker:
     """An actor: it holds a prepared job, with the model, and the SAEs."""
 
     def __init__(self, checked: Checked) -> None:
-        self._job = prepare(checked)
-        self._encoder = self._job.encoder(checked.request.sae_memory)
+        self._job: Job | Sender
+        if is_url(out := checked.request.out):
+            remote = Remote.of(str(out))
+            self._folder = tempfile.TemporaryDirectory(prefix="qsl-")
+            checked = replace(checked, folder=Path(self._folder.name))
+            if (manifest := remote.manifest()) is not None:
+                manifest.write(checked.folder)
+            job = prepare(checked)
+            self._job = Sender.begin(job, remote)
+        else:
+            job = self._job = prepare(checked)
+        self._out = job.out
+        self._encoder = job.encoder(checked.request.sae_memory)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         shards = [int(shard) for shard in batch["shard"]]
-        if missing := [n for n in shards if not _is_whole(shard_folder(self._job.out, n))]:
+        if isinstance(self._job, Sender):
+            missing = self._job.missing(shards)
+        else:
+            missing = [n for n in shards if not _is_whole(shard_folder(self._out, n))]
+        if missing:
             self._job.run(missing, self._encoder, progress=False)
         return batch
 

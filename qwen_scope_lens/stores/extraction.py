@@ -11,6 +11,7 @@ stopped or on which process makes it. `extract.py` checks everything before ther
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import time
 from collections import deque
@@ -28,15 +29,16 @@ from tqdm.auto import tqdm
 from qwen_scope_lens.address import LayerRef
 from qwen_scope_lens.errors import TooLittleData
 from qwen_scope_lens.files import exclusive
-from qwen_scope_lens.models.architecture import input_device
+from qwen_scope_lens.models.architecture import layer_device
 from qwen_scope_lens.models.residuals import Capture, iter_captures
 from qwen_scope_lens.saes.sae import ScopeSAE
 from qwen_scope_lens.stores.codec import Packed, pack
 from qwen_scope_lens.stores.corpus import Corpus, Document
 from qwen_scope_lens.stores.manifest import CorpusFacts, Manifest
+from qwen_scope_lens.stores.remote import Remote
 from qwen_scope_lens.stores.shard_files import CodedDocument, damage, shard_folder, write_shard
 
-__all__ = ["Encoder", "Job", "Piece", "coded_documents"]
+__all__ = ["Encoder", "Job", "Piece", "Sender", "coded_documents"]
 
 TOGETHER = 1024
 """The fewest tokens that are encoded at a time, except at the end of a shard. An encode reads and
@@ -197,11 +199,18 @@ class Job:
         """The SAEs, all loaded, or one at a time where they do not fit; says what that costs."""
         return Encoder(self._load, self.manifest.layers, self._room(sae_memory))
 
-    def run(self, shards: Sequence[int], encoder: Encoder, progress: bool) -> None:
+    def run(
+        self,
+        shards: Sequence[int],
+        encoder: Encoder,
+        progress: bool,
+        done: Callable[[int], None] = lambda shard: None,
+    ) -> None:
         """Run the model and the SAEs over the documents of these shards, and write them to disk.
 
         The numbers must be ascending, because the corpus is read once from its beginning. A shard
-        is written while the model reads the next one; at most one waits.
+        is written while the model reads the next one; at most one waits. `done` is called with the
+        number of each shard that is written.
         """
         total = sum(end - start for start, end in map(self.facts.span, shards))
         waiting: list[_Read] = []
@@ -224,16 +233,17 @@ class Job:
                     truncated += sum(document.truncated for document in coded)
                     if writing is not None:
                         writing.result()
-                    writing = writer.submit(self._write, each.shard, coded)
+                    writing = writer.submit(self._write, each.shard, coded, done)
                 waiting.clear()
             if writing is not None:
                 writing.result()
         if truncated:
             self.say(f"{truncated:,} documents were cut to their first tokens (see `truncated`)")
 
-    def _write(self, shard: int, coded: list[CodedDocument]) -> None:
+    def _write(self, shard: int, coded: list[CodedDocument], done: Callable[[int], None]) -> None:
         with exclusive(self.out, part=shard, name=".shards.lock"):
             write_shard(self.out, shard, self.manifest, coded)
+        done(shard)
 
     def _read(self, shards: Sequence[int], encoder: Encoder, bar: tqdm[Any]) -> Iterator[_Read]:
         """Run the model over the documents of each shard."""
@@ -289,7 +299,7 @@ class Job:
             self.manifest.saes[layer].ref,
             folder=self.sae_folder,
             revision=self.sae_revision,
-            device=str(input_device(self.model)),
+            device=str(layer_device(self.model, layer)),
         )
 
     def _room(self, sae_memory: int | None) -> int | None:
@@ -313,6 +323,40 @@ class Job:
             f" documents, where that is more). The residuals of a token take {width:,} bytes"
         )
         return room
+
+
+@dataclass(frozen=True)
+class Sender:
+    """A job whose shards are sent to a URL. A shard is on this machine only until it was sent."""
+
+    job: Job
+    remote: Remote
+
+    @classmethod
+    def begin(cls, job: Job, remote: Remote) -> Sender:
+        """Put the manifest there, or compare it with the one that is there."""
+        remote.begin(job.manifest)
+        return cls(job, remote)
+
+    def missing(self, shards: Sequence[int]) -> list[int]:
+        """Those shards that are not at the URL; those that are whole here are sent first."""
+        there = self.remote.whole(shards)
+        missing = []
+        for shard in shards:
+            place = shard_folder(self.job.out, shard)
+            if shard not in there and place.is_dir() and damage(place) is None:
+                self._send(shard)
+            elif shard not in there:
+                missing.append(shard)
+        return missing
+
+    def run(self, shards: Sequence[int], encoder: Encoder, progress: bool) -> None:
+        """Make these shards, and send each once it is written."""
+        self.job.run(shards, encoder, progress, done=self._send)
+
+    def _send(self, shard: int) -> None:
+        self.remote.send(self.job.out, shard)
+        shutil.rmtree(shard_folder(self.job.out, shard))
 
 
 @dataclass(frozen=True)

@@ -95,6 +95,13 @@ def _offloaded(module: nn.Module, name: str, model: str) -> torch.Tensor:
 
 def _plain(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     """The tensors that a quantised tensor consists of; for a plain tensor, the tensor itself."""
+    if (mesh := getattr(tensor, "device_mesh", None)) is not None:
+        raise WrongModel(
+            f"the model's weights are shared out among processes (tensor parallel or FSDP:"
+            f" {mesh}), and a store is written by a process that has the whole model. Load it with"
+            " device_map='auto', which spreads its layers over the GPUs of one process, or start"
+            " one process per GPU, each with its own model and its own part (--worker I/N)"
+        )
     if hasattr(tensor, "__tensor_flatten__"):
         for name in tensor.__tensor_flatten__()[0]:
             yield from _plain(getattr(tensor, name))

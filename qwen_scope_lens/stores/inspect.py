@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from qwen_scope_lens.errors import StoreDamaged
+from qwen_scope_lens.errors import BadFile, StoreDamaged
+from qwen_scope_lens.files import is_url
 from qwen_scope_lens.stores.manifest import Manifest
 from qwen_scope_lens.stores.shard_files import damage, shard_folder
 from qwen_scope_lens.stores.shard_reader import Shard
@@ -28,6 +29,14 @@ def check(path: str | os.PathLike[str], checksums: bool = True) -> list[str]:
 
     Without `checksums` only names and sizes are compared, and the files are not read.
     """
+    if is_url(path):
+        if checksums:
+            raise BadFile(
+                f"checking all of {path} would copy it here: check names and sizes only"
+                " (--sizes-only), or copy it with `qsl store copy` and check the copy. What is read"
+                " from a URL is always compared with its checksum"
+            )
+        return _missing_at(str(path))
     folder = Path(path).expanduser()
     manifest = Manifest.read(folder)
     problems = []
@@ -45,6 +54,21 @@ def check(path: str | os.PathLike[str], checksums: bool = True) -> list[str]:
     if end < manifest.n_shards:
         problems.append(f"{manifest.n_shards - end:,} more shards are missing")
     return problems
+
+
+def _missing_at(url: str) -> list[str]:
+    """The shards of a store at a URL that are not there in full."""
+    from qwen_scope_lens.stores.remote import Remote, open_manifest
+
+    numbers = range(open_manifest(url).n_shards)
+    whole = Remote.of(url).whole(numbers)
+    wrong = [n for n in numbers if n not in whole]
+    problems = [
+        f"{url}/shards/{n:05d} is missing or not whole: the same command sends it again"
+        for n in wrong[:MOST_MISSING]
+    ]
+    more = len(wrong) - len(problems)
+    return problems + ([f"{more:,} more shards are missing"] if more else [])
 
 
 def _contradiction(folder: Path, number: int, manifest: Manifest) -> str | None:

@@ -20,7 +20,7 @@ from qwen_scope_lens.errors import (
     StoreMismatch,
     UnknownName,
 )
-from qwen_scope_lens.files import read_json, write_json
+from qwen_scope_lens.files import json_text, parse_json, read_json, write_json
 
 __all__ = [
     "FORMAT",
@@ -182,15 +182,30 @@ class Manifest:
         return replace(self, corpora=(*self.corpora, corpus), labels=names)
 
     def write(self, folder: Path) -> None:
+        write_json(folder / NAME, FORMAT, VERSION, self._content())
+
+    def text(self) -> str:
+        """What `write` writes."""
+        return json_text(FORMAT, VERSION, self._content())
+
+    def _content(self) -> dict[str, Any]:
         content = asdict(self)
         content["saes"] = {str(layer): asdict(self.saes[layer]) for layer in self.layers}
         content["corpora"] = [asdict(corpus) for corpus in self.corpora]
-        write_json(folder / NAME, FORMAT, VERSION, content)
+        return content
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
         path = folder / NAME
-        content = read_json(path, FORMAT, VERSION, "qsl extract")
+        return cls._of(read_json(path, FORMAT, VERSION, "qsl extract"), path)
+
+    @classmethod
+    def parse(cls, text: str, place: str) -> Manifest:
+        """The manifest that a text holds; messages call it `place`."""
+        return cls._of(parse_json(text, place, FORMAT, VERSION, "qsl extract"), place)
+
+    @classmethod
+    def _of(cls, content: dict[str, Any], path: Path | str) -> Manifest:
         try:
             found = cls(
                 model=_typed(ModelFacts, content["model"]),
@@ -223,7 +238,7 @@ class Manifest:
             )
         return cls.read(folder)
 
-    def sae(self, layer: int, folder: Path) -> SAEFacts:
+    def sae(self, layer: int, folder: Path | str) -> SAEFacts:
         """The SAE of a layer of the store in `folder`; raises for a layer that was not stored."""
         if layer not in self.saes:
             raise LayerOutOfRange(

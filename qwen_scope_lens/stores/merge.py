@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from qwen_scope_lens.errors import StoreDamaged, StoreMismatch, TooLittleData
-from qwen_scope_lens.files import exclusive, refuse_link, whole_folder
+from qwen_scope_lens.errors import BadFile, StoreDamaged, StoreMismatch, TooLittleData
+from qwen_scope_lens.files import exclusive, is_url, refuse_link, whole_folder
 from qwen_scope_lens.stores.inspect import check
 from qwen_scope_lens.stores.manifest import Manifest
 from qwen_scope_lens.stores.shard_files import (
@@ -43,6 +43,8 @@ def merge(
     `shard_docs` is the number of documents per shard (by default what each corpus had); larger
     shards answer questions about one feature faster. The call can be stopped and repeated.
     """
+    if any(map(is_url, (*stores, out))):
+        raise BadFile("merging works on folders: copy a store from its URL with `qsl store copy`")
     folders = [Path(store).expanduser() for store in stores]
     target = Path(out).expanduser()
     if shard_docs is not None and shard_docs < 1:

@@ -6,22 +6,26 @@ documents with their codes. `shard_files.py` writes the files.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from qwen_scope_lens.errors import BadFile, StoreDamaged
+from qwen_scope_lens.errors import BadFile, StorageUnreachable, StoreDamaged
 from qwen_scope_lens.files import open_regular, read_json
 from qwen_scope_lens.saes.codes import SparseCodes
 from qwen_scope_lens.stores.codec import OVERFLOW, Packed
 from qwen_scope_lens.stores.manifest import Manifest
 from qwen_scope_lens.stores.shard_files import REPAIR, SHARD_FORMAT, layer_folder, shard_folder
+
+if TYPE_CHECKING:
+    from qwen_scope_lens.stores.remote import RemoteShard
 
 __all__ = [
     "BLOCK_TOKENS",
@@ -40,13 +44,21 @@ BLOCK_TOKENS = 16384
 class Shard:
     """One finished shard. Its arrays are memory-mapped and read when they are needed.
 
-    Opening it reads `shard.json` and raises `StoreDamaged` if that contradicts the manifest.
+    Opening it reads `shard.json` and raises `StoreDamaged` if that contradicts the manifest. The
+    files of a shard at a URL (`remote`) are copied to this machine when they are needed.
     """
 
-    def __init__(self, store: Path, number: int, manifest: Manifest) -> None:
+    def __init__(
+        self, store: Path, number: int, manifest: Manifest, remote: RemoteShard | None = None
+    ) -> None:
         self.folder, self.number, self._manifest = shard_folder(store, number), number, manifest
+        self.remote = remote
+        where = self.folder if remote is None else remote.url
         try:
-            facts = read_json(self.folder / "shard.json", *SHARD_FORMAT, "qsl extract")
+            if remote is None:
+                facts = read_json(self.folder / "shard.json", *SHARD_FORMAT, "qsl extract")
+            else:
+                facts = remote.facts()
             self.first_doc, self.n_docs = int(facts["first_doc"]), int(facts["n_docs"])
             self.n_tokens = int(facts["n_tokens"])
             self.n_nonzero = {int(layer): int(n) for layer, n in facts["n_nonzero"].items()}
@@ -58,19 +70,31 @@ class Shard:
             if not all(type(each["size"]) is int for each in self.files.values()):
                 raise ValueError("the size of a file is not a whole number")
         except (BadFile, KeyError, TypeError, ValueError, AttributeError) as error:
-            raise StoreDamaged(f"{self.folder}: {error}. {REPAIR}") from error
+            raise StoreDamaged(f"{where}: {error}. {REPAIR}") from error
         if (self.first_doc, self.first_doc + self.n_docs) != manifest.corpus_of(number).span(
             number
         ):
-            raise StoreDamaged(f"{self.folder} holds other documents than the manifest says")
+            raise StoreDamaged(f"{where} holds other documents than the manifest says")
         self._packed: dict[int, Packed] = {}
         self._groups: dict[int, tuple[pq.FileMetaData, np.ndarray, np.ndarray]] = {}
 
     def path(self, name: str) -> Path:
-        return self.folder / name
+        """A file of the shard, on this machine."""
+        return self.folder / name if self.remote is None else self.remote.fetch(name)
 
     def features_path(self, layer: int) -> Path:
-        return layer_folder(self.folder, layer) / "features.parquet"
+        return self.path(_features(layer))
+
+    @contextlib.contextmanager
+    def _ranges(self, name: str) -> Iterator[Any]:
+        """A file that is read in parts; one at a URL is not copied to this machine for that."""
+        if self.remote is not None:
+            with self.remote.open(name) as file:
+                yield file
+            return
+        path = self.path(name)
+        with open_regular(path), pa.OSFile(str(path)) as file:
+            yield file
 
     @cached_property
     def offsets(self) -> np.ndarray:
@@ -208,13 +232,16 @@ class Shard:
             none = np.zeros(0, np.int64)
             return none, none, np.zeros(0, np.float32)
         try:
-            with pq.ParquetFile(self.features_path(layer), metadata=meta) as file:
-                table = file.read_row_groups(
+            with self._ranges(_features(layer)) as file:
+                table = pq.ParquetFile(file, metadata=meta).read_row_groups(
                     groups, columns=["feature", "doc", "position", "value"], use_threads=False
                 )
+        except StorageUnreachable:
+            raise
         except (OSError, pa.ArrowException) as error:
-            path = self.features_path(layer)
-            raise StoreDamaged(f"{path} cannot be read: {error}. {REPAIR}") from error
+            raise StoreDamaged(
+                f"{self._place(_features(layer))} cannot be read: {error}. {REPAIR}"
+            ) from error
         found = table["feature"].to_numpy()
         rows = slice(*np.searchsorted(found, [feature, feature + 1]).tolist())
         doc, position, value = (
@@ -224,16 +251,23 @@ class Shard:
 
     def _open_groups(self, layer: int) -> tuple[pq.FileMetaData, np.ndarray, np.ndarray]:
         """The footer, and the least and the greatest feature of every row group."""
-        path = self.features_path(layer)
         try:
-            with open_regular(path) as file:
+            with self._ranges(_features(layer)) as file:
                 meta = pq.read_metadata(file)
+        except StorageUnreachable:
+            raise
         except (OSError, ValueError, pa.ArrowException) as error:
-            raise StoreDamaged(f"{path} cannot be read: {error}. {REPAIR}") from error
+            raise StoreDamaged(
+                f"{self._place(_features(layer))} cannot be read: {error}. {REPAIR}"
+            ) from error
         at = meta.schema.names.index("feature")
         ranges = [meta.row_group(i).column(at).statistics for i in range(meta.num_row_groups)]
         low = np.array([r.min for r in ranges if r is not None], dtype=np.int64)
         return meta, low, np.array([r.max for r in ranges if r is not None], dtype=np.int64)
+
+    def _place(self, name: str) -> str:
+        """The name of a file in messages."""
+        return str(self.folder / name) if self.remote is None else f"{self.remote.url}/{name}"
 
     def _array(self, name: str, mapped: bool = True) -> np.ndarray:
         try:
@@ -241,6 +275,10 @@ class Shard:
                 return np.load(self.path(name), mmap_mode="r" if mapped else None)
         except (OSError, ValueError, EOFError, SyntaxError, OverflowError, MemoryError) as error:
             raise StoreDamaged(f"{self.path(name)} cannot be read: {error}. {REPAIR}") from error
+
+
+def _features(layer: int) -> str:
+    return (layer_folder(Path(), layer) / "features.parquet").as_posix()
 
 
 def spans_of(tokens: pa.Table) -> np.ndarray:

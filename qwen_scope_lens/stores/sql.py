@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from qwen_scope_lens.errors import BadQuery, StoreDamaged
 from qwen_scope_lens.stores.codec import REPAIR
-from qwen_scope_lens.stores.shard_files import RESERVED
+from qwen_scope_lens.stores.shard_files import RESERVED, layer_folder
 
 if TYPE_CHECKING:
     from qwen_scope_lens.stores.store import FeatureStore
@@ -59,7 +59,7 @@ def run_query(
         )
     with duckdb.connect() as connection:
         connection.execute(f"set memory_limit = '{most_memory // 2**20} MiB'")
-        _register(connection, store, documents=not mixed)
+        _register(connection, store, query, documents=not mixed)
         try:
             statements = connection.extract_statements(query)
             if len(statements) != 1:
@@ -131,22 +131,30 @@ def _mixed_labels(store: FeatureStore) -> tuple[str, str] | None:
     return None
 
 
-def _register(connection: object, store: FeatureStore, documents: bool) -> None:
+def _register(connection: Any, store: FeatureStore, query: str, documents: bool) -> None:
     import duckdb
 
-    files = {
-        "features": [s.features_path(layer) for s in store.shards for layer in store.layers],
-        "tokens": [s.path("tokens.parquet") for s in store.shards],
+    names = {
+        "features": [f"{layer_folder(Path(), layer)}/features.parquet" for layer in store.layers],
+        "tokens": ["tokens.parquet"],
     }
     if documents:
-        files["documents"] = [s.path("documents.parquet") for s in store.shards]
-    for path in (path for paths in files.values() for path in paths):
-        if not path.is_file():
-            raise StoreDamaged(f"{path} is missing. {REPAIR}")
-    for view, paths in files.items():
+        names["documents"] = ["documents.parquet"]
+    if isinstance(store.path, str):  # at a URL: only what the query may need is fetched
+        names = {v: n for v, n in names.items() if re.search(rf"\b{v}\b", query, re.IGNORECASE)}
+        for shard in store.shards:
+            assert shard.remote is not None
+            shard.remote.fetch_all(name for some in names.values() for name in some)
+    allowed = []
+    for view, some in names.items():
+        paths = [shard.path(name) for shard in store.shards for name in some]
+        for path in paths:
+            if not path.is_file():
+                raise StoreDamaged(f"{path} is missing. {REPAIR}")
         listed = ", ".join(_quoted(path) for path in paths)
+        allowed.append(listed)
         try:
-            connection.execute(  # type: ignore[attr-defined]
+            connection.execute(
                 f"create view {view} as select * from"
                 f" read_parquet([{listed}], union_by_name = {view == 'documents'})"
             )
@@ -154,9 +162,13 @@ def _register(connection: object, store: FeatureStore, documents: bool) -> None:
             words = " ".join(str(error).split())
             raise StoreDamaged(f"{store.path}: {view} cannot be read: {words}. {REPAIR}") from error
     # From here on, nothing outside the store can be read and nothing can be changed.
-    connection.execute(  # type: ignore[attr-defined]
-        f"set allowed_directories = [{_quoted(store.path)}]; set enable_external_access = false;"
-        " set lock_configuration = true"
+    where = (
+        f"set allowed_paths = [{', '.join(allowed)}]"
+        if isinstance(store.path, str)
+        else f"set allowed_directories = [{_quoted(store.path)}]"
+    )
+    connection.execute(
+        f"{where}; set enable_external_access = false; set lock_configuration = true"
     )
 
 

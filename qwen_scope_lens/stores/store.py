@@ -8,12 +8,15 @@ order. This module only reads: `extract.py` and `merge.py` write. The files are 
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -26,6 +29,7 @@ from qwen_scope_lens.errors import (
     StoreMismatch,
     UnknownName,
 )
+from qwen_scope_lens.files import is_url
 from qwen_scope_lens.saes.codes import SparseCodes
 from qwen_scope_lens.stores.codec import Packed
 from qwen_scope_lens.stores.manifest import Manifest, SAEFacts
@@ -40,6 +44,10 @@ from qwen_scope_lens.stores.shard_reader import (
 )
 
 __all__ = ["Block", "DocumentBlock", "FeatureStore", "Hits"]
+
+T = TypeVar("T")
+
+_AT_ONCE = 16
 
 RECENT_TOKENS, RECENT_MAPS = 8, 1024
 """How many shards keep their tokens in memory, and how many keep their arrays mapped."""
@@ -65,9 +73,9 @@ class Hits:
 
 
 class FeatureStore:
-    """A store on disk, opened by `FeatureStore.open(path)`."""
+    """A store on disk or at a URL, opened by `FeatureStore.open(path)`."""
 
-    def __init__(self, path: Path, manifest: Manifest, shards: Sequence[Shard]) -> None:
+    def __init__(self, path: Path | str, manifest: Manifest, shards: Sequence[Shard]) -> None:
         self.path, self.manifest, self._shards = path, manifest, list(shards)
         self._firsts = np.array([shard.first_doc for shard in shards], dtype=np.int64)
         self._with_tokens = _Recent(RECENT_TOKENS, Shard.forget_tokens)
@@ -75,6 +83,15 @@ class FeatureStore:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> FeatureStore:
+        """Open a folder, or a URL such as `s3://bucket/store` (see `remote.py`)."""
+        if is_url(path):
+            from qwen_scope_lens.stores.remote import Remote, open_manifest
+
+            url = str(path).rstrip("/")
+            manifest = open_manifest(url)
+            found = Remote.of(url).shards(range(manifest.n_shards))
+            first = itertools.takewhile(found.__contains__, itertools.count())
+            return cls(url, manifest, [Shard(Path(url), n, manifest, found[n]) for n in first])
         folder = Path(path).expanduser()
         manifest = Manifest.open(folder)
         shards = []
@@ -222,12 +239,19 @@ class FeatureStore:
     def by_feature(self, feature: str | FeatureRef | tuple[int, int]) -> Hits:
         """Where one feature fires. It is named by its address, or by (layer, number)."""
         layer, number = self.feature(feature)
-        parts = [shard.hits(layer, number) for shard in self._shards]
+        parts = self._of_shards(lambda shard: shard.hits(layer, number))
         empty = (np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32))
         doc, position, value = (
             np.concatenate(column) for column in zip(empty, *parts, strict=True)
         )
         return Hits(doc, position, value, self, layer)
+
+    def _of_shards(self, ask: Callable[[Shard], T]) -> list[T]:
+        """The answer of each shard; those of a store at a URL are asked at the same time."""
+        if isinstance(self.path, Path):
+            return [ask(shard) for shard in self._shards]
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            return list(pool.map(ask, self._shards))
 
     def feature(self, feature: str | FeatureRef | tuple[int, int]) -> tuple[int, int]:
         """(layer, number) of a feature; raises for an address of another SAE."""

@@ -9,10 +9,26 @@ imported with this module; if `TRITON_INTERPRET=1` is set before that, the kerne
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import dataclass
 
 import torch
 
-__all__ = ["available", "candidates", "decode", "dots"]
+__all__ = ["TILES", "Tiles", "available", "candidates", "decode", "dots"]
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How the first pass is cut: `positions` by `features` scores per program, in steps of `depth`
+    numbers, on so many warps."""
+
+    positions: int = 64
+    features: int = 128
+    depth: int = 32
+    warps: int = 4
+
+
+TILES = Tiles()
+"""Chosen on paper: `benchmarks/gpu.py` searches for better ones on a GPU."""
 
 # mypy: disable-error-code="no-untyped-def"
 # (The arguments of a kernel are pointers and numbers, and Triton reads annotations in its own way.)
@@ -120,6 +136,7 @@ def candidates(
     line: torch.Tensor,
     cap: int,
     half: bool,
+    tiles: Tiles | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The scores of each position that are at least `line [n]`.
 
@@ -128,6 +145,7 @@ def candidates(
 
     `x` is float32 `[n, d_in]`, `rows [d_sae, d_in]`, and `bias` float32 `[d_sae]`. `outliers`,
     `[n, m]`, and `weights`, `[d_sae, m]`, are float32 and multiplied in float32 even with `half`.
+    The result does not depend on `tiles` (by default `TILES`), apart from the order of sums.
     """
     n, d_in = x.shape
     d_sae, m = len(rows), 16
@@ -136,14 +154,16 @@ def candidates(
     weights = torch.nn.functional.pad(weights, pad).contiguous()
     count = torch.zeros(n, dtype=torch.int32, device=x.device)
     features = torch.full((n, cap), -1, dtype=torch.int32, device=x.device)
-    approx = x.new_zeros((n, cap))
-    block_n, block_f = 64, 128
-    grid = (-(-n // block_n), -(-d_sae // block_f))
+    approx = torch.zeros((n, cap), dtype=torch.float32, device=x.device)
+    tiles = tiles or TILES
+    grid = (-(-n // tiles.positions), -(-d_sae // tiles.features))
     # The interpreter cannot multiply bfloat16, so there the rounded numbers go in as float32.
     interpreted = bool(triton.knobs.runtime.interpret)
+    x = x.bfloat16() if half else x  # once, and not in every tile
     tensors = (x.contiguous(), rows, bias, outliers, weights, line, count, features, approx)
     sizes = (n, d_in, d_sae, cap)
-    _candidates_kernel[grid](*tensors, *sizes, half, interpreted, m, block_n, block_f, 32)
+    blocks = (tiles.positions, tiles.features, tiles.depth)
+    _candidates_kernel[grid](*tensors, *sizes, half, interpreted, m, *blocks, num_warps=tiles.warps)
     return count, features, approx
 
 

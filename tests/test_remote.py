@@ -1,0 +1,200 @@
+"""Stores at a URL: in fsspec's memory, and slowly at a server of the S3 protocol."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pytest
+from feature_stores import GROUP, LAYER, build_store
+
+import qwen_scope_lens as qsl
+from qwen_scope_lens.errors import BadFile, StorageUnreachable, StoreDamaged, StoreMismatch
+from qwen_scope_lens.stores import FeatureStore, merge, read_corpus
+from qwen_scope_lens.stores.inspect import check
+from qwen_scope_lens.stores.remote import Remote, copy
+
+DOCUMENTS = [[{5: 2.0}, {5: 1.0, 7: 3.0}], [{9: 1.5}, {5: 4.0}], [{7: 2.5}, {11: 1.0}]]
+TEXTS = ["Ein Satz.", "A sentence.", "一句话。", "The last one."]
+JOB: dict[str, Any] = {
+    "model": "mini-qwen3",
+    "group": GROUP,
+    "layers": [LAYER],
+    "shard_docs": 1,
+    "progress": False,
+}
+
+
+@pytest.fixture
+def url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.setenv("QWEN_SCOPE_CACHE", str(tmp_path / "cache"))
+    memory = fsspec.filesystem("memory")
+    yield "memory://bucket/store"
+    if memory.exists("/bucket"):
+        memory.rm("/bucket", recursive=True)
+
+
+@pytest.fixture
+def local(tmp_path: Path) -> FeatureStore:
+    labels = {"lang": ["de", "en", "zh"]}
+    return build_store(tmp_path / "local", DOCUMENTS, labels, shard_docs=1)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and ".lock" not in path.name
+    }
+
+
+def same_answers(one: FeatureStore, other: FeatureStore) -> None:
+    for a, b in zip(one.iter_blocks(LAYER), other.iter_blocks(LAYER), strict=True):
+        np.testing.assert_array_equal(a.codes.to_dense(), b.codes.to_dense())
+        np.testing.assert_array_equal(a.keep, b.keep)
+    for feature in (5, 7, 600):
+        a, b = one.by_feature((LAYER, feature)), other.by_feature((LAYER, feature))
+        for name in ("doc", "position", "value", "keep"):
+            np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
+    query = "select key, count(*) n from features join documents using (doc) group by 1 order by 1"
+    assert one.sql(query).to_pylist() == other.sql(query).to_pylist()
+    assert one.by_token(1).tokens == other.by_token(1).tokens
+
+
+def test_a_store_is_copied_and_read(local: FeatureStore, url: str, tmp_path: Path) -> None:
+    copy(local.path, url, progress=False)
+    there = FeatureStore.open(url)
+    assert there.is_complete
+    assert str(there.path) == url
+    hits = there.by_feature((LAYER, 5))
+    assert hits.value.tolist() == [2.0, 1.0, 4.0]
+    assert not (tmp_path / "cache" / "files").exists(), "a whole file was fetched for three hits"
+    same_answers(local, there)
+    assert check(url, checksums=False) == []
+    copy(url, tmp_path / "back", progress=False)
+    assert files_of(tmp_path / "back") == files_of(tmp_path / "local")
+
+
+def test_a_half_sent_store_never_looks_whole(local: FeatureStore, url: str) -> None:
+    copy(local.path, url, progress=False)
+    memory, root = fsspec.filesystem("memory"), "/bucket/store"
+    sent = sorted(memory.find(root))
+    # Whatever was sent when the copy was killed: the files in the order in which they were sent.
+    order = [f"{root}/manifest.json"]
+    for shard in range(3):
+        own = [path for path in sent if f"/shards/{shard:05d}/" in path]
+        order += sorted(own, key=lambda path: path.endswith("shard.json"))
+    assert sorted(order) == sent
+    content = memory.cat(order)
+    for stop in range(len(order)):
+        if memory.exists(root):
+            memory.rm(root, recursive=True)
+        for path in order[:stop]:
+            memory.pipe_file(path, content[path])
+        if not stop:
+            with pytest.raises(BadFile, match="no manifest"):
+                FeatureStore.open(url)
+            continue
+        partly = FeatureStore.open(url)
+        assert not partly.is_complete
+        assert partly.n_docs == sum(path.endswith("shard.json") for path in order[:stop])
+    copy(local.path, url, progress=False)
+    assert memory.cat(order) == content
+    # A file that was cut short is sent again.
+    victim = next(path for path in order if path.endswith("00001/tokens.parquet"))
+    memory.pipe_file(victim, content[victim][:-1])
+    assert "00001 is missing or not whole" in check(url, checksums=False)[0]
+    copy(local.path, url, progress=False)
+    assert memory.cat_file(victim) == content[victim]
+
+
+def test_refusals(local: FeatureStore, url: str, tmp_path: Path) -> None:
+    memory = fsspec.filesystem("memory")
+    memory.pipe_file("/bucket/store/holiday.jpg", b"x")
+    with pytest.raises(StoreMismatch, match="other files"):
+        copy(local.path, url, progress=False)
+    memory.rm("/bucket/store/holiday.jpg")
+    copy(local.path, url, progress=False)
+    other = build_store(tmp_path / "other", DOCUMENTS[:2], shard_docs=1)
+    with pytest.raises(StoreMismatch, match="other documents"):
+        copy(other.path, url, progress=False)
+    with pytest.raises(BadFile, match="--sizes-only"):
+        check(url)
+    with pytest.raises(BadFile, match="qsl store copy"):
+        merge([url, local.path], tmp_path / "merged")
+    with pytest.raises(BadFile, match="can be used"):
+        FeatureStore.open("nosuch://bucket/store")
+    # A changed file of the right size, and names that lead out of a shard.
+    path = "/bucket/store/shards/00000/tokens.parquet"
+    memory.pipe_file(path, memory.cat_file(path)[:-1] + b"!")
+    with pytest.raises(StoreDamaged, match="checksum differs"):
+        FeatureStore.open(url).by_token(0)
+    facts = memory.cat_file("/bucket/store/shards/00000/shard.json")
+    evil = facts.replace(b'"documents.parquet"', b'"../../../evil.parquet"')
+    assert evil != facts
+    memory.pipe_file("/bucket/store/shards/00000/shard.json", evil)
+    with pytest.raises(StoreDamaged, match="not inside"):
+        copy(url, tmp_path / "stolen", progress=False)
+    assert not list(tmp_path.rglob("evil.parquet"))
+
+
+def test_extraction_to_a_url(url: str, tmp_path: Path) -> None:
+    corpus = tmp_path / "texts.txt"
+    corpus.write_text("\n".join(TEXTS), encoding="utf-8")
+    fsspec.filesystem("memory").put_file(str(corpus), "/bucket/texts.txt")
+    documents = read_corpus("memory://bucket/texts.txt")
+    single = qsl.extract(documents, out=tmp_path / "single", **JOB)
+    for worker in ((1, 2), (0, 2)):
+        there = qsl.extract(documents, out=url, worker=worker, **JOB)
+    assert there.is_complete
+    copy(url, tmp_path / "back", progress=False)
+    assert files_of(tmp_path / "back") == files_of(single.path)
+    assert not list((tmp_path / "cache" / "sending").rglob("*.parquet"))
+    with pytest.raises(StoreMismatch, match="memory://bucket/store holds"):
+        qsl.extract(TEXTS[:2], out=url, **JOB)
+    with pytest.raises(StoreMismatch, match="cannot be appended to"):
+        qsl.extract(TEXTS, out=url, append=True, **JOB)
+
+
+@pytest.fixture
+def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    server = pytest.importorskip("moto.server").ThreadedMotoServer(port=0)
+    fs = pytest.importorskip("s3fs")
+    server.start()
+    host, port = server.get_host_and_port()
+    monkeypatch.setenv("QWEN_SCOPE_CACHE", str(tmp_path / "cache"))
+    for name, value in {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "id",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    fs.S3FileSystem.clear_instance_cache()
+    fs.S3FileSystem().mkdir("shelf")
+    yield "s3://shelf/store"
+    server.stop()
+    fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.mark.slow
+def test_a_server_of_the_s3_protocol(
+    local: FeatureStore, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy(local.path, bucket, progress=False)
+    same_answers(local, FeatureStore.open(bucket))
+    copy(bucket, tmp_path / "back", progress=False)
+    assert files_of(tmp_path / "back") == files_of(tmp_path / "local")
+    with pytest.raises(StorageUnreachable, match="no bucket nowhere"):
+        copy(local.path, "s3://nowhere/store", progress=False)
+    other = build_store(tmp_path / "other", DOCUMENTS[:2], shard_docs=1)
+    monkeypatch.setattr(Remote, "manifest", lambda self: None)  # as if both began at once
+    with pytest.raises(StoreMismatch):
+        Remote.of(bucket).begin(other.manifest)
+    monkeypatch.undo()
+    assert FeatureStore.open(bucket).n_docs == 3
+    shutil.rmtree(tmp_path / "cache", ignore_errors=True)
