@@ -27,31 +27,15 @@ import llama_cpp.llama_cpp as llama
 import numpy as np
 import torch
 import transformers
+from _llama import make_plan, write_model
 from _measure import cpu_name
 
 from qwen_scope_lens.mini import heldout
 from qwen_scope_lens.models import load_model
-from qwen_scope_lens.steering import Plan, calibrate, steer
+from qwen_scope_lens.steering import steer
 from qwen_scope_lens.steering.runtimes import to_gguf
 
 TOKENS = 48
-
-NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
 
 
 def main() -> None:
@@ -96,58 +80,10 @@ def main() -> None:
     print(f"vector taken off: logits as before, bit for bit: {bool((again == plain).all())}")
 
 
-def make_plan(bridge: Any, group: str, layers: Sequence[str], documents: Sequence[str]) -> Plan:
-    """Three features in two layers that fire in these texts, half up and half down."""
-    low, high = (f"{group}/{layer}" for layer in layers)
-    found = calibrate(bridge, [low, high], documents)
-    common = sorted(found, key=lambda ref: -found.facts[ref].rate)
-    three = [
-        *[ref for ref in common if ref.startswith(f"{low}/")][5:6],
-        *[ref for ref in common if ref.startswith(f"{high}/")][5:7],
-    ]
-    edits = [f"{ref}:add:{sign}1typical@first" for ref, sign in zip(three, "+-+", strict=True)]
-    return Plan(edits).calibrated(found)
-
-
 def logits(model: Any, rows: Sequence[Sequence[int]]) -> np.ndarray:
     with torch.no_grad():
         found = [model(torch.tensor([list(ids)])).logits[0].float().numpy() for ids in rows]
     return np.concatenate(found)
-
-
-def write_model(hf: Any, path: Path) -> Path:
-    cfg = hf.config
-    writer = gguf.GGUFWriter(str(path), cfg.model_type)
-    writer.add_context_length(cfg.max_position_embeddings)
-    writer.add_embedding_length(cfg.hidden_size)
-    writer.add_block_count(cfg.num_hidden_layers)
-    writer.add_feed_forward_length(cfg.intermediate_size)
-    writer.add_head_count(cfg.num_attention_heads)
-    writer.add_head_count_kv(cfg.num_key_value_heads)
-    head = getattr(cfg, "head_dim", None) or cfg.hidden_size // cfg.num_attention_heads
-    writer.add_key_length(head)
-    writer.add_value_length(head)
-    writer.add_rope_freq_base(float(cfg.rope_parameters["rope_theta"]))
-    writer.add_layer_norm_rms_eps(cfg.rms_norm_eps)
-    writer.add_vocab_size(cfg.vocab_size)
-    writer.add_tokenizer_model("none")
-    for name, value in hf.state_dict().items():
-        if name == "lm_head.weight" and cfg.tie_word_embeddings:
-            continue
-        writer.add_tensor(gguf_name(name), value.float().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
-def gguf_name(name: str) -> str:
-    stem, _, kind = name.rpartition(".")  # weight or bias
-    if not stem.startswith("model.layers."):
-        return f"{NAMES[stem]}.{kind}"
-    _, _, layer, rest = stem.split(".", 3)
-    return f"blk.{layer}.{NAMES[rest]}.{kind}"
 
 
 def read_vector(path: Path, width: int) -> np.ndarray:

@@ -17,6 +17,7 @@ __all__ = [
     "CannotWrite",
     "CheckpointError",
     "CheckpointMissing",
+    "EngineFailed",
     "GeneratorFailed",
     "HubUnreachable",
     "LayerOutOfRange",
@@ -157,6 +158,10 @@ class BadQuery(ScopeError, ValueError):
 
 class GeneratorFailed(ScopeError, RuntimeError):
     """A text generator refused, timed out or gave unusable answers more often than allowed."""
+
+
+class EngineFailed(ScopeError, RuntimeError):
+    """The engine behind the server is gone, does not start, or answers what nobody can use."""
 
 
 class MissingExtra(ScopeError, ImportError):

@@ -16,6 +16,11 @@ import planted
 import pytest
 from browser import NO_BROWSER, Browser, open_browser
 
+OUTSIDE = {
+    NO_BROWSER: "BROWSER TESTS DID NOT RUN",
+    "no llama-server": "TESTS AGAINST THE REAL llama-server DID NOT RUN",
+}
+
 if TYPE_CHECKING:
     from serving import Served
 
@@ -74,12 +79,14 @@ def browser(chromium: Browser) -> Iterator[Browser]:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Skipped browser tests are said once more, where nobody can overlook them."""
-    skipped = [
-        report
-        for report in terminalreporter.stats.get("skipped", [])
-        if isinstance(report.longrepr, tuple) and NO_BROWSER in report.longrepr[2]
-    ]
-    if skipped:
-        terminalreporter.section("BROWSER TESTS DID NOT RUN", red=True, bold=True)
-        terminalreporter.write_line(f"{len(skipped)} tests: {skipped[0].longrepr[2]}", red=True)
+    """Tests that need something from outside, and did not find it, are said once more, where nobody
+    can overlook them."""
+    for reason, title in OUTSIDE.items():
+        skipped = [
+            report
+            for report in terminalreporter.stats.get("skipped", [])
+            if isinstance(report.longrepr, tuple) and reason in report.longrepr[2]
+        ]
+        if skipped:
+            terminalreporter.section(title, red=True, bold=True)
+            terminalreporter.write_line(f"{len(skipped)} tests: {skipped[0].longrepr[2]}", red=True)

@@ -12,7 +12,6 @@ from serving import GROUP, LABEL, STEERED, Served
 
 from qwen_scope_lens.catalog import bundled_model
 from qwen_scope_lens.features import read
-from qwen_scope_lens.serve.answers import Answers
 from qwen_scope_lens.serve.openapi import description
 from qwen_scope_lens.serve.web import _Web
 from qwen_scope_lens.steering import Plan, Sampling, generate
@@ -193,15 +192,66 @@ def test_lm_eval_measures_through_the_api(served: Served) -> None:
     assert score("mini-qwen3+chinese")[0][0] == pytest.approx(expected, abs=1e-3)  # it acts later
 
 
-def test_tool_calls_are_told_as_openai_tells_them(served: Served) -> None:
-    class Asked:
-        chat, model, tools = True, "mini-qwen3", True
+TOOLS: Any = [
+    {
+        "type": "function",
+        "function": {
+            "name": "f",
+            "parameters": {"properties": {"x": {"type": "string"}, "n": {"type": "integer"}}},
+        },
+    }
+]
+CALL = '<tool_call>\n{"name": "f", "arguments": {"x": "é"}}\n</tool_call>'
+XML = (
+    "<tool_call>\n<function=f>\n<parameter=x>\n12\nlines\n</parameter>\n<parameter=n>\n12\n"
+    "</parameter>\n</function>\n</tool_call>"
+)
+BROKEN = "<tool_call>{oops}</tool_call>"
+X, XN = '{"x": "é"}', '{"x": "12\\nlines", "n": 12}'
+REPLIES: list[tuple[str, str | None, list[str]]] = [
+    (f"Yes. \n\n{CALL}\n{XML}\n", "Yes.", [X, XN]),
+    (CALL, None, [X]),
+    (f"{BROKEN} then {CALL}", f"{BROKEN} then", [X]),
+    (f"<think>\nI could {CALL}.\n</think>\n\n{XML}", f"<think>\nI could {CALL}.\n</think>", [XN]),
+    ("a < b <tool", "a < b <tool", []),
+    (f"{CALL[:-3]} \n", f"{CALL[:-3]} \n", []),
+    ('<tool_call>{"name": "f", "arguments": [1]}</tool_call>', "=", []),
+    ("<tool_call><function=f>stray</function></tool_call>", "=", []),
+]
 
-    text = 'Yes. <tool_call>\n{"name": "f", "arguments": {"x": "é"}}\n</tool_call>'
-    asked: Any = Asked()
-    [call] = Answers(served.lens, asked, "chatcmpl-1").calls(text)
-    assert call["function"] == {"name": "f", "arguments": '{"x": "é"}'}
-    assert Answers(served.lens, asked, "chatcmpl-1").calls("<tool_call>no</tool_call>") == []
+
+@pytest.mark.parametrize("reply", REPLIES, ids=lambda reply: reply[0][:20])
+def test_tool_calls_are_told_as_openai_tells_them(
+    reply: Any, served: Served, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole and as a stream, whatever pieces the text comes in."""
+    text, content, arguments = reply
+    content = text if content == "=" else content
+    lens = served.lens
+    ids = [*lens.tokenizer(text, add_special_tokens=False)["input_ids"], min(lens.engine._ends)]
+
+    def take(rows: Any, logits: torch.Tensor) -> Any:
+        logits = torch.full_like(logits, -1.0)
+        logits[0, ids[len(rows[0].tokens)]] = 1.0
+        return said(rows, logits)
+
+    said = lens.engine._take
+    monkeypatch.setattr(lens.engine, "_take", take)
+    asked: Any = {"model": "mini-qwen3", "messages": CHAT, "temperature": 0, "tools": TOOLS}
+    answer = client.chat.completions.create(**asked, extra_body=NO_THINKING)
+    [choice] = answer.choices
+    calls = choice.message.tool_calls or []
+    assert choice.message.content == content
+    assert [call.function.arguments for call in calls] == arguments
+    assert len({call.id for call in calls}) == len(calls)
+    assert choice.finish_reason == ("tool_calls" if calls else "stop")
+    with client.chat.completions.stream(**asked, extra_body=NO_THINKING) as stream:
+        for _ in stream:
+            pass
+        final = stream.get_final_completion().choices[0]
+    assert (final.message.content or None) == (content or None)
+    assert final.finish_reason == choice.finish_reason
+    assert [call.function.arguments for call in final.message.tool_calls or []] == arguments
 
 
 REFUSED: list[tuple[dict[str, Any], int, str, str]] = [

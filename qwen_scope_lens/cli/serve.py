@@ -9,6 +9,7 @@ Clients of OpenAI's API talk to http://127.0.0.1:8765/v1; people open http://127
 request can have a plan, addresses to monitor, and can ask which features fired (docs/serve.md).
 The plan of --plan is that of requests that name none. --record appends exact codes of prompts and
 replies to a feature store, which `qsl rank`, `qsl store` and the like read while the server runs.
+--engine lets llama.cpp's `llama-server` or interp-engine write the replies.
 The server listens on this machine only, unless --host and a --token are given, and contacts no
 other machine.
 """
@@ -27,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_scope_lens.address import saes_named
-from qwen_scope_lens.cli import inputs
+from qwen_scope_lens.cli import engine_options, inputs
 from qwen_scope_lens.cli import plan_options as plans
 from qwen_scope_lens.cli.inputs import Input
 from qwen_scope_lens.cli.options import (
@@ -84,6 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sae-cache-max", type=count, default=8, help="SAEs in memory (%(default)s)"
     )
+    engine_options.add_engine(parser)
     record = parser.add_argument_group("recording")
     record.add_argument("--record", type=Path, metavar="STORE", help="a feature store to append to")
     record.add_argument(
@@ -138,6 +140,7 @@ def run(arguments: argparse.Namespace) -> int:
         _check_record(arguments.record)
     check("starlette", "serve")
     check("uvicorn", "serve")
+    choice = engine_options.check_engine(arguments)
     inputs.free_port(arguments.host, arguments.port)
     labels = read_labels(arguments.labels)
     if arguments.plans is not None:
@@ -145,11 +148,13 @@ def run(arguments: argparse.Namespace) -> int:
     group = refs[0].row
     remark(f"Note: {group.notice}\n")
 
+    from qwen_scope_lens.models.architecture import context_length
     from qwen_scope_lens.serve.lens import Lens, Options
     from qwen_scope_lens.serve.plans import Plans
     from qwen_scope_lens.serve.recorder import Recorder, Recording
     from qwen_scope_lens.serve.run import listen, serve
     from qwen_scope_lens.serve.web import Serving
+    from qwen_scope_lens.steering.generate import end_tokens
     from qwen_scope_lens.steering.plan import Plan
     from qwen_scope_lens.steering.typical import Calibration
 
@@ -159,8 +164,14 @@ def run(arguments: argparse.Namespace) -> int:
     typical = None
     if arguments.calibration is not None:
         typical = Calibration.load(arguments.calibration)
-    bridge = plans.load(arguments, refs)
-    tokenizer, layers = bridge.tokenizer, [ref.layer for ref in refs]
+    layers, name = [ref.layer for ref in refs], plans.model_of(arguments, [group])
+    model = None
+    if arguments.no_reader:
+        tokenizer, ends, context = engine_options.without_model(name)
+    else:
+        bridge = plans.load(arguments, refs)
+        tokenizer, model = bridge.tokenizer, bridge.release()
+        ends, context = frozenset(end_tokens(model)), context_length(model)
     options = Options(
         arguments.rows,
         arguments.queue,
@@ -170,9 +181,16 @@ def run(arguments: argparse.Namespace) -> int:
         allow_other_model=True,  # `plans.load` has looked
     )
     with ExitStack() as stack:
+        engine = None
+        if choice[0] != "own":
+            facts = tokenizer, ends, context
+            engine = engine_options.open_engine(
+                choice, arguments, name, group, facts, lambda ref: lens.sae_of(ref)
+            )
+            stack.callback(engine.close)
         site = _site(arguments, group, layers, stack)
         lens = Lens(
-            bridge.release(),
+            model,
             tokenizer,
             group,
             layers,
@@ -180,6 +198,8 @@ def run(arguments: argparse.Namespace) -> int:
             typical=typical,
             sae_folder=arguments.sae_folder,
             options=options,
+            engine=engine,
+            name=name if model is None else None,
         )
         for layer in layers:
             lens.sae(layer)  # a missing file is reported now

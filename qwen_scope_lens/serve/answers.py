@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -13,12 +11,16 @@ from qwen_scope_lens.serve.lens import Lens
 from qwen_scope_lens.serve.rows import Row
 from qwen_scope_lens.serve.sampling import Logprob
 from qwen_scope_lens.serve.text import Characters
+from qwen_scope_lens.serve.tool_calls import ToolCalls
 
 __all__ = ["Answers"]
 
-CALL = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
-
 Json = dict[str, Any]
+
+
+def without_index(call: Json) -> Json:
+    """A tool call as it stands in a message; only streams number them."""
+    return {key: value for key, value in call.items() if key != "index"}
 
 
 class Answers:
@@ -44,11 +46,14 @@ class Answers:
             choice: Json = {"index": index, "finish_reason": reason, "logprobs": None}
             if self._asked.chat:
                 message: Json = {"role": "assistant", "content": text}
-                calls = self.calls(text)
-                if calls:
-                    message["content"] = text[: text.index("<tool_call>")].strip() or None
-                    message["tool_calls"] = calls
-                    choice["finish_reason"] = "tool_calls" if reason == "stop" else reason
+                if (tools := self.parts(index)) is not None:
+                    found = [*tools.add(text), *tools.end()]
+                    calls = [part for part in found if not isinstance(part, str)]
+                    texts = "".join(part for part in found if isinstance(part, str))
+                    message["content"] = texts or (None if calls else "")
+                    if calls:
+                        message["tool_calls"] = [without_index(call) for call in calls]
+                        choice["finish_reason"] = "tool_calls" if reason == "stop" else reason
                 choice["message"] = message
                 if row.wanted.top_logprobs is not None:
                     choice["logprobs"] = self.chat_logprobs(row.logprobs[: len(row.tokens)])
@@ -74,11 +79,15 @@ class Answers:
 
     # In chunks.
 
-    def chunk(self, index: int, text: str, first: bool = False, **more: Any) -> Json:
+    def chunk(self, index: int, part: str | Json, first: bool = False, **more: Any) -> Json:
+        """One chunk of a choice: some text, or a tool call with its number."""
+        text = part if isinstance(part, str) else ""
         choice: Json = {"index": index, "logprobs": None, "finish_reason": None, **more}
         if self._asked.chat:
             delta: Json = {"role": "assistant"} if first else {}
             choice["delta"] = delta | ({"content": text} if text or first else {})
+            if not isinstance(part, str):
+                choice["delta"]["tool_calls"] = [part]
         else:
             choice["text"] = text
         return {**self._chunk, "choices": [choice]}
@@ -94,7 +103,7 @@ class Answers:
         n = len(asked.wanted) // len(asked.prompts)
         records: Any = None
         if asked.watching.layers:
-            records = prompts[0] if len(asked.prompts) == 1 else list(prompts[::n])
+            records = (prompts[0] or None) if len(asked.prompts) == 1 else list(prompts[::n])
         return {
             "plan": None if asked.plan is None else asked.plan.to_dict(),
             "plan_name": asked.plan_name,
@@ -135,21 +144,13 @@ class Answers:
             "prompt_tokens_details": {"cached_tokens": sum(row.cached for row in rows[::each])},
         }
 
-    def calls(self, text: str) -> list[Json]:
-        """The tool calls of a reply that has tools; a call that is not JSON stays text."""
+    def parts(self, index: int) -> ToolCalls | None:
+        """What takes the tool calls out of a choice; None where there are no tools."""
         if not self._asked.tools:
-            return []
-        found: list[Json] = []
-        for match in CALL.finditer(text):
-            try:
-                call = json.loads(match[1])
-                name, arguments = call["name"], call.get("arguments", {})
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                return []
-            function = {"name": str(name), "arguments": json.dumps(arguments, ensure_ascii=False)}
-            identity = f"call_{self._head['id'][-12:]}_{len(found)}"
-            found.append({"id": identity, "type": "function", "function": function})
-        return found
+            return None
+        prompt = self._asked.prompts[index // (len(self._asked.wanted) // len(self._asked.prompts))]
+        thinking = (prompt or "").rstrip().endswith("<think>")
+        return ToolCalls(self._asked.tools, f"{self._head['id'][-12:]}_{index}", thinking)
 
     def chat_logprobs(self, found: Sequence[Logprob]) -> Json:
         def entry(token: int, value: float) -> Json:

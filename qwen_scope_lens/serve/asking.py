@@ -12,6 +12,7 @@ from typing import Any
 from qwen_scope_lens.address import FeatureRef
 from qwen_scope_lens.errors import BadText, ScopeError
 from qwen_scope_lens.models.tokenize import encode, render_chat
+from qwen_scope_lens.serve.engines.abilities import WAY_OUT
 from qwen_scope_lens.serve.faults import Fault, fault_of
 from qwen_scope_lens.serve.fields import Fields, checked, flag, listed, number, text, whole
 from qwen_scope_lens.serve.lens import Lens
@@ -56,7 +57,7 @@ class Asked:
     echo: bool
     stream: bool
     include_usage: bool
-    tools: bool
+    tools: tuple[Mapping[str, Any], ...]
 
 
 def completion(content: Any, lens: Lens, plans: Plans, chat: bool) -> Asked:
@@ -64,13 +65,13 @@ def completion(content: Any, lens: Lens, plans: Plans, chat: bool) -> Asked:
     fields = Fields(content)
     fields.ignore(*IGNORED)
     model = fields.take("model", text, lens.name)
-    base, plus, named = model.partition("+")
-    if base != lens.name or (plus and named not in plans):
+    named = lens.plan_in(model)
+    if named is None or (named and named not in plans):
         raise Fault(
             f"there is no model {shown(model)}: see /v1/models", "model_not_found", "model", 404
         )
     _only_obeyed(fields)
-    plan, plan_name = _plan(fields, lens, plans, named if plus else None)
+    plan, plan_name = _plan(fields, lens, plans, named or None)
     seen = watching(fields, lens)
     n = fields.take("n", whole(1, MOST["n"]), 1)
     stop = fields.take("stop", listed(_stop, 4), [])
@@ -82,7 +83,7 @@ def completion(content: Any, lens: Lens, plans: Plans, chat: bool) -> Asked:
     options = Fields(fields.take("stream_options", dict, {}))
     include_usage = options.take("include_usage", flag, False)
     options.done()
-    echo, tools, top_logprobs = False, False, None
+    echo, tools, top_logprobs = False, (), None
     if chat:
         prompt, tools = _chat(fields, lens)
         prompts: list[Any] = [prompt]
@@ -93,6 +94,14 @@ def completion(content: Any, lens: Lens, plans: Plans, chat: bool) -> Asked:
         prompts = _prompts(fields.need("prompt", lambda value: value))
         top_logprobs = fields.take("logprobs", whole(0, 20), None)
         echo = fields.take("echo", flag, False)
+    abilities = lens.engine.abilities
+    if top_logprobs is not None and not abilities.logprobs:
+        raise Fault(
+            f"the engine {abilities.engine} tells no log probabilities of every token: leave"
+            f" `logprobs` out, or {WAY_OUT}",
+            "unsupported",
+            "logprobs",
+        )
     ids = _tokens(prompts, lens)
     most = fields.take("max_completion_tokens", whole(1, 2**31)) if chat else None
     limit = fields.take("max_tokens", whole(0 if echo else 1, 2**31), None)
@@ -144,6 +153,8 @@ def watching(fields: Fields, lens: Lens) -> Watching:
     """`monitor` and `explain`."""
     monitor = fields.take("monitor", listed(lens.ref, MOST["monitor"]), [])
     asked = fields.take("explain", _explain, None)
+    if monitor or asked:
+        _ = lens.reader  # refused where there is no model
     if not asked:
         return Watching(tuple(monitor))
     inner = Fields(asked)
@@ -221,7 +232,7 @@ def _check_ids(ids: list[Any], lens: Lens) -> None:
             raise Fault(f"token {shown(token)}: expected ids from 0 to {known - 1}", param="prompt")
 
 
-def _chat(fields: Fields, lens: Lens) -> tuple[str, bool]:
+def _chat(fields: Fields, lens: Lens) -> tuple[str, tuple[Mapping[str, Any], ...]]:
     messages = messages_of(fields.need("messages", list))
     tools = fields.take("tools", listed(_tool, 128), None)
     choice = fields.take("tool_choice", text, "auto")
@@ -234,7 +245,7 @@ def _chat(fields: Fields, lens: Lens) -> tuple[str, bool]:
     thinking = inner.take("enable_thinking", flag, None)
     inner.done()
     thinking = fields.take("enable_thinking", flag, True if thinking is None else thinking)
-    return chat_text(messages, lens, thinking, tools), bool(tools)
+    return chat_text(messages, lens, thinking, tools), tuple(tools or ())
 
 
 def chat_text(

@@ -64,7 +64,8 @@ class Batch:
         """Read a prompt. The logits after it, float32 `[vocabulary]`, and the row's cache."""
         wanted = row.wanted
         ids = wanted.prompt
-        known = None if wanted.prompt_logprobs else self._prefixes.find(wanted)
+        whole = wanted.prompt_logprobs or wanted.written is not None  # all of it is read now
+        known = None if whole else self._prefixes.find(wanted)
         past, logits = 0, None
         cache: Any = transformers.DynamicCache(config=self._model.config)
         if known is not None:
@@ -78,13 +79,14 @@ class Batch:
         if logits is None:
             self._alone.arrange([wanted.plan])
             table = torch.tensor([ids], device=self._device)
-            call = Call(1, len(ids) - past, past, len(ids), table, None, True)
+            prompt = len(ids) - (wanted.written or 0)
+            call = Call(1, len(ids) - past, past, prompt, table, None, True)
             with self._pass(self._alone, call, [row], [0]):
                 logits = self._read_prompt(row, table[:, past:], cache)
             _settle(self._alone, [row])
         if not caches.supported(cache):
             raise WrongModel(f"{describe(self._model)} keeps a cache of a kind that is not served")
-        if not wanted.prompt_logprobs:
+        if not whole:
             self._keep(row, ids, cache, logits)
         return logits, cache
 

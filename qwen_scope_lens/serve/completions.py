@@ -72,6 +72,8 @@ class Completion:
                 raise step.error
             if step.reason is not None:
                 left -= 1
+                if row.wanted.layers and not row.residuals:
+                    await asyncio.to_thread(self._lens.read_again, row)
                 if self._recorder is not None:
                     name = f"{self.identity}/{self._number[row]}"
                     self._recorder.add(row, name, self._asked)
@@ -94,13 +96,16 @@ class Completion:
         asked, answers = self._asked, self.answers
         watched = bool(asked.watching.layers)
         records = [Records(self._lens, row, asked.watching) for row in self.rows]
+        tools = [answers.parts(index) for index in range(len(self.rows))]
         begun: set[int] = set()
+        told = False
         offsets = [0] * len(self.rows)
         async for index, row, step in self._ended():
             found = await asyncio.to_thread(records[index].more) if watched else ([], [])
             head: dict[str, Any] = {}
-            if not begun:
+            if not begun or (found[0] and not told):  # another engine's prompt is read at last
                 head["qsl"] = answers.beginning([found[0]])
+                told = bool(found[0])
             if index not in begun:
                 begun.add(index)
                 echo = answers.echoed(index) if asked.echo else ""
@@ -117,24 +122,22 @@ class Completion:
                 else:
                     more["logprobs"] = answers.table(ids, shown, offsets[index])
             offsets[index] += len(step.text)
+            parts: list[Any] = [step.text] if step.text else []
+            if (own := tools[index]) is not None:
+                parts = own.add(step.text) + (own.end() if step.reason is not None else [])
             if step.reason is not None:
-                calls = answers.calls(row.text.text) if asked.chat else []
-                more["finish_reason"] = (
-                    "tool_calls" if calls and step.reason == "stop" else step.reason
-                )
+                called = own is not None and own.found and step.reason == "stop"
+                more["finish_reason"] = "tool_calls" if called else step.reason
                 more["qsl"] = answers.ending(row, found[1])
             elif watched:
                 more["qsl"] = {"tokens": found[1]}
-                calls = []
-            elif not (step.text or step.logprobs):
-                continue  # a character that is not complete
-            else:
-                calls = []
-            chunk = answers.chunk(index, step.text, **more) | head
-            if calls:
-                numbered = [{**call, "index": i} for i, call in enumerate(calls)]
-                chunk["choices"][0]["delta"]["tool_calls"] = numbered
-            yield chunk
+            elif not (parts or step.logprobs):
+                continue  # a character, or a call, that is not complete
+            *before, last = parts or [""]
+            for part in before:
+                yield answers.chunk(index, part) | head
+                head = {}
+            yield answers.chunk(index, last, **more) | head
         if asked.include_usage:
             yield answers.last(self.rows)
 

@@ -24,6 +24,7 @@ from qwen_scope_lens.models.architecture import context_length, input_device
 from qwen_scope_lens.models.token_text import Vocabulary
 from qwen_scope_lens.saes.sae import ScopeSAE
 from qwen_scope_lens.serve.batch import Batch
+from qwen_scope_lens.serve.engines.abilities import OWN
 from qwen_scope_lens.serve.prefixes import PrefixCache
 from qwen_scope_lens.serve.rows import Row, Sink, Step, Wanted
 from qwen_scope_lens.serve.sampling import Chooser, Logprob, logprobs
@@ -52,6 +53,8 @@ class Stopping(ScopeError):
 
 class Engine:
     """Decodes on one model. Its methods may be called from any thread."""
+
+    abilities = OWN
 
     def __init__(
         self,
@@ -93,12 +96,7 @@ class Engine:
 
     def submit(self, wanted: Sequence[Wanted], sink: Sink, extra: Any = None) -> list[Row]:
         """Ask for some replies, all of them or (`QueueFull`) none."""
-        for one in wanted:
-            if len(one.prompt) + one.new_tokens > self.context:
-                raise BadText(
-                    f"the prompt has {len(one.prompt)} tokens and {one.new_tokens} are to follow;"
-                    f" the context of the model is {self.context}"
-                )
+        refuse_long(wanted, self.context)
         rows = [self._row(one, sink, extra) for one in wanted]
         with self._wake:
             if self._closing:
@@ -151,7 +149,9 @@ class Engine:
 
     def _row(self, wanted: Wanted, sink: Sink, extra: Any) -> Row:
         text = GrowingText(self.vocabulary, self.special, wanted.stop)
-        chooser = Chooser(wanted.temperature, wanted.top_p, wanted.seed, self._device)
+        chooser = None
+        if wanted.temperature:
+            chooser = Chooser(wanted.temperature, wanted.top_p, wanted.seed, self._device)
         return Row(wanted, sink, text, chooser, time.monotonic() + self.seconds, extra=extra)
 
     def _run(self) -> None:
@@ -253,7 +253,7 @@ class Engine:
         self.counts["new_tokens"] += len(rows)
         for i, row in enumerate(rows):
             wanted = row.wanted
-            token = best[i] if row.chooser.greedy else row.chooser.choose(logits[i])
+            token = best[i] if row.chooser is None else row.chooser.choose(logits[i])
             row.next, row.first_token = token, row.first_token or time.monotonic()
             found: tuple[Logprob, ...] = ()
             if wanted.top_logprobs is not None:
@@ -286,6 +286,16 @@ class Engine:
                 self.counts["failed"] += 1
                 row.cancelled = True  # nothing more is told
                 row.sink(row, Step(error=error))
+
+
+def refuse_long(wanted: Sequence[Wanted], context: int) -> None:
+    """Raise for a prompt and reply that do not fit into the context together."""
+    for one in wanted:
+        if len(one.prompt) + one.new_tokens > context:
+            raise BadText(
+                f"the prompt has {len(one.prompt)} tokens and {one.new_tokens} are to follow; the"
+                f" context of the model is {context}"
+            )
 
 
 def special_tokens(tokenizer: Any) -> frozenset[int]:

@@ -10,7 +10,7 @@ import logging
 import re
 from typing import Any
 
-from qwen_scope_lens.errors import ScopeError
+from qwen_scope_lens.errors import EngineFailed, ScopeError
 from qwen_scope_lens.serve.engine import QueueFull, Stopping, TooLate
 
 __all__ = ["Fault", "fault_of"]
@@ -22,12 +22,14 @@ KINDS = {
     403: "permission_error",
     429: "rate_limit_error",
     500: "server_error",
+    502: "server_error",
     503: "server_error",
 }
 STATUS: dict[type[ScopeError], tuple[int, str]] = {
     QueueFull: (429, "queue_full"),
     TooLate: (408, "too_slow"),
     Stopping: (503, "shutting_down"),
+    EngineFailed: (502, "engine_failed"),
 }
 MOST_TEXT = 2000
 """Characters of a message."""

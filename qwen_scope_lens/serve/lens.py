@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -32,7 +33,9 @@ from qwen_scope_lens.saes.codes import SparseCodes
 from qwen_scope_lens.saes.load import load_sae
 from qwen_scope_lens.saes.sae import ScopeSAE
 from qwen_scope_lens.serve.engine import Engine
+from qwen_scope_lens.serve.engines.outside import Outside
 from qwen_scope_lens.serve.faults import Fault
+from qwen_scope_lens.serve.rows import Row, Step, Wanted
 from qwen_scope_lens.steering.calibrate import calibrate
 from qwen_scope_lens.steering.plan import Plan
 
@@ -52,7 +55,11 @@ class Options:
 
 
 class Lens:
-    """A model in memory with the SAEs of a group. `layers` are those that are read by default."""
+    """A model in memory with the SAEs of a group. `layers` are those that are read by default.
+
+    `engine` writes the replies, by default the model itself. Where it is another one, `model` may
+    be None; then nothing is read, and `name` says what is served.
+    """
 
     def __init__(
         self,
@@ -65,27 +72,62 @@ class Lens:
         typical: Mapping[Any, float] | None = None,
         sae_folder: Path | None = None,
         options: Options | None = None,
+        engine: Outside | None = None,
+        name: str | None = None,
     ) -> None:
         options = options or Options()
         self.model, self.tokenizer, self.group, self.layers = model, tokenizer, group, tuple(layers)
-        self.name = name_of_model(describe(model))
+        full = name or name_of_model(describe(model))
+        self.name = served_name(full)
+        self.names = (self.name, full)  # requests may use either
         self.labels = labels or LabelPack()
         self._typical = {str(ref): value for ref, value in (typical or {}).items()}
         self._folder, self._most = sae_folder, options.most_saes
         self._saes: OrderedDict[str, ScopeSAE] = OrderedDict()
         self._loading, self._encoding = threading.Lock(), threading.Lock()
         self._lens_lock = threading.Lock()
-        self.engine = Engine(
-            model,
-            tokenizer,
-            self.sae_of,
-            rows=options.rows,
-            queue=options.queue,
-            seconds=options.seconds,
-            prefix_tokens=options.prefix_tokens,
-            allow_other_model=options.allow_other_model,
-        )
+        self._own: Engine | None = None
+        if model is not None:
+            self._own = Engine(
+                model,
+                tokenizer,
+                self.sae_of,
+                rows=options.rows,
+                queue=options.queue,
+                seconds=options.seconds,
+                prefix_tokens=options.prefix_tokens,
+                allow_other_model=options.allow_other_model,
+            )
+        self.engine: Engine | Outside = engine or self.reader
         self.vocabulary = self.engine.vocabulary
+
+    @property
+    def reader(self) -> Engine:
+        """The engine of the model in memory, which also reads."""
+        if self._own is None:
+            raise Fault(
+                "this server has no model of its own to read with: start it without --no-reader",
+                "unsupported",
+            )
+        return self._own
+
+    @property
+    def reads(self) -> bool:
+        return self._own is not None
+
+    def close(self) -> None:
+        for engine in (self.engine, self._own):
+            if engine is not None:
+                engine.close()
+
+    def plan_in(self, model: str) -> str | None:
+        """The plan that a model's name in a request names, "" for none; None: no such model."""
+        for name in self.names:
+            if model == name:
+                return ""
+            if model.startswith(f"{name}+"):
+                return model[len(name) + 1 :] or None
+        return None
 
     @property
     def has_chat(self) -> bool:
@@ -149,10 +191,31 @@ class Lens:
                 **options,
             )
 
-        return self.engine.call(work).result()
+        return self.reader.call(work).result()
+
+    def read_again(self, row: Row) -> None:
+        """Give a reply that another engine has written the residuals that it wants.
+
+        The model in memory reads prompt and reply under the same plan, and counts what the plan
+        does there.
+        """
+        found = self.under_plan(row.ids, len(row.tokens), row.wanted.plan, row.wanted.layers)
+        row.residuals, row.report = found.residuals, found.report
+
+    def under_plan(
+        self, ids: Sequence[int], written: int, plan: Plan | None, layers: Sequence[int]
+    ) -> Row:
+        """Read tokens, of which the last `written` are a reply, as the plan makes them."""
+        done: Future[Step] = Future()
+        wanted = Wanted(tuple(ids), 0, 0.0, plan=plan, layers=tuple(layers), written=written)
+        [row] = self.reader.submit([wanted], lambda row, step: done.set_result(step))
+        if (error := done.result().error) is not None:
+            raise error
+        return row
 
     @cached_property
     def unembedding(self) -> Unembedding:
+        _ = self.reader  # refused where there is no model
         return read_unembedding(self.model)
 
     def effects(self, refs: Sequence[FeatureRef], count: int = 10) -> TokenEffects:
@@ -169,7 +232,7 @@ class Lens:
         if missing:
             saes = {f"{self.group.short}/{ref.layer}": self.sae(ref.layer) for ref in missing}
             texts, own = sample_texts(), self.tokenizer
-            found = self.engine.call(
+            found = self.reader.call(
                 lambda: calibrate(self.model, missing, texts, saes, truncate=True, tokenizer=own)
             ).result()
             self._typical |= {str(ref): float(value) for ref, value in dict(found).items()}
@@ -251,3 +314,13 @@ class Lens:
             for feature, value, i in zip(features.tolist(), values.tolist(), at, strict=True):
                 rows.append((layer, feature, self.vocabulary.text(tokens[i]), value))
         return sorted(rows, key=lambda row: -row[3])[:limit]
+
+
+def served_name(full: str) -> str:
+    """The name of a model in the API. Of a folder, its last part: where it lies is nobody's
+    business."""
+    if not Path(full).is_dir():
+        return full
+    parts = Path(full).resolve().parts
+    cached = [part for part in parts if part.startswith("models--")]
+    return cached[-1].removeprefix("models--").replace("--", "/") if cached else parts[-1]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
+from qwen_scope_lens.serve.engines.abilities import ENGINES
 from qwen_scope_lens.version import __version__
 
 __all__ = ["description"]
@@ -149,6 +151,7 @@ def description() -> Json:
             "description": "An OpenAI-compatible server that reads and steers features of SAEs.",
         },
         "paths": paths,
+        "x-engines": [asdict(row) for row in ENGINES.values()],
         "components": {
             "schemas": {"Error": error},
             "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -38,7 +38,7 @@ Json = dict[str, Any]
 def info(
     lens: Lens, plans: Plans, site: Site | None, record: str | None, labels_saved: bool
 ) -> Json:
-    group = lens.group
+    group, abilities = lens.group, lens.engine.abilities
     return {
         "model": lens.name,
         "group": group.short,
@@ -50,6 +50,8 @@ def info(
         "has_chat": lens.has_chat,
         "notice": group.notice,
         "version": __version__,
+        "engine": asdict(abilities),
+        "reads": lens.reads,
         "plan": plans.default,
         "plans": list(plans),
         "labels": len(lens.labels),
@@ -64,10 +66,11 @@ def info(
                 "change": row.change,
                 "silent": row.silent,
                 "takes_strength": row.takes_strength,
-                "units": list(row.units),
+                "units": [unit for unit in row.units if unit in abilities.units],
                 "neutral": row.neutral,
             }
             for row in OPERATIONS
+            if row.name in abilities.operations
         ],
         "phases": list(PHASES),
         "think": list(THINKS),
@@ -328,7 +331,7 @@ def coherence(content: Any, lens: Lens) -> Json:
     if not start or len(start) + max(map(len, replies)) > lens.engine.context:
         raise Fault("the prompt is empty, or the text is longer than the context", "bad_text")
     found = [Continuation(start, tuple(reply), "") for reply in replies]
-    heights = lens.engine.call(
+    heights = lens.reader.call(
         lambda: [perplexity([one]) for one in surprisals(lens.model, found)]
     ).result()
     repeats = [repetition(one.ids) for one in found]

@@ -39,6 +39,7 @@ class Wanted:
     top_logprobs: int | None = None  # None: no log probabilities
     prompt_logprobs: bool = False
     streams: bool = False  # the sink is told of every step, not only of the end
+    written: int | None = None  # tokens at the end of the prompt that are a reply, read again
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Row:
     wanted: Wanted
     sink: Sink
     text: GrowingText
-    chooser: Chooser
+    chooser: Chooser | None  # None: the most probable token each time
     deadline: float
     asked: float = field(default_factory=time.monotonic)
     tokens: list[int] = field(default_factory=list)  # of the reply, without the end token

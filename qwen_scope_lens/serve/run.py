@@ -41,7 +41,7 @@ def serve(serving: Serving, listening: socket.socket, open_at: str | None = None
     with ExitStack() as stack:
         if serving.recorder is not None:
             stack.callback(serving.recorder.close)
-        stack.callback(serving.lens.engine.close)
+        stack.callback(serving.lens.close)
         stack.enter_context(listening)
         if open_at is not None:
             opener = threading.Timer(0.5, webbrowser.open, (open_at,))

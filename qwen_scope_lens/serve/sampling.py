@@ -28,13 +28,10 @@ class Logprob:
 
 
 class Chooser:
-    """Chooses the tokens of one row."""
+    """Draws the tokens of one row. A greedy row, whose temperature is 0, needs none."""
 
     def __init__(self, temperature: float, top_p: float, seed: int, device: torch.device) -> None:
-        self.greedy = temperature == 0
         self._warpers = transformers.LogitsProcessorList()
-        if self.greedy:
-            return
         self._generator = torch.Generator(device).manual_seed(seed)
         if temperature != 1:
             self._warpers.append(transformers.TemperatureLogitsWarper(float(temperature)))
@@ -42,7 +39,7 @@ class Chooser:
             self._warpers.append(transformers.TopPLogitsWarper(top_p, min_tokens_to_keep=1))
 
     def choose(self, logits: Tensor) -> int:
-        """float32 `[vocabulary] -> token`. Not for a greedy row: those are chosen together."""
+        """float32 `[vocabulary] -> token`."""
         scores = self._warpers(None, logits[None])
         shares = torch.nn.functional.softmax(scores, dim=-1)
         return int(torch.multinomial(shares, 1, generator=self._generator))

@@ -148,7 +148,9 @@ class _Web:
 
     async def model(self, request: Any) -> Any:
         name = request.path_params["name"]
-        found = [one for one in self._models() if one["id"] == name]
+        named = self._lens.plan_in(name)
+        known = self._lens.name + (f"+{named}" if named else "")
+        found = [one for one in self._models() if named is not None and one["id"] == known]
         if not found:
             raise Fault("there is no such model: see /v1/models", "model_not_found", "model", 404)
         return self._json(found[0])

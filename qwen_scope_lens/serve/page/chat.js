@@ -31,12 +31,13 @@ function body(turn, name, place) {
   const asked = {
     model: state.info.model, temperature: state.temperature, top_p: state.top_p, seed: state.seed, max_tokens: state.tokens,
     plan: name === "steered" ? { edits: turn.edits } : null,
-    monitor: watched.filter((ref) => state.info.layers.includes(layerOf(ref))).slice(0, state.info.limits.monitor),
-    explain: { top: Math.min(TOP, state.info.k), layers: [state.layer] },
   };
-  if (turn.form === "text") return ["/v1/completions", { ...asked, prompt: turn.text, logprobs: ALTERNATIVES }];
+  const { engine, reads } = state.info;
+  if (reads) Object.assign(asked, { explain: { top: Math.min(TOP, state.info.k), layers: [state.layer] },
+    monitor: watched.filter((ref) => state.info.layers.includes(layerOf(ref))).slice(0, state.info.limits.monitor) });
+  if (turn.form === "text") return ["/v1/completions", { ...asked, prompt: turn.text, ...(engine.logprobs && { logprobs: ALTERNATIVES }) }];
   return ["/v1/chat/completions", { ...asked, messages: [...history(name, place), { role: "user", content: turn.text }],
-    enable_thinking: turn.form === "think", logprobs: true, top_logprobs: ALTERNATIVES }];
+    enable_thinking: turn.form === "think", ...(engine.logprobs && { logprobs: true, top_logprobs: ALTERNATIVES }) }];
 }
 
 // The most probable tokens at each place, from either form of logprobs: [[[text, share], ...], ...].
@@ -78,7 +79,8 @@ class Side {
       const known = reply.text;
       this.panel.parts[1].tail.textContent = this.said.startsWith(known) ? this.said.slice(known.length) : "";
       this.panel.grow(fill);
-      this.status.textContent = this.finish ? `${this.instead.length} tokens, ${this.finish}` : `${this.instead.length} of ${asked.max_tokens} tokens`;
+      const count = this.ids?.length ?? this.instead.length; // an engine without logprobs tells it at last
+      this.status.textContent = this.finish ? `${count} tokens, ${this.finish}` : count ? `${count} of ${asked.max_tokens} tokens` : "writing …";
       grown();
     };
     try {
@@ -177,7 +179,7 @@ class Turn {
   // Whether the steered reply is still language: the guard of qsl sweep.
   async judge(signal) {
     const { plain, steered } = this.sides;
-    if (!steered?.ids?.length || !plain.ids?.length || steered.failed || plain.failed) return;
+    if (!state.info.reads || !steered?.ids?.length || !plain.ids?.length || steered.failed || plain.failed) return;
     const prompt = this.form === "text" ? { prompt: this.text }
       : { messages: [...history("plain", turns.indexOf(this)), { role: "user", content: this.text }], enable_thinking: this.form === "think" };
     try {
@@ -262,6 +264,7 @@ export function startChat(plan) {
       else event.target.value = state[name];
     });
   }
+  $("live").checked = state.info.engine.engine !== "llama.cpp"; // there each plan starts a program
   $("say").value = state.say;
   $("say").addEventListener("input", (event) => set({ say: event.target.value }));
   $("say").addEventListener("keydown", (event) => {

@@ -196,7 +196,8 @@ addEdit.with = async (address) => {
   if (state.edits.some((edit) => edit.ref === address)) return says(`${short(address)} is in the plan already: move its slider.`);
   const typical = await measureTypical(address).catch(() => null); // the plan's check says why
   const strength = typical ? { strength: 2, unit: "typical" } : { strength: 0.1, unit: "norm" };
-  change([...state.edits, { ref: address, op: "add", ...strength, where: "both" }]);
+  const where = state.info.engine.engine === "llama.cpp" ? "both,first" : "both"; // a control vector leaves out no token
+  change([...state.edits, { ref: address, op: "add", ...strength, where }]);
   draw();
   set({ feature: address });
   $("edits").lastElementChild.querySelector("input[type=range]").focus({ preventScroll: true });

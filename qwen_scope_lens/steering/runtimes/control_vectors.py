@@ -22,7 +22,7 @@ from qwen_scope_lens.steering.plan import Edit, Plan
 from qwen_scope_lens.steering.readers import SAEs, directions_of
 from qwen_scope_lens.steering.where import Where
 
-__all__ = ["FORMATS", "export", "layer_vectors", "to_gguf", "to_safetensors"]
+__all__ = ["FORMATS", "check_gguf", "export", "layer_vectors", "to_gguf", "to_safetensors"]
 
 EVERY_TOKEN = Where(skip_first=False)
 AFTER_FIRST = Where()
@@ -39,13 +39,10 @@ def layer_vectors(plan: Plan, saes: SAEs = None) -> dict[int, Tensor]:
     return {layer: vector.float() for layer, vector in sorted(found.items())}
 
 
-def to_gguf(plan: Plan, path: Path, saes: SAEs = None) -> Path:
-    """A control vector: `llama-cli --control-vector FILE`.
-
-    llama.cpp adds `direction.N` after decoder layer N (from 0, as here), has none for layer 0, and
-    adds it at every token, the first included.
-    """
+def check_gguf(plan: Plan) -> None:
+    """Raise `BadPlan` for a plan that a control vector of llama.cpp cannot express."""
     for edit in plan.edits:
+        _check_constant(edit)
         if edit.where != EVERY_TOKEN:
             raise BadPlan(
                 f"{edit}: llama.cpp adds a control vector at every token, the first included: say"
@@ -53,6 +50,15 @@ def to_gguf(plan: Plan, path: Path, saes: SAEs = None) -> Path:
             )
         if edit.ref.layer == 0:
             raise BadPlan(f"{edit}: llama.cpp has no control vector for layer 0")
+
+
+def to_gguf(plan: Plan, path: Path, saes: SAEs = None) -> Path:
+    """A control vector: `llama-cli --control-vector FILE`.
+
+    llama.cpp adds `direction.N` after decoder layer N (from 0, as here), has none for layer 0, and
+    adds it at every token, the first included.
+    """
+    check_gguf(plan)
     vectors = layer_vectors(plan, saes)
     gguf = require("gguf", "gguf")
     backbone = plan.edits[0].ref.sae.row.backbone

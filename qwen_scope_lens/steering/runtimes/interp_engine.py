@@ -23,7 +23,7 @@ from qwen_scope_lens.steering.readers import SAEs, directions_of
 from qwen_scope_lens.steering.token_masks import Selector
 from qwen_scope_lens.steering.where import Where
 
-__all__ = ["check_engine", "chosen", "engine_spec", "steer_engine"]
+__all__ = ["check_engine", "check_plan", "chosen", "engine_spec", "steer_engine"]
 
 
 @contextmanager
@@ -64,20 +64,41 @@ def check_engine(model: Any, refs: Sequence[FeatureRef], allow_other_model: bool
             check_name(str(model.hf_model_id), row)
 
 
-def engine_spec(plan: Plan, saes: SAEs = None) -> Any:
-    """interp-engine's `SteeringSpec` for the edits of a plan, whatever their places."""
-    engine = require("interp_engine", "interp")
+def check_plan(plan: Plan) -> None:
+    """Raise `BadPlan` for a plan that interp-engine would not carry out, whatever the prompt."""
+    _check_edits(plan)
+    _check_place(plan.edits[0].where)
+
+
+def _check_edits(plan: Plan) -> None:
     if len({edit.where for edit in plan.edits}) > 1:
         raise BadPlan(
             "interp-engine has one place for all edits of a request; found"
             f" {', '.join(sorted({str(edit.where) for edit in plan.edits}))}"
         )
+    for edit in plan.edits:
+        if edit.operation.reads == "code":
+            raise BadPlan(
+                f"{edit}: {edit.op} reads the SAE's code, which interp-engine does not have: only"
+                " add and project_out can run there"
+            )
+    for layer, members in _by_layer(plan).items():
+        edits = [plan.edits[i] for i in members]
+        if len(edits) > 1 and not _constant(edits):
+            raise BadPlan(
+                f"layer {layer} has several edits that read the residual"
+                f" ({'; '.join(map(str, edits))}): in interp-engine the second would see what the"
+                " first did. Keep one of them per layer"
+            )
+
+
+def engine_spec(plan: Plan, saes: SAEs = None) -> Any:
+    """interp-engine's `SteeringSpec` for the edits of a plan, whatever their places."""
+    engine = require("interp_engine", "interp")
+    _check_edits(plan)
     rows = directions_of(plan.edits, saes)
-    by_layer: dict[int, list[int]] = {}
-    for i, edit in enumerate(plan.edits):
-        by_layer.setdefault(edit.ref.layer, []).append(i)
     layers = {}
-    for layer, members in by_layer.items():
+    for layer, members in _by_layer(plan).items():
         edits = [plan.edits[i] for i in members]
         layers[layer] = engine.LayerSteeringSpec(
             operations=[_operation(engine, edits, rows[members])]
@@ -85,28 +106,36 @@ def engine_spec(plan: Plan, saes: SAEs = None) -> Any:
     return engine.SteeringSpec(layers=layers)
 
 
+def _by_layer(plan: Plan) -> dict[int, list[int]]:
+    found: dict[int, list[int]] = {}
+    for i, edit in enumerate(plan.edits):
+        found.setdefault(edit.ref.layer, []).append(i)
+    return found
+
+
+def _constant(edits: Sequence[Edit]) -> bool:
+    """Whether they add one vector together, whatever the residual is."""
+    return all(edit.op == "add" and edit.unit != "norm" for edit in edits)
+
+
 def _operation(engine: Any, edits: Sequence[Edit], rows: torch.Tensor) -> Any:
     """The one operation of a layer; several `add` become one vector."""
-    for edit in edits:
-        if edit.operation.reads == "code":
-            raise BadPlan(
-                f"{edit}: {edit.op} reads the SAE's code, which interp-engine does not have: only"
-                " add and project_out can run there"
-            )
-    if all(edit.op == "add" and edit.unit != "norm" for edit in edits):
+    if _constant(edits):
         values = torch.tensor([edit.value for edit in edits], dtype=torch.float64)
         return engine.AddSpec(vector=(values @ rows.double()).float(), scale=1.0)
-    if len(edits) > 1:
-        raise BadPlan(
-            f"layer {edits[0].ref.layer} has several edits that read the residual"
-            f" ({'; '.join(map(str, edits))}): in interp-engine the second would see what the first"
-            " did. Keep one of them per layer"
-        )
     if edits[0].op == "project_out":
         return engine.AblateSpec(vector=rows[0])
     return engine.NormScaledAddSpec(
         vector=rows[0], strength=edits[0].value, max_fraction=1e9, normalize=True
     )
+
+
+def _check_place(where: Where) -> None:
+    if where.gate is not None:
+        raise BadPlan(f"{where}: interp-engine has no gates: only this package's own runtime has")
+    picky = where.positions is not None or where.classes or where.token_ids or where.looks_back
+    if picky and where.phase != "prompt":
+        raise BadPlan(f"{where}: interp-engine cannot select among generated tokens: add `prompt`")
 
 
 def _places(model: Any, where: Where, ids: list[int]) -> tuple[list[int], bool]:
@@ -117,11 +146,7 @@ def _places(model: Any, where: Where, ids: list[int]) -> tuple[list[int], bool]:
 
 def chosen(selector: Selector, where: Where, ids: Sequence[int]) -> tuple[torch.Tensor, bool]:
     """Which tokens of a prompt are selected, bool `[n]`, and whether generated ones are."""
-    if where.gate is not None:
-        raise BadPlan(f"{where}: interp-engine has no gates: only this package's own runtime has")
-    picky = where.positions is not None or where.classes or where.token_ids or where.looks_back
-    if picky and where.phase != "prompt":
-        raise BadPlan(f"{where}: interp-engine cannot select among generated tokens: add `prompt`")
+    _check_place(where)
     call = Call(1, len(ids), 0, len(ids), torch.tensor([list(ids)]), None, False)
     selector.check(where)
     flags = torch.full((1, len(ids)), where.phase != "generation")
