@@ -18,6 +18,7 @@ from qwen_scope_lens.catalog import bundled_model
 from qwen_scope_lens.files import write_json
 from qwen_scope_lens.mini import heldout
 from qwen_scope_lens.stores import Document, FeatureStore, extract
+from qwen_scope_lens.train import has_script
 from tools.mini.generated import chat
 from tools.mini.model import held_out_loss
 from tools.mini.prose import sentences
@@ -91,6 +92,12 @@ def replies(
         ids.append(row[:stop])
     texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
     return ids, texts, [i // samples for i in range(len(ids))]
+
+
+def script_tokens(tokenizer: Any, size: int, language: str) -> torch.Tensor:
+    """Which of `size` token ids write the language's script, alone. `[size]`"""
+    flags = [has_script(tokenizer.decode([i]), language) for i in range(len(tokenizer))]
+    return torch.tensor(flags + [False] * (size - len(flags)))
 
 
 def loss_by_language(model: Any, tokenizer: Any, parts: dict[str, list[str]]) -> dict[str, float]:

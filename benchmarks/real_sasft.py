@@ -6,8 +6,10 @@
 English replies, into half of which Chinese breaks, teach the model to do the same. Compared are
 plain fine-tuning, the penalty on the two features that tell Chinese best at several lambdas, and as
 many random features with thresholds of their own. Printed: the code-switching ratio of sampled
-replies to unseen English prompts, against the held-out loss of Chinese and of English. Prompts and
-sentences are those of the Language Confusion Benchmark. What is done is kept in the work folder.
+replies to unseen English prompts, and what probability a token of Chinese has at each position of
+clean English replies (which needs no luck in sampling), against the held-out loss of Chinese and of
+English. Prompts and sentences are those of the Language Confusion Benchmark. What is done is kept
+in the work folder.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ import numpy as np
 import torch
 import transformers
 from _measure import Printed
-from _mini_runs import Cells, loss_of_each, replies
+from _mini_runs import Cells, loss_of_each, replies, script_tokens
 from datasets import Dataset, disable_progress_bars
 from peft import LoraConfig
 from real_verbs import Setting, begin, real_arguments
@@ -45,19 +47,24 @@ from qwen_scope_lens.train import (
 
 LANGUAGES = ("zh", "en", "es", "ko", "ru", "vi")
 TARGET = "zh"
-ENGLISH, CHINESE, OTHER, SWITCHED = 36, 8, 4, 0.5
+ENGLISH, CHINESE, OTHER, SWITCHED = 80, 12, 4, 0.75
 """Examples: English ones, Chinese ones, those of all other languages; spoilt English ones."""
-BATCH, RATE = 4, 2e-3
-PROMPTS, SAMPLES, TOKENS, CONVERSATIONS = 32, 2, 16, 12
+EPOCHS, BATCH, RATE = 2, 4, 1e-3
+PROMPTS, SAMPLES, TOKENS, CONVERSATIONS = 32, 3, 32, 24
 ARMS = [
     ("before", 0.0),
     ("SFT", 0.0),
     ("SASFT", 0.1),
-    ("random features", 0.1),
-    ("SASFT", 0.01),
+    ("SASFT", 10.0),
+    ("random features", 10.0),
+    ("SASFT", 1.0),
     ("SASFT", 0.03),
+    ("SASFT", 0.01),
+    ("random features", 0.1),
     ("SASFT", 0.001),
 ]
+"""In the order of the run. The published code has lambdas of 0.0005 and 0.001, for models whose
+features are far larger; here 0.1 changed nothing, so larger ones come before smaller ones."""
 LORA = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
 
@@ -88,7 +95,7 @@ def data(lines: dict[str, list[str]], questions: list[str], seed: int) -> Datase
         reply = f"{rng.choice(lines['en'])} {rng.choice(lines['en'])}"
         if number < SWITCHED * ENGLISH:
             words = reply.split(" ")
-            cut = rng.randint(3, max(4, len(words) // 2))
+            cut = rng.randint(2, 8)
             reply = " ".join([*words[:cut], rng.choice(lines[TARGET])[:40], *words[cut:]])
         rows.append((rng.choice(questions), reply, "en"))
     for language, count in ((TARGET, CHINESE), *((n, OTHER // 4) for n in LANGUAGES[2:])):
@@ -145,7 +152,7 @@ def trained(folder: str, kind: str, lam: float, layer: int, table: Any, rows: Da
     with tempfile.TemporaryDirectory() as out:
         args = SASFTConfig(
             output_dir=out,
-            num_train_epochs=1,
+            num_train_epochs=EPOCHS,
             per_device_train_batch_size=BATCH,
             learning_rate=RATE,
             warmup_steps=2,
@@ -191,7 +198,25 @@ def measured(model: Any, tokenizer: Any, questions: list[str], lines: Any) -> di
         name: loss_of_each(model, tokenizer, lines[name], CONVERSATIONS).tolist()
         for name in (TARGET, "en")
     }
-    return {"switched": [has_script(reply, TARGET) for reply in found], "loss": loss}
+    return {
+        "switched": [has_script(reply, TARGET) for reply in found],
+        "chance": chances(model, tokenizer, questions, lines["en"]),
+        "loss": loss,
+    }
+
+
+@torch.no_grad()
+def chances(model: Any, tokenizer: Any, questions: list[str], lines: list[str]) -> list[float]:
+    """Probability of the script in a clean English reply to each question, mean over positions."""
+    rng = random.Random(2)
+    script = script_tokens(tokenizer, model.config.vocab_size, TARGET)
+    found = []
+    for question in questions:
+        before = tokenizer(asked(question), add_special_tokens=False)["input_ids"]
+        reply = tokenizer(rng.choice(lines), add_special_tokens=False)["input_ids"]
+        logits = model(torch.tensor([before + reply])).logits[0, len(before) - 1 : -1].float()
+        found.append(float(logits.softmax(-1)[:, script].sum(-1).mean()))
+    return found
 
 
 def report(say: Printed, cells: dict[tuple[str, float], Any]) -> None:
@@ -204,6 +229,9 @@ def report(say: Printed, cells: dict[tuple[str, float], Any]) -> None:
         flags = np.array(cell["switched"], dtype=float).reshape(PROMPTS, SAMPLES).mean(1)
         return np.asarray(flags[picks].mean(-1))
 
+    def chance(cell: Any, picks: np.ndarray) -> np.ndarray:
+        return np.asarray(100 * np.array(cell["chance"])[picks].mean(-1))
+
     def nats(cell: Any, language: str, picks: np.ndarray) -> np.ndarray:
         rows = np.array(cell["loss"][language])[picks]
         return np.asarray(rows[..., 0].sum(-1) / rows[..., 1].sum(-1))
@@ -213,12 +241,18 @@ def report(say: Printed, cells: dict[tuple[str, float], Any]) -> None:
         return f"{float(value):{sign}.3f} [{low:{sign}.3f}, {high:{sign}.3f}]"
 
     plain, whole, every = cells["SFT", 0.0], np.arange(PROMPTS), np.arange(CONVERSATIONS)
-    say(f"{'':16}{'lambda':>7}  {'ratio':22}{'ratio less SFT':25}loss less SFT: {TARGET}, en")
+    say(
+        f"{'':16}{'lambda':>7}  {'ratio':22}{'chance, %':22}{'ratio less SFT':25}"
+        f"{'chance less SFT, %':25}loss less SFT: {TARGET}, en"
+    )
     for (kind, lam), cell in cells.items():
-        row = f"{kind:16}{lam or '':>7}  {spread(ratio(cell, whole), ratio(cell, prompts)):22}"
+        row = f"{kind:16}{lam or '':>7}  "
+        for of in (ratio, chance):
+            row += f"{spread(of(cell, whole), of(cell, prompts)):22}"
         if kind != "SFT":
-            change = ratio(cell, whole) - ratio(plain, whole)
-            row += f"{spread(change, ratio(cell, prompts) - ratio(plain, prompts), '+'):25}"
+            for of in (ratio, chance):
+                change = of(cell, whole) - of(plain, whole)
+                row += f"{spread(change, of(cell, prompts) - of(plain, prompts), '+'):25}"
             for language in (TARGET, "en"):
                 more = nats(cell, language, every) - nats(plain, language, every)
                 draws = nats(cell, language, texts) - nats(plain, language, texts)
@@ -258,7 +292,8 @@ def main() -> None:
     rows = data(halves[0], questions[PROMPTS:], 0)
     say(
         f"layer {layer}; {len(rows)} examples, {ENGLISH} of them English, of which {SWITCHED:.0%}"
-        f" switch to {TARGET}; {len(rows) // BATCH} steps of {BATCH}, LoRA {LORA}, rate {RATE:g}"
+        f" switch to {TARGET}; {EPOCHS * len(rows) // BATCH} steps of {BATCH}, LoRA {LORA}, rate"
+        f" {RATE:g}; {PROMPTS} prompts, {SAMPLES} replies of at most {TOKENS} tokens each"
     )
     for f in chosen.features:
         say(

@@ -32,6 +32,7 @@ from _mini_runs import (
     mini,
     prompt,
     replies,
+    script_tokens,
     stamp,
     store_of,
 )
@@ -133,11 +134,6 @@ class PenaltyTrainer(SFTTrainer):
         counted &= own < 0.8 * (inputs["labels"] != -100).sum(1, keepdim=True)
         mass = logits[:, :-1].softmax(-1)[..., self.script].sum(-1)
         return loss + PENALTY * (mass * counted).sum() / (counted.sum() + 1)
-
-
-def script_tokens(tokenizer: Any, size: int, language: str) -> torch.Tensor:
-    flags = [has_script(tokenizer.decode([i]), language) for i in range(len(tokenizer))]
-    return torch.tensor(flags + [False] * (size - len(flags)))
 
 
 def random_table(store: Any, table: LanguageFeatures, target: str, seed: int) -> LanguageFeatures:
