@@ -74,10 +74,11 @@ def test_fixed_shapes_equal_a_full_encode(whole: bool, subtract: bool, dtype: to
     undecided = {}
     for capacity in (None, 250, 4):
         values, open_ = FixedMembership(sae, features, capacity, x)(x, wanted)
-        asked = wanted & ~open_[:, None]
+        asked = wanted & ~open_
         torch.testing.assert_close(values, torch.where(asked, right, 0), rtol=1e-6, atol=1e-6)
         assert torch.equal(values > 0, asked & (right > 0))
         undecided[capacity] = int(open_.sum())
+        assert not bool((open_ & ~wanted).any())
     assert undecided[None] == undecided[250] == 0
     assert 0 < undecided[4] < 300
 
@@ -94,11 +95,11 @@ def test_what_float32_cannot_order_is_computed_again_or_said() -> None:
     assert len(last) > CONTESTED  # 7 takes the last place, and 3 misses it
     reader = FixedMembership(sae, [3, 7])
     few, many = x[last[:CONTESTED]], x[last]
-    for rows, missed in ((few, 0), (many, len(many) - CONTESTED)):
+    for rows, missed in ((few, 0), (many, 2 * (len(many) - CONTESTED))):
         values, open_ = reader(rows, torch.ones(len(rows), 2, dtype=torch.bool))
         assert int(open_.sum()) == missed
         assert not bool(values[:, 0].any())
-        assert bool((values[~open_, 1] > 0).all())
+        assert torch.equal(values[:, 1] > 0, ~open_[:, 1])
     assert sae.cfg.k == k
 
 
@@ -106,7 +107,7 @@ def test_residuals_that_are_not_finite_are_undecided() -> None:
     x = torch.ones(3, D_IN)
     x[1, 2] = float("nan")
     reader = FixedMembership(random_sae(1), [4])
-    assert reader(x, torch.ones(3, 1, dtype=torch.bool))[1].tolist() == [False, True, False]
+    assert reader(x, torch.ones(3, 1, dtype=torch.bool))[1][:, 0].tolist() == [False, True, False]
     assert not bool(reader(x, torch.zeros(3, 1, dtype=torch.bool))[1].any())
 
 
@@ -273,8 +274,8 @@ class Layer(nn.Module):
         self.mlp = nn.Linear(D_MODEL, D_MODEL)
         self.self_attn = nn.Identity()
 
-    def forward(self, positions: Any, hidden: Tensor, residual: Tensor | None) -> Any:
-        residual = hidden if residual is None else hidden + residual
+    def forward(self, positions: Any, hidden: Tensor, residual: Tensor) -> Any:
+        residual = hidden + residual
         return self.mlp(residual), residual
 
 
@@ -284,7 +285,8 @@ class Runner:
     def __init__(self) -> None:
         torch.manual_seed(0)
         self.model = nn.Module()
-        self.model.layers = nn.ModuleList(Layer() for _ in range(reference.N_LAYERS))
+        self.layers = nn.ModuleList(Layer() for _ in range(reference.N_LAYERS))
+        self.model.layers = self.layers
 
     def prepare_inputs(self, batch: Any) -> Any:
         return batch
@@ -298,8 +300,8 @@ class Runner:
             req_ids=ids, num_scheduled_tokens=rows, num_computed_tokens_np=starts
         )
         self.prepare_inputs(batch)
-        hidden, residual = x, None
-        for number, layer in enumerate(self.model.layers):  # type: ignore[arg-type]
+        hidden, residual = x, torch.zeros_like(x)
+        for number, layer in enumerate(self.layers):
             hidden, residual = layer(None, hidden, residual)
             if steered is not None:
                 hidden = steered(number, hidden + residual) - residual
@@ -319,9 +321,16 @@ def test_a_worker_steers_the_rows_of_its_requests(monkeypatch: pytest.MonkeyPatc
         patch.setattr("interp_engine.vllm_capture.graphs.graphs_replaying", lambda: True)
         with pytest.raises(BadPlan, match="enforce_eager"):
             worker.qsl_install(plan.to_dict())
+    cached = SimpleNamespace(cache_config=SimpleNamespace(enable_prefix_caching=True))
+    worker.vllm_config = cached
+    with pytest.raises(BadPlan, match="enable_prefix_caching=False"):
+        worker.qsl_install(plan.to_dict())
+    cached.cache_config.enable_prefix_caching = False
     assert worker.qsl_install(plan.to_dict(), max_rows=40) == [str(edit) for edit in plan.edits]
     with pytest.raises(BadPlan, match="already"):
         worker.qsl_install(plan.to_dict())
+    with pytest.raises(BadPlan, match="each of 4 edits"):
+        worker.qsl_register("mine", [[True]], [True])
     worker.qsl_register("mine", *request_flags(plan, IDS))
     n, layers = len(IDS), {layer: layer_edits(plan.edits[:]) for layer in (1, 3)}
 
@@ -361,7 +370,7 @@ def test_a_worker_steers_the_rows_of_its_requests(monkeypatch: pytest.MonkeyPatc
     plain = runner.run(x, mine=(n, 0))
     worker.qsl_remove()
     assert torch.equal(runner.run(x, mine=(n, 0)), plain)
-    assert all("forward" not in vars(layer) for layer in runner.model.layers)  # type: ignore[arg-type]
+    assert all("forward" not in vars(layer) for layer in runner.layers)
 
 
 def test_flags_of_a_request_refuse_what_a_worker_cannot_know() -> None:

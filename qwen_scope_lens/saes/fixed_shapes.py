@@ -14,8 +14,8 @@ largest, and of equal scores the lower feature wins. It is decided in four steps
    how many features certainly score more, and how many may.
 4. *Contested* scores within the product's error, in float64, of `CONTESTED` positions.
 
-What is left after that is said and not guessed: `undecided` flags positions that found no place in
-step 3 or 4, exact ties that float64 cannot order, and residuals that are not finite.
+What is left after that is said and not guessed: `undecided` flags open pairs whose position found
+no place in step 3 or 4, near ties that float64 cannot order, and residuals that are not finite.
 """
 
 from __future__ import annotations
@@ -137,9 +137,9 @@ class FixedMembership(nn.Module):
         return sae.exact_encoder() is not made
 
     def forward(self, x: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-        """The values of the features, 0 outside the top k, and which positions are undecided.
+        """The values of the features, 0 outside the top k, and which pairs are undecided.
 
-        `x [n, d_in]`, bool `wanted [n, m]` -> float32 `[n, m]`, bool `[n]`. The value of a pair
+        `x [n, d_in]`, bool `wanted [n, m]` -> float32 `[n, m]`, bool `[n, m]`. The value of a pair
         that is not wanted, or undecided, is 0.
         """
         inside = x.to(self.dtype)
@@ -148,27 +148,25 @@ class FixedMembership(nn.Module):
         score = inside.double() @ self.own_rows.T + self.own_bias
         size = length.double()[:, None] * self.own_norms + self.own_bias.abs()
         error = 4 * inside.shape[1] * U64 * size
-        sound = score.isfinite().all(1) & length.isfinite()
-        open_ = wanted & (score + error > 0) & sound[:, None]
+        sound = score.isfinite() & length.isfinite()[:, None]
+        open_ = wanted & (score + error > 0) & sound
         n, capacity = len(x), self.capacity
         if capacity is None or capacity >= n:
             values, undecided = self._decide(inside, length, score, error, open_)
-            return values, undecided | (wanted.any(1) & ~sound)
+            return values, undecided | (wanted & ~sound)
         if len(self.few_rows):
             few = scores(inside, self.few_rows, self.few_bias)
             kth = kth_at_least(few, length, self.few_bias, self.few_norms, self.k, inside.shape[1])
             open_ = open_ & ~(kth[:, None] > score + error + 4 * U32 * score)
-        undecided = open_.any(1)
-        at = _first(undecided, capacity)
+        at = _first(open_.any(1), capacity)
         some, doubt = self._decide(inside[at], length[at], score[at], error[at], open_[at])
         values = some.new_zeros(score.shape).index_copy(0, at, some)
-        undecided = undecided.index_copy(0, at, doubt)
-        return values, undecided | (wanted.any(1) & ~sound)
+        return values, open_.index_copy(0, at, doubt) | (wanted & ~sound)
 
     def _decide(
         self, inside: Tensor, length: Tensor, score: Tensor, error: Tensor, open_: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Steps 3 and 4. `[c, d_in], [c], [c, m] three times -> [c, m], [c]`"""
+        """Steps 3 and 4. `[c, d_in], [c], [c, m] three times -> [c, m], [c, m]`"""
         d_in, k = inside.shape[1], self.k
         best, feature = scores(inside, self.rows, self.bias).topk(min(k + _SPARE, self.d_sae))
         value = best.double()
@@ -200,7 +198,7 @@ class FixedMembership(nn.Module):
         inside_topk = inside_topk.index_copy(0, at, inside_topk[at] | (picked & (finer[1] < k)))
         outside = outside.index_copy(0, at, outside[at] | (picked & (finer[0] >= k)))
         values = torch.where(open_ & inside_topk, score.clamp(min=0), 0.0).float()
-        return values, (open_ & ~inside_topk & ~outside).any(1)
+        return values, open_ & ~inside_topk & ~outside
 
     def _finer(
         self,

@@ -1,13 +1,14 @@
 """Plans that read codes, inside the workers of a vLLM engine that interp-engine extends.
 
-interp-engine's own writes cannot express a code: on a replaying engine every write is a number of
-the residual times a vector (`vllm_capture/static_program.py`), and on a hooked one a fixed list of
-operations. So this extension wraps the decoder layers itself, and takes from interp-engine what
-says which row of the batch belongs to which request. Pass its name to the engine:
+interp-engine's own writes cannot express a code: on an engine that replays graphs a write is a
+vector times a number made from the residual's length and one projection of it, and on one with
+hooks it is one of a fixed list of operations. So this extension wraps the decoder layers itself,
+and takes from interp-engine what says which row of the batch belongs to which request. Pass its
+name to the engine:
 
-    LLM(model=..., worker_extension_cls=WORKER, **interp_engine.capture_engine_kwargs())
-    llm.collective_rpc("qsl_install", args=(plan.to_dict(),))
-    llm.collective_rpc("qsl_register", args=(request_id, *request_flags(plan, ids, tokenizer)))
+    AsyncEngineArgs(.., worker_extension_cls=WORKER, **interp_engine.capture_engine_kwargs())
+    await engine.collective_rpc("qsl_install", args=(plan.to_dict(),))
+    await engine.collective_rpc("qsl_register", args=(id, *request_flags(plan, ids, tokenizer)))
 
 The edits are `graph_edits.py`'s, so what is wrapped could be recorded. It has to be wrapped before
 the engine records its graphs, though, and interp-engine offers no place for that: `qsl_install`
@@ -105,7 +106,9 @@ class ScopeWorker(require("interp_engine.vllm_plugin", _NO_EXTRA).InterpWorkerEx
 
     def qsl_register(self, req_id: str, flags: list[list[bool]], generated: list[bool]) -> None:
         """Steer a request, whose id is the one given to the engine. Register before it runs."""
-        kept = _kept(self)
+        kept, m = _kept(self), len(_kept(self).plan.edits)
+        if {len(row) for row in (*flags, generated)} != {m}:
+            raise BadPlan(f"{req_id}: expected a flag for each of {m} edits: see request_flags()")
         _demux_of(self).registered.add(req_id)
         device = kept.sites[0].selected.device
         kept.requests[req_id] = torch.tensor([*flags, generated], device=device)
@@ -145,6 +148,13 @@ def install(worker: Any, plan: Plan, max_rows: int, capacity: int | None) -> lis
             "this engine replays recorded graphs, which know no layer that is wrapped now: build"
             " it with enforce_eager=True (interp_engine.capture_engine_kwargs())"
         )
+    cache = getattr(getattr(worker, "vllm_config", None), "cache_config", None)
+    if getattr(cache, "enable_prefix_caching", False):
+        raise BadPlan(
+            "this engine keeps prefixes for all requests, so a request would go on from tokens that"
+            " ran without its plan: build it with enable_prefix_caching=False"
+            " (interp_engine.capture_engine_kwargs())"
+        )
     model = tree._worker_model(worker)
     layers, device = tree._get_layers(model), next(model.parameters()).device
     if plan.layers[-1] >= len(layers):
@@ -170,7 +180,13 @@ def install(worker: Any, plan: Plan, max_rows: int, capacity: int | None) -> lis
     require("interp_engine.vllm_capture._demux", _NO_EXTRA)._ensure_patched(worker, demux)
 
     def fill() -> None:
-        _fill(kept, demux)
+        try:
+            _fill(kept, demux)
+        except Exception:  # interp-engine notes it and lets the pass go on
+            kept.lost += 1
+            for site in kept.sites:
+                site.selected.zero_()
+            raise
 
     demux.on_meta.append(fill)
     kept.undo.append(lambda: demux.on_meta.remove(fill))

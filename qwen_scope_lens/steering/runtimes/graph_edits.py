@@ -11,6 +11,8 @@ them leave it as it is, and it is counted: `GraphEdits.report` raises unless tha
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -77,6 +79,9 @@ class GraphEdits(nn.Module):
 
     sums: Tensor
     undecided: Tensor
+    lengths: Tensor
+    pushes: Tensor
+    readers: Any
 
     def __init__(
         self,
@@ -115,10 +120,8 @@ class GraphEdits(nn.Module):
         missed = [torch.zeros_like(self.undecided[0])] * len(flags)
         for at, reader in zip(self._at, self.readers, strict=True):
             values, open_ = reader(flat, torch.stack([flags[i] for i in at], dim=-1))
-            for i, a in zip(at, values.unbind(-1), strict=True):
-                read[i] = a
-                missed[i] = (flags[i] & open_).sum()
-                flags[i] = flags[i] & ~open_
+            for i, a, left in zip(at, values.unbind(-1), open_.unbind(-1), strict=True):
+                read[i], missed[i], flags[i] = a, left.sum(), flags[i] & ~left
         placed = [getattr(self, name) for name in _PLACED]
         c = coefficients(self.edits, placed, flat, torch.stack(flags, dim=-1), read)
         precise = torch.promote_types(x.dtype, torch.float32)
