@@ -11,7 +11,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-__all__ = ["Printed", "cpu_name", "interleaved", "peak_extra", "peak_in_fresh_process"]
+__all__ = [
+    "Printed",
+    "commit",
+    "cpu_name",
+    "interleaved",
+    "peak_extra",
+    "peak_in_fresh_process",
+    "today",
+]
 
 
 class Printed:
@@ -78,6 +86,17 @@ def cpu_name() -> str:
     model = re.search(r"model name\s*:\s*(.*)", text)
     flags = [f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f" {f}" in text]
     return f"{model.group(1) if model else 'unknown CPU'} ({', '.join(flags)})"
+
+
+def commit() -> str:
+    """The commit of this checkout, in short."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    return done.stdout.strip() or "unknown"
+
+
+def today() -> str:
+    return time.strftime("%Y-%m-%d")
 
 
 def _status(key: str) -> int:

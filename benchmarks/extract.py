@@ -1,6 +1,8 @@
 """Documents to a feature store, against what cannot be avoided and against the usual loop.
 
     python benchmarks/extract.py > benchmarks/results/extract-cpu.txt
+    QWEN_SCOPE_HOME=RELEASE python benchmarks/extract.py --model FOLDER --sae GROUP --layers 10,14 \
+        --documents 32 --threads 1 2 > benchmarks/results/real-extract.txt
 
 The floor is a plain HF forward, stopped after the last wanted layer, plus one bare float32 matrix
 product with every SAE's encoder, on batches that are tokenised and padded already: nothing is
@@ -9,9 +11,11 @@ selected, nothing is written. The usual loop is what users write: a hook on an H
 called whole, logits and all) and with care (the model without its head). Ours is `qsl.extract`:
 tokenising, encoding, both views, checksums.
 
-CPU times of the process on one thread, one of each per round; ratios are medians over rounds. Peak
-memory is what a variant needs beyond the loaded model, whose weights are all read once before, and
-beyond loaded code, measured in a fresh process.
+One run of each per round; ratios are medians over rounds, of CPU times of the process and of time
+on the wall. Peak memory is what a variant needs beyond the loaded model, whose weights are all read
+once before, and beyond loaded code, measured in a fresh process on one thread. It includes the
+weights of the SAEs in all variants: both matrices in the loops, as SAELens loads them, the encoders
+in the floor, and in ours the pages of the files that are read.
 With --model and --sae (a folder and a group of `tools/real`) a real model is measured instead
 of the two toys.
 """
@@ -34,7 +38,7 @@ from sae_lens.saes.topk_sae import TopKSAE
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import planted
-from _measure import cpu_name, peak_extra, peak_in_fresh_process
+from _measure import commit, cpu_name, peak_extra, peak_in_fresh_process, today
 from tiny_models import make_model, make_tokenizer
 
 import qwen_scope_lens as qsl
@@ -147,6 +151,12 @@ class Bench:
             "qsl.extract": self.ours,
         }
 
+    def held(self, variant: str) -> int:
+        """The bytes of SAE weights that a variant had in memory before it was measured."""
+        shape = qsl.find_group(self.group)
+        matrices = {"floor": 1, "qsl.extract": 0}.get(variant, 2)
+        return matrices * len(self.layers) * shape.d_sae * shape.d_model * 4
+
     def ours(self) -> object:
         out = Path(tempfile.mkdtemp(dir=self.folder))
         return extract(
@@ -194,6 +204,7 @@ def main() -> None:
     arguments.add_argument("--sae", help="the group of its SAEs")
     arguments.add_argument("--layers", default="", help="of the real model, such as 10,14")
     arguments.add_argument("--documents", type=int, default=64, help="for a real model")
+    arguments.add_argument("--threads", type=int, nargs="+", default=[1])
     arguments.add_argument("--peak", nargs=2, metavar=("SIZE", "VARIANT"))
     given = arguments.parse_args()
     if given.model:
@@ -202,9 +213,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         if given.peak:
             bench = Bench(given.peak[0], Path(folder), given)
-            print(peak_extra(bench.variants()[given.peak[1]]))
+            variant = bench.variants()[given.peak[1]]
+            print(peak_extra(variant) + bench.held(given.peak[1]))
             return
-        print(f"CPU: {cpu_name()}, one thread, CPU time; torch {torch.__version__}")
+        print(f"{today()}, commit {commit()}; {cpu_name()}; torch {torch.__version__}")
         for size in given.sizes:
             report(size, Bench(size, Path(folder), given), given)
 
@@ -220,25 +232,51 @@ def report(size: str, bench: Bench, given: argparse.Namespace) -> None:
     print(
         f"\n{size}: {config.num_hidden_layers} layers, d_model {config.hidden_size}, SAEs of layers"
         f" {bench.layers} ({bench.group}); {len(bench.texts)} documents, {tokens:,} tokens,"
-        f" {rounds} rounds\n{'':24}{'tokens/s':>10}{'of floor':>10}{'x usual':>9}{'peak MB':>9}"
+        f" {rounds} rounds"
     )
     variants = bench.variants()
-    times: dict[str, list[float]] = {name: [] for name in variants}
+    peaks = {
+        name: peak_in_fresh_process(__file__, size, name, *real) / 1e6
+        for name in variants
+        if given.threads[0] == 1
+    }
+    for threads in given.threads:
+        torch.set_num_threads(threads)
+        _table(variants, tokens, rounds, threads, peaks)
+
+
+def _table(
+    variants: dict[str, Callable[[], object]],
+    tokens: int,
+    rounds: int,
+    threads: int,
+    peaks: dict[str, float],
+) -> None:
+    cpu: dict[str, list[float]] = {name: [] for name in variants}
+    wall: dict[str, list[float]] = {name: [] for name in variants}
     for number in range(-1, rounds):
         for name, run in variants.items():
-            start = time.process_time()
+            start, began = time.process_time(), time.perf_counter()
             run()
             if number >= 0:  # a round to warm up
-                times[name].append(time.process_time() - start)
+                cpu[name].append(time.process_time() - start)
+                wall[name].append(time.perf_counter() - began)
 
-    def ratio(one: str, other: str) -> float:
+    def ratio(times: dict[str, list[float]], one: str, other: str) -> float:
         return statistics.median(a / b for a, b in zip(times[one], times[other], strict=True))
 
+    print(
+        f"\n{f'{threads} threads, CPU time' if threads > 1 else '1 thread, CPU time':24}"
+        f"{'tokens/s':>10}{'of floor':>10}{'x usual':>9}{'x no head':>11}{'x no head, wall':>17}"
+        f"{'peak MB':>9}"
+    )
     for name in variants:
-        peak = peak_in_fresh_process(__file__, size, name, *real) / 1e6
         print(
-            f"{name:24}{tokens / statistics.median(times[name]):10,.0f}{ratio(name, 'floor'):10.2f}"
-            f"{ratio('usual loop', name):9.2f}{peak:9.0f}",
+            f"{name:24}{tokens / statistics.median(cpu[name]):10,.0f}"
+            f"{ratio(cpu, name, 'floor'):10.2f}{ratio(cpu, 'usual loop', name):9.2f}"
+            f"{ratio(cpu, 'usual loop, no head', name):11.2f}"
+            f"{ratio(wall, 'usual loop, no head', name):17.2f}"
+            + (f"{peaks[name]:9.0f}" if name in peaks and threads == 1 else ""),
             flush=True,
         )
 

@@ -90,7 +90,7 @@ def convert(
 def _is_done(target: Path, config: dict[str, Any], revision: str | None) -> bool:
     if not target.exists():
         return False
-    from sae_lens.util import str_to_dtype
+    import torch
 
     try:
         found = read_config(target / SAE_CFG_FILENAME)
@@ -108,7 +108,7 @@ def _is_done(target: Path, config: dict[str, Any], revision: str | None) -> bool
         wanted["revision"] = revision
         metadata = found.get("metadata")
         found["revision"] = metadata.get("revision") if isinstance(metadata, dict) else None
-    least = 2 * config["d_in"] * config["d_sae"] * str_to_dtype(config["dtype"]).itemsize
+    least = 2 * config["d_in"] * config["d_sae"] * getattr(torch, config["dtype"]).itemsize
     for name, value in wanted.items():
         if found.get(name) != value or size < least:
             raise CannotWrite(
@@ -122,12 +122,12 @@ def _is_done(target: Path, config: dict[str, Any], revision: str | None) -> bool
 def _convert_layer(
     file: LayerFile, target: Path, config: dict[str, object], progress: bool
 ) -> None:
-    from sae_lens.util import str_to_dtype
+    import torch
     from tqdm import tqdm
 
     from qwen_scope_lens.converters.saelens_folder import write_saelens_folder
 
-    dtype = str_to_dtype(str(config["dtype"]))
+    dtype = getattr(torch, str(config["dtype"]))
     total = 2 * file.group.d_sae * file.group.d_model * dtype.itemsize
     with (
         tqdm(

@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 
 from qwen_scope_lens.errors import NotFinite
 from qwen_scope_lens.files import file_sha256
 from qwen_scope_lens.saes.byte_ranges import Extent, extents
 from qwen_scope_lens.saes.checkpoint import SAETensors, open_layer
-from qwen_scope_lens.saes.locate import LayerFile
+from qwen_scope_lens.saes.locate import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, LayerFile
 
 __all__ = ["HASHES_NAME", "write_saelens_folder"]
 

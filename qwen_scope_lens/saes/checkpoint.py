@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 
 from qwen_scope_lens.catalog import BACKBONES, Group
 from qwen_scope_lens.errors import (
@@ -29,7 +28,12 @@ from qwen_scope_lens.errors import (
     WrongShape,
 )
 from qwen_scope_lens.saes.byte_ranges import Stored, Unknown, refuse_expanded, stored_tensors
-from qwen_scope_lens.saes.locate import LayerFile, read_config
+from qwen_scope_lens.saes.locate import (
+    SAE_CFG_FILENAME,
+    SAE_WEIGHTS_FILENAME,
+    LayerFile,
+    read_config,
+)
 
 __all__ = [
     "LAYOUTS",

@@ -1,6 +1,7 @@
 """`load_sae` loads the SAE of a layer by name, without touching SAELens's tables.
 
-`load_directions` reads the directions of a few features, and only their bytes of the file.
+`load_directions` reads the directions of a few features, and only their bytes of the file. SAELens
+takes seconds to import, and is imported where an SAE is made: what only reads a file does not wait.
 """
 
 from __future__ import annotations
@@ -8,20 +9,20 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-import sae_lens
 import torch
-from sae_lens.saes.sae import SAEMetadata
-from sae_lens.util import str_to_dtype
 
 from qwen_scope_lens.address import FeatureRef, LayerRef
 from qwen_scope_lens.errors import WrongSettings
 from qwen_scope_lens.hosted import verified_id
 from qwen_scope_lens.saes.byte_ranges import extents
 from qwen_scope_lens.saes.checkpoint import SAETensors, open_layer, subtracts_b_dec
-from qwen_scope_lens.saes.locate import HubOptions, LayerFile, locate
-from qwen_scope_lens.saes.sae import ScopeSAE, ScopeSAEConfig
+from qwen_scope_lens.saes.locate import ARCHITECTURE, HubOptions, LayerFile, locate
+
+if TYPE_CHECKING:
+    from qwen_scope_lens.saes.sae import ScopeSAE
 
 __all__ = [
     "Dtype",
@@ -104,6 +105,8 @@ def load_directions(
 
 def read_layer(file: LayerFile, *, device: str, dtype: str) -> tuple[dict[str, Any], SAETensors]:
     """The SAELens configuration and the checked tensors of a located layer."""
+    from sae_lens.util import str_to_dtype
+
     tensors = open_layer(file)
     if tensors.W_enc.dtype.itemsize < str_to_dtype(dtype).itemsize:
         warnings.warn(
@@ -130,7 +133,7 @@ def build_config(
     """The SAELens configuration of a layer. Every fact is from the catalog; none is a guess."""
     group, layer = ref.row, ref.layer
     metadata = {
-        "sae_lens_version": sae_lens.__version__,
+        "sae_lens_version": version("sae-lens"),
         "sae_lens_training_version": None,  # not trained with SAELens
         "model_name": group.backbone.model_id,
         "hook_name": group.hook_name(layer),
@@ -146,7 +149,7 @@ def build_config(
     if group.backbone.is_multimodal:
         metadata["hf_hook_name_multimodal"] = group.hf_hook_name(layer, multimodal=True)
     return {
-        "architecture": ScopeSAEConfig.architecture(),
+        "architecture": ARCHITECTURE,
         "d_in": group.d_model,
         "d_sae": group.d_sae,
         "k": group.k,
@@ -163,6 +166,11 @@ def build_config(
 @torch.inference_mode(False)  # torch does not count the changes of inference tensors
 def assemble(config: dict[str, Any], tensors: SAETensors) -> ScopeSAE:
     """Make a ScopeSAE around existing tensors. No weight is initialised, and none is copied."""
+    from sae_lens.saes.sae import SAEMetadata
+    from sae_lens.util import str_to_dtype
+
+    from qwen_scope_lens.saes.sae import ScopeSAE, ScopeSAEConfig
+
     fields = {
         key: value for key, value in config.items() if key not in ("architecture", "metadata")
     }

@@ -21,6 +21,10 @@ from qwen_scope_lens.hub import only_cache, ways_out
 __all__ = ["CONFIG_NAME", "HubOptions", "LayerFile", "local_path", "locate", "read_config"]
 
 CONFIG_NAME = "config.json"
+ARCHITECTURE = "qwen_scope_topk"
+"""The name under which `install()` registers ScopeSAE with SAELens. `to_dict` and `save_model`
+write plain `topk` instead."""
+
 SAE_CFG_FILENAME = "cfg.json"
 SAE_WEIGHTS_FILENAME = "sae_weights.safetensors"
 """The file names of SAELens's constants, which a test compares: importing them takes seconds."""

@@ -24,13 +24,9 @@ from qwen_scope_lens.saes.exact.gather import gather_decode
 from qwen_scope_lens.saes.exact.topk import encode_topk, require_finite
 from qwen_scope_lens.saes.exact.transforms import hidden, shown, transformed, untracked
 from qwen_scope_lens.saes.exact.weight_cache import Derived
+from qwen_scope_lens.saes.locate import ARCHITECTURE
 
 __all__ = ["ARCHITECTURE", "ScopeSAE", "ScopeSAEConfig"]
-
-ARCHITECTURE = "qwen_scope_topk"
-"""The name under which `install()` registers ScopeSAE with SAELens. `to_dict` and `save_model`
-write plain `topk` instead."""
-
 
 _GATHER_WORTH = 8
 """`decode` gathers decoder rows if at most one in this many dense activations is not zero."""

@@ -29,7 +29,6 @@ from qwen_scope_lens.errors import (
     StoreMismatch,
 )
 from qwen_scope_lens.files import exclusive, is_url, refuse_link
-from qwen_scope_lens.models.load import load_model
 from qwen_scope_lens.models.residuals import EXTREME_NORM_RATIO
 from qwen_scope_lens.models.tokenize import find_tokenizer
 from qwen_scope_lens.stores import facts
@@ -266,6 +265,8 @@ def prepare(
     request, folder, found = checked.request, checked.folder, checked.survey
     wanted, model = sorted(checked.saes), request.model
     if isinstance(model, (str, Path)):
+        from qwen_scope_lens.models.load import load_model
+
         model = load_model(model, up_to_layer=wanted[-1], device=request.device, **model_options)
     facts.check_model(model, checked.group)
     tokenizer = find_tokenizer(model, tokenizer)

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -31,12 +31,14 @@ from qwen_scope_lens.errors import TooLittleData
 from qwen_scope_lens.files import exclusive
 from qwen_scope_lens.models.architecture import layer_device
 from qwen_scope_lens.models.residuals import Capture, iter_captures
-from qwen_scope_lens.saes.sae import ScopeSAE
 from qwen_scope_lens.stores.codec import Packed, pack
 from qwen_scope_lens.stores.corpus import Corpus, Document
 from qwen_scope_lens.stores.manifest import CorpusFacts, Manifest
 from qwen_scope_lens.stores.remote import Remote
 from qwen_scope_lens.stores.shard_files import CodedDocument, damage, shard_folder, write_shard
+
+if TYPE_CHECKING:  # SAELens takes seconds, and a corpus is checked before it is needed
+    from qwen_scope_lens.saes.sae import ScopeSAE
 
 __all__ = ["Encoder", "Job", "Piece", "Sender", "coded_documents"]
 

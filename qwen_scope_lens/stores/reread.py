@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from qwen_scope_lens.errors import BadFile, StoreMismatch
-from qwen_scope_lens.models.load import load_model
 from qwen_scope_lens.models.residuals import Capture, iter_captures
 from qwen_scope_lens.models.tokenize import Content
 from qwen_scope_lens.stores.manifest import Settings
@@ -61,6 +60,8 @@ class StoreReader:
     def open_model(self, **options: Any) -> ScopeBridge:
         """The same model, read only as deep as the layers need. Options as of `load_model`."""
         options = {"up_to_layer": max(self.layers), **self.load_options, **options}
+        from qwen_scope_lens.models.load import load_model
+
         return load_model(self.model, **options)
 
     def captures(
