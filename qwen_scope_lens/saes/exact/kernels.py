@@ -163,9 +163,7 @@ def candidates(
     tensors = (x.contiguous(), rows, bias, outliers, weights, line, count, features, approx)
     sizes = (n, d_in, d_sae, cap)
     blocks = (tiles.positions, tiles.features, tiles.depth)
-    _candidates_kernel[grid](
-        *tensors, *sizes, half, interpreted, m, *blocks, num_warps=tiles.warps
-    )
+    _candidates_kernel[grid](*tensors, *sizes, half, interpreted, m, *blocks, num_warps=tiles.warps)
     return count, features, approx
 
 
