@@ -15,28 +15,39 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 import shutil
+import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from datetime import date
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import torch
+from _measure import Printed, cpu_name
 
 import qwen_scope_lens as qsl
+from qwen_scope_lens.features import rank
+from qwen_scope_lens.features.statistics import statistics
 from qwen_scope_lens.stores import (
     CodedDocument,
     CorpusFacts,
+    FeatureStore,
     Manifest,
     ModelFacts,
     SAEFacts,
     Settings,
     TokenizerFacts,
+    merge,
     pack,
     write_shard,
 )
 from qwen_scope_lens.stores.codec import Packed
 from qwen_scope_lens.stores.facts import versions
+from qwen_scope_lens.stores.inspect import check
 from qwen_scope_lens.stores.shard_files import damage, shard_folder
 
 GROUP, LAYER, K, D_SAE, D_MODEL = "qwen3-8b-base/w64k-l0-50", 20, 50, 65536, 4096
@@ -163,11 +174,167 @@ def _write(
             )
 
 
+class Clock:
+    """Prints the CPU seconds of the process (all threads) and those of the clock for each case."""
+
+    def __init__(self, say: Printed) -> None:
+        self.say = say
+
+    def __call__(
+        self, name: str, case: Callable[[], Any], about: Callable[[Any], str] = str
+    ) -> Any:
+        cpu, clock = time.process_time(), time.perf_counter()
+        found = case()
+        cpu, clock = time.process_time() - cpu, time.perf_counter() - clock
+        self.say(f"{cpu:10.3f} s CPU {clock:9.2f} s  {name}{about(found)}")
+        return found
+
+
+def measure(options: argparse.Namespace) -> None:
+    say = Printed()
+    time_of = Clock(say)
+    facts = versions("duckdb")
+    say(f"{cpu_name()}, busy; {date.today().isoformat()}; commit {_commit()}; {_packages(facts)}")
+    store = time_of("open the store", lambda: FeatureStore.open(options.folder / "store"), _nothing)
+    _sizes(store, options.folder, say)
+    time_of("open it again", lambda: FeatureStore.open(store.path), _nothing)
+
+    def hits(feature: int) -> Callable[[], Any]:
+        return lambda: store.by_feature((LAYER, feature))
+
+    def n(found: Sequence[Any]) -> str:
+        return f": {len(found):,} rows"
+
+    count = "select feature, count(*) n from features group by 1 order by n desc"
+    table = time_of("SQL: how often every feature fires", lambda: store.sql(count), n)
+    feature, times = table["feature"].to_numpy(), table["n"].to_numpy()
+    common, middling = int(feature[0]), int(feature[len(feature) // 2])
+    rare = int(feature[np.searchsorted(-times, -60)]) if times[-1] <= 60 else int(feature[-1])
+    absent = int(np.setdiff1d(np.arange(D_SAE), feature, assume_unique=True)[:1].sum())
+    chosen = {"rare": rare, "middling": middling, "common": common, "absent": absent}
+    time_of("the first question about a feature (reads the footers)", hits(rare), n)
+    for name, number in chosen.items():
+        time_of(f"one {name} feature", hits(number), n)
+    for name in ("rare", "middling"):
+        found = store.by_feature((LAYER, chosen[name]))
+        time_of(f"  which of its tokens are kept ({name})", lambda f=found: f.keep, n)
+
+    def top_texts(number: int) -> list[str]:
+        found = store.by_feature((LAYER, number))
+        best = np.argsort(-found.value, kind="stable")[:20]
+        return ["".join(store.by_token(int(doc)).tokens) for doc in found.doc[best]]
+
+    for name in ("rare", "common"):
+        time_of(f"the 20 strongest texts of the {name} one", lambda m=name: top_texts(chosen[m]), n)
+
+    def both(one: int, other: int) -> np.ndarray:
+        places = [store.by_feature((LAYER, each)) for each in (one, other)]
+        return np.intersect1d(*(found.doc << 32 | found.position for found in places))
+
+    time_of("tokens of two features (middling and common)", lambda: both(middling, common), n)
+    where = f"select * from features where layer = {LAYER} and feature = "
+    for name in ("rare", "middling"):
+        query = f"{where}{chosen[name]}"
+        time_of(f"SQL: one {name} feature", lambda q=query: store.sql(q), n)
+    docs = np.random.default_rng(0).integers(0, store.n_docs, 100)
+    time_of("100 random tokens", lambda: store.codes_at(LAYER, docs, np.zeros(100, int)), n)
+    time_of("one document", lambda: store.by_token(int(docs[0])), n)
+    part = range(min(8 * options.shard_docs, store.n_docs))
+    time_of(
+        "statistics of 8 shards (linear in the tokens)",
+        lambda: statistics(store, LAYER, docs=part),
+        lambda found: f": {found.n_tokens:,} tokens",
+    )
+    time_of(
+        "rank by a label, tt against am",
+        lambda: rank(store, "tt", "am", label="lang", layers=LAYER, top=10),
+        lambda found: f": {sum(found.documents.values()):,} documents, {found.found} features",
+    )
+    say(f"peak memory so far: {_peak():,} MB")
+    time_of("names and sizes of all files", lambda: check(store.path, checksums=False))
+    time_of("check of 8 shards, checksums and content", lambda: check(options.folder / "half0"))
+    halves = [options.folder / "half0", options.folder / "half1"]
+    for out in ("joined", "larger"):
+        shutil.rmtree(options.folder / out, ignore_errors=True)
+    joined = time_of(
+        "merge: two parts of one job, 16 shards", lambda: merge(halves, options.folder / "joined")
+    )
+    time_of(
+        "merge: the same in shards of 4,096 documents",
+        lambda: merge([joined.path], options.folder / "larger", shard_docs=4096),
+    )
+    say(f"peak memory: {_peak():,} MB")
+    if options.out:
+        say.save(options.out)
+
+
+def _sizes(store: FeatureStore, folder: Path, say: Printed) -> None:
+    nonzero = store.n_nonzero(LAYER)
+    say(
+        f"\n{store.n_docs:,} documents, {store.n_tokens:,} tokens, {nonzero:,} non-zeros, one"
+        f" layer, {len(store.shards)} shards of {store.shards[0].n_docs} documents"
+    )
+    files = {(s.number, name): f["size"] for s in store.shards for name, f in s.files.items()}
+    views = {
+        "token-major": lambda name: name.startswith("layer") and name.endswith("npy"),
+        "feature-major": lambda name: name.startswith("layer") and name.endswith("parquet"),
+        "text, tokens, offsets": lambda name: not name.startswith("layer"),
+    }
+    for view, mine in views.items():
+        size = sum(size for (_, name), size in files.items() if mine(name))
+        say(
+            f"{size / 1e9:10.2f} GB  {size / nonzero:6.3f} bytes per non-zero,"
+            f" {size / store.n_tokens:7.2f} per token  {view}"
+        )
+    footers = [pq.read_metadata(s.features_path(LAYER)) for s in store.shards[:16]]
+    footer = sum(meta.serialized_size for meta in footers) * len(store.shards) / len(footers)
+    groups = sum(meta.num_row_groups for meta in footers) / len(footers)
+    say(
+        f"{footer / 1e6:10.1f} MB  the index by feature (Parquet footers), {groups:.0f} row groups"
+        f" per shard, {footer / nonzero:.4f} bytes per non-zero"
+    )
+    facts = sum((s.folder / "shard.json").stat().st_size for s in store.shards)
+    say(f"{facts / 1e6:10.2f} MB  shard.json of all shards")
+    say(
+        f"{len(files) + len(store.shards) + 1:10,} files, {len(store.shards)} folders in shards/,"
+        f" at most {max(len(list(s.folder.iterdir())) for s in store.shards[:4])} names in each"
+    )
+    built = [json.loads(line) for line in (folder / "build.jsonl").read_text().splitlines()]
+    tokens, write = (sum(row[name] for row in built) for name in ("tokens", "write"))
+    codes = Planted(512, 512)._codes(np.random.default_rng(0), np.full(64, 64), np.full(64, "en"))
+    start = time.process_time()
+    for _ in range(4):
+        pack(codes.unpack())
+    packing = (time.process_time() - start) / 4 / len(codes)
+    say(
+        f"{1e6 * write / tokens:10.1f} s CPU  to write a million positions (sort, compress, hash),"
+        f" and {1e6 * packing:.1f} s to round them\n"
+    )
+
+
+def _nothing(found: Any) -> str:
+    return ""
+
+
+def _packages(facts: dict[str, str]) -> str:
+    names = ("qwen-scope-lens", "numpy", "pyarrow", "duckdb")
+    return ", ".join(f"{name} {facts[name]}" for name in names)
+
+
+def _commit() -> str:
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    return done.stdout.strip() or "unknown"
+
+
+def _peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=["build", "measure"])
     parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--positions", type=int, default=41_000_000)
+    parser.add_argument("--positions", type=int, default=41_400_000)
     parser.add_argument("--shard-docs", type=int, default=512)
     parser.add_argument("--least-free", type=float, default=12, help="GB of the disk")
     parser.add_argument("--out", type=Path)
@@ -177,7 +344,7 @@ def _options() -> argparse.Namespace:
 def main() -> None:
     options = _options()
     torch.set_num_threads(1)
-    {"build": build}[options.what](options)
+    {"build": build, "measure": measure}[options.what](options)
 
 
 if __name__ == "__main__":

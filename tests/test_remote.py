@@ -130,7 +130,8 @@ def test_refusals(local: FeatureStore, url: str, tmp_path: Path) -> None:
         FeatureStore.open("nosuch://bucket/store")
     # A changed file of the right size, and names that lead out of a shard.
     path = "/bucket/store/shards/00000/tokens.parquet"
-    memory.pipe_file(path, memory.cat_file(path)[:-1] + b"!")
+    content = memory.cat_file(path)
+    memory.pipe_file(path, content[:40] + bytes([content[40] ^ 1]) + content[41:])
     with pytest.raises(StoreDamaged, match="checksum differs"):
         FeatureStore.open(url).by_token(0)
     facts = memory.cat_file("/bucket/store/shards/00000/shard.json")

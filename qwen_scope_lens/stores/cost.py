@@ -26,8 +26,8 @@ WIDE = 1.0
 """One more byte per non-zero where an SAE has more than 65,536 features."""
 PER_TOKEN = 14.0
 """Bytes per token of the text, the tokens and their places."""
-WRITING = 10.0
-"""CPU seconds per million tokens and layer for packing, sorting and writing, at k = 50."""
+WRITING = 12.0
+"""CPU seconds per million tokens and layer to round, sort, compress and hash, at k = 50."""
 PER_SHARD, PER_LAYER = 4, 4
 """Files of a shard: its own ones, and those of each layer."""
 

@@ -30,6 +30,7 @@ from qwen_scope_lens.stores.store import FeatureStore
 __all__ = ["extract_on_ray"]
 
 _ENVIRONMENT = ("QWEN_SCOPE_HOME", "HF_HOME", "HF_HUB_OFFLINE", "HF_ENDPOINT", "OMP_NUM_THREADS")
+_STARTS = 3
 _OBJECT_STORE = 100_000_000  # bytes; only numbers of shards travel
 
 
@@ -148,9 +149,23 @@ def _start(ray: Any, workers: int) -> None:
             "include_dashboard": False,
             "object_store_memory": _OBJECT_STORE,
         }
-    ray.init(
-        runtime_env={"env_vars": variables}, log_to_driver=False, logging_level="ERROR", **local
-    )
+    for _ in range(_STARTS):
+        try:
+            ray.init(
+                runtime_env={"env_vars": variables},
+                log_to_driver=False,
+                logging_level="ERROR",
+                **local,
+            )
+            return
+        except Exception as error:  # Ray waits 30 s, which a busy machine can need
+            ray.shutdown()
+            last = error
+    where = os.environ.get("RAY_ADDRESS", "on this machine")
+    raise ScopeError(
+        f"no Ray cluster could be used {where} ({last}): expected one that answers. Start one with"
+        " `ray start --head` and set RAY_ADDRESS=auto, or work without Ray (--worker I/N)"
+    ) from last
 
 
 def _cause(error: BaseException) -> ScopeError:

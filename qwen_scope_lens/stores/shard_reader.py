@@ -178,6 +178,32 @@ class Shard:
             keep[starts[starts < self.n_tokens]] = False
         return keep
 
+    def keep_rows(self, layer: int, rows: np.ndarray) -> np.ndarray:
+        """`keep` of some rows, from the few row groups that have them. bool `[n]`"""
+        meta, ends = self._token_groups
+        name = f"extreme_{layer}"
+        if name not in meta.schema.names:
+            raise StoreDamaged(f"{self._place('tokens.parquet')} has no column {name}. {REPAIR}")
+        groups, at = np.unique(np.searchsorted(ends, rows, side="right"), return_inverse=True)
+        try:
+            with self._ranges("tokens.parquet") as file:
+                table = pq.ParquetFile(file, metadata=meta).read_row_groups(
+                    groups.tolist(), columns=[name], use_threads=False
+                )
+        except StorageUnreachable:
+            raise
+        except (OSError, pa.ArrowException) as error:
+            place = self._place("tokens.parquet")
+            raise StoreDamaged(f"{place} cannot be read: {error}. {REPAIR}") from error
+        starts = np.concatenate([[0], ends])[groups]
+        found = np.cumsum([0, *(ends[groups] - starts)[:-1]])  # where each group begins in `table`
+        keep: np.ndarray = ~table[name].to_numpy(zero_copy_only=False)[
+            rows - starts[at] + found[at]
+        ]
+        if not self.has_last_tokens:
+            keep &= rows != self.offsets[np.searchsorted(self.offsets, rows, side="right") - 1]
+        return keep
+
     @property
     def has_last_tokens(self) -> bool:
         """Whether the only stored token of a document is its last one, not its first."""
@@ -214,13 +240,23 @@ class Shard:
     @cached_property
     def _token_groups(self) -> tuple[pq.FileMetaData, np.ndarray]:
         """The footer of `tokens.parquet`, and the row at which each of its row groups ends."""
-        path = self.path("tokens.parquet")
+        meta = self._footer("tokens.parquet")
+        ends = np.cumsum([meta.row_group(i).num_rows for i in range(meta.num_row_groups)])
+        if (found := int(ends[-1]) if len(ends) else 0) != self.n_tokens:
+            raise StoreDamaged(
+                f"{self._place('tokens.parquet')} has {found} rows, {self.n_tokens} were written."
+                f" {REPAIR}"
+            )
+        return meta, ends
+
+    def _footer(self, name: str) -> pq.FileMetaData:
         try:
-            with open_regular(path) as file:
-                meta = pq.read_metadata(file)
+            with self._ranges(name) as file:
+                return pq.read_metadata(file)
+        except StorageUnreachable:
+            raise
         except (OSError, ValueError, pa.ArrowException) as error:
-            raise StoreDamaged(f"{path} cannot be read: {error}. {REPAIR}") from error
-        return meta, np.cumsum([meta.row_group(i).num_rows for i in range(meta.num_row_groups)])
+            raise StoreDamaged(f"{self._place(name)} cannot be read: {error}. {REPAIR}") from error
 
     def hits(self, layer: int, feature: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """doc, position, value of one feature, from the few row groups that can have it."""
@@ -251,15 +287,7 @@ class Shard:
 
     def _open_groups(self, layer: int) -> tuple[pq.FileMetaData, np.ndarray, np.ndarray]:
         """The footer, and the least and the greatest feature of every row group."""
-        try:
-            with self._ranges(_features(layer)) as file:
-                meta = pq.read_metadata(file)
-        except StorageUnreachable:
-            raise
-        except (OSError, ValueError, pa.ArrowException) as error:
-            raise StoreDamaged(
-                f"{self._place(_features(layer))} cannot be read: {error}. {REPAIR}"
-            ) from error
+        meta = self._footer(_features(layer))
         at = meta.schema.names.index("feature")
         ranges = [meta.row_group(i).column(at).statistics for i in range(meta.num_row_groups)]
         low = np.array([r.min for r in ranges if r is not None], dtype=np.int64)

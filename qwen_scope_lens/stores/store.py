@@ -233,7 +233,7 @@ class FeatureStore:
         self.sae(layer)
         found = np.zeros(len(doc), dtype=bool)
         for shard, chosen, rows in self._places(doc, position):
-            found[chosen] = shard.keep(layer)[rows]
+            found[chosen] = shard.keep_rows(layer, rows)
         return found
 
     def by_feature(self, feature: str | FeatureRef | tuple[int, int]) -> Hits:
