@@ -110,12 +110,12 @@ def test_a_feature_is_what_the_sae_says(ask: Ask, toolbox: Toolbox) -> None:
     assert "UnknownName" in ask("feature", address="6/423")["error"]
 
 
-def test_search_finds_by_number_label_and_token(ask: Ask) -> None:
+def test_search_finds_by_address_label_and_token(ask: Ask) -> None:
     def found(query: str) -> list[tuple[str, str]]:
         return [(row["feature"], row["why"]) for row in ask("search", query=query)["features"]]
 
-    assert found("423")[0] == (CHINESE, "number")
-    assert found(CHINESE) == [(CHINESE, "number")]
+    assert found("423")[0] == (CHINESE, "address")
+    assert found(CHINESE) == [(CHINESE, "address")]
     assert found("FILES chinese")[0] == (CHINESE, "label")
     by_token = ask("search", query="软件包", limit=5)["features"]
     assert len(by_token) == 5

@@ -309,6 +309,12 @@ def test_own_questions(served: Served) -> None:
     asked = {"q": feature["promoted"][0][0], "limit": 200}
     by_token = http.get("/api/search", params=asked).json()["features"]
     assert FEATURE in {row["feature"] for row in by_token}
+    scores = {row["feature"]: row["score"] for row in by_token}  # as the feature's own page has it
+    assert scores[FEATURE] == pytest.approx(feature["promoted"][0][1], rel=1e-3)
+    by_number = http.get("/api/search", params={"q": "423", "layers": "6"}).json()["features"]
+    assert (by_number[0]["feature"], by_number[0]["why"]) == (FEATURE, "address")
+    other = http.get("/api/search", params={"q": "mini-qwen3.5/w1k-l0-16/6/1"}).json()["error"]
+    assert "belongs to other SAEs" in other["message"]
     [by_label] = http.get("/api/search", params={"q": "INSTALLING"}).json()["features"]
     assert (by_label["feature"], by_label["why"]) == (FEATURE, "label")
     status = http.get("/api/search", params={"q": "x", "layers": "99"}).status_code

@@ -204,7 +204,7 @@ def test_a_client_that_goes_away_frees_its_row(machine: Machine) -> None:
     machine.engine.cancel(rows)
     [quick] = machine.submit([long])
     assert len(machine.finish([quick])[0]) <= TOKENS
-    assert all(len(row.tokens) < 900 for row in rows)
+    assert all(len(row.tokens) < 900 and row.reason == "cut" for row in rows)
     assert machine.engine.gauges["rows"] == 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -78,6 +79,34 @@ def serve_one(served: Served, recorder: Recorder, prompt: str = "The kernel read
         time.sleep(0.005)
     asked: Any = type("Asked", (), {"plan_name": None, "plan": None})()
     recorder.add(row, f"cmpl-{id(row)}/0", asked)
+
+
+def test_a_reply_whose_client_went_away_is_recorded_as_far_as_it_went(served: Served) -> None:
+    before = served.recorder.recorded
+    ask = {
+        "prompt": "The kernel",
+        "max_tokens": 900,
+        "temperature": 0,
+        "stream": True,
+        "plan": None,
+    }
+    with served.http.stream("POST", "/v1/completions", json=ask) as stream:
+        lines = stream.iter_lines()
+        texts = [json.loads(next(x for x in lines if x)[6:]) for _ in range(3)]
+    store = recorded(served.recorder, before + 1)
+    rows = store.documents(["request", "finish", "text", "prompt_tokens"]).to_pylist()
+    doc = [row["request"] for row in rows].index(texts[0]["id"])
+    found = rows[doc]
+    assert found["finish"] == "cut"
+    shown = "".join(chunk["choices"][0]["text"] for chunk in texts[:-1])
+    assert found["text"].startswith("The kernel" + shown)
+    ids = torch.tensor(store.token_ids(doc).tolist())
+    assert found["prompt_tokens"] < len(ids) < 900
+    reading = read(ids, GROUP, layers=[6], all_tokens=True, promoted=0)
+    stored = store.by_token(doc, 6).codes.to_dense()
+    assert np.allclose(stored, reading.codes[6].to_dense(), rtol=0.002, atol=0.01)
+    assert check(store.path) == []
+    assert served.recorder.dropped == 0
 
 
 def test_codes_can_be_kept_without_texts(served: Served, recorder: Any) -> None:

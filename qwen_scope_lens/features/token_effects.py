@@ -26,7 +26,14 @@ from qwen_scope_lens.models.tokenize import find_tokenizer
 from qwen_scope_lens.models.unembedding import Unembedding, read_unembedding
 from qwen_scope_lens.saes.load import load_directions
 
-__all__ = ["Neighbours", "TokenEffects", "nearest", "promoted_of", "token_effects"]
+__all__ = [
+    "Neighbours",
+    "TokenEffects",
+    "nearest",
+    "promoted_of",
+    "promoting",
+    "token_effects",
+]
 
 
 @dataclass(frozen=True)
@@ -85,6 +92,26 @@ def token_effects(
         least.indices.numpy(),
         (least.values - mean).numpy(),
     )
+
+
+@torch.no_grad()
+def promoting(
+    directions: Tensor, out: Unembedding, tokens: Sequence[int], count: int, vocabulary: int
+) -> list[tuple[int, int, float]]:
+    """The features whose `directions [d_sae, d_model]` promote one of some tokens most.
+
+    `(feature, token, logit minus the vocabulary's mean)` of so many features, the largest first.
+    """
+    weight = out.weight[:vocabulary]
+    columns = weight[list(tokens)].float() - _mean(weight)
+    best = (out.normed(directions.detach().cpu()) @ columns.T).max(1)
+    values, features = best.values.topk(min(count, len(best.values)))
+    return [
+        (feature, tokens[at], value)
+        for feature, at, value in zip(
+            features.tolist(), best.indices[features].tolist(), values.tolist(), strict=True
+        )
+    ]
 
 
 def promoted_of(

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 from qwen_scope_lens.address import FeatureRef, LayerRef
 from qwen_scope_lens.catalog import Group
 from qwen_scope_lens.errors import BadPlan, BadText, TooLittleData, UnknownName
+from qwen_scope_lens.labels.lookup import Shelf, look_up
 from qwen_scope_lens.labels.packs import LabelPack
 from qwen_scope_lens.mcp.folders import Folders
-from qwen_scope_lens.mcp.search import Hit, by_label, by_number, by_token
 from qwen_scope_lens.tables import plain
 
 if TYPE_CHECKING:
@@ -139,35 +139,29 @@ class Toolbox:
         }
 
     def search(self, query: str, layers: list[int] | None = None, limit: int = 20) -> Answer:
-        """Find features: by number, by the words of their labels, or by a token that they promote.
+        """Find features: by address, by the words of their labels, or by a token that they promote.
 
         To find features by what a sentence means, `read` the sentence instead.
 
         Args:
             query: a number or an address; words of labels; or a word that is one token, without or
-                with a space before it.
+                with a space before it. Its score is the logit over the vocabulary's mean.
             layers: of the group, at most 8; by default those that `about` names.
-            limit: how many, at most 50. Found by number come first, then by label, then by token.
+            limit: how many, at most 50. Found by address come first, then by label, then by token.
         """
         chosen = self._layers(layers)
         _at_most("limit", limit, MOST_TOP)
         _is_text("query", query)
-        asked = query.strip()
-        refs = [LayerRef(self.group.short, layer) for layer in chosen]
-        hits = [*by_number(asked, refs), *by_label(asked, refs, self.labels)]
         with self._lock:
-            hits += by_token(
-                query,
-                refs,
+            shelf = Shelf(
+                [LayerRef(self.group.short, layer) for layer in chosen],
+                self.labels,
                 lambda ref: self._sae(ref.layer).W_dec,
-                self._end,
+                lambda: self._end,
                 self._model.tokenizer,
-                len(self._vocabulary),
-                limit,
+                self._vocabulary,
             )
-        first: dict[FeatureRef, Hit] = {}
-        for hit in hits:
-            first.setdefault(self._own(hit.ref), hit)
+            hits = look_up(query, shelf, limit)
         return {
             "query": query,
             "features": [
@@ -178,7 +172,7 @@ class Toolbox:
                     "found": hit.found,
                     "score": hit.score,
                 }
-                for hit in list(first.values())[:limit]
+                for hit in hits
             ],
         }
 

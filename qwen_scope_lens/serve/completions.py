@@ -47,13 +47,14 @@ class Completion:
         if self._recorder is not None:
             wanted = [self._recorder.watched(one) for one in wanted]
         self.rows = self._lens.engine.submit(wanted, self._told)
-        self._number = {row: index for index, row in enumerate(self.rows)}
 
     async def __aexit__(self, *error: object) -> None:
         self._lens.engine.cancel([row for row in self.rows if row.reason is None])
 
     def _told(self, row: Row, step: Step) -> None:
-        """Called by the engine's thread."""
+        """Called by the engine's thread, and at last for every row, whoever still waits for it."""
+        if step.reason is not None and self._recorder is not None and row.read:
+            self._recorder.add(row, f"{self.identity}/{row.number}", self._asked)
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
             self._loop.call_soon_threadsafe(self._steps.put_nowait, (row, step))
 
@@ -74,10 +75,7 @@ class Completion:
                 left -= 1
                 if row.wanted.layers and not row.residuals:
                     await asyncio.to_thread(self._lens.read_again, row)
-                if self._recorder is not None:
-                    name = f"{self.identity}/{self._number[row]}"
-                    self._recorder.add(row, name, self._asked)
-            yield self._number[row], row, step
+            yield row.number, row, step
 
     async def whole(self) -> dict[str, Any]:
         async for _ in self._ended():

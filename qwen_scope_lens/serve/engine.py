@@ -94,10 +94,10 @@ class Engine:
         """Raise now what the plan would raise when it acts."""
         self._steering.check(plan)
 
-    def submit(self, wanted: Sequence[Wanted], sink: Sink, extra: Any = None) -> list[Row]:
+    def submit(self, wanted: Sequence[Wanted], sink: Sink) -> list[Row]:
         """Ask for some replies, all of them or (`QueueFull`) none."""
         refuse_long(wanted, self.context)
-        rows = [self._row(one, sink, extra) for one in wanted]
+        rows = [self._row(one, number, sink) for number, one in enumerate(wanted)]
         with self._wake:
             if self._closing:
                 raise Stopping("the server is being shut down")
@@ -112,7 +112,7 @@ class Engine:
         return rows
 
     def cancel(self, rows: Sequence[Row]) -> None:
-        """Stop some replies. Their sinks are not told of anything any more."""
+        """Stop some replies. Their sinks are told that they were cut, and nothing else any more."""
         for row in rows:
             row.cancelled = True
         with self._wake:
@@ -147,12 +147,12 @@ class Engine:
 
     # The engine's own thread.
 
-    def _row(self, wanted: Wanted, sink: Sink, extra: Any) -> Row:
+    def _row(self, wanted: Wanted, number: int, sink: Sink) -> Row:
         text = GrowingText(self.vocabulary, self.special, wanted.stop)
         chooser = None
         if wanted.temperature:
             chooser = Chooser(wanted.temperature, wanted.top_p, wanted.seed, self._device)
-        return Row(wanted, sink, text, chooser, time.monotonic() + self.seconds, extra=extra)
+        return Row(wanted, number, sink, text, chooser, time.monotonic() + self.seconds)
 
     def _run(self) -> None:
         while True:
@@ -182,9 +182,10 @@ class Engine:
         late = [row for row in self._batch.rows if row.deadline < now and not row.cancelled]
         gone = [row for row in self._batch.rows if row.cancelled]
         self._fail(late, TooLate(f"took longer than {self.seconds:g} s: ask for fewer tokens"))
-        self.counts["cancelled"] += len(gone)
         if late or gone:
             self._batch.leave([*late, *gone])
+        for row in gone:
+            self._cut(row)
 
     def _admit(self) -> None:
         ready: list[Row] = []
@@ -195,7 +196,7 @@ class Engine:
             if row is None:
                 break
             if row.cancelled:
-                self.counts["cancelled"] += 1
+                self._cut(row)
                 continue
             if row.deadline < time.monotonic():
                 self._fail(
@@ -276,9 +277,18 @@ class Engine:
         return done
 
     def _finish(self, row: Row, step: Step) -> None:
+        if row.cancelled:
+            self._cut(row)
+            return
         self.counts["finished"] += 1
-        if not row.cancelled:
-            row.sink(row, step)
+        row.reason = step.reason
+        row.sink(row, step)
+
+    def _cut(self, row: Row) -> None:
+        """A row whose client went away, and which nothing writes to any more."""
+        self.counts["cancelled"] += 1
+        row.reason = "cut"
+        row.sink(row, Step(reason="cut"))
 
     def _fail(self, rows: Sequence[Row], error: BaseException) -> None:
         for row in rows:

@@ -20,10 +20,11 @@ from torch import Tensor
 
 from qwen_scope_lens.address import FeatureRef, LayerRef
 from qwen_scope_lens.catalog import Group, name_of_model
-from qwen_scope_lens.errors import TooLittleData, UnknownName
+from qwen_scope_lens.errors import TooLittleData
 from qwen_scope_lens.features.read import read_layers
 from qwen_scope_lens.features.reading import Reading
 from qwen_scope_lens.features.token_effects import TokenEffects, token_effects
+from qwen_scope_lens.labels.lookup import Hit, Shelf, look_up
 from qwen_scope_lens.labels.packs import Label, LabelPack
 from qwen_scope_lens.models.architecture import describe
 from qwen_scope_lens.models.tokenize import Content
@@ -85,7 +86,7 @@ class Lens:
         self._folder, self._most = sae_folder, options.most_saes
         self._saes: OrderedDict[str, ScopeSAE] = OrderedDict()
         self._loading, self._encoding = threading.Lock(), threading.Lock()
-        self._lens_lock = threading.Lock()
+        self._lens_lock, self._again = threading.Lock(), threading.Lock()
         self._own: Engine | None = None
         if model is not None:
             self._own = Engine(
@@ -199,8 +200,12 @@ class Lens:
         The model in memory reads prompt and reply under the same plan, and counts what the plan
         does there.
         """
-        found = self.under_plan(row.ids, len(row.tokens), row.wanted.plan, row.wanted.layers)
-        row.residuals, row.report = found.residuals, found.report
+        with self._again:
+            if row.residuals:  # the recorder has done it
+                return
+            found = self.under_plan(row.ids, len(row.tokens), row.wanted.plan, row.wanted.layers)
+            row.report = found.report
+            row.residuals = found.residuals
 
     def under_plan(
         self, ids: Sequence[int], written: int, plan: Plan | None, layers: Sequence[int]
@@ -261,59 +266,22 @@ class Lens:
         self.labels = LabelPack([*others, new] if new else others)
         return new
 
-    def search(self, words: str, layers: Sequence[int], limit: int) -> list[dict[str, Any]]:
+    def search(self, words: str, layers: Sequence[int], limit: int) -> list[Hit]:
         """Features by address or number, by words of their labels, by a token that they promote."""
-        found: dict[FeatureRef, dict[str, Any]] = {}
 
-        def add(ref: FeatureRef, why: str, what: str, score: float) -> None:
-            row = {"feature": str(ref), "label": self.labels.text(ref), "why": why}
-            found.setdefault(ref, {**row, "found": what, "score": score})
+        def end() -> Unembedding:
+            with self._lens_lock:
+                return self.unembedding
 
-        for ref in self._addressed(words, layers):
-            add(ref, "address", str(ref), 1.0)
-        terms = words.lower().split()
-        for ref, label in self.labels.items():
-            if ref.layer in layers and ref.group == self.group.short and terms:
-                share = sum(term in label.text.lower() for term in terms) / len(terms)
-                if share == 1:
-                    add(ref, "label", label.text, share)
-        for layer, feature, token, value in self._promoting(words, layers, limit):
-            add(FeatureRef(self.group.short, layer, feature), "token", token, value)
-        return list(found.values())[:limit]
-
-    def _addressed(self, words: str, layers: Sequence[int]) -> list[FeatureRef]:
-        if words.isdecimal() and len(words) < 9 and int(words) < self.group.d_sae:
-            return [FeatureRef(self.group.short, layer, int(words)) for layer in layers]
-        try:
-            ref = FeatureRef.parse(words)
-        except UnknownName:
-            return []
-        except ValueError:
-            return []
-        return [ref] if ref.group == self.group.short else []
-
-    def _promoting(
-        self, words: str, layers: Sequence[int], limit: int
-    ) -> list[tuple[int, int, str, float]]:
-        """The features whose direction raises the logit of a token most, over the layers."""
-        tokens = []
-        for text in (words, f" {words}"):
-            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-            tokens += [ids[0]] if len(ids) == 1 and ids[0] not in tokens else []
-        if not tokens:
-            return []
-        with self._lens_lock:
-            end = self.unembedding
-        rows = []
-        for layer in layers:
-            directions = self.sae(layer).W_dec.detach().float().cpu()
-            logits = end.normed(directions) @ end.weight[tokens].float().T
-            best = logits.max(1)
-            values, features = best.values.topk(min(limit, len(directions)))
-            at = best.indices[features].tolist()
-            for feature, value, i in zip(features.tolist(), values.tolist(), at, strict=True):
-                rows.append((layer, feature, self.vocabulary.text(tokens[i]), value))
-        return sorted(rows, key=lambda row: -row[3])[:limit]
+        shelf = Shelf(
+            [LayerRef(self.group.short, layer) for layer in layers],
+            self.labels,
+            lambda ref: self.sae(ref.layer).W_dec,
+            end if self.reads else None,
+            self.tokenizer,
+            self.vocabulary,
+        )
+        return look_up(words, shelf, limit)
 
 
 def served_name(full: str) -> str:

@@ -308,7 +308,17 @@ def search(words: str, layers: str | None, limit: str | None, lens: Lens) -> Jso
     if limit is not None and (not limit.isdecimal() or not 1 <= int(limit[:6]) <= 200):
         raise Fault("expected a number from 1 to 200", "bad_value", "limit")
     found = lens.search(words.strip("\n"), chosen, int(limit or 20))
-    return {"q": words, "features": found}
+    rows = [
+        {
+            "feature": str(hit.ref),
+            "label": lens.labels.text(hit.ref),
+            "why": hit.why,
+            "found": hit.found,
+            "score": hit.score,
+        }
+        for hit in found
+    ]
+    return {"q": words, "features": rows}
 
 
 # Is it still language?

@@ -106,7 +106,7 @@ class Recorder:
         return replace(wanted, layers=layers)
 
     def add(self, row: Row, identity: str, asked: Asked) -> None:
-        """Record a finished reply, by a name of its own. It returns at once."""
+        """Record a reply, finished or cut, by a name of its own. It returns at once."""
         name = asked.plan_name or (NO_PLAN if asked.plan is None else str(asked.plan))
         try:
             self._waiting.put_nowait((row, identity, name, time.time()))
@@ -156,7 +156,11 @@ class Recorder:
                 self._write(batch)
 
     def _coded(self, row: Row, identity: str, plan: str, created: float) -> CodedDocument:
+        if not row.residuals:  # another engine has written it
+            self._lens.read_again(row)
         ids, wanted = row.ids, row.wanted
+        if row.reason == "cut":  # its last token was chosen, and read by nobody
+            ids = ids[: row.read]
         codes, extreme = {}, {}
         for layer in self._settings.layers:
             x = torch.cat(list(row.residuals[layer]))[: len(ids)]

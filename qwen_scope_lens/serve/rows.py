@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor
 
@@ -21,7 +21,8 @@ from qwen_scope_lens.steering.where import Gate
 
 __all__ = ["Reason", "Row", "Sink", "Step", "Wanted"]
 
-Reason = Literal["stop", "length"]
+Reason = Literal["stop", "length", "cut"]
+"""Why a reply ends. One is cut where its client went away."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class Row:
     """A reply under way. Only the engine's thread writes to it, until its last step."""
 
     wanted: Wanted
+    number: int  # its place among the replies that were asked for together
     sink: Sink
     text: GrowingText
     chooser: Chooser | None  # None: the most probable token each time
@@ -79,7 +81,6 @@ class Row:
     cancelled: bool = False
     first_token: float | None = None
     reason: Reason | None = None
-    extra: Any = None  # the caller's own
 
     def __post_init__(self) -> None:
         if self.wanted.plan is not None:

@@ -87,10 +87,10 @@ class Outside:
         refuse_edits(self.abilities, plan.edits)
         self.check_places(plan)
 
-    def submit(self, wanted: Sequence[Wanted], sink: Sink, extra: Any = None) -> list[Row]:
+    def submit(self, wanted: Sequence[Wanted], sink: Sink) -> list[Row]:
         """Ask for some replies, all of them or (`QueueFull`) none."""
         refuse_long(wanted, self.context)
-        rows = [self._row(one, sink, extra) for one in wanted]
+        rows = [self._row(one, number, sink) for number, one in enumerate(wanted)]
         with self._lock:
             if self._closing:
                 raise Stopping("the server is being shut down")
@@ -105,7 +105,7 @@ class Outside:
         return rows
 
     def cancel(self, rows: Sequence[Row]) -> None:
-        """Stop some replies. Their sinks are not told of anything any more."""
+        """Stop some replies. Their sinks are told that they were cut, and nothing else any more."""
         for row in rows:
             row.cancelled = True
             going = self._going.get(row)
@@ -141,9 +141,9 @@ class Outside:
     def _soon(self, work: Coroutine[Any, Any, T]) -> Future[T]:
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
-    def _row(self, wanted: Wanted, sink: Sink, extra: Any) -> Row:
+    def _row(self, wanted: Wanted, number: int, sink: Sink) -> Row:
         text = GrowingText(self.vocabulary, self.special, wanted.stop)
-        row = Row(wanted, sink, text, None, time.monotonic() + self.seconds, extra=extra)
+        row = Row(wanted, number, sink, text, None, time.monotonic() + self.seconds)
         row.report = None  # nobody has counted
         return row
 
@@ -155,7 +155,10 @@ class Outside:
                 self.counts["prompt_tokens"] += len(row.wanted.prompt)
                 await self._write(row)
         except asyncio.CancelledError:
-            self.counts["cancelled"] += 1
+            if row.reason is None and not self._closing:
+                self.counts["cancelled"] += 1
+                row.reason, row.read = "cut", len(row.ids) * bool(row.tokens)
+                row.sink(row, Step(reason="cut"))
         except TimeoutError:
             self._fail(row, TooLate(f"took longer than {self.seconds:g} s: ask for fewer tokens"))
         except Exception as error:
@@ -200,7 +203,7 @@ class Outside:
 
     def _finish(self, row: Row, step: Step) -> None:
         self.counts["finished"] += 1
-        row.reason = step.reason
+        row.reason, row.read = step.reason, len(row.ids)
         self._tell(row, step)
 
     def _fail(self, row: Row, error: BaseException) -> None:
