@@ -31,17 +31,11 @@ from qwen_scope_lens.errors import (
 )
 from qwen_scope_lens.files import is_url
 from qwen_scope_lens.saes.codes import SparseCodes
+from qwen_scope_lens.stores.blocks import Block, DocumentBlock, blocks_of, document_block
 from qwen_scope_lens.stores.codec import Packed
 from qwen_scope_lens.stores.manifest import Manifest, SAEFacts
 from qwen_scope_lens.stores.shard_files import RESERVED, shard_folder
-from qwen_scope_lens.stores.shard_reader import (
-    Block,
-    DocumentBlock,
-    Shard,
-    blocks_of,
-    document_block,
-    spans_of,
-)
+from qwen_scope_lens.stores.shard_reader import Shard, spans_of
 
 __all__ = ["Block", "DocumentBlock", "FeatureStore", "Hits"]
 
@@ -249,9 +243,32 @@ class FeatureStore:
     def _of_shards(self, ask: Callable[[Shard], T]) -> list[T]:
         """The answer of each shard; those of a store at a URL are asked at the same time."""
         if isinstance(self.path, Path):
-            return [ask(shard) for shard in self._shards]
+            found = []
+            for shard in self._shards:
+                self._with_maps.use(shard)
+                found.append(ask(shard))
+            return found
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             return list(pool.map(ask, self._shards))
+
+    def hit_counts(self, layer: int) -> np.ndarray:
+        """On how many tokens each feature fires, first and extreme ones counted. int64 `[d_sae]`
+
+        Where every shard has `firing.npy`, no code is read for it.
+        """
+        total = np.zeros(self.sae(layer).d_sae, dtype=np.int64)
+        for shard in self._shards:
+            self._with_maps.use(shard)
+            found = shard.firing(layer)
+            if found is None:
+                packed = shard.packed(layer)
+                index = packed.indices()[packed.numbers() > 0]
+                total += np.bincount(index, minlength=len(total))
+            elif len(found[0]):
+                if int(found[0].max()) >= len(total):
+                    raise StoreDamaged(f"{shard.folder} counts features that the SAE lacks")
+                total[found[0]] += np.diff(found[1].astype(np.int64), append=shard.n_nonzero[layer])
+        return total
 
     def feature(self, feature: str | FeatureRef | tuple[int, int]) -> tuple[int, int]:
         """(layer, number) of a feature; raises for an address of another SAE."""
