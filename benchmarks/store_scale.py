@@ -300,9 +300,8 @@ def _sizes(store: FeatureStore, folder: Path, say: Printed) -> None:
         f" per shard, {footer / nonzero:.4f} bytes per non-zero"
     )
     firing = sum(size for (_, name), size in files.items() if name.endswith(FIRING))
-    say(
-        f"{firing / 1e6:10.1f} MB  firing.npy of all shards, {firing / nonzero:.4f} bytes per non-zero"
-    )
+    each = firing / nonzero
+    say(f"{firing / 1e6:10.1f} MB  firing.npy of all shards, {each:.4f} bytes per non-zero")
     facts = sum((s.folder / "shard.json").stat().st_size for s in store.shards)
     say(f"{facts / 1e6:10.2f} MB  shard.json of all shards")
     say(
