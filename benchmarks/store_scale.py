@@ -222,6 +222,9 @@ def measure(options: argparse.Namespace) -> None:
         found = store.by_feature((LAYER, chosen[name]))
         time_of(f"  which of its tokens are kept ({name})", lambda f=found: f.keep, n)
 
+    def found(problems: list[str]) -> str:
+        return f": {sum('is missing' not in each for each in problems)} problems"
+
     def top_texts(number: int) -> list[str]:
         found = store.by_feature((LAYER, number))
         best = np.argpartition(-found.value, min(20, len(found) - 1))[:20]
@@ -255,17 +258,22 @@ def measure(options: argparse.Namespace) -> None:
         lambda found: f": {sum(found.documents.values()):,} documents, {found.found} features",
     )
     say(f"peak memory so far: {_peak():,} MB")
-    time_of("names and sizes of all files", lambda: check(store.path, checksums=False))
-    time_of("check of 8 shards, checksums and content", lambda: check(options.folder / "half0"))
+    time_of("names and sizes of all files", lambda: check(store.path, checksums=False), found)
+    time_of(
+        "check of 8 shards, checksums and content", lambda: check(options.folder / "half0"), found
+    )
     halves = [options.folder / "half0", options.folder / "half1"]
     for out in ("joined", "larger"):
         shutil.rmtree(options.folder / out, ignore_errors=True)
     joined = time_of(
-        "merge: two parts of one job, 16 shards", lambda: merge(halves, options.folder / "joined")
+        "merge: two parts of one job, 16 shards",
+        lambda: merge(halves, options.folder / "joined"),
+        lambda found: f": {found.n_tokens:,} tokens",
     )
     time_of(
         "merge: the same in shards of 4,096 documents",
         lambda: merge([joined.path], options.folder / "larger", shard_docs=4096),
+        lambda found: f": {found.n_tokens:,} tokens",
     )
     say(f"peak memory: {_peak():,} MB")
     if options.out:
