@@ -105,7 +105,7 @@ def test_shards_with_and_without_firing(
     older = FeatureStore.open(old)
     assert older.shards[0].firing(LAYER) is None
     assert np.array_equal(older.hit_counts(LAYER), truth)
-    for feature in range(0, 1024, 7):
+    for feature in range(0, 1024, 61):
         ours, theirs = (each.by_feature((LAYER, feature)) for each in (store, older))
         assert len(ours) == truth[feature]
         for name in ("doc", "position", "value", "keep"):

@@ -69,7 +69,7 @@ def test_a_store_is_copied_and_read(local: FeatureStore, url: str, tmp_path: Pat
     copy(local.path, url, progress=False)
     there = FeatureStore.open(url)
     assert there.is_complete
-    assert str(there.path) == url
+    assert there.place == url
     hits = there.by_feature((LAYER, 5))
     assert hits.value.tolist() == [2.0, 1.0, 4.0]
     fetched = {path.suffix for path in (tmp_path / "cache" / "files").rglob("*") if path.is_file()}
@@ -149,9 +149,10 @@ def test_extraction_to_a_url(url: str, tmp_path: Path) -> None:
     corpus.write_text("\n".join(TEXTS), encoding="utf-8")
     fsspec.filesystem("memory").put_file(str(corpus), "/bucket/texts.txt")
     documents = read_corpus("memory://bucket/texts.txt")
-    qsl.extract(documents, out=tmp_path / "single", **JOB)
+    job = JOB | {"model": qsl.load_model("mini-qwen3", up_to_layer=LAYER)}
+    qsl.extract(documents, out=tmp_path / "single", **job)
     for worker in ((1, 2), (0, 2)):
-        there = qsl.extract(documents, out=url, worker=worker, **JOB)
+        there = qsl.extract(documents, out=url, worker=worker, **job)
     assert there.is_complete
     copy(url, tmp_path / "back", progress=False)
     assert files_of(tmp_path / "back") == files_of(tmp_path / "single")

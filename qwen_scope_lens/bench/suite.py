@@ -206,7 +206,7 @@ def read_footprint(
     if not store.is_complete:
         raise StoreMismatch(f"{store.path} is not finished: run the same `{MADE_BY}` again")
     documents = store.documents(["key", "n_tokens", "truncated"])
-    label = name or Path(store.path).name
+    label = name or store.path.name
     only_last = store.manifest.settings.last_token
     if position == "any":
         if only_last:
