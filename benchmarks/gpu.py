@@ -65,7 +65,7 @@ class Shape:
 
 
 SHAPES = (Shape(4096, 65536, 50), Shape(5120, 81920, 100))
-TINY = (Shape(64, 512, 8, 48),)
+TINY = (Shape(64, 512, 4, 8),)
 SEARCHED = (
     Tiles(),
     Tiles(128, 128, 32, 4),
@@ -113,7 +113,10 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--limit", type=float, default=280, help="seconds")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path)
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.rehearse:
+        options.rounds = 1  # the interpreter takes seconds for what a GPU does in microseconds
+    return options
 
 
 # --- on paper ------------------------------------------------------------------------------------
@@ -343,6 +346,12 @@ def _codes(
 
 def _in_a_model(shape: Shape, device: str, rounds: int, say: Printed) -> None:
     """Extraction and steering in a random model of this width, with an SAE in its last layer."""
+    with tempfile.TemporaryDirectory() as home:
+        os.environ["QWEN_SCOPE_HOME"] = home
+        _extract_and_steer(Path(home) / "random", shape, device, rounds, say)
+
+
+def _extract_and_steer(folder: Path, shape: Shape, device: str, rounds: int, say: Printed) -> None:
     heads = max(1, shape.d_in // 128)
     model = make_model(
         hidden_size=shape.d_in,
@@ -359,10 +368,8 @@ def _in_a_model(shape: Shape, device: str, rounds: int, say: Printed) -> None:
     state, layer = weights(shape.d_in, shape.d_sae), LAYERS - 1
     length = min(CONTEXT, shape.tokens)
     ids = [[(7 * i + j) % 256 for j in range(length)] for i in range(shape.tokens // length)]
-    with tempfile.TemporaryDirectory() as home:
-        os.environ["QWEN_SCOPE_HOME"] = home
-        group = _local_group(Path(home) / "random", state, shape)
-        ours = qsl.load_sae(f"{group}/{layer}", device=device)
+    group = _local_group(folder, state, shape)
+    ours = qsl.load_sae(f"{group}/{layer}", device=device)
     theirs = build(TopKSAE, state, shape.k).to(device)
     block = dict(model.named_modules())[f"model.layers.{layer}"]
 

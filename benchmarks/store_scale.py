@@ -32,6 +32,7 @@ from _measure import Printed, cpu_name
 import qwen_scope_lens as qsl
 from qwen_scope_lens.features import rank
 from qwen_scope_lens.features.statistics import statistics
+from qwen_scope_lens.files import file_sha256
 from qwen_scope_lens.stores import (
     CodedDocument,
     CorpusFacts,
@@ -48,7 +49,7 @@ from qwen_scope_lens.stores import (
 from qwen_scope_lens.stores.codec import Packed
 from qwen_scope_lens.stores.facts import versions
 from qwen_scope_lens.stores.inspect import check
-from qwen_scope_lens.stores.shard_files import damage, shard_folder
+from qwen_scope_lens.stores.shard_files import FIRING, damage, firing_of, shard_folder
 
 GROUP, LAYER, K, D_SAE, D_MODEL = "qwen3-8b-base/w64k-l0-50", 20, 50, 65536, 4096
 MEAN_TOKENS, LONGEST, BATCH = 250, 1024, 4096
@@ -154,6 +155,7 @@ def _write(
     for shard in filter(mine, range(planted.manifest.n_shards)):
         place = shard_folder(folder, shard)
         if place.is_dir() and damage(place, checksums=False) is None:
+            _with_firing(place)
             continue
         if shutil.disk_usage(folder).free < options.least_free * 1e9:
             print(f"{folder}: {shard} shards, and less than {options.least_free} GB are free")
@@ -205,8 +207,9 @@ def measure(options: argparse.Namespace) -> None:
     def n(found: Sequence[Any]) -> str:
         return f": {len(found):,} rows"
 
+    time_of("how often every feature fires (firing.npy)", lambda: store.hit_counts(LAYER), n)
     count = "select feature, count(*) n from features group by 1 order by n desc"
-    table = time_of("SQL: how often every feature fires", lambda: store.sql(count), n)
+    table = time_of("the same in SQL", lambda: store.sql(count), n)
     feature, times = table["feature"].to_numpy(), table["n"].to_numpy()
     common, middling = int(feature[0]), int(feature[len(feature) // 2])
     rare = int(feature[np.searchsorted(-times, -60)]) if times[-1] <= 60 else int(feature[-1])
@@ -219,17 +222,21 @@ def measure(options: argparse.Namespace) -> None:
         found = store.by_feature((LAYER, chosen[name]))
         time_of(f"  which of its tokens are kept ({name})", lambda f=found: f.keep, n)
 
+    def found(problems: list[str]) -> str:
+        return f": {sum('is missing' not in each for each in problems)} problems"
+
     def top_texts(number: int) -> list[str]:
         found = store.by_feature((LAYER, number))
-        best = np.argsort(-found.value, kind="stable")[:20]
+        best = np.argpartition(-found.value, min(20, len(found) - 1))[:20]
         return ["".join(store.by_token(int(doc)).tokens) for doc in found.doc[best]]
 
     for name in ("rare", "common"):
         time_of(f"the 20 strongest texts of the {name} one", lambda m=name: top_texts(chosen[m]), n)
 
-    def both(one: int, other: int) -> np.ndarray:
-        places = [store.by_feature((LAYER, each)) for each in (one, other)]
-        return np.intersect1d(*(found.doc << 32 | found.position for found in places))
+    def both(few: int, many: int) -> np.ndarray:
+        hits = [store.by_feature((LAYER, each)) for each in (few, many)]
+        some, all_ = (found.doc << 32 | found.position for found in hits)  # ascending
+        return some[all_[np.searchsorted(all_, some).clip(0, len(all_) - 1)] == some]
 
     time_of("tokens of two features (middling and common)", lambda: both(middling, common), n)
     where = f"select * from features where layer = {LAYER} and feature = "
@@ -239,9 +246,9 @@ def measure(options: argparse.Namespace) -> None:
     docs = np.random.default_rng(0).integers(0, store.n_docs, 100)
     time_of("100 random tokens", lambda: store.codes_at(LAYER, docs, np.zeros(100, int)), n)
     time_of("one document", lambda: store.by_token(int(docs[0])), n)
-    part = range(min(8 * options.shard_docs, store.n_docs))
+    part = range(min(4 * options.shard_docs, store.n_docs))
     time_of(
-        "statistics of 8 shards (linear in the tokens)",
+        "statistics of 4 shards (linear in the tokens)",
         lambda: statistics(store, LAYER, docs=part),
         lambda found: f": {found.n_tokens:,} tokens",
     )
@@ -251,17 +258,22 @@ def measure(options: argparse.Namespace) -> None:
         lambda found: f": {sum(found.documents.values()):,} documents, {found.found} features",
     )
     say(f"peak memory so far: {_peak():,} MB")
-    time_of("names and sizes of all files", lambda: check(store.path, checksums=False))
-    time_of("check of 8 shards, checksums and content", lambda: check(options.folder / "half0"))
+    time_of("names and sizes of all files", lambda: check(store.path, checksums=False), found)
+    time_of(
+        "check of 8 shards, checksums and content", lambda: check(options.folder / "half0"), found
+    )
     halves = [options.folder / "half0", options.folder / "half1"]
     for out in ("joined", "larger"):
         shutil.rmtree(options.folder / out, ignore_errors=True)
     joined = time_of(
-        "merge: two parts of one job, 16 shards", lambda: merge(halves, options.folder / "joined")
+        "merge: two parts of one job, 16 shards",
+        lambda: merge(halves, options.folder / "joined"),
+        lambda found: f": {found.n_tokens:,} tokens",
     )
     time_of(
         "merge: the same in shards of 4,096 documents",
         lambda: merge([joined.path], options.folder / "larger", shard_docs=4096),
+        lambda found: f": {found.n_tokens:,} tokens",
     )
     say(f"peak memory: {_peak():,} MB")
     if options.out:
@@ -276,7 +288,9 @@ def _sizes(store: FeatureStore, folder: Path, say: Printed) -> None:
     )
     files = {(s.number, name): f["size"] for s in store.shards for name, f in s.files.items()}
     views = {
-        "token-major": lambda name: name.startswith("layer") and name.endswith("npy"),
+        "token-major": lambda name: (
+            name.endswith("npy") and name.startswith("layer") and FIRING not in name
+        ),
         "feature-major": lambda name: name.startswith("layer") and name.endswith("parquet"),
         "text, tokens, offsets": lambda name: not name.startswith("layer"),
     }
@@ -293,6 +307,9 @@ def _sizes(store: FeatureStore, folder: Path, say: Printed) -> None:
         f"{footer / 1e6:10.1f} MB  the index by feature (Parquet footers), {groups:.0f} row groups"
         f" per shard, {footer / nonzero:.4f} bytes per non-zero"
     )
+    firing = sum(size for (_, name), size in files.items() if name.endswith(FIRING))
+    each = firing / nonzero
+    say(f"{firing / 1e6:10.1f} MB  firing.npy of all shards, {each:.4f} bytes per non-zero")
     facts = sum((s.folder / "shard.json").stat().st_size for s in store.shards)
     say(f"{facts / 1e6:10.2f} MB  shard.json of all shards")
     say(
@@ -328,6 +345,18 @@ def _commit() -> str:
 
 def _peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+
+def _with_firing(place: Path) -> None:
+    """Add `firing.npy` to a shard of an older version, as the writer would have written it."""
+    folder, facts = place / f"layer{LAYER}", json.loads((place / "shard.json").read_text())
+    if (name := f"layer{LAYER}/{FIRING}") in facts["files"]:
+        return
+    feature = pq.read_table(folder / "features.parquet", columns=["feature"])["feature"].to_numpy()
+    np.save(folder / FIRING, firing_of(feature))
+    size, sha = (folder / FIRING).stat().st_size, file_sha256(folder / FIRING)
+    facts["files"][name] = {"size": size, "sha256": sha}
+    (place / "shard.json").write_text(json.dumps(facts))
 
 
 def _options() -> argparse.Namespace:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,12 +21,14 @@ from qwen_scope_lens.errors import (
     BadFile,
     BadQuery,
     LayerOutOfRange,
+    StoreDamaged,
     StoreMismatch,
     UnknownName,
 )
 from qwen_scope_lens.features import pool
 from qwen_scope_lens.stores import FeatureStore, merge, pack
 from qwen_scope_lens.stores.codec import Packed, stored_values
+from qwen_scope_lens.stores.inspect import check
 
 LANGS = ["zh", "en", None, "zh", "de"] * 8
 
@@ -83,6 +87,45 @@ def test_features_are_the_same_numbers(
         assert np.array_equal(hits.keep, store.keep_at(LAYER, hits.doc, hits.position))
     ref = f"mini-qwen3/w1k-l0-16/{LAYER}/5"
     assert np.array_equal(store.by_feature(ref).doc, store.by_feature((LAYER, 5)).doc)
+
+
+def test_shards_with_and_without_firing(
+    store: FeatureStore, documents: list[qsl.SparseCodes], tmp_path: Path
+) -> None:
+    """An older store has no `firing.npy`, and answers the same; a wrong one is found."""
+    truth = (dense(documents) > 0).sum(0)
+    assert np.array_equal(store.hit_counts(LAYER), truth)
+    old = tmp_path / "old"
+    shutil.copytree(store.path, old)
+    for path in old.glob("shards/*/shard.json"):
+        facts = json.loads(path.read_text())
+        del facts["files"][f"layer{LAYER}/firing.npy"]
+        path.write_text(json.dumps(facts))
+        (path.parent / f"layer{LAYER}" / "firing.npy").unlink()
+    older = FeatureStore.open(old)
+    assert older.shards[0].firing(LAYER) is None
+    assert np.array_equal(older.hit_counts(LAYER), truth)
+    for feature in range(0, 1024, 61):
+        ours, theirs = (each.by_feature((LAYER, feature)) for each in (store, older))
+        assert len(ours) == truth[feature]
+        for name in ("doc", "position", "value", "keep"):
+            assert np.array_equal(getattr(ours, name), getattr(theirs, name))
+    assert merge([old], tmp_path / "new", shard_docs=20).shards[0].firing(LAYER) is not None
+    shutil.copytree(store.path, tmp_path / "wrong")
+    path = tmp_path / "wrong" / "shards" / "00000" / f"layer{LAYER}" / "firing.npy"
+    feature, start = np.load(path)
+    start[5:] += 1
+    np.save(path, np.stack([feature, start]))
+    wrong = FeatureStore.open(tmp_path / "wrong")
+    with pytest.raises(StoreDamaged, match=r"says that feature .* hits"):
+        wrong.by_feature((LAYER, int(feature[4])))
+    assert check(wrong.path)
+
+
+def test_keep_of_some_tokens_is_that_of_all(store: FeatureStore) -> None:
+    for shard in store.shards:
+        rows = np.random.default_rng(0).permutation(shard.n_tokens)[:20]
+        assert np.array_equal(shard.keep_rows(LAYER, rows), shard.keep(LAYER)[rows])
 
 
 def test_some_documents_only(store: FeatureStore, documents: list[qsl.SparseCodes]) -> None:

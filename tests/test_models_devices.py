@@ -26,7 +26,7 @@ IDS = [5, 6, 7, 8, 9]
 
 def test_the_sae_goes_to_the_device_of_its_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     model: Any = make_model("Qwen3ForCausalLM")
-    layers = decoder_layers(model)
+    layers: Any = decoder_layers(model)
     layers[1]._hf_hook = SimpleNamespace(execution_device=1)  # as accelerate's for device_map
     layers[2]._hf_hook = SimpleNamespace(execution_device="cpu")
     layers[2].to("meta")  # offloaded: the weights are elsewhere
@@ -77,7 +77,8 @@ def test_fsdp_reads_and_trains_the_same(sharded: tuple[Any, Any]) -> None:
         with record_residuals(model, (1,)) as residuals:
             out = model(torch.tensor([IDS]))
         (out.logits.square().mean() + residuals[1].square().mean()).backward()
-        grad = decoder_layers(model)[0].mlp.up_proj.weight.grad
+        first: Any = decoder_layers(model)[0]
+        grad = first.mlp.up_proj.weight.grad
         grads.append(grad.full_tensor() if hasattr(grad, "full_tensor") else grad)
     assert grads[0].abs().sum() > 0
     torch.testing.assert_close(grads[1], grads[0])

@@ -72,7 +72,7 @@ def facts(store: FeatureStore) -> dict[str, Any]:
     """What `describe` says, as plain values, with the whole manifest."""
     size = sum(f["size"] for shard in store.shards for f in shard.files.values())
     return {
-        "path": str(store.path),
+        "path": str(store.place),
         "documents": store.n_docs,
         "tokens": store.n_tokens,
         "shards": len(store.shards),
@@ -89,7 +89,7 @@ def describe(store: FeatureStore) -> str:
     size = sum(f["size"] for shard in store.shards for f in shard.files.values())
     state = "" if store.is_complete else f" of {manifest.n_docs:,}: not complete"
     lines = [
-        f"{store.path}: {store.n_docs:,} documents{state}, {store.n_tokens:,} tokens,"
+        f"{store.place}: {store.n_docs:,} documents{state}, {store.n_tokens:,} tokens,"
         f" {len(store.shards)} shards, {size / 1e6:,.1f} MB",
         f"  model      {manifest.model.id} ({manifest.model.dtype})",
     ]

@@ -20,7 +20,7 @@ from qwen_scope_lens.tables import Table
 
 __all__ = ["Cost", "Job", "cost", "cost_table"]
 
-BY_TOKEN, BY_FEATURE = 4.0, 3.4
+BY_TOKEN, BY_FEATURE = 4.0, 3.5
 """Bytes per non-zero of the two views of a layer's codes."""
 WIDE = 1.0
 """One more byte per non-zero where an SAE has more than 65,536 features."""
@@ -28,7 +28,7 @@ PER_TOKEN = 14.0
 """Bytes per token of the text, the tokens and their places."""
 WRITING = 12.0
 """CPU seconds per million tokens and layer to round, sort, compress and hash, at k = 50."""
-PER_SHARD, PER_LAYER = 4, 4
+PER_SHARD, PER_LAYER = 4, 5
 """Files of a shard: its own ones, and those of each layer."""
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from qwen_scope_lens.errors import BadFile, StoreDamaged
 from qwen_scope_lens.files import is_url
 from qwen_scope_lens.stores.manifest import Manifest
-from qwen_scope_lens.stores.shard_files import damage, shard_folder
+from qwen_scope_lens.stores.shard_files import FIRING, damage, firing_of, shard_folder
 from qwen_scope_lens.stores.shard_reader import Shard
 
 __all__ = ["check"]
@@ -118,6 +118,9 @@ def _views_differ(shard: Shard, layer: int, doc: np.ndarray, position: np.ndarra
     for name, expected in columns.items():
         if not _same(table[name], expected):
             return f"{path}: {name} differs from the codes by token"
+    found = shard.firing(layer)
+    if found is not None and not np.array_equal(np.stack(found), firing_of(feature)):
+        return f"{path.with_name(FIRING)} differs from the codes by token"
     return None
 
 

@@ -5,10 +5,11 @@
     offsets.npy         where each document's tokens begin, [n_docs + 1]
     layer<n>/indices.npy, values.npy (and indices_high.npy, overflow.npy)   token-major, `[T, k]`
     layer<n>/features.parquet   layer, feature, doc, position, value, in this order
+    layer<n>/firing.npy   the features that fire, and the row where the hits of each begin, `[2, m]`
     shard.json          counts, sizes, checksums
 
-Everything except `offsets.npy` and the token-major arrays is plain Parquet. `shard_reader.py` reads
-one shard, `store.py` a store of many.
+Everything except the arrays is plain Parquet. Shards of older versions have no `firing.npy`.
+`shard_reader.py` reads one shard, `store.py` a store of many.
 """
 
 from __future__ import annotations
@@ -34,17 +35,20 @@ from qwen_scope_lens.stores.codec import REPAIR, Packed
 from qwen_scope_lens.stores.manifest import RESERVED, Manifest
 
 __all__ = [
+    "FIRING",
     "REPAIR",
     "RESERVED",
     "SHARD_FORMAT",
     "CodedDocument",
     "damage",
+    "firing_of",
     "layer_folder",
     "shard_folder",
     "write_shard",
 ]
 
 NAME = "shard.json"
+FIRING = "firing.npy"
 SHARD_FORMAT = ("qwen-scope-shard", 1)
 
 _ROW_GROUP = 16384  # one feature is read from one or two of them
@@ -208,7 +212,14 @@ def _write_codes(
             "value": "BYTE_STREAM_SPLIT",
         },
     )
+    np.save(place / FIRING, firing_of(feature))
     return len(order)
+
+
+def firing_of(feature: np.ndarray) -> np.ndarray:
+    """The content of `firing.npy` for the column `feature`, in its order. uint32 `[2, m]`"""
+    [starts] = np.nonzero(np.diff(feature, prepend=-1))
+    return np.stack([feature[starts], starts]).astype(np.uint32)
 
 
 def layer_folder(folder: Path, layer: int) -> Path:

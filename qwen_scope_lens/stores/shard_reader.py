@@ -1,14 +1,13 @@
 """One finished shard, read: its tokens, the codes of its rows, the hits of a feature.
 
-`blocks_of` and `document_block` make what the methods of `store.py` return: the tokens of whole
-documents with their codes. `shard_files.py` writes the files.
+`blocks.py` makes of these what the methods of `store.py` return, and `shard_files.py` writes the
+files.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,26 +18,23 @@ import pyarrow.parquet as pq
 
 from qwen_scope_lens.errors import BadFile, StorageUnreachable, StoreDamaged
 from qwen_scope_lens.files import open_regular, read_json
-from qwen_scope_lens.saes.codes import SparseCodes
 from qwen_scope_lens.stores.codec import OVERFLOW, Packed
 from qwen_scope_lens.stores.manifest import Manifest
-from qwen_scope_lens.stores.shard_files import REPAIR, SHARD_FORMAT, layer_folder, shard_folder
+from qwen_scope_lens.stores.shard_files import (
+    FIRING,
+    REPAIR,
+    SHARD_FORMAT,
+    layer_folder,
+    shard_folder,
+)
 
 if TYPE_CHECKING:
     from qwen_scope_lens.stores.remote import RemoteShard
 
 __all__ = [
-    "BLOCK_TOKENS",
-    "Block",
-    "DocumentBlock",
     "Shard",
-    "blocks_of",
-    "document_block",
     "spans_of",
 ]
-
-BLOCK_TOKENS = 16384
-"""The most tokens per block, unless a single document is longer."""
 
 
 class Shard:
@@ -76,7 +72,9 @@ class Shard:
         ):
             raise StoreDamaged(f"{where} holds other documents than the manifest says")
         self._packed: dict[int, Packed] = {}
-        self._groups: dict[int, tuple[pq.FileMetaData, np.ndarray, np.ndarray]] = {}
+        self._firing: dict[int, np.ndarray] = {}
+        self._footers: dict[int, pq.FileMetaData] = {}
+        self._ends: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def path(self, name: str) -> Path:
         """A file of the shard, on this machine."""
@@ -162,6 +160,7 @@ class Shard:
     def forget_maps(self) -> None:
         """Close the files that `packed` opened (once nothing uses them any more)."""
         self._packed.clear()
+        self._firing.clear()
 
     def token_ids(self) -> np.ndarray:
         return self.tokens["token_id"].to_numpy().astype(np.int64)
@@ -259,14 +258,22 @@ class Shard:
             raise StoreDamaged(f"{self._place(name)} cannot be read: {error}. {REPAIR}") from error
 
     def hits(self, layer: int, feature: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """doc, position, value of one feature, from the few row groups that can have it."""
-        if layer not in self._groups:
-            self._groups[layer] = self._open_groups(layer)
-        meta, low, high = self._groups[layer]
-        groups = np.nonzero((low <= feature) & (feature <= high))[0].tolist()
-        if not groups:
+        """doc, position, value of one feature, from the few row groups that have it."""
+        found = self._rows_of(layer, feature)
+        if found is not None and found[0] == found[1]:
             none = np.zeros(0, np.int64)
             return none, none, np.zeros(0, np.float32)
+        if layer not in self._footers:
+            self._footers[layer] = self._footer(_features(layer))
+        meta = self._footers[layer]
+        if found is None:
+            groups = self._groups_with(layer, feature, meta)
+            if not groups:
+                none = np.zeros(0, np.int64)
+                return none, none, np.zeros(0, np.float32)
+        else:
+            size = meta.row_group(0).num_rows
+            groups = list(range(found[0] // size, (found[1] - 1) // size + 1))
         try:
             with self._ranges(_features(layer)) as file:
                 table = pq.ParquetFile(file, metadata=meta).read_row_groups(
@@ -274,24 +281,58 @@ class Shard:
                 )
         except StorageUnreachable:
             raise
-        except (OSError, pa.ArrowException) as error:
+        except (OSError, IndexError, pa.ArrowException) as error:
+            place = self._place(_features(layer))
+            raise StoreDamaged(f"{place} cannot be read: {error}. {REPAIR}") from error
+        here = table["feature"].to_numpy()
+        rows = slice(*np.searchsorted(here, [feature, feature + 1]).tolist())
+        if found is not None and rows.stop - rows.start != found[1] - found[0]:
             raise StoreDamaged(
-                f"{self._place(_features(layer))} cannot be read: {error}. {REPAIR}"
-            ) from error
-        found = table["feature"].to_numpy()
-        rows = slice(*np.searchsorted(found, [feature, feature + 1]).tolist())
+                f"{self._place(_firing(layer))} says that feature {feature} has"
+                f" {found[1] - found[0]} hits, {rows.stop - rows.start} are there. {REPAIR}"
+            )
         doc, position, value = (
             table[name].to_numpy()[rows] for name in ("doc", "position", "value")
         )
         return doc.astype(np.int64), position.astype(np.int64), value
 
-    def _open_groups(self, layer: int) -> tuple[pq.FileMetaData, np.ndarray, np.ndarray]:
-        """The footer, and the least and the greatest feature of every row group."""
-        meta = self._footer(_features(layer))
-        at = meta.schema.names.index("feature")
-        ranges = [meta.row_group(i).column(at).statistics for i in range(meta.num_row_groups)]
-        low = np.array([r.min for r in ranges if r is not None], dtype=np.int64)
-        return meta, low, np.array([r.max for r in ranges if r is not None], dtype=np.int64)
+    def firing(self, layer: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """The features that fire, ascending, and where the hits of each begin in
+        `features.parquet`; None in a shard of an older version. Both are `[m]`."""
+        if _firing(layer) not in self.files:
+            return None
+        if layer not in self._firing:
+            found = self._array(_firing(layer))
+            if found.dtype != np.uint32 or found.ndim != 2 or len(found) != 2:
+                raise StoreDamaged(
+                    f"{self._place(_firing(layer))} has another shape than was written. {REPAIR}"
+                )
+            self._firing[layer] = found
+        feature, start = self._firing[layer]
+        return feature, start
+
+    def _rows_of(self, layer: int, feature: int) -> tuple[int, int] | None:
+        """The rows of `features.parquet` that a feature has; None where only the file can say."""
+        if (found := self.firing(layer)) is None:
+            return None
+        features, starts = found
+        at = int(np.searchsorted(features, feature))
+        if at == len(features) or features[at] != feature:
+            return 0, 0
+        end = starts[at + 1] if at + 1 < len(starts) else self.n_nonzero[layer]
+        return int(starts[at]), max(int(starts[at]), int(end))
+
+    def _groups_with(self, layer: int, feature: int, meta: pq.FileMetaData) -> list[int]:
+        """The row groups whose least and greatest feature let them have a feature."""
+        if layer not in self._ends:
+            at = meta.schema.names.index("feature")
+            ranges = [meta.row_group(i).column(at).statistics for i in range(meta.num_row_groups)]
+            low = np.array([r.min for r in ranges if r is not None], dtype=np.int64)
+            high = np.array([r.max for r in ranges if r is not None], dtype=np.int64)
+            self._ends[layer] = low, high
+        low, high = self._ends[layer]
+        groups: list[int] = np.nonzero((low <= feature) & (feature <= high))[0].tolist()
+        return groups
 
     def _place(self, name: str) -> str:
         """The name of a file in messages."""
@@ -309,91 +350,11 @@ def _features(layer: int) -> str:
     return (layer_folder(Path(), layer) / "features.parquet").as_posix()
 
 
+def _firing(layer: int) -> str:
+    return (layer_folder(Path(), layer) / FIRING).as_posix()
+
+
 def spans_of(tokens: pa.Table) -> np.ndarray:
     """int64 `[n, 2]` of rows of `tokens.parquet`; -1 where there is no text."""
     columns = [tokens[name].fill_null(-1).to_numpy() for name in ("start", "end")]
     return np.stack(columns, axis=1).astype(np.int64)
-
-
-@dataclass(frozen=True)
-class Block:
-    """The tokens of some whole documents in one layer, one row per token."""
-
-    doc: np.ndarray  # int64 [n]
-    position: np.ndarray  # int64 [n]
-    token_ids: np.ndarray  # int64 [n]
-    keep: np.ndarray  # bool [n]: neither a first token nor one of extreme norm
-    codes: SparseCodes  # [n]
-
-    def __len__(self) -> int:
-        return len(self.doc)
-
-
-@dataclass(frozen=True)
-class DocumentBlock(Block):
-    """The tokens of one document."""
-
-    tokens: list[str]
-    spans: np.ndarray  # int64 [n, 2]: characters of the text; -1 where there is no text
-    layers: dict[int, SparseCodes]  # every layer of the store
-
-
-def blocks_of(shard: Shard, layer: int, local: np.ndarray, keep: bool) -> Iterator[Block]:
-    """Blocks of some documents of a shard; `local` has their numbers within the shard."""
-    token_ids, keeps, packed = shard.token_ids(), shard.keep(layer), shard.packed(layer)
-    for group in _groups(local, np.diff(shard.offsets)):
-        rows = _rows(shard.offsets, group)
-        if keep:
-            rows = rows[keeps[rows]]
-        doc = np.searchsorted(shard.offsets, rows, side="right") - 1
-        yield Block(
-            doc=doc + shard.first_doc,
-            position=rows - shard.offsets[doc],
-            token_ids=token_ids[rows],
-            keep=keeps[rows],
-            codes=_take(packed, rows).unpack(),
-        )
-
-
-def document_block(shard: Shard, doc: int, layer: int, layers: tuple[int, ...]) -> DocumentBlock:
-    """One document of a shard; `doc` is its number in the store."""
-    start, end = shard.offsets[doc - shard.first_doc : doc - shard.first_doc + 2].tolist()
-    rows = shard.some_tokens(start, end)
-    codes = {stored: shard.packed(stored).rows(start, end).unpack() for stored in layers}
-    keep = ~rows[f"extreme_{layer}"].to_numpy(zero_copy_only=False)
-    keep[:1] &= shard.has_last_tokens
-    return DocumentBlock(
-        doc=np.full(end - start, doc, dtype=np.int64),
-        position=np.arange(end - start, dtype=np.int64),
-        token_ids=rows["token_id"].to_numpy().astype(np.int64),
-        keep=keep,
-        codes=codes[layer],
-        tokens=rows["token"].to_pylist(),
-        spans=spans_of(rows),
-        layers=codes,
-    )
-
-
-def _groups(docs: np.ndarray, lengths: np.ndarray) -> Iterator[np.ndarray]:
-    """Runs of documents with at most BLOCK_TOKENS tokens together, or of one longer document."""
-    start, tokens = 0, 0
-    for i, doc in enumerate(docs):
-        if i > start and tokens + lengths[doc] > BLOCK_TOKENS:
-            yield docs[start:i]
-            start, tokens = i, 0
-        tokens += int(lengths[doc])
-    yield docs[start:]
-
-
-def _rows(offsets: np.ndarray, docs: np.ndarray) -> np.ndarray:
-    """The rows of some documents, one after the other."""
-    lengths = offsets[docs + 1] - offsets[docs]
-    ends = np.cumsum(lengths)
-    return np.arange(ends[-1]) + np.repeat(offsets[docs] - (ends - lengths), lengths)
-
-
-def _take(packed: Packed, rows: np.ndarray) -> Packed:
-    """A slice (without a copy) where the rows are consecutive, else a gather."""
-    if len(rows) and rows[-1] - rows[0] + 1 == len(rows):
-        return packed.rows(int(rows[0]), int(rows[-1]) + 1)
-    return packed.take(rows)

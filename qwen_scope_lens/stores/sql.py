@@ -43,7 +43,7 @@ def run_query(
     import duckdb
 
     if not store.shards:
-        raise StoreDamaged(f"{store.path} has no finished document yet: let `qsl extract` run")
+        raise StoreDamaged(f"{store.place} has no finished document yet: let `qsl extract` run")
     if any("\ud800" <= letter <= "\udfff" for letter in query):
         raise BadQuery("the query has half of a surrogate pair in it: expected whole characters")
     if most_memory < 2**20:
@@ -140,7 +140,7 @@ def _register(connection: Any, store: FeatureStore, query: str, documents: bool)
     }
     if documents:
         names["documents"] = ["documents.parquet"]
-    if isinstance(store.path, str):  # at a URL: only what the query may need is fetched
+    if store.url is not None:  # at a URL: only what the query may need is fetched
         names = {v: n for v, n in names.items() if re.search(rf"\b{v}\b", query, re.IGNORECASE)}
         for shard in store.shards:
             assert shard.remote is not None
@@ -160,11 +160,13 @@ def _register(connection: Any, store: FeatureStore, query: str, documents: bool)
             )
         except duckdb.Error as error:
             words = " ".join(str(error).split())
-            raise StoreDamaged(f"{store.path}: {view} cannot be read: {words}. {REPAIR}") from error
+            raise StoreDamaged(
+                f"{store.place}: {view} cannot be read: {words}. {REPAIR}"
+            ) from error
     # From here on, nothing outside the store can be read and nothing can be changed.
     where = (
         f"set allowed_paths = [{', '.join(allowed)}]"
-        if isinstance(store.path, str)
+        if store.url is not None
         else f"set allowed_directories = [{_quoted(store.path)}]"
     )
     connection.execute(

@@ -31,17 +31,11 @@ from qwen_scope_lens.errors import (
 )
 from qwen_scope_lens.files import is_url
 from qwen_scope_lens.saes.codes import SparseCodes
+from qwen_scope_lens.stores.blocks import Block, DocumentBlock, blocks_of, document_block
 from qwen_scope_lens.stores.codec import Packed
 from qwen_scope_lens.stores.manifest import Manifest, SAEFacts
 from qwen_scope_lens.stores.shard_files import RESERVED, shard_folder
-from qwen_scope_lens.stores.shard_reader import (
-    Block,
-    DocumentBlock,
-    Shard,
-    blocks_of,
-    document_block,
-    spans_of,
-)
+from qwen_scope_lens.stores.shard_reader import Shard, spans_of
 
 __all__ = ["Block", "DocumentBlock", "FeatureStore", "Hits"]
 
@@ -75,8 +69,11 @@ class Hits:
 class FeatureStore:
     """A store on disk or at a URL, opened by `FeatureStore.open(path)`."""
 
-    def __init__(self, path: Path | str, manifest: Manifest, shards: Sequence[Shard]) -> None:
+    def __init__(
+        self, path: Path, manifest: Manifest, shards: Sequence[Shard], url: str | None = None
+    ) -> None:
         self.path, self.manifest, self._shards = path, manifest, list(shards)
+        self.url = url  # then `path` means nothing on this machine
         self._firsts = np.array([shard.first_doc for shard in shards], dtype=np.int64)
         self._with_tokens = _Recent(RECENT_TOKENS, Shard.forget_tokens)
         self._with_maps = _Recent(RECENT_MAPS, Shard.forget_maps)
@@ -91,7 +88,8 @@ class FeatureStore:
             manifest = open_manifest(url)
             found = Remote.of(url).shards(range(manifest.n_shards))
             first = itertools.takewhile(found.__contains__, itertools.count())
-            return cls(url, manifest, [Shard(Path(url), n, manifest, found[n]) for n in first])
+            shards = [Shard(Path(url), n, manifest, found[n]) for n in first]
+            return cls(Path(url), manifest, shards, url)
         folder = Path(path).expanduser()
         manifest = Manifest.open(folder)
         shards = []
@@ -104,9 +102,14 @@ class FeatureStore:
     def __repr__(self) -> str:
         saes = ", ".join(facts.ref for facts in self.manifest.saes.values())
         size = f"{self.n_docs:,} documents, {self.n_tokens:,} tokens"
-        return f"FeatureStore({self.path}: {size}, {saes})"
+        return f"FeatureStore({self.place}: {size}, {saes})"
 
     # What the store holds.
+
+    @property
+    def place(self) -> Path | str:
+        """The folder or the URL, as messages name it."""
+        return self.url or self.path
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -136,7 +139,7 @@ class FeatureStore:
 
     def sae(self, layer: int) -> SAEFacts:
         """The SAE of a layer; raises for a layer that was not stored."""
-        return self.manifest.sae(layer, self.path)
+        return self.manifest.sae(layer, self.place)
 
     # Documents.
 
@@ -149,17 +152,17 @@ class FeatureStore:
         known = (*RESERVED, *self.label_names)
         for name in columns or ():
             if name not in known:
-                raise UnknownName(f"no column {name!r} in {self.path}: it has {', '.join(known)}")
+                raise UnknownName(f"no column {name!r} in {self.place}: it has {', '.join(known)}")
         tables = [_with_all(shard, self.manifest, columns) for shard in self._shards]
         if not tables:
-            raise StoreDamaged(f"{self.path} has no finished document yet: let `qsl extract` run")
+            raise StoreDamaged(f"{self.place} has no finished document yet: let `qsl extract` run")
         return pa.concat_tables(tables, promote_options="permissive")
 
     def labels(self, name: str) -> np.ndarray:
         """The label of every document, None where a document has none. object `[n_docs]`"""
         if name not in self.manifest.labels:
             have = ", ".join(self.label_names) or "no labels"
-            raise UnknownName(f"no label {name!r} in {self.path}: it has {have}")
+            raise UnknownName(f"no label {name!r} in {self.place}: it has {have}")
         column = self.documents([name])[name].to_pylist()
         labels = np.empty(len(column), dtype=object)
         labels[:] = column
@@ -248,10 +251,33 @@ class FeatureStore:
 
     def _of_shards(self, ask: Callable[[Shard], T]) -> list[T]:
         """The answer of each shard; those of a store at a URL are asked at the same time."""
-        if isinstance(self.path, Path):
-            return [ask(shard) for shard in self._shards]
+        if self.url is None:
+            found = []
+            for shard in self._shards:
+                self._with_maps.use(shard)
+                found.append(ask(shard))
+            return found
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             return list(pool.map(ask, self._shards))
+
+    def hit_counts(self, layer: int) -> np.ndarray:
+        """On how many tokens each feature fires, first and extreme ones counted. int64 `[d_sae]`
+
+        Where every shard has `firing.npy`, no code is read for it.
+        """
+        total = np.zeros(self.sae(layer).d_sae, dtype=np.int64)
+        for shard in self._shards:
+            self._with_maps.use(shard)
+            found = shard.firing(layer)
+            if found is None:
+                packed = shard.packed(layer)
+                index = packed.indices()[packed.numbers() > 0]
+                total += np.bincount(index, minlength=len(total))
+            elif len(found[0]):
+                if int(found[0].max()) >= len(total):
+                    raise StoreDamaged(f"{shard.folder} counts features that the SAE lacks")
+                total[found[0]] += np.diff(found[1].astype(np.int64), append=shard.n_nonzero[layer])
+        return total
 
     def feature(self, feature: str | FeatureRef | tuple[int, int]) -> tuple[int, int]:
         """(layer, number) of a feature; raises for an address of another SAE."""
@@ -268,7 +294,7 @@ class FeatureStore:
         if facts is None or facts.ref != str(ref.sae):
             have = ", ".join(facts.ref for facts in self.manifest.saes.values())
             raise StoreMismatch(
-                f"{ref} is a feature of {ref.sae}, {self.path} was made with {have}"
+                f"{ref} is a feature of {ref.sae}, {self.place} was made with {have}"
             )
         return ref.layer, ref.feature
 
@@ -295,7 +321,7 @@ class FeatureStore:
         if not 0 <= doc < self.n_docs:
             more = "" if self.is_complete else " (the store is not complete yet)"
             raise LayerOutOfRange(
-                f"document {doc} is not in {self.path}: it has 0..{self.n_docs - 1}{more}"
+                f"document {doc} is not in {self.place}: it has 0..{self.n_docs - 1}{more}"
             )
 
     def _place(self, doc: int) -> tuple[Shard, slice]:

@@ -1,0 +1,101 @@
+"""Blocks: the tokens of whole documents with their codes, made of one shard after another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from qwen_scope_lens.saes.codes import SparseCodes
+from qwen_scope_lens.stores.codec import Packed
+from qwen_scope_lens.stores.shard_reader import Shard, spans_of
+
+__all__ = ["BLOCK_TOKENS", "Block", "DocumentBlock", "blocks_of", "document_block"]
+
+BLOCK_TOKENS = 16384
+"""The most tokens per block, unless a single document is longer."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """The tokens of some whole documents in one layer, one row per token."""
+
+    doc: np.ndarray  # int64 [n]
+    position: np.ndarray  # int64 [n]
+    token_ids: np.ndarray  # int64 [n]
+    keep: np.ndarray  # bool [n]: neither a first token nor one of extreme norm
+    codes: SparseCodes  # [n]
+
+    def __len__(self) -> int:
+        return len(self.doc)
+
+
+@dataclass(frozen=True)
+class DocumentBlock(Block):
+    """The tokens of one document."""
+
+    tokens: list[str]
+    spans: np.ndarray  # int64 [n, 2]: characters of the text; -1 where there is no text
+    layers: dict[int, SparseCodes]  # every layer of the store
+
+
+def blocks_of(shard: Shard, layer: int, local: np.ndarray, keep: bool) -> Iterator[Block]:
+    """Blocks of some documents of a shard; `local` has their numbers within the shard."""
+    token_ids, keeps, packed = shard.token_ids(), shard.keep(layer), shard.packed(layer)
+    for group in _groups(local, np.diff(shard.offsets)):
+        rows = _rows(shard.offsets, group)
+        if keep:
+            rows = rows[keeps[rows]]
+        doc = np.searchsorted(shard.offsets, rows, side="right") - 1
+        yield Block(
+            doc=doc + shard.first_doc,
+            position=rows - shard.offsets[doc],
+            token_ids=token_ids[rows],
+            keep=keeps[rows],
+            codes=_take(packed, rows).unpack(),
+        )
+
+
+def document_block(shard: Shard, doc: int, layer: int, layers: tuple[int, ...]) -> DocumentBlock:
+    """One document of a shard; `doc` is its number in the store."""
+    start, end = shard.offsets[doc - shard.first_doc : doc - shard.first_doc + 2].tolist()
+    rows = shard.some_tokens(start, end)
+    codes = {stored: shard.packed(stored).rows(start, end).unpack() for stored in layers}
+    keep = ~rows[f"extreme_{layer}"].to_numpy(zero_copy_only=False)
+    keep[:1] &= shard.has_last_tokens
+    return DocumentBlock(
+        doc=np.full(end - start, doc, dtype=np.int64),
+        position=np.arange(end - start, dtype=np.int64),
+        token_ids=rows["token_id"].to_numpy().astype(np.int64),
+        keep=keep,
+        codes=codes[layer],
+        tokens=rows["token"].to_pylist(),
+        spans=spans_of(rows),
+        layers=codes,
+    )
+
+
+def _groups(docs: np.ndarray, lengths: np.ndarray) -> Iterator[np.ndarray]:
+    """Runs of documents with at most BLOCK_TOKENS tokens together, or of one longer document."""
+    start, tokens = 0, 0
+    for i, doc in enumerate(docs):
+        if i > start and tokens + lengths[doc] > BLOCK_TOKENS:
+            yield docs[start:i]
+            start, tokens = i, 0
+        tokens += int(lengths[doc])
+    yield docs[start:]
+
+
+def _rows(offsets: np.ndarray, docs: np.ndarray) -> np.ndarray:
+    """The rows of some documents, one after the other."""
+    lengths = offsets[docs + 1] - offsets[docs]
+    ends = np.cumsum(lengths)
+    return np.arange(ends[-1]) + np.repeat(offsets[docs] - (ends - lengths), lengths)
+
+
+def _take(packed: Packed, rows: np.ndarray) -> Packed:
+    """A slice (without a copy) where the rows are consecutive, else a gather."""
+    if len(rows) and rows[-1] - rows[0] + 1 == len(rows):
+        return packed.rows(int(rows[0]), int(rows[-1]) + 1)
+    return packed.take(rows)
