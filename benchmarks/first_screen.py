@@ -46,9 +46,8 @@ def main() -> None:
     say = Printed()
     here = Path(__file__).parents[1]
     places = {"here": here} | ({"there": given.against} if given.against else {})
-    say(
-        f"CPU: {cpu_name()}, {os.cpu_count()} of them; {date.today()}; load {os.getloadavg()[0]:.0f}"
-    )
+    load = os.getloadavg()[0]
+    say(f"CPU: {cpu_name()}, {os.cpu_count()} of them; {date.today()}; load {load:.0f}")
     say("; ".join(f"{name}: commit {commit(place)}" for name, place in places.items()))
     path, _ = get_browser()
     with ExitStack() as stack:
