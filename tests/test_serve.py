@@ -48,7 +48,7 @@ def single(served: Served, prompt: Any, plan: str | None, sampling: Sampling) ->
         )
         return found.text
 
-    return lens.engine.call(work).result()
+    return lens.reader.call(work).result()
 
 
 def test_a_chat_is_what_generate_writes(served: Served, client: openai.OpenAI) -> None:
@@ -233,15 +233,15 @@ def test_tool_calls_are_told_as_openai_tells_them(
     text, content, arguments = reply
     content = text if content == "=" else content
     lens = served.lens
-    ids = [*lens.tokenizer(text, add_special_tokens=False)["input_ids"], min(lens.engine._ends)]
+    ids = [*lens.tokenizer(text, add_special_tokens=False)["input_ids"], min(lens.reader._ends)]
 
     def take(rows: Any, logits: torch.Tensor) -> Any:
         logits = torch.full_like(logits, -1.0)
         logits[0, ids[len(rows[0].tokens)]] = 1.0
         return said(rows, logits)
 
-    said = lens.engine._take
-    monkeypatch.setattr(lens.engine, "_take", take)
+    said = lens.reader._take
+    monkeypatch.setattr(lens.reader, "_take", take)
     asked: Any = {"model": "mini-qwen3", "messages": CHAT, "temperature": 0, "tools": TOOLS}
     answer = client.chat.completions.create(**asked, extra_body=NO_THINKING)
     [choice] = answer.choices

@@ -247,7 +247,8 @@ class LlamaCpp(Outside):
         yield reason
 
     async def _streamed(self, talk: Talk, wanted: Wanted) -> AsyncIterator[int | Reason]:
-        seen, held = 0, []  # a special token may be the end, which is not a part of the reply
+        seen = 0
+        held: list[int] = []  # a special token may be the end, which is not a part of the reply
         async for event in talk.events("/completion", _body(wanted)):
             if event.get("stop"):
                 reason = REASONS.get(str(event.get("stop_type")))
