@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
+import time
+from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 import torch
 from serving import GROUP, LABEL, STEERED, Served
+from starlette.testclient import TestClient
 
 from qwen_scope_lens.catalog import bundled_model
 from qwen_scope_lens.features import read
+from qwen_scope_lens.serve.lens import served_name
 from qwen_scope_lens.serve.openapi import description
-from qwen_scope_lens.serve.web import _Web
+from qwen_scope_lens.serve.web import Serving, _Web, make_app
 from qwen_scope_lens.steering import Plan, Sampling, generate
 
 FEATURE = f"{GROUP}/6/423"
@@ -43,7 +48,7 @@ def single(served: Served, prompt: Any, plan: str | None, sampling: Sampling) ->
         )
         return found.text
 
-    return lens.engine.call(work).result()
+    return lens.reader.call(work).result()
 
 
 def test_a_chat_is_what_generate_writes(served: Served, client: openai.OpenAI) -> None:
@@ -228,15 +233,15 @@ def test_tool_calls_are_told_as_openai_tells_them(
     text, content, arguments = reply
     content = text if content == "=" else content
     lens = served.lens
-    ids = [*lens.tokenizer(text, add_special_tokens=False)["input_ids"], min(lens.engine._ends)]
+    ids = [*lens.tokenizer(text, add_special_tokens=False)["input_ids"], min(lens.reader._ends)]
 
     def take(rows: Any, logits: torch.Tensor) -> Any:
         logits = torch.full_like(logits, -1.0)
         logits[0, ids[len(rows[0].tokens)]] = 1.0
         return said(rows, logits)
 
-    said = lens.engine._take
-    monkeypatch.setattr(lens.engine, "_take", take)
+    said = lens.reader._take
+    monkeypatch.setattr(lens.reader, "_take", take)
     asked: Any = {"model": "mini-qwen3", "messages": CHAT, "temperature": 0, "tools": TOOLS}
     answer = client.chat.completions.create(**asked, extra_body=NO_THINKING)
     [choice] = answer.choices
@@ -324,6 +329,73 @@ def test_own_questions(served: Served) -> None:
     assert answer["repetition"][1] > 0.5
 
 
+def test_a_reply_is_read_again_as_its_plan_made_it(served: Served) -> None:
+    """In the layer that was monitored, to the last digits; and in any other."""
+    ask = {"prompt": "The kernel", "max_tokens": 6, "temperature": 0, "plan": STEERED}
+    made = served.post("/v1/completions", **ask, monitor=[FEATURE])
+    [choice], prompt = made["choices"], made["qsl"]["prompt"]
+    ids = [record["id"] for record in prompt] + choice["qsl"]["token_ids"]
+    asked = {"token_ids": ids, "prompt_tokens": len(prompt), "plan": STEERED, "layers": [6, 7]}
+    again = served.post("/api/read", **asked, monitor=[FEATURE], top=2, top_tokens=1)
+    monitored = [one["monitor"][FEATURE] for one in prompt + choice["qsl"]["tokens"]]
+    assert again["monitor"][0]["track"] == pytest.approx(monitored, rel=1e-3)
+    assert max(monitored[len(prompt) :]) > 50 > max(monitored[: len(prompt)])
+    assert [one["fired"] for one in again["plan"]] == [6]
+    assert [len(one["6"]) for one in again["tokens"]] == [1] * len(again["pieces"])
+    assert len(again["features"]["7"]) == 2
+    plain = served.post("/api/read", token_ids=ids, layers=[7])
+    assert plain["plan"] is None
+    assert plain["tokens"] != [{"7": one["7"]} for one in again["tokens"]]
+    for wrong in ({"text": "x", "prompt_tokens": 1}, {"token_ids": [5], "prompt_tokens": 2}):
+        assert served.error("/api/read", **wrong)[0] == 400
+    refs = [FEATURE, f"{GROUP}/4/1"]
+    named = served.post("/api/promoted", features=refs, top=3)["features"]
+    assert [one["feature"] for one in named] == refs
+    assert named[0]["label"] == LABEL
+    own = served.http.get(f"/api/feature/{FEATURE}").json()["promoted"][:3]
+    assert named[0]["promoted"] == [[text, pytest.approx(logit)] for text, logit in own]
+
+
+def test_the_page_begins_with_what_it_would_ask_first(served: Served) -> None:
+    until = time.monotonic() + 30
+    while '"read": ' not in (page := served.http.get("/")).text and time.monotonic() < until:
+        time.sleep(0.05)
+    data = page.text.partition('id="begin">')[2].partition("</script>")[0]
+    begin = json.loads(data)
+    assert begin["info"] == served.http.get("/api/info").json()
+    assert begin["read"]["answer"] == served.post("/api/read", **begin["read"]["asked"])
+    script = served.http.get("/read.js").text  # the same names in the same order
+    asked = re.search(r"const asked = \{ (text.*?) \};", script)
+    assert asked is not None
+    names = re.findall(r"(?:^|, )(\w+)(?=,|: )", asked[1])
+    assert list(begin["read"]["asked"]) == names
+    tag = {"If-None-Match": page.headers["etag"]}
+    assert served.http.get("/", headers=tag).status_code == 304
+    closed = TestClient(make_app(Serving(served.lens, token="x", hosts=None)))
+    assert 'id="begin"' not in closed.get("/").text  # what is served is told to no one without it
+
+
+def test_a_folder_is_served_under_its_name(
+    served: Served, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = tmp_path / "my-model"
+    folder.mkdir()
+    assert served_name(str(folder)) == "my-model"
+    snapshot = tmp_path / "models--Qwen--Qwen3-8B" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    assert served_name(str(snapshot)) == "Qwen/Qwen3-8B"
+    assert served_name("Qwen/Qwen3-8B") == "Qwen/Qwen3-8B"
+    full = str(tmp_path / "a+b" / "mini-qwen3")
+    monkeypatch.setattr(served.lens, "names", ("mini-qwen3", full))
+    assert [one.id for one in client.models.list()] == ["mini-qwen3", "mini-qwen3+chinese"]
+    for name in ("mini-qwen3+chinese", f"{full}+chinese"):
+        answer: Any = client.completions.create(model=name, prompt="The", max_tokens=1)
+        assert answer.qsl["plan_name"] == "chinese"
+    for wrong in (f"{full}+", f"{full}+none", f"{full}x", "mini-qwen3+"):
+        with pytest.raises(openai.NotFoundError):
+            client.completions.create(model=wrong, prompt="The", max_tokens=1)
+
+
 def test_plans_and_labels_are_kept(served: Served) -> None:
     http = served.http
     plan = {"edits": [{"ref": FEATURE, "op": "add", "strength": 2, "unit": "typical"}]}
@@ -346,8 +418,6 @@ def test_plans_and_labels_are_kept(served: Served) -> None:
 
 def test_the_description_has_every_address(served: Served) -> None:
     described = description()["paths"]
-    from qwen_scope_lens.serve.web import Serving
-
     table = _Web(Serving(served.lens)).table()
     routes = {(path.replace(":path", ""), method.lower()) for method, path, _ in table}
     told = {(path, method) for path, methods in described.items() for method in methods}

@@ -6,11 +6,13 @@ QSL_LLAMA_SERVER names a `llama-server`, the same tests run against it, too.
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import inspect
 import json
 import os
 import queue
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +25,7 @@ from llama_double import TROUBLES
 from serving import GROUP, Served
 from starlette.testclient import TestClient
 
+from qwen_scope_lens.cli import engine_options, serve
 from qwen_scope_lens.errors import (
     BadPlan,
     EngineFailed,
@@ -179,6 +182,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"plan": f"{GROUP}/6/423:add:0.1norm@first"}, "bad_plan", "does not have the unit norm"),
     ({"plan": f"{GROUP}/6/423:add:40"}, "bad_plan", "@first"),
     ({"plan": f"{GROUP}/0/4:add:4@first"}, "bad_plan", "no control vector for layer 0"),
+    ({"plan": f"{GROUP}/6/4:add:1e300@first"}, "bad_plan", "too strong for float32"),
     ({"logprobs": 2}, "unsupported", "without --engine"),
     ({"max_tokens": 3000}, "context_length_exceeded", "1024"),
 ]
@@ -423,6 +427,73 @@ def test_requests_over_vllm_run_at_once_each_under_its_own_plan(served: Served) 
     engine.close()
     assert model.ended
     assert model.now == 0
+
+
+# --- the command line ----------------------------------------------------------------------------
+
+WRONG: list[tuple[list[str], str]] = [
+    (["--engine", "vllm"], "expected own, llama.cpp=WHERE or interp-engine"),
+    (["--engine", "own", "--no-reader"], "cannot do with --no-reader"),
+    (["--engine", "llama.cpp"], "is not a program"),
+    (["--engine", "llama.cpp=/nowhere/llama-server"], "is not a program"),
+    (["--engine", "llama.cpp=sh"], "name them with --gguf"),
+    (["--engine", "llama.cpp=sh", "--gguf", "x", "--engine-args", "'"], "No closing quotation"),
+    (["--engine", "llama.cpp=http://"], "names no host"),
+    (["--engine", "llama.cpp=http://x", "--gguf", "x"], "go with --engine llama.cpp=PROGRAM only"),
+    (["--engine", "interp-engine=cuda"], "expected auto, eager, vllm"),
+    (["--engine", "interp-engine", "--engine-args", "-c 1"], "PROGRAM only"),
+    (["--engine", "interp-engine", "--no-reader", "--record", "x"], "leave --no-reader out"),
+    (["--engine", "interp-engine", "--plan", "{ablate}"], "does not have the operation ablate"),
+    (["--engine", "llama.cpp=http://x", "--plan", "{add}"], "takes no plan"),
+]
+
+
+@pytest.mark.parametrize("case", WRONG, ids=lambda case: " ".join(case[0])[-30:])
+def test_a_wrong_choice_of_engine_is_refused_before_anything_is_loaded(
+    case: Any, tmp_path: Path
+) -> None:
+    arguments, said = case
+    places = {}
+    for name, edit in (("ablate", "ablate"), ("add", "add:1@first")):
+        places[name] = tmp_path / f"{name}.json"
+        Plan(f"{GROUP}/6/423:{edit}").save(places[name])
+    parser = argparse.ArgumentParser()
+    serve.add_arguments(parser)
+    given = parser.parse_args([word.format(**places) for word in arguments])
+    with pytest.raises(ScopeError, match=re.escape(said)):
+        engine_options.check_engine(given)
+
+
+def test_a_model_is_known_without_its_weights(served: Served) -> None:
+    tokenizer, ends, context = engine_options.without_model("mini-qwen3")
+    lens = served.lens
+    assert len(tokenizer) == len(lens.tokenizer)
+    assert (ends, context) == (frozenset(end_tokens(lens.model)), lens.engine.context)
+
+
+def test_without_a_reader_nothing_is_read(served: Served) -> None:
+    engine = make_interp(served, Vllm(served.lens.tokenizer))
+    ours = served.lens
+    lens = Lens(None, ours.tokenizer, ours.group, [4], engine=engine, name="mini-qwen3")
+    http = TestClient(make_app(Serving(lens)), base_url="http://localhost")
+    ask = {"prompt": "The", "max_tokens": 3, "temperature": 0, "plan": str(STEERED)}
+    assert http.post("/v1/completions", json=ask).json()["choices"][0]["qsl"]["token_ids"]
+    assert http.get("/api/info").json()["reads"] is False
+    assert http.get("/api/search", params={"q": "423"}).json()["features"][0]["score"] is None
+    assert '"read": ' not in http.get("/").text
+    for path, body in (
+        ("/v1/completions", {**ask, "monitor": [f"{GROUP}/6/423"]}),
+        ("/v1/completions", {**ask, "explain": True}),
+        ("/api/read", {"text": "x"}),
+        ("/api/compare", {"a": "x", "b": "y"}),
+        ("/api/coherence", {"prompt": "x", "plain": [5], "steered": [6]}),
+        ("/api/promoted", {"features": [f"{GROUP}/6/423"]}),
+        ("/v1/completions", {**ask, "plan": f"{GROUP}/6/423:add:2typical"}),
+    ):
+        answer = http.post(path, json=body)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, "unsupported"), path
+        assert "--no-reader" in answer.json()["error"]["message"]
+    engine.close()
 
 
 # --- the table -----------------------------------------------------------------------------------

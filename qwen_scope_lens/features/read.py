@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qwen_scope_lens.address import FeatureRef, LayerRef, saes_named
 from qwen_scope_lens.catalog import MINI_GROUPS, name_of_model
@@ -22,6 +22,7 @@ from qwen_scope_lens.features.reading import Labels, Reading
 from qwen_scope_lens.features.token_effects import token_effects
 from qwen_scope_lens.models.architecture import Model, describe, places_of
 from qwen_scope_lens.models.backbone import check_backbone
+from qwen_scope_lens.models.checkpoint import Tokenizer
 from qwen_scope_lens.models.load import load_model
 from qwen_scope_lens.models.residuals import capture
 from qwen_scope_lens.models.token_text import Vocabulary
@@ -31,7 +32,7 @@ from qwen_scope_lens.saes.load import load_sae
 from qwen_scope_lens.saes.sae import ScopeSAE
 from qwen_scope_lens.stores.facts import check_config, check_model
 
-__all__ = ["read", "read_all", "read_layers"]
+__all__ = ["as_reading", "read", "read_all", "read_layers"]
 
 DEFAULT = MINI_GROUPS[0].short
 TOP, PROMOTED = 5, 5
@@ -167,28 +168,61 @@ def read_layers(
     if not layers:
         raise BadText("no layer is chosen: choose one or more")
     found = capture(model, [text], sorted(layers), **options)
+    return as_reading(
+        found.token_ids.tolist(),
+        {layer: found.residuals[layer] for layer in sorted(layers)},
+        {layer: found.extreme[layer] for layer in sorted(layers)},
+        sae_of,
+        text=found.texts[0],
+        model=name_of_model(describe(model)),
+        group=group,
+        vocabulary=vocabulary,
+        tokenizer=find_tokenizer(model, options.get("tokenizer")),
+        labels=labels,
+        all_tokens=all_tokens,
+        truncated=found.truncated[0],
+        on_layer=on_layer,
+    )
+
+
+def as_reading(
+    token_ids: Sequence[int],
+    residuals: Mapping[int, Tensor],
+    extreme: Mapping[int, Tensor],
+    sae_of: Callable[[int], ScopeSAE],
+    *,
+    model: str,
+    group: str,
+    vocabulary: Vocabulary,
+    tokenizer: Tokenizer,
+    text: str | None = None,
+    labels: Labels | None = None,
+    all_tokens: bool = False,
+    truncated: bool = False,
+    on_layer: Callable[[int, int], None] | None = None,
+) -> Reading:
+    """The reading of tokens whose residuals are there: `[n_tokens, d_model]` per layer, and bool
+    `[n_tokens]` for those of extreme norm."""
     codes = {}
-    for done, layer in enumerate(sorted(layers), start=1):
+    for done, (layer, x) in enumerate(residuals.items(), start=1):
         sae = sae_of(layer)
-        x = found.residuals[layer].to(sae.W_dec.device)
-        codes[layer] = sae.encode_sparse(x).detach().to("cpu", torch.float32)
+        codes[layer] = sae.encode_sparse(x.to(sae.W_dec.device)).detach().to("cpu", torch.float32)
         if on_layer is not None:
-            on_layer(done, len(layers))
-    ids = tuple(found.token_ids.tolist())
+            on_layer(done, len(residuals))
+    ids = tuple(token_ids)
     pieces = tuple(vocabulary.pieces(ids))
-    tokenizer = find_tokenizer(model, options.get("tokenizer"))
     added = tokenizer.added_tokens_decoder.items()
     special = {*tokenizer.all_special_ids, *(int(n) for n, token in added if token.special)}
     return Reading(
-        text=found.texts[0] or "".join(piece.text for piece in pieces),
-        model=name_of_model(describe(model)),
+        text=text or "".join(piece.text for piece in pieces),
+        model=model,
         group=group,
         token_ids=ids,
         pieces=pieces,
         codes=codes,
-        extreme={layer: tuple(found.extreme[layer].tolist()) for layer in codes},
+        extreme={layer: tuple(extreme[layer].tolist()) for layer in codes},
         special=tuple(token in special for token in ids),
-        truncated=found.truncated[0],
+        truncated=truncated,
         all_tokens=all_tokens,
         labels=labels,
     )

@@ -12,10 +12,25 @@ from qwen_scope_lens.serve.rows import Row
 from qwen_scope_lens.serve.sampling import Logprob
 from qwen_scope_lens.serve.text import Characters
 from qwen_scope_lens.serve.tool_calls import ToolCalls
+from qwen_scope_lens.steering.report import Report
 
-__all__ = ["Answers"]
+__all__ = ["Answers", "told"]
 
 Json = dict[str, Any]
+
+
+def told(report: Report) -> list[Json]:
+    """What each edit of a plan did."""
+    return [
+        {
+            "edit": str(one.edit),
+            "selected": one.selected,
+            "fired": one.fired,
+            "moved": one.moved,
+            "share": one.share,
+        }
+        for one in report.edits
+    ]
 
 
 def without_index(call: Json) -> Json:
@@ -113,23 +128,11 @@ class Answers:
     def ending(self, row: Row, tokens: list[Json]) -> Json:
         """The `qsl` object of a finished choice."""
         report = row.report
-        edits = None
-        if report is not None:
-            edits = [
-                {
-                    "edit": str(one.edit),
-                    "selected": one.selected,
-                    "fired": one.fired,
-                    "moved": one.moved,
-                    "share": one.share,
-                }
-                for one in report.edits
-            ]
         return {
             "token_ids": list(row.tokens),
             "seed": row.wanted.seed,
             "tokens": tokens if self._asked.watching.layers else None,
-            "plan": edits,
+            "plan": None if report is None else told(report),
             "fired": None if report is None else report.fired,
         }
 

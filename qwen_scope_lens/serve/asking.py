@@ -83,7 +83,8 @@ def completion(content: Any, lens: Lens, plans: Plans, chat: bool) -> Asked:
     options = Fields(fields.take("stream_options", dict, {}))
     include_usage = options.take("include_usage", flag, False)
     options.done()
-    echo, tools, top_logprobs = False, (), None
+    tools: tuple[Mapping[str, Any], ...] = ()
+    echo, top_logprobs = False, None
     if chat:
         prompt, tools = _chat(fields, lens)
         prompts: list[Any] = [prompt]

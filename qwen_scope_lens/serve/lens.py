@@ -21,13 +21,14 @@ from torch import Tensor
 from qwen_scope_lens.address import FeatureRef, LayerRef
 from qwen_scope_lens.catalog import Group, name_of_model
 from qwen_scope_lens.errors import TooLittleData
-from qwen_scope_lens.features.read import read_layers
+from qwen_scope_lens.features.read import as_reading, read_layers
 from qwen_scope_lens.features.reading import Reading
 from qwen_scope_lens.features.token_effects import TokenEffects, token_effects
 from qwen_scope_lens.labels.lookup import Hit, Shelf, look_up
 from qwen_scope_lens.labels.packs import Label, LabelPack
 from qwen_scope_lens.models.architecture import describe
-from qwen_scope_lens.models.tokenize import Content
+from qwen_scope_lens.models.residuals import EXTREME_NORM_RATIO, extreme_tokens
+from qwen_scope_lens.models.tokenize import Content, encode
 from qwen_scope_lens.models.unembedding import Unembedding, read_unembedding
 from qwen_scope_lens.models.verify import sample_texts
 from qwen_scope_lens.saes.codes import SparseCodes
@@ -39,6 +40,7 @@ from qwen_scope_lens.serve.faults import Fault
 from qwen_scope_lens.serve.rows import Row, Step, Wanted
 from qwen_scope_lens.steering.calibrate import calibrate
 from qwen_scope_lens.steering.plan import Plan
+from qwen_scope_lens.steering.report import Report
 
 __all__ = ["Lens", "Options"]
 
@@ -193,6 +195,35 @@ class Lens:
             )
 
         return self.reader.call(work).result()
+
+    def read_under(
+        self,
+        content: Content,
+        written: int,
+        plan: Plan,
+        layers: Sequence[int],
+        all_tokens: bool,
+    ) -> tuple[Reading, Report | None]:
+        """What fires on a text, of which the last `written` tokens are a reply, under a plan."""
+        [found] = encode([content], self.tokenizer, limit=self.reader.context, truncate=False)
+        row = self.under_plan(found.ids, min(written, len(found.ids)), plan, layers)
+        residuals = {layer: torch.cat(list(row.residuals[layer])) for layer in layers}
+        norms = {layer: x.float().norm(dim=-1) for layer, x in residuals.items()}
+        count = [len(found.ids)]
+        reading = as_reading(
+            found.ids,
+            residuals,
+            {layer: extreme_tokens(x, count, EXTREME_NORM_RATIO) for layer, x in norms.items()},
+            self.sae,
+            text=content if isinstance(content, str) else None,
+            model=self.name,
+            group=self.group.short,
+            vocabulary=self.vocabulary,
+            tokenizer=self.tokenizer,
+            labels=self.labels,
+            all_tokens=all_tokens,
+        )
+        return reading, row.report
 
     def read_again(self, row: Row) -> None:
         """Give a reply that another engine has written the residuals that it wants.

@@ -55,7 +55,13 @@ SAMPLING: Json = {
         FLAG, {"type": "object", "properties": {"top": WHOLE, "layers": _list(WHOLE)}}
     ),
 }
-TEXTS: Json = {"layers": _list(WHOLE), "top": WHOLE, "monitor": _list(ADDRESS), "all_tokens": FLAG}
+TEXTS: Json = {
+    "layers": _list(WHOLE),
+    "top": WHOLE,
+    "top_tokens": WHOLE,
+    "monitor": _list(ADDRESS),
+    "all_tokens": FLAG,
+}
 
 BODIES: dict[str, Json] = {
     "POST /v1/completions": {
@@ -81,8 +87,11 @@ BODIES: dict[str, Json] = {
         "messages": _list(OBJECT),
         "token_ids": IDS,
         "enable_thinking": FLAG,
+        "plan": PLAN,
+        "prompt_tokens": WHOLE,
     },
     "POST /api/compare": {**TEXTS, "a": TEXT, "b": TEXT, "leave_out": _list(TEXT)},
+    "POST /api/promoted": {"features": {**_list(ADDRESS), "maxItems": 64}, "top": WHOLE},
     "POST /api/coherence": {
         "prompt": TEXT,
         "messages": _list(OBJECT),
@@ -98,6 +107,7 @@ NEEDED = {
     "POST /v1/completions": ["prompt"],
     "POST /v1/chat/completions": ["messages"],
     "POST /api/compare": ["a", "b"],
+    "POST /api/promoted": ["features"],
     "POST /api/coherence": ["plain", "steered"],
     "PUT /api/plans/{name}": ["edits"],
     "POST /api/plans/check": ["plan"],
@@ -109,8 +119,9 @@ SUMMARIES = {
     "POST /v1/completions": "Continue a text, under a plan",
     "POST /v1/chat/completions": "Answer in a chat, under a plan",
     "GET /api/info": "What is served",
-    "POST /api/read": "Which features fire on a text",
+    "POST /api/read": "Which features fire on a text, also under a plan",
     "POST /api/compare": "Which features tell two texts apart",
+    "POST /api/promoted": "The labels and promoted tokens of some features",
     "GET /api/feature/{address}": "What is known of a feature",
     "GET /api/search": "Features by address, label or token",
     "GET /api/plans": "The named plans",

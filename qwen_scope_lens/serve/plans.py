@@ -59,8 +59,11 @@ class Plans(Mapping[str, Plan]):
             )
         return self[name]
 
-    def of(self, value: Any, lens: Any) -> tuple[Plan, str | None]:
-        """From a request: a plan as JSON, edits as text, or a name. Ready to run."""
+    def of(self, value: Any, lens: Any, own: bool = False) -> tuple[Plan, str | None]:
+        """From a request: a plan as JSON, edits as text, or a name. Ready to run.
+
+        `own`: on the model in memory, whichever engine writes the replies.
+        """
         name = None
         if isinstance(value, str) and ":" not in value:
             plan, name = self.named(value), value
@@ -79,15 +82,15 @@ class Plans(Mapping[str, Plan]):
                     f" {MOST_EDITS} edits as text, or a plan's name"
                 )
             plan = Plan(edits)
-        return self.ready(plan, lens), name
+        return self.ready(plan, lens, own), name
 
-    def ready(self, plan: Plan, lens: Any) -> Plan:
+    def ready(self, plan: Plan, lens: Any, own: bool = False) -> Plan:
         """Checked against the served model, and with typical activations."""
         for edit in plan.edits:
             for ref in edit.involved:
                 lens.ref(ref)
         plan = lens.calibrated(plan)
-        lens.engine.check(plan)
+        (lens.reader if own else lens.engine).check(plan)
         return plan
 
     def put(self, name: str, plan: Plan) -> None:

@@ -12,6 +12,7 @@ from qwen_scope_lens.address import FeatureRef
 from qwen_scope_lens.errors import TooLittleData
 from qwen_scope_lens.features.feature_facts import feature_facts
 from qwen_scope_lens.features.reading import Firing, Reading
+from qwen_scope_lens.serve.answers import told
 from qwen_scope_lens.serve.asking import MOST, chat_text, messages_of
 from qwen_scope_lens.serve.faults import Fault
 from qwen_scope_lens.serve.fields import Fields, flag, listed, text, whole
@@ -26,13 +27,15 @@ from qwen_scope_lens.steering.text_quality import perplexity, repetition, surpri
 from qwen_scope_lens.steering.where import PHASES, THINKS, TOKEN_CLASSES
 from qwen_scope_lens.version import __version__
 
-__all__ = ["coherence", "compare", "feature", "info", "read", "search"]
-
-EXAMPLE = "The kernel reads a file. 内核读取文件。"
-PROMOTED, NEIGHBOURS = 10, 8
-LEAVE_OUT = ("first", "shared_tokens", "shared_prefix")
+__all__ = ["coherence", "compare", "feature", "first", "info", "promoted", "read", "search"]
 
 Json = dict[str, Any]
+
+EXAMPLE = "The kernel reads a file. 内核读取文件。"
+FIRST: Json = {"text": EXAMPLE, "top": 6, "top_tokens": 50, "monitor": []}
+"""What the page asks first, as `read.js` in the folder page/ asks it."""
+PROMOTED, NEIGHBOURS = 10, 8
+LEAVE_OUT = ("first", "shared_tokens", "shared_prefix")
 
 
 def info(
@@ -95,7 +98,8 @@ class How:
     """How a text is read."""
 
     layers: list[int]
-    top: int
+    top: int  # features of the text, per layer
+    top_tokens: int  # and of every token
     monitor: list[FeatureRef]
     all_tokens: bool
 
@@ -105,11 +109,16 @@ def _how(fields: Fields, lens: Lens) -> How:
     layers = fields.take("layers", listed(lens.layer, MOST["layers"], 1), list(lens.layers))
     layers = sorted({*layers, *(ref.layer for ref in monitor)})
     top = fields.take("top", whole(1, MOST["top"]), 10)
-    return How(layers, top, monitor, fields.take("all_tokens", flag, True))
+    top_tokens = fields.take("top_tokens", whole(1, MOST["top"]), top)
+    return How(layers, top, top_tokens, monitor, fields.take("all_tokens", flag, False))
 
 
-def read(content: Any, lens: Lens) -> Json:
+def read(content: Any, lens: Lens, plans: Plans) -> Json:
+    """Which features fire on a text, as it is or as a plan makes it."""
+    _ = lens.reader  # refused where there is no model
     fields = Fields(content)
+    plan, _ = fields.take("plan", lambda value: plans.of(value, lens, own=True), (None, None))
+    prompt = fields.take("prompt_tokens", whole(1, lens.reader.context), None)
     given: Any = fields.take("text", text, None)
     messages = fields.take("messages", list, None)
     ids = fields.take("token_ids", list, None)
@@ -122,12 +131,20 @@ def read(content: Any, lens: Lens) -> Json:
         given = chat_text(messages_of(messages), lens, thinking)
     if ids is not None:
         known = len(lens.vocabulary)
-        given = listed(whole(0, known - 1), lens.engine.context, 1)(ids)
-    return _read(given, how, lens)
+        given = listed(whole(0, known - 1), lens.reader.context, 1)(ids)
+    if prompt is not None and (ids is None or prompt > len(given)):
+        raise Fault("`prompt_tokens` goes with `token_ids`, and is at most as many", "bad_value")
+    if plan is None:
+        return _shown(lens.read(given, how.layers, all_tokens=how.all_tokens), how, lens)
+    written = 0 if prompt is None else len(given) - prompt
+    reading, report = lens.read_under(given, written, plan, how.layers, how.all_tokens)
+    return {**_shown(reading, how, lens), "plan": None if report is None else told(report)}
 
 
-def _read(given: Any, how: How, lens: Lens) -> Json:
-    return _shown(lens.read(given, how.layers, all_tokens=how.all_tokens), how, lens)
+def first(lens: Lens) -> Json:
+    """The first question of the page, and its answer."""
+    asked = {"text": FIRST["text"], "layers": [lens.layers[0]], **FIRST}
+    return {"asked": asked, "answer": read(asked, lens, Plans())}
 
 
 def _shown(reading: Reading, how: How, lens: Lens) -> Json:
@@ -150,14 +167,15 @@ def _shown(reading: Reading, how: How, lens: Lens) -> Json:
         tokens.append(
             {
                 str(layer): [
-                    [str(one.ref), one.value] for one in reading.strongest(layer, at, how.top)
+                    [str(one.ref), one.value]
+                    for one in reading.strongest(layer, at, how.top_tokens)
                 ]
                 for layer in reading.layers
             }
         )
     return {
         "text": reading.text,
-        "model": reading.model,
+        "model": lens.name,
         "group": reading.group,
         "layers": list(reading.layers),
         "truncated": reading.truncated,
@@ -169,6 +187,7 @@ def _shown(reading: Reading, how: How, lens: Lens) -> Json:
         },
         "tokens": tokens,
         "monitor": [_monitored(ref, reading, lens) for ref in how.monitor],
+        "plan": None,
     }
 
 
@@ -225,7 +244,7 @@ def compare(content: Any, lens: Lens) -> Json:
     found = [row for layer in a.layers for row in _differences(lens, layer, (a, b), keeps, how.top)]
     found.sort(key=lambda row: (-row["score"], row["feature"]))
     refs = [FeatureRef.parse(row["feature"]) for row in found]
-    both = How(how.layers, how.top, refs, True)
+    both = How(how.layers, how.top, how.top_tokens, refs, how.all_tokens)
     return {"a": _shown(a, both, lens), "b": _shown(b, both, lens), "features": found}
 
 
@@ -293,6 +312,26 @@ def feature(address: str, lens: Lens, site: Site | None, typical: bool) -> Json:
         "typical": known,
         "site": None if site is None or not site.has(ref) else f"{site.address}#{ref}",
         "page": None if site is None else site.page(ref),
+    }
+
+
+def promoted(content: Any, lens: Lens) -> Json:
+    """The labels of some features, and the tokens that they promote."""
+    fields = Fields(content)
+    refs = fields.need("features", listed(lens.ref, MOST["monitor"], 1))
+    top = fields.take("top", whole(1, MOST["top"]), PROMOTED)
+    fields.done()
+    effects, word = lens.effects(refs, top), lens.vocabulary.text
+    rows = zip(refs, effects.promoted.tolist(), effects.promoted_by.tolist(), strict=True)
+    return {
+        "features": [
+            {
+                "feature": str(ref),
+                "label": lens.labels.text(ref),
+                "promoted": [[word(token), logit] for token, logit in zip(ids, by, strict=True)],
+            }
+            for ref, ids, by in rows
+        ]
     }
 
 

@@ -39,9 +39,10 @@ def serve(serving: Serving, listening: socket.socket, open_at: str | None = None
     """Serve until Ctrl-C; then what was recorded is written. `open_at` is opened in a browser."""
     server = make_server(make_app(serving))
     with ExitStack() as stack:
-        if serving.recorder is not None:
-            stack.callback(serving.recorder.close)
         stack.callback(serving.lens.close)
+        if serving.recorder is not None:  # it may still have to read what another engine wrote
+            stack.callback(serving.recorder.close)
+        stack.callback(serving.lens.engine.close)
         stack.enter_context(listening)
         if open_at is not None:
             opener = threading.Timer(0.5, webbrowser.open, (open_at,))

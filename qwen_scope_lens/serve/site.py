@@ -6,8 +6,10 @@ writes never becomes a path.
 
 from __future__ import annotations
 
+import hashlib
 from collections import OrderedDict
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from qwen_scope_lens.address import FeatureRef
 from qwen_scope_lens.files import open_regular
 from qwen_scope_lens.site.data_files import collect, require_site
 
-__all__ = ["TYPES", "Site", "content_of", "listed_files", "static_files"]
+__all__ = ["TYPES", "Site", "content_of", "kept", "listed_files", "static_files", "tag_of"]
 
 TYPES = {
     ".html": "text/html; charset=utf-8",
@@ -41,6 +43,24 @@ def static_files() -> dict[str, Path]:
     if "/index.html" in found:
         found["/"] = found["/index.html"]
     return found
+
+
+@dataclass(frozen=True)
+class Content:
+    """A file in memory."""
+
+    kind: str
+    body: bytes
+    tag: str  # of this body, for browsers that have it already
+
+
+def kept(path: Path) -> Content:
+    body = content_of(path)
+    return Content(TYPES[path.suffix], body, tag_of(body))
+
+
+def tag_of(body: bytes) -> str:
+    return f'"{hashlib.sha256(body).hexdigest()[:32]}"'
 
 
 def listed_files(folder: Path) -> dict[str, Path]:

@@ -17,8 +17,8 @@ __all__ = ["ToolCalls"]
 Json = dict[str, Any]
 
 OPEN, CLOSE, THINK, THOUGHT = "<tool_call>", "</tool_call>", "<think>", "</think>"
-FUNCTION = re.compile(r"\s*<function=([^>\s]+)>(.*?)</function>\s*", re.DOTALL)
-PARAMETER = re.compile(r"\s*<parameter=([^>\s]+)>(.*?)</parameter>", re.DOTALL)
+FUNCTION, PARAMETER = (re.compile(rf"\s*<{what}=([^>\s]+)>") for what in ("function", "parameter"))
+FUNCTION_END, PARAMETER_END = "</function>", "</parameter>"
 
 
 class ToolCalls:
@@ -28,6 +28,7 @@ class ToolCalls:
         self._tools, self._identity, self._thinking = tools, identity, thinking
         self._held = self._gap = ""  # text that is not decided, and white space before a call
         self._calling = False
+        self._looked = 0  # characters of what is held in which no mark begins
         self.found = 0
 
     def add(self, more: str) -> list[str | Json]:
@@ -48,9 +49,12 @@ class ToolCalls:
     def _step(self, parts: list[str | Json]) -> bool:
         """Go on to the next mark. Whether there was one."""
         marks = [CLOSE] if self._calling else [THOUGHT] if self._thinking else [OPEN, THINK]
-        places = [(at, mark) for mark in marks if (at := self._held.find(mark)) >= 0]
+        begin, self._looked = self._looked, 0
+        places = [(at, mark) for mark in marks if (at := self._held.find(mark, begin)) >= 0]
         if not places:
-            if not self._calling:
+            if self._calling:
+                self._looked = max(0, len(self._held) - len(CLOSE) + 1)
+            else:
                 certain = len(self._held) - _begun(self._held, marks)
                 self._say(parts, self._held[:certain])
                 self._held = self._held[certain:]
@@ -104,12 +108,20 @@ def _as_json(text: str) -> tuple[str, Json] | None:
 
 
 def _as_functions(text: str, tools: Sequence[Mapping[str, Any]]) -> tuple[str, Json] | None:
-    found = FUNCTION.fullmatch(text)
-    if found is None or PARAMETER.sub("", found[2]).strip():
+    begun, text = FUNCTION.match(text), text.rstrip()
+    if begun is None or not text.endswith(FUNCTION_END):
         return None
-    kinds = _kinds(found[1], tools)
-    pairs = PARAMETER.findall(found[2])
-    return found[1], {key: _value(_inside(value), kinds.get(key)) for key, value in pairs}
+    kinds, at = _kinds(begun[1], tools), begun.end()
+    last = len(text) - len(FUNCTION_END)
+    arguments: Json = {}
+    while (parameter := PARAMETER.match(text, at, last)) is not None:
+        end = text.find(PARAMETER_END, parameter.end(), last)
+        if end < 0:
+            return None
+        key, value = parameter[1], _inside(text[parameter.end() : end])
+        arguments[key] = _value(value, kinds.get(key))
+        at = end + len(PARAMETER_END)
+    return None if text[at:last].strip() else (begun[1], arguments)
 
 
 def _kinds(name: str, tools: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +26,16 @@ from qwen_scope_lens.serve.metrics import Metrics
 from qwen_scope_lens.serve.openapi import description
 from qwen_scope_lens.serve.plans import Plans
 from qwen_scope_lens.serve.recorder import Recorder
-from qwen_scope_lens.serve.site import TYPES, Site, content_of, static_files
+from qwen_scope_lens.serve.site import TYPES, Site, content_of, kept, static_files, tag_of
 from qwen_scope_lens.steering.plan import Plan
 
 __all__ = ["Serving", "make_app"]
 
 Handler = Callable[[Any], Awaitable[Any]]
+log = logging.getLogger(__name__)
+
+BEGIN = b"<!-- begin -->"
+"""Where the page takes what it begins with."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +75,8 @@ class _Web:
         self._metrics = Metrics(serving.lens, serving.recorder)
         self._created = int(time.time())
         self._stopping = False
-        self._files = static_files()
+        self._files = {name: kept(path) for name, path in static_files().items()}
+        self._first: tuple[Any, dict[str, Any]] | None = None  # labels, and the first question
 
     @property
     def _site(self) -> Site | None:
@@ -85,6 +92,7 @@ class _Web:
             ("GET", "/api/info", self.info),
             ("POST", "/api/read", self.read),
             ("POST", "/api/compare", self.compare),
+            ("POST", "/api/promoted", self.promoted),
             ("GET", "/api/feature/{address:path}", self.feature),
             ("GET", "/api/search", self.search),
             ("GET", "/api/plans", self.list_plans),
@@ -121,8 +129,19 @@ class _Web:
 
     @asynccontextmanager
     async def lifespan(self, app: Any) -> AsyncIterator[None]:
+        beginning = asyncio.ensure_future(asyncio.to_thread(self._begin))
         yield
         self._stopping = True
+        beginning.cancel()
+
+    def _begin(self) -> None:
+        """Read the page's example before somebody asks."""
+        labels = self._lens.labels
+        try:
+            if self._lens.reads:
+                self._first = labels, questions.first(self._lens)
+        except Exception:
+            log.exception("the example of the page was not read")
 
     async def not_found(self, request: Any, error: Any) -> Any:
         return self._json(Fault("there is no such page", "not_found", None, 404).content, 404)
@@ -187,17 +206,23 @@ class _Web:
 
     # Our own.
 
-    async def info(self, request: Any) -> Any:
+    def _info(self) -> dict[str, Any]:
         serving = self._serving
         record = None if serving.recorder is None else str(serving.recorder.store)
         saved = serving.save_labels is not None
-        return self._json(questions.info(self._lens, self._plans, self._site, record, saved))
+        return questions.info(self._lens, self._plans, self._site, record, saved)
+
+    async def info(self, request: Any) -> Any:
+        return self._json(self._info())
 
     async def read(self, request: Any) -> Any:
-        return await self._asked(questions.read, request)
+        return await self._asked(partial(questions.read, plans=self._plans), request)
 
     async def compare(self, request: Any) -> Any:
         return await self._asked(questions.compare, request)
+
+    async def promoted(self, request: Any) -> Any:
+        return await self._asked(questions.promoted, request)
 
     async def coherence(self, request: Any) -> Any:
         return await self._asked(questions.coherence, request)
@@ -306,13 +331,31 @@ class _Web:
         return self._json(description())
 
     async def file(self, request: Any) -> Any:
-        path = self._files.get(request.url.path)
-        if path is None and self._site is not None:
-            path = self._site.files.get(request.url.path)
-        if path is None:
-            raise Fault("there is no such page", "not_found", None, 404)
-        content = await asyncio.to_thread(content_of, path)
-        return self._responses.Response(content, media_type=TYPES[path.suffix])
+        name = request.url.path
+        found = self._files.get(name)
+        if found is None:
+            path = None if self._site is None else self._site.files.get(name)
+            if path is None:
+                raise Fault("there is no such page", "not_found", None, 404)
+            content = await asyncio.to_thread(content_of, path)
+            return self._responses.Response(content, media_type=TYPES[path.suffix])
+        body, tag = found.body, found.tag
+        if name in ("/", "/index.html") and self._serving.token is None:
+            body = body.replace(BEGIN, self._beginning())
+            tag = tag_of(body)
+        headers = {"ETag": tag}
+        if request.headers.get("if-none-match") == tag:
+            return self._responses.Response(status_code=304, headers=headers)
+        return self._responses.Response(body, headers=headers, media_type=found.kind)
+
+    def _beginning(self) -> bytes:
+        """What the page would ask first, as data inside it. With a token it has to ask."""
+        begin: dict[str, Any] = {"info": self._info()}
+        if self._first is not None and self._first[0] is self._lens.labels:
+            begin["read"] = self._first[1]
+        text = json.dumps(begin, ensure_ascii=False).replace("<", "\\u003c")
+        block = f'<script type="application/json" id="begin">{text}</script>'
+        return block.encode("utf-8", "replace")
 
 
 def _parsed(body: bytes) -> Any:

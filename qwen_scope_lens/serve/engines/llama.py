@@ -34,6 +34,8 @@ __all__ = ["LlamaCpp", "Talk", "check_server"]
 
 MOST_LINE, MOST_ANSWER = 1 << 20, 1 << 26
 """Bytes of one event and of one answer. A program that says more is not llama-server."""
+PATIENCE = 30
+"""Seconds for questions that are answered at once."""
 SEEDS = 2**32 - 1  # the largest one means a random seed
 PROBE = "The kernel reads 12 files.\n\n\tdef main(): 内核读取文件。 Él está aquí, naïve — 😀"
 """Both tokenizers have to make the same tokens of it."""
@@ -44,7 +46,9 @@ class Talk:
     """HTTP with one program. What it answers is checked, whatever it is."""
 
     def __init__(self, address: Address) -> None:
-        headers = {} if address.key is None else {"Authorization": f"Bearer {address.key}"}
+        headers = {"Accept-Encoding": "identity"}
+        if address.key is not None:
+            headers["Authorization"] = f"Bearer {address.key}"
         timeout = httpx2.Timeout(None, connect=10.0)
         self._client = httpx2.AsyncClient(
             base_url=address.url, headers=headers, timeout=timeout, follow_redirects=False
@@ -152,7 +156,12 @@ class LlamaCpp(Outside):
             raise
 
     async def _look(self, tokenizer: Tokenizer, d_model: int) -> int:
-        return await check_server(await self._talk(None), tokenizer, d_model)
+        talk = await self._talk(None)
+        try:
+            async with asyncio.timeout(PATIENCE):
+                return await check_server(talk, tokenizer, d_model)
+        except TimeoutError:
+            raise EngineFailed(f"llama-server did not answer within {PATIENCE} s") from None
 
     def check_places(self, plan: Plan) -> None:
         if isinstance(self._source, Address):
@@ -186,10 +195,12 @@ class LlamaCpp(Outside):
                         " later, or start `qsl serve` with more --engine-processes"
                     )
                 found = await asyncio.to_thread(self._source.start, plan, self._vector)
-                await self._ready(found)
                 for url in set(self._talks) - self._source.urls:
                     await self._talks.pop(url).close()
-            return self._talks.setdefault(found.address.url, Talk(found.address))
+            if found.address.url not in self._talks:  # whoever began to wait for it may have gone
+                await self._ready(found)
+                self._talks[found.address.url] = Talk(found.address)
+            return self._talks[found.address.url]
 
     def _vector(self, plan: Plan, path: Path) -> Path:
         saes = {str(ref.sae): self._sae_of(str(ref.sae)) for ref in plan.refs}
@@ -201,15 +212,14 @@ class LlamaCpp(Outside):
             while True:
                 program.check()
                 if time.monotonic() > until:
+                    await asyncio.to_thread(program.end)
                     raise EngineFailed(f"llama-server was not ready within {self.seconds:g} s")
                 try:
-                    await talk.ask("/health")
-                    return
-                except EngineFailed:  # it does not listen yet, or loads the model
+                    async with asyncio.timeout(PATIENCE):
+                        await talk.ask("/health")
+                        return
+                except (EngineFailed, TimeoutError):  # it does not listen yet, or loads the model
                     await asyncio.sleep(0.1)
-        except BaseException:
-            program.end()
-            raise
         finally:
             await talk.close()
 
@@ -237,7 +247,8 @@ class LlamaCpp(Outside):
         yield reason
 
     async def _streamed(self, talk: Talk, wanted: Wanted) -> AsyncIterator[int | Reason]:
-        seen, held = 0, []  # a special token may be the end, which is not a part of the reply
+        seen = 0
+        held: list[int] = []  # a special token may be the end, which is not a part of the reply
         async for event in talk.events("/completion", _body(wanted)):
             if event.get("stop"):
                 reason = REASONS.get(str(event.get("stop_type")))

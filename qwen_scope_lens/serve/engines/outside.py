@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import AsyncGenerator, Coroutine, Sequence
 from concurrent.futures import Future
 from contextlib import aclosing
+from functools import partial
 from typing import Any, ClassVar, TypeVar
 
 from qwen_scope_lens.errors import EngineFailed, ScopeError
@@ -101,8 +102,11 @@ class Outside:
                 )
             for row in rows:
                 self._going[row] = going = self._soon(self._serve(row))
-                going.add_done_callback(lambda _, row=row: self._going.pop(row, None))
+                going.add_done_callback(partial(self._gone, row))
         return rows
+
+    def _gone(self, row: Row, _: Future[None]) -> None:
+        self._going.pop(row, None)
 
     def cancel(self, rows: Sequence[Row]) -> None:
         """Stop some replies. Their sinks are told that they were cut, and nothing else any more."""

@@ -70,9 +70,13 @@ class Program:
                 " server has its last words"
             )
 
-    def end(self) -> None:
+    def let_go(self) -> None:
+        """Close our side of its pipe, upon which it ends."""
         assert self.process.stdin is not None
         self.process.stdin.close()
+
+    def end(self) -> None:
+        self.let_go()
         try:
             self.process.wait(10)
         except subprocess.TimeoutExpired:
@@ -162,6 +166,8 @@ class Programs:
 
     def close(self) -> None:
         with self._lock:
+            for program in self._running.values():  # all of them at once
+                program.let_go()
             for program in self._running.values():
                 program.end()
             self._running.clear()

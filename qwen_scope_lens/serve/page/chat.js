@@ -89,11 +89,13 @@ class Side {
         const first = chunk.qsl?.prompt;
         if (first) {
           let from = 0; // what the former turn ended with is shown there
+          this.prompt = first.length;
           while (from < former.length && first[from] && former[from] === first[from].id) from += 1;
           for (const record of first) {
             ids.push(record.id);
             if (record.index >= from) prompt.add(record);
           }
+          this.from = from;
           this.panel.show([prompt, reply]);
         }
         for (const choice of chunk.choices) {
@@ -122,6 +124,17 @@ class Side {
     draw();
     this.element.style.minHeight = "";
     $("chat-says").textContent = `${this.name === "plain" ? "Unsteered" : "Steered"}: ${this.status.textContent}`;
+  }
+
+  // Read the finished reply, as its plan made it, in another layer.
+  async read(layer, edits, signal) {
+    const found = await call("POST", "/api/read", { token_ids: this.seen, prompt_tokens: this.prompt, layers: [layer], top: 1, top_tokens: TOP,
+      plan: this.name === "steered" ? { edits } : null, monitor: state.feature && layerOf(state.feature) === layer ? [state.feature] : [] }, signal);
+    const whole = Reading.ofAnswer(found, layer, TOP, state.info.k);
+    this.panel.show([whole.slice(this.from, this.prompt), whole.slice(this.prompt)]);
+    const [, reply] = this.panel.parts;
+    reply.instead = reply.reading.pieces.map((piece) => this.instead[piece.start] || []);
+    this.panel.grow();
   }
 
   // What the plan did, in the words of its report.
@@ -160,6 +173,17 @@ class Turn {
     if (signal.aborted && running?.signal !== signal) return; // a newer run has begun
     this.mark(true);
     if (!signal.aborted) await this.judge(signal);
+  }
+
+  // Read all finished replies in the present layer: none is made anew.
+  async reread(signal) {
+    const { layer } = state;
+    const sides = Object.values(this.sides);
+    if (!state.info.reads || layer === this.layer || sides.some((side) => !side.ids || side.failed)) return;
+    await Promise.all(sides.map((side) => side.read(layer, this.edits, signal)));
+    this.layer = layer;
+    this.mark();
+    outdated();
   }
 
   // Mark what differs, and count it once both replies are there.
@@ -229,6 +253,13 @@ async function send() {
 // Answer the last turn once more, with the plan, the layer and the settings of now.
 const again = (names = ["plain", "steered"]) => (turns.length ? run(turns.at(-1), names) : undefined);
 
+let rereading = new AbortController();
+function layerMoved() {
+  rereading.abort();
+  const mine = (rereading = new AbortController());
+  if (!busy()) turns.at(-1)?.reread(mine.signal).catch(() => {}); // then the line below says what is old
+}
+
 let soon = 0;
 function planMoved() {
   const last = turns.at(-1);
@@ -286,6 +317,7 @@ export function startChat(plan) {
     for (const name of ["say", "form", "temperature", "top_p", "tokens", "seed"])
       if (changed.has(name) && $(name).value !== String(state[name])) $(name).value = state[name];
     if (changed.has("edits")) planMoved();
+    if (changed.has("layer")) layerMoved();
     outdated();
     showSettings();
   });

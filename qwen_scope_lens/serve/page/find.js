@@ -51,7 +51,7 @@ async function look() {
   };
   try {
     const [found, read] = await Promise.all([call("GET", `/api/search?${query}`),
-      sentence ? call("POST", "/api/read", { text: q, layers: [state.layer], top: TOP }) : null]);
+      sentence ? call("POST", "/api/read", { text: q, layers: [state.layer], top: 1, top_tokens: TOP }) : null]);
     if (mine !== asked) return undefined;
     for (const one of found.features) if (one.label) labels.set(one.feature, one.label);
     for (const [why, title] of Object.entries(WHY)) {

@@ -5,7 +5,7 @@ import { labels, learn, listen, promotes, set, short, state } from "/state.js";
 
 const known = new Map(); // address -> promise of what the server knows
 const typical = new Map(); // address -> its typical activation, null where it never fires
-const MOST_KNOWN = 400;
+const MOST_KNOWN = 400, MOST_NAMED = 64;
 
 export const addEdit = { with: () => {} }; // the plan's, so that a list can add to it
 
@@ -35,18 +35,20 @@ export async function measureTypical(address) {
   return typical.get(address);
 }
 
-// Features without a label and without known tokens are asked for one after the other, the newest first.
+// Features without a label and without known tokens are asked for together, the newest first.
 const nameless = new Set();
 let naming = false;
+const buttonsOf = (addresses) => [...document.querySelectorAll(".feature-button")].filter((press) => addresses.has(press.dataset.feature));
 async function nameAll() {
   naming = true;
   while (nameless.size) {
-    const address = [...nameless].at(-1);
-    nameless.delete(address);
-    const wanted = () => [...document.querySelectorAll(".feature-button")].filter((press) => press.dataset.feature === address);
-    if (!wanted().length) continue;
-    await ask(address).catch(() => {});
-    for (const press of wanted()) press.querySelector(".about").replaceChildren(...about(address));
+    const some = [...nameless].slice(-MOST_NAMED);
+    some.forEach((address) => nameless.delete(address));
+    const shown = new Set(buttonsOf(new Set(some)).map((press) => press.dataset.feature));
+    if (!shown.size) continue;
+    const found = await call("POST", "/api/promoted", { features: [...shown], top: 3 }).catch(() => ({ features: [] }));
+    for (const one of found.features) learn({ ...one, promotes: one.promoted.map(([token]) => token) });
+    for (const press of buttonsOf(shown)) press.querySelector(".about").replaceChildren(...about(press.dataset.feature));
   }
   naming = false;
 }

@@ -1,7 +1,7 @@
 // Read a text, and compare two. A text that was changed is read again; until then nothing of the old
 // one is shown.
 
-import { call } from "/api.js";
+import { begun, call } from "/api.js";
 import { addEdit, featureButton } from "/names.js";
 import { Panel, Scale } from "/panel.js";
 import { Reading } from "/reading.js";
@@ -9,6 +9,7 @@ import { labels, learn, listen, set, short, state } from "/state.js";
 
 const PATIENCE = 300; // milliseconds after a key
 const TOP = 50; // features per token: what the server gives at most
+const NAMED = 6; // of the text, with the tokens that they promote: as many as are listed
 const COMPARED = 15; // features
 const $ = (id) => document.getElementById(id);
 
@@ -41,7 +42,8 @@ const read = latest(async (signal) => {
   if (document.activeElement === $("text")) await new Promise((done) => setTimeout(done, PATIENCE));
   signal.throwIfAborted();
   try {
-    const answer = await call("POST", "/api/read", { text, layers: [layer], top: TOP, monitor: feature ? [feature] : [] }, signal);
+    const asked = { text, layers: [layer], top: NAMED, top_tokens: TOP, monitor: feature ? [feature] : [] };
+    const answer = begun(asked) || await call("POST", "/api/read", asked, signal);
     panel.show([Reading.ofAnswer(answer, layer, TOP, state.info.k)]);
   } catch (error) {
     if (signal.aborted) throw error;

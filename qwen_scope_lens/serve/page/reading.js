@@ -23,6 +23,20 @@ export class Reading {
     return reading;
   }
 
+  // The pieces of some tokens, counted from the first of them.
+  slice(from, to = Infinity) {
+    const part = new Reading(this.top, this.k);
+    let at = 0;
+    const kept = this.pieces.map((piece) => [at, (at += piece.ids.length)][0]).map((start) => start >= from && start < to);
+    const own = (list) => list.filter((_, i) => kept[i]);
+    at = 0;
+    part.pieces = own(this.pieces).map((piece) => ({ ...piece, start: [at, (at += piece.ids.length)][0] }));
+    part.lists = own(this.lists);
+    part.layers = this.layers;
+    for (const [address, track] of this.tracks) part.tracks.set(address, own(track));
+    return part;
+  }
+
   // Add the next token's record of a completion. A token whose text is empty spells a part of a
   // character: it is one piece with the tokens after it.
   add(record) {

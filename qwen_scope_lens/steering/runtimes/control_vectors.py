@@ -36,7 +36,11 @@ def layer_vectors(plan: Plan, saes: SAEs = None) -> dict[int, Tensor]:
     found: dict[int, Tensor] = {}
     for edit, row in zip(plan.edits, rows, strict=True):
         found[edit.ref.layer] = found.get(edit.ref.layer, torch.zeros_like(row)) + edit.value * row
-    return {layer: vector.float() for layer, vector in sorted(found.items())}
+    vectors = {layer: vector.float() for layer, vector in sorted(found.items())}
+    for layer, vector in vectors.items():
+        if not vector.isfinite().all():
+            raise BadPlan(f"the edits of layer {layer} are too strong for float32: weaken them")
+    return vectors
 
 
 def check_gguf(plan: Plan) -> None:
