@@ -204,6 +204,7 @@ def main() -> None:
     arguments.add_argument("--sae", help="the group of its SAEs")
     arguments.add_argument("--layers", default="", help="of the real model, such as 10,14")
     arguments.add_argument("--documents", type=int, default=64, help="for a real model")
+    arguments.add_argument("--variants", nargs="+", metavar="NAME", help="only these, by name")
     arguments.add_argument("--threads", type=int, nargs="+", default=[1])
     arguments.add_argument("--peak", nargs=2, metavar=("SIZE", "VARIANT"))
     given = arguments.parse_args()
@@ -235,6 +236,8 @@ def report(size: str, bench: Bench, given: argparse.Namespace) -> None:
         f" {rounds} rounds"
     )
     variants = bench.variants()
+    if given.variants:
+        variants = {name: variants[name] for name in given.variants}
     peaks = {
         name: peak_in_fresh_process(__file__, size, name, *real) / 1e6
         for name in variants
@@ -262,8 +265,11 @@ def _table(
                 cpu[name].append(time.process_time() - start)
                 wall[name].append(time.perf_counter() - began)
 
-    def ratio(times: dict[str, list[float]], one: str, other: str) -> float:
-        return statistics.median(a / b for a, b in zip(times[one], times[other], strict=True))
+    def ratio(times: dict[str, list[float]], one: str, other: str, width: int) -> str:
+        if one not in times or other not in times:
+            return f"{'':{width}}"
+        pairs = zip(times[one], times[other], strict=True)
+        return f"{statistics.median(a / b for a, b in pairs):{width}.2f}"
 
     print(
         f"\n{f'{threads} threads, CPU time' if threads > 1 else '1 thread, CPU time':24}"
@@ -273,9 +279,9 @@ def _table(
     for name in variants:
         print(
             f"{name:24}{tokens / statistics.median(cpu[name]):10,.0f}"
-            f"{ratio(cpu, name, 'floor'):10.2f}{ratio(cpu, 'usual loop', name):9.2f}"
-            f"{ratio(cpu, 'usual loop, no head', name):11.2f}"
-            f"{ratio(wall, 'usual loop, no head', name):17.2f}"
+            f"{ratio(cpu, name, 'floor', 10)}{ratio(cpu, 'usual loop', name, 9)}"
+            f"{ratio(cpu, 'usual loop, no head', name, 11)}"
+            f"{ratio(wall, 'usual loop, no head', name, 17)}"
             + (f"{peaks[name]:9.0f}" if name in peaks and threads == 1 else ""),
             flush=True,
         )
