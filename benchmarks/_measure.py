@@ -8,8 +8,11 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 __all__ = [
     "Printed",
@@ -18,6 +21,7 @@ __all__ = [
     "interleaved",
     "peak_extra",
     "peak_in_fresh_process",
+    "shares",
     "today",
 ]
 
@@ -79,6 +83,30 @@ def peak_in_fresh_process(script: str, *arguments: str) -> int:
     """`peak_extra` as printed by `python script --peak arguments`, where no allocator is warm."""
     command = [sys.executable, "-W", "ignore", script, "--peak", *arguments]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def shares(case: Callable[[], object], steps: Iterable[tuple[Any, str, str]]) -> str:
+    """The share of each step in the CPU time of a case: `(module, its function, what it does)`."""
+    case()
+    took: dict[str, float] = {}
+
+    def timed(step: Callable[..., Any], said: str) -> Callable[..., Any]:
+        def run(*arguments: Any, **options: Any) -> Any:
+            start = time.process_time()
+            found = step(*arguments, **options)
+            took[said] = took.get(said, 0.0) + time.process_time() - start
+            return found
+
+        return run
+
+    with ExitStack() as patches:
+        for module, name, said in steps:
+            step = timed(getattr(module, name), said)
+            patches.enter_context(mock.patch.object(module, name, step))
+        start = time.process_time()
+        case()
+        whole = time.process_time() - start
+    return ", ".join(f"{said} {seconds / whole:.0%}" for said, seconds in took.items())
 
 
 def cpu_name() -> str:

@@ -38,13 +38,13 @@ from sae_lens.saes.topk_sae import TopKSAE
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import planted
-from _measure import commit, cpu_name, peak_extra, peak_in_fresh_process, today
+from _measure import commit, cpu_name, peak_extra, peak_in_fresh_process, shares, today
 from tiny_models import make_model, make_tokenizer
 
 import qwen_scope_lens as qsl
 from qwen_scope_lens.mini import heldout
-from qwen_scope_lens.models import decoder_layers, unwrap
-from qwen_scope_lens.stores import extract
+from qwen_scope_lens.models import decoder_layers, residuals, unwrap
+from qwen_scope_lens.stores import extract, extraction, facts
 
 BATCH = 8  # documents, in the usual loop
 TOKENS = 128  # of a document, at most
@@ -62,6 +62,15 @@ MIDDLE = {
     "initializer_range": 0.02,
 }
 SIZES = {"mini": ("mini-qwen3/w1k-l0-16", [3, 6], 160), "middle": ("local/middle", [5, 7], 16)}
+
+STEPS = (
+    (residuals, "_forward", "forward"),
+    (extraction, "_encode", "encode"),
+    (extraction, "write_shard", "write"),
+    (facts, "model_facts", "hash of the model's weights"),
+    (facts, "tokenizer_facts", "hash of the tokenizer"),
+    (facts, "sae_facts", "hashes of the SAEs"),
+)
 
 
 class Bench:
@@ -204,6 +213,8 @@ def main() -> None:
     arguments.add_argument("--sae", help="the group of its SAEs")
     arguments.add_argument("--layers", default="", help="of the real model, such as 10,14")
     arguments.add_argument("--documents", type=int, default=64, help="for a real model")
+    arguments.add_argument("--variants", nargs="+", metavar="NAME", help="only these, by name")
+    arguments.add_argument("--profile", action="store_true", help="only where our time goes")
     arguments.add_argument("--threads", type=int, nargs="+", default=[1])
     arguments.add_argument("--peak", nargs=2, metavar=("SIZE", "VARIANT"))
     given = arguments.parse_args()
@@ -218,7 +229,11 @@ def main() -> None:
             return
         print(f"{today()}, commit {commit()}; {cpu_name()}; torch {torch.__version__}")
         for size in given.sizes:
-            report(size, Bench(size, Path(folder), given), given)
+            bench = Bench(size, Path(folder), given)
+            if given.profile:
+                print(f"{len(bench.texts)} documents, qsl.extract: {shares(bench.ours, STEPS)}")
+            else:
+                report(size, bench, given)
 
 
 def report(size: str, bench: Bench, given: argparse.Namespace) -> None:
@@ -235,6 +250,8 @@ def report(size: str, bench: Bench, given: argparse.Namespace) -> None:
         f" {rounds} rounds"
     )
     variants = bench.variants()
+    if given.variants:
+        variants = {name: variants[name] for name in given.variants}
     peaks = {
         name: peak_in_fresh_process(__file__, size, name, *real) / 1e6
         for name in variants
@@ -262,8 +279,11 @@ def _table(
                 cpu[name].append(time.process_time() - start)
                 wall[name].append(time.perf_counter() - began)
 
-    def ratio(times: dict[str, list[float]], one: str, other: str) -> float:
-        return statistics.median(a / b for a, b in zip(times[one], times[other], strict=True))
+    def ratio(times: dict[str, list[float]], one: str, other: str, width: int) -> str:
+        if one not in times or other not in times:
+            return f"{'':{width}}"
+        pairs = zip(times[one], times[other], strict=True)
+        return f"{statistics.median(a / b for a, b in pairs):{width}.2f}"
 
     print(
         f"\n{f'{threads} threads, CPU time' if threads > 1 else '1 thread, CPU time':24}"
@@ -273,9 +293,9 @@ def _table(
     for name in variants:
         print(
             f"{name:24}{tokens / statistics.median(cpu[name]):10,.0f}"
-            f"{ratio(cpu, name, 'floor'):10.2f}{ratio(cpu, 'usual loop', name):9.2f}"
-            f"{ratio(cpu, 'usual loop, no head', name):11.2f}"
-            f"{ratio(wall, 'usual loop, no head', name):17.2f}"
+            f"{ratio(cpu, name, 'floor', 10)}{ratio(cpu, 'usual loop', name, 9)}"
+            f"{ratio(cpu, 'usual loop, no head', name, 11)}"
+            f"{ratio(wall, 'usual loop, no head', name, 17)}"
             + (f"{peaks[name]:9.0f}" if name in peaks and threads == 1 else ""),
             flush=True,
         )

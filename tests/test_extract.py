@@ -35,7 +35,8 @@ from qwen_scope_lens.errors import (
 )
 from qwen_scope_lens.features import pool
 from qwen_scope_lens.mini import heldout
-from qwen_scope_lens.stores import FeatureStore, merge
+from qwen_scope_lens.saes import ScopeSAE
+from qwen_scope_lens.stores import FeatureStore, extraction, merge
 from qwen_scope_lens.stores import shard_files as shards
 from qwen_scope_lens.stores.codec import stored_values
 from qwen_scope_lens.stores.merge import check
@@ -100,6 +101,30 @@ def test_labels_and_manifest(store: FeatureStore) -> None:
     assert store.manifest.settings.max_tokens == 48
     assert any(store.documents(["truncated"])["truncated"].to_pylist())
     assert pool(store, LAYER).shape == (11, 1024)
+
+
+def test_batches_are_encoded_together_or_one_by_one(
+    store: FeatureStore, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    encode = ScopeSAE.encode_sparse
+
+    def counted(sae: ScopeSAE, x: Any) -> Any:
+        sizes.append(len(x))
+        return encode(sae, x)
+
+    monkeypatch.setattr(ScopeSAE, "encode_sparse", counted)
+    for together in (1, 200):
+        monkeypatch.setattr(extraction, "TOGETHER", together)
+        run(model, tmp_path / str(together), token_budget=96)
+        sizes.append(-together)
+    assert files_of(tmp_path / "1") == files_of(tmp_path / "200")
+    one, many = sizes[: sizes.index(-1)], sizes[sizes.index(-1) + 1 : -1]
+    assert sum(one) == sum(many) == 2 * store.n_tokens
+    assert len(many) < len(one)
+    sizes.clear()
+    run(model, tmp_path / "last", last_token=True)  # encodes nothing that is not stored
+    assert sum(sizes) == 2 * len(ROWS)
 
 
 # Killed, stopped, damaged.

@@ -107,3 +107,20 @@ def test_nothing_and_nonsense() -> None:
     assert empty.rows.tolist() == [[-1], [-1]]
     with pytest.raises(NotFinite):
         member.maxima(torch.full((1, D_IN), float("nan")), torch.zeros(1, dtype=torch.long), 1)
+
+
+def test_certificates_are_kept_beside_the_sae_until_its_weights_change() -> None:
+    sae, x = random_sae(3), torch.randn(WARM_UP, D_IN, generator=torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        sae.b_enc += 1  # so that no feature is always negative
+
+    def outnumbered() -> int:
+        members = Membership(sae, range(9))
+        assert torch.equal(members.values(x), sae.encode_sparse(x).to_dense()[:, :9])
+        return members.settled["outnumbered"]
+
+    assert outnumbered() == 0  # nothing was encoded yet
+    assert outnumbered() > 0  # by what the first one has seen
+    with torch.no_grad():
+        sae.W_enc.mul_(-1)
+    assert outnumbered() == 0

@@ -523,3 +523,24 @@ def test_memory_does_not_grow_with_tokens_or_width(precision: torch.dtype) -> No
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )
     assert int(done.stdout) < 256 * 1024
+
+
+def test_one_token_without_a_near_tie_takes_the_short_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, rows, bias = problem(n=40)
+    whole = encode_topk(x, Encoder(rows, bias), 20, torch.bfloat16)
+    asked: list[int] = []
+    select = topk.select
+
+    def counted(*args: Any) -> Any:
+        asked.append(1)
+        return select(*args)
+
+    monkeypatch.setattr(topk, "select", counted)
+    for i in range(40):
+        alone = encode_topk(x[i : i + 1], Encoder(rows, bias), 20, torch.float32)
+        assert all(torch.equal(a[0], b[i]) for a, b in zip(alone, whole, strict=True))
+    assert len(asked) < 10
+    tied = rows[:512].repeat(2, 1), bias[:512].repeat(2)
+    indices = encode_topk(x[:1], Encoder(*tied), 19, torch.float32)[1]
+    assert len(asked) < 11
+    assert torch.equal(indices[0].sort().values, reference(x[:1], *tied, 19)[1][0].sort().values)

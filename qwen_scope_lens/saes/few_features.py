@@ -49,8 +49,19 @@ class Maxima:
     rows: torch.Tensor  # int64 [n_docs, m]; -1 where it never fires
 
 
+class _Fired:
+    """How often each feature of an SAE fired in what was encoded for certificates so far."""
+
+    def __init__(self, sae: ScopeSAE) -> None:
+        self.often = torch.zeros(sae.cfg.d_sae, dtype=torch.long, device=sae.W_enc.device)
+        self.encoded = 0
+
+
 class Membership:
     """Reads chosen features of an SAE.
+
+    Which features fire often is counted once per SAE, and kept beside it until its weights change:
+    the next Membership of the same SAE chooses its witnesses before it encodes anything.
 
     `settled` counts the (position, feature) pairs that each certificate has decided.
     """
@@ -59,12 +70,12 @@ class Membership:
         self.sae = sae
         self.features = torch.as_tensor(list(features), dtype=torch.long, device=sae.W_enc.device)
         self.n_witnesses = n_witnesses or max(4 * sae.cfg.k, sae.cfg.d_sae // 16)
-        self._often = torch.zeros(sae.cfg.d_sae, dtype=torch.long, device=sae.W_enc.device)
-        self._encoded = 0
+        self._fired = sae.derived.get("fired", (sae.W_enc, sae.b_enc), lambda: _Fired(sae))
         self._next_choice = WARM_UP
         self._witnesses: torch.Tensor | None = None  # numbers of features
         self.derived = Derived()
         self.settled: Counter[str] = Counter()
+        self._choose_witnesses()
 
     @torch.no_grad()
     def maxima(self, x: torch.Tensor, document: torch.Tensor, n_docs: int) -> Maxima:
@@ -158,18 +169,19 @@ class Membership:
     def _encode(self, x: torch.Tensor) -> torch.Tensor:
         """The features' values from a full encode. `[n, d_in] -> [n, m]`"""
         codes = self.sae.encode_sparse(x)
-        self._often += torch.bincount(
+        self._fired.often += torch.bincount(
             codes.indices[codes.active].long(), minlength=self.sae.cfg.d_sae
         )
-        self._encoded += len(x)
-        if self._encoded >= self._next_choice:
-            self._next_choice = 4 * self._encoded
-            self._choose_witnesses()
+        self._fired.encoded += len(x)
+        self._choose_witnesses()
         return activations_of(codes, self.features)
 
     def _choose_witnesses(self) -> None:
-        """Take the features that fired most often so far as witnesses."""
-        self._witnesses = self._often.topk(min(self.n_witnesses, self.sae.cfg.d_sae)).indices
+        """Take the features that fired most often so far as witnesses, once enough were seen."""
+        if self._fired.encoded < self._next_choice:
+            return
+        self._next_choice = 4 * self._fired.encoded
+        self._witnesses = self._fired.often.topk(min(self.n_witnesses, self.sae.cfg.d_sae)).indices
         self.derived.clear()
 
     def _first(

@@ -284,8 +284,10 @@ class ScopeSAE(TopKSAE):
             )
 
     def _finish(self, decoded: torch.Tensor) -> torch.Tensor:
-        """The steps that SAELens does after the product with W_dec."""
-        out = self.hook_sae_recons(decoded + self.b_dec)
+        """The steps that SAELens does after the product with W_dec, which nobody else holds."""
+        in_place = untracked(decoded, self.b_dec) and decoded.dtype == self.b_dec.dtype
+        shifted = decoded.add_(self.b_dec) if in_place else decoded + self.b_dec
+        out = self.hook_sae_recons(shifted)
         return self.reshape_fn_out(self.run_time_activation_norm_fn_out(out), self.d_head)
 
     def _without_hooks(

@@ -36,7 +36,14 @@ from qwen_scope_lens.saes.exact.encoder import EXTRA, TILE, Snapshot, norm_above
 from qwen_scope_lens.saes.exact.matmul import BY_DOTS, product
 from qwen_scope_lens.saes.exact.pairs import Grid, Pairs, Scored, kth_largest, places, sorted_rows
 
-__all__ = ["BLOCK_BYTES", "Selection", "approximate", "select", "tokens_per_block"]
+__all__ = [
+    "BLOCK_BYTES",
+    "Selection",
+    "approximate",
+    "clear_scores",
+    "select",
+    "tokens_per_block",
+]
 
 U = 2.0**-24
 TINY = 2.0**-120
@@ -119,6 +126,28 @@ def _select_few(encoder: Snapshot, x: torch.Tensor, k: int) -> Selection:
         dots.gather(1, feature).flatten(),
     )
     return Selection(*_decide(encoder, x, pairs, k), settled, m / k)
+
+
+def clear_scores(
+    encoder: Snapshot, x: torch.Tensor, k: int
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The scores and features of one or two positions, both `[n, k]`, if float32 decides them all.
+
+    That is so where the k-th score is above the next one, and above zero, by more than the errors.
+    Otherwise, and for more positions or other dtypes, the result is None.
+    """
+    if not 0 < len(x) <= BY_DOTS or encoder.rows.dtype != torch.float32 or x.is_cuda:
+        return None
+    best, feature = (all_dots(encoder.rows, x) + encoder.bias).topk(
+        min(k + 1, encoder.d_sae), dim=1
+    )
+    size = norm_above(x) * encoder.norms_max + encoder.bias_max
+    error = 1.1 * (encoder.d_in + 4) * U * size + TINY * encoder.d_in * (1 + encoder.norms_max)
+    last = best[:, k - 1]
+    clear = (last > 2 * error) & best.isfinite().all(1)
+    if k < encoder.d_sae:
+        clear &= last - best[:, k] > 3 * error
+    return (best[:, :k], feature[:, :k]) if bool(clear.all()) else None
 
 
 def approximate(

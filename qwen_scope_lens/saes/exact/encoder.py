@@ -114,6 +114,7 @@ class Snapshot:
     """Upper bounds of the lengths of the rows' rounding errors in bfloat16, float32 `[d_sae]`."""
     norms_max: float
     half_errors_max: float
+    bias_max: float
     centre: Centre
     half: torch.Tensor | None
     """The rows in bfloat16 with the centre's extra columns, if such a copy is kept."""
@@ -186,6 +187,7 @@ class Encoder:
             half_errors=half_errors,
             norms_max=float(lengths.max()),
             half_errors_max=float(half_errors.max()),
+            bias_max=float(bias.float().abs().max()),
             centre=centre,
             half=half,
         )

@@ -13,7 +13,13 @@ from typing import Any
 import torch
 
 from qwen_scope_lens.errors import NotFinite
-from qwen_scope_lens.saes.exact.certified import U, approximate, select, tokens_per_block
+from qwen_scope_lens.saes.exact.certified import (
+    U,
+    approximate,
+    clear_scores,
+    select,
+    tokens_per_block,
+)
 from qwen_scope_lens.saes.exact.dots import exact_scores, exact_topk, pair_dots
 from qwen_scope_lens.saes.exact.encoder import Encoder, Snapshot
 from qwen_scope_lens.saes.exact.gather import dots, gather_decode
@@ -34,7 +40,6 @@ _CLEARLY = 1.2
 """bfloat16 must be faster by this factor, because it leaves a few more candidates to re-score."""
 
 _MOST_BITS = 2**31 - 1
-_PADDING = _MOST_BITS << 32
 
 _CROWDED = 5.0
 """From this many candidates per k on, another centre is tried. A good centre gives 2 to 4."""
@@ -149,6 +154,9 @@ def _encode_block(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`encode_topk` for one block of positions, float32 `[n, d_in]`."""
     now = encoder.snapshot
+    if precision == torch.float32 and (few := clear_scores(now, x, k)) is not None:
+        encoder.settled["float32"] += len(x)
+        return _in_order(*few)
     found = select(now, x, k, precision)
     poorly = precision == torch.bfloat16 and found.crowding > _CROWDED
     if poorly and (encoder.recentre(x) or encoder.snapshot is not now):
@@ -205,10 +213,17 @@ def _valued(
                 " and weights whose products stay below 3.4e38, found norms up to"
                 f" {float(x.norm(dim=1).max())}"
             )
-    # Positive floats are in the order of their bits, so one whole number sorts by descending value
-    # and then by ascending feature. Padding, with value 0, comes last.
-    keys = torch.full(chosen.shape, _PADDING, device=x.device)
-    keys[token, column] = (_MOST_BITS - value.view(torch.int32).long()) << 32 | feature
+    values = x.new_zeros(chosen.shape)
+    values[token, column] = value
+    return _in_order(values, chosen.clamp_min(0))
+
+
+def _in_order(values: torch.Tensor, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sorted by descending value, and equal values by ascending feature; padding is 0 and 0.
+
+    Floats that are not negative are in the order of their bits, so a pair is sorted as one number.
+    """
+    keys = (_MOST_BITS - values.view(torch.int32).long()) << 32 | features
     keys = sorted_rows(keys)
     values = (_MOST_BITS - (keys >> 32)).to(torch.int32).view(torch.float32)
     return values, (keys & 0xFFFFFFFF).to(torch.int32)
