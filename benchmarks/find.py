@@ -45,7 +45,7 @@ from qwen_scope_lens.features.contrast import contrast
 from qwen_scope_lens.labels.exports import exports_in, labels_of
 from qwen_scope_lens.labels.search import bm25
 from qwen_scope_lens.mini import heldout, model_path
-from qwen_scope_lens.models.jacobian import BESIDE, Lens, read_lens
+from qwen_scope_lens.models.jacobian import Lens, read_lens
 from qwen_scope_lens.models.lens_fit import LensQuality, quality_table
 from qwen_scope_lens.models.residuals import Capture
 from qwen_scope_lens.models.tokenize import find_tokenizer
@@ -127,7 +127,7 @@ def minis(options: argparse.Namespace, say: Printed) -> None:
             store = qsl.extract(
                 rows, model=name, group=group, layers=range(8), out=folder, progress=False
             )
-            lens = read_lens(model_path(name) / BESIDE)
+            lens = read_lens(model_path(name) / "jacobian_lens.pt")
             said = store.labels("concept").tolist()
             _score(say, name, group, store.layers, texts, [store], said, lens)
 

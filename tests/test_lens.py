@@ -10,11 +10,11 @@ import pytest
 import torch
 
 import qwen_scope_lens as qsl
+from qwen_scope_lens.catalog import lens_beside
 from qwen_scope_lens.cli import main
 from qwen_scope_lens.errors import BadFile, LayerOutOfRange, TooLittleData
 from qwen_scope_lens.mini import MODELS, heldout, model_path
 from qwen_scope_lens.models import fit_lens, lens_quality, read_lens
-from qwen_scope_lens.models.jacobian import lens_beside
 
 TEXTS = [row["text"][:60] for row in heldout("prose", "en")][:4]
 
@@ -78,5 +78,5 @@ def test_the_minis_come_with_lenses(model: str, capsys: pytest.CaptureFixture[st
     assert (lens.model, sorted(lens.matrices)) == (model, list(range(7)))
     late = [row for row in lens.card["held_out"] if row["layer"] >= 3]
     assert all(row["kl"] < row["plain_kl"] for row in late)
-    assert main(["lens", "show", str(path)]) == 0
+    assert main(["lens", "show", model]) == 0
     assert f"lens of {model}, d_model 128" in capsys.readouterr().out

@@ -18,6 +18,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qwen_scope_lens.catalog import lens_beside
 from qwen_scope_lens.cli import inputs
 from qwen_scope_lens.cli.inputs import Input
 from qwen_scope_lens.cli.options import (
@@ -135,16 +136,27 @@ def _fit(arguments: argparse.Namespace) -> None:
 
 def _show_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "lens", type=Path, metavar="FILE.pt", action=Input, check=inputs.file, help="a lens"
+        "lens",
+        metavar="LENS",
+        action=Input,
+        check=lambda lens, arguments: inputs.file(_place(lens), arguments),
+        help="a file, or the name or folder of a model with a lens beside it",
     )
     add_json(parser)
 
 
+def _place(lens: str) -> Path:
+    return lens_beside(lens) or Path(lens)
+
+
 def _show(arguments: argparse.Namespace) -> None:
-    """Show the card of a lens: its model, on what it was fitted, and how well it predicts."""
+    """Show the card of a lens: its model, on what it was fitted, and how well it predicts.
+
+        qsl lens show mini-qwen3
+    """
     from qwen_scope_lens.models.jacobian import read_lens
 
-    show(_table(read_lens(arguments.lens)), arguments.json)
+    show(_table(read_lens(_place(arguments.lens))), arguments.json)
 
 
 def _check_arguments(parser: argparse.ArgumentParser) -> None:
@@ -172,7 +184,7 @@ def _check(arguments: argparse.Namespace) -> None:
 
     transformers.utils.logging.disable_progress_bar()
     model = load_model(arguments.model, device=arguments.device)
-    lens = read_lens(arguments.lens, d_model(model))
+    lens = read_lens(_place(arguments.lens), d_model(model))
     texts = _texts(arguments.held_out, arguments.texts)
     show(quality_table(lens_quality(model, lens, texts, tokens=arguments.tokens)), arguments.json)
 
@@ -193,7 +205,8 @@ def _table(lens: Lens) -> Table:
     ]
     if not card.get("held_out"):
         about.append("it was not compared with the logit lens: `qsl lens check` does that")
-    return replace(table, above=(*about, ""), below=table.below if table.rows else ())
+        return replace(table, columns=(), above=tuple(about), below=())
+    return replace(table, above=(*about, ""))
 
 
 def _texts(path: Path, most: int, seed: int = 0) -> list[str]:

@@ -14,7 +14,7 @@ import numpy as np
 from torch import nn
 
 from qwen_scope_lens.address import FeatureRef, LayerRef, saes_named
-from qwen_scope_lens.catalog import MINI_GROUPS, Group, find_group, name_of_model
+from qwen_scope_lens.catalog import MINI_GROUPS, Group, find_group, lens_beside, name_of_model
 from qwen_scope_lens.concepts.concept import COLUMNS, Column, Concept, columns_of
 from qwen_scope_lens.concepts.evidence import (
     Floats,
@@ -39,7 +39,7 @@ from qwen_scope_lens.labels.packs import LabelPack
 from qwen_scope_lens.labels.search import bm25
 from qwen_scope_lens.models.architecture import Model, describe
 from qwen_scope_lens.models.backbone import check_backbone
-from qwen_scope_lens.models.jacobian import Lens, lens_beside, read_lens
+from qwen_scope_lens.models.jacobian import Lens, read_lens
 from qwen_scope_lens.models.load import load_model
 from qwen_scope_lens.models.residuals import Capture
 from qwen_scope_lens.models.tokenize import find_tokenizer

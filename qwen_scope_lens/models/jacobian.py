@@ -16,13 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwen_scope_lens.catalog import bundled_model
 from qwen_scope_lens.errors import BadFile, LayerOutOfRange, WrongModel
 
-__all__ = ["BESIDE", "Lens", "lens_beside", "read_lens"]
-
-BESIDE = "jacobian_lens.pt"
-"""The name of a lens in the folder of its model, where it is found without being named."""
+__all__ = ["Lens", "read_lens"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,9 +104,3 @@ def read_lens(path: str | Path, width: int | None = None) -> Lens:
     number = prompts if isinstance(prompts, int) else 0
     lens = Lens(matrices, side, number, facts.get("model_name"), facts)
     return lens if lens.model else replace(lens, model=lens.card.get("model"))
-
-
-def lens_beside(model: str | Path) -> Path | None:
-    """The lens in the folder of a model, such as of the minis; None where there is none."""
-    path = (bundled_model(str(model)) or Path(model).expanduser()) / BESIDE
-    return path if path.is_file() else None
