@@ -2,7 +2,8 @@
 
     python benchmarks/find.py --only minis,speed,import --out benchmarks/results/find.txt
     QWEN_SCOPE_HOME=WORK/release python benchmarks/find.py --only real --model MODEL \
-        --name "WHAT IT IS" --sae local/SAE-... --layers 4,10,14,20 --data DATA --work WORK/verbs
+        --name "WHAT IT IS" --sae local/SAE-... --layers 4,10,14,20 \
+        --lens lens.pt --data DATA --work WORK/verbs
 
 Languages, code and arithmetic. `find` gets the name of the concept in English and five texts; it is
 scored on other, labelled texts, as `qsl rank` would (AUROC of the mean activation per text, over
@@ -23,6 +24,7 @@ import re
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -34,17 +36,20 @@ from scipy.sparse import vstack
 
 import qwen_scope_lens as qsl
 from qwen_scope_lens.catalog import bundled_model, find_group
-from qwen_scope_lens.concepts.concept import Concept
-from qwen_scope_lens.concepts.evidence import readout, says, shares
-from qwen_scope_lens.concepts.find import find
+from qwen_scope_lens.concepts.concept import Column, Concept
+from qwen_scope_lens.concepts.evidence import Floats, lifts, read_groups, readout, says, shares
+from qwen_scope_lens.concepts.find import PAIRS, find
+from qwen_scope_lens.concepts.fusion import combined
 from qwen_scope_lens.features import pool
 from qwen_scope_lens.features.contrast import contrast
 from qwen_scope_lens.labels.exports import exports_in, labels_of
 from qwen_scope_lens.labels.search import bm25
-from qwen_scope_lens.mini import heldout
+from qwen_scope_lens.mini import heldout, model_path
+from qwen_scope_lens.models.jacobian import Lens, read_lens
+from qwen_scope_lens.models.lens_fit import LensQuality, quality_table
 from qwen_scope_lens.models.residuals import Capture
 from qwen_scope_lens.models.tokenize import find_tokenizer
-from qwen_scope_lens.models.unembedding import Unembedding
+from qwen_scope_lens.models.unembedding import Unembedding, read_unembedding
 from qwen_scope_lens.tables import Table
 
 NAMES = {
@@ -70,11 +75,18 @@ NAMES = {
 }
 EXAMPLES, CHARACTERS = 5, 160
 AS_GOOD = 0.01
-HOW = {
-    "name and five texts": {},
-    "five texts only": {"columns": ["examples"]},
-    "name only": {"columns": ["words", "says"]},
+HOW: dict[str, tuple[tuple[Column, str], ...]] = {
+    "name and five texts": (("examples", "exact"), ("words", "exact"), ("says", "lens")),
+    "... by the logit lens": (("examples", "exact"), ("words", "exact"), ("says", "logit")),
+    "... --quick": (("examples", "quick"), ("words", "quick"), ("says", "lens")),
+    "five texts only": (("examples", "exact"),),
+    "five texts only, --quick": (("examples", "quick"),),
+    "name only": (("words", "exact"), ("says", "lens")),
+    "name only, by the logit lens": (("words", "exact"), ("says", "logit")),
+    "what features say, lens": (("says", "lens"),),
+    "what features say, logit lens": (("says", "logit"),),
 }
+"""What `find` goes by, each column in one of the ways in which it can be had."""
 D_SAE, D_MODEL, K, LAYERS = 65_536, 4096, 50, 36
 
 
@@ -115,7 +127,9 @@ def minis(options: argparse.Namespace, say: Printed) -> None:
             store = qsl.extract(
                 rows, model=name, group=group, layers=range(8), out=folder, progress=False
             )
-            _score(say, name, group, store.layers, texts, [store], store.labels("concept").tolist())
+            lens = read_lens(model_path(name) / "jacobian_lens.pt")
+            said = store.labels("concept").tolist()
+            _score(say, name, group, store.layers, texts, [store], said, lens)
 
 
 def real(options: argparse.Namespace, say: Printed) -> None:
@@ -152,7 +166,10 @@ def real(options: argparse.Namespace, say: Printed) -> None:
             strict=True,
         )
     ]
-    _score(say, model, options.sae, layers, texts, [languages, beside], said)
+    lens = read_lens(options.lens)
+    say(f"lens: {lens.card['texts']} texts, {lens.card['tokens']} tokens\n")
+    say(quality_table([LensQuality(**row) for row in lens.card["held_out"]]).text() + "\n")
+    _score(say, model, options.sae, layers, texts, [languages, beside], said, lens)
 
 
 def _score(
@@ -163,6 +180,7 @@ def _score(
     texts: dict[str, list[str]],
     stores: list[qsl.FeatureStore],
     concepts: list[str],
+    lens: Lens,
 ) -> None:
     """Print the shares for one model. Documents whose concept is empty take no part."""
     layers = list(layers)
@@ -178,30 +196,35 @@ def _score(
         auroc[concept] = np.concatenate([one.auroc for one in found])
         effect = np.nan_to_num(np.concatenate([one.effect for one in found]), posinf=1e9)
         winner[concept] = int(np.lexsort((-effect, -auroc[concept]))[0])
+    sources = _Evidence(model, group, layers, lens)
     rows, details = [], []
-    for title, columns in HOW.items():
-        marks = []
-        for concept, some in texts.items():
+    marks: dict[str, list[tuple[bool, ...]]] = {title: [] for title in HOW}
+    for number, (concept, some) in enumerate(texts.items()):
+        have = sources.of(NAMES[concept], [text[:CHARACTERS] for text in some[:EXAMPLES]])
+        if number == 0:  # what is put together here is what `find` says
             answer = find(
                 NAMES[concept],
                 group,
                 examples=[text[:CHARACTERS] for text in some[:EXAMPLES]],
                 model=model,
                 layers=layers,
+                lens=lens,
                 top=5,
                 promoted=0,
-                **columns,
+                exact=True,
             )
-            at = [layers.index(ref.layer) * d_sae + ref.feature for ref in answer.refs]
+            theirs = [layers.index(ref.layer) * d_sae + ref.feature for ref in answer.refs]
+            assert theirs == _best(have, "name and five texts")
+        for title in HOW:
+            at = _best(have, title)
             own, best = auroc[concept], winner[concept]
             good = [own[place] >= own[best] - AS_GOOD for place in at]
-            marks.append((at[0] == best, best in at, good[0], any(good)))
+            marks[title].append((at[0] == best, best in at, good[0], any(good)))
             if title == "name and five texts":
                 right = f"{layers[best // d_sae]}/{best % d_sae}"
-                first = f"{answer.refs[0].layer}/{answer.refs[0].feature}"
+                first = f"{layers[at[0] // d_sae]}/{at[0] % d_sae}"
                 details.append((NAMES[concept], right, own[best], first, own[at[0]], max(own[at])))
-        share = np.mean(marks, axis=0)
-        rows.append((title, *share))
+    rows = [(title, *np.mean(some, axis=0)) for title, some in marks.items()]
     shown = model if isinstance(model, str) else "the real model"
     say(f"{shown}: {len(texts)} concepts, {len(layers) * d_sae:,} features, {len(use)} texts\n")
     columns = ["find gets", "right first", "in five", "as good first", "as good in five"]
@@ -209,6 +232,57 @@ def _score(
     say()
     columns = ["concept", "right", "AUROC", "found first", "its AUROC", "best of five"]
     say(Table.of(columns, [(*row[:2], *map(_plain, row[2:])) for row in details]).text() + "\n")
+
+
+def _best(have: dict[tuple[Column, str], Floats], title: str) -> list[int]:
+    score, _ = combined({column: have[column, how] for column, how in HOW[title]})
+    order = np.argsort(-score, kind="stable")[:5]
+    return [int(place) for place in order if score[place] > 0]
+
+
+class _Evidence:
+    """Every column in every way, for one concept after the other.
+
+    What does not depend on the concept is read once, so that the real model can be asked.
+    """
+
+    def __init__(self, model: Any, group: str, layers: list[int], lens: Lens) -> None:
+        self.model = qsl.load_model(model) if isinstance(model, str) else model
+        self.layers, self.lens = layers, lens
+        self.saes = [qsl.load_sae(f"{group}/{layer}") for layer in layers]
+        self.tokenizer = find_tokenizer(self.model)
+        self.end = read_unembedding(self.model)
+        self.fixed = self._read(Concept("x", ("x",)), ("neutral", "fillers"))
+        pairs = zip(self.saes, layers, strict=True)
+        self.shares = [shares(sae, layer, *self.fixed).share for sae, layer in pairs]
+
+    def _read(self, concept: Concept, groups: tuple[str, ...]) -> tuple[list[Capture], list[str]]:
+        return read_groups(self.model, concept, self.layers, self.tokenizer, groups)
+
+    def of(self, name: str, examples: list[str]) -> dict[tuple[Column, str], Floats]:
+        concept = Concept(name, tuple(examples))
+        mine = self._read(concept, ("words", "examples"))
+        found: dict[tuple[Column, str], list[Floats]] = {}
+        wanted = readout(concept, self.tokenizer, self.end)
+        # `lifts` takes texts in the order of their numbers: those of a second reading come after.
+        both = [*mine[1], *self.fixed[1]]
+        moved = [
+            replace(one, doc_ids=tuple(doc + len(mine[1]) for doc in one.doc_ids))
+            for one in self.fixed[0]
+        ]
+        columns: tuple[Column, ...] = ("examples", "words")
+        for number, (sae, layer) in enumerate(zip(self.saes, self.layers, strict=True)):
+            share = shares(sae, layer, *mine).share | self.shares[number]
+            pairs = [PAIRS[column] for column in columns]
+            quick = lifts(sae, layer, [*mine[0], *moved], both, pairs)
+            for column, lifted in zip(columns, quick, strict=True):
+                one, other = PAIRS[column]
+                found.setdefault((column, "exact"), []).append(share[one] - share[other])
+                found.setdefault((column, "quick"), []).append(lifted)
+            for how, lens in (("lens", self.lens), ("logit", None)):
+                said = says(sae, layer, wanted, self.end, lens)
+                found.setdefault(("says", how), []).append(said)
+        return {key: np.concatenate(parts) for key, parts in found.items()}
 
 
 def _plain(value: Any) -> Any:
@@ -256,10 +330,18 @@ def speed(options: argparse.Namespace, say: Printed) -> None:
                     took = time.perf_counter() - start, time.process_time() - cpu
                     rows.append((f"says, 36 layers, threads {threads}", *took))
         captures = _texts(len(groups), tokens=8)
+        pairs = [("words", "fillers")]
+        for warm in (False, True):
+            start, cpu = time.perf_counter(), time.process_time()
+            for layer in range(LAYERS):
+                lifts(qsl.load_sae(f"local/wide/{layer}"), 0, [captures], groups, pairs)
+            if warm:
+                took = time.perf_counter() - start, time.process_time() - cpu
+                rows.append((f"words, {LAYERS} layers, mean residuals (--quick)", *took))
         start, cpu = time.perf_counter(), time.process_time()
         shares(qsl.load_sae("local/wide/0"), 0, [captures], groups)
         took = time.perf_counter() - start, time.process_time() - cpu
-        rows.append((f"words, 1 layer, {captures.n_tokens} tokens", *took))
+        rows.append((f"words, 1 layer, {captures.n_tokens} tokens (--exact)", *took))
         pack = qsl.LabelPack(
             qsl.Label(qsl.LayerRef("qwen3-8b-base/w64k-l0-50", 20).feature(n), _sentence(n))
             for n in range(D_SAE)
@@ -357,6 +439,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--name", default="")
     parser.add_argument("--sae")
     parser.add_argument("--layers", default="")
+    parser.add_argument("--lens", type=Path)
     parser.add_argument("--data", type=Path)
     parser.add_argument("--work", type=Path)
     parser.add_argument("--threads", type=int, default=1)

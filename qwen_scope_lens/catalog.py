@@ -34,6 +34,7 @@ __all__ = [
     "find_group",
     "home_folder",
     "is_known",
+    "lens_beside",
     "local_groups",
     "name_of_model",
 ]
@@ -312,6 +313,12 @@ def bundled_model(name: str) -> Path | None:
     key = name.lower().removeprefix("qwen-scope-lens/")
     found = any(key == backbone.key for backbone in MINI_BACKBONES)
     return MINI_HOME / key if found else None
+
+
+def lens_beside(model: str | Path) -> Path | None:
+    """The Jacobian lens in the folder of a model, as the minis have one; None without it."""
+    path = (bundled_model(str(model)) or Path(model).expanduser()) / "jacobian_lens.pt"
+    return path if path.is_file() else None
 
 
 def name_of_model(place: str) -> str:

@@ -41,6 +41,7 @@ def write_export(
         for feature in codes.indices[1:][codes.active[1:]].unique().tolist():
             values = (codes.values * (codes.indices == feature)).sum(-1).tolist()
             row = {"index": str(feature), "tokens": tokens, "values": values, **where}
+            row |= {"id": f"a{feature}-{i}", "maxValue": max(values), "minValue": min(values)}
             rows.setdefault(feature, []).append(row)
     listed = sorted(rows)
     half = len(listed) // 2
@@ -57,6 +58,7 @@ def write_export(
                     "description": f"words of kind {feature}",
                     "explanationModelName": "a-describer",
                     "typeName": "a-method",
+                    "embedding": "[0.0, 1.0]",  # as text, as in published files
                     "createdAt": "2026-01-01T00:00:00Z",
                     **where,
                 }

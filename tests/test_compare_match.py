@@ -20,13 +20,15 @@ from qwen_scope_lens.cli import main
 from qwen_scope_lens.compare import (
     align,
     assign,
+    counterparts_by_activation,
+    counterparts_by_decoder,
     match_activations,
     match_decoders,
     shuffled_directions,
 )
 from qwen_scope_lens.compare.align import pieces
 from qwen_scope_lens.compare.null import shuffled_rows
-from qwen_scope_lens.errors import StoreMismatch, WrongShape
+from qwen_scope_lens.errors import LayerOutOfRange, StoreMismatch, WrongShape
 from qwen_scope_lens.features import nearest_by_correlation, nearest_by_cosine
 from qwen_scope_lens.features.nearest import Nearest
 from qwen_scope_lens.saes import SparseCodes
@@ -48,6 +50,35 @@ def permuted(x: torch.Tensor, noise: float, seed: int = 9) -> tuple[torch.Tensor
     order = torch.randperm(len(x), generator=rng)
     copy = x[order] + noise * torch.randn(x.shape, generator=rng)
     return copy, order.argsort().numpy()
+
+
+def test_one_feature_gets_what_the_whole_matching_gives_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    a = directions(0)
+    b, where = permuted(a, 0.3)
+    found = counterparts_by_decoder(a, 5, b, candidates=3)
+    every = nearest_by_cosine(a, b, 3)
+    assert [one.ref for one in found.rows] == [f"B/{n}" for n in every.of_a[5].tolist()]
+    assert found.rows[0].ref == f"B/{where[5]}"
+    assert found.rows[0].back == 1
+    assert found.rows[0].p_value == pytest.approx(1 / N)
+    assert found.rows[1].p_value > 0.05
+    rng = np.random.default_rng(0)
+    left = csr_matrix(rng.random((400, 30)) * (rng.random((400, 30)) < 0.2))
+    right = left[:, rng.permutation(30)]
+    same = counterparts_by_activation(left, 4, right, candidates=2)
+    match = nearest_by_correlation(left, right, 2)
+    assert same.rows[0].ref == f"B/{match.of_a[4][0]}"
+    assert same.rows[0].score == pytest.approx(1, abs=1e-5)
+    assert same.rows[0].back == 1
+    with pytest.raises(LayerOutOfRange, match="not 900"):
+        counterparts_by_decoder(a, 900, b)
+    here, there = "mini-qwen3/w1k-l0-16/6", "mini-qwen3/w1k-l0-16/5"
+    assert main(["compare", "match", f"{here}/423", there, "--candidates", "1"]) == 0
+    assert f"{here}/423 -> {there}, by decoder cosine" in capsys.readouterr().out
+    assert main(["compare", "match", f"{here}/423", there, "--feature", "4"]) == 1
+    assert "names another" in capsys.readouterr().err
 
 
 def test_a_permuted_noised_and_scaled_copy_is_matched_back() -> None:

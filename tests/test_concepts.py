@@ -4,28 +4,41 @@ from __future__ import annotations
 
 import json
 import pickle
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from endpoint_server import Server, answer
 from feature_stores import build_store, random_codes, store_of_dense
 from scipy.sparse import csr_matrix
 from scipy.stats import binomtest
+from scripted_writer import Scripted
 from transformer_lens.tools.analysis import JacobianLens
 
 import qwen_scope_lens as qsl
 from qwen_scope_lens.cli import main
-from qwen_scope_lens.concepts import Concept, Discovery, discover, discover_pairs, find, pairs_of
+from qwen_scope_lens.concepts import (
+    Concept,
+    Discovery,
+    discover,
+    discover_pairs,
+    find,
+    pairs_of,
+    write_examples,
+)
 from qwen_scope_lens.concepts.concept import CARRIERS, neutral_texts, read_examples
 from qwen_scope_lens.concepts.discover import sign_test
-from qwen_scope_lens.concepts.evidence import read_groups, readout, says, shares
-from qwen_scope_lens.concepts.find import WEIGHTS, combined, layers_of
+from qwen_scope_lens.concepts.evidence import lifts, read_groups, readout, says, shares
+from qwen_scope_lens.concepts.find import layers_of
+from qwen_scope_lens.concepts.fusion import WEIGHTS, combined
 from qwen_scope_lens.errors import (
     BadCorpus,
     BadFile,
     BadText,
+    GeneratorFailed,
     LayerOutOfRange,
     StoreMismatch,
     TooLittleData,
@@ -35,6 +48,7 @@ from qwen_scope_lens.errors import (
 from qwen_scope_lens.mini import heldout
 from qwen_scope_lens.models import fit_lens, read_lens, read_unembedding
 from qwen_scope_lens.models.tokenize import find_tokenizer
+from qwen_scope_lens.writers import Ledger
 
 GROUP, LAYERS = "mini-qwen3/w1k-l0-16", [3, 6]
 CHINESE = [row["text"][:100] for row in heldout("prose", "zh")]
@@ -211,6 +225,82 @@ def test_the_verb_writes_what_it_prints(tmp_path: Path, capsys: Any) -> None:
         assert message in capsys.readouterr().err
     assert len(set(neutral_texts())) > 10
     assert CARRIERS
+
+
+def test_mean_residuals_find_what_every_token_does(mini: Any) -> None:
+    """`lifts` against a slow computation; and the quick way ends at as good a feature."""
+    concept = Concept("Chinese", tuple(CHINESE[:3]), tuple(ENGLISH[:3]))
+    captures, groups = read_groups(mini, concept, [6], find_tokenizer(mini))
+    sae = qsl.load_sae(f"{GROUP}/6")
+    [found, words] = lifts(
+        sae, 6, captures, groups, [("examples", "neutral"), ("words", "fillers")]
+    )
+    sides = []
+    for texts in (CHINESE[:3], ENGLISH[:3]):
+        reads = [qsl.capture(mini, [text], [6], max_tokens=64, truncate=True) for text in texts]
+        pre = [r.residuals[6][r.keep(6)] @ sae.W_enc for r in reads]
+        sides.append(torch.stack([one.mean(0) for one in pre]).mean(0).double())
+    plain = sides[0] - sides[1]
+    np.testing.assert_allclose(found, (plain - plain.mean()) / plain.std(), atol=1e-3)
+    assert words.shape == (1024,)
+    how: dict[str, Any] = {"examples": CHINESE[:5], "model": mini, "layers": LAYERS, "promoted": 0}
+    quick = find("Chinese", GROUP, exact=False, top=3, **how)
+    assert quick.settings["texts"] == "mean residuals"
+    assert quick.rows[0].on_examples is None
+    assert set(quick.refs) & set(find("Chinese", GROUP, exact=True, top=3, **how).refs)
+    assert "--exact encodes every token" in quick.table().text()
+
+
+# --- examples that a generator writes ------------------------------------------------------------
+
+
+ANSWER = """Here are they:
+1. YES: Je ne peux pas vous aider.
+**NO**: Bien sûr, voici comment.
+- Yes： "Désolé, c'est impossible."
+no: Avec plaisir.
+YES: Je ne peux pas vous aider."""
+
+
+def test_a_generator_writes_both_kinds(tmp_path: Path) -> None:
+    writer = Scripted(lambda request: ANSWER)
+    with Ledger.open(tmp_path) as ledger:
+        written = write_examples("polite refusals", writer, ledger, count=7)
+        again = write_examples("polite refusals", writer, ledger, count=7)
+    assert written == again
+    assert written.examples == ("Je ne peux pas vous aider.", "Désolé, c'est impossible.")
+    assert written.against == ("Bien sûr, voici comment.", "Avec plaisir.")
+    assert [request.sampling.max_tokens for request in writer.requests] == [600, 240]  # asked once
+    assert "polite refusals" in writer.requests[0].text
+    silent = Scripted(lambda request: "I cannot do that.", "silent")
+    with Ledger.open(tmp_path) as ledger, pytest.raises(GeneratorFailed, match="I cannot do that"):
+        write_examples("polite refusals", silent, ledger)
+
+
+def test_find_says_the_price_and_shows_what_was_written(
+    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    pairs = zip(CHINESE, ENGLISH, strict=False)
+    said = "\n".join(
+        f"YES: {yes.split(chr(10))[0]}\nNO: {no.split(chr(10))[0]}" for yes, no in pairs
+    )
+    command = ["find", "Chinese", "--layers", "6", "--top", "1", "--promoted", "0", "--write", "3"]
+    with Server(lambda call: answer(said)) as server:
+        command += ["--generator", f"openai:{server.url}#a-model", "--price", "1,2"]
+        with pytest.raises(SystemExit):
+            main([*command, "--price", "1"])
+        for stream in (sys.stdin, sys.stderr):
+            monkeypatch.setattr(stream, "isatty", lambda: True, raising=False)
+        monkeypatch.setattr(sys.stdin, "readline", lambda: "n\n", raising=False)
+        assert main(command) == 1
+        assert not server.calls
+        assert main([*command, "--yes"]) == 0
+    printed = capsys.readouterr()
+    assert "price: 1 requests, about " in printed.err
+    assert "at most 360 out: at most 0.00" in printed.err
+    assert "written by openai:a-model:\n  + " in printed.out
+    assert "mini-qwen3/w1k-l0-16/6/" in printed.out
 
 
 # --- the lens ------------------------------------------------------------------------------------

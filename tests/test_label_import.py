@@ -18,12 +18,20 @@ from qwen_scope_lens.errors import BadFile, CannotWrite, TooLittleData, UnknownN
 from qwen_scope_lens.hosted import candidates, record, verified_id
 from qwen_scope_lens.labels import bm25, import_labels
 from qwen_scope_lens.labels.exports import Passage, exports_in, labels_of, measure
-from qwen_scope_lens.labels.scores import KINDS, Question, estimate, questions, score, table_of
+from qwen_scope_lens.labels.scores import (
+    KINDS,
+    Question,
+    questions,
+    requests_of,
+    score,
+    table_of,
+)
 from qwen_scope_lens.labels.search import words_of
 from qwen_scope_lens.mini import heldout
 from qwen_scope_lens.site.neuronpedia import neuronpedia_id
 from qwen_scope_lens.writers.generator import Book, Completion, Request
 from qwen_scope_lens.writers.ledger import Ledger, Prices
+from qwen_scope_lens.writers.price import price_of
 from qwen_scope_lens.writers.templates import Templates
 
 GROUP = "mini-qwen3/w1k-l0-16"
@@ -243,8 +251,9 @@ def test_harder_scores_tell_a_good_label_from_a_blind_judge(
         else:
             marks = [text.count("<<") for text in one.options]
             assert min(marks) > 0
-    said = estimate(asked, pack, Prices(1.0, 2.0))
-    assert said.startswith(f"{len(asked)} calls, about ")
+    price = price_of(requests_of(asked, pack), Prices(1.0, 2.0))
+    assert price.requests == len(asked)
+    assert price.cost == pytest.approx((price.prompt_tokens + 2 * price.answer_tokens) / 1e6)
     scores = {}
     for right in (True, False):
         judge = Judge(asked, right)

@@ -320,7 +320,7 @@ def test_near_duplicates_have_the_true_similarity(texts: tuple[str, str]) -> Non
 
 
 def test_templates_can_be_edited(tmp_path: Path) -> None:
-    assert len(Templates.copy(tmp_path)) == len(list(tmp_path.iterdir())) == 22
+    assert len(Templates.copy(tmp_path)) == len(list(tmp_path.iterdir())) == 23
     own = Templates(tmp_path)
     assert own.sha256 == Templates().sha256
     (tmp_path / "fac.txt").write_text("[user]\nWrite $description for $$5.\n")

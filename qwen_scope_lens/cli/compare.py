@@ -53,10 +53,19 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _match_arguments(parser: argparse.ArgumentParser) -> None:
-    for name, what in {"a": "a store, or the address of an SAE", "b": "another one"}.items():
-        parser.add_argument(
-            name, metavar=name.upper(), action=Input, check=inputs.store_or_sae, help=what
-        )
+    parser.add_argument(
+        "a",
+        metavar="A",
+        action=Input,
+        check=inputs.store_sae_or_feature,
+        help="a store, or the address of an SAE or of one feature",
+    )
+    parser.add_argument(
+        "b", metavar="B", action=Input, check=inputs.store_or_sae, help="a store, or an SAE"
+    )
+    parser.add_argument(
+        "--feature", type=from_zero, help="only the counterparts of this feature of A"
+    )
     add_layers(
         parser,
         "one of A and one of B: 6,7; default: the last that is stored",
@@ -81,10 +90,18 @@ def _match(arguments: argparse.Namespace) -> None:
     made from one another) are matched by the cosine of their decoder directions; others by the
     correlation of activations on the texts that both stores have, piece of text by piece of text,
     whatever the tokenizers. Every score is compared with scores against a shuffled B.
+
+        qsl compare match mini-qwen3/w1k-l0-16/6/423 mini-qwen3/w1k-l0-16/5 --candidates 3
+
+    With the address of one feature, or --feature, only its counterparts are looked for.
     """
     from qwen_scope_lens.compare.sides import sides_of
 
-    sides_of(arguments.a, arguments.b, arguments.layers, arguments.by)  # before torch is imported
+    a, feature = _one_of(arguments)
+    sides_of(a, arguments.b, arguments.layers, arguments.by)  # before torch is imported
+    if feature is not None:
+        _match_one(arguments, a, feature)
+        return
 
     from qwen_scope_lens.compare.match import facts, save_matching
     from qwen_scope_lens.compare.sources import match_sources
@@ -105,6 +122,39 @@ def _match(arguments: argparse.Namespace) -> None:
     if arguments.out:
         save_matching(found, arguments.out)
         remark(f"written: {arguments.out}")
+
+
+def _one_of(arguments: argparse.Namespace) -> tuple[str, int | None]:
+    """A without its feature, and the feature, which is in the address or in --feature."""
+    from qwen_scope_lens.errors import UnknownName
+
+    ref = inputs.feature_of(arguments.a)
+    if ref is None:
+        return arguments.a, arguments.feature
+    if arguments.feature not in (None, ref.feature):
+        raise UnknownName(f"{ref} is one feature, and --feature names another: give one of them")
+    return str(ref.sae), ref.feature
+
+
+def _match_one(arguments: argparse.Namespace, a: str, feature: int) -> None:
+    from qwen_scope_lens.compare.sources import match_one
+    from qwen_scope_lens.errors import WrongSettings
+
+    if arguments.out:
+        raise WrongSettings("--out is for all features of A: leave it out, or use --json")
+    found = match_one(
+        a,
+        feature,
+        arguments.b,
+        layers=arguments.layers,
+        by=arguments.by,
+        candidates=arguments.candidates,
+        seed=arguments.seed,
+    )
+    if arguments.json:
+        print_json(arguments.json, found.to_dict())
+    else:
+        print(found.table())
 
 
 def _drift_arguments(parser: argparse.ArgumentParser) -> None:

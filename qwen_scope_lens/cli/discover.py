@@ -167,15 +167,22 @@ def _store(arguments: argparse.Namespace) -> Any:
 def _written(arguments: argparse.Namespace, store: Any, found: Any) -> Any:
     """Labels by the generator, for the hypotheses that hold and whose feature has none."""
     from qwen_scope_lens.address import FeatureRef
-    from qwen_scope_lens.cli.synth.generators import prices, roles
-    from qwen_scope_lens.labels.describe import describe
+    from qwen_scope_lens.cli.synth.generators import agreed, prices, roles
+    from qwen_scope_lens.labels.describe import describe, expected_requests, plan
+    from qwen_scope_lens.labels.packs import LabelPack
     from qwen_scope_lens.models.load import load_model
     from qwen_scope_lens.writers.ledger import Ledger
+    from qwen_scope_lens.writers.price import price_of
 
     refs = [FeatureRef.parse(row.ref) for row in found.held if not row.label]
+    writer, planned = roles(arguments, load_model).open(arguments.generator), plan(store, refs)
     with Ledger.open(arguments.out / "labels.run", prices(arguments)) as ledger:
-        writer = roles(arguments, load_model).open(arguments.generator)
-        pack = describe(store, refs, writer, ledger, progress=True)
+        requests = expected_requests(planned)
+        new = ledger.unanswered(writer.name, requests)
+        price = price_of(new, prices(arguments), writer, len(requests) - len(new))
+        if not agreed(arguments, price):
+            return LabelPack([])
+        pack = describe(store, refs, writer, ledger, planned=planned, progress=True)
         remark(str(ledger.spent))
     if pack:
         remark(f"written: {pack.write(arguments.out / 'labels.jsonl')}")

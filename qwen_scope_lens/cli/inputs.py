@@ -15,13 +15,14 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwen_scope_lens.address import LayerRef
+from qwen_scope_lens.address import FeatureRef, LayerRef
 from qwen_scope_lens.catalog import bundled_model, find_group
 from qwen_scope_lens.errors import (
     BadCorpus,
     BadFile,
     CannotWrite,
     CheckpointMissing,
+    LayerOutOfRange,
     NotACheckpoint,
     UnknownName,
 )
@@ -60,6 +61,7 @@ __all__ = [
     "store",
     "store_or_corpus",
     "store_or_sae",
+    "store_sae_or_feature",
     "stored_label",
     "stored_layers",
     "unchecked",
@@ -240,6 +242,27 @@ def store_or_sae(name: str, arguments: argparse.Namespace) -> None:
         store(name, arguments)
     else:
         LayerRef.parse(name)
+
+
+def store_sae_or_feature(name: str, arguments: argparse.Namespace) -> None:
+    """A store, or the address of an SAE or of one of its features."""
+    if feature_of(name) is None:
+        store_or_sae(name, arguments)
+
+
+def feature_of(name: str) -> FeatureRef | None:
+    """The feature at an address; None for the address of an SAE, a folder, or anything else."""
+    if Path(name).is_dir():
+        return None
+    try:
+        LayerRef.parse(name)
+    except (UnknownName, LayerOutOfRange):
+        try:
+            LayerRef.parse(name.rpartition("/")[0])
+        except (UnknownName, LayerOutOfRange):
+            return None
+        return FeatureRef.parse(name)
+    return None
 
 
 def store_or_corpus(path: str, arguments: argparse.Namespace) -> None:

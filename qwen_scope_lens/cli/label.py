@@ -36,7 +36,8 @@ from qwen_scope_lens.cli.options import (
     remark,
     show,
 )
-from qwen_scope_lens.cli.synth.generators import add_generator_arguments, prices, roles
+from qwen_scope_lens.cli.synth.features import describe_word
+from qwen_scope_lens.cli.synth.generators import add_generator_arguments, agreed, prices, roles
 
 KINDS = ("detection", "fuzzing", "intruder", "output")
 
@@ -275,7 +276,7 @@ def _score(arguments: argparse.Namespace) -> int:
 
         # needs an endpoint that judges:
         qsl label score texts/labels.jsonl --store store/ --out scored.jsonl \\
-            --judge openai:http://localhost:8000/v1#NAME --price-prompt 0.15 --price-completion 0.6
+            --judge openai:http://localhost:8000/v1#NAME --price 0.15,0.60
 
     detection: active passages against near ones (related features fire, or the same token stands,
     but this feature is silent). fuzzing: right marks against moved marks. intruder: without the
@@ -286,10 +287,11 @@ def _score(arguments: argparse.Namespace) -> int:
     """
     from qwen_scope_lens.features.token_effects import promoted_of
     from qwen_scope_lens.labels.packs import LabelPack
-    from qwen_scope_lens.labels.scores import estimate, questions, score, table_of
+    from qwen_scope_lens.labels.scores import questions, requests_of, score, table_of
     from qwen_scope_lens.models.load import load_model
     from qwen_scope_lens.stores.store import FeatureStore
     from qwen_scope_lens.writers.ledger import Ledger
+    from qwen_scope_lens.writers.price import price_of
     from qwen_scope_lens.writers.templates import Templates
 
     pack, store = LabelPack.read(arguments.pack), FeatureStore.open(arguments.store)
@@ -301,12 +303,17 @@ def _score(arguments: argparse.Namespace) -> int:
         promoted=promoted_of(store.manifest.model.id, arguments.sae_folder),
         seed=arguments.seed,
     )
-    remark(estimate(asked, pack, prices(arguments), templates))
+    requests = requests_of(asked, pack, templates, arguments.seed)
     if arguments.price_only:
+        remark(str(price_of(requests, prices(arguments))))
         return 0
     folder = arguments.out.with_name(f"{arguments.out.stem}.run")
     with Ledger.open(folder, prices(arguments)) as ledger:
         judge = roles(arguments, load_model).open(arguments.judge)
+        new = ledger.unanswered(judge.name, requests)
+        price = price_of(new, prices(arguments), judge, len(requests) - len(new))
+        if not agreed(arguments, price):
+            return 1
         scored = score(pack, asked, judge, ledger, templates=templates, seed=arguments.seed)
         remark(ledger.limit_reached or "finished")
         remark(str(ledger.spent))
@@ -317,6 +324,7 @@ def _score(arguments: argparse.Namespace) -> int:
 
 
 WORDS = (
+    describe_word,
     Word("score", _score_arguments, _score),
     Word("import", _import_arguments, _import),
     Word("list", _list_arguments, _list),

@@ -46,6 +46,7 @@ SECTIONS = {
         "app": "read, compare and steer in a browser",
         "serve": "an OpenAI-compatible server that steers, monitors and records",
         "mcp": "the same for a language-model agent, over the Model Context Protocol",
+        "lens": "Jacobian lenses, for what features make a model say: fit, show, check",
         "graph": "which features, through all layers, made the model say that",
         "compare": "features across SAEs, layers and models: match, drift, transfer",
     },
@@ -68,7 +69,7 @@ SECTIONS = {
 }
 VERBS = {verb: what for section in SECTIONS.values() for verb, what in section.items()}
 
-GO_ON = ("bench", "classify", "extract", "reproduce", "sweep", "synth", "train")
+GO_ON = ("bench", "classify", "extract", "lens", "reproduce", "sweep", "synth", "train")
 """Verbs that keep what is finished of a long job, and go on from it."""
 
 OLD_NAMES = {"lm_eval": "lm-eval"}

@@ -9,5 +9,8 @@ from .match import assign as assign
 from .match import match_activations as match_activations
 from .match import match_decoders as match_decoders
 from .null import shuffled_directions as shuffled_directions
+from .one import Counterparts as Counterparts
+from .one import counterparts_by_activation as counterparts_by_activation
+from .one import counterparts_by_decoder as counterparts_by_decoder
 from .transfer import random_sae as random_sae
 from .transfer import transfer as transfer

@@ -10,6 +10,11 @@ from typing import TYPE_CHECKING, Any
 from qwen_scope_lens.compare.align import align
 from qwen_scope_lens.compare.fidelity import fidelity
 from qwen_scope_lens.compare.match import Matching, match_activations, match_decoders
+from qwen_scope_lens.compare.one import (
+    Counterparts,
+    counterparts_by_activation,
+    counterparts_by_decoder,
+)
 from qwen_scope_lens.compare.sides import By, sides_of
 from qwen_scope_lens.errors import TooLittleData
 from qwen_scope_lens.saes.load import load_sae
@@ -18,7 +23,7 @@ from qwen_scope_lens.stores.reread import StoreReader
 if TYPE_CHECKING:
     from qwen_scope_lens.stores.store import FeatureStore
 
-__all__ = ["both_fvu", "match_sources", "read_texts"]
+__all__ = ["both_fvu", "match_one", "match_sources", "read_texts"]
 
 
 def match_sources(
@@ -51,6 +56,31 @@ def match_sources(
     common = align(stores[0], refs[0].layer, stores[1], refs[1].layer)
     return match_activations(
         common.a, common.b, names, doc=common.doc, candidates=candidates, fdr=fdr, seed=seed
+    )
+
+
+def match_one(
+    a: str,
+    feature: int,
+    b: str,
+    *,
+    layers: Sequence[int] | None = None,
+    by: By | None = None,
+    candidates: int = 8,
+    seed: int = 0,
+) -> Counterparts:
+    """The counterparts of one feature of A, which are found without matching all others."""
+    from qwen_scope_lens.stores.store import FeatureStore
+
+    refs, by = sides_of(a, b, layers, by)
+    names = (str(refs[0]), str(refs[1]))
+    if by == "decoder":
+        x, y = (load_sae(ref).W_dec for ref in refs)
+        return counterparts_by_decoder(x, feature, y, names, candidates=candidates, seed=seed)
+    stores = FeatureStore.open(a), FeatureStore.open(b)
+    common = align(stores[0], refs[0].layer, stores[1], refs[1].layer)
+    return counterparts_by_activation(
+        common.a, feature, common.b, names, doc=common.doc, candidates=candidates, seed=seed
     )
 
 

@@ -7,3 +7,5 @@ from .find import Found as Found
 from .find import FoundFeature as FoundFeature
 from .find import find as find
 from .pairs import pairs_of as pairs_of
+from .written import Written as Written
+from .written import write_examples as write_examples

@@ -25,7 +25,7 @@ __all__ = [
     "read_examples",
 ]
 
-Column = Literal["examples", "labels", "words", "says"]
+Column = Literal["examples", "labels", "meaning", "words", "says"]
 COLUMNS: tuple[Column, ...] = get_args(Column)
 """The kinds of evidence, as the table has them."""
 
@@ -106,21 +106,22 @@ def read_examples(path: str | Path) -> tuple[str, ...]:
 
 
 def columns_of(
-    wanted: Sequence[Column] | None, concept: Concept, labels: bool
+    wanted: Sequence[Column] | None, concept: Concept, labels: bool, embedder: bool = False
 ) -> tuple[Column, ...]:
     """The columns that count: those wanted, or all for which there is something to go by."""
-    possible = [
-        column
-        for column in COLUMNS
-        if (column != "examples" or concept.examples) and (column != "labels" or labels)
-    ]
+    needs: dict[Column, tuple[str, bool]] = {
+        "examples": ("examples", bool(concept.examples)),
+        "labels": ("labels", labels),
+        "meaning": ("labels and a model for embeddings", labels and embedder),
+    }
+    possible = [column for column in COLUMNS if column not in needs or needs[column][1]]
     if wanted is None:
         return tuple(possible)
     for column in wanted:
         if column not in COLUMNS:
             raise UnknownName(f"column {column!r}: expected some of {', '.join(COLUMNS)}")
         if column not in possible:
-            raise TooLittleData(f"the column {column} needs {column}: give some")
+            raise TooLittleData(f"the column {column} needs {needs[column][0]}: give some")
     if not wanted:
         raise TooLittleData(f"no column is chosen: choose some of {', '.join(COLUMNS)}")
     return tuple(column for column in COLUMNS if column in wanted)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from qwen_scope_lens.models.checkpoint import Tokenizer
     from qwen_scope_lens.stores.store import FeatureStore
 
-__all__ = ["Readout", "TextEvidence", "read_groups", "readout", "says", "shares"]
+__all__ = ["Readout", "TextEvidence", "lifts", "read_groups", "readout", "says", "shares"]
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -96,6 +96,39 @@ def shares(
                 0, codes.indices[mine][active].long(), values[mine][active]
             )
     return TextEvidence({group: _share(total.numpy()) for group, total in sums.items()})
+
+
+@torch.no_grad()
+def lifts(
+    sae: ScopeSAE,
+    layer: int,
+    captures: Sequence[Capture],
+    groups: Sequence[str],
+    pairs: Sequence[tuple[str, str]],
+) -> list[Floats]:
+    """How much more each feature is called for by one group of texts than by another.
+
+    The mean residual of the one minus that of the other, through the encoder: the difference of
+    mean pre-activations, in standard deviations above the layer's mean. One product per layer in
+    place of one per token, and no selection of the top k: a feature that is called for may still
+    never fire. `[d_sae]` for each of `pairs`
+    """
+    sums: dict[str, Tensor] = {}
+    counts = Counter(groups)
+    for capture in captures:
+        keep = capture.keep(layer).cpu()
+        x = capture.residuals[layer].float().cpu() * keep[:, None]
+        rows = capture.doc_rows()
+        tokens = torch.zeros(len(capture)).index_add_(0, rows, keep.float()).clamp(min=1)
+        mean = torch.zeros(len(capture), x.shape[1]).index_add_(0, rows, x) / tokens[:, None]
+        for number, doc in enumerate(capture.doc_ids):
+            group = groups[doc]
+            sums[group] = sums.get(group, torch.zeros(x.shape[1])) + mean[number] / counts[group]
+    apart = torch.stack([sums[one] - sums[other] for one, other in pairs])
+    weights = sae.W_enc.detach()
+    found = (apart.to(weights.device, weights.dtype) @ weights).float()
+    found -= found.mean(1, keepdim=True)
+    return list((found / found.std(1, keepdim=True).clamp(min=1e-12)).cpu().numpy())
 
 
 def share_in_store(store: FeatureStore, layer: int) -> Floats:

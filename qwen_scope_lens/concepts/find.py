@@ -1,10 +1,6 @@
 """From a concept to features: candidates from labels, from what texts fire, from what features say.
 
-Every column of evidence orders all features of all layers. A feature's score is the weighted sum,
-over the columns, of `1 / (10 + place)` (reciprocal rank fusion, Cormack et al. 2009), times 11: a
-feature that is first in every column has the sum of the weights. So no column has to be measured in
-the units of another, and a feature that one column alone puts first still comes up. A feature
-without evidence in a column gets nothing for it.
+`fusion.py` joins the columns of evidence into one order.
 """
 
 from __future__ import annotations
@@ -12,22 +8,24 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from torch import nn
 
 from qwen_scope_lens.address import FeatureRef, LayerRef, saes_named
-from qwen_scope_lens.catalog import MINI_GROUPS, Group, find_group, name_of_model
+from qwen_scope_lens.catalog import MINI_GROUPS, Group, find_group, lens_beside, name_of_model
 from qwen_scope_lens.concepts.concept import COLUMNS, Column, Concept, columns_of
 from qwen_scope_lens.concepts.evidence import (
     Floats,
+    lifts,
     read_groups,
     readout,
     says,
     share_in_store,
     shares,
 )
+from qwen_scope_lens.concepts.fusion import by_place, combined, weights_of
 from qwen_scope_lens.errors import (
     CheckpointMissing,
     HubUnreachable,
@@ -36,12 +34,14 @@ from qwen_scope_lens.errors import (
 )
 from qwen_scope_lens.features.token_effects import promoted_of
 from qwen_scope_lens.files import write_json
+from qwen_scope_lens.labels.embeddings import Embedder, by_meaning
 from qwen_scope_lens.labels.packs import LabelPack
 from qwen_scope_lens.labels.search import bm25
 from qwen_scope_lens.models.architecture import Model, describe
 from qwen_scope_lens.models.backbone import check_backbone
-from qwen_scope_lens.models.jacobian import Lens
+from qwen_scope_lens.models.jacobian import Lens, read_lens
 from qwen_scope_lens.models.load import load_model
+from qwen_scope_lens.models.residuals import Capture
 from qwen_scope_lens.models.tokenize import find_tokenizer
 from qwen_scope_lens.models.unembedding import read_unembedding
 from qwen_scope_lens.saes.load import load_sae
@@ -57,14 +57,23 @@ __all__ = ["COLUMNS", "Column", "Found", "FoundFeature", "find", "layers_of"]
 FORMAT, VERSION = "qwen-scope-find", 1
 DEFAULT = MINI_GROUPS[0].short
 
-WEIGHTS: dict[Column, float] = {"examples": 3.0, "labels": 2.0, "words": 1.0, "says": 1.0}
-"""Examples show what is meant, labels were written about the feature; words and the logit lens are
-hints."""
-SOFTENED = 10
-"""How many places matter: the tenth gets half as much as the first."""
+QUICK_FROM = 2 * 10**12
+"""Multiplications of an exact encoding from which a CPU compares mean residuals by default: 1,500
+tokens in five layers of 65,536 features and 4,096 dimensions."""
+PAIRS: dict[Column, tuple[str, str]] = {
+    "examples": ("examples", "neutral"),
+    "words": ("words", "fillers"),
+}
+"""The groups of texts that a column compares."""
+QUICK: dict[Column, str] = {
+    "examples": "mean pre-activation on the examples minus that on the texts compared with,"
+    " in standard deviations of the layer; --exact encodes every token",
+    "words": "the same for sentences with the words and with other words",
+}
 MEANINGS: dict[Column, str] = {
     "examples": "share of all activation on the examples, minus that on the texts compared with",
     "labels": "BM25 of the label",
+    "meaning": "cosine of the label's embedding with that of the words",
     "words": "share of all activation on sentences with the words, minus that with other words",
     "says": "how much the direction raises the concept's tokens, in standard deviations",
 }
@@ -78,6 +87,7 @@ class FoundFeature:
     score: float
     examples: float | None
     labels: float | None
+    meaning: float | None
     words: float | None
     says: float | None
     places: dict[str, int]  # column -> the feature's place in it, where it has evidence
@@ -125,19 +135,22 @@ class Found(View):
             ]
             for row in rows
         ]
+        quick = self.settings.get("texts") == "mean residuals"
+        meanings = MEANINGS | QUICK if quick else MEANINGS
         about = f"{self.concept.words!r} in {self.searched:,} features of {self.settings['sae']}"
         return Table.of(
             columns,
             cells,
             above=(f"{about}, layers {', '.join(map(str, self.settings['layers']))}", ""),
-            below=("", *(f"{column}: {MEANINGS[column]}" for column in self.columns)),
+            below=("", *(f"{column}: {meanings[column]}" for column in self.columns)),
             more=len(self.rows) - len(rows),
             formats={
                 "score": ".2f",
-                "examples": "+.2%",
-                "words": "+.2%",
+                "examples": "+.1f" if quick else "+.2%",
+                "words": "+.1f" if quick else "+.2%",
                 "says": "+.1f",
                 "labels": ".1f",
+                "meaning": ".2f",
             },
         )
 
@@ -149,8 +162,9 @@ def find(
     examples: Iterable[str] = (),
     against: Iterable[str] = (),
     labels: LabelPack | None = None,
+    embedder: Embedder | None = None,
     store: FeatureStore | None = None,
-    lens: Lens | None = None,
+    lens: Lens | Literal["logit"] | None = None,
     model: str | Path | Model | None = None,
     layers: Iterable[int] | int | None = None,
     columns: Sequence[Column] | None = None,
@@ -159,6 +173,7 @@ def find(
     sae_folder: str | Path | None = None,
     device: str | None = None,
     allow_other_model: bool = False,
+    exact: bool | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Found:
     """The features of some layers that fit a concept, best first.
@@ -169,17 +184,21 @@ def find(
         examples: texts that have the concept; a handful of sentences helps more than all else.
         against: texts that lack it, in place of the bundled neutral texts.
         labels: what features mean.
+        embedder: finds labels by meaning, beside BM25 (`labels.open_embedder`).
         store: a feature store, whose documents replace the neutral texts, too.
-        lens: a Jacobian lens (`read_lens`) for what features say.
+        lens: a Jacobian lens (`read_lens`) for what features say. By default the one that lies in
+            the model's folder, as for the minis; "logit" reads without.
         model: a model in memory, or a name; by default the model that the SAEs were trained on.
         layers: by default every layer whose SAE is on this machine, or the middle one.
         columns: which evidence counts; by default all that the arguments allow. Without `examples`
             and `words` no text is read, and the model does not run.
         top, promoted: how many features are returned, and how many tokens each comes with.
+        exact: whether all tokens of the texts are encoded, or only their mean residuals compared
+            (`lifts`). By default that is so where encoding would take a CPU minutes.
         progress: called with the number of layers done and of all layers.
     """
     concept = Concept(words, tuple(examples), tuple(against))
-    chosen = columns_of(columns, concept, labels is not None)
+    chosen = columns_of(columns, concept, labels is not None, embedder is not None)
     refs = layers_of(sae, layers, sae_folder)
     row, numbers = refs[0].row, [ref.layer for ref in refs]
     if store is not None:
@@ -198,18 +217,30 @@ def find(
     read = [
         group
         for column in reads
-        for group in (("examples", "neutral") if column == "examples" else ("words", "fillers"))
+        for group in PAIRS[column]
         if group != "neutral" or store is None or concept.against
     ]
     captures, groups = (
         read_groups(running, concept, numbers, tokenizer, read) if reads else ([], [])
     )
+    quick = _is_quick(exact, captures, refs, device, store is not None and not concept.against)
+    if lens is None and (
+        beside := lens_beside(describe(source) if isinstance(source, nn.Module) else source)
+    ):
+        lens = read_lens(beside, row.d_model)
+    used = lens if isinstance(lens, Lens) else None
     end = read_unembedding(source) if promoted or "says" in chosen else None
     wanted = readout(concept, tokenizer, end) if "says" in chosen and end is not None else None
     evidence: dict[str, list[Floats]] = {}
     for number, ref in enumerate(refs):
         opened = load_sae(ref, folder=sae_folder, device=device or "cpu")
-        if reads:
+        if reads and quick:
+            pairs = [PAIRS[column] for column in reads]
+            for column, values in zip(
+                reads, lifts(opened, ref.layer, captures, groups, pairs), strict=True
+            ):
+                evidence.setdefault(column, []).append(values)
+        elif reads:
             fired = shares(opened, ref.layer, captures, groups)
             if "examples" in chosen:
                 on = fired.share["examples"]
@@ -223,12 +254,15 @@ def find(
             if "words" in chosen:
                 evidence.setdefault("words", []).append(fired.rise("words", "fillers"))
         if wanted is not None and end is not None:
-            evidence.setdefault("says", []).append(says(opened, ref.layer, wanted, end, lens))
+            evidence.setdefault("says", []).append(says(opened, ref.layer, wanted, end, used))
         if progress is not None:
             progress(number + 1, len(refs))
     joined = {name: np.concatenate(parts) for name, parts in evidence.items()}
     if labels is not None and "labels" in chosen:
-        joined["labels"] = _label_scores(labels, concept.words, refs)
+        joined["labels"] = by_place(bm25(labels, concept.words), refs)
+    if labels is not None and embedder is not None and "meaning" in chosen:
+        here = {ref: label for ref, label in labels.items() if ref.sae in refs}
+        joined["meaning"] = by_place(by_meaning(here, concept.words, embedder), refs)
     score, places = combined({column: joined[column] for column in chosen})
     best = np.argsort(-score, kind="stable")[:top]
     best = best[score[best] > 0]
@@ -249,6 +283,7 @@ def find(
             score=float(score[at]),
             examples=of("examples", at),
             labels=of("labels", at),
+            meaning=of("meaning", at),
             words=of("words", at),
             says=of("says", at),
             places={name: int(order[at]) for name, order in places.items() if order[at]},
@@ -263,11 +298,31 @@ def find(
         "sae": row.short,
         "layers": numbers,
         "model": name_of_model(describe(source)) if isinstance(source, nn.Module) else source,
-        "weights": {column: WEIGHTS[column] for column in chosen},
-        "lens": None if lens is None else {"model": lens.model, "prompts": lens.prompts},
+        "weights": weights_of(chosen),
+        "lens": None if used is None else {"model": used.model, "prompts": used.prompts},
+        "texts": "mean residuals" if quick else "every token",
         "compared_with": "against" if concept.against else "store" if store else "neutral texts",
     }
     return Found(concept, rows, chosen, len(score), settings)
+
+
+def _is_quick(
+    exact: bool | None,
+    captures: Sequence[Capture],
+    refs: Sequence[LayerRef],
+    device: str | None,
+    needs_exact: bool,
+) -> bool:
+    """Whether only the mean residuals of the texts are compared. A store has no residuals."""
+    if exact is not None and needs_exact > exact:
+        raise StoreMismatch(
+            "a store has what features did, and no residuals: with it the texts have to be encoded"
+            " exactly. Leave the store out, or give texts to compare with"
+        )
+    if exact is not None or needs_exact or (device or "cpu") != "cpu":
+        return exact is False
+    row, tokens = refs[0].row, sum(capture.n_tokens for capture in captures)
+    return tokens * len(refs) * row.d_sae * row.d_model > QUICK_FROM
 
 
 def layers_of(
@@ -309,29 +364,3 @@ def _opened(
     running = load_model(source, up_to_layer=last, device=device)
     check_backbone(running, row, allow_other_model=allow_other_model)
     return running
-
-
-def _label_scores(labels: LabelPack, words: str, refs: Sequence[LayerRef]) -> Floats:
-    size = refs[0].row.d_sae
-    place = {ref: number * size for number, ref in enumerate(refs)}
-    found = np.zeros(len(refs) * size, dtype=np.float32)
-    for ref, score in bm25(labels, words).items():
-        if ref.sae in place:
-            found[place[ref.sae] + ref.feature] = score
-    return found
-
-
-def combined(
-    columns: dict[Column, Floats],
-) -> tuple[np.ndarray[Any, Any], dict[str, np.ndarray[Any, Any]]]:
-    """The score of every feature, and its place in every column (from 1; 0 without evidence)."""
-    score = np.zeros(len(next(iter(columns.values()))))
-    places = {}
-    for column, values in columns.items():
-        place = np.zeros(len(values), dtype=np.int64)
-        positive = np.flatnonzero(values > 0)
-        order = positive[np.argsort(-values[positive], kind="stable")]
-        place[order] = np.arange(1, len(order) + 1)
-        score[order] += WEIGHTS[column] * (SOFTENED + 1) / (SOFTENED + place[order])
-        places[str(column)] = place
-    return score, places

@@ -1,4 +1,6 @@
 from .describe import describe as describe
+from .embeddings import by_meaning as by_meaning
+from .embeddings import open_embedder as open_embedder
 from .packs import Label as Label
 from .packs import LabelPack as LabelPack
 from .scores import questions as questions

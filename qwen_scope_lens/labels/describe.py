@@ -28,14 +28,19 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Detection",
+    "Planned",
     "Sampled",
     "balanced_accuracy",
     "describe",
+    "expected_requests",
     "one_line",
     "parse_numbers",
+    "plan",
 ]
 
 FEATURES_AT_ONCE = 32
+USUAL_CHARACTERS = 100
+"""Of a description, for the price of its test."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,74 @@ class Detection:
     active: tuple[bool, ...]
 
 
+@dataclass(frozen=True)
+class Planned:
+    """What will be asked about one feature: for a description, and about its test."""
+
+    ref: FeatureRef
+    request: Request
+    test: Detection
+
+    @property
+    def is_tested(self) -> bool:
+        return any(self.test.active) and not all(self.test.active)
+
+    def about(self, description: str, templates: Templates, seed: int) -> Request:
+        """The test of a description, for the scorer."""
+        passages = "\n".join(f"{i}. {text}" for i, text in enumerate(self.test.passages, 1))
+        return Request(
+            templates["detect"].fill(description=description, examples=passages),
+            "detect",
+            seed=seed,
+            sampling=Sampling(temperature=0.0, max_tokens=80),
+        )
+
+
+def plan(
+    store: FeatureStore,
+    refs: Iterable[FeatureRef],
+    *,
+    templates: Templates | None = None,
+    sampled: Sampled | None = None,
+) -> list[Planned]:
+    """The passages of every feature that has some, chosen before anything is asked."""
+    from qwen_scope_lens.features.statistics import statistics
+
+    templates, sampled, source = templates or Templates(), sampled or Sampled(), Passages(store)
+    layers: dict[int, list[FeatureRef]] = {}
+    for ref in sorted(set(refs)):
+        layers.setdefault(store.feature(ref)[0], []).append(ref)
+    planned = []
+    for layer, some in layers.items():
+        size = 4 * (sampled.active + sampled.top)
+        facts = statistics(store, layer, examples=sampled.top, sample=size, partners=1)
+        for ref in some:
+            examples = _shown(ref, facts, sampled)
+            if examples:
+                request = Request(
+                    templates["describe"].fill(examples=_numbered(source, ref, examples, facts)),
+                    "describe",
+                    seed=sampled.seed,
+                    sampling=Sampling(temperature=0.0, max_tokens=120),
+                )
+                test = _detection(store, ref, facts, examples, source, sampled)
+                planned.append(Planned(ref, request, test))
+    return planned
+
+
+def expected_requests(
+    planned: Sequence[Planned], templates: Templates | None = None
+) -> list[Request]:
+    """All that may be asked, for the price: the tests with a description of usual length."""
+    templates = templates or Templates()
+    tests = [
+        one.about("x" * USUAL_CHARACTERS, templates, one.request.seed)
+        for one in planned
+        if one.is_tested
+    ]
+    return [*(one.request for one in planned), *tests]
+
+
 def describe(
     store: FeatureStore,
     refs: Iterable[FeatureRef],
@@ -67,89 +140,62 @@ def describe(
     scorer: Generator | None = None,
     templates: Templates | None = None,
     sampled: Sampled | None = None,
+    planned: Sequence[Planned] | None = None,
     progress: bool = False,
 ) -> LabelPack:
     """A label for every feature that has passages and for which the describer writes something.
 
     `scorer` (by default the describer) takes the test. A feature with too few passages for a test
-    gets a label without a score.
+    gets a label without a score. `planned` is what `plan` chose with the same arguments.
     """
     from tqdm import tqdm
 
-    from qwen_scope_lens.features.statistics import statistics
-
     templates, sampled = templates or Templates(), sampled or Sampled()
-    scorer, source = scorer or describer, Passages(store)
-    layers: dict[int, list[FeatureRef]] = {}
-    for ref in sorted(set(refs)):
-        layers.setdefault(store.feature(ref)[0], []).append(ref)
+    if planned is None:
+        planned = plan(store, refs, templates=templates, sampled=sampled)
     labels: list[Label] = []
-    with tqdm(total=sum(map(len, layers.values())), unit="feature", disable=not progress) as bar:
-        for layer, some in layers.items():
-            size = 4 * (sampled.active + sampled.top)
-            facts = statistics(store, layer, examples=sampled.top, sample=size, partners=1)
-            for start in range(0, len(some), FEATURES_AT_ONCE):
-                group = some[start : start + FEATURES_AT_ONCE]
-                labels += _describe(
-                    store, group, facts, source, describer, scorer, ledger, templates, sampled
-                )
-                bar.update(len(group))
-                if ledger.limit_reached:
-                    return LabelPack(labels)
+    with tqdm(total=len(planned), unit="feature", disable=not progress) as bar:
+        for start in range(0, len(planned), FEATURES_AT_ONCE):
+            group = planned[start : start + FEATURES_AT_ONCE]
+            labels += _describe(
+                store, group, describer, scorer or describer, ledger, templates, sampled.seed
+            )
+            bar.update(len(group))
+            if ledger.limit_reached:
+                break
     return LabelPack(labels)
 
 
 def _describe(
     store: FeatureStore,
-    refs: Sequence[FeatureRef],
-    facts: FeatureStatistics,
-    source: Passages,
+    planned: Sequence[Planned],
     describer: Generator,
     scorer: Generator,
     ledger: Ledger,
     templates: Templates,
-    sampled: Sampled,
+    seed: int,
 ) -> Iterator[Label]:
-    """Describe a group of features of one layer: first all descriptions, then all tests."""
-    shown = {ref: _shown(ref, facts, sampled) for ref in refs}
-    shown = {ref: examples for ref, examples in shown.items() if examples}
-    requests = [
-        Request(
-            templates["describe"].fill(examples=_numbered(source, ref, examples, facts)),
-            "describe",
-            seed=sampled.seed,
-            sampling=Sampling(temperature=0.0, max_tokens=120),
-        )
-        for ref, examples in shown.items()
-    ]
+    """Describe a group of features: first all descriptions, then all tests."""
     texts: dict[FeatureRef, str] = {}
-    for ref, completion in zip(shown, ledger.ask(describer, requests), strict=True):
+    answered = ledger.ask(describer, [one.request for one in planned])
+    for one, completion in zip(planned, answered, strict=True):
         first = one_line(completion.text) if completion else ""
         if first:
-            texts[ref] = first
-    tests = {ref: _detection(store, ref, facts, shown[ref], source, sampled) for ref in texts}
-    tested = [ref for ref, test in tests.items() if any(test.active) and not all(test.active)]
-    requests = [
-        Request(
-            templates["detect"].fill(
-                description=texts[ref],
-                examples="\n".join(f"{i}. {p}" for i, p in enumerate(tests[ref].passages, 1)),
-            ),
-            "detect",
-            seed=sampled.seed,
-            sampling=Sampling(temperature=0.0, max_tokens=80),
-        )
-        for ref in tested
-    ]
-    answers = dict(zip(tested, ledger.ask(scorer, requests), strict=True))
-    for ref, text in texts.items():
-        score, answer, test = None, answers.get(ref), tests[ref]
+            texts[one.ref] = first
+    tested = [one for one in planned if one.ref in texts and one.is_tested]
+    requests = [one.about(texts[one.ref], templates, seed) for one in tested]
+    answers = dict(zip((one.ref for one in tested), ledger.ask(scorer, requests), strict=True))
+    for one in planned:
+        if one.ref not in texts:
+            continue
+        score, answer, test = None, answers.get(one.ref), one.test
         if (
             answer is not None
             and (said := parse_numbers(answer.text, len(test.active))) is not None
         ):
             score = balanced_accuracy(said, test.active)
-        yield Label(ref, text, score, _provenance(store, describer, scorer, templates, test))
+        provenance = _provenance(store, describer, scorer, templates, test)
+        yield Label(one.ref, texts[one.ref], score, provenance)
 
 
 def one_line(text: str) -> str:

@@ -32,13 +32,13 @@ from qwen_scope_lens.labels.passages import Passages
 from qwen_scope_lens.stores.store import FeatureStore
 from qwen_scope_lens.tables import Table
 from qwen_scope_lens.writers.generator import Generator, Request, Sampling
-from qwen_scope_lens.writers.ledger import Ledger, Prices
+from qwen_scope_lens.writers.ledger import Ledger
 from qwen_scope_lens.writers.templates import Templates
 
 if TYPE_CHECKING:
     from qwen_scope_lens.features.statistics import FeatureStatistics
 
-__all__ = ["KINDS", "Kind", "Question", "estimate", "questions", "score", "table_of"]
+__all__ = ["KINDS", "Kind", "Question", "questions", "requests_of", "score", "table_of"]
 
 Kind = Literal["detection", "fuzzing", "intruder", "output"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -54,7 +54,6 @@ ROUNDS = 4
 SIDE = 5
 """Passages of each side of a detection or fuzzing question."""
 ANSWER_TOKENS = 40
-CHARACTERS_PER_TOKEN = 4
 
 Promoted = Callable[[Sequence[FeatureRef]], Mapping[FeatureRef, Sequence[str]]]
 """The tokens that features promote, such as by `token_effects`."""
@@ -145,8 +144,7 @@ def score(
 
     The provenance says which judge answered, and keeps who wrote the label.
     """
-    templates = templates or Templates()
-    requests = [one.request(labels.text(one.ref), templates, seed) for one in asked]
+    requests = requests_of(asked, labels, templates, seed)
     marks: dict[FeatureRef, dict[str, list[float]]] = {}
     for one, answer in zip(asked, ledger.ask(judge, requests), strict=True):
         mark = one.mark(answer.text) if answer is not None else None
@@ -166,19 +164,12 @@ def score(
     return LabelPack(scored)
 
 
-def estimate(
-    asked: Sequence[Question], labels: LabelPack, prices: Prices, templates: Templates | None = None
-) -> str:
-    """What the questions will cost, in words, at four characters per token."""
+def requests_of(
+    asked: Sequence[Question], labels: LabelPack, templates: Templates | None = None, seed: int = 0
+) -> list[Request]:
+    """What the judge will be asked, in the order of the questions."""
     templates = templates or Templates()
-    requests = [one.request(labels.text(one.ref), templates, 0) for one in asked]
-    characters = sum(len(text) for request in requests for _, text in request.messages)
-    prompt, answers = characters // CHARACTERS_PER_TOKEN, ANSWER_TOKENS * len(requests)
-    cost = (prices.prompt * prompt + prices.completion * answers) / 1e6
-    return (
-        f"{len(requests):,} calls, about {prompt:,} prompt tokens and at most {answers:,} of"
-        f" answers: at most about {cost:.4f} at the prices given"
-    )
+    return [one.request(labels.text(one.ref), templates, seed) for one in asked]
 
 
 def table_of(scored: LabelPack) -> Table:

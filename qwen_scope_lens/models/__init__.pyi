@@ -2,8 +2,9 @@ from .architecture import Model as Model
 from .architecture import decoder_layers as decoder_layers
 from .architecture import unwrap as unwrap
 from .checkpoint import Tokenizer as Tokenizer
-from .jacobian import fit_lens as fit_lens
 from .jacobian import read_lens as read_lens
+from .lens_fit import fit_lens as fit_lens
+from .lens_fit import lens_quality as lens_quality
 from .load import ScopeBridge as ScopeBridge
 from .load import load_model as load_model
 from .residuals import Capture as Capture

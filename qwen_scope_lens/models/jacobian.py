@@ -9,8 +9,7 @@ lens whose matrices are the identity. Files are read as tensors and plain data o
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,8 @@ import torch
 from torch import Tensor
 
 from qwen_scope_lens.errors import BadFile, LayerOutOfRange, WrongModel
-from qwen_scope_lens.files import whole_file
-from qwen_scope_lens.models.architecture import d_model
 
-__all__ = ["Lens", "fit_lens", "read_lens"]
+__all__ = ["Lens", "read_lens"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +29,18 @@ class Lens:
     width: int
     prompts: int  # on how many texts it was fitted; 0 where the file does not say
     model: str | None
+    facts: dict[str, Any] = field(default_factory=dict)  # what the file says of its making
+
+    @property
+    def card(self) -> dict[str, Any]:
+        """What `fit_lens` wrote about the fit; empty for lenses of others."""
+        found = self.facts.get("card")
+        return found if isinstance(found, dict) else {}
+
+    def push(self, layer: int, x: Tensor) -> Tensor:
+        """The effect of residuals after `layer` on the last one: `x @ J.T`. `[.., d_model]`"""
+        matrix = self._of(layer)
+        return x.float() if matrix is None else x.float() @ matrix.float().to(x.device).T
 
     def pull(self, layer: int, readout: Tensor) -> Tensor:
         """A linear readout of the last residual as one of the residual after `layer`: `J.T @ v`.
@@ -39,10 +48,12 @@ class Lens:
         `[.., d_model] -> [.., d_model]`, float32. The last layer of the model has no matrix of its
         own: there the readout is the same. Raises where an earlier layer is missing.
         """
-        if layer in self.matrices:
-            return readout.float() @ self.matrices[layer].float()
-        if layer > max(self.matrices):
-            return readout.float()
+        matrix = self._of(layer)
+        return readout.float() if matrix is None else readout.float() @ matrix.float()
+
+    def _of(self, layer: int) -> Tensor | None:
+        if layer in self.matrices or layer > max(self.matrices):
+            return self.matrices.get(layer)
         raise LayerOutOfRange(
             f"the lens has no matrix for layer {layer}: it has"
             f" {', '.join(map(str, sorted(self.matrices)))}. Leave the layer out, or read without"
@@ -88,39 +99,8 @@ def read_lens(path: str | Path, width: int | None = None) -> Lens:
             " another model"
         )
     said = content.get("metadata")
-    name = said.get("model_name") if isinstance(said, dict) else None
+    facts = said if isinstance(said, dict) else {}
     prompts = content.get("n_prompts", 0)
-    return Lens(matrices, side, prompts if isinstance(prompts, int) else 0, name)
-
-
-def fit_lens(
-    bridge: Any,
-    texts: Sequence[str],
-    path: str | Path,
-    *,
-    corpus: str,
-    layers: Iterable[int] | None = None,
-    batch: int = 16,
-    progress: bool = False,
-) -> Lens:
-    """Fit a lens with transformer-lens and write its file.
-
-    `bridge` comes from `load_model(name, full_hooks=True)`.
-
-    Costs `d_model / batch` backward passes per text. A hundred texts of 128 tokens are usable, says
-    its reference; published lenses use a thousand.
-    """
-    from transformer_lens.tools.analysis import JacobianLens
-
-    found = JacobianLens.fit(
-        bridge,
-        texts,
-        corpus=corpus,
-        source_layers=None if layers is None else sorted(set(layers)),
-        dim_batch=batch,
-        skip_first_positions=1,
-        show_progress=progress,
-    )
-    with whole_file(Path(path)) as partial:
-        found.save(str(partial))
-    return read_lens(path, d_model(bridge))
+    number = prompts if isinstance(prompts, int) else 0
+    lens = Lens(matrices, side, number, facts.get("model_name"), facts)
+    return lens if lens.model else replace(lens, model=lens.card.get("model"))

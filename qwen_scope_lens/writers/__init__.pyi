@@ -4,4 +4,6 @@ from .ledger import Ledger as Ledger
 from .ledger import Prices as Prices
 from .local import Local as Local
 from .local import Push as Push
+from .price import Price as Price
+from .price import price_of as price_of
 from .templates import Templates as Templates

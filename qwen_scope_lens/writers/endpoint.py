@@ -169,7 +169,7 @@ class Endpoint:
             )
 
     def _send(self, exchange: _Exchange, request: Request) -> Completion:
-        path, body = self._body(request)
+        path, body = self._asked(request)
         headers = {
             "Idempotency-Key": digest(self.name, request),
             "Content-Type": "application/json",
@@ -181,9 +181,12 @@ class Endpoint:
         answer = exchange.transport.post(f"{self.base_url}/{path}", content, headers)
         if answer.status != 200:
             raise refusal_of(answer, exchange.mask, self.key_variable, self.model)
-        return completion_of(answer.content, request, exchange.mask)
+        return self._read(answer.content, request, exchange.mask)
 
-    def _body(self, request: Request) -> tuple[str, dict[str, Any]]:
+    def _read(self, content: bytes, request: Request, mask: Mask) -> Completion:
+        return completion_of(content, request, mask)
+
+    def _asked(self, request: Request) -> tuple[str, dict[str, Any]]:
         sampling = request.sampling
         body: dict[str, Any] = {
             "model": self.model,

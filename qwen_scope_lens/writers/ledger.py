@@ -127,6 +127,11 @@ class Ledger:
             failed = book.failed
         return [self._answers.get(key) or failed.get(key) for key in keys]
 
+    def unanswered(self, generator: str, requests: Sequence[Request]) -> list[Request]:
+        """Those whose answers are not here yet, each once: what `ask` would send."""
+        found = {digest(generator, request): request for request in requests}
+        return [request for key, request in found.items() if key not in self._answers]
+
     def measured(self, key: str) -> Any | None:
         """What was measured under a key, or None."""
         return self._measured.get(key)

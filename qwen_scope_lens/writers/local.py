@@ -74,6 +74,9 @@ class Local:
             return f"hf:{self._label}"
         return f"steer:{self._label} x {self._push.strength:g}"
 
+    def count_tokens(self, text: str) -> int:
+        return len(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
     def generate(self, requests: Sequence[Request], book: Book) -> None:
         ids = [self._ids(request) for request in requests]
         for group in self._groups(requests, ids):

@@ -45,6 +45,7 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "fuzz": ("description", "examples"),
     "intruder": ("examples",),
     "output": ("description", "examples"),
+    "concept": ("words", "count"),
 }
 """Every template and the names that it may use."""
 

@@ -18,9 +18,9 @@ from qwen_scope_lens.cli.options import (
     output,
     read_labels,
 )
-from qwen_scope_lens.cli.synth.generators import add_generator_arguments, prices, roles
+from qwen_scope_lens.cli.synth.generators import add_generator_arguments, agreed, prices, roles
 
-__all__ = ["WORDS"]
+__all__ = ["WORDS", "describe_word"]
 
 
 def _targets_arguments(parser: argparse.ArgumentParser) -> None:
@@ -177,7 +177,7 @@ def _describe_arguments(parser: argparse.ArgumentParser) -> None:
     add_generator_arguments(parser)
 
 
-def _describe(arguments: argparse.Namespace) -> None:
+def _describe(arguments: argparse.Namespace) -> int:
     """Describe features from passages with a model, test the descriptions, write a label pack.
 
         # needs an endpoint that writes:
@@ -188,28 +188,37 @@ def _describe(arguments: argparse.Namespace) -> None:
 
     The describer sees a feature's strongest passages and some weaker ones. The scorer sees only the
     description and has to tell passages in which the feature is active from others; the label's
-    score is its balanced accuracy (0.5 is chance). After an interruption the same command
-    continues, and pays for no answer twice.
+    score is its balanced accuracy (0.5 is chance). What it may cost is said before the first call.
+    After an interruption the same command continues, and pays for no answer twice.
     """
-    from qwen_scope_lens.labels.describe import describe
+    from qwen_scope_lens.labels.describe import describe, expected_requests, plan
     from qwen_scope_lens.models.load import load_model
     from qwen_scope_lens.stores.store import FeatureStore
     from qwen_scope_lens.synth.find import features_to_describe
     from qwen_scope_lens.writers.ledger import Ledger
+    from qwen_scope_lens.writers.price import price_of
     from qwen_scope_lens.writers.templates import Templates
 
     store = FeatureStore.open(arguments.store)
     refs = features_to_describe(store, arguments.targets, arguments.layer, arguments.features)
     who = roles(arguments, load_model)
     folder = arguments.out.with_name(f"{arguments.out.stem}.run")
+    templates, writer = Templates(arguments.templates), who.open(arguments.generator)
+    planned = plan(store, refs, templates=templates)
     with Ledger.open(folder, prices(arguments)) as ledger:
+        requests = expected_requests(planned, templates)
+        new = ledger.unanswered(writer.name, requests)
+        price = price_of(new, prices(arguments), writer, len(requests) - len(new))
+        if not agreed(arguments, price):
+            return 1
         pack = describe(
             store,
             refs,
-            who.open(arguments.generator),
+            writer,
             ledger,
             scorer=who.open(arguments.scorer) if arguments.scorer else None,
-            templates=Templates(arguments.templates),
+            templates=templates,
+            planned=planned,
             progress=True,
         )
         print(ledger.limit_reached or "finished", ledger.spent, sep="\n")
@@ -218,9 +227,8 @@ def _describe(arguments: argparse.Namespace) -> None:
     print(f"{len(pack)} of {len(refs)} features described, {len(scores)} tested", end="")
     print(f", mean score {sum(scores) / len(scores):.3f}" if scores else "")
     print(f"labels: {arguments.out}")
+    return 0
 
 
-WORDS = (
-    Word("targets", _targets_arguments, _targets),
-    Word("describe", _describe_arguments, _describe),
-)
+describe_word = Word("describe", _describe_arguments, _describe)
+WORDS = (Word("targets", _targets_arguments, _targets), describe_word)

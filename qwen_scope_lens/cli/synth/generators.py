@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from qwen_scope_lens.address import FeatureRef
-from qwen_scope_lens.cli.options import count
+from qwen_scope_lens.cli.options import count, not_negative, remark
 
 if TYPE_CHECKING:
     from qwen_scope_lens.writers.ledger import Prices
+    from qwen_scope_lens.writers.price import Price
     from qwen_scope_lens.writers.roles import Roles
 
 
@@ -41,6 +43,13 @@ def add_generator_arguments(parser: argparse.ArgumentParser) -> None:
     cost = parser.add_argument_group("cost", "counted in a ledger that no answer is paid for twice")
     cost.add_argument("--price-prompt", type=float, default=0.0, help="per million tokens")
     cost.add_argument("--price-completion", type=float, default=0.0, help="per million tokens")
+    cost.add_argument(
+        "--price",
+        type=_price,
+        metavar="IN,OUT",
+        help="both, such as 0.15,0.60; then the price in money is said before the first call",
+    )
+    cost.add_argument("--yes", action="store_true", help="do not ask before the first call")
     cost.add_argument("--max-cost", type=float, help="start no call once this is reached")
     cost.add_argument(
         "--max-tokens", type=count, help="the same for tokens, of prompts and answers"
@@ -50,22 +59,29 @@ def add_generator_arguments(parser: argparse.ArgumentParser) -> None:
 def prices(arguments: argparse.Namespace) -> Prices:
     from qwen_scope_lens.writers.ledger import Prices
 
+    prompt, completion = arguments.price or (arguments.price_prompt, arguments.price_completion)
     return Prices(
-        arguments.price_prompt,
-        arguments.price_completion,
+        prompt,
+        completion,
         arguments.max_cost,
         arguments.max_tokens,
     )
 
 
-def roles(
-    arguments: argparse.Namespace,
-    load: Callable[[str], Any],
-    typical: Mapping[FeatureRef, float] | None = None,
-    saes: Any = None,
-) -> Roles:
-    from qwen_scope_lens.writers.roles import Roles
+def agreed(arguments: argparse.Namespace, price: Price) -> bool:
+    """Say what will be asked and what it may cost; at a terminal, ask whether to go on."""
+    remark(str(price))
+    if not price.requests or arguments.yes or not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return True
+    print("Go on? [y/N] ", end="", file=sys.stderr, flush=True)
+    if sys.stdin.readline().strip().casefold() in ("y", "yes"):
+        return True
+    remark("nothing was asked; --yes goes on without this question")
+    return False
 
+
+def endpoint_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The settings of an `Endpoint`."""
     names = (
         "key_variable",
         "concurrency",
@@ -76,14 +92,36 @@ def roles(
         "tokens_per_minute",
         "body",
     )
+    return {name: getattr(arguments, name) for name in names}
+
+
+def roles(
+    arguments: argparse.Namespace,
+    load: Callable[[str], Any],
+    typical: Mapping[FeatureRef, float] | None = None,
+    saes: Any = None,
+) -> Roles:
+    from qwen_scope_lens.writers.roles import Roles
+
     return Roles(
         load,
         arguments.model_name,
         typical=typical or {},
         saes=saes,
-        endpoint={name: getattr(arguments, name) for name in names},
+        endpoint=endpoint_settings(arguments),
         **({"strength": arguments.strength} if "strength" in arguments else {}),
     )
+
+
+def _price(text: str) -> tuple[float, float]:
+    """`0.15,0.60` -> (0.15, 0.6)"""
+    parts = text.split(",")
+    if len(parts) != 2:
+        raise argparse.ArgumentTypeError(
+            f"{text!r:.60}: expected two prices per million tokens, of prompts and of answers, such"
+            " as 0.15,0.60"
+        )
+    return not_negative(parts[0]), not_negative(parts[1])
 
 
 def _mapping(text: str) -> dict[str, Any]:
