@@ -296,7 +296,10 @@ def test_find_says_the_price_and_shows_what_was_written(
         assert main(command) == 1
         assert not server.calls
         assert main([*command, "--yes"]) == 0
+    # nobody listens there any more
+    assert main([*command, "--yes", "--tries", "1", "--write", "4"]) == 1
     printed = capsys.readouterr()
+    assert "openai:a-model gave no answer: " in printed.err
     assert "price: 1 requests, about " in printed.err
     assert "at most 360 out: at most 0.00" in printed.err
     assert "written by openai:a-model:\n  + " in printed.out

@@ -152,7 +152,7 @@ def _place(lens: str) -> Path:
 def _show(arguments: argparse.Namespace) -> None:
     """Show the card of a lens: its model, on what it was fitted, and how well it predicts.
 
-        qsl lens show mini-qwen3
+    qsl lens show mini-qwen3
     """
     from qwen_scope_lens.models.jacobian import read_lens
 

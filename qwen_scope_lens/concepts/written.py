@@ -67,6 +67,9 @@ def write_examples(
     Raises `GeneratorFailed` where no answer has both kinds in the form that was asked for.
     """
     answers = ledger.ask(generator, examples_requests(words, count, templates))
+    errors = [answer.error for answer in answers if answer is not None and answer.error]
+    if errors and len(errors) == len(answers):
+        raise GeneratorFailed(f"{generator.name} gave no answer: {errors[0]}")
     kinds: dict[str, list[str]] = {"yes": [], "no": []}
     for kind, text in _pairs(answer.text for answer in answers if answer is not None):
         kinds[kind].append(text)
