@@ -357,20 +357,22 @@ def test_a_reply_is_read_again_as_its_plan_made_it(served: Served) -> None:
 
 
 def test_the_page_begins_with_what_it_would_ask_first(served: Served) -> None:
-    until = time.monotonic() + 30
-    while '"read": ' not in (page := served.http.get("/")).text and time.monotonic() < until:
-        time.sleep(0.05)
-    data = page.text.partition('id="begin">')[2].partition("</script>")[0]
-    begin = json.loads(data)
-    assert begin["info"] == served.http.get("/api/info").json()
-    assert begin["read"]["answer"] == served.post("/api/read", **begin["read"]["asked"])
+    with TestClient(make_app(Serving(served.lens)), base_url="http://localhost") as http:
+        until = time.monotonic() + 30
+        while '"read": ' not in (page := http.get("/")).text and time.monotonic() < until:
+            time.sleep(0.05)
+        data = page.text.partition('id="begin">')[2].partition("</script>")[0]
+        begin = json.loads(data)
+        assert begin["info"] == http.get("/api/info").json()
+        read = http.post("/api/read", json=begin["read"]["asked"]).json()
+        assert begin["read"]["answer"] == read
+        tag = {"If-None-Match": page.headers["etag"]}
+        assert http.get("/", headers=tag).status_code == 304
     script = served.http.get("/read.js").text  # the same names in the same order
     asked = re.search(r"const asked = \{ (text.*?) \};", script)
     assert asked is not None
     names = re.findall(r"(?:^|, )(\w+)(?=,|: )", asked[1])
     assert list(begin["read"]["asked"]) == names
-    tag = {"If-None-Match": page.headers["etag"]}
-    assert served.http.get("/", headers=tag).status_code == 304
     closed = TestClient(make_app(Serving(served.lens, token="x", hosts=None)))
     assert 'id="begin"' not in closed.get("/").text  # what is served is told to no one without it
 
