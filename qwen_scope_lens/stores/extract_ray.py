@@ -89,9 +89,9 @@ def _refuse_large(checked: Checked) -> None:
     characters = checked.survey.characters
     if isinstance(checked.corpus.source.reader, Given) and characters > _MOST_CHARACTERS:
         raise BadCorpus(
-            f"{checked.corpus.name} hold {characters:,} characters, and Ray would send them to every"
-            f" actor: expected {_MOST_CHARACTERS:,} or fewer. Write them to a file that all machines"
-            " can read, and pass read_corpus(path)"
+            f"{checked.corpus.name} hold {characters:,} characters, and Ray would send them to"
+            f" every actor: expected {_MOST_CHARACTERS:,} or fewer. Write them to a file that all"
+            " machines can read, and pass read_corpus(path)"
         )
 
 
