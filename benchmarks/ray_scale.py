@@ -1,4 +1,4 @@
-"""Extraction on Ray with 1, 2 and 4 workers of a slow model, a killed worker, and large documents.
+"""Extraction on Ray with 1, 2 and 4 workers of a slow model, a killed worker, and a merge.
 
     python benchmarks/ray_scale.py --out benchmarks/results/ray-scale.txt
 
@@ -91,18 +91,6 @@ def measure(folder: Path, texts: list[str], options: argparse.Namespace, say: Pr
         f" {'the same bytes' if same(single, out) else 'OTHER BYTES'}"
     )
     del os.environ[SLOW]
-    size = 2 * extract_ray._OBJECT_STORE
-    large = ["x " * (size // 2), *texts[:3]]
-    out = folder / "large"
-    _, last = run(large, Request(out=out, settings=settings, **(job | {"shard_docs": 1})), 2)
-    alone = qsl.extract(
-        large, out=folder / "alone", max_tokens=64, progress=False, **(job | {"shard_docs": 1})
-    )
-    say(
-        f"a document of {size / 1e6:,.0f} MB, with an object store of"
-        f" {extract_ray._OBJECT_STORE / 1e6:,.0f} MB:"
-        f" {last:.1f} s, {'the same bytes' if same(alone.path, out) else 'OTHER BYTES'}"
-    )
     halves = [folder / "half0", folder / "half1"]
     for i, half in enumerate(halves):
         qsl.extract(texts, out=half, max_tokens=64, progress=False, worker=(i, 2), **job)

@@ -74,5 +74,7 @@ def test_refusals_need_no_cluster(tmp_path: Path) -> None:
         extract_on_ray(["a"], request, workers=0)
     with pytest.raises(LayerOutOfRange):
         extract_on_ray(["a"], replace(request, layers=[8]))
+    with pytest.raises(BadCorpus, match="Write them to a file"):
+        extract_on_ray(["a " * 6_000_000], request)
     with pytest.raises(WrongModel, match="name it"):
         extract_on_ray(["a"], replace(request, model=nn.Identity()))

@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from qwen_scope_lens.errors import BadCorpus, ScopeError, WrongModel
 from qwen_scope_lens.extras import require
 from qwen_scope_lens.files import is_url
+from qwen_scope_lens.stores.corpus_formats import Given
 from qwen_scope_lens.stores.extract import Checked, Request, check, check_remote, prepare
 from qwen_scope_lens.stores.extraction import Job, Sender
 from qwen_scope_lens.stores.remote import Remote
@@ -31,6 +32,7 @@ __all__ = ["extract_on_ray"]
 
 _ENVIRONMENT = ("QWEN_SCOPE_HOME", "HF_HOME", "HF_HUB_OFFLINE", "HF_ENDPOINT", "OMP_NUM_THREADS")
 _STARTS = 3
+_MOST_CHARACTERS = 10_000_000  # of documents in memory
 _OBJECT_STORE = 100_000_000  # bytes; only numbers of shards travel
 
 
@@ -63,6 +65,7 @@ def extract_on_ray(
         every = _shards(checked)
         missing = [n for n in every if not _is_whole(shard_folder(checked.folder, n))]
     if missing:
+        _refuse_large(checked)
         own = not ray.is_initialized()
         if own:
             _start(ray, workers)
@@ -79,6 +82,17 @@ def extract_on_ray(
             if own:
                 ray.shutdown()
     return FeatureStore.open(request.out)
+
+
+def _refuse_large(checked: Checked) -> None:
+    """Raise for documents in memory that would not pass through a small object store."""
+    characters = checked.survey.characters
+    if isinstance(checked.corpus.source.reader, Given) and characters > _MOST_CHARACTERS:
+        raise BadCorpus(
+            f"{checked.corpus.name} hold {characters:,} characters, and Ray would send them to"
+            f" every actor: expected {_MOST_CHARACTERS:,} or fewer. Write them to a file that all"
+            " machines can read, and pass read_corpus(path)"
+        )
 
 
 def _shards(checked: Checked) -> range:
