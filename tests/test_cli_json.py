@@ -144,8 +144,8 @@ def test_from_a_ranking_to_a_plan(
 WITHOUT = """
 app, bench report, classify predict, completion, convert official-to-saelens,
 convert openinterp-to-saelens, convert saelens-to-official, dash build, dash export, dash serve,
-demo, export, label merge, mcp, serve, steer, store merge, synth describe, synth targets,
-synth templates, train grpo, train repetition loops, train sasft, train sft
+demo, export, label describe, label merge, mcp, serve, steer, store copy, store merge,
+synth describe, synth targets, synth templates, train grpo, train repetition loops, train sasft, train sft
 """
 """What prints no table. `classify predict` writes JSON Lines always."""
 

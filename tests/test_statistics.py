@@ -14,7 +14,7 @@ from qwen_scope_lens.features import statistics
 from qwen_scope_lens.features.best_entries import Best, place_hash
 from qwen_scope_lens.features.cofiring import LEAST, Cofiring
 from qwen_scope_lens.features.statistics import BIN_EDGES
-from qwen_scope_lens.stores import FeatureStore, shard_reader
+from qwen_scope_lens.stores import FeatureStore, blocks
 
 D_SAE = 40
 
@@ -87,7 +87,7 @@ def test_block_borders_change_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     a = statistics(store, 6, examples=4)
-    monkeypatch.setattr(shard_reader, "BLOCK_TOKENS", block)
+    monkeypatch.setattr(blocks, "BLOCK_TOKENS", block)
     extreme = ~planted.keep & (planted.position > 0)
     other = store_of_dense(
         tmp_path / "other",

@@ -552,7 +552,7 @@ def test_templates_on_the_command_line(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["synth", "templates", "--out", str(tmp_path / "mine")]) == 0
-    assert "25 files" in capsys.readouterr().out
+    assert "26 files" in capsys.readouterr().out
     for wrong, words in {
         ("--generator", "gpt"): "is not a generator",
         ("--generator", "openai:http://localhost:1/v1"): "does not name a model",
