@@ -145,7 +145,8 @@ WITHOUT = """
 app, bench report, classify predict, completion, convert official-to-saelens,
 convert openinterp-to-saelens, convert saelens-to-official, dash build, dash export, dash serve,
 demo, export, label describe, label merge, mcp, serve, steer, store copy, store merge,
-synth describe, synth targets, synth templates, train grpo, train repetition loops, train sasft, train sft
+synth describe, synth targets, synth templates, train grpo, train repetition loops, train sasft,
+train sft
 """
 """What prints no table. `classify predict` writes JSON Lines always."""
 
