@@ -21,6 +21,8 @@ def test_a_row_by_hand() -> None:
     assert found.sae_hours == pytest.approx(36 * 2 * 4096 * 65536 * 1e9 / second / 3600)
     assert found.shards == 977  # 4 million documents, 4,096 per shard
     assert 13e12 < found.bytes < 14e12
+    for documents, shards in ((1, 1), (4096, 1), (4097, 2), (3 * 4096, 3)):
+        assert cost(GROUP, Job(tokens=250 * documents)).shards == shards
 
 
 def test_it_grows_with_what_it_is_made_of() -> None:

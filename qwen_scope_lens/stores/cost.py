@@ -10,6 +10,7 @@ are those that `benchmarks/store_scale.py` measured.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -87,7 +88,7 @@ def cost(group: Group, job: Job) -> Cost:
     speed = job.peak * job.utilisation * 3600
     entries = job.tokens * depth * group.k
     wide = WIDE if group.d_sae > 1 << 16 else 0.0
-    shards = max(1, round(job.tokens / job.tokens_per_document / job.shard_docs + 0.5))
+    shards = math.ceil(job.tokens / job.tokens_per_document / job.shard_docs)
     return Cost(
         group=group.short,
         layers=depth,
