@@ -33,22 +33,32 @@ MODELS = {
     "torch alone": "torch",
     "SAELens alone": "sae_lens",
     "read": "features.read",
-    "steer": "steering.generate qwen_scope_lens.models.load qwen_scope_lens.saes.sae",
+    "steer": "steering.generate models.load saes.sae",
     "serve": "serve.run",
+    "verify": "saes.load saes.verify",
+    "verify, of a model": "models.load models.verify",
+    "find": "concepts.find stores.store",
+    "graph": "graphs.attribution graphs.pruning",
 }
+LIMIT = 120.0  # seconds by the clock for one process
 PROGRAM = """
 import sys, time, importlib
 for name in sys.argv[1:]:
     importlib.import_module(name)
-print(time.process_time())
+spent = time.process_time()
+named = "transformer_lens datasets wandb sklearn pandas duckdb trl".split()
+print(spent, *[name for name in named if name in sys.modules])
 """
 
 
-def seconds(modules: str) -> float:
-    names = [modules] if modules in ("torch", "sae_lens") else f"qwen_scope_lens.{modules}".split()
+def seconds(modules: str) -> tuple[float, str]:
+    """CPU seconds, and which of the large packages were imported."""
+    ours = modules not in ("torch", "sae_lens")
+    names = [f"qwen_scope_lens.{name}" if ours else name for name in modules.split()]
     command = [sys.executable, "-W", "ignore", "-c", PROGRAM, *names]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return float(done.stdout.split()[-1])
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=LIMIT)
+    spent, *packages = done.stdout.splitlines()[-1].split()
+    return float(spent), " ".join(packages)
 
 
 def main() -> None:
@@ -57,7 +67,11 @@ def main() -> None:
     for part in (READERS, MODELS):
         print()
         for verb, modules in part.items():
-            print(f"{seconds(modules):6.2f}  {verb}", flush=True)
+            try:
+                spent, packages = seconds(modules)
+                print(f"{spent:6.2f}  {verb:28}  {packages}".rstrip(), flush=True)
+            except subprocess.TimeoutExpired:
+                print(f"   over {LIMIT:.0f} s by the clock  {verb}", flush=True)
 
 
 if __name__ == "__main__":
