@@ -2,6 +2,8 @@
 
 llama.cpp has a converter of its own for the models of the hub. This one is for models that it does
 not know by name: the minis, and Qwen2 and Qwen3 models in a folder.
+
+    python benchmarks/_llama.py mini-qwen3 mini.gguf
 """
 
 from __future__ import annotations
@@ -109,3 +111,16 @@ def make_plan(bridge: Any, group: str, layers: Sequence[str], documents: Sequenc
     ]
     edits = [f"{ref}:add:{sign}1typical@first" for ref, sign in zip(three, "+-+", strict=True)]
     return Plan(edits).calibrated(found)
+
+
+if __name__ == "__main__":
+    import sys
+
+    import torch
+
+    from qwen_scope_lens.models import load_model
+
+    name, out = sys.argv[1:]
+    bridge = load_model(name, dtype=torch.float32)
+    tokenizer = bridge.tokenizer
+    write_model(bridge.release(), Path(out), tokenizer)

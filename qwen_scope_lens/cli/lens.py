@@ -177,7 +177,8 @@ def _check(arguments: argparse.Namespace) -> None:
     """
     import transformers
 
-    from qwen_scope_lens.models.architecture import d_model
+    from qwen_scope_lens.catalog import name_of_model
+    from qwen_scope_lens.models.architecture import d_model, describe
     from qwen_scope_lens.models.jacobian import read_lens
     from qwen_scope_lens.models.lens_fit import lens_quality, quality_table
     from qwen_scope_lens.models.load import load_model
@@ -185,6 +186,8 @@ def _check(arguments: argparse.Namespace) -> None:
     transformers.utils.logging.disable_progress_bar()
     model = load_model(arguments.model, device=arguments.device)
     lens = read_lens(_place(arguments.lens), d_model(model))
+    if lens.model not in (None, name := name_of_model(describe(model))):
+        remark(f"Note: this lens was fitted on {lens.model}, and is compared on {name}")
     texts = _texts(arguments.held_out, arguments.texts)
     show(quality_table(lens_quality(model, lens, texts, tokens=arguments.tokens)), arguments.json)
 

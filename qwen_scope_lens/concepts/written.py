@@ -80,7 +80,7 @@ def write_examples(
         raise GeneratorFailed(
             f"{generator.name} wrote {len(examples)} examples and {len(against)} counter-examples:"
             f" expected lines with YES: and NO:, found {said[:120]!r}. Try another model, or give"
-            " --examples and --against"
+            f" --examples and --against; to ask this one again, remove its answers in {ledger.path}"
         )
     return Written(examples, against, generator.name)
 

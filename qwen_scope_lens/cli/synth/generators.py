@@ -49,7 +49,11 @@ def add_generator_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="IN,OUT",
         help="both, such as 0.15,0.60; then the price in money is said before the first call",
     )
-    cost.add_argument("--yes", action="store_true", help="do not ask before the first call")
+    cost.add_argument(
+        "--yes",
+        action="store_true",
+        help="do not ask before the first call; without a terminal nobody is asked",
+    )
     cost.add_argument("--max-cost", type=float, help="start no call once this is reached")
     cost.add_argument(
         "--max-tokens", type=count, help="the same for tokens, of prompts and answers"
