@@ -15,10 +15,12 @@ demo: .venv/installed
 	$(BIN)/qsl demo
 
 # One file of tests stays on one core. `make test TESTS=tests/test_rank.py` runs one.
-# `make test-all` adds the few tests marked slow, such as a Ray cluster whose worker is killed.
+# `make test-all` adds the few tests marked slow, such as a Ray cluster whose worker is killed, and
+# what only these need.
 TESTS ?= -m "not slow"
 test-all: TESTS :=
 test test-all: export OMP_NUM_THREADS ?= 1
+test-all: .venv/bucket-tests
 test test-all: .venv/ready
 	$(BIN)/python -m tools.browser
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(TESTS)
@@ -81,6 +83,10 @@ mini: .venv/ready
 .venv/ready: .venv/torch pyproject.toml constraints.txt
 	$(PIP) --no-build-isolation --editable ".[dev]"
 	touch .venv/installed $@
+
+.venv/bucket-tests: .venv/ready
+	$(PIP) --no-build-isolation --editable ".[dev,bucket-tests]"
+	touch $@
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -191,6 +191,7 @@ def test_neighbours_and_geometry(site: Path, frequent: list[int]) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_build_keeps_what_was_there_and_replaces_nothing_else(
     site: Path,
     store: FeatureStore,

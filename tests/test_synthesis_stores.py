@@ -425,6 +425,7 @@ def test_a_run_without_any_answer_fails(
         assert main(again) == 0
 
 
+@pytest.mark.slow
 def test_the_whole_way_on_the_command_line(
     folder: Path, tmp_path: Path, chinese: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -108,6 +108,7 @@ class EngineDouble:
         return prompts, replies, [[[-1.0] for _ in reply] for reply in replies], None
 
 
+@pytest.mark.slow
 def test_with_vllm_only_the_steered_rollouts_come_from_the_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

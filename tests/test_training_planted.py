@@ -64,6 +64,7 @@ def group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "local/made"
 
 
+@pytest.mark.slow
 def test_the_planted_cause_of_loops_is_kept_and_nothing_else(group: str) -> None:
     model, tokenizer = mini()
     refs = [qsl.FeatureRef(group, LAYER, n) for n in (3, LOOPING, 11, 20)]

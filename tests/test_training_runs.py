@@ -107,6 +107,7 @@ def test_a_checkpoint_is_whole_when_its_list_fits(tmp_path: Path) -> None:
     assert last_whole(tmp_path / "none") is None
 
 
+@pytest.mark.slow
 def test_what_contradicts_the_checkpoints_is_refused_and_fresh_sets_them_aside(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -173,6 +173,7 @@ def test_lambda_zero_is_plain_sft_bit_for_bit(tmp_path: Path, changes: dict[str,
     assert losses(other) != losses(plain)
 
 
+@pytest.mark.slow
 def test_checkpointed_activations_give_the_same_gradient(tmp_path: Path) -> None:
     runs = [trainer(tmp_path / str(on), gradient_checkpointing=on) for on in (False, True)]
     for run in runs:
