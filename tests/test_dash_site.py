@@ -238,6 +238,7 @@ def test_a_build_keeps_what_was_there_and_replaces_nothing_else(
     assert [p.name for p in (out / "data").iterdir() if p.is_dir()] == ["mini-qwen3_w1k-l0-16_2"]
 
 
+@pytest.mark.slow
 def test_a_site_that_cannot_be_kept_is_not_touched(site: Path, tmp_path: Path) -> None:
     out = tmp_path / "site"
     shutil.copytree(site, out)

@@ -171,8 +171,17 @@ def test_killed_at_any_moment(store: FeatureStore, model: Any, tmp_path: Path) -
     started = time.monotonic()
     assert forked(lambda: run(model, tmp_path / "undisturbed")) == 0
     took = time.monotonic() - started
-    codes = [forked(lambda: run(model, out), draw.uniform(0.05, 0.7) * took) for _ in range(6)]
-    assert -signal.SIGKILL in codes
+    deaths = 0
+    for _ in range(30):
+        started = time.monotonic()
+        if forked(lambda: run(model, out), draw.uniform(0.05, 0.7) * took) == -signal.SIGKILL:
+            deaths += 1
+        else:  # whole before the kill, as after a first run that the machine held up: begin again
+            took = min(took, time.monotonic() - started)
+            shutil.rmtree(out)
+        if deaths == 5:
+            break
+    assert deaths == 5
     run(model, out)
     assert files_of(out) == files_of(store.path)
     assert check(out) == []
@@ -199,8 +208,6 @@ def test_read_while_another_process_writes(model: Any, tmp_path: Path) -> None:
 def test_a_damaged_shard_is_found_and_made_again(
     store: FeatureStore, model: Any, tmp_path: Path, what: str
 ) -> None:
-    import shutil
-
     out = tmp_path / "copy"
     shutil.copytree(store.path, out)
     path = out / "shards" / "00001" / f"layer{LAYER}" / "values.npy"

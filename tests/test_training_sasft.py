@@ -145,7 +145,7 @@ def test_the_label_shift() -> None:
     "changes",
     [
         {},
-        {"packing": True, "max_length": 64},
+        pytest.param({"packing": True, "max_length": 64}, marks=pytest.mark.slow),
         pytest.param({"padding_free": True, "max_length": None}, marks=pytest.mark.slow),
         pytest.param(
             {"gradient_accumulation_steps": 2, "gradient_checkpointing": True, "bf16": True},
