@@ -56,6 +56,7 @@ def test_a_sasft_run_and_its_resumption(tmp_path: Path, capsys: pytest.CaptureFi
     assert [entry["step"] for entry in state["log_history"]] == [1, 2]
 
 
+@pytest.mark.slow
 def test_a_run_killed_while_it_saves_goes_on_from_the_last_whole_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

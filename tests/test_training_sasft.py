@@ -183,6 +183,7 @@ def test_checkpointed_activations_give_the_same_gradient(tmp_path: Path) -> None
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.slow
 def test_accumulated_batches_weigh_as_one(tmp_path: Path) -> None:
     """Two micro-batches give the mean of their penalties, not the sum."""
     one = trainer(tmp_path / "a", per_device_train_batch_size=1, gradient_accumulation_steps=1)
