@@ -14,11 +14,17 @@ import torch
 import transformers
 from _measure import cpu_name
 
+from qwen_scope_lens.address import FeatureRef
 from qwen_scope_lens.catalog import bundled_model
 from qwen_scope_lens.files import write_json
 from qwen_scope_lens.mini import heldout
 from qwen_scope_lens.stores import Document, FeatureStore, extract
-from qwen_scope_lens.train import has_script
+from qwen_scope_lens.train import (
+    LanguageFeature,
+    LanguageFeatures,
+    has_script,
+    mean_pre_activations,
+)
 from tools.mini.generated import chat
 from tools.mini.model import held_out_loss
 from tools.mini.prose import sentences
@@ -98,6 +104,21 @@ def script_tokens(tokenizer: Any, size: int, language: str) -> torch.Tensor:
     """Which of `size` token ids write the language's script, alone. `[size]`"""
     flags = [has_script(tokenizer.decode([i]), language) for i in range(len(tokenizer))]
     return torch.tensor(flags + [False] * (size - len(flags)))
+
+
+def with_thresholds(
+    refs: Sequence[FeatureRef],
+    store: FeatureStore,
+    table: LanguageFeatures,
+    target: str,
+    model: Any = None,
+) -> LanguageFeatures:
+    """Any features as a table to penalise, with their own mean of each of `table`'s languages."""
+    values = store.labels("lang")
+    docs_of = {name: np.flatnonzero(values == name) for name in table.languages}
+    means = mean_pre_activations(store, refs, docs_of, model)
+    rows = [LanguageFeature(ref, target, 0.0, 0.0, 0.0, means[ref]) for ref in refs]
+    return LanguageFeatures(table.model, tuple(rows), {})
 
 
 def loss_by_language(model: Any, tokenizer: Any, parts: dict[str, list[str]]) -> dict[str, float]:

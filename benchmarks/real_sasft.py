@@ -28,7 +28,7 @@ import numpy as np
 import torch
 import transformers
 from _measure import Printed
-from _mini_runs import Cells, loss_of_each, replies, script_tokens
+from _mini_runs import Cells, loss_of_each, replies, script_tokens, with_thresholds
 from datasets import Dataset, disable_progress_bars
 from peft import LoraConfig
 from real_verbs import Setting, begin, real_arguments
@@ -42,7 +42,6 @@ from qwen_scope_lens.train import (
     SASFTTrainer,
     find_language_features,
     has_script,
-    mean_pre_activations,
 )
 
 LANGUAGES = ("zh", "en", "es", "ko", "ru", "vi")
@@ -131,11 +130,7 @@ def random_table(store: Any, table: LanguageFeatures, model: Any, seed: int) -> 
     group = table.features[0].ref.sae
     chosen = rng.choice([n for n in fires if n not in used], count, replace=False)
     refs = [FeatureRef(group.row.short, layer, int(n)) for n in chosen]
-    values = store.labels("lang")
-    docs_of = {name: np.flatnonzero(values == name) for name in table.languages}
-    means = mean_pre_activations(store, refs, docs_of, model)
-    rows = [LanguageFeature(ref, TARGET, 0.0, 0.0, 0.0, means[ref]) for ref in refs]
-    return LanguageFeatures(table.model, tuple(rows), {})
+    return with_thresholds(refs, store, table, TARGET, model)
 
 
 def loaded(folder: str) -> tuple[Any, Any]:

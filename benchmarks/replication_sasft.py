@@ -35,19 +35,18 @@ from _mini_runs import (
     script_tokens,
     stamp,
     store_of,
+    with_thresholds,
 )
 from datasets import Dataset, disable_progress_bars
 from trl import SFTConfig, SFTTrainer
 
 from qwen_scope_lens.address import FeatureRef
 from qwen_scope_lens.train import (
-    LanguageFeature,
     LanguageFeatures,
     SASFTConfig,
     SASFTTrainer,
     find_language_features,
     has_script,
-    mean_pre_activations,
 )
 
 LAYERS = (6, 7)  # the last two, as the published code
@@ -145,11 +144,7 @@ def random_table(store: Any, table: LanguageFeatures, target: str, seed: int) ->
         free = [n for n in range(1024) if FeatureRef(GROUP, layer, n) not in taken]
         count = len(table.of(layer, [target], 2))
         refs += [FeatureRef(GROUP, layer, int(n)) for n in rng.choice(free, count, replace=False)]
-    values = store.labels("lang")
-    docs_of = {name: np.flatnonzero(values == name) for name in table.languages}
-    means = mean_pre_activations(store, refs, docs_of)
-    rows = [LanguageFeature(ref, target, 0.0, 0.0, 0.0, means[ref]) for ref in refs]
-    return LanguageFeatures(table.model, tuple(rows), {})
+    return with_thresholds(refs, store, table, target)
 
 
 def trained(kind: str, lam: float, target: str, chosen: Any, rows: Dataset, seed: int) -> Any:
