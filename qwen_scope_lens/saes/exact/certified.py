@@ -34,7 +34,7 @@ from qwen_scope_lens.saes.exact import kernels
 from qwen_scope_lens.saes.exact.dots import all_dots, exact_scores, pair_dots
 from qwen_scope_lens.saes.exact.encoder import EXTRA, TILE, Snapshot, norm_above
 from qwen_scope_lens.saes.exact.matmul import BY_DOTS, product
-from qwen_scope_lens.saes.exact.pairs import Grid, Pairs, Scored, kth_largest, places, sorted_rows
+from qwen_scope_lens.saes.exact.pairs import Grid, Pairs, Scored, at_least, kth_largest, places
 
 __all__ = [
     "BLOCK_BYTES",
@@ -49,6 +49,9 @@ U = 2.0**-24
 TINY = 2.0**-120
 BLOCK_BYTES = 64 * 2**20
 """The size of the first pass over one block of positions. Its other tensors are smaller."""
+
+_AT_ONCE = 2**20
+"""How many approximate scores are compared at a time, so that they stay in the CPU's cache."""
 
 _SPARE = 32
 """How many features beyond k may be contested when all dots are computed."""
@@ -221,7 +224,10 @@ class _Reach:
             + self.out_length * (self.out_scale * centre.weights_max)
             + self.bias_scale * centre.bias_max
         )
-        return bound * 1.0001 + self.slack
+        # Beyond this size a product might overflow on its way, and no bound holds then.
+        size = self.length * encoder.norms_max + self.out_length * centre.weights_max
+        overflows = ~(size + centre.bias_max < 2.0**126)
+        return (bound * 1.0001 + self.slack).masked_fill_(overflows, float("inf"))
 
     def of(self, pairs: Pairs) -> torch.Tensor:
         """The largest error of single pairs, from the norms of their own rows. `[p]`"""
@@ -238,39 +244,54 @@ def _candidates(
 ) -> tuple[Pairs, torch.Tensor]:
     """Every pair that may be in the top k, and per position whether there are at most `cap`."""
     n, width = approx.shape
-    size = 16
-    while width // size < 4 * k and size > 1:
-        size //= 2
-    groups = width // size
-    best = approx.view(n, size, groups).amax(1).float()
-    # Any disjoint groups give a valid line; with fewer, it is found sooner and is hardly lower.
-    merged = 1
-    while groups % (2 * merged) == 0 and groups // (2 * merged) >= 8 * k:
-        merged *= 2
-    kth = kth_largest(best.view(n, merged, groups // merged).amax(1), k)
+    # Floats that are not negative are in the order of their bits, and whole numbers compare faster.
+    bits = approx.view(torch.int16 if approx.dtype == torch.bfloat16 else torch.int32)
+    kth = _kth_of_groups(bits, k).view(approx.dtype).float()
+    kth.masked_fill_(kth.signbit(), float("-inf"))
     line = kth - slope * kth.abs() - 2 * bound
     line = line - 2 * slope * line.abs()
     floor = -bound * (1 + 4 * slope)
-    # At least `line`, and more than `floor`.
-    least = torch.maximum(line, floor.nextafter(floor.new_full((), float("inf"))))[:, None]
-    hit = best >= least
-    settled = bound.isfinite() & kth.isfinite() & (hit.sum(1) <= cap)
-    hit &= settled[:, None]
-    place = places(hit)
-    token = place // groups
-    # The members of a group are as far apart as there are groups.
-    column = torch.arange(0, width, groups, device=approx.device)
-    at = (place + token * (width - groups))[:, None] + column
-    flat = approx.view(-1)
-    members = flat.index_select(0, at.view(-1)).float().view(at.shape)
-    at = sorted_rows(at.view(-1)[places(members >= least[token])])
+    # At least `line`, and more than `floor`. Rounded to the dtype of `approx`, it divides its
+    # numbers as before, but for one that may be just below.
+    least = torch.maximum(line, floor.nextafter(floor.new_full((), float("inf"))))
+    settled = bound.isfinite() & (kth < float("inf"))
+    rounded = least.to(approx.dtype)[:, None]
+    low = rounded.signbit().squeeze(1)
+    found = [settled.new_zeros(0, dtype=torch.long)]
+    step = max(1, n) if approx.is_cuda else max(1, _AT_ONCE // width)
+    for start in range(0, n, step):
+        rows = slice(start, start + step)
+        hit = at_least(bits[rows], rounded[rows].view(bits.dtype))
+        if bool(low[rows].any()):
+            hit[low[rows]] = approx[rows][low[rows]] >= rounded[rows][low[rows]]
+        if not bool(settled[rows].all()):
+            hit &= settled[rows, None]
+        place = places(hit)
+        counts = torch.bincount(place // width, minlength=len(hit))
+        over = counts > cap
+        if bool(over.any()):
+            settled[rows] &= ~over
+            place = place[~over[place // width]]
+        found.append(place + start * width)
+    at = torch.cat(found)
     token = at // width
-    pairs = Pairs(token, at - token * width, flat.index_select(0, at).float())
-    over = torch.bincount(token, minlength=n) > cap
-    if bool(over.any()):
-        settled &= ~over
-        pairs = pairs.take(settled[token])
+    pairs = Pairs(token, at - token * width, approx.view(-1).index_select(0, at).float())
     return pairs, settled
+
+
+def _kth_of_groups(bits: torch.Tensor, k: int) -> torch.Tensor:
+    """The k-th largest of the maxima of disjoint groups of each row, all as bits. `[n, w] -> [n]`
+
+    Whole numbers have the order of the floats only where those are not negative. So a result that
+    is negative says no more than that fewer than k groups hold a number that is not.
+    """
+    n, width = bits.shape
+    size = (
+        1  # any disjoint groups do; with fewer of them the k-th is found sooner, and hardly lower
+    )
+    while width % (2 * size) == 0 and width // (2 * size) >= 8 * k:
+        size *= 2
+    return kth_largest(bits.view(n, size, width // size).amax(1), k)
 
 
 def _kernel_candidates(

@@ -1,7 +1,8 @@
 """(position, feature) pairs in flat lists, and the few table operations that a selection needs.
 
-On a CPU, NumPy finds the k-th largest of a row, the true entries of a mask and the order of whole
-numbers two to ten times as fast as torch does; there a tensor and an array are the same memory.
+On a CPU, NumPy compares whole numbers, and finds the k-th largest of a row, the true entries of a
+mask and the order of whole numbers, two to ten times as fast as torch does; there a tensor and an
+array are the same memory.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-__all__ = ["Grid", "Pairs", "Scored", "kth_largest", "places", "sorted_rows"]
+__all__ = ["Grid", "Pairs", "Scored", "at_least", "kth_largest", "places", "sorted_rows"]
 
 
 @dataclass
@@ -57,10 +58,17 @@ class Grid:
         return out
 
 
+def at_least(table: torch.Tensor, line: torch.Tensor) -> torch.Tensor:
+    """Which whole numbers reach the line of their row. `[n, m]`, `[n, 1] -> bool [n, m]`"""
+    if table.device.type != "cpu":
+        return table >= line
+    return torch.from_numpy(table.numpy() >= line.numpy())
+
+
 def kth_largest(table: torch.Tensor, k: int) -> torch.Tensor:
     """The k-th largest value of each row, or -inf if it has fewer. `[n, m] -> [n]`"""
     m = table.shape[1]
-    if m < k:
+    if m < k:  # which does not happen with whole numbers
         return table.new_full((len(table),), float("-inf"))
     if table.device.type != "cpu":
         return table.topk(k, dim=1, sorted=False).values.amin(1)
