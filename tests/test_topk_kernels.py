@@ -25,29 +25,15 @@ from qwen_scope_lens.saes.exact import topk
 from qwen_scope_lens.saes.exact.encoder import Encoder
 """
 
-CANDIDATES = """
-# Numbers that bfloat16 holds: the interpreter truncates where a GPU rounds to nearest.
-x, rows = (torch.randn(m, 40).bfloat16().float() for m in (70, 300))
-bias = torch.randn(300)
-for half in (False, True):
-    for outliers, weights in ((x[:, :0], rows[:, :0]), (x[:, :3], rows[:, :3])):
-        rest = x.clone()
-        rest[:, : outliers.shape[1]] = 0  # outliers are multiplied apart
-        dense = x @ rows.T + bias
-        line = dense.topk(9, dim=1).values[:, -1] - 1e-3
-        count, feature, approx = kernels.candidates(
-            rest, rows, bias, outliers.contiguous(), weights.contiguous(), line, 12, half
-        )
-        want = dense >= line[:, None]
-        assert torch.equal(count, want.sum(1).int())
-        for t in range(70):
-            kept = feature[t][feature[t] >= 0].long()
-            assert set(kept.tolist()) == set(want[t].nonzero().flatten().tolist())
-            torch.testing.assert_close(approx[t, : len(kept)], dense[t, kept], rtol=1e-4, atol=1e-4)
-count, feature, _ = kernels.candidates(
-    x, rows, bias, x[:, :0], rows[:, :0], torch.full((70,), -1e9), 12, False
-)
-assert (count == 300).all() and (feature >= 0).all()  # counted in full, stored up to the cap
+PAIRS = """
+for dtype in (torch.float32, torch.bfloat16):
+    x, rows = torch.randn(9, 700), torch.randn(300, 700).to(dtype)
+    token, feature = torch.randint(0, 9, (40,)), torch.randint(0, 300, (40,), dtype=torch.int32)
+    want = (x[token].double() * rows[feature.long()].double()).sum(1)
+    found = kernels.pair_dots(rows, x, token, feature)
+    torch.testing.assert_close(found, want.float(), rtol=1e-4, atol=1e-4)
+    assert torch.equal(kernels.pair_dots(rows, x, token[7:9], feature[7:9]), found[7:9])
+assert kernels.pair_dots(rows, x, token[:0], feature[:0]).shape == (0,)
 """
 
 ENCODE = """
@@ -85,7 +71,7 @@ assert kernels.decode(values[:0], indices[:0], rows).shape == (0, 700)
 
 
 def test_in_the_interpreter() -> None:
-    script = COMMON + CANDIDATES + ENCODE + DECODE
+    script = COMMON + PAIRS + ENCODE + DECODE
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", script],
         env={**os.environ, "TRITON_INTERPRET": "1"},

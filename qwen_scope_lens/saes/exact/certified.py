@@ -11,8 +11,9 @@ not depend on how the work is cut into blocks. A block of positions goes through
    line cannot be selected; the others are candidates.
 3. *Re-scoring.* The k best candidates are scored again in float32, which raises the line. Only
    candidates whose `a + E` still reaches the line are scored again, too.
-4. *Decision.* The new scores have a float32 error bound of their own. The few features that it
-   leaves contested around the k-th place are decided by exact sums.
+4. *Decision.* The new scores have a float32 error bound of their own. The features that it leaves
+   contested around the k-th place are scored once more in parts, with a smaller error, and the few
+   that are still contested are decided by exact sums.
 
 A position with too many candidates is not settled here. The caller repeats it with a tighter first
 pass, and in the end with `exact_topk`.
@@ -26,15 +27,23 @@ bfloat16), and what underflow can hide.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from qwen_scope_lens.saes.exact import kernels
-from qwen_scope_lens.saes.exact.dots import all_dots, exact_scores, pair_dots
+from qwen_scope_lens.saes.exact.dots import all_dots, exact_scores, pair_dots, part_dots
 from qwen_scope_lens.saes.exact.encoder import EXTRA, TILE, Snapshot, norm_above
 from qwen_scope_lens.saes.exact.matmul import BY_DOTS, product
-from qwen_scope_lens.saes.exact.pairs import Grid, Pairs, Scored, at_least, kth_largest, places
+from qwen_scope_lens.saes.exact.pairs import (
+    Grid,
+    Pairs,
+    Scored,
+    at_least,
+    kth_largest,
+    pick,
+    places,
+)
 
 __all__ = [
     "BLOCK_BYTES",
@@ -49,6 +58,12 @@ U = 2.0**-24
 TINY = 2.0**-120
 BLOCK_BYTES = 64 * 2**20
 """The size of the first pass over one block of positions. Its other tensors are smaller."""
+
+_PARTS = 16
+"""In how many parts the dots of contested features are summed: see `_Block.scores`."""
+
+Finer = Callable[[torch.Tensor, torch.Tensor, int], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+"""`_Block.scores`, or a function like it."""
 
 _AT_ONCE = 2**20
 """How many approximate scores are compared at a time, so that they stay in the CPU's cache."""
@@ -86,19 +101,13 @@ def select(encoder: Snapshot, x: torch.Tensor, k: int, precision: torch.dtype) -
         few = _select_few(encoder, x, k)
         if bool(few.settled.all()):
             return few
-    rest, outliers = encoder.centre.parts(x)
+    block = _Block(encoder, x, precision)
+    approx = approximate(encoder, block.rest, block.outliers, precision)
     cap = max(8 * k, encoder.d_sae // 32)
-    # The kernels accumulate and store in float32, so their output is not rounded to bfloat16.
-    slope = 2.0**-8 if precision == torch.bfloat16 and not kernels.available(x.device) else 2.0**-22
-    reach = _Reach(encoder, rest, outliers, precision, slope)
-    if kernels.available(x.device):
-        pairs, settled = _kernel_candidates(encoder, rest, outliers, precision, reach, k, cap)
-    else:
-        approx = approximate(encoder, rest, outliers, precision)
-        pairs, settled = _candidates(approx, reach.worst(), slope, k, cap)
-        del approx
+    pairs, settled = _candidates(approx, block.worst(), block.slope, k, cap)
+    del approx
     crowding = len(pairs.token) / max(1, len(x) * k) if bool(settled.all()) else 1e9
-    indices, dots = _decide(encoder, x, _rescored(encoder, rest, outliers, pairs, reach, k), k)
+    indices, dots = _decide(encoder, x, _rescored(block, pairs, k), k, block.scores)
     return Selection(indices, dots if encoder.centre.plain else None, settled, crowding)
 
 
@@ -181,18 +190,15 @@ def approximate(
     return approx
 
 
-class _Reach:
-    """The largest error of an approximate score `a`, apart from `slope * |a|`."""
+class _Block:
+    """A block of positions in one first pass, and how far its scores may be from the exact ones."""
 
-    def __init__(
-        self,
-        encoder: Snapshot,
-        rest: torch.Tensor,
-        outliers: torch.Tensor,
-        precision: torch.dtype,
-        slope: float,
-    ) -> None:
-        self.encoder, self.slope = encoder, slope
+    def __init__(self, encoder: Snapshot, x: torch.Tensor, precision: torch.dtype) -> None:
+        self.encoder = encoder
+        self.rest, self.outliers = encoder.centre.parts(x)
+        self.slope = 2.0**-8 if precision == torch.bfloat16 else 2.0**-22
+        """An approximate score `a` is wrong by at most `slope * |a|` and what `worst` says."""
+        rest, outliers = self.rest, self.outliers
         d_in = encoder.d_in
         self.length = norm_above(rest)
         self.out_length = (
@@ -216,7 +222,7 @@ class _Reach:
         self.slack += small * (d_in + 2) * float(centre.point.norm()) * encoder.norms_max
 
     def worst(self) -> torch.Tensor:
-        """The largest error per position, over all features. `[n]`"""
+        """The largest error per position, over all features, without `slope`. `[n]`"""
         encoder, centre = self.encoder, self.encoder.centre
         bound = (
             self.per_error * encoder.half_errors_max
@@ -233,10 +239,36 @@ class _Reach:
         """The largest error of single pairs, from the norms of their own rows. `[p]`"""
         encoder, centre = self.encoder, self.encoder.centre
         t, i = pairs.token, pairs.feature
-        bound = self.per_error[t] * encoder.half_errors[i] + self.per_norm[t] * encoder.norms[i]
-        bound += self.out_length[t] * (self.out_scale * centre.weights_max)
+        bound = pick(self.per_error, t) * pick(encoder.half_errors, i)
+        bound += pick(self.per_norm, t) * pick(encoder.norms, i)
+        bound += pick(self.out_length, t) * (self.out_scale * centre.weights_max)
         bound += self.bias_scale * centre.bias_max
-        return bound * 1.0001 + self.slack[t] + self.slope * pairs.approx.abs()
+        return bound * 1.0001 + pick(self.slack, t) + self.slope * pairs.approx.abs()
+
+    def scores(
+        self, token: torch.Tensor, feature: torch.Tensor, parts: int = 1
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The float32 scores of pairs, their largest errors, and the float32 dots. All `[p]`.
+
+        A dot in several parts, each summed in float32 and all of them in float64, has an error
+        that is smaller by that factor.
+        """
+        encoder, rest = self.encoder, self.rest
+        if parts == 1:
+            dot = pair_dots(encoder.rows, rest, token, feature)
+            value = dot.double()
+        else:
+            dot = part_dots(encoder.rows, rest, token, feature, parts)
+            value = dot.double().sum(1)
+        # Bias and outliers are added in float64.
+        value += pick(encoder.centre.bias, feature)
+        if self.outliers.shape[1]:
+            weights = pick(encoder.centre.weights, feature).double()
+            value += (pick(self.outliers, token).double() * weights).sum(-1)
+        error = (1.02 * (encoder.d_in // parts + 4) * U) * pick(self.length, token)
+        error = (error * pick(encoder.norms, feature)).double() + pick(self.slack, token)
+        # The score itself is rounded to float32 once more.
+        return value, error + 1.01 * U * value.abs(), dot
 
 
 def _candidates(
@@ -294,119 +326,76 @@ def _kth_of_groups(bits: torch.Tensor, k: int) -> torch.Tensor:
     return kth_largest(bits.view(n, size, width // size).amax(1), k)
 
 
-def _kernel_candidates(
-    encoder: Snapshot,
-    rest: torch.Tensor,
-    outliers: torch.Tensor,
-    precision: torch.dtype,
-    reach: _Reach,
-    k: int,
-    cap: int,
-) -> tuple[Pairs, torch.Tensor]:
-    """As `_candidates`, but without a tensor `[n, d_sae]`.
-
-    The line comes from the top k of a sixteenth of the features, and the kernel keeps the features
-    that reach it.
-    """
-    centre, cap = encoder.centre, max(cap, 32 * k)  # about 16 k reach a line from a sixteenth
-    some = min(encoder.d_sae, max(k, encoder.d_sae // 16))
-    bound = reach.worst()
-    # This product is in full float32, and its error is within the same bound.
-    sample = product(rest, encoder.rows[:some].float()) + product(outliers, centre.weights[:some])
-    kth = (sample + centre.bias[:some].float()).topk(k, dim=1).values[:, -1]
-    line = torch.maximum(kth - 2 * reach.slope * kth.abs() - 2.01 * bound, -1.01 * bound)
-    count, feature, approx = kernels.candidates(
-        rest,
-        encoder.rows,
-        centre.bias.float(),
-        outliers,
-        centre.weights,
-        line,
-        cap,
-        precision == torch.bfloat16,
-    )
-    settled = bound.isfinite() & kth.isfinite() & (count <= cap)
-    feature, order = feature.sort(dim=1)  # the kernel found them in any order
-    token, slot = ((feature >= 0) & settled[:, None]).nonzero(as_tuple=True)
-    return Pairs(token, feature[token, slot].long(), approx.gather(1, order)[token, slot]), settled
-
-
-def _rescored(
-    encoder: Snapshot,
-    rest: torch.Tensor,
-    outliers: torch.Tensor,
-    pairs: Pairs,
-    reach: _Reach,
-    k: int,
-) -> Scored:
+def _rescored(block: _Block, pairs: Pairs, k: int) -> Scored:
     """Step 3 of the module's docstring: the candidates that may still be selected, scored again."""
-
-    def score(part: Pairs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        dot = pair_dots(encoder.rows, rest, part.token, part.feature)
-        # Bias and outliers are added in float64.
-        value = dot.double() + encoder.centre.bias[part.feature]
-        if outliers.shape[1]:
-            weights = encoder.centre.weights[part.feature].double()
-            value += (outliers[part.token].double() * weights).sum(-1)
-        error = (1.02 * (encoder.d_in + 4) * U) * reach.length[part.token]
-        error = (error * encoder.norms[part.feature]).double() + reach.slack[part.token]
-        # The score itself is rounded to float32 once more.
-        return value, error + 1.01 * U * value.abs(), dot
-
-    wanted = len(rest) * k
-    at_once = _READS_ALL * wanted > encoder.d_sae and len(pairs.token) < _SOME_MORE * wanted
-    if at_once or len(pairs.token) <= _HARDLY_MORE * wanted:
-        return Scored(pairs.token, pairs.feature, *score(pairs))
-    grid = Grid(pairs.token, len(rest))
-    chosen = pairs.approx >= kth_largest(grid.table(pairs.approx), k)[pairs.token]
+    n = len(block.rest)
+    at_once = _READS_ALL * n * k > block.encoder.d_sae and len(pairs.token) < _SOME_MORE * n * k
+    if at_once or len(pairs.token) <= _HARDLY_MORE * n * k:
+        return Scored(pairs.token, pairs.feature, *block.scores(pairs.token, pairs.feature))
+    grid = Grid(pairs.token, n)
+    chosen = pairs.approx >= pick(kth_largest(grid.table(pairs.approx), k), pairs.token)
     first, others = places(chosen), places(~chosen)
-    best = score(pairs.take(first))
+    best = block.scores(pick(pairs.token, first), pick(pairs.feature, first))
     lows = best[0].new_full((len(chosen),), float("-inf"))
-    lows[first] = best[0] - best[1]
+    lows.scatter_(0, first, best[0] - best[1])
     line = kth_largest(grid.table(lows), k).float()
     open_ = pairs.take(others)
-    second = others[open_.approx + reach.of(open_) >= line[open_.token]]
-    more = score(pairs.take(second))
+    second = others[open_.approx + block.of(open_) >= pick(line, open_.token)]
+    more = block.scores(pick(pairs.token, second), pick(pairs.feature, second))
     which, order = torch.cat([first, second]).sort()
     found = pairs.take(which)
-    columns = (torch.cat(both)[order] for both in zip(best, more, strict=True))
+    columns = (pick(torch.cat(both), order) for both in zip(best, more, strict=True))
     return Scored(found.token, found.feature, *columns)
 
 
 def _decide(
-    encoder: Snapshot, x: torch.Tensor, pairs: Scored, k: int
+    encoder: Snapshot, x: torch.Tensor, pairs: Scored, k: int, finer: Finer | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Step 4 of the module's docstring: indices `[n, k]`, -1 for none, and their dots `[n, k]`."""
-    n, token, feature = len(x), pairs.token, pairs.feature
-    value, error = pairs.value, pairs.error
-    grid = Grid(token, n)
-    # At least k scores reach `low`, and fewer than k exceed `high`. So a feature is contested only
-    # if its possible scores meet the span between these two, or zero.
-    low = kth_largest(grid.table(value - error), k).clamp_min(0)[token]
-    high = kth_largest(grid.table(value + error), k).clamp_min(0)[token]
-    sure = value - error > high
-    contested = ~sure & (value + error >= low) & (value + error > 0)
-    score = torch.full_like(value, float("-inf")).masked_fill(sure, float("inf"))
+    n = len(x)
+    pairs, contested = _contested(pairs, n, k)
+    if finer is not None and encoder.d_in % _PARTS == 0 and bool(contested.any()):
+        again = places(contested)
+        value, error, _ = finer(pick(pairs.token, again), pick(pairs.feature, again), _PARTS)
+        pairs.value[again], pairs.error[again] = value, error
+        pairs, contested = _contested(pairs, n, k)
+    token, feature = pairs.token, pairs.feature
+    score = torch.full_like(pairs.value, float("inf")).masked_fill_(contested, float("-inf"))
     # If all contested features of a position fit into its k, the positive ones need no decision.
-    room = k - torch.bincount(token[sure], minlength=n)
+    room = k - torch.bincount(token[~contested], minlength=n)
     fits = torch.bincount(token[contested], minlength=n) <= room
-    clear = contested & fits[token] & (value - error > 0)
+    clear = contested & pick(fits, token) & (pairs.value - pairs.error > 0)
     score[clear] = 1
     open_ = places(contested & ~clear)
-    exact = exact_scores(encoder.rows, encoder.bias, x, token[open_], feature[open_])
+    exact = exact_scores(encoder.rows, encoder.bias, x, pick(token, open_), pick(feature, open_))
     score[open_] = torch.where(exact > 0, exact, float("-inf"))
 
     # Features ascend within a position, so the first ones of those with the k-th score are taken.
-    last = kth_largest(grid.table(score), k)[token]
+    grid = Grid(token, n)
+    last = pick(kth_largest(grid.table(score), k), token)
     above, level = score > last, (score == last) & (score > float("-inf"))
     room = k - torch.bincount(token[above], minlength=n)
     before = level.cumsum(0) - level.long()
-    before -= before[grid.start[token]]
-    taken = places(above | (level & (before < room[token])))
-    token = token[taken]
+    before -= pick(before, pick(grid.start, token))
+    taken = places(above | (level & (before < pick(room, token))))
+    token = pick(token, taken)
     slot = token * k + Grid(token, n).rank
     indices = torch.full((n, k), -1, dtype=torch.long, device=x.device)
-    indices.view(-1)[slot] = feature[taken]
+    indices.view(-1).scatter_(0, slot, pick(feature, taken))
     dots = x.new_zeros((n, k))
-    dots.view(-1)[slot] = pairs.dot[taken]
+    dots.view(-1).scatter_(0, slot, pick(pairs.dot, taken))
     return indices, dots
+
+
+def _contested(pairs: Scored, n: int, k: int) -> tuple[Scored, torch.Tensor]:
+    """The pairs that may be selected, and which of these it is not certain of.
+
+    At least k scores of a position reach `low`, and fewer than k exceed `high`. So a feature is out
+    if it cannot reach `low` or be positive, and it is in if it must exceed `high`.
+    """
+    low = kth_largest(Grid(pairs.token, n).table(pairs.value - pairs.error), k).clamp_min(0)
+    most = pairs.value + pairs.error
+    pairs = pairs.take(places((most >= pick(low, pairs.token)) & (most > 0)))
+    most = Grid(pairs.token, n).table(pairs.value + pairs.error)
+    high = kth_largest(most, k).clamp_min(0)
+    return pairs, pairs.value - pairs.error <= pick(high, pairs.token)

@@ -20,14 +20,18 @@ from functools import cache
 
 import torch
 
+from qwen_scope_lens.saes.exact import kernels
 from qwen_scope_lens.saes.exact.encoder import norm_above
 
-__all__ = ["all_dots", "exact_scores", "exact_topk", "pair_dots", "rounded_sums"]
+__all__ = ["all_dots", "exact_scores", "exact_topk", "pair_dots", "part_dots", "rounded_sums"]
 
 _ELEMENTS = 2**20
 """How many numbers a working buffer holds: 8 MiB in float64."""
 
-_RARE = 2
+_ON_GPU = 2**24
+"""The same on a GPU, where each buffer costs a few launches. This has never been measured."""
+
+_RARE = 8
 """With fewer than one pair per this many encoder rows, positions rarely share a row, and sorting
 the pairs by row costs more than it saves."""
 
@@ -47,18 +51,19 @@ def pair_dots(
     """
     if not len(token):
         return x.new_zeros(0)
-    if x.is_cuda:
-        return _gathered_dots(rows, x, token, feature)
+    if kernels.available(x.device):
+        return kernels.pair_dots(rows, x, token, feature)
+    if x.device.type != "cpu":
+        return part_dots(rows, x, token, feature, 1).view(-1)
     full = rows.dtype == torch.float32
     if full and (_RARE * len(token) < len(rows) or rows.nbytes <= _CACHED):
         return _dots(x, rows, _starts(token, len(x)), feature)
     # The pairs are sorted by feature: each encoder row is read once, the positions stay in cache.
     order = (feature * len(x) + token).argsort()
-    token, feature = token[order], feature[order]
+    token, feature = token.index_select(0, order), feature.index_select(0, order)
     out = x.new_empty(len(token))
     if full:
-        out[order] = _dots(rows, x, _starts(feature, len(rows)), token)
-        return out
+        return out.scatter_(0, order, _dots(rows, x, _starts(feature, len(rows)), token))
     wanted, local = feature.unique_consecutive(return_inverse=True)
     dots = []
     step = max(1, 4 * _ELEMENTS // rows.shape[1])
@@ -67,8 +72,29 @@ def pair_dots(
         tile = rows[wanted[start : start + step]].float()
         starts = _starts(local[inside] - start, len(tile))
         dots.append(_dots(tile, x, starts, token[inside]))
-    out[order] = torch.cat(dots)
-    return out
+    return out.scatter_(0, order, torch.cat(dots))
+
+
+def part_dots(
+    rows: torch.Tensor, x: torch.Tensor, token: torch.Tensor, feature: torch.Tensor, parts: int
+) -> torch.Tensor:
+    """As `pair_dots`, but each dot as `parts` dots over equal pieces of the width. `[p, parts]`
+
+    The pairs may come in any order. This is fast for a few pairs.
+    """
+    pieces, width = torch.arange(parts, device=x.device), x.shape[1] // parts
+    sampled = rows.dtype == torch.float32 and x.device.type == "cpu"
+    found = [x.new_zeros((0, parts))]
+    step = max(1, (_ELEMENTS if x.device.type == "cpu" else _ON_GPU) // x.shape[1])
+    for t, f in zip(token.split(step), feature.split(step), strict=True):
+        if sampled:  # each piece of a position is a row of its own, with a single dot
+            starts = torch.arange(len(t) * parts + 1, device=x.device)
+            column = (f[:, None] * parts + pieces).view(-1)
+            dots = _dots(x[t].view(-1, width), rows.view(-1, width), starts, column)
+        else:
+            dots = (x[t] * rows[f].float()).view(-1, width).sum(-1)
+        found.append(dots.view(-1, parts))
+    return torch.cat(found)
 
 
 def all_dots(rows: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -120,14 +146,6 @@ def _say_beta_once() -> None:
         )
 
 
-def _gathered_dots(
-    rows: torch.Tensor, x: torch.Tensor, token: torch.Tensor, feature: torch.Tensor
-) -> torch.Tensor:
-    step = max(1, 4 * _ELEMENTS // x.shape[1])
-    parts = zip(token.split(step), feature.split(step), strict=True)
-    return torch.cat([(x[t] * rows[f].float()).sum(-1) for t, f in parts])
-
-
 def exact_scores(
     rows: torch.Tensor,
     bias: torch.Tensor,
@@ -137,7 +155,8 @@ def exact_scores(
 ) -> torch.Tensor:
     """The exact dots plus bias of pairs, rounded once to float32 and returned as float64. `[p]`"""
     out = torch.empty(len(token), dtype=torch.float64, device=x.device)
-    step = max(1, _ELEMENTS // 8 // x.shape[1])  # so that a buffer stays in the CPU's cache
+    # On a CPU, a buffer stays in the cache.
+    step = max(1, (_ELEMENTS // 8 if x.device.type == "cpu" else _ON_GPU) // x.shape[1])
     for start in range(0, len(token), step):
         t, f = token[start : start + step], feature[start : start + step]
         row, near = rows.index_select(0, f), x.index_select(0, t)

@@ -67,8 +67,6 @@ def _dots(grad: torch.Tensor, indices: torch.Tensor, rows: torch.Tensor) -> torc
             for g, i in zip(grad.split(step), indices.split(step), strict=True)
         ]
         return torch.cat(parts) if parts else grad.new_zeros((n, k))
-    if kernels.available(rows.device):
-        return kernels.dots(grad, indices, rows)
     token = torch.arange(n, device=rows.device).repeat_interleave(k)
     with torch.autocast(rows.device.type, enabled=False):
         flat = pair_dots(rows, grad.float().contiguous(), token, indices.reshape(-1).long())

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-__all__ = ["Grid", "Pairs", "Scored", "at_least", "kth_largest", "places", "sorted_rows"]
+__all__ = ["Grid", "Pairs", "Scored", "at_least", "kth_largest", "pick", "places", "sorted_rows"]
 
 
 @dataclass
@@ -24,8 +24,9 @@ class Pairs:
     approx: torch.Tensor
 
     def take(self, which: torch.Tensor) -> Pairs:
-        """Some of the pairs, by a mask or by numbers."""
-        return Pairs(self.token[which], self.feature[which], self.approx[which])
+        """Some of the pairs, by their numbers."""
+        columns = (self.token, self.feature, self.approx)
+        return Pairs(*(pick(column, which) for column in columns))
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,11 @@ class Scored:
     error: torch.Tensor  # upper bounds of their errors, in float64
     dot: torch.Tensor  # the dots, in float32
 
+    def take(self, which: torch.Tensor) -> Scored:
+        """Some of the pairs, by their numbers."""
+        columns = (self.token, self.feature, self.value, self.error, self.dot)
+        return Scored(*(pick(column, which) for column in columns))
+
 
 class Grid:
     """Pairs in ascending position, as a table with a row per position."""
@@ -47,7 +53,7 @@ class Grid:
         self.shape = (n, int(counts.max()) if n else 0)
         self.start = counts.cumsum(0) - counts
         """The number of each position's first pair. `[n]`"""
-        self.rank = torch.arange(len(token), device=token.device) - self.start[token]
+        self.rank = torch.arange(len(token), device=token.device) - pick(self.start, token)
         """How many pairs of its position stand before a pair. `[p]`"""
         self._place = token * self.shape[1] + self.rank
 
@@ -73,6 +79,11 @@ def kth_largest(table: torch.Tensor, k: int) -> torch.Tensor:
     if table.device.type != "cpu":
         return table.topk(k, dim=1, sorted=False).values.amin(1)
     return torch.from_numpy(np.partition(table.numpy(), m - k, axis=1)[:, m - k].copy())
+
+
+def pick(values: torch.Tensor, which: torch.Tensor) -> torch.Tensor:
+    """`values[which]` for whole numbers `[p]`: on a CPU, indexing takes four times as long."""
+    return values.index_select(0, which)
 
 
 def places(mask: torch.Tensor) -> torch.Tensor:

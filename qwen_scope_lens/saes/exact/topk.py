@@ -23,7 +23,7 @@ from qwen_scope_lens.saes.exact.certified import (
 from qwen_scope_lens.saes.exact.dots import exact_scores, exact_topk, pair_dots
 from qwen_scope_lens.saes.exact.encoder import Encoder, Snapshot
 from qwen_scope_lens.saes.exact.gather import dots, gather_decode
-from qwen_scope_lens.saes.exact.pairs import sorted_rows
+from qwen_scope_lens.saes.exact.pairs import pick, sorted_rows
 from qwen_scope_lens.saes.exact.transforms import untracked
 
 __all__ = ["encode_topk", "exact_topk", "first_pass", "require_finite"]
@@ -196,12 +196,12 @@ def _valued(
     """
     token, column = (chosen >= 0).nonzero(as_tuple=True)
     feature = chosen[token, column]
-    bias = encoder.bias.float()[feature]
+    bias = pick(encoder.bias.float(), feature)
     if dots is None:
         value = pair_dots(encoder.rows, x, token, feature) + bias
     else:
         value = dots[token, column] + bias
-    doubt = x.norm(dim=1)[token] * encoder.norms[feature] * (1.1 * encoder.d_in * U)
+    doubt = pick(x.norm(dim=1), token) * pick(encoder.norms, feature) * (1.1 * encoder.d_in * U)
     unsure = ~(value > doubt + 2 * U * bias.abs())
     unsure |= ~value.isfinite()
     if bool(unsure.any()):
