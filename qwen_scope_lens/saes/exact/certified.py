@@ -56,8 +56,9 @@ __all__ = [
 
 U = 2.0**-24
 TINY = 2.0**-120
-BLOCK_BYTES = 64 * 2**20
-"""The size of the first pass over one block of positions. Its other tensors are smaller."""
+BLOCK_BYTES, _ON_GPU = 64 * 2**20, 256 * 2**20
+"""The size of the first pass over one block of positions, on a CPU and on a GPU, where each block
+costs some hundred launches. Its other tensors are smaller."""
 
 _PARTS = 16
 """In how many parts the dots of contested features are summed: see `_Block.scores`."""
@@ -90,9 +91,10 @@ class Selection:
     crowding: float  # the number of candidates divided by k: how tight the bound was
 
 
-def tokens_per_block(d_sae: int, precision: torch.dtype) -> int:
+def tokens_per_block(encoder: Snapshot, precision: torch.dtype) -> int:
     """The number of positions of one first pass, so that it fits into BLOCK_BYTES."""
-    return max(1, min(2048, BLOCK_BYTES // (d_sae * precision.itemsize)))
+    size = BLOCK_BYTES if encoder.rows.device.type == "cpu" else _ON_GPU
+    return max(1, min(2048, size // (encoder.d_sae * precision.itemsize)))
 
 
 def select(encoder: Snapshot, x: torch.Tensor, k: int, precision: torch.dtype) -> Selection:
@@ -175,7 +177,7 @@ def approximate(
         buffer, start = encoder.half_buffer(), 0
         while start < d_sae:
             tile = encoder.half_tile(start, buffer)
-            torch.mm(row, tile.T, out=approx[:, start : start + len(tile)])
+            torch.mm(row, tile[:, : row.shape[1]].T, out=approx[:, start : start + len(tile)])
             start += len(tile)
     else:
         bias = centre.bias.float()
@@ -290,7 +292,7 @@ def _candidates(
     rounded = least.to(approx.dtype)[:, None]
     low = rounded.signbit().squeeze(1)
     found = [settled.new_zeros(0, dtype=torch.long)]
-    step = max(1, n) if approx.is_cuda else max(1, _AT_ONCE // width)
+    step = max(1, _AT_ONCE // width if approx.device.type == "cpu" else n)
     for start in range(0, n, step):
         rows = slice(start, start + step)
         hit = at_least(bits[rows], rounded[rows].view(bits.dtype))

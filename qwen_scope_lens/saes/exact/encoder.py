@@ -87,10 +87,10 @@ class Centre:
         return rest, x[:, self.columns]
 
     def extra_input(self, outliers: torch.Tensor) -> torch.Tensor:
-        """The input columns that are multiplied with `extra`. `[n, m] -> bfloat16 [n, EXTRA]`"""
+        """The input for the columns of `extra` in use. `[n, m] -> bfloat16 [n, at most EXTRA]`"""
         n, m = outliers.shape
         high, low = split(outliers, 2)
-        out = high.new_zeros((n, EXTRA))
+        out = high.new_zeros((n, -(-(3 + 3 * m) // 4) * 4))
         out[:, :3] = 1
         out[:, 3 : 3 + 3 * m] = torch.cat([high, low, high], 1)
         return out
@@ -128,15 +128,21 @@ class Snapshot:
         return self.rows.shape[1]
 
     def half_buffer(self) -> torch.Tensor:
-        """A buffer for the rows that `half_tile` converts."""
-        rows = 0 if self.half is not None else min(2 * TILE, self.d_sae)
-        return self.rows.new_empty((rows, self.d_in + EXTRA), dtype=torch.bfloat16)
+        """A buffer for the rows that `half_tile` converts. On one core it stays in the cache."""
+        if self.half is not None:
+            rows = 0
+        elif self.rows.device.type == "cpu":
+            rows = TILE // 2 if torch.get_num_threads() == 1 else 2 * TILE
+        else:
+            rows = 16 * TILE
+        shape = (min(rows, self.d_sae), self.d_in + EXTRA)
+        return self.rows.new_empty(shape, dtype=torch.bfloat16)
 
     def half_tile(self, start: int, buffer: torch.Tensor) -> torch.Tensor:
         """Rows from `start` in bfloat16 with their extra columns. `[<= 16 TILE, d_in + EXTRA]`"""
         if self.half is not None:
             return self.half[start : start + 16 * TILE]
-        stop = min(start + 2 * TILE, self.d_sae)
+        stop = min(start + len(buffer), self.d_sae)
         tile = buffer[: stop - start]
         tile[:, : self.d_in].copy_(self.rows[start:stop])
         tile[:, self.d_in :].copy_(self.centre.extra[start:stop])

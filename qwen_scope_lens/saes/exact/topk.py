@@ -70,7 +70,7 @@ def _encode(
         precision = precision or first_pass(len(x), x.device.type, encoder.keeps_half)
         parts = [
             _encode_block(block, encoder, k, precision)
-            for block in exact.split(tokens_per_block(encoder.d_sae, precision))
+            for block in exact.split(tokens_per_block(encoder.snapshot, precision))
         ]
         values, indices = (torch.cat(part) for part in zip(*parts, strict=True))
     return values, indices
@@ -172,7 +172,7 @@ def _encode_block(
         # A float32 first pass is twice as large, so it takes half the positions at a time.
         parts = [
             _encode_block(part, encoder, k, torch.float32)
-            for part in x[rest].split(tokens_per_block(encoder.d_sae, torch.float32))
+            for part in x[rest].split(tokens_per_block(now, torch.float32))
         ]
         values[rest], indices[rest] = (torch.cat(part) for part in zip(*parts, strict=True))
     else:
