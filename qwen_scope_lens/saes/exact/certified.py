@@ -32,7 +32,7 @@ from dataclasses import dataclass
 
 import torch
 
-from qwen_scope_lens.saes.exact.dots import all_dots, exact_scores, pair_dots, part_dots
+from qwen_scope_lens.saes.exact.dots import exact_scores, pair_dots, part_dots
 from qwen_scope_lens.saes.exact.encoder import EXTRA, TILE, Snapshot, norm_above
 from qwen_scope_lens.saes.exact.matmul import BY_DOTS, product
 from qwen_scope_lens.saes.exact.pairs import (
@@ -49,8 +49,10 @@ __all__ = [
     "BLOCK_BYTES",
     "Selection",
     "approximate",
+    "are_few",
     "clear_scores",
     "select",
+    "select_few",
     "tokens_per_block",
 ]
 
@@ -99,10 +101,6 @@ def tokens_per_block(encoder: Snapshot, precision: torch.dtype) -> int:
 
 def select(encoder: Snapshot, x: torch.Tensor, k: int, precision: torch.dtype) -> Selection:
     """The k best features of each position, as far as the first pass can tell. `x [n, d_in]`"""
-    if 0 < len(x) <= BY_DOTS and precision == encoder.rows.dtype == torch.float32 and not x.is_cuda:
-        few = _select_few(encoder, x, k)
-        if bool(few.settled.all()):
-            return few
     block = _Block(encoder, x, precision)
     approx = approximate(encoder, block.rest, block.outliers, precision)
     cap = max(8 * k, encoder.d_sae // 32)
@@ -113,14 +111,37 @@ def select(encoder: Snapshot, x: torch.Tensor, k: int, precision: torch.dtype) -
     return Selection(indices, dots if encoder.centre.plain else None, settled, crowding)
 
 
-def _select_few(encoder: Snapshot, x: torch.Tensor, k: int) -> Selection:
-    """As `select`, from all float32 dots: for a few positions, this is faster than steps 1 to 3.
+def are_few(encoder: Snapshot, x: torch.Tensor, precision: torch.dtype) -> bool:
+    """Whether all dots of these positions are computed at once, by `all_dots`, in place of steps 1
+    to 3: for one or two positions that is faster."""
+    full = precision == encoder.rows.dtype == torch.float32
+    return full and 0 < len(x) <= BY_DOTS and x.device.type == "cpu"
+
+
+def clear_scores(
+    encoder: Snapshot, x: torch.Tensor, dots: torch.Tensor, k: int
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The scores and features of a few positions, both `[n, k]`, if float32 decides them all.
+
+    That is so where the k-th score is above the next one, and above zero, by more than the errors.
+    """
+    best, feature = (dots + encoder.bias).topk(min(k + 1, encoder.d_sae), dim=1)
+    size = norm_above(x) * encoder.norms_max + encoder.bias_max
+    error = 1.1 * (encoder.d_in + 4) * U * size + TINY * encoder.d_in * (1 + encoder.norms_max)
+    last = best[:, k - 1]
+    clear = (last > 2 * error) & best.isfinite().all(1)
+    if k < encoder.d_sae:
+        clear &= last - best[:, k] > 3 * error
+    return (best[:, :k], feature[:, :k]) if bool(clear.all()) else None
+
+
+def select_few(encoder: Snapshot, x: torch.Tensor, dots: torch.Tensor, k: int) -> Selection:
+    """As `select`, from all float32 dots of a few positions. `x [n, d_in]`, `dots [n, d_sae]`
 
     The best k + `_SPARE` features of a position go to the decision. The position is not settled if
     a feature beyond those might be selected.
     """
     m = min(k + _SPARE, encoder.d_sae)
-    dots = all_dots(encoder.rows, x)
     best, feature = (dots + encoder.bias).topk(m, dim=1)
     feature, order = feature.sort(dim=1)
     value = best.gather(1, order).double()
@@ -140,28 +161,6 @@ def _select_few(encoder: Snapshot, x: torch.Tensor, k: int) -> Selection:
         dots.gather(1, feature).flatten(),
     )
     return Selection(*_decide(encoder, x, pairs, k), settled, m / k)
-
-
-def clear_scores(
-    encoder: Snapshot, x: torch.Tensor, k: int
-) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """The scores and features of one or two positions, both `[n, k]`, if float32 decides them all.
-
-    That is so where the k-th score is above the next one, and above zero, by more than the errors.
-    Otherwise, and for more positions or other dtypes, the result is None.
-    """
-    if not 0 < len(x) <= BY_DOTS or encoder.rows.dtype != torch.float32 or x.is_cuda:
-        return None
-    best, feature = (all_dots(encoder.rows, x) + encoder.bias).topk(
-        min(k + 1, encoder.d_sae), dim=1
-    )
-    size = norm_above(x) * encoder.norms_max + encoder.bias_max
-    error = 1.1 * (encoder.d_in + 4) * U * size + TINY * encoder.d_in * (1 + encoder.norms_max)
-    last = best[:, k - 1]
-    clear = (last > 2 * error) & best.isfinite().all(1)
-    if k < encoder.d_sae:
-        clear &= last - best[:, k] > 3 * error
-    return (best[:, :k], feature[:, :k]) if bool(clear.all()) else None
 
 
 def approximate(

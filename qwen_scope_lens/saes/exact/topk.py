@@ -16,11 +16,13 @@ from qwen_scope_lens.errors import NotFinite
 from qwen_scope_lens.saes.exact.certified import (
     U,
     approximate,
+    are_few,
     clear_scores,
     select,
+    select_few,
     tokens_per_block,
 )
-from qwen_scope_lens.saes.exact.dots import exact_scores, exact_topk, pair_dots
+from qwen_scope_lens.saes.exact.dots import all_dots, exact_scores, exact_topk, pair_dots
 from qwen_scope_lens.saes.exact.encoder import Encoder, Snapshot
 from qwen_scope_lens.saes.exact.gather import dots, gather_decode
 from qwen_scope_lens.saes.exact.pairs import pick, sorted_rows
@@ -153,11 +155,15 @@ def _encode_block(
     x: torch.Tensor, encoder: Encoder, k: int, precision: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`encode_topk` for one block of positions, float32 `[n, d_in]`."""
-    now = encoder.snapshot
-    if precision == torch.float32 and (few := clear_scores(now, x, k)) is not None:
-        encoder.settled["float32"] += len(x)
-        return _in_order(*few)
-    found = select(now, x, k, precision)
+    now, found = encoder.snapshot, None
+    if are_few(now, x, precision):
+        every = all_dots(now.rows, x)
+        if (clear := clear_scores(now, x, every, k)) is not None:
+            encoder.settled["float32"] += len(x)
+            return _in_order(*clear)
+        found = select_few(now, x, every, k)
+    if found is None or not bool(found.settled.all()):
+        found = select(now, x, k, precision)
     poorly = precision == torch.bfloat16 and found.crowding > _CROWDED
     if poorly and (encoder.recentre(x) or encoder.snapshot is not now):
         now = encoder.snapshot
