@@ -18,8 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from qwen_scope_lens.errors import NotFinite
 from qwen_scope_lens.saes import ScopeSAE, ScopeSAEConfig, SparseCodes
+from qwen_scope_lens.saes.exact import certified, topk
 from qwen_scope_lens.saes.exact import matmul as float32
-from qwen_scope_lens.saes.exact import topk
 from qwen_scope_lens.saes.exact.encoder import Encoder
 from qwen_scope_lens.saes.exact.topk import encode_topk
 
@@ -94,6 +94,11 @@ def shifted(x: torch.Tensor) -> torch.Tensor:
             b,
         ),
         "huge": lambda x, w, b: (x * 1e30, w, b),
+        "sums that overflow on their way": lambda x, w, b: (
+            torch.full_like(x, 2.0**66),
+            torch.cat([2.0**62 * (1 - 2 * (w[:3].argsort(1) % 2)), 2.0**-70 * w[3:]]),
+            b + 1,
+        ),
         "tiny": lambda x, w, b: (x * 1e-30, w, b * 0),
         "denormal": lambda x, w, b: (x * 1e-42, w, b * 0),
         "bfloat16": lambda x, w, b: (x.bfloat16(), w.bfloat16(), b.bfloat16()),
@@ -133,6 +138,35 @@ def test_exact_on_small_integers(data: st.DataObject) -> None:
 def test_exact_at_any_scale(seed: int, exponent: float, mean: float, k: int) -> None:
     x, rows, bias = problem(n=9, d=33, d_sae=500, seed=seed)
     check((x + 10**mean * x[0]) * 10**exponent, rows, bias, k)
+
+
+def test_too_many_candidates_are_left_to_a_tighter_pass() -> None:
+    x, rows, bias = problem()
+    x[::2] = 0
+    encoder = Encoder(rows, bias * 0 + 0.5).snapshot
+    for precision in PASSES:
+        settled = certified.select(encoder, x, 5, precision).settled
+        assert settled.tolist() == [False, True] * 20
+
+
+@pytest.mark.parametrize("parts", [1, 16])
+def test_scores_are_within_their_bounds(parts: int) -> None:
+    x, rows, bias = problem()
+    x = shifted(x)
+    encoder = Encoder(rows, bias)
+    for centred in (False, True):
+        block = certified._Block(encoder.snapshot, x, torch.bfloat16)
+        token = torch.arange(40).repeat_interleave(1024)
+        feature = torch.arange(1024).repeat(40)
+        value, error, _ = block.scores(token, feature, parts)
+        off = (value - (x.double() @ rows.double().T + bias.double()).flatten()).abs()
+        assert (off <= error).all()
+        # The bound falls with the number of parts: it is no larger than what the docstring says.
+        size = block.length.double().repeat_interleave(1024) * encoder.snapshot.norms.repeat(40)
+        rounding = 2.0**-24 * (1.1 * (96 / parts + 4) * size + 1.1 * value.abs())
+        assert (error <= rounding + block.slack[token]).all()
+        if not centred:
+            assert encoder.recentre(x)
 
 
 def test_result_does_not_depend_on_company_or_blocks(monkeypatch: pytest.MonkeyPatch) -> None:

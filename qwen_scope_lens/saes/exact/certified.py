@@ -231,10 +231,8 @@ class _Block:
             + self.out_length * (self.out_scale * centre.weights_max)
             + self.bias_scale * centre.bias_max
         )
-        # Beyond this size a product might overflow on its way, and no bound holds then.
-        size = self.length * encoder.norms_max + self.out_length * centre.weights_max
-        overflows = ~(size + centre.bias_max < 2.0**126)
-        return (bound * 1.0001 + self.slack).masked_fill_(overflows, float("inf"))
+        # Where a product could overflow on its way, so did the square of a length: it is infinite.
+        return bound * 1.0001 + self.slack
 
     def of(self, pairs: Pairs) -> torch.Tensor:
         """The largest error of single pairs, from the norms of their own rows. `[p]`"""
@@ -280,12 +278,11 @@ def _candidates(
     # Floats that are not negative are in the order of their bits, and whole numbers compare faster.
     bits = approx.view(torch.int16 if approx.dtype == torch.bfloat16 else torch.int32)
     kth = _kth_of_groups(bits, k).view(approx.dtype).float()
-    kth.masked_fill_(kth.signbit(), float("-inf"))
     line = kth - slope * kth.abs() - 2 * bound
     line = line - 2 * slope * line.abs()
     floor = -bound * (1 + 4 * slope)
-    # At least `line`, and more than `floor`. Rounded to the dtype of `approx`, it divides its
-    # numbers as before, but for one that may be just below.
+    # At least `line`, and more than `floor`, which is above the line if `kth` is negative. Rounded
+    # to the dtype of `approx`, it divides its numbers as before, but for one just below.
     least = torch.maximum(line, floor.nextafter(floor.new_full((), float("inf"))))
     settled = bound.isfinite() & (kth < float("inf"))
     rounded = least.to(approx.dtype)[:, None]
@@ -297,14 +294,10 @@ def _candidates(
         hit = at_least(bits[rows], rounded[rows].view(bits.dtype))
         if bool(low[rows].any()):
             hit[low[rows]] = approx[rows][low[rows]] >= rounded[rows][low[rows]]
-        if not bool(settled[rows].all()):
-            hit &= settled[rows, None]
         place = places(hit)
-        counts = torch.bincount(place // width, minlength=len(hit))
-        over = counts > cap
-        if bool(over.any()):
-            settled[rows] &= ~over
-            place = place[~over[place // width]]
+        settled[rows] &= torch.bincount(place // width, minlength=len(hit)) <= cap
+        if not bool(settled[rows].all()):
+            place = place[settled[rows][place // width]]
         found.append(place + start * width)
     at = torch.cat(found)
     token = at // width
@@ -316,11 +309,11 @@ def _kth_of_groups(bits: torch.Tensor, k: int) -> torch.Tensor:
     """The k-th largest of the maxima of disjoint groups of each row, all as bits. `[n, w] -> [n]`
 
     Whole numbers have the order of the floats only where those are not negative. So a result that
-    is negative says no more than that fewer than k groups hold a number that is not.
+    is negative need not be the k-th, but then fewer than k groups hold a number above zero.
     """
     n, width = bits.shape
     size = (
-        1  # any disjoint groups do; with fewer of them the k-th is found sooner, and hardly lower
+        1  # With larger groups the k-th is found sooner, and with 8 k of them it is hardly lower.
     )
     while width % (2 * size) == 0 and width // (2 * size) >= 8 * k:
         size *= 2

@@ -70,10 +70,10 @@ def _encode(
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         exact = x.float()
         precision = precision or first_pass(len(x), x.device.type, encoder.keeps_half)
-        parts = [
-            _encode_block(block, encoder, k, precision)
-            for block in exact.split(tokens_per_block(encoder.snapshot, precision))
-        ]
+        size = tokens_per_block(encoder.snapshot, precision)
+        if len(x) <= size:
+            return _encode_block(exact, encoder, k, precision)
+        parts = [_encode_block(block, encoder, k, precision) for block in exact.split(size)]
         values, indices = (torch.cat(part) for part in zip(*parts, strict=True))
     return values, indices
 
