@@ -4,14 +4,15 @@
     python benchmarks/gpu.py --rehearse                           # every part, tiny, on a CPU
     python benchmarks/gpu.py --paper > benchmarks/results/gpu-paper.txt
 
-First the kernels' own tests run on the device, then tile sizes are searched, then encode, decode,
-forward and backward, extraction and steering are measured at 4096 x 65536 (k = 50) and 5120 x 81920
-(k = 100) with 8,192 tokens, in float32 and bfloat16. Times are medians of interleaved rounds, with
-the device's clock stopped at both ends. A part for which `--limit` seconds leave no time is named
-and left out. `--rehearse` runs the kernels in Triton's interpreter; its figures mean nothing.
+First the kernels' own tests run on the device, then sizes of blocks and tiles are searched, then
+encode, decode, forward and backward, extraction and steering are measured at 4096 x 65536 (k = 50)
+and 5120 x 81920 (k = 100) with 8,192 tokens, in float32 and bfloat16. Times are medians of
+interleaved rounds, with the device's clock stopped at both ends. A part for which `--limit` seconds
+leave no time is named and left out. `--rehearse` runs the kernels in Triton's interpreter; its figures mean nothing.
 
 `--paper` prints what can be said without a device: operations, bytes and their ratio for each
-kernel, and the least time that the peak, the memory and the second-level cache of a device allow.
+step, and the least time that the peak, the memory and the second-level cache of a device allow. The
+steps of an encode run one after the other, so their times are summed.
 """
 
 from __future__ import annotations
@@ -25,18 +26,20 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import date
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 REHEARSAL = "--rehearse" in sys.argv
 if REHEARSAL:
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are defined
 
 import torch  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import test_topk_kernels as kernel_tests  # noqa: E402
@@ -48,7 +51,9 @@ from tiny_models import make_model, make_tokenizer  # noqa: E402
 import qwen_scope_lens as qsl  # noqa: E402
 from qwen_scope_lens.models import iter_captures, load_model  # noqa: E402
 from qwen_scope_lens.saes import ScopeSAE  # noqa: E402
-from qwen_scope_lens.saes.exact import kernels  # noqa: E402
+from qwen_scope_lens.saes.exact import certified, dots, kernels, pairs, topk  # noqa: E402
+from qwen_scope_lens.saes.exact import encoder as encoder_module  # noqa: E402
+from qwen_scope_lens.saes.exact.encoder import Encoder  # noqa: E402
 from qwen_scope_lens.saes.exact.kernels import Tiles  # noqa: E402
 from qwen_scope_lens.steering import Plan, steer  # noqa: E402
 from qwen_scope_lens.stores import pack  # noqa: E402
@@ -65,14 +70,26 @@ class Shape:
 
 
 SHAPES = (Shape(4096, 65536, 50), Shape(5120, 81920, 100))
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What the search found to be fastest."""
+
+    block: int = certified.BLOCK_BYTES_ON_GPU
+    tiles: Tiles = kernels.TILES
+
+
 TINY = (Shape(64, 512, 4, 8),)
+BLOCKS = tuple(2**power for power in (26, 27, 28, 29, 30))
 SEARCHED = (
     Tiles(),
-    Tiles(128, 128, 32, 4),
-    Tiles(128, 128, 64, 8),
-    Tiles(64, 256, 32, 4),
-    Tiles(128, 256, 32, 8),
-    Tiles(128, 256, 64, 8),
+    Tiles(1),
+    Tiles(4),
+    Tiles(16),
+    Tiles(8, 512),
+    Tiles(8, 2048),
+    Tiles(8, 1024, 8),
 )
 LAYERS, CONTEXT = 4, 1024  # of the model in the parts for extraction and steering
 
@@ -131,75 +148,100 @@ def paper(say: Printed) -> None:
             say()
 
 
+LAUNCH = 5e-6
+"""Seconds between two operations that each wait for the one before, as is usual on such devices."""
+
+
 def _expected(shape: Shape, device: Device) -> Table:
     n, d, s, k = shape.tokens, shape.d_in, shape.d_sae, shape.k
-    gemm, dense = 2.0 * n * d * s, 4.0 * n * s
-    matrix, x = 4.0 * d * s, 4.0 * n * d
-    block = 512  # tokens per first pass: see `tokens_per_block`
-
-    def tiled(tiles: Tiles, row_bytes: int) -> float:
-        """Bytes that the tiles of a product fetch from the cache, each operand once per tile."""
-        across, down = -(-s // tiles.features), -(-n // tiles.positions)
-        return float(n * d * 2 * across + s * d * row_bytes * down)
-
-    rows = [
-        (
-            "SAELens encode (float32 product, dense top-k)",
-            gemm,
-            matrix + x + 3 * dense,
-            0.0,
-            "full",
-        ),
-        ("SAELens decode (dense product)", gemm, matrix + x + dense, 0.0, "full"),
-        ("our sample (1/16 of the features, float32)", gemm / 16, matrix / 16 + x, 0.0, "full"),
-    ]
-    rows += [
-        (
-            f"our first pass, tiles {t.positions} x {t.features}, {name} rows",
-            gemm,
-            matrix / 4 * size * n / block + x,
-            tiled(t, size),
-            "half",
-        )
-        for t in (Tiles(), Tiles(128, 256, 64, 8))
-        for name, size in (("float32", 4), ("bfloat16", 2))
-    ]
-    rows += [
-        (
-            "our re-scoring (about 3 k pairs per token)",
-            6.0 * n * k * d,
+    gemm, dense, matrix, x = 2.0 * n * d * s, 4.0 * n * s, 4.0 * d * s, 4.0 * n * d
+    blocks = -(-n // (certified.BLOCK_BYTES_ON_GPU // (2 * s)))
+    rows = 4.0 * n * k * d  # the bytes of k float32 rows per token
+    operations, again = _counted()
+    scores = dense / 2  # in bfloat16: written by the product, and then read twice
+    steps = {
+        "SAELens: product in float32": (gemm, matrix + x + dense, 0.0, device.full),
+        "SAELens: dense top-k": (0.0, 2 * dense, 0.0, device.full),
+        "SAELens: decode, a product in float32": (gemm, matrix + x + dense, 0.0, device.full),
+        "ours: the rows in bfloat16": (0.0, blocks * matrix * 1.5, 0.0, device.full),
+        "ours: product in bfloat16": (gemm, blocks * matrix / 2 + scores, 0.0, device.half),
+        "ours: candidates": (0.0, 3 * scores, 0.0, device.full),
+        f"ours: re-scoring, {again:.1f} k rows per token": (
+            2.0 * again * n * k * d,
             x,
-            12.0 * n * k * d,
-            "full",
+            again * rows,
+            device.full,
         ),
-        ("our decode (k rows per token)", 2.0 * n * k * d, 2 * x, 4.0 * n * k * d, "full"),
-        ("our decode, gradient of the values", 2.0 * n * k * d, x, 4.0 * n * k * d, "full"),
-    ]
-    cells = []
-    for name, flop, moved, cached, peak in rows:
-        bounds = {
-            "peak": flop / (device.half if peak == "half" else device.full),
-            "memory": moved / device.memory,
-            "cache": cached / device.cache,
-        }
+        "ours: decode, k rows per token": (2.0 * n * k * d, 2 * x, rows, device.full),
+        "ours: gradient of the values": (2.0 * n * k * d, x, rows, device.full),
+    }
+    cells, least = [], {}
+    for name, (flop, moved, cached, peak) in steps.items():
+        bounds = {"peak": flop / peak, "memory": moved / device.memory}
+        bounds["cache"] = cached / device.cache
         worst = max(bounds, key=bounds.__getitem__)
+        least[name] = bounds[worst]
         most = max(moved, cached)
         cells.append((name, flop / 1e9, most / 1e9, flop / most, 1e3 * bounds[worst], worst))
-    least = [cell[4] for cell in cells]
-    theirs, sample, rescoring = least[0], least[2], least[-3]
-    sums = [sample + pass_ + rescoring for pass_ in least[3:-3]]
-    said = [
-        f"encode, at best, with {name.removeprefix('our first pass, ')}: {total:.1f} ms,"
-        f" {theirs / total:.1f} times SAELens; encode and decode"
-        f" {(theirs + least[1]) / (total + least[-2]):.1f} times"
-        for (name, *_), total in zip(cells[3:-3], sums, strict=True)
+    launches = LAUNCH * blocks * operations
+    said = f"ours: {blocks} blocks of {operations} operations"
+    cells.append((said, 0.0, 0.0, 0.0, 1e3 * launches, "launches"))
+
+    def total(*names: str) -> float:
+        return sum(least[name] for name in least if name.startswith(names))
+
+    theirs = total("SAELens: product", "SAELens: dense")
+    both = total("SAELens")
+    kept = launches + total("ours: product", "ours: candidates", "ours: re-scoring")
+    decode = total("ours: decode")
+    below = [
+        f"encode, at best, {name}: {1e3 * encode:.1f} ms, {theirs / encode:.1f} times SAELens;"
+        f" encode and decode {both / (encode + decode):.1f} times"
+        for name, encode in (
+            ("with a half copy", kept),
+            ("without", kept + total("ours: the rows")),
+        )
     ]
     return Table.of(
-        ("part", "Gflop", "GB", "flop/byte", "ms", "bound by"),
+        ("step", "Gflop", "GB", "flop/byte", "ms", "bound by"),
         cells,
-        below=said,
+        below=below,
         formats={"Gflop": ",.0f", "GB": ",.1f", "flop/byte": ",.1f", "ms": ",.2f"},
     )
+
+
+@cache
+def _counted() -> tuple[int, float]:
+    """How many operations an encode of one block starts on a device, views left out, and how many
+    rows it scores again, divided by k. Both are counted on a CPU, on the road of a GPU."""
+    names: list[str] = []
+    scored: list[int] = []
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            names.append(str(func).removeprefix("aten."))
+            return func(*args, **(kwargs or {}))
+
+    def counted(
+        rows: torch.Tensor, x: torch.Tensor, token: torch.Tensor, feature: torch.Tensor
+    ) -> torch.Tensor:
+        scored.append(len(token))
+        return (rows[feature] * x[token]).sum(-1)
+
+    state, x, k = weights(1024, 16384), residuals(1024, 128, "isotropic"), 50
+    encoder = Encoder(state["W_enc"].T.contiguous(), state["b_enc"], keep_half=True)
+    modules = (certified, dots, encoder_module, pairs)
+    with ExitStack() as stack:
+        for module in modules:
+            stack.enter_context(mock.patch.object(module, "on_cpu", return_value=False))
+        stack.enter_context(mock.patch.object(certified, "pair_dots", counted))
+        with Counting():
+            topk.encode_topk(x, encoder, k, torch.bfloat16)
+    views = ("view", "slice", "select", "transpose", "t.", "expand", "alias", "squeeze", "split")
+    operations = sum(not name.startswith((*views, "unsqueeze")) for name in names)
+    return operations, sum(scored) / (len(x) * k)
 
 
 # --- on a device ---------------------------------------------------------------------------------
@@ -222,15 +264,15 @@ def measured(options: argparse.Namespace, say: Printed) -> None:
         f" {found['sae-lens']}\n"
     )
     parts: list[tuple[str, Callable[[], object]]] = [("kernel tests", lambda: _tests(device, say))]
-    tiles: dict[Shape, Tiles] = {}
+    chosen: dict[Shape, Chosen] = {}
     for shape in TINY if REHEARSAL else SHAPES:
         label = f"{shape.d_in} x {shape.d_sae}, k = {shape.k}, {shape.tokens} tokens"
         parts += [
-            (f"tiles, {label}", lambda s=shape: tiles.update({s: _search(s, device, say)})),
+            (f"sizes, {label}", lambda s=shape: chosen.update({s: _search(s, device, say)})),
             *(
                 (
                     f"{dtype}, {label}",
-                    lambda s=shape, d=dtype: _codes(s, d, device, tiles, options.rounds, say),
+                    lambda s=shape, d=dtype: _codes(s, d, device, chosen, options.rounds, say),
                 )
                 for dtype in ("float32", "bfloat16")
             ),
@@ -251,7 +293,7 @@ def _tests(device: str, say: Printed) -> None:
     before = kernels.available
     torch.set_default_device(device)
     try:
-        for name in ("CANDIDATES", "ENCODE", "DECODE"):
+        for name in ("PAIRS", "ENCODE", "DECODE"):
             exec(kernel_tests.COMMON + getattr(kernel_tests, name), {})
             say(f"{name.lower()}: passed")
     finally:
@@ -259,38 +301,40 @@ def _tests(device: str, say: Printed) -> None:
         kernels.available = before
 
 
-def _search(shape: Shape, device: str, say: Printed) -> Tiles:
-    """The fastest tiles of the bfloat16 first pass, on a line that 1% of the scores reach."""
+def _search(shape: Shape, device: str, say: Printed) -> Chosen:
+    """The fastest size of a block for an encode, and the fastest tiles for the dots of pairs."""
     torch.manual_seed(0)
-    x = torch.randn(min(shape.tokens, 2048), shape.d_in, device=device)
+    x = torch.randn(shape.tokens, shape.d_in, device=device)
     rows = torch.randn(shape.d_sae, shape.d_in, device=device) / shape.d_in**0.5
-    bias = torch.zeros(shape.d_sae, device=device)
-    line = torch.full((len(x),), 2.33, device=device)
-    cap = max(32 * shape.k, shape.d_sae // 32)
-    took, counts = {}, []
+    encoder = Encoder(rows, torch.zeros(shape.d_sae, device=device), keep_half=True)
+    took: dict[Any, float] = {}
+    for size in BLOCKS:
+        certified.BLOCK_BYTES_ON_GPU = size
+        case = partial(topk.encode_topk, x, encoder, shape.k, torch.bfloat16)
+        took[size] = _times({"": case}, 1 if REHEARSAL else 3)[""]
+        say(f"blocks of {size / 2**20:.0f} MiB: an encode takes {1e3 * took[size]:.2f} ms")
+    block = min(BLOCKS, key=took.__getitem__)
+    token = torch.arange(len(x), device=device).repeat_interleave(3 * shape.k)
+    feature = torch.randint(0, shape.d_sae, (len(token),), device=device)
+    found = []
     for tiles in SEARCHED:
 
-        def run(tiles: Tiles = tiles) -> Any:
-            return kernels.candidates(x, rows, bias, x[:, :0], rows[:, :0], line, cap, True, tiles)
+        def run(tiles: Tiles = tiles) -> torch.Tensor:
+            return kernels.pair_dots(rows, x, token, feature, tiles)
 
-        try:
-            counts.append(run()[0].sum().item())
-        except Exception as error:  # too large for this device
-            say(f"{tiles}: {type(error).__name__}")
-            continue
+        found.append(run())
         took[tiles] = _times({"": run}, 1 if REHEARSAL else 5)[""]
-        rate = 2 * x.numel() * shape.d_sae / took[tiles] / 1e12
-        say(f"{tiles}: {1e3 * took[tiles]:.2f} ms, {rate:.1f} Tflop/s")
-    spread = (max(counts) - min(counts)) / max(1, max(counts))
-    assert spread < 1e-3, f"tiles find different candidates: {counts}"
-    return min(took, key=took.__getitem__)
+        rate = 4 * len(token) * shape.d_in / took[tiles] / 1e12
+        say(f"{tiles}: {1e3 * took[tiles]:.2f} ms, {rate:.2f} TB/s of rows")
+    assert all(torch.allclose(one, found[0], rtol=1e-3, atol=1e-3) for one in found)
+    return Chosen(block, min(SEARCHED, key=took.__getitem__))
 
 
 def _codes(
     shape: Shape,
     dtype: str,
     device: str,
-    tiles: dict[Shape, Tiles],
+    chosen: dict[Shape, Chosen],
     rounds: int,
     say: Printed,
 ) -> None:
@@ -301,7 +345,8 @@ def _codes(
     theirs.W_dec = torch.nn.Parameter(theirs.W_dec.contiguous(), requires_grad=False)
     ours = build(ScopeSAE, state, shape.k).to(device, kind)
     x = residuals(shape.d_in, shape.tokens, "realistic").to(device, kind)
-    kernels.TILES = tiles.get(shape, Tiles())
+    found = chosen.get(shape, Chosen())
+    kernels.TILES, certified.BLOCK_BYTES_ON_GPU = found.tiles, found.block
     codes, dense = ours.encode_sparse(x), theirs.encode(x.float())
 
     def backward() -> None:

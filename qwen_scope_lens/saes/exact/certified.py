@@ -41,6 +41,7 @@ from qwen_scope_lens.saes.exact.pairs import (
     Scored,
     at_least,
     kth_largest,
+    on_cpu,
     pick,
     places,
 )
@@ -58,9 +59,11 @@ __all__ = [
 
 U = 2.0**-24
 TINY = 2.0**-120
-BLOCK_BYTES, _ON_GPU = 64 * 2**20, 256 * 2**20
-"""The size of the first pass over one block of positions, on a CPU and on a GPU, where each block
-costs some hundred launches. Its other tensors are smaller."""
+BLOCK_BYTES = 64 * 2**20
+"""The size of the first pass over one block of positions. Its other tensors are smaller."""
+
+BLOCK_BYTES_ON_GPU = 512 * 2**20
+"""The same on a GPU, where each block costs many launches, up to an eighth of the free memory."""
 
 _PARTS = 16
 """In how many parts the dots of contested features are summed: see `_Block.scores`."""
@@ -95,8 +98,10 @@ class Selection:
 
 def tokens_per_block(encoder: Snapshot, precision: torch.dtype) -> int:
     """The number of positions of one first pass, so that it fits into BLOCK_BYTES."""
-    size = BLOCK_BYTES if encoder.rows.device.type == "cpu" else _ON_GPU
-    return max(1, min(2048, size // (encoder.d_sae * precision.itemsize)))
+    size, most = BLOCK_BYTES, 2048
+    if encoder.rows.is_cuda:
+        size, most = min(BLOCK_BYTES_ON_GPU, torch.cuda.mem_get_info()[0] // 8), 2**14
+    return max(1, min(most, size // (encoder.d_sae * precision.itemsize)))
 
 
 def select(encoder: Snapshot, x: torch.Tensor, k: int, precision: torch.dtype) -> Selection:
@@ -115,7 +120,7 @@ def are_few(encoder: Snapshot, x: torch.Tensor, precision: torch.dtype) -> bool:
     """Whether all dots of these positions are computed at once, by `all_dots`, in place of steps 1
     to 3: for one or two positions that is faster."""
     full = precision == encoder.rows.dtype == torch.float32
-    return full and 0 < len(x) <= BY_DOTS and x.device.type == "cpu"
+    return full and 0 < len(x) <= BY_DOTS and on_cpu(x)
 
 
 def clear_scores(
@@ -288,7 +293,7 @@ def _candidates(
     rounded = least.to(approx.dtype)[:, None]
     low = rounded.signbit().squeeze(1)
     found = [settled.new_zeros(0, dtype=torch.long)]
-    step = max(1, _AT_ONCE // width if approx.device.type == "cpu" else n)
+    step = max(1, _AT_ONCE // width if on_cpu(approx) else n)
     for start in range(0, n, step):
         rows = slice(start, start + step)
         hit = at_least(bits[rows], rounded[rows].view(bits.dtype))
@@ -324,7 +329,7 @@ def _rescored(block: _Block, pairs: Pairs, k: int) -> Scored:
     """Step 3 of the module's docstring: the candidates that may still be selected, scored again."""
     n = len(block.rest)
     at_once = _READS_ALL * n * k > block.encoder.d_sae and len(pairs.token) < _SOME_MORE * n * k
-    if at_once or len(pairs.token) <= _HARDLY_MORE * n * k:
+    if (at_once and on_cpu(pairs.token)) or len(pairs.token) <= _HARDLY_MORE * n * k:
         return Scored(pairs.token, pairs.feature, *block.scores(pairs.token, pairs.feature))
     grid = Grid(pairs.token, n)
     chosen = pairs.approx >= pick(kth_largest(grid.table(pairs.approx), k), pairs.token)

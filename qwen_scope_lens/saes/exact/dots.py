@@ -22,6 +22,7 @@ import torch
 
 from qwen_scope_lens.saes.exact import kernels
 from qwen_scope_lens.saes.exact.encoder import norm_above
+from qwen_scope_lens.saes.exact.pairs import on_cpu
 
 __all__ = ["all_dots", "exact_scores", "exact_topk", "pair_dots", "part_dots", "rounded_sums"]
 
@@ -53,7 +54,7 @@ def pair_dots(
         return x.new_zeros(0)
     if kernels.available(x.device):
         return kernels.pair_dots(rows, x, token, feature)
-    if x.device.type != "cpu":
+    if not on_cpu(x):
         return part_dots(rows, x, token, feature, 1).view(-1)
     full = rows.dtype == torch.float32
     if full and (_RARE * len(token) < len(rows) or rows.nbytes <= _CACHED):
@@ -83,9 +84,9 @@ def part_dots(
     The pairs may come in any order. This is fast for a few pairs.
     """
     pieces, width = torch.arange(parts, device=x.device), x.shape[1] // parts
-    sampled = rows.dtype == torch.float32 and x.device.type == "cpu"
+    sampled = rows.dtype == torch.float32 and on_cpu(x)
     found = [x.new_zeros((0, parts))]
-    step = max(1, (_ELEMENTS if x.device.type == "cpu" else _ON_GPU) // x.shape[1])
+    step = max(1, (_ELEMENTS if on_cpu(x) else _ON_GPU) // x.shape[1])
     for t, f in zip(token.split(step), feature.split(step), strict=True):
         if sampled:  # each piece of a position is a row of its own, with a single dot
             starts = torch.arange(len(t) * parts + 1, device=x.device)
@@ -156,7 +157,7 @@ def exact_scores(
     """The exact dots plus bias of pairs, rounded once to float32 and returned as float64. `[p]`"""
     out = torch.empty(len(token), dtype=torch.float64, device=x.device)
     # On a CPU, a buffer stays in the cache.
-    step = max(1, (_ELEMENTS // 8 if x.device.type == "cpu" else _ON_GPU) // x.shape[1])
+    step = max(1, (_ELEMENTS // 8 if on_cpu(x) else _ON_GPU) // x.shape[1])
     for start in range(0, len(token), step):
         t, f = token[start : start + step], feature[start : start + step]
         row, near = rows.index_select(0, f), x.index_select(0, t)

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from qwen_scope_lens.saes.exact.pairs import on_cpu
+
 __all__ = ["EXTRA", "Centre", "Encoder", "Snapshot", "norm_above", "split"]
 
 EXTRA = 32
@@ -131,7 +133,7 @@ class Snapshot:
         """A buffer for the rows that `half_tile` converts. On one core it stays in the cache."""
         if self.half is not None:
             rows = 0
-        elif self.rows.device.type == "cpu":
+        elif on_cpu(self.rows):
             rows = TILE // 2 if torch.get_num_threads() == 1 else 2 * TILE
         else:
             rows = 16 * TILE

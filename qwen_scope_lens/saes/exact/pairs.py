@@ -12,7 +12,17 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-__all__ = ["Grid", "Pairs", "Scored", "at_least", "kth_largest", "pick", "places", "sorted_rows"]
+__all__ = [
+    "Grid",
+    "Pairs",
+    "Scored",
+    "at_least",
+    "kth_largest",
+    "on_cpu",
+    "pick",
+    "places",
+    "sorted_rows",
+]
 
 
 @dataclass
@@ -64,9 +74,14 @@ class Grid:
         return out
 
 
+def on_cpu(tensor: torch.Tensor) -> bool:
+    """Whether a tensor lies in the memory of a CPU. A test says no, to walk the road of a GPU."""
+    return tensor.device.type == "cpu"
+
+
 def at_least(table: torch.Tensor, line: torch.Tensor) -> torch.Tensor:
     """Which whole numbers reach the line of their row. `[n, m]`, `[n, 1] -> bool [n, m]`"""
-    if table.device.type != "cpu":
+    if not on_cpu(table):
         return table >= line
     return torch.from_numpy(table.numpy() >= line.numpy())
 
@@ -76,7 +91,7 @@ def kth_largest(table: torch.Tensor, k: int) -> torch.Tensor:
     m = table.shape[1]
     if m < k:  # which does not happen with whole numbers
         return table.new_full((len(table),), float("-inf"))
-    if table.device.type != "cpu":
+    if not on_cpu(table):
         return table.topk(k, dim=1, sorted=False).values.amin(1)
     return torch.from_numpy(np.partition(table.numpy(), m - k, axis=1)[:, m - k].copy())
 
@@ -88,13 +103,13 @@ def pick(values: torch.Tensor, which: torch.Tensor) -> torch.Tensor:
 
 def places(mask: torch.Tensor) -> torch.Tensor:
     """Where a mask of any shape is true, counted through from its beginning. int64 `[p]`"""
-    if mask.device.type != "cpu":
+    if not on_cpu(mask):
         return mask.reshape(-1).nonzero().squeeze(1)
     return torch.from_numpy(np.flatnonzero(mask.numpy()))
 
 
 def sorted_rows(keys: torch.Tensor) -> torch.Tensor:
     """Whole numbers in ascending order, row by row. `[.., m]`"""
-    if keys.device.type != "cpu":
+    if not on_cpu(keys):
         return keys.sort().values
     return torch.from_numpy(np.sort(keys.numpy()))
