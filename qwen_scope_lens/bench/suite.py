@@ -127,9 +127,9 @@ def extract_suite(
         if not documents:
             raise BadCorpus(f"benchmark {name} has no items")
     if isinstance(model, (str, Path)):
-        from qwen_scope_lens.models.load import load_model
+        from qwen_scope_lens.models.open import open_model
 
-        model = load_model(model, up_to_layer=wanted[-1], device=options.get("device"))
+        model = open_model(model, up_to_layer=wanted[-1], device=options.get("device"))
     for name, documents in benchmarks.items():
         say(f"{name}: {len(documents):,} items")
         try:

@@ -265,9 +265,9 @@ def prepare(
     request, folder, found = checked.request, checked.folder, checked.survey
     wanted, model = sorted(checked.saes), request.model
     if isinstance(model, (str, Path)):
-        from qwen_scope_lens.models.load import load_model
+        from qwen_scope_lens.models.open import open_model
 
-        model = load_model(model, up_to_layer=wanted[-1], device=request.device, **model_options)
+        model = open_model(model, up_to_layer=wanted[-1], device=request.device, **model_options)
     facts.check_model(model, checked.group)
     tokenizer = find_tokenizer(model, tokenizer)
     mine = Manifest(

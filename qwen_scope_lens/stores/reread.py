@@ -21,7 +21,8 @@ from qwen_scope_lens.models.tokenize import Content
 from qwen_scope_lens.stores.manifest import Settings
 
 if TYPE_CHECKING:
-    from qwen_scope_lens.models.load import ScopeBridge
+    from transformers import PreTrainedModel
+
     from qwen_scope_lens.stores.store import FeatureStore
 
 __all__ = ["StoreReader", "document_means", "kept_rows", "pooled_residuals"]
@@ -48,7 +49,7 @@ class StoreReader:
 
     @property
     def load_options(self) -> dict[str, Any]:
-        """What `load_model` needs beside the name, so that it loads the same weights."""
+        """What `open_model` needs beside the name, so that it loads the same weights."""
         dtype = None if self.dtype is None else getattr(torch, self.dtype, None)
         if self.dtype is not None and not isinstance(dtype, torch.dtype):
             raise BadFile(f"{self.dtype!r:.60} is not a dtype of torch: the manifest was edited")
@@ -57,12 +58,12 @@ class StoreReader:
             dtype = None
         return {"dtype": dtype, "revision": self.revision}
 
-    def open_model(self, **options: Any) -> ScopeBridge:
+    def open_model(self, **options: Any) -> PreTrainedModel:
         """The same model, read only as deep as the layers need. Options as of `load_model`."""
         options = {"up_to_layer": max(self.layers), **self.load_options, **options}
-        from qwen_scope_lens.models.load import load_model
+        from qwen_scope_lens.models.open import open_model
 
-        return load_model(self.model, **options)
+        return open_model(self.model, **options)
 
     def captures(
         self,
