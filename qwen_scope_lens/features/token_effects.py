@@ -129,7 +129,11 @@ def promoted_of(
 
     def of(refs: Sequence[FeatureRef]) -> dict[FeatureRef, tuple[str, ...]]:
         last = read_unembedding(model) if end is None else end
-        vocabulary = Vocabulary(tokenizer or find_tokenizer(open_model(model, up_to_layer=0)))
+        known = tokenizer
+        if known is None:
+            here = open_model(model, up_to_layer=0) if isinstance(model, str) else model
+            known = find_tokenizer(here)
+        vocabulary = Vocabulary(known)
         by_sae: dict[LayerRef, list[FeatureRef]] = {}
         for ref in refs:
             by_sae.setdefault(ref.sae, []).append(ref)

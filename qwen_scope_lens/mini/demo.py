@@ -124,7 +124,7 @@ def _strongest(model: Any, sae: qsl.saes.LayerSAE, text: str) -> str:
     keep = read.keep(LAYER)
     codes = sae.encode_sparse(read.residuals[LAYER][keep])
     best = codes.to_dense().max(dim=0)
-    [text], [spans] = read.texts, read.char_spans
+    spans = read.char_spans[0] or ()
     tokens = [text[a:b] for (a, b), kept in zip(spans, keep, strict=True) if kept]
     features = best.values.topk(4).indices.tolist()
     return ", ".join(f"{f} on {tokens[int(best.indices[f])]!r}" for f in features)

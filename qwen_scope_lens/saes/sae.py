@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from sae_lens.saes.sae import SAEConfig, SAEMetadata, _disable_hooks
@@ -56,6 +56,13 @@ class ScopeSAE(LayerSAE, TopKSAE):
     `sae.requires_grad_(True)` these three are SAELens's own again, gradients of the weights
     included. Gradients reach the input in both cases.
     """
+
+    cfg: TopKSAEConfig
+
+    if TYPE_CHECKING:  # SAELens has no types that a checker could read
+        _use_error_term: bool
+
+        def __getattr__(self, name: str) -> Any: ...
 
     @classmethod
     def get_sae_class_for_architecture(cls, architecture: str) -> type[ScopeSAE]:
