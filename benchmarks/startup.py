@@ -88,7 +88,7 @@ IMPORTS = {
     "SAELens": "sae_lens",
 }
 LIMIT = 300.0  # seconds by the clock for one process
-PROGRAM = '''
+PROGRAM = """
 import importlib.abc, importlib.machinery, os, shlex, sys, time
 answer, place, words = int(sys.argv[1]), sys.argv[2], shlex.split(sys.argv[3])
 wanted, _, name = place.partition(":")
@@ -128,7 +128,7 @@ code = main(words)
 if code or place:
     os._exit(code or 9)
 reached()
-'''
+"""
 
 
 def run(place: str, words: str, folder: Path, package: Path | None) -> tuple[float, list[str]]:

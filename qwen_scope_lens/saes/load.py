@@ -157,7 +157,7 @@ def load_directions(
 def read_layer(file: LayerFile, *, device: str, dtype: str) -> tuple[dict[str, Any], SAETensors]:
     """The SAELens configuration and the checked tensors of a located layer."""
     tensors = open_layer(file)
-    if tensors.W_enc.dtype.itemsize < getattr(torch, dtype.removeprefix("torch.")).itemsize:
+    if tensors.W_enc.dtype.itemsize < getattr(torch, dtype).itemsize:
         warnings.warn(
             f"{file.path} holds {tensors.W_enc.dtype}: loading it as {dtype} does not bring back"
             " what was rounded away. Remove or re-convert it to use the published numbers",
