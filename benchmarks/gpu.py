@@ -59,8 +59,8 @@ from qwen_scope_lens.saes.exact.encoder import Encoder  # noqa: E402
 from qwen_scope_lens.saes.exact.kernels import Tiles  # noqa: E402
 from qwen_scope_lens.steering import Plan, steer  # noqa: E402
 from qwen_scope_lens.stores import pack  # noqa: E402
-from qwen_scope_lens.stores.facts import versions  # noqa: E402
 from qwen_scope_lens.tables import Table  # noqa: E402
+from qwen_scope_lens.version import versions  # noqa: E402
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from _measure import Printed, cpu_name
 import qwen_scope_lens as qsl
 from qwen_scope_lens.stores import Settings, extract_ray, merge
 from qwen_scope_lens.stores.extract import Request
-from qwen_scope_lens.stores.facts import versions
+from qwen_scope_lens.version import versions
 
 GROUP, LAYER, SLOW = "mini-qwen3/w1k-l0-16", 6, "BENCHMARK_SECONDS"
 

@@ -47,9 +47,9 @@ from qwen_scope_lens.stores import (
     write_shard,
 )
 from qwen_scope_lens.stores.codec import Packed
-from qwen_scope_lens.stores.facts import versions
 from qwen_scope_lens.stores.inspect import check
 from qwen_scope_lens.stores.shard_files import FIRING, damage, firing_of, shard_folder
+from qwen_scope_lens.version import versions
 
 GROUP, LAYER, K, D_SAE, D_MODEL = "qwen3-8b-base/w64k-l0-50", 20, 50, 65536, 4096
 MEAN_TOKENS, LONGEST, BATCH = 250, 1024, 4096

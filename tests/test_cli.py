@@ -82,7 +82,7 @@ READERS = (
     "stores.sql",
     "stores.merge",
     "stores.inspect",
-    "stores.extract",  # until it has checked the corpus
+    "stores.reread",
     "features.rank",
     "features.statistics",
     "features.statistics_table",
@@ -92,24 +92,63 @@ READERS = (
     "bench.report",
     "classify.estimator",
     "classify.report",
-    "compare.match",
     "concepts.discover",
-    "saes.load",  # until it makes an SAE: directions are read without SAELens
+    "compare.drift",
+)
+"""What reads stores and other files. torch takes over a second of a CPU."""
+
+SAES = (
+    "stores.extract",  # until it has checked the corpus
+    "compare.match",
     "converters.official_to_saelens",
     "converters.saelens_folder",
+    "saes.layer_sae",
+    "saes.verify",
+    "site.build",
 )
-"""What reads files only. SAELens, which brings the other two along, takes 5 s of a CPU."""
+"""What reads SAEs, and runs no model. transformers takes two to three seconds more."""
+
+MODELS = (
+    "classify.read",
+    "compare.transfer",
+    "concepts.find",
+    "features.read",
+    "graphs.attribution",
+    "graphs.faithfulness",
+    "labels.verified",
+    "mcp.toolbox",
+    "mini.demo",
+    "models.verify",
+    "recipes.engine",
+    "serve.run",
+    "serve.lens",
+    "steering.blame",
+    "steering.calibrate",
+    "steering.generate",
+    "steering.sweep",
+    "stores.extraction",
+    "synth.run",
+    "train.thresholds",
+)
+"""What runs models. SAELens, which brings TransformerLens along, takes seconds more."""
 
 
-def test_nothing_heavy_is_imported_before_it_is_needed() -> None:
+def test_nothing_heavy_is_imported_before_it_is_needed(tmp_path: Path) -> None:
     """All in one process that has imported nothing yet; one that imported it would be seen.
 
-    Help needs nothing heavy, and what reads files only needs nothing beside torch.
+    Help needs nothing heavy, what reads stores needs no torch, and what makes an SAE or runs a
+    model, no SAELens: at the end, `extract` and `read` work.
     """
     asked = [words for verb in VERBS for words in words_of(verb)]
     assert len(asked) > len(VERBS) + 25
     for words in (["train", "repetition", "screen"], ["convert", "saelens-to-official"]):
         assert words in asked
+    corpus, group = tmp_path / "texts.jsonl", "mini-qwen3/w1k-l0-16"
+    corpus.write_text('{"text": "The kernel reads a file."}\n', "utf-8")
+    runs = (
+        ["extract", str(corpus), "--sae", group, "--layers", "2", "--out", str(tmp_path / "store")],
+        ["read", "The kernel reads a file.", "--sae", group, "--layers", "2"],
+    )
     code = f"""
 import contextlib, io, sys
 from qwen_scope_lens.cli import main
@@ -121,10 +160,17 @@ for words in {[["--help"], ["list"], *([*words, "--help"] for words in asked)]!r
     heavy = [name for name in {HEAVY!r} if name in sys.modules]
     assert not heavy, f"{{words}} imported {{heavy}}"
 import importlib
-for module in {READERS!r}:
-    importlib.import_module(f"qwen_scope_lens.{{module}}")
-    heavy = [name for name in {HEAVY[1:4]!r} if name in sys.modules]
-    assert not heavy, f"{{module}} imported {{heavy}}"
+for modules, allowed in (({READERS!r}, 0), ({SAES!r}, 1), ({MODELS!r}, 2)):
+    for module in modules:
+        importlib.import_module(f"qwen_scope_lens.{{module}}")
+        heavy = [name for name in {HEAVY[:4]!r}[allowed:] if name in sys.modules]
+        assert not heavy, f"{{module}} imported {{heavy}}"
+for words in {runs!r}:
+    with contextlib.redirect_stdout(out):
+        assert main(words) == 0
+    heavy = [name for name in {HEAVY[2:4]!r} if name in sys.modules]
+    assert not heavy, f"{{words}} imported {{heavy}}"
+assert "kernel" in out.getvalue()
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

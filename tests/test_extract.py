@@ -35,7 +35,7 @@ from qwen_scope_lens.errors import (
 )
 from qwen_scope_lens.features import pool
 from qwen_scope_lens.mini import heldout
-from qwen_scope_lens.saes import ScopeSAE
+from qwen_scope_lens.saes import LayerSAE
 from qwen_scope_lens.stores import FeatureStore, extraction, merge
 from qwen_scope_lens.stores import shard_files as shards
 from qwen_scope_lens.stores.codec import stored_values
@@ -107,13 +107,13 @@ def test_batches_are_encoded_together_or_one_by_one(
     store: FeatureStore, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes: list[int] = []
-    encode = ScopeSAE.encode_sparse
+    encode = LayerSAE.encode_sparse
 
-    def counted(sae: ScopeSAE, x: Any) -> Any:
+    def counted(sae: LayerSAE, x: Any) -> Any:
         sizes.append(len(x))
         return encode(sae, x)
 
-    monkeypatch.setattr(ScopeSAE, "encode_sparse", counted)
+    monkeypatch.setattr(LayerSAE, "encode_sparse", counted)
     for together in (1, 200):
         monkeypatch.setattr(extraction, "TOGETHER", together)
         run(model, tmp_path / str(together), token_budget=96)
@@ -287,15 +287,15 @@ def test_one_sae_at_a_time_makes_the_same_store(
     from qwen_scope_lens.saes import load
 
     read: list[Callable[[], Any]] = []
-    load_sae = load.load_sae
+    open_sae = load.open_sae
 
     def loading(name: str, **options: Any) -> Any:
         assert not [sae for sae in read if sae() is not None], "two SAEs in memory"
-        sae = load_sae(name, **options)
+        sae = open_sae(name, **options)
         read.append(weakref.ref(sae))
         return sae
 
-    monkeypatch.setattr(load, "load_sae", loading)
+    monkeypatch.setattr(load, "open_sae", loading)
     one = qsl.find_group(GROUP).bytes_per_layer
     run(model, tmp_path / "store", sae_memory=one + room, progress=True)
     assert len(read) == loads

@@ -153,9 +153,11 @@ def test_chosen_tokens(store: FeatureStore, documents: list[qsl.SparseCodes]) ->
     found = store.codes_at(LAYER, [30, 2, 30], [3, 0, 0]).to_dense().numpy()
     wanted = [dense([documents[d]])[p] for d, p in ((30, 3), (2, 0), (30, 0))]
     assert np.array_equal(found, np.stack(wanted))
+    assert np.array_equal(store.matrix_at(LAYER, [30, 2, 30], [3, 0, 0]).toarray(), found)
     with pytest.raises(LayerOutOfRange, match="no token 9"):
         store.codes_at(LAYER, [30], [9])
     assert len(store.codes_at(LAYER, [], [])) == 0
+    assert store.matrix_at(LAYER, [], []).shape == (0, store.sae(LAYER).d_sae)
 
 
 def test_labels(store: FeatureStore) -> None:

@@ -112,7 +112,7 @@ def test_nothing_and_nonsense() -> None:
 def test_certificates_are_kept_beside_the_sae_until_its_weights_change() -> None:
     sae, x = random_sae(3), torch.randn(WARM_UP, D_IN, generator=torch.Generator().manual_seed(4))
     with torch.no_grad():
-        sae.b_enc += 1  # so that no feature is always negative
+        sae.b_enc.add_(1)  # so that no feature is always negative
 
     def outnumbered() -> int:
         members = Membership(sae, range(9))

@@ -35,7 +35,7 @@ def test_the_sae_goes_to_the_device_of_its_layer(monkeypatch: pytest.MonkeyPatch
     assert found == ["cpu", "cuda:1", "cpu", "cpu"]
     loaded = []
     monkeypatch.setattr(
-        "qwen_scope_lens.saes.load.load_sae", lambda ref, **options: loaded.append(options)
+        "qwen_scope_lens.saes.load.open_sae", lambda ref, **options: loaded.append(options)
     )
     job: Any = SimpleNamespace(
         model=model,

@@ -435,7 +435,7 @@ def test_smoke(name: str, mini: Any, folders: Path, monkeypatch: pytest.MonkeyPa
     values = {row[0]: row[1] for row in figure_rows(recipe.figures, done.results, only_shown=True)}
     for figure in SHOWN[name]:
         assert values[figure] is not None
-    monkeypatch.setattr("qwen_scope_lens.models.load.load_model", None)  # no model is needed
+    monkeypatch.setattr("qwen_scope_lens.models.open.open_model", None)  # no model is needed
     said.clear()
     run(recipe, tmp_path, say=said.append)
     assert all(line.endswith("finished before") for line in said)

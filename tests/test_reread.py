@@ -136,7 +136,7 @@ def test_candidates_of_a_benchmark_are_read_like_it(model: Any, tmp_path: Path) 
 def test_the_revision_goes_where_the_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[str, Any] = {}
     monkeypatch.setattr(
-        "qwen_scope_lens.models.load.load_model", lambda name, **how: asked.update(how, name=name)
+        "qwen_scope_lens.models.open.open_model", lambda name, **how: asked.update(how, name=name)
     )
     StoreReader("some/model", (2, 5), dtype="bfloat16", revision="abc").open_model(device="cpu")
     assert asked == {

@@ -158,7 +158,7 @@ def test_add_reads_decoder_rows_only(world: Any, monkeypatch: pytest.MonkeyPatch
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("an add loaded an SAE")
 
-    monkeypatch.setattr("qwen_scope_lens.steering.readers.load_sae", refuse)
+    monkeypatch.setattr("qwen_scope_lens.steering.readers.open_sae", refuse)
     edits = [Edit(ref(1, 4), "add", 1.0), Edit(ref(1, 5), "project_out")]
     made = layer_edits(edits)
     assert made.readers == ()

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,11 +21,12 @@ from qwen_scope_lens.catalog import find_group
 from qwen_scope_lens.errors import BadCorpus, BadFile, LayerOutOfRange, StoreMismatch, UnknownName
 from qwen_scope_lens.features.pool import pool
 from qwen_scope_lens.files import read_json, write_json
-from qwen_scope_lens.models.architecture import Model
 from qwen_scope_lens.stores.corpus import Document
-from qwen_scope_lens.stores.extract import extract
 from qwen_scope_lens.stores.manifest import Manifest
 from qwen_scope_lens.stores.store import FeatureStore
+
+if TYPE_CHECKING:
+    from qwen_scope_lens.models.architecture import Model
 
 __all__ = [
     "Benchmark",
@@ -126,10 +127,12 @@ def extract_suite(
         _check_name(name)
         if not documents:
             raise BadCorpus(f"benchmark {name} has no items")
-    if isinstance(model, (str, Path)):
-        from qwen_scope_lens.models.load import load_model
+    from qwen_scope_lens.stores.extract import extract
 
-        model = load_model(model, up_to_layer=wanted[-1], device=options.get("device"))
+    if isinstance(model, (str, Path)):
+        from qwen_scope_lens.models.open import open_model
+
+        model = open_model(model, up_to_layer=wanted[-1], device=options.get("device"))
     for name, documents in benchmarks.items():
         say(f"{name}: {len(documents):,} items")
         try:
@@ -227,8 +230,7 @@ def read_footprint(
             raise BadCorpus(
                 f"{label}: a prompt of {int(lengths.min())} tokens has no token {position}"
             )
-        codes = store.codes_at(chosen, range(len(lengths)), (lengths - back).tolist())
-        matrix = codes.to_scipy_csr()
+        matrix = store.matrix_at(chosen, range(len(lengths)), (lengths - back).tolist())
     return footprint(label, matrix, documents["key"].to_pylist(), facts.ref, position)
 
 

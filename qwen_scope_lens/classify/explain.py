@@ -110,7 +110,7 @@ def _in_store(
     blocks = {facts.layer: store.by_token(doc, facts.layer) for facts in source.layers}
     for layer, feature in fitted.places:
         block = blocks[layer]
-        hit = (block.codes.values * (block.codes.indices == feature)).sum(-1).numpy()
+        hit = (block.values * (block.indices == feature)).sum(-1)
         fired.append(np.where(block.keep, hit, 0) if source.keep else hit)
     block = next(iter(blocks.values()))
     return fired, list(block.tokens), np.asarray(block.spans)

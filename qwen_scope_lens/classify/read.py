@@ -17,8 +17,8 @@ from qwen_scope_lens.classify.pooled import LayerFacts, Pooled, Source, stack_la
 from qwen_scope_lens.models.architecture import Model
 from qwen_scope_lens.models.residuals import Capture
 from qwen_scope_lens.models.tokenize import Content
-from qwen_scope_lens.saes.load import load_sae
-from qwen_scope_lens.saes.sae import ScopeSAE
+from qwen_scope_lens.saes.layer_sae import LayerSAE
+from qwen_scope_lens.saes.load import open_sae
 from qwen_scope_lens.stores.codec import stored_values
 from qwen_scope_lens.stores.facts import sae_facts
 from qwen_scope_lens.stores.manifest import Settings
@@ -32,7 +32,7 @@ class Reader:
     """A model and SAEs that read texts in the way that `source` describes."""
 
     model: Model
-    saes: Mapping[int, ScopeSAE]
+    saes: Mapping[int, LayerSAE]
     source: Source
 
     def captures(self, texts: Iterable[Content]) -> Iterator[Capture]:
@@ -59,7 +59,7 @@ def open_reader(source: Source, model: Model | None = None) -> Reader:
         found = sae_facts(LayerRef.parse(facts.ref))
         here = LayerFacts(found.ref, found.d_sae, found.k, found.sha256)
         facts.check_same(here, "this machine")
-        saes[facts.layer] = load_sae(facts.ref)
+        saes[facts.layer] = open_sae(facts.ref)
     return Reader(model or source.reading.open_model(), saes, source)
 
 

@@ -241,11 +241,11 @@ def _transfer(arguments: argparse.Namespace) -> None:
     """
     from qwen_scope_lens.compare.sources import read_texts
     from qwen_scope_lens.compare.transfer import FORMAT, VERSION, load_related, transfer
-    from qwen_scope_lens.saes.load import load_sae
+    from qwen_scope_lens.saes.load import open_sae
 
     texts = read_texts(arguments.texts, arguments.text, arguments.documents)
     saes = {
-        layer: load_sae(f"{arguments.sae}/{layer}", folder=arguments.sae_folder)
+        layer: open_sae(f"{arguments.sae}/{layer}", folder=arguments.sae_folder)
         for layer in arguments.layers
     }
     names = [name.strip() for name in arguments.models.split(",") if name.strip()]

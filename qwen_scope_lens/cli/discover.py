@@ -170,12 +170,12 @@ def _written(arguments: argparse.Namespace, store: Any, found: Any) -> Any:
     from qwen_scope_lens.cli.synth.generators import agreed, prices, roles
     from qwen_scope_lens.labels.describe import describe, expected_requests, plan
     from qwen_scope_lens.labels.packs import LabelPack
-    from qwen_scope_lens.models.load import load_model
+    from qwen_scope_lens.models.open import open_model
     from qwen_scope_lens.writers.ledger import Ledger
     from qwen_scope_lens.writers.price import price_of
 
     refs = [FeatureRef.parse(row.ref) for row in found.held if not row.label]
-    writer, planned = roles(arguments, load_model).open(arguments.generator), plan(store, refs)
+    writer, planned = roles(arguments, open_model).open(arguments.generator), plan(store, refs)
     with Ledger.open(arguments.out / "labels.run", prices(arguments)) as ledger:
         requests = expected_requests(planned)
         new = ledger.unanswered(writer.name, requests)

@@ -272,9 +272,9 @@ def _written(arguments: argparse.Namespace, concept: Concept) -> Written | None:
     from qwen_scope_lens.writers.templates import Templates
 
     def load(name: str) -> Any:
-        from qwen_scope_lens.models.load import load_model
+        from qwen_scope_lens.models.open import open_model
 
-        return load_model(name)
+        return open_model(name)
 
     templates = Templates(arguments.templates)
     requests = examples_requests(concept.words, arguments.write, templates)

@@ -181,10 +181,10 @@ def _check(arguments: argparse.Namespace) -> None:
     from qwen_scope_lens.models.architecture import d_model, describe
     from qwen_scope_lens.models.jacobian import read_lens
     from qwen_scope_lens.models.lens_fit import lens_quality, quality_table
-    from qwen_scope_lens.models.load import load_model
+    from qwen_scope_lens.models.open import open_model
 
     transformers.utils.logging.disable_progress_bar()
-    model = load_model(arguments.model, device=arguments.device)
+    model = open_model(arguments.model, device=arguments.device)
     lens = read_lens(_place(arguments.lens), d_model(model))
     if lens.model not in (None, name := name_of_model(describe(model))):
         remark(f"Note: this lens was fitted on {lens.model}, and is compared on {name}")

@@ -133,13 +133,13 @@ def load(arguments: argparse.Namespace, saes: Iterable[LayerRef]) -> Any:
     import transformers
 
     from qwen_scope_lens.models.backbone import another_model, check_name
-    from qwen_scope_lens.models.load import load_model
+    from qwen_scope_lens.models.open import open_model
     from qwen_scope_lens.saes.load import check_dtype
 
     transformers.utils.logging.disable_progress_bar()
     remarks(name, groups, arguments.allow_other_model)
     dtype = getattr(torch, check_dtype(arguments.dtype)) if arguments.dtype else None
-    model = load_model(name, dtype=dtype, device=arguments.device)
+    model = open_model(name, dtype=dtype, device=arguments.device)
     for group in groups:
         if not arguments.allow_other_model and (known := another_model(model, group)):
             check_name(name, group, known)

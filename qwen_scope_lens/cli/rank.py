@@ -99,13 +99,13 @@ def run(arguments: argparse.Namespace) -> int:
     store = FeatureStore.open(arguments.store)
     residuals = None
     if arguments.residuals is not None:
-        from qwen_scope_lens.models.load import load_model
+        from qwen_scope_lens.models.open import open_model
         from qwen_scope_lens.stores.reread import pooled_residuals
 
         residuals = pooled_residuals(
             store,
             arguments.layers,
-            load_model(arguments.residuals) if arguments.residuals else None,
+            open_model(arguments.residuals) if arguments.residuals else None,
             last=arguments.pool == "last",
             keep=not arguments.all_tokens,
         )
@@ -146,7 +146,7 @@ def _causes(arguments: argparse.Namespace, store: FeatureStore, ranking: Ranking
 
     from qwen_scope_lens.address import FeatureRef
     from qwen_scope_lens.features.document_sets import by_label
-    from qwen_scope_lens.models.load import load_model
+    from qwen_scope_lens.models.open import open_model
 
     groups = by_label(store, arguments.label, arguments.positive, arguments.negative)
     texts = store.documents(["text"])["text"]
@@ -156,7 +156,7 @@ def _causes(arguments: argparse.Namespace, store: FeatureStore, ranking: Ranking
     )
     return run_causal(
         arguments,
-        load_model(arguments.residuals or store.manifest.model.id),
+        open_model(arguments.residuals or store.manifest.model.id),
         [FeatureRef.parse(row.ref) for row in ranking.rows],
         examples=positive,
         against=negative,

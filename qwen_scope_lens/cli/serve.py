@@ -149,6 +149,7 @@ def run(arguments: argparse.Namespace) -> int:
     remark(f"Note: {group.notice}\n")
 
     from qwen_scope_lens.models.architecture import context_length
+    from qwen_scope_lens.models.tokenize import find_tokenizer
     from qwen_scope_lens.serve.lens import Lens, Options
     from qwen_scope_lens.serve.plans import Plans
     from qwen_scope_lens.serve.recorder import Recorder, Recording
@@ -169,8 +170,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.no_reader:
         tokenizer, ends, context = engine_options.without_model(name)
     else:
-        bridge = plans.load(arguments, refs)
-        tokenizer, model = bridge.tokenizer, bridge.release()
+        model = plans.load(arguments, refs)
+        tokenizer = find_tokenizer(model)
         ends, context = frozenset(end_tokens(model)), context_length(model)
     options = Options(
         arguments.rows,

@@ -202,12 +202,12 @@ def _loops(arguments: argparse.Namespace) -> None:
     import json
 
     from qwen_scope_lens.files import whole_file
-    from qwen_scope_lens.models.load import load_model
+    from qwen_scope_lens.models.open import open_model
     from qwen_scope_lens.train.causes import own_loops
 
     prompts, sampling = _prompts(arguments)
     found = own_loops(
-        load_model(arguments.model),
+        open_model(arguments.model),
         prompts,
         samples=arguments.samples,
         sampling=sampling,
@@ -254,7 +254,7 @@ def _screen_arguments(parser: argparse.ArgumentParser) -> None:
 def _screen(arguments: argparse.Namespace) -> None:
     """Find out which repetition features make a model loop."""
     from qwen_scope_lens.errors import TooLittleData
-    from qwen_scope_lens.models.load import load_model
+    from qwen_scope_lens.models.open import open_model
     from qwen_scope_lens.train.causes import amplified, screen_causes
     from qwen_scope_lens.train.repetition_features import RepetitionFeatures
 
@@ -263,7 +263,7 @@ def _screen(arguments: argparse.Namespace) -> None:
         raise TooLittleData(f"{arguments.found} has no features: `qsl train repetition find`")
     prompts, sampling = _prompts(arguments)
     causes = screen_causes(
-        load_model(arguments.model or refs[0].sae.row.backbone.model_id),
+        open_model(arguments.model or refs[0].sae.row.backbone.model_id),
         refs,
         prompts,
         strength=arguments.strength,

@@ -28,7 +28,7 @@ from qwen_scope_lens.files import read_text
 
 if TYPE_CHECKING:
     from qwen_scope_lens.models.verify import ModelCheck
-    from qwen_scope_lens.saes.sae import ScopeSAE
+    from qwen_scope_lens.saes.layer_sae import LayerSAE
     from qwen_scope_lens.saes.verify import Verification
 
 
@@ -70,9 +70,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.revision is None:
         inputs.sae_files([LayerRef.parse(arguments.sae)], arguments.sae_folder)
 
-    from qwen_scope_lens.saes.load import load_sae
+    from qwen_scope_lens.saes.load import open_sae
 
-    sae = load_sae(
+    sae = open_sae(
         LayerRef.parse(arguments.sae),
         folder=arguments.sae_folder,
         revision=arguments.revision,
@@ -87,8 +87,8 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _with_model(sae: ScopeSAE, arguments: argparse.Namespace) -> ModelCheck:
-    from qwen_scope_lens.models.load import load_model
+def _with_model(sae: LayerSAE, arguments: argparse.Namespace) -> ModelCheck:
+    from qwen_scope_lens.models.open import open_model
     from qwen_scope_lens.models.verify import verify_model
 
     texts = None
@@ -100,11 +100,11 @@ def _with_model(sae: ScopeSAE, arguments: argparse.Namespace) -> ModelCheck:
         texts = [line for line in lines if line.strip()]
     ref = LayerRef.parse(arguments.sae)
     after = min(ref.layer + 1, ref.row.backbone.num_layers - 1)  # `verify_model` compares with it
-    model = load_model(arguments.model, up_to_layer=after)
+    model = open_model(arguments.model, up_to_layer=after)
     return verify_model(model, sae, texts, max_fvu=_limit(arguments))
 
 
-def _with_activations(sae: ScopeSAE, arguments: argparse.Namespace) -> Verification:
+def _with_activations(sae: LayerSAE, arguments: argparse.Namespace) -> Verification:
     from qwen_scope_lens.saes.checkpoint import read_activations
     from qwen_scope_lens.saes.verify import verify
 

@@ -29,7 +29,7 @@ from qwen_scope_lens.models.architecture import (
 from qwen_scope_lens.models.eager import eagerly
 from qwen_scope_lens.models.residuals import EXTREME_NORM_RATIO
 from qwen_scope_lens.models.tokenize import Content, encode, find_tokenizer
-from qwen_scope_lens.saes.sae import ScopeSAE
+from qwen_scope_lens.saes.layer_sae import LayerSAE
 
 __all__ = ["Fidelity", "fidelity"]
 
@@ -60,7 +60,7 @@ class Fidelity:
 @torch.no_grad()
 def fidelity(
     model: Model,
-    saes: Mapping[int, ScopeSAE],
+    saes: Mapping[int, LayerSAE],
     texts: Sequence[Content],
     *,
     losses: bool = True,
@@ -111,7 +111,7 @@ class _Sums:
         self.total: Tensor | None = None
         self.spliced = self.zeroed = 0.0
 
-    def add(self, sae: ScopeSAE, x: Tensor) -> None:
+    def add(self, sae: LayerSAE, x: Tensor) -> None:
         x = x.float()
         codes = sae.encode_sparse(x.to(sae.W_enc.device))
         out = sae.decode_sparse(codes).to(x.device, torch.float32)
@@ -151,7 +151,7 @@ def _reader(found: dict[int, Tensor], layer: int) -> Callable[[Tensor], None]:
     return read
 
 
-def _splice(sae: ScopeSAE, mask: Tensor, ratio: float) -> Callable[[Tensor], Tensor]:
+def _splice(sae: LayerSAE, mask: Tensor, ratio: float) -> Callable[[Tensor], Tensor]:
     def change(x: Tensor) -> Tensor:
         kept, out = _kept(x, mask, ratio), x.clone()
         rows = x[kept].float().to(sae.W_enc.device)

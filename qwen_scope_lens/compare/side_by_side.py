@@ -78,9 +78,7 @@ def side_by_side(base: FeatureStore, tuned: FeatureStore, layer: int) -> SideByS
             counts[side].append(by_doc @ ones[side])
             totals[side].append(by_doc @ sides[side])
             fires[side].append(ones[side])
-            cofiring[side].add(
-                doc, position, block.codes.indices.numpy()[keep], block.codes.active.numpy()[keep]
-            )
+            cofiring[side].add(doc, position, block.indices[keep], block.active[keep])
         tokens += len(doc)
         overlap += _overlap(*ones)
         cosine += _cosine(*sides)

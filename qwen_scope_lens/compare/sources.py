@@ -17,7 +17,7 @@ from qwen_scope_lens.compare.one import (
 )
 from qwen_scope_lens.compare.sides import By, sides_of
 from qwen_scope_lens.errors import TooLittleData
-from qwen_scope_lens.saes.load import load_sae
+from qwen_scope_lens.saes.load import open_sae
 from qwen_scope_lens.stores.reread import StoreReader
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def match_sources(
     if by == "decoder":
         from tqdm import tqdm
 
-        x, y = (load_sae(ref).W_dec for ref in refs)
+        x, y = (open_sae(ref).W_dec for ref in refs)
         with tqdm(unit="pair", unit_scale=True, desc="cosines", disable=None) as bar:
             return match_decoders(
                 x, y, names, candidates=candidates, fdr=fdr, seed=seed, progress=bar.update
@@ -75,7 +75,7 @@ def match_one(
     refs, by = sides_of(a, b, layers, by)
     names = (str(refs[0]), str(refs[1]))
     if by == "decoder":
-        x, y = (load_sae(ref).W_dec for ref in refs)
+        x, y = (open_sae(ref).W_dec for ref in refs)
         return counterparts_by_decoder(x, feature, y, names, candidates=candidates, seed=seed)
     stores = FeatureStore.open(a), FeatureStore.open(b)
     common = align(stores[0], refs[0].layer, stores[1], refs[1].layer)
@@ -92,7 +92,7 @@ def both_fvu(
 
     wanted = list(layers) if layers is not None else [n for n in base.layers if n in tuned.layers]
     sample = [t for t in base.documents(["text"])["text"].to_pylist()[:texts] if t]
-    saes = {layer: load_sae(base.sae(layer).ref) for layer in wanted}
+    saes = {layer: open_sae(base.sae(layer).ref) for layer in wanted}
     found = []
     for reading in (StoreReader.of(store, wanted) for store in (base, tuned)):
         model = load_related(reading.model, **reading.load_options)

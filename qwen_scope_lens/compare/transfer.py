@@ -19,7 +19,7 @@ from qwen_scope_lens.errors import NotACheckpoint, TooLittleData, UnknownName
 from qwen_scope_lens.extras import require
 from qwen_scope_lens.files import read_text, write_json
 from qwen_scope_lens.models.tokenize import Content
-from qwen_scope_lens.saes.sae import ScopeSAE
+from qwen_scope_lens.saes.layer_sae import LayerSAE
 from qwen_scope_lens.tables import Table, View
 
 __all__ = ["Transfer", "load_related", "random_sae", "transfer"]
@@ -66,7 +66,7 @@ class Transfer(View):
 
 
 def transfer(
-    saes: Mapping[int, ScopeSAE],
+    saes: Mapping[int, LayerSAE],
     models: Mapping[str, Any],
     texts: Sequence[Content],
     *,
@@ -102,7 +102,7 @@ def transfer(
     return Transfer(name, rows, len(texts), settings)
 
 
-def random_sae(sae: ScopeSAE, seed: int = 0) -> ScopeSAE:
+def random_sae(sae: LayerSAE, seed: int = 0) -> LayerSAE:
     """An SAE of the same sizes, k and `b_dec` that encodes and decodes with random unit directions.
 
     An activation is the projection of `x - b_dec` on its direction. It shows what a dictionary
@@ -112,28 +112,28 @@ def random_sae(sae: ScopeSAE, seed: int = 0) -> ScopeSAE:
     directions = torch.nn.functional.normalize(
         torch.randn(sae.cfg.d_sae, sae.cfg.d_in, generator=rng), dim=-1
     ).to(sae.W_dec.device, sae.W_dec.dtype)
-    floor = ScopeSAE(sae.cfg)
-    floor.load_state_dict(
+    return type(sae).of(
+        sae.cfg,
         {
             "W_enc": directions.T.contiguous(),
             "W_dec": directions,
             "b_enc": -(directions @ sae.b_dec.detach()),
             "b_dec": sae.b_dec.detach().clone(),
-        }
+        },
     )
-    return floor
 
 
 def load_related(name: str, **options: Any) -> Any:
     """Load a model by name or folder; an adapter is merged into the base model that it names."""
     from qwen_scope_lens.models.checkpoint import check_folder, in_short
-    from qwen_scope_lens.models.load import load_model
+    from qwen_scope_lens.models.open import keep_tokenizer, open_model
+    from qwen_scope_lens.models.tokenize import find_tokenizer
 
     folder = Path(name)
     if not (folder / "adapter_config.json").is_file():
         if name.startswith((".", "/")) and not folder.is_dir():
             raise UnknownName(f"{name} is not a folder: expected a model's folder or a hub name")
-        return load_model(name, **options)
+        return open_model(name, **options)
     peft = require("peft", "train")
     import json
 
@@ -146,12 +146,12 @@ def load_related(name: str, **options: Any) -> Any:
             f"{folder / 'adapter_config.json'} does not name a base model ({error!r:.100}):"
             " expected a file that PEFT's save_pretrained wrote"
         ) from error
-    bridge = load_model(base, **options)
-    tokenizer = bridge.tokenizer
+    model = open_model(base, **options)
+    tokenizer = find_tokenizer(model)
     try:
-        adapted = peft.PeftModel.from_pretrained(bridge.release(), folder)
+        adapted = peft.PeftModel.from_pretrained(model, folder)
     except Exception as error:  # a file that is cut off, settings that no version of PEFT knows
         raise NotACheckpoint(
             f"the adapter in {name} is damaged or does not fit {base} ({in_short(error)})"
         ) from error
-    return load_model(adapted.merge_and_unload().eval(), tokenizer=tokenizer)
+    return keep_tokenizer(adapted.merge_and_unload().eval(), tokenizer)

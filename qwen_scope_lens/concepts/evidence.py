@@ -21,7 +21,7 @@ from qwen_scope_lens.features.pool import pool
 from qwen_scope_lens.models.jacobian import Lens
 from qwen_scope_lens.models.residuals import Capture, iter_captures
 from qwen_scope_lens.models.unembedding import Unembedding
-from qwen_scope_lens.saes.sae import ScopeSAE
+from qwen_scope_lens.saes.layer_sae import LayerSAE
 
 if TYPE_CHECKING:
     from qwen_scope_lens.models.architecture import Model
@@ -75,7 +75,7 @@ def read_groups(
 
 @torch.no_grad()
 def shares(
-    sae: ScopeSAE, layer: int, captures: Sequence[Capture], groups: Sequence[str]
+    sae: LayerSAE, layer: int, captures: Sequence[Capture], groups: Sequence[str]
 ) -> TextEvidence:
     """Encode the texts with the SAE of one layer."""
     sums = {group: torch.zeros(sae.cfg.d_sae, dtype=torch.float64) for group in groups}
@@ -100,7 +100,7 @@ def shares(
 
 @torch.no_grad()
 def lifts(
-    sae: ScopeSAE,
+    sae: LayerSAE,
     layer: int,
     captures: Sequence[Capture],
     groups: Sequence[str],
@@ -185,7 +185,7 @@ def readout(concept: Concept, tokenizer: Tokenizer, end: Unembedding) -> Readout
 
 @torch.no_grad()
 def says(
-    sae: ScopeSAE, layer: int, wanted: Readout, end: Unembedding, lens: Lens | None = None
+    sae: LayerSAE, layer: int, wanted: Readout, end: Unembedding, lens: Lens | None = None
 ) -> Floats:
     """How much each feature raises the concept's tokens: standard deviations above its layer's
     mean.

@@ -40,11 +40,11 @@ from qwen_scope_lens.labels.search import bm25
 from qwen_scope_lens.models.architecture import Model, describe
 from qwen_scope_lens.models.backbone import check_backbone
 from qwen_scope_lens.models.jacobian import Lens, read_lens
-from qwen_scope_lens.models.load import load_model
+from qwen_scope_lens.models.open import open_model
 from qwen_scope_lens.models.residuals import Capture
 from qwen_scope_lens.models.tokenize import find_tokenizer
 from qwen_scope_lens.models.unembedding import read_unembedding
-from qwen_scope_lens.saes.load import load_sae
+from qwen_scope_lens.saes.load import open_sae
 from qwen_scope_lens.saes.locate import HubOptions, locate
 from qwen_scope_lens.stores.facts import check_config, check_model
 from qwen_scope_lens.tables import Table, View
@@ -233,7 +233,7 @@ def find(
     wanted = readout(concept, tokenizer, end) if "says" in chosen and end is not None else None
     evidence: dict[str, list[Floats]] = {}
     for number, ref in enumerate(refs):
-        opened = load_sae(ref, folder=sae_folder, device=device or "cpu")
+        opened = open_sae(ref, folder=sae_folder, device=device or "cpu")
         if reads and quick:
             pairs = [PAIRS[column] for column in reads]
             for column, values in zip(
@@ -361,6 +361,6 @@ def _require_same(store: FeatureStore, refs: Sequence[LayerRef]) -> None:
 def _opened(
     source: str, row: Group, last: int, device: str | None, allow_other_model: bool
 ) -> Model:
-    running = load_model(source, up_to_layer=last, device=device)
+    running = open_model(source, up_to_layer=last, device=device)
     check_backbone(running, row, allow_other_model=allow_other_model)
     return running

@@ -10,7 +10,7 @@ from qwen_scope_lens.address import FeatureRef
 from qwen_scope_lens.features.reading import Labels
 from qwen_scope_lens.features.token_effects import TokenEffects, nearest
 from qwen_scope_lens.models.token_text import Vocabulary
-from qwen_scope_lens.saes.sae import ScopeSAE
+from qwen_scope_lens.saes.layer_sae import LayerSAE
 
 __all__ = ["feature_facts"]
 
@@ -18,7 +18,7 @@ __all__ = ["feature_facts"]
 @torch.no_grad()
 def feature_facts(
     ref: FeatureRef,
-    sae: ScopeSAE,
+    sae: LayerSAE,
     effects: TokenEffects,
     vocabulary: Vocabulary,
     labels: Labels,

@@ -23,13 +23,13 @@ from qwen_scope_lens.features.token_effects import token_effects
 from qwen_scope_lens.models.architecture import Model, describe, places_of
 from qwen_scope_lens.models.backbone import check_backbone
 from qwen_scope_lens.models.checkpoint import Tokenizer
-from qwen_scope_lens.models.load import load_model
+from qwen_scope_lens.models.open import open_model
 from qwen_scope_lens.models.residuals import capture
 from qwen_scope_lens.models.token_text import Vocabulary
 from qwen_scope_lens.models.tokenize import Content, find_tokenizer
 from qwen_scope_lens.models.unembedding import Unembedding, read_unembedding
-from qwen_scope_lens.saes.load import load_sae
-from qwen_scope_lens.saes.sae import ScopeSAE
+from qwen_scope_lens.saes.layer_sae import LayerSAE
+from qwen_scope_lens.saes.load import open_sae
 from qwen_scope_lens.stores.facts import check_config, check_model
 
 __all__ = ["as_reading", "read", "read_all", "read_layers"]
@@ -37,7 +37,7 @@ __all__ = ["as_reading", "read", "read_all", "read_layers"]
 DEFAULT = MINI_GROUPS[0].short
 TOP, PROMOTED = 5, 5
 
-SAEs = str | LayerRef | ScopeSAE | Sequence[ScopeSAE]
+SAEs = str | LayerRef | LayerSAE | Sequence[LayerSAE]
 """A group, the address of one SAE, or SAEs in memory whose metadata have an address."""
 
 
@@ -115,11 +115,11 @@ def read_all(
         check_config(source, row)
     for ref in refs:
         if ref.layer not in saes:
-            saes[ref.layer] = load_sae(ref, folder=sae_folder, device=device or "cpu")
+            saes[ref.layer] = open_sae(ref, folder=sae_folder, device=device or "cpu")
     if isinstance(source, nn.Module):
         running = source
     else:
-        running = load_model(source, up_to_layer=wanted[-1], device=device)
+        running = open_model(source, up_to_layer=wanted[-1], device=device)
     check_backbone(running, row, allow_other_model=allow_other_model)
     has_end = not isinstance(source, nn.Module) or places_of(source).head is not None
     tokenizer = find_tokenizer(running, options.pop("tokenizer", None))
@@ -150,7 +150,7 @@ def read_layers(
     model: Model,
     text: Content,
     layers: Sequence[int],
-    sae_of: Callable[[int], ScopeSAE],
+    sae_of: Callable[[int], LayerSAE],
     *,
     group: str,
     vocabulary: Vocabulary,
@@ -189,7 +189,7 @@ def as_reading(
     token_ids: Sequence[int],
     residuals: Mapping[int, Tensor],
     extreme: Mapping[int, Tensor],
-    sae_of: Callable[[int], ScopeSAE],
+    sae_of: Callable[[int], LayerSAE],
     *,
     model: str,
     group: str,
@@ -230,13 +230,13 @@ def as_reading(
 
 def _saes(
     sae: SAEs, layers: Iterable[int] | int | None
-) -> tuple[tuple[LayerRef, ...], dict[int, ScopeSAE]]:
+) -> tuple[tuple[LayerRef, ...], dict[int, LayerSAE]]:
     """The SAEs to read with, by layer, and those of them that are in memory."""
     if isinstance(sae, (str, LayerRef)):
         return saes_named(sae, layers), {}
-    found: dict[LayerRef, ScopeSAE] = {}
+    found: dict[LayerRef, LayerSAE] = {}
     for one in [sae] if isinstance(sae, nn.Module) else list(sae):
-        if not isinstance(one, ScopeSAE) or one.cfg.metadata.qwen_scope_ref is None:
+        if not isinstance(one, LayerSAE) or one.cfg.metadata.qwen_scope_ref is None:
             raise UnknownName(
                 f"a {type(one).__name__} does not say which SAE it is: expected SAEs as load_sae()"
                 " gives them, or the name of a group"
@@ -259,7 +259,7 @@ def _saes(
 class _Lens:
     """The promoted tokens of features, found once for each."""
 
-    saes: Mapping[int, ScopeSAE]
+    saes: Mapping[int, LayerSAE]
     end: Unembedding | None
     vocabulary: Vocabulary
     count: int

@@ -20,7 +20,7 @@ from qwen_scope_lens.errors import WrongModel
 from qwen_scope_lens.features.extremes import extremes
 from qwen_scope_lens.models.architecture import Model
 from qwen_scope_lens.models.checkpoint import Tokenizer
-from qwen_scope_lens.models.load import load_model
+from qwen_scope_lens.models.open import open_model
 from qwen_scope_lens.models.token_text import Vocabulary
 from qwen_scope_lens.models.tokenize import find_tokenizer
 from qwen_scope_lens.models.unembedding import Unembedding, read_unembedding
@@ -129,7 +129,11 @@ def promoted_of(
 
     def of(refs: Sequence[FeatureRef]) -> dict[FeatureRef, tuple[str, ...]]:
         last = read_unembedding(model) if end is None else end
-        vocabulary = Vocabulary(tokenizer or find_tokenizer(load_model(model, up_to_layer=0)))
+        known = tokenizer
+        if known is None:
+            here = open_model(model, up_to_layer=0) if isinstance(model, str) else model
+            known = find_tokenizer(here)
+        vocabulary = Vocabulary(known)
         by_sae: dict[LayerRef, list[FeatureRef]] = {}
         for ref in refs:
             by_sae.setdefault(ref.sae, []).append(ref)

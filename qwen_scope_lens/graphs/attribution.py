@@ -28,11 +28,11 @@ from qwen_scope_lens.graphs.graph import FeatureGraph, Node
 from qwen_scope_lens.graphs.kept import Kept, Levels, sae_files
 from qwen_scope_lens.models.architecture import Model, decoder_layers, describe
 from qwen_scope_lens.models.backbone import check_backbone
-from qwen_scope_lens.models.load import load_model
+from qwen_scope_lens.models.open import open_model
 from qwen_scope_lens.models.tokenize import Content, encode, find_tokenizer
-from qwen_scope_lens.saes.load import load_sae
+from qwen_scope_lens.saes.layer_sae import LayerSAE
+from qwen_scope_lens.saes.load import open_sae
 from qwen_scope_lens.saes.locate import HubOptions, locate
-from qwen_scope_lens.saes.sae import ScopeSAE
 from qwen_scope_lens.stores.facts import model_facts
 from qwen_scope_lens.version import __version__
 
@@ -40,7 +40,7 @@ __all__ = ["attribute", "check_files", "open_saes", "target_of"]
 
 MOST = 64
 LIKELY = 5
-SAEOf = Callable[[int], ScopeSAE]
+SAEOf = Callable[[int], LayerSAE]
 
 
 def attribute(
@@ -55,7 +55,7 @@ def attribute(
     most: int = MOST,
     steps: int = 1,
     memory: int = MEMORY,
-    saes: Mapping[int, ScopeSAE] | None = None,
+    saes: Mapping[int, LayerSAE] | None = None,
     sae_folder: str | Path | None = None,
     tokenizer: Any = None,
     labels: Labels | None = None,
@@ -89,7 +89,7 @@ def attribute(
         raise BadText(f"most={most}, steps={steps}, memory={memory}: expected 1 or more of each")
     if saes is None:
         check_files(row, layers, sae_folder)
-    running = model if isinstance(model, nn.Module) else load_model(model, device=device)
+    running = model if isinstance(model, nn.Module) else open_model(model, device=device)
     check_backbone(running, row, allow_other_model=allow_other_model)
     chosen = chosen_layers(running, row, layers)
     sae_of = open_saes(row, sae_folder, device, saes)
@@ -175,16 +175,16 @@ def open_saes(
     row: Group,
     folder: str | Path | None = None,
     device: str | None = None,
-    known: Mapping[int, ScopeSAE] | None = None,
+    known: Mapping[int, LayerSAE] | None = None,
 ) -> SAEOf:
     """The SAE of a layer when its turn comes, as views of its file: only rows in use are read."""
 
-    def sae_of(layer: int) -> ScopeSAE:
+    def sae_of(layer: int) -> LayerSAE:
         if known is not None:
             if layer not in known:
                 raise UnknownName(f"no SAE was given for layer {layer}: give it, or leave it out")
             return known[layer]
-        return load_sae(LayerRef(row.short, layer), folder=folder, device=device or "cpu")
+        return open_sae(LayerRef(row.short, layer), folder=folder, device=device or "cpu")
 
     return sae_of
 
@@ -261,7 +261,7 @@ def _from_the_top(
     return now.nodes, now.edges
 
 
-def _seeds(now: Levels, sae: ScopeSAE) -> list[tuple[int, Tensor]]:
+def _seeds(now: Levels, sae: LayerSAE) -> list[tuple[int, Tensor]]:
     """Position and encoder row of each feature that the graph goes on from."""
     nodes = [now.nodes[i] for i in now.upper]
     rows = sae.encoder_row([node.number for node in nodes if node.number is not None])

@@ -19,7 +19,7 @@ from qwen_scope_lens.graphs.edges import Level, Target, decompose
 from qwen_scope_lens.graphs.frozen import EMBEDDINGS, Frozen, frozen
 from qwen_scope_lens.graphs.graph import FeatureGraph, Node
 from qwen_scope_lens.models.architecture import Model
-from qwen_scope_lens.saes.sae import ScopeSAE
+from qwen_scope_lens.saes.layer_sae import LayerSAE
 from qwen_scope_lens.tables import Table
 
 __all__ = ["agreement"]
@@ -31,7 +31,7 @@ def agreement(
     *,
     each: int = 2,
     step: float = 1e-4,
-    saes: Mapping[int, ScopeSAE] | None = None,
+    saes: Mapping[int, LayerSAE] | None = None,
     sae_folder: str | Path | None = None,
 ) -> Table:
     """Compare the strongest edges of each kind and layer with central differences.
@@ -102,7 +102,7 @@ def _value(
     above: int | None,
     rows: Tensor,
     target: Node,
-    sae: ScopeSAE | None,
+    sae: LayerSAE | None,
     graph: FeatureGraph,
 ) -> Tensor:
     """The target's pre-activation, or its logits, for each row of residuals. `[rows]`"""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from qwen_scope_lens.graphs.frozen import Frozen
-from qwen_scope_lens.saes.sae import ScopeSAE
+from qwen_scope_lens.saes.layer_sae import LayerSAE
 
 __all__ = ["MEMORY", "Edges", "Level", "Target", "decompose", "edges_from"]
 
@@ -50,7 +50,7 @@ class Level:
     indices: Tensor  # [T, k]
     error: Tensor  # [T, d_model]
     bias: Tensor  # [d_model]
-    sae: ScopeSAE | None = None
+    sae: LayerSAE | None = None
 
     def features(self) -> Tensor:
         """What all features together write. `[T, d_model]`"""
@@ -75,7 +75,7 @@ class Level:
 
 
 @torch.no_grad()
-def decompose(one: Frozen, layer: int, sae: ScopeSAE | None) -> Level:
+def decompose(one: Frozen, layer: int, sae: LayerSAE | None) -> Level:
     """Take the residual after a layer apart, with the SAE's own exact selection."""
     x = one.residuals[layer]
     precise = torch.promote_types(x.dtype, torch.float32)

@@ -28,7 +28,7 @@ from qwen_scope_lens.graphs.graph import FeatureGraph
 from qwen_scope_lens.models.architecture import Model
 from qwen_scope_lens.models.residuals import capture
 from qwen_scope_lens.saes.codes import SparseCodes
-from qwen_scope_lens.saes.sae import ScopeSAE
+from qwen_scope_lens.saes.layer_sae import LayerSAE
 from qwen_scope_lens.tables import Table, View
 
 __all__ = ["Faithfulness", "faithfulness"]
@@ -83,7 +83,7 @@ def faithfulness(
     draws: int = 3,
     seed: int = 0,
     reference: Sequence[str] = (),
-    saes: Mapping[int, ScopeSAE] | None = None,
+    saes: Mapping[int, LayerSAE] | None = None,
     sae_folder: str | Path | None = None,
     device: str | None = None,
     progress: bool = False,
@@ -154,7 +154,7 @@ class _Ranks:
     """At which place of each order the features of one layer stand."""
 
     def __init__(
-        self, orders: Sequence[Sequence[tuple[int, int, int]]], layer: int, sae: ScopeSAE
+        self, orders: Sequence[Sequence[tuple[int, int, int]]], layer: int, sae: LayerSAE
     ) -> None:
         self.d_sae = sae.cfg.d_sae
         table: dict[int, list[int]] = {}
@@ -187,7 +187,7 @@ class _Ablation:
     """The change of one layer's residuals, `[rows, T, d_model]`, for a batch of runs."""
 
     def __init__(
-        self, sae: ScopeSAE, ranks: _Ranks, runs: Sequence[_Run], means: Tensor | None
+        self, sae: LayerSAE, ranks: _Ranks, runs: Sequence[_Run], means: Tensor | None
     ) -> None:
         self.sae, self.ranks, self.runs, self.means = sae, ranks, runs, means
 
@@ -218,7 +218,7 @@ def _like(
 
 
 def _means(
-    model: Model, texts: Sequence[str | list[int]], saes: Mapping[int, ScopeSAE]
+    model: Model, texts: Sequence[str | list[int]], saes: Mapping[int, LayerSAE]
 ) -> dict[int, Tensor]:
     """The mean activation of every feature over all tokens but the first of each text. `[d_sae]`"""
     read = capture(model, texts, list(saes))

@@ -21,10 +21,10 @@ from qwen_scope_lens.labels.exports import (
 )
 from qwen_scope_lens.labels.packs import LabelPack
 from qwen_scope_lens.models.backbone import check_backbone
-from qwen_scope_lens.models.load import load_model
+from qwen_scope_lens.models.open import open_model
 from qwen_scope_lens.models.residuals import iter_captures
 from qwen_scope_lens.models.tokenize import find_tokenizer
-from qwen_scope_lens.saes.load import load_sae
+from qwen_scope_lens.saes.load import open_sae
 from qwen_scope_lens.tables import Table, View
 
 __all__ = ["Imported", "Layer", "import_labels"]
@@ -139,13 +139,13 @@ def agreements(
     running = (
         source
         if isinstance(source, torch.nn.Module)
-        else load_model(source, up_to_layer=layer, device=device)
+        else open_model(source, up_to_layer=layer, device=device)
     )
     check_backbone(running, row, allow_other_model=allow_other_model)
     tokenizer = find_tokenizer(running)
     ids = [_ids(tokenizer, passage.tokens) for passage in passages]
     usable = [number for number, found in enumerate(ids) if found is not None]
-    saes = {ref: load_sae(ref, folder=sae_folder, device=device or "cpu") for ref in refs}
+    saes = {ref: open_sae(ref, folder=sae_folder, device=device or "cpu") for ref in refs}
     values: dict[LayerRef, dict[int, list[float]]] = {ref: {} for ref in refs}
     rows = [ids[number] for number in usable]
     for read in iter_captures(running, rows, [layer], truncate=True):  # type: ignore[arg-type]

@@ -25,7 +25,7 @@ from qwen_scope_lens.tables import plain
 if TYPE_CHECKING:
     from qwen_scope_lens.models.token_text import Vocabulary
     from qwen_scope_lens.models.unembedding import Unembedding
-    from qwen_scope_lens.saes.sae import ScopeSAE
+    from qwen_scope_lens.saes.layer_sae import LayerSAE
     from qwen_scope_lens.steering.plan import Plan
 
 __all__ = ["Toolbox"]
@@ -56,7 +56,7 @@ class Toolbox:
     device: str | None = None
     allow_other_model: bool = False
     _lock: threading.RLock = field(default_factory=threading.RLock)
-    _saes: dict[int, ScopeSAE] = field(default_factory=dict)
+    _saes: dict[int, LayerSAE] = field(default_factory=dict)
     _typical: dict[str, float] = field(default_factory=dict)
 
     # --- what an agent calls ---------------------------------------------------------------------
@@ -158,7 +158,7 @@ class Toolbox:
                 self.labels,
                 lambda ref: self._sae(ref.layer).W_dec,
                 lambda: self._end,
-                self._model.tokenizer,
+                self._tokenizer,
                 self._vocabulary,
             )
             hits = look_up(query, shelf, limit)
@@ -260,17 +260,23 @@ class Toolbox:
     @cached_property
     def _model(self) -> Any:
         from qwen_scope_lens.models.backbone import check_backbone
-        from qwen_scope_lens.models.load import load_model
+        from qwen_scope_lens.models.open import open_model
 
-        model = load_model(self.model_name, device=self.device)
+        model = open_model(self.model_name, device=self.device)
         check_backbone(model, self.group, allow_other_model=self.allow_other_model)
         return model
+
+    @property
+    def _tokenizer(self) -> Any:
+        from qwen_scope_lens.models.tokenize import find_tokenizer
+
+        return find_tokenizer(self._model)
 
     @cached_property
     def _vocabulary(self) -> Vocabulary:
         from qwen_scope_lens.models.token_text import Vocabulary
 
-        return Vocabulary(self._model.tokenizer)
+        return Vocabulary(self._tokenizer)
 
     @cached_property
     def _end(self) -> Unembedding:
@@ -278,15 +284,15 @@ class Toolbox:
 
         return read_unembedding(self._model)
 
-    def _sae(self, layer: int) -> ScopeSAE:
+    def _sae(self, layer: int) -> LayerSAE:
         """The SAE of a layer; the one opened first goes when there are more than `MOST_LAYERS`."""
-        from qwen_scope_lens.saes.load import load_sae
+        from qwen_scope_lens.saes.load import open_sae
 
         if layer not in self._saes:
             while len(self._saes) >= MOST_LAYERS:
                 del self._saes[next(iter(self._saes))]
             ref = LayerRef(self.group.short, layer)
-            self._saes[layer] = load_sae(ref, folder=self.sae_folder, device=self.device or "cpu")
+            self._saes[layer] = open_sae(ref, folder=self.sae_folder, device=self.device or "cpu")
         return self._saes[layer]
 
     def _layers(self, layers: Sequence[int] | None) -> list[int]:

@@ -72,8 +72,8 @@ def run(language: str = "zh", out: Path = Path("qsl-demo")) -> None:
         f" {group.d_sae} features, {group.k} active per token.\n"
     )
     with _step(f"load the model and the SAE of layer {LAYER}"):
-        model = qsl.load_model(MODEL)
-        sae = qsl.load_sae(f"{GROUP}/{LAYER}")
+        model = qsl.models.open_model(MODEL)
+        sae = qsl.saes.open_sae(f"{GROUP}/{LAYER}")
     with _step("verify that they belong together"):
         check = qsl.verify_model(model, sae)
     _indent(str(check.verification))
@@ -118,13 +118,14 @@ def _documents() -> Iterator[dict[str, str]]:
             yield {"text": record["text"], "lang": record["lang"], "kind": kind}
 
 
-def _strongest(model: Any, sae: qsl.ScopeSAE, text: str) -> str:
+def _strongest(model: Any, sae: qsl.saes.LayerSAE, text: str) -> str:
     """The features with the largest activation in a text, and the token where."""
     read = qsl.capture(model, [text], [LAYER])
     keep = read.keep(LAYER)
     codes = sae.encode_sparse(read.residuals[LAYER][keep])
     best = codes.to_dense().max(dim=0)
-    tokens = [model.tokenizer.decode([int(token)]) for token in read.token_ids[keep]]
+    spans = read.char_spans[0] or ()
+    tokens = [text[a:b] for (a, b), kept in zip(spans, keep, strict=True) if kept]
     features = best.values.topk(4).indices.tolist()
     return ", ".join(f"{f} on {tokens[int(best.indices[f])]!r}" for f in features)
 

@@ -7,6 +7,7 @@ from .lens_fit import fit_lens as fit_lens
 from .lens_fit import lens_quality as lens_quality
 from .load import ScopeBridge as ScopeBridge
 from .load import load_model as load_model
+from .open import open_model as open_model
 from .residuals import Capture as Capture
 from .residuals import capture as capture
 from .residuals import iter_captures as iter_captures

@@ -127,6 +127,11 @@ class AttachesSAEs(NamedHooks):
         `allow_other_model` is set (`WrongModel`). If its metadata name no group, nothing is
         checked, as in SAELens.
         """
+        if not isinstance(sae, SAE):
+            raise WrongModel(
+                f"expected an SAE with SAELens's hook points, found {type(sae).__name__}: load it"
+                " with load_sae()"
+            )
         name = sae.cfg.metadata.hook_name
         out = sae.cfg.metadata.hook_name_out or name
         hooks = {n: self.hook_dict[self.check_hook(n)] for n in (name, out)}

@@ -26,7 +26,7 @@ from qwen_scope_lens.models.architecture import (
     unwrap,
 )
 from qwen_scope_lens.models.checkpoint import cache_only, missing, open_config
-from qwen_scope_lens.models.load import fetch_file, files_of
+from qwen_scope_lens.models.open import fetch_file, files_of
 
 __all__ = ["Unembedding", "read_unembedding"]
 

@@ -12,12 +12,10 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from importlib.resources import files
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from sae_lens.saes.topk_sae import TopKSAE
 from torch import Tensor, nn
-from transformer_lens.model_bridge import TransformerBridge
 
 from qwen_scope_lens.catalog import BACKBONES, name_of_model
 from qwen_scope_lens.errors import BadText, UnknownHook, VerificationFailed, WrongModel
@@ -33,6 +31,9 @@ from qwen_scope_lens.models.checkpoint import Tokenizer
 from qwen_scope_lens.models.residuals import capture
 from qwen_scope_lens.models.tokenize import Content, find_tokenizer
 from qwen_scope_lens.saes.verify import Verification, unexplained, verify
+
+if TYPE_CHECKING:
+    from qwen_scope_lens.saes.verify import TopK
 
 __all__ = ["ModelCheck", "check_width", "hook_difference", "sample_texts", "verify_model"]
 
@@ -72,7 +73,7 @@ class ModelCheck:
 
 def verify_model(
     model: Model,
-    sae: TopKSAE,
+    sae: TopK,
     texts: Sequence[Content] | None = None,
     *,
     tokenizer: Tokenizer | None = None,
@@ -150,7 +151,7 @@ def sample_texts() -> list[str]:
     return [part.strip("\n") for part in text.split("\n%%\n")]
 
 
-def check_width(model: Model, sae: TopKSAE) -> None:
+def check_width(model: Model, sae: TopK) -> None:
     """Raise when the SAE reads vectors of another width than that of the residuals."""
     if sae.cfg.d_in != d_model(model):
         raise WrongModel(
@@ -179,8 +180,8 @@ def hook_difference(
     hooked: list[Tensor] = []
     with ExitStack() as handles:
         handles.callback(module.register_forward_hook(look).remove)
-        if isinstance(model, TransformerBridge):
-            point = model.blocks[layer].hook_out
+        if "original_model" in vars(model):  # a TransformerBridge
+            point: nn.Module = model.blocks[layer].hook_out  # type: ignore[index, union-attr]
             handles.callback(
                 point.register_forward_hook(lambda m, a, out: hooked.append(out)).remove
             )
@@ -190,7 +191,7 @@ def hook_difference(
     return max(float((x - truth.to(x.device)).abs().max()) for x in values)
 
 
-def _layer_of(sae: TopKSAE) -> tuple[int, str]:
+def _layer_of(sae: TopK) -> tuple[int, str]:
     name = sae.cfg.metadata.hook_name or ""
     found = re.fullmatch(r"blocks\.(\d+)\.(?:hook_resid_post|hook_out)", name)
     if found is None:
@@ -201,7 +202,7 @@ def _layer_of(sae: TopKSAE) -> tuple[int, str]:
     return int(found[1]), name
 
 
-def _notes(model: Model, sae: TopKSAE) -> tuple[str, ...]:
+def _notes(model: Model, sae: TopK) -> tuple[str, ...]:
     """Notes on the names and the weights: another model, an instruct version, quantised weights."""
     notes = []
     mine, trained_on = describe(model), sae.cfg.metadata.model_name

@@ -191,14 +191,14 @@ class Work:
             return self.run.model
         import torch
 
-        from qwen_scope_lens.models.load import load_model
+        from qwen_scope_lens.models.open import open_model
 
         dtype = self["dtype"]
         if up_to_layer in self.run.loaded:
             return self.run.loaded[up_to_layer]
         self.run.loaded.clear()  # one model in memory at a time
         self.say(f"loading {name}")
-        self.run.loaded[up_to_layer] = load_model(
+        self.run.loaded[up_to_layer] = open_model(
             name,
             dtype=None if dtype is None else getattr(torch, dtype),
             up_to_layer=up_to_layer,

@@ -13,7 +13,7 @@ from typing import Any
 
 from qwen_scope_lens.errors import TooLittleData
 from qwen_scope_lens.files import whole_file, write_rows
-from qwen_scope_lens.models.load import load_model
+from qwen_scope_lens.models.open import open_model
 from qwen_scope_lens.pages import Page, chart
 from qwen_scope_lens.recipes.data import text_rows
 from qwen_scope_lens.recipes.engine import Work
@@ -186,7 +186,7 @@ def ratios(work: Work) -> Mapping[str, Any]:
             continue  # a stopped stage keeps the checkpoints that are measured
         work.say(f"{arm}, step {step}")
         device = work.options.get("device")
-        model = work.model() if place is None else load_model(place, device=device)
+        model = work.model() if place is None else open_model(place, device=device)
         replies = generate(model, prompts, sampling=sampling, batch=work["batch"])
         ratio = repeat_ratio([reply.ids for reply in replies]).interval
         mine = found.setdefault(arm, {})

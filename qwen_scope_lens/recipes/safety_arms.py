@@ -14,7 +14,7 @@ from typing import Any
 
 from qwen_scope_lens.errors import GeneratorFailed, TooLittleData
 from qwen_scope_lens.files import write_rows
-from qwen_scope_lens.models.load import load_model
+from qwen_scope_lens.models.open import keep_tokenizer, open_model
 from qwen_scope_lens.pages import Page, chart
 from qwen_scope_lens.recipes.data import rows_of, text_rows
 from qwen_scope_lens.recipes.engine import Work
@@ -170,13 +170,13 @@ def _trained(work: Work, place: Path) -> Any:
     """The model of an arm; an adapter is merged into the model that it belongs to."""
     device = work.options.get("device")
     if not (place / ADAPTER).is_file():
-        return load_model(place, device=device)
+        return open_model(place, device=device)
     from peft import AutoPeftModelForCausalLM
 
     from qwen_scope_lens.models.checkpoint import open_tokenizer
 
     tuned = AutoPeftModelForCausalLM.from_pretrained(place, dtype="auto").merge_and_unload()
-    return load_model(tuned.to(device) if device else tuned, tokenizer=open_tokenizer(str(place)))
+    return keep_tokenizer(tuned.to(device) if device else tuned, open_tokenizer(str(place)))
 
 
 def _real(work: Work) -> dict[str, list[dict[str, Any]]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from qwen_scope_lens.errors import BadFile, GeneratorFailed, ScopeError
-from qwen_scope_lens.models.load import load_model
+from qwen_scope_lens.models.open import open_model
 from qwen_scope_lens.recipes.engine import Work
 from qwen_scope_lens.synth.pipeline import Counts
 from qwen_scope_lens.synth.recipe import SCOPE, Recipe
@@ -55,7 +55,7 @@ def check_choices(work: Work) -> None:
 
 def check_roles(work: Work, needed: Sequence[str]) -> Mapping[str, Any]:
     """Every role's generator, by its form only; no model is loaded and nothing is sent."""
-    opened = open_roles(work, load_model)
+    opened = open_roles(work, open_model)
     for role in ROLES:
         spec = work[role]
         if spec is None and role in needed:
@@ -84,7 +84,7 @@ def loader(work: Work) -> Callable[[str], Any]:
     def load(name: str) -> Any:
         if name == work["model"]:
             return work.model()
-        return load_model(name, device=work.options.get("device"))
+        return open_model(name, device=work.options.get("device"))
 
     return load
 

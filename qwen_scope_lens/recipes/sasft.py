@@ -10,7 +10,7 @@ from typing import Any
 
 from qwen_scope_lens.errors import BadFile
 from qwen_scope_lens.files import write_rows
-from qwen_scope_lens.models.load import load_model
+from qwen_scope_lens.models.open import open_model
 from qwen_scope_lens.pages import Page, chart
 from qwen_scope_lens.recipes.data import rows_of, text_rows
 from qwen_scope_lens.recipes.engine import Work
@@ -113,7 +113,7 @@ def replies(work: Work) -> Mapping[str, Any]:
             model = (
                 work.model()
                 if place is None
-                else load_model(place, device=work.options.get("device"))
+                else open_model(place, device=work.options.get("device"))
             )
             chats = [[{"role": "user", "content": text}] for text in prompts]
             written = generate(

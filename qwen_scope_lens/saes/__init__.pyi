@@ -4,8 +4,10 @@ from .codes import SparseCodes as SparseCodes
 from .few_features import Maxima as Maxima
 from .few_features import Membership as Membership
 from .fixed_shapes import FixedMembership as FixedMembership
+from .layer_sae import LayerSAE as LayerSAE
 from .load import load_directions as load_directions
 from .load import load_sae as load_sae
+from .load import open_sae as open_sae
 from .locate import locate as locate
 from .sae import ScopeSAE as ScopeSAE
 from .sae import ScopeSAEConfig as ScopeSAEConfig

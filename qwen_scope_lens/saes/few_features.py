@@ -7,7 +7,7 @@ that, each of them exact, the cheap ones first:
 2. *Outnumbered.* Among a few hundred *witnesses* (features that fire often), at least k score
    higher, so the feature cannot be among the k largest. The witnesses' scores come from a float32
    product whose error has a known bound.
-3. *Encoded.* Every position that is still open is encoded in full (`ScopeSAE.encode_sparse`).
+3. *Encoded.* Every position that is still open is encoded in full (`LayerSAE.encode_sparse`).
 
 The maximum over a document needs step 3 at few positions only. Positions are encoded in order of
 the highest value that they can have, and once an active one is found, all positions that cannot
@@ -28,7 +28,7 @@ from qwen_scope_lens.saes.exact.encoder import norm_above
 from qwen_scope_lens.saes.exact.matmul import product
 from qwen_scope_lens.saes.exact.topk import require_finite
 from qwen_scope_lens.saes.exact.weight_cache import Derived, fingerprint
-from qwen_scope_lens.saes.sae import ScopeSAE
+from qwen_scope_lens.saes.layer_sae import LayerSAE
 
 __all__ = ["U32", "U64", "Maxima", "Membership", "activations_of", "kth_at_least"]
 
@@ -52,7 +52,7 @@ class Maxima:
 class _Fired:
     """How often each feature of an SAE fired in what was encoded for certificates so far."""
 
-    def __init__(self, sae: ScopeSAE) -> None:
+    def __init__(self, sae: LayerSAE) -> None:
         self.often = torch.zeros(sae.cfg.d_sae, dtype=torch.long, device=sae.W_enc.device)
         self.encoded = 0
 
@@ -66,7 +66,7 @@ class Membership:
     `settled` counts the (position, feature) pairs that each certificate has decided.
     """
 
-    def __init__(self, sae: ScopeSAE, features: Sequence[int], n_witnesses: int | None = None):
+    def __init__(self, sae: LayerSAE, features: Sequence[int], n_witnesses: int | None = None):
         self.sae = sae
         self.features = torch.as_tensor(list(features), dtype=torch.long, device=sae.W_enc.device)
         self.n_witnesses = n_witnesses or max(4 * sae.cfg.k, sae.cfg.d_sae // 16)

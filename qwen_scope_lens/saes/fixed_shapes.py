@@ -27,7 +27,7 @@ from qwen_scope_lens.errors import UnsupportedSAE
 from qwen_scope_lens.saes.exact.encoder import norm_above
 from qwen_scope_lens.saes.exact.matmul import product
 from qwen_scope_lens.saes.few_features import U32, U64, kth_at_least
-from qwen_scope_lens.saes.sae import ScopeSAE
+from qwen_scope_lens.saes.layer_sae import LayerSAE
 
 __all__ = ["CONTESTED", "FixedMembership", "why_not_plain"]
 
@@ -89,7 +89,7 @@ class FixedMembership(nn.Module):
 
     def __init__(
         self,
-        sae: ScopeSAE,
+        sae: LayerSAE,
         features: list[int],
         capacity: int | None = None,
         sample: Tensor | None = None,
@@ -126,7 +126,7 @@ class FixedMembership(nn.Module):
         for name, tensor in parts.items():
             self.register_buffer(name, tensor, persistent=False)
 
-    def _often(self, sae: ScopeSAE, sample: Tensor) -> Tensor:
+    def _often(self, sae: LayerSAE, sample: Tensor) -> Tensor:
         codes = sae.encode_sparse(sample)
         counts = torch.bincount(codes.indices[codes.active].long(), minlength=self.d_sae)
         return counts.topk(min(4 * self.k, self.d_sae)).indices
@@ -241,7 +241,7 @@ def _first(flags: Tensor, count: int) -> Tensor:
     return flags.to(torch.int8).argsort(descending=True, stable=True)[:count]
 
 
-def why_not_plain(sae: ScopeSAE) -> str:
+def why_not_plain(sae: LayerSAE) -> str:
     """Why an SAE is not a plain, frozen top k of a linear encoder; empty where it is one."""
     if not sae._plain_topk:
         return "its arithmetic is not a plain top k"

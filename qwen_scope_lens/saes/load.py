@@ -1,7 +1,8 @@
-"""`load_sae` loads the SAE of a layer by name, without touching SAELens's tables.
+"""`load_sae` and `open_sae` load the SAE of a layer by name, without touching SAELens's tables.
 
-`load_directions` reads the directions of a few features, and only their bytes of the file. SAELens
-takes seconds to import, and is imported where an SAE is made: what only reads a file does not wait.
+`load_sae` makes a SAELens SAE. `open_sae` makes one by torch alone, without the seconds that
+importing SAELens takes: this package's own verbs call it. `load_directions` reads the directions of
+a few features, and only their bytes of the file.
 """
 
 from __future__ import annotations
@@ -22,15 +23,16 @@ from qwen_scope_lens.saes.checkpoint import SAETensors, open_layer, subtracts_b_
 from qwen_scope_lens.saes.locate import ARCHITECTURE, HubOptions, LayerFile, locate
 
 if TYPE_CHECKING:
+    from qwen_scope_lens.saes.layer_sae import LayerSAE
     from qwen_scope_lens.saes.sae import ScopeSAE
 
 __all__ = [
     "Dtype",
-    "assemble",
     "build_config",
     "check_dtype",
     "load_directions",
     "load_sae",
+    "open_sae",
     "read_layer",
 ]
 
@@ -65,13 +67,62 @@ def load_sae(
             third-party release that does not document it; `verify` tells which convention fits.
             Every official SAE encodes the raw residual.
     """
+    config, weights = _read(
+        LayerRef.parse(name if sae_id is None else f"{name}/{sae_id}"),
+        folder=folder,
+        hub=HubOptions(revision, token, local_files_only, force_download),
+        device=device,
+        dtype=dtype,
+        apply_b_dec_to_input=apply_b_dec_to_input,
+    )
+    from qwen_scope_lens.saes.sae import ScopeSAE, ScopeSAEConfig
+
+    return ScopeSAE.of(ScopeSAEConfig.from_dict(config), weights)
+
+
+def open_sae(
+    name: str | LayerRef,
+    *,
+    folder: str | os.PathLike[str] | None = None,
+    revision: str | None = None,
+    device: str = "cpu",
+    dtype: Dtype | torch.dtype = "float32",
+    apply_b_dec_to_input: bool | None = None,
+) -> LayerSAE:
+    """As `load_sae`, without SAELens and its import. The codes are the same, bit for bit.
+
+    Every function of this package takes both kinds. Hook points inside the SAE, dense activations,
+    attaching it to a bridge and saving need the kind that `load_sae` makes.
+    """
+    from qwen_scope_lens.saes.layer_sae import LayerConfig, LayerSAE
+
+    config, weights = _read(
+        LayerRef.parse(name),
+        folder=folder,
+        hub=HubOptions(revision),
+        device=device,
+        dtype=dtype,
+        apply_b_dec_to_input=apply_b_dec_to_input,
+    )
+    return LayerSAE.of(LayerConfig.from_dict(config), weights)
+
+
+def _read(
+    ref: LayerRef,
+    *,
+    folder: str | os.PathLike[str] | None,
+    hub: HubOptions,
+    device: str,
+    dtype: str | torch.dtype,
+    apply_b_dec_to_input: bool | None,
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """The SAELens configuration of a layer, and its weights in this dtype, on this device."""
     dtype = check_dtype(dtype)
-    ref = LayerRef.parse(name if sae_id is None else f"{name}/{sae_id}")
-    file = locate(ref, folder, HubOptions(revision, token, local_files_only, force_download))
-    config, tensors = read_layer(file, device=device, dtype=dtype)
+    config, tensors = read_layer(locate(ref, folder, hub), device=device, dtype=dtype)
     if apply_b_dec_to_input is not None:
         config["apply_b_dec_to_input"] = apply_b_dec_to_input
-    return assemble(config, tensors)
+    with torch.inference_mode(False):  # torch does not count the changes of inference tensors
+        return config, tensors.state_dict(getattr(torch, dtype), device)
 
 
 def load_directions(
@@ -105,14 +156,12 @@ def load_directions(
 
 def read_layer(file: LayerFile, *, device: str, dtype: str) -> tuple[dict[str, Any], SAETensors]:
     """The SAELens configuration and the checked tensors of a located layer."""
-    from sae_lens.util import str_to_dtype
-
     tensors = open_layer(file)
-    if tensors.W_enc.dtype.itemsize < str_to_dtype(dtype).itemsize:
+    if tensors.W_enc.dtype.itemsize < getattr(torch, dtype).itemsize:
         warnings.warn(
             f"{file.path} holds {tensors.W_enc.dtype}: loading it as {dtype} does not bring back"
             " what was rounded away. Remove or re-convert it to use the published numbers",
-            stacklevel=3,
+            stacklevel=4,
         )
     config = build_config(file.ref, device=device, dtype=dtype, revision=file.revision)
     config["apply_b_dec_to_input"] = subtracts_b_dec(file)
@@ -161,22 +210,3 @@ def build_config(
         "dtype": dtype,
         "metadata": metadata,
     }
-
-
-@torch.inference_mode(False)  # torch does not count the changes of inference tensors
-def assemble(config: dict[str, Any], tensors: SAETensors) -> ScopeSAE:
-    """Make a ScopeSAE around existing tensors. No weight is initialised, and none is copied."""
-    from sae_lens.saes.sae import SAEMetadata
-    from sae_lens.util import str_to_dtype
-
-    from qwen_scope_lens.saes.sae import ScopeSAE, ScopeSAEConfig
-
-    fields = {
-        key: value for key, value in config.items() if key not in ("architecture", "metadata")
-    }
-    cfg = ScopeSAEConfig(**fields, metadata=SAEMetadata(**config["metadata"]))
-    device, cfg.device = cfg.device, "meta"
-    sae = ScopeSAE(cfg)
-    state = tensors.state_dict(str_to_dtype(cfg.dtype), device)
-    sae.load_state_dict(state, assign=True)
-    return sae.to(device=torch.device(device))

@@ -66,8 +66,9 @@ class ScopeLoader:
         """The configuration and the tensors of a layer, as SAELens expects them."""
         ref = _ref(repo_id, folder_name)
         hub = HubOptions(self.revisions.get(ref.group), force_download=force_download)
-        dtype = (cfg_overrides or {}).get("dtype") or "float32"
-        read, tensors = read_layer(locate(ref, hub=hub), device=device, dtype=dtype)
+        dtype = str_to_dtype((cfg_overrides or {}).get("dtype") or "float32")
+        name = str(dtype).removeprefix("torch.")
+        read, tensors = read_layer(locate(ref, hub=hub), device=device, dtype=name)
         config = _merged(read, cfg_overrides)
         return config, tensors.state_dict(str_to_dtype(config["dtype"]), config["device"]), None
 

@@ -10,12 +10,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypedDict, Unpack
+from typing import TYPE_CHECKING, TypeAlias, TypedDict, Unpack
 
 import torch
-from sae_lens.saes.topk_sae import TopKSAE
 
 from qwen_scope_lens.errors import NotFinite, UnsupportedSAE, VerificationFailed, WrongShape
+from qwen_scope_lens.saes.layer_sae import LayerSAE
+
+if TYPE_CHECKING:
+    from sae_lens.saes.topk_sae import TopKSAE
+
+    TopK: TypeAlias = LayerSAE | TopKSAE
 
 __all__ = ["CONVENTIONS", "Convention", "Verification", "measure", "unexplained", "verify"]
 
@@ -106,7 +111,7 @@ class Options(TypedDict, total=False):
     max_norm_ratio: float
 
 
-def verify(sae: TopKSAE, activations: torch.Tensor, **options: Unpack[Options]) -> Verification:
+def verify(sae: TopK, activations: torch.Tensor, **options: Unpack[Options]) -> Verification:
     """Measure, and raise `VerificationFailed` with the whole report when there is a problem.
 
     Args:
@@ -126,7 +131,7 @@ def verify(sae: TopKSAE, activations: torch.Tensor, **options: Unpack[Options]) 
 
 @torch.no_grad()
 def measure(
-    sae: TopKSAE,
+    sae: TopK,
     activations: torch.Tensor,
     *,
     mask: torch.Tensor | None = None,
@@ -164,7 +169,7 @@ def measure(
 
 @torch.no_grad()
 def unexplained(
-    sae: TopKSAE,
+    sae: TopK,
     activations: torch.Tensor,
     *,
     mask: torch.Tensor | None = None,
@@ -179,7 +184,7 @@ def unexplained(
 
 
 def _sums_of(
-    sae: TopKSAE, kept: torch.Tensor, conventions: Sequence[Convention]
+    sae: TopK, kept: torch.Tensor, conventions: Sequence[Convention]
 ) -> tuple[dict[str, _Sums], float]:
     """The sums of each convention; the squared distances of `kept [n, d_model]` from its mean."""
     sums = {convention.name: _Sums(sae.cfg.d_sae) for convention in conventions}
@@ -209,7 +214,7 @@ class _Sums:
 class _Weights:
     """The weights of the SAE in float32, converted once for all chunks."""
 
-    def __init__(self, sae: TopKSAE) -> None:
+    def __init__(self, sae: TopK) -> None:
         self.k = sae.cfg.k
         self.W_enc, self.rows = sae.W_enc.float(), sae.W_dec.float().contiguous()
         self.b_enc, self.b_dec = sae.b_enc.float(), sae.b_dec.float()
@@ -257,9 +262,9 @@ class _Run:
     negative: int  # how many values below zero are among the k largest
 
 
-def _check_arithmetic(sae: TopKSAE) -> None:
+def _check_arithmetic(sae: TopK) -> None:
     """Refuse an SAE that is not a plain TopK SAE: the conventions would misjudge it."""
-    if not isinstance(sae, TopKSAE):
+    if not _is_topk(sae):
         raise UnsupportedSAE(f"a {type(sae).__name__} cannot be verified: expected a TopK SAE")
     for name, plain in (
         ("normalize_activations", "none"),
@@ -272,7 +277,17 @@ def _check_arithmetic(sae: TopKSAE) -> None:
             )
 
 
-def _own_convention(sae: TopKSAE) -> Convention:
+def _is_topk(sae: object) -> bool:
+    """Whether this is a TopK SAE, of this package or of SAELens, which is imported only for the
+    second question."""
+    if isinstance(sae, LayerSAE):
+        return True
+    from sae_lens.saes.topk_sae import TopKSAE
+
+    return isinstance(sae, TopKSAE)
+
+
+def _own_convention(sae: TopK) -> Convention:
     documented = CONVENTIONS[0]
     if sae.cfg.apply_b_dec_to_input:
         return Convention("b_dec subtracted, as this SAE's cfg says", subtract_b_dec=True)
@@ -302,7 +317,7 @@ def _problems(own: Convention, fvu: dict[str, float], max_fvu: float) -> list[st
 
 
 def _select_tokens(
-    sae: TopKSAE,
+    sae: TopK,
     activations: torch.Tensor,
     mask: torch.Tensor | None,
     include_first: bool,

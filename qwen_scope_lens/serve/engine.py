@@ -22,7 +22,7 @@ from torch import Tensor
 from qwen_scope_lens.errors import BadText, ScopeError
 from qwen_scope_lens.models.architecture import context_length, input_device
 from qwen_scope_lens.models.token_text import Vocabulary
-from qwen_scope_lens.saes.sae import ScopeSAE
+from qwen_scope_lens.saes.layer_sae import LayerSAE
 from qwen_scope_lens.serve.batch import Batch
 from qwen_scope_lens.serve.engines.abilities import OWN
 from qwen_scope_lens.serve.prefixes import PrefixCache
@@ -60,7 +60,7 @@ class Engine:
         self,
         model: Any,
         tokenizer: Any,
-        sae_of: Callable[[str], ScopeSAE],
+        sae_of: Callable[[str], LayerSAE],
         *,
         rows: int = 16,
         queue: int = 256,

@@ -32,8 +32,8 @@ from qwen_scope_lens.models.tokenize import Content, encode
 from qwen_scope_lens.models.unembedding import Unembedding, read_unembedding
 from qwen_scope_lens.models.verify import sample_texts
 from qwen_scope_lens.saes.codes import SparseCodes
-from qwen_scope_lens.saes.load import load_sae
-from qwen_scope_lens.saes.sae import ScopeSAE
+from qwen_scope_lens.saes.layer_sae import LayerSAE
+from qwen_scope_lens.saes.load import open_sae
 from qwen_scope_lens.serve.engine import Engine
 from qwen_scope_lens.serve.engines.outside import Outside
 from qwen_scope_lens.serve.faults import Fault
@@ -86,7 +86,7 @@ class Lens:
         self.labels = labels or LabelPack()
         self._typical = {str(ref): value for ref, value in (typical or {}).items()}
         self._folder, self._most = sae_folder, options.most_saes
-        self._saes: OrderedDict[str, ScopeSAE] = OrderedDict()
+        self._saes: OrderedDict[str, LayerSAE] = OrderedDict()
         self._loading, self._encoding = threading.Lock(), threading.Lock()
         self._lens_lock, self._again = threading.Lock(), threading.Lock()
         self._own: Engine | None = None
@@ -150,20 +150,20 @@ class Lens:
 
     # SAEs.
 
-    def sae_of(self, name: str) -> ScopeSAE:
+    def sae_of(self, name: str) -> LayerSAE:
         """The SAE of an address, loaded once."""
         ref = LayerRef.parse(name)
         if ref.group != self.group.short:
             raise Fault(f"{name} is not an SAE of {self.group.short}, which is served here")
         with self._loading:
             if name not in self._saes:
-                self._saes[name] = load_sae(ref, folder=self._folder)
+                self._saes[name] = open_sae(ref, folder=self._folder)
             self._saes.move_to_end(name)
             while len(self._saes) > self._most:
                 self._saes.popitem(last=False)
             return self._saes[name]
 
-    def sae(self, layer: int) -> ScopeSAE:
+    def sae(self, layer: int) -> LayerSAE:
         return self.sae_of(f"{self.group.short}/{layer}")
 
     @torch.no_grad()

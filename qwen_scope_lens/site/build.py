@@ -21,8 +21,8 @@ from qwen_scope_lens.models.architecture import Model
 from qwen_scope_lens.models.checkpoint import Tokenizer, open_tokenizer
 from qwen_scope_lens.models.token_text import Vocabulary
 from qwen_scope_lens.models.unembedding import Unembedding, read_unembedding
-from qwen_scope_lens.saes.load import load_sae
-from qwen_scope_lens.saes.sae import ScopeSAE
+from qwen_scope_lens.saes.layer_sae import LayerSAE
+from qwen_scope_lens.saes.load import open_sae
 from qwen_scope_lens.site.earlier import EarlierSite
 from qwen_scope_lens.site.layer import LayerPages, Settings, gather
 from qwen_scope_lens.site.neuronpedia import Release, write_neuronpedia
@@ -101,7 +101,7 @@ class Sources:
             )
         return tokenizer
 
-    def _sae(self, layer: int) -> ScopeSAE:
+    def _sae(self, layer: int) -> LayerSAE:
         facts = self.store.sae(layer)
         here = sae_facts(LayerRef.parse(facts.ref), self.sae_folder, facts.revision)
         if here.sha256 != facts.sha256:
@@ -109,7 +109,7 @@ class Sources:
                 f"the file of {facts.ref} is another than the one that the store was made with:"
                 " --sae-folder names the folder that `qsl extract` used"
             )
-        return load_sae(facts.ref, folder=self.sae_folder, revision=facts.revision)
+        return open_sae(facts.ref, folder=self.sae_folder, revision=facts.revision)
 
     def _unembedding(self) -> Unembedding:
         revision = None if self.model else self.store.manifest.model.revision

@@ -19,7 +19,7 @@ from qwen_scope_lens.features.document_sets import DocumentLabel
 from qwen_scope_lens.features.statistics import Example, FeatureStatistics, statistics
 from qwen_scope_lens.features.token_effects import Neighbours, TokenEffects, nearest, token_effects
 from qwen_scope_lens.models.token_text import Vocabulary
-from qwen_scope_lens.saes.sae import ScopeSAE
+from qwen_scope_lens.saes.layer_sae import LayerSAE
 from qwen_scope_lens.site.passages import Passage, PassageReader
 
 if TYPE_CHECKING:
@@ -81,9 +81,9 @@ def break_down(store: FeatureStore, layer: int) -> list[Breakdown]:
     if not found:
         return []
     for block in store.iter_blocks(layer, keep=True):
-        active = block.codes.active.numpy()
+        active = block.active
         row, _ = active.nonzero()
-        feature = block.codes.indices.numpy()[active].astype(np.int64)
+        feature = block.indices[active].astype(np.int64)
         for name, entry in found.items():
             kind, width = codes_of[name][block.doc], len(entry.values)
             entry.tokens[:] += np.bincount(kind[kind >= 0], minlength=width)
@@ -193,7 +193,7 @@ def gather(
     vocabulary: Vocabulary,
     out: Unembedding | None = None,
     *,
-    sae: ScopeSAE,
+    sae: LayerSAE,
     labels: LabelPack | None = None,
     settings: Settings | None = None,
     others: Iterable[tuple[LayerRef, torch.Tensor]] = (),
@@ -246,7 +246,7 @@ def gather(
     )
 
 
-def _geometry(sae: ScopeSAE, directions: torch.Tensor) -> Geometry:
+def _geometry(sae: LayerSAE, directions: torch.Tensor) -> Geometry:
     reads = sae.W_enc.detach().T  # [d_sae, d_in], row-major where the file is
     decoder, encoder, cosine = [], [], []
     for write, read in zip(directions.split(4096), reads.split(4096), strict=True):

@@ -20,7 +20,7 @@ from qwen_scope_lens.errors import BadText, TooLittleData
 from qwen_scope_lens.models.backbone import check_backbone
 from qwen_scope_lens.models.residuals import iter_captures
 from qwen_scope_lens.models.tokenize import Content, encode, find_tokenizer
-from qwen_scope_lens.saes.load import load_sae
+from qwen_scope_lens.saes.load import open_sae
 from qwen_scope_lens.steering.readers import SAEs, by_address
 from qwen_scope_lens.steering.token_masks import token_classes
 from qwen_scope_lens.stores.corpus import read_rows
@@ -97,7 +97,7 @@ def blame(
     known = by_address(loaded)
     for ref in refs:
         if str(ref) not in known:
-            known[str(ref)] = load_sae(ref)
+            known[str(ref)] = open_sae(ref)
     if not any(case.bad for case in cases):
         raise TooLittleData("there is no bad reply to explain: give at least one")
     tokenizer = find_tokenizer(model, tokenizer)

@@ -19,10 +19,11 @@ from qwen_scope_lens.models.backbone import check_backbone
 from qwen_scope_lens.models.residuals import iter_captures
 from qwen_scope_lens.models.tokenize import Content
 from qwen_scope_lens.saes.codes import SparseCodes
-from qwen_scope_lens.saes.load import load_sae
+from qwen_scope_lens.saes.load import open_sae
 from qwen_scope_lens.steering.readers import SAEs, by_address
 from qwen_scope_lens.steering.typical import Calibration, Typical, split_refs
-from qwen_scope_lens.stores.facts import model_facts, versions
+from qwen_scope_lens.stores.facts import model_facts
+from qwen_scope_lens.version import versions
 
 if TYPE_CHECKING:
     from qwen_scope_lens.stores.store import FeatureStore
@@ -57,7 +58,7 @@ def calibrate(
     for sae in wanted:
         layers.setdefault(sae.layer, []).append(sae)
         if str(sae) not in known:
-            known[str(sae)] = load_sae(sae)
+            known[str(sae)] = open_sae(sae)
     sums = {sae: Activity(sae.row.d_sae) for sae in wanted}
     documents = 0
     for read in iter_captures(model, texts, layers, **options):

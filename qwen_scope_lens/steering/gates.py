@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from qwen_scope_lens.saes.few_features import Membership
-from qwen_scope_lens.saes.sae import ScopeSAE
+from qwen_scope_lens.saes.layer_sae import LayerSAE
 from qwen_scope_lens.steering.calls import Call, OfOneModel, Pass
 from qwen_scope_lens.steering.plan import Edit
 from qwen_scope_lens.steering.where import Gate
@@ -34,7 +34,7 @@ class GateHook(OfOneModel):
     """The forward hook that reads the gates of one layer. `watch` says which pass is running."""
 
     def __init__(
-        self, layer: int, gates: Sequence[Gate], saes: Mapping[str, ScopeSAE], watch: Any
+        self, layer: int, gates: Sequence[Gate], saes: Mapping[str, LayerSAE], watch: Any
     ) -> None:
         self.name = watch.name
         self._layer, self._watch = layer, watch

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qwen_scope_lens.errors import BadPlan
 from qwen_scope_lens.saes.few_features import Membership, activations_of
-from qwen_scope_lens.saes.sae import ScopeSAE
+from qwen_scope_lens.saes.layer_sae import LayerSAE
 from qwen_scope_lens.steering.plan import Edit
 
 __all__ = ["LayerEdits", "coefficients", "moved"]
@@ -51,7 +51,7 @@ class LayerEdits:
 
     @classmethod
     def build(
-        cls, edits: Sequence[Edit], directions: Tensor, saes: dict[str, ScopeSAE]
+        cls, edits: Sequence[Edit], directions: Tensor, saes: dict[str, LayerSAE]
     ) -> LayerEdits:
         """Build the arithmetic of one layer's edits.
 
@@ -168,7 +168,7 @@ def coefficients(
     return torch.where(selected & ~still, c, torch.zeros_like(c))
 
 
-def _members(sae: ScopeSAE, features: list[int]) -> Membership:
+def _members(sae: LayerSAE, features: list[int]) -> Membership:
     return Membership(sae, features, n_witnesses=4 * sae.cfg.k)  # a layer keeps these rows
 
 

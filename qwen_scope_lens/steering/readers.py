@@ -10,14 +10,14 @@ from torch import Tensor
 
 from qwen_scope_lens.address import LayerRef
 from qwen_scope_lens.errors import BadPlan
-from qwen_scope_lens.saes.load import load_directions, load_sae
-from qwen_scope_lens.saes.sae import ScopeSAE
+from qwen_scope_lens.saes.layer_sae import LayerSAE
+from qwen_scope_lens.saes.load import load_directions, open_sae
 from qwen_scope_lens.steering.layer_edits import LayerEdits
 from qwen_scope_lens.steering.plan import Edit
 
 __all__ = ["SAEs", "by_address", "directions_of", "layer_edits", "with_readers"]
 
-SAEs = Iterable[ScopeSAE] | Mapping[Any, ScopeSAE] | ScopeSAE | None
+SAEs = Iterable[LayerSAE] | Mapping[Any, LayerSAE] | LayerSAE | None
 """SAEs that are loaded already: a mapping by address, or SAEs whose `cfg.metadata` has an address.
 A plan's other SAEs are read from disk."""
 
@@ -28,7 +28,7 @@ def layer_edits(edits: Sequence[Edit], saes: SAEs = None) -> LayerEdits:
     return LayerEdits.build(edits, directions_of(edits, known), known)
 
 
-def with_readers(edits: Iterable[Edit], saes: SAEs = None) -> dict[str, ScopeSAE]:
+def with_readers(edits: Iterable[Edit], saes: SAEs = None) -> dict[str, LayerSAE]:
     """The given SAEs and, loaded, those whose codes the edits or their gates read; by address."""
     known = by_address(saes)
     for edit in edits:
@@ -36,7 +36,7 @@ def with_readers(edits: Iterable[Edit], saes: SAEs = None) -> dict[str, ScopeSAE
         read += [edit.where.gate.ref] if edit.where.gate is not None else []
         for name in (str(ref.sae) for ref in read):
             if name not in known:
-                known[name] = load_sae(name)
+                known[name] = open_sae(name)
     return known
 
 
@@ -55,7 +55,7 @@ def directions_of(edits: Sequence[Edit], saes: SAEs = None) -> Tensor:
     return torch.stack([rows[i] for i in range(len(edits))])
 
 
-def by_address(saes: SAEs) -> dict[str, ScopeSAE]:
+def by_address(saes: SAEs) -> dict[str, LayerSAE]:
     """Each SAE under the address that it belongs to.
 
     Raises `BadPlan` for an SAE whose metadata name another address, or whose sizes are those of
@@ -70,7 +70,7 @@ def by_address(saes: SAEs) -> dict[str, ScopeSAE]:
             _check_claims(ref, sae)
     else:
         pairs = []
-        for sae in [saes] if isinstance(saes, ScopeSAE) else list(saes):
+        for sae in [saes] if isinstance(saes, LayerSAE) else list(saes):
             _check_kind(sae)
             if sae.cfg.metadata.qwen_scope_ref is None:
                 raise BadPlan(
@@ -78,7 +78,7 @@ def by_address(saes: SAEs) -> dict[str, ScopeSAE]:
                     " saes={'GROUP/LAYER': sae}"
                 )
             pairs.append((LayerRef.parse(sae.cfg.metadata.qwen_scope_ref), sae))
-    found: dict[str, ScopeSAE] = {}
+    found: dict[str, LayerSAE] = {}
     for ref, sae in pairs:
         _check_sizes(ref, sae)
         if found.setdefault(str(ref), sae) is not sae:
@@ -87,14 +87,14 @@ def by_address(saes: SAEs) -> dict[str, ScopeSAE]:
 
 
 def _check_kind(sae: Any) -> None:
-    if not isinstance(sae, ScopeSAE):
+    if not isinstance(sae, LayerSAE):
         raise BadPlan(
             f"expected SAEs as load_sae() gives them, found {type(sae).__name__}: load the SAE with"
             " load_sae(), or convert it with `qsl convert`"
         )
 
 
-def _check_claims(ref: LayerRef, sae: ScopeSAE) -> None:
+def _check_claims(ref: LayerRef, sae: LayerSAE) -> None:
     """Compare what the metadata say with the address for which the SAE was given."""
     said = sae.cfg.metadata
     claims = {
@@ -110,7 +110,7 @@ def _check_claims(ref: LayerRef, sae: ScopeSAE) -> None:
             )
 
 
-def _check_sizes(ref: LayerRef, sae: ScopeSAE) -> None:
+def _check_sizes(ref: LayerRef, sae: LayerSAE) -> None:
     found = (sae.cfg.d_in, sae.cfg.d_sae, sae.cfg.k)
     expected = (ref.row.d_model, ref.row.d_sae, ref.row.k)
     if found != expected:

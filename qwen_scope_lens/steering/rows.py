@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from qwen_scope_lens.models.architecture import describe
-from qwen_scope_lens.saes.sae import ScopeSAE
+from qwen_scope_lens.saes.layer_sae import LayerSAE
 from qwen_scope_lens.steering.calls import Call, OfOneModel, Pass
 from qwen_scope_lens.steering.gates import GateHook, gates_by_layer
 from qwen_scope_lens.steering.hooks import EditHook, check_model, edited_layers, place_of
@@ -35,7 +35,7 @@ class RowSteering(OfOneModel):
         self,
         model: Any,
         tokenizer: Any,
-        sae_of: Callable[[str], ScopeSAE],
+        sae_of: Callable[[str], LayerSAE],
         allow_other_model: bool = False,
     ) -> None:
         self.name, self._model, self._sae_of = describe(model), model, sae_of
@@ -72,7 +72,7 @@ class RowSteering(OfOneModel):
         gates = gates_by_layer(edit for _, edit in tagged)
         self._hooks += [(n, GateHook(n, own, known, self)) for n, own in gates.items()]
 
-    def _saes(self, edits: Iterable[Edit]) -> dict[str, ScopeSAE]:
+    def _saes(self, edits: Iterable[Edit]) -> dict[str, LayerSAE]:
         refs = {ref for edit in edits for ref in edit.involved}
         return {name: self._sae_of(name) for name in {str(ref.sae) for ref in refs}}
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qwen_scope_lens.saes.codes import SparseCodes
-from qwen_scope_lens.stores.codec import Packed
+from qwen_scope_lens.stores.codec import Packed, as_codes
 from qwen_scope_lens.stores.shard_reader import Shard, spans_of
+
+if TYPE_CHECKING:
+    from qwen_scope_lens.saes.codes import SparseCodes
 
 __all__ = ["BLOCK_TOKENS", "Block", "DocumentBlock", "blocks_of", "document_block"]
 
@@ -25,10 +29,22 @@ class Block:
     position: np.ndarray  # int64 [n]
     token_ids: np.ndarray  # int64 [n]
     keep: np.ndarray  # bool [n]: neither a first token nor one of extreme norm
-    codes: SparseCodes  # [n]
+    values: np.ndarray  # float32 [n, k], 0 in padding
+    indices: np.ndarray  # int32 [n, k], 0 in padding
+    d_sae: int
 
     def __len__(self) -> int:
         return len(self.doc)
+
+    @property
+    def active(self) -> np.ndarray:
+        """Which entries are features that fire, as opposed to padding. bool `[n, k]`"""
+        return self.values > 0
+
+    @cached_property
+    def codes(self) -> SparseCodes:
+        """Values and indices as tensors, which share their memory. `[n]`"""
+        return as_codes(self.values, self.indices, self.d_sae)
 
 
 @dataclass(frozen=True)
@@ -37,7 +53,12 @@ class DocumentBlock(Block):
 
     tokens: list[str]
     spans: np.ndarray  # int64 [n, 2]: characters of the text; -1 where there is no text
-    layers: dict[int, SparseCodes]  # every layer of the store
+    entries: dict[int, tuple[np.ndarray, np.ndarray, int]]  # values, indices and d_sae by layer
+
+    @cached_property
+    def layers(self) -> dict[int, SparseCodes]:
+        """The codes of every layer of the store."""
+        return {layer: as_codes(*entries) for layer, entries in self.entries.items()}
 
 
 def blocks_of(shard: Shard, layer: int, local: np.ndarray, keep: bool) -> Iterator[Block]:
@@ -48,12 +69,15 @@ def blocks_of(shard: Shard, layer: int, local: np.ndarray, keep: bool) -> Iterat
         if keep:
             rows = rows[keeps[rows]]
         doc = np.searchsorted(shard.offsets, rows, side="right") - 1
+        values, indices, d_sae = _entries(_take(packed, rows))
         yield Block(
             doc=doc + shard.first_doc,
             position=rows - shard.offsets[doc],
             token_ids=token_ids[rows],
             keep=keeps[rows],
-            codes=_take(packed, rows).unpack(),
+            values=values,
+            indices=indices,
+            d_sae=d_sae,
         )
 
 
@@ -61,7 +85,8 @@ def document_block(shard: Shard, doc: int, layer: int, layers: tuple[int, ...]) 
     """One document of a shard; `doc` is its number in the store."""
     start, end = shard.offsets[doc - shard.first_doc : doc - shard.first_doc + 2].tolist()
     rows = shard.some_tokens(start, end)
-    codes = {stored: shard.packed(stored).rows(start, end).unpack() for stored in layers}
+    entries = {stored: _entries(shard.packed(stored).rows(start, end)) for stored in layers}
+    values, indices, d_sae = entries[layer]
     keep = ~rows[f"extreme_{layer}"].to_numpy(zero_copy_only=False)
     keep[:1] &= shard.has_last_tokens
     return DocumentBlock(
@@ -69,11 +94,17 @@ def document_block(shard: Shard, doc: int, layer: int, layers: tuple[int, ...]) 
         position=np.arange(end - start, dtype=np.int64),
         token_ids=rows["token_id"].to_numpy().astype(np.int64),
         keep=keep,
-        codes=codes[layer],
+        values=values,
+        indices=indices,
+        d_sae=d_sae,
         tokens=rows["token"].to_pylist(),
         spans=spans_of(rows),
-        layers=codes,
+        entries=entries,
     )
+
+
+def _entries(packed: Packed) -> tuple[np.ndarray, np.ndarray, int]:
+    return packed.numbers(), packed.indices(), packed.d_sae
 
 
 def _groups(docs: np.ndarray, lengths: np.ndarray) -> Iterator[np.ndarray]:

@@ -10,14 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from qwen_scope_lens.errors import StoreDamaged
-from qwen_scope_lens.saes.codes import SparseCodes
 
-__all__ = ["OVERFLOW", "REPAIR", "Packed", "pack", "stored_values"]
+if TYPE_CHECKING:
+    from scipy.sparse import csr_matrix
+
+    from qwen_scope_lens.saes.codes import SparseCodes
+
+__all__ = ["OVERFLOW", "REPAIR", "Packed", "as_codes", "pack", "stored_values"]
 
 REPAIR = "`qsl store check` finds all damage, and running the same `qsl extract` again repairs it"
 
@@ -69,6 +73,11 @@ class Packed:
         return Packed(self.low[rows], high, values, overflow, self.d_sae)
 
     @staticmethod
+    def empty(k: int, d_sae: int) -> Packed:
+        values = np.zeros((0, k), np.float16)
+        return Packed(values.astype(np.uint16), None, values, np.zeros(0, OVERFLOW), d_sae)
+
+    @staticmethod
     def cat(parts: Sequence[Packed]) -> Packed:
         starts = np.cumsum([0, *(part.low.size for part in parts)])
         overflow = np.concatenate([part.overflow for part in parts])
@@ -110,16 +119,36 @@ class Packed:
             )
         return values
 
-    def unpack(self) -> SparseCodes:
-        return SparseCodes(
-            torch.from_numpy(self.numbers()), torch.from_numpy(self.indices()), self.d_sae
+    def matrix(self) -> csr_matrix:
+        """A row per position, a column per feature, no padding: `SparseCodes.to_scipy_csr`."""
+        from scipy.sparse import csr_matrix
+
+        values, indices = self.numbers(), self.indices()
+        active = values > 0
+        starts = np.concatenate([[0], np.cumsum(active.sum(1))])
+        matrix = csr_matrix(
+            (values[active], indices[active], starts), shape=(len(self), self.d_sae)
         )
+        matrix.sort_indices()
+        return matrix
+
+    def unpack(self) -> SparseCodes:
+        return as_codes(self.numbers(), self.indices(), self.d_sae)
+
+
+def as_codes(values: np.ndarray, indices: np.ndarray, d_sae: int) -> SparseCodes:
+    """SparseCodes of arrays `[n, k]`, which share their memory. Only this needs torch."""
+    import torch
+
+    from qwen_scope_lens.saes.codes import SparseCodes
+
+    return SparseCodes(torch.from_numpy(values), torch.from_numpy(indices), d_sae)
 
 
 def pack(codes: SparseCodes) -> Packed:
     """Round `SparseCodes [n, k]` to what a store keeps, and order the entries again."""
     codes = codes.detach().to("cpu")
-    values = codes.values.to(torch.float32).numpy()
+    values = codes.values.float().numpy()
     indices = codes.indices.numpy()
     stored = stored_values(values)
     # Rounding makes ties, and ties are in order of the index: sort by descending value, then index.

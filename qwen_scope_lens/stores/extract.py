@@ -38,6 +38,7 @@ from qwen_scope_lens.stores.fingerprints import is_sample, sampled_fingerprint
 from qwen_scope_lens.stores.manifest import CorpusFacts, Manifest, SAEFacts, Settings
 from qwen_scope_lens.stores.remote import Remote
 from qwen_scope_lens.stores.store import FeatureStore
+from qwen_scope_lens.version import versions
 
 __all__ = [
     "SHARD_DOCS",
@@ -265,9 +266,9 @@ def prepare(
     request, folder, found = checked.request, checked.folder, checked.survey
     wanted, model = sorted(checked.saes), request.model
     if isinstance(model, (str, Path)):
-        from qwen_scope_lens.models.load import load_model
+        from qwen_scope_lens.models.open import open_model
 
-        model = load_model(model, up_to_layer=wanted[-1], device=request.device, **model_options)
+        model = open_model(model, up_to_layer=wanted[-1], device=request.device, **model_options)
     facts.check_model(model, checked.group)
     tokenizer = find_tokenizer(model, tokenizer)
     mine = Manifest(
@@ -277,7 +278,7 @@ def prepare(
         settings=request.settings,
         labels={},
         corpora=(),
-        versions=facts.versions(),
+        versions=versions(),
     )
     if Manifest.exists(folder) and is_sample(Manifest.read(folder).model.fingerprint):
         older = sampled_fingerprint(model, wanted[-1])

@@ -38,7 +38,7 @@ from qwen_scope_lens.stores.remote import Remote
 from qwen_scope_lens.stores.shard_files import CodedDocument, damage, shard_folder, write_shard
 
 if TYPE_CHECKING:  # SAELens takes seconds, and a corpus is checked before it is needed
-    from qwen_scope_lens.saes.sae import ScopeSAE
+    from qwen_scope_lens.saes.layer_sae import LayerSAE
 
 __all__ = ["Encoder", "Job", "Piece", "Sender", "coded_documents"]
 
@@ -67,7 +67,7 @@ class Encoder:
     """
 
     def __init__(
-        self, load: Callable[[int], ScopeSAE], layers: Sequence[int], room: int | None = None
+        self, load: Callable[[int], LayerSAE], layers: Sequence[int], room: int | None = None
     ) -> None:
         self._load, self._layers, self._room = load, tuple(layers), room
         self._saes = {layer: load(layer) for layer in layers} if room is None else {}
@@ -120,7 +120,7 @@ def _together(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
         yield group
 
 
-def _encode(sae: ScopeSAE, layer: int, pieces: Sequence[Piece]) -> None:
+def _encode(sae: LayerSAE, layer: int, pieces: Sequence[Piece]) -> None:
     """Encode the residuals of one layer of some batches, and drop them."""
     device = sae.W_enc.device
     residuals = [piece.capture.residuals.pop(layer).to(device) for piece in pieces]
@@ -294,10 +294,10 @@ class Job:
                 ahead.append(document)
                 yield document.content
 
-    def _load(self, layer: int) -> ScopeSAE:
-        from qwen_scope_lens.saes.load import load_sae
+    def _load(self, layer: int) -> LayerSAE:
+        from qwen_scope_lens.saes.load import open_sae
 
-        return load_sae(
+        return open_sae(
             self.manifest.saes[layer].ref,
             folder=self.sae_folder,
             revision=self.sae_revision,

@@ -12,16 +12,16 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
 
 from qwen_scope_lens.errors import BadFile, StoreMismatch
-from qwen_scope_lens.models.residuals import Capture, iter_captures
-from qwen_scope_lens.models.tokenize import Content
 from qwen_scope_lens.stores.manifest import Settings
 
 if TYPE_CHECKING:
-    from qwen_scope_lens.models.load import ScopeBridge
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel
+
+    from qwen_scope_lens.models.residuals import Capture
+    from qwen_scope_lens.models.tokenize import Content
     from qwen_scope_lens.stores.store import FeatureStore
 
 __all__ = ["StoreReader", "document_means", "kept_rows", "pooled_residuals"]
@@ -48,7 +48,9 @@ class StoreReader:
 
     @property
     def load_options(self) -> dict[str, Any]:
-        """What `load_model` needs beside the name, so that it loads the same weights."""
+        """What `open_model` needs beside the name, so that it loads the same weights."""
+        import torch
+
         dtype = None if self.dtype is None else getattr(torch, self.dtype, None)
         if self.dtype is not None and not isinstance(dtype, torch.dtype):
             raise BadFile(f"{self.dtype!r:.60} is not a dtype of torch: the manifest was edited")
@@ -57,12 +59,12 @@ class StoreReader:
             dtype = None
         return {"dtype": dtype, "revision": self.revision}
 
-    def open_model(self, **options: Any) -> ScopeBridge:
+    def open_model(self, **options: Any) -> PreTrainedModel:
         """The same model, read only as deep as the layers need. Options as of `load_model`."""
         options = {"up_to_layer": max(self.layers), **self.load_options, **options}
-        from qwen_scope_lens.models.load import load_model
+        from qwen_scope_lens.models.open import open_model
 
-        return load_model(self.model, **options)
+        return open_model(self.model, **options)
 
     def captures(
         self,
@@ -81,6 +83,8 @@ class StoreReader:
                 "the store holds the last token of each document only, and reading texts again"
                 " gives all of their tokens: extract the documents without last_token"
             )
+        from qwen_scope_lens.models.residuals import iter_captures
+
         wanted = self.layers if layers is None else layers
         settings = asdict(self.settings)
         del settings["last_token"]
@@ -101,6 +105,7 @@ class StoreReader:
         without a kept token has a row of zeros, as it has no features. Options as of
         `iter_captures`.
         """
+        import torch
         from tqdm import tqdm
 
         found: dict[int, np.ndarray[Any, Any]] = {}
@@ -137,7 +142,7 @@ def kept_rows(batch: Capture, layer: int, keep: bool) -> tuple[Tensor, Tensor]:
 def document_means(x: Tensor, doc: Tensor, n_docs: int) -> Tensor:
     """The mean row of each document; zeros where it has none. `[n, d], [n] -> [n_docs, d]`"""
     total = x.new_zeros((n_docs, x.shape[1])).index_add_(0, doc, x)
-    return total / torch.bincount(doc, minlength=n_docs).clamp_min(1)[:, None]
+    return total / doc.bincount(minlength=n_docs).clamp_min(1)[:, None]
 
 
 def pooled_residuals(

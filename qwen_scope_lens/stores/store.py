@@ -16,11 +16,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import pyarrow as pa
-import torch
 
 from qwen_scope_lens.address import FeatureRef
 from qwen_scope_lens.errors import (
@@ -30,12 +29,16 @@ from qwen_scope_lens.errors import (
     UnknownName,
 )
 from qwen_scope_lens.files import is_url
-from qwen_scope_lens.saes.codes import SparseCodes
 from qwen_scope_lens.stores.blocks import Block, DocumentBlock, blocks_of, document_block
 from qwen_scope_lens.stores.codec import Packed
 from qwen_scope_lens.stores.manifest import Manifest, SAEFacts
 from qwen_scope_lens.stores.shard_files import RESERVED, shard_folder
 from qwen_scope_lens.stores.shard_reader import Shard, spans_of
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_matrix
+
+    from qwen_scope_lens.saes.codes import SparseCodes
 
 __all__ = ["Block", "DocumentBlock", "FeatureStore", "Hits"]
 
@@ -220,6 +223,13 @@ class FeatureStore:
 
     def codes_at(self, layer: int, doc: Sequence[int], position: Sequence[int]) -> SparseCodes:
         """The codes of some tokens, in the order given. `[n] -> SparseCodes [n]`"""
+        return self._packed_at(layer, doc, position).unpack()
+
+    def matrix_at(self, layer: int, doc: Sequence[int], position: Sequence[int]) -> csr_matrix:
+        """The codes of some tokens, in the order given, without torch. `[n] -> [n, d_sae]`"""
+        return self._packed_at(layer, doc, position).matrix()
+
+    def _packed_at(self, layer: int, doc: Sequence[int], position: Sequence[int]) -> Packed:
         facts = self.sae(layer)
         docs, positions = np.asarray(doc, dtype=np.int64), np.asarray(position, dtype=np.int64)
         parts, order = [], []
@@ -227,9 +237,8 @@ class FeatureStore:
             parts.append(shard.packed(layer).take(rows))
             order.append(chosen)
         if not parts:
-            return SparseCodes.from_dense(torch.zeros(0, facts.d_sae), facts.k)
-        back = np.argsort(np.concatenate(order))
-        return Packed.cat(parts).take(back).unpack()
+            return Packed.empty(facts.k, facts.d_sae)
+        return Packed.cat(parts).take(np.argsort(np.concatenate(order)))
 
     def keep_at(self, layer: int, doc: np.ndarray, position: np.ndarray) -> np.ndarray:
         """Whether each of some tokens is neither first nor of extreme norm. bool `[n]`"""

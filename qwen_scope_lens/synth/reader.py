@@ -27,7 +27,7 @@ from qwen_scope_lens.models.architecture import (
 from qwen_scope_lens.models.residuals import EXTREME_NORM_RATIO, iter_captures
 from qwen_scope_lens.models.tokenize import Content
 from qwen_scope_lens.saes.codes import SparseCodes
-from qwen_scope_lens.saes.sae import ScopeSAE
+from qwen_scope_lens.saes.layer_sae import LayerSAE
 
 __all__ = ["KEPT", "VANILLA", "Candidate", "Reader", "Stage", "maxima"]
 
@@ -97,7 +97,7 @@ class Reader:
     def __init__(
         self,
         model: Model,
-        saes: Mapping[LayerRef, ScopeSAE],
+        saes: Mapping[LayerRef, LayerSAE],
         *,
         tokenizer: Any = None,
         max_tokens: int | None = None,

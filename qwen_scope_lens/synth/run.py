@@ -17,7 +17,7 @@ from qwen_scope_lens.errors import BadFile, StoreMismatch
 from qwen_scope_lens.files import read_json, whole_file, write_json
 from qwen_scope_lens.models.architecture import Model
 from qwen_scope_lens.models.residuals import EXTREME_NORM_RATIO
-from qwen_scope_lens.saes.sae import ScopeSAE
+from qwen_scope_lens.saes.layer_sae import LayerSAE
 from qwen_scope_lens.stores import corpus
 from qwen_scope_lens.stores.reread import StoreReader
 from qwen_scope_lens.synth.pipeline import Counts, Synthesis
@@ -213,12 +213,12 @@ def synthesise(
 
 def open_reader(
     targets: TargetSet, model: Model, device: str = "cpu", more: Iterable[FeatureRef] = ()
-) -> tuple[Reader, dict[LayerRef, ScopeSAE]]:
+) -> tuple[Reader, dict[LayerRef, LayerSAE]]:
     """A reader with the SAEs of the targets and of `more` features, and these SAEs."""
-    from qwen_scope_lens.saes.load import load_sae
+    from qwen_scope_lens.saes.load import open_sae
 
     refs = sorted({*targets.saes, *(ref.sae for ref in more)})
-    saes = {ref: load_sae(ref, device=device) for ref in refs}
+    saes = {ref: open_sae(ref, device=device) for ref in refs}
     ratio = float(targets.provenance.get("extreme_norm_ratio", EXTREME_NORM_RATIO))
     return Reader(model, saes, extreme_norm_ratio=ratio), saes
 

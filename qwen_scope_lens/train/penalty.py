@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from qwen_scope_lens.errors import WrongModel
 from qwen_scope_lens.models.architecture import check_layer, decoder_layers
 from qwen_scope_lens.models.eager import eagerly
-from qwen_scope_lens.saes.sae import ScopeSAE
+from qwen_scope_lens.saes.layer_sae import LayerSAE
 
 __all__ = ["FeatureRows", "Penalty", "record_residuals", "require_graph"]
 
@@ -31,7 +31,7 @@ class FeatureRows:
     bias: Tensor  # [m]
 
     @classmethod
-    def of(cls, sae: ScopeSAE, features: Sequence[int]) -> FeatureRows:
+    def of(cls, sae: LayerSAE, features: Sequence[int]) -> FeatureRows:
         weight = sae.encoder_row(list(features)).detach().float()
         bias = sae.b_enc[list(features)].detach().float()
         if sae.cfg.apply_b_dec_to_input:

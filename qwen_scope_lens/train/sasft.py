@@ -189,7 +189,7 @@ class SASFTTrainer(WholeCheckpoints, SFTTrainer):
 
 def build_penalty(model: Any, args: SASFTConfig, table: LanguageFeatures) -> Penalty:
     """Encoder rows of the chosen features, and their thresholds on each language of the table."""
-    from qwen_scope_lens.saes.load import load_sae
+    from qwen_scope_lens.saes.load import open_sae
 
     _check_model(model, args, table)
     count = len(decoder_layers(model))
@@ -202,7 +202,7 @@ def build_penalty(model: Any, args: SASFTConfig, table: LanguageFeatures) -> Pen
         chosen = (layer, args.targets, args.features_per_layer)
         features = table.of(*chosen, below_chance=args.below_chance)
         _name_what_is_left_out(table.of(*chosen, below_chance=True), features)
-        sae = load_sae(features[0].ref.sae)
+        sae = open_sae(features[0].ref.sae)
         if sae.cfg.d_in != model.config.get_text_config().hidden_size:
             raise WrongModel(
                 f"{features[0].ref.sae} reads residuals of width {sae.cfg.d_in},"

@@ -16,7 +16,7 @@ from qwen_scope_lens.address import FeatureRef
 from qwen_scope_lens.errors import TooLittleData
 from qwen_scope_lens.models.architecture import Model
 from qwen_scope_lens.models.backbone import check_backbone
-from qwen_scope_lens.saes.load import load_sae
+from qwen_scope_lens.saes.load import open_sae
 from qwen_scope_lens.stores.facts import check_model
 from qwen_scope_lens.stores.reread import StoreReader
 from qwen_scope_lens.train.penalty import FeatureRows
@@ -49,7 +49,7 @@ def mean_pre_activations(
     check_model(model, refs[0].sae.row)  # the width
     check_backbone(model, refs[0].sae.row)
     rows = {
-        layer: FeatureRows.of(load_sae(store.sae(layer).ref), numbers[layer]) for layer in layers
+        layer: FeatureRows.of(open_sae(store.sae(layer).ref), numbers[layer]) for layer in layers
     }
     means: dict[FeatureRef, dict[str, float]] = {ref: {} for ref in refs}
     for language, docs in docs_of.items():

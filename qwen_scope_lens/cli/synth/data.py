@@ -131,7 +131,7 @@ def _run(arguments: argparse.Namespace) -> None:
     The output loads with `datasets`.
     """
     from qwen_scope_lens.errors import GeneratorFailed
-    from qwen_scope_lens.models.load import load_model
+    from qwen_scope_lens.models.open import open_model
     from qwen_scope_lens.synth.recipe import read_recipe, read_words
     from qwen_scope_lens.synth.report import make_report
     from qwen_scope_lens.synth.run import known_texts, made_with, open_reader, synthesise
@@ -163,7 +163,7 @@ def _run(arguments: argparse.Namespace) -> None:
 
     @lru_cache
     def load(wanted: str) -> Any:
-        return load_model(wanted, device=arguments.device, **(same if wanted == name else {}))
+        return open_model(wanted, device=arguments.device, **(same if wanted == name else {}))
 
     pack = read_labels(arguments.caution_features) or ()
     caution = dict.fromkeys(pack, arguments.caution_above)

@@ -14,7 +14,7 @@ from typing import Any
 from qwen_scope_lens.errors import BadPlan, EngineFailed, WrongModel
 from qwen_scope_lens.extras import require
 from qwen_scope_lens.models.checkpoint import Tokenizer
-from qwen_scope_lens.saes.sae import ScopeSAE
+from qwen_scope_lens.saes.layer_sae import LayerSAE
 from qwen_scope_lens.serve.engines.abilities import INTERP, WAY_OUT
 from qwen_scope_lens.serve.engines.outside import Outside
 from qwen_scope_lens.serve.rows import Reason, Wanted
@@ -45,7 +45,7 @@ class InterpEngine(Outside):
         ends: frozenset[int],
         context: int,
         d_model: int,
-        sae_of: Callable[[str], ScopeSAE],
+        sae_of: Callable[[str], LayerSAE],
         *,
         allow_other_model: bool = False,
         **limits: Any,

@@ -20,7 +20,7 @@ import httpx2
 
 from qwen_scope_lens.errors import BadPlan, EngineFailed, WrongModel, WrongTokenizer
 from qwen_scope_lens.models.checkpoint import Tokenizer
-from qwen_scope_lens.saes.sae import ScopeSAE
+from qwen_scope_lens.saes.layer_sae import LayerSAE
 from qwen_scope_lens.serve.engine import QueueFull
 from qwen_scope_lens.serve.engines.abilities import LLAMA, WAY_OUT
 from qwen_scope_lens.serve.engines.bytes_to_tokens import Speller
@@ -141,7 +141,7 @@ class LlamaCpp(Outside):
         ends: frozenset[int],
         d_model: int,
         source: Programs | Address,
-        sae_of: Callable[[str], ScopeSAE],
+        sae_of: Callable[[str], LayerSAE],
         **limits: Any,
     ) -> None:
         super().__init__(tokenizer, ends, 0, **limits)

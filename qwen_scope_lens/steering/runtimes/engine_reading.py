@@ -22,8 +22,8 @@ from qwen_scope_lens.errors import BadPlan, BadText, UnknownName, UnsupportedSAE
 from qwen_scope_lens.extras import require
 from qwen_scope_lens.saes.few_features import Membership
 from qwen_scope_lens.saes.fixed_shapes import why_not_plain
-from qwen_scope_lens.saes.load import load_sae
-from qwen_scope_lens.saes.sae import ScopeSAE
+from qwen_scope_lens.saes.layer_sae import LayerSAE
+from qwen_scope_lens.saes.load import open_sae
 from qwen_scope_lens.steering.readers import SAEs, by_address
 from qwen_scope_lens.steering.runtimes.interp_engine import check_engine
 from qwen_scope_lens.tables import Table, View
@@ -110,7 +110,7 @@ async def read_engine(
     check_engine(model, refs, allow_other_model)
     known = by_address(saes)
     readers = {
-        str(ref.sae): known.get(str(ref.sae)) or load_sae(ref.sae)
+        str(ref.sae): known.get(str(ref.sae)) or open_sae(ref.sae)
         for ref in {ref.sae: ref for ref in refs}.values()
     }
     columns = {name: [i for i, ref in enumerate(refs) if str(ref.sae) == name] for name in readers}
@@ -155,7 +155,7 @@ async def read_engine(
     )
 
 
-def _codes(sae: ScopeSAE, features: list[int], rows: Tensor) -> tuple[Tensor, Tensor]:
+def _codes(sae: LayerSAE, features: list[int], rows: Tensor) -> tuple[Tensor, Tensor]:
     """Pre-activations and exact activations of residuals `[n, d_model]`. Both `[n, m]`"""
     x = rows.to(sae.W_enc.device)
     with torch.no_grad():
@@ -163,7 +163,7 @@ def _codes(sae: ScopeSAE, features: list[int], rows: Tensor) -> tuple[Tensor, Te
     return pre.float().cpu(), Membership(sae, features).values(x).float().cpu()
 
 
-def _directions(engine: Any, sae: ScopeSAE, features: list[int], point: Any) -> Any:
+def _directions(engine: Any, sae: LayerSAE, features: list[int], point: Any) -> Any:
     """Encoder rows and biases as interp-engine's `DirectionSet`."""
     if reason := why_not_plain(sae):
         raise UnsupportedSAE(

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from qwen_scope_lens.errors import BadPlan, PlanBypassed
 from qwen_scope_lens.extras import require
-from qwen_scope_lens.saes.load import load_sae
+from qwen_scope_lens.saes.load import open_sae
 from qwen_scope_lens.steering.plan import Plan
 from qwen_scope_lens.steering.report import Report
 from qwen_scope_lens.steering.runtimes.graph_edits import GraphEdits, graph_edits
@@ -160,7 +160,7 @@ def install(worker: Any, plan: Plan, max_rows: int, capacity: int | None) -> lis
     if plan.layers[-1] >= len(layers):
         raise BadPlan(f"the plan edits layer {plan.layers[-1]}; this model has {len(layers)}")
     read = {str(e.ref.sae): e.ref.sae for e in plan.edits if e.operation.reads == "code"}
-    saes = {name: load_sae(ref, device=str(device)) for name, ref in read.items()}
+    saes = {name: open_sae(ref, device=str(device)) for name, ref in read.items()}
     numbers = {
         layer: [i for i, e in enumerate(plan.edits) if e.ref.layer == layer]
         for layer in plan.layers

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from qwen_scope_lens.errors import BadPlan, PlanBypassed
 from qwen_scope_lens.saes.fixed_shapes import FixedMembership
-from qwen_scope_lens.saes.sae import ScopeSAE
+from qwen_scope_lens.saes.layer_sae import LayerSAE
 from qwen_scope_lens.steering.layer_edits import LayerEdits, coefficients, moved
 from qwen_scope_lens.steering.plan import Edit, Plan
 from qwen_scope_lens.steering.readers import SAEs, layer_edits, with_readers
@@ -86,7 +86,7 @@ class GraphEdits(nn.Module):
     def __init__(
         self,
         layer: LayerEdits,
-        saes: dict[str, ScopeSAE],
+        saes: dict[str, LayerSAE],
         capacity: int | None = None,
         sample: Tensor | None = None,
     ) -> None:
