@@ -208,14 +208,7 @@ def site(path: Path, _: argparse.Namespace) -> None:
 
 
 def store(path: Path | str, _: argparse.Namespace) -> Manifest:
-    from qwen_scope_lens.files import is_url
-    from qwen_scope_lens.stores.manifest import Manifest
-
-    if not is_url(path):
-        return Manifest.open(Path(path).expanduser())
-    from qwen_scope_lens.stores.remote import (
-        open_manifest,
-    )  # with torch, which a folder's needs not
+    from qwen_scope_lens.stores.remote import open_manifest
 
     return open_manifest(path)
 

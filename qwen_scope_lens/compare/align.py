@@ -140,11 +140,11 @@ def _rows(
         dropped[piece[inside & ~block.keep]] = True
         seen[piece[inside & block.keep]] = True
         used += int((inside & block.keep).sum())
-        active = block.codes.active.numpy() & (inside & block.keep)[:, None]
+        active = (block.entries.values > 0) & (inside & block.keep)[:, None]
         row, entry = active.nonzero()
         rows.append(piece[row])
-        columns.append(block.codes.indices.numpy()[row, entry].astype(np.int64))
-        values.append(block.codes.values.float().numpy()[row, entry])
+        columns.append(block.entries.indices[row, entry].astype(np.int64))
+        values.append(block.entries.values[row, entry])
     d_sae = store.sae(layer).d_sae
     key = np.concatenate(rows) * d_sae + np.concatenate(columns)
     value = np.concatenate(values)

@@ -9,7 +9,6 @@ from collections.abc import Iterable
 from typing import Any, Literal, get_args
 
 import numpy as np
-import torch
 from scipy.sparse import csr_matrix
 
 from qwen_scope_lens.address import FeatureRef, LayerRef
@@ -77,17 +76,18 @@ def _pooled(block: Block, how: How, d_sae: int) -> tuple[np.ndarray, np.ndarray,
         return _NOTHING
     starts = np.nonzero(np.concatenate([[True], block.doc[1:] != block.doc[:-1]]))[0]
     docs, tokens = block.doc[starts], np.diff(np.append(starts, len(block)))
-    codes = block.codes
+    values, indices = block.entries.values, block.entries.indices
     if how == "last":
-        codes = codes[torch.from_numpy(starts + tokens - 1)]
+        last = starts + tokens - 1
+        values, indices = values[last], indices[last]
         starts = np.arange(len(docs))
-    active = codes.active.numpy()
+    active = values > 0
     before = np.concatenate([[0], np.cumsum(active.sum(1))])
     entries = csr_matrix(  # one row per document; features repeat and are not in order
         (
-            codes.values.numpy()[active],
-            codes.indices.numpy()[active],
-            before[np.append(starts, len(codes))],
+            values[active],
+            indices[active],
+            before[np.append(starts, len(values))],
         ),
         shape=(len(docs), d_sae),
     )

@@ -23,7 +23,7 @@ from qwen_scope_lens.features.controls import Probe
 from qwen_scope_lens.features.document_sets import Groups, by_documents, by_label, split
 from qwen_scope_lens.features.pool import How
 from qwen_scope_lens.features.ranking import RankedFeature, Ranking
-from qwen_scope_lens.stores.facts import versions
+from qwen_scope_lens.version import versions
 
 if TYPE_CHECKING:
     from qwen_scope_lens.stores.store import FeatureStore

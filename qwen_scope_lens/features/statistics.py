@@ -204,16 +204,16 @@ def statistics(
     bar = tqdm(unit="token", unit_scale=True, desc=f"statistics, layer {layer}", disable=None)
     with bar:
         for block in store.iter_blocks(layer, keep=keep, docs=chosen):
-            active = block.codes.active.numpy()
+            active = block.entries.values > 0
             row, entry = active.nonzero()
-            feature = block.codes.indices.numpy()[row, entry].astype(np.int64)
-            value = block.codes.values.float().numpy()[row, entry]
+            feature = block.entries.indices[row, entry].astype(np.int64)
+            value = block.entries.values[row, entry]
             doc, position = np.asarray(block.doc)[row], np.asarray(block.position)[row]
             counts.add(block, feature, doc, value)
             top.add(feature, doc, position, value, value.astype(np.float64))
             uniform.add(feature, doc, position, value, place_hash(doc, position, feature))
             places = np.asarray(block.doc), np.asarray(block.position)
-            pairs.add(*places, block.codes.indices.numpy(), active)
+            pairs.add(*places, block.entries.indices, active)
             bar.update(len(block.doc))
     if not counts.n_tokens:
         raise TooLittleData(

@@ -36,9 +36,10 @@ from qwen_scope_lens.serve.lens import Lens
 from qwen_scope_lens.serve.plans import NO_PLAN
 from qwen_scope_lens.serve.rows import Row, Wanted
 from qwen_scope_lens.stores.codec import pack
-from qwen_scope_lens.stores.facts import model_facts, sae_facts, tokenizer_facts, versions
+from qwen_scope_lens.stores.facts import model_facts, sae_facts, tokenizer_facts
 from qwen_scope_lens.stores.manifest import CorpusFacts, Manifest, Settings
 from qwen_scope_lens.stores.shard_files import CodedDocument, shard_folder, write_shard
+from qwen_scope_lens.version import versions
 
 __all__ = ["Recorder", "Recording"]
 

@@ -81,9 +81,9 @@ def break_down(store: FeatureStore, layer: int) -> list[Breakdown]:
     if not found:
         return []
     for block in store.iter_blocks(layer, keep=True):
-        active = block.codes.active.numpy()
+        active = block.entries.values > 0
         row, _ = active.nonzero()
-        feature = block.codes.indices.numpy()[active].astype(np.int64)
+        feature = block.entries.indices[active].astype(np.int64)
         for name, entry in found.items():
             kind, width = codes_of[name][block.doc], len(entry.values)
             entry.tokens[:] += np.bincount(kind[kind >= 0], minlength=width)

@@ -22,7 +22,8 @@ from qwen_scope_lens.saes.codes import SparseCodes
 from qwen_scope_lens.saes.load import load_sae
 from qwen_scope_lens.steering.readers import SAEs, by_address
 from qwen_scope_lens.steering.typical import Calibration, Typical, split_refs
-from qwen_scope_lens.stores.facts import model_facts, versions
+from qwen_scope_lens.stores.facts import model_facts
+from qwen_scope_lens.version import versions
 
 if TYPE_CHECKING:
     from qwen_scope_lens.stores.store import FeatureStore

@@ -38,7 +38,8 @@ from qwen_scope_lens.steering.sweep_result import (
     Sweep,
 )
 from qwen_scope_lens.steering.text_quality import perplexity, repetition, surprisals
-from qwen_scope_lens.stores.facts import model_facts, versions
+from qwen_scope_lens.stores.facts import model_facts
+from qwen_scope_lens.version import versions
 
 __all__ = [
     "ASKED",

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qwen_scope_lens.saes.codes import SparseCodes
-from qwen_scope_lens.stores.codec import Packed
+from qwen_scope_lens.stores.codec import Entries, Packed
 from qwen_scope_lens.stores.shard_reader import Shard, spans_of
+
+if TYPE_CHECKING:
+    from qwen_scope_lens.saes.codes import SparseCodes
 
 __all__ = ["BLOCK_TOKENS", "Block", "DocumentBlock", "blocks_of", "document_block"]
 
@@ -25,10 +28,15 @@ class Block:
     position: np.ndarray  # int64 [n]
     token_ids: np.ndarray  # int64 [n]
     keep: np.ndarray  # bool [n]: neither a first token nor one of extreme norm
-    codes: SparseCodes  # [n]
+    entries: Entries  # [n, k]
 
     def __len__(self) -> int:
         return len(self.doc)
+
+    @property
+    def codes(self) -> SparseCodes:
+        """The entries as tensors. `[n]`"""
+        return self.entries.codes
 
 
 @dataclass(frozen=True)
@@ -37,7 +45,12 @@ class DocumentBlock(Block):
 
     tokens: list[str]
     spans: np.ndarray  # int64 [n, 2]: characters of the text; -1 where there is no text
-    layers: dict[int, SparseCodes]  # every layer of the store
+    entries_of: dict[int, Entries]  # every layer of the store
+
+    @property
+    def layers(self) -> dict[int, SparseCodes]:
+        """The codes of every layer of the store."""
+        return {layer: entries.codes for layer, entries in self.entries_of.items()}
 
 
 def blocks_of(shard: Shard, layer: int, local: np.ndarray, keep: bool) -> Iterator[Block]:
@@ -53,7 +66,7 @@ def blocks_of(shard: Shard, layer: int, local: np.ndarray, keep: bool) -> Iterat
             position=rows - shard.offsets[doc],
             token_ids=token_ids[rows],
             keep=keeps[rows],
-            codes=_take(packed, rows).unpack(),
+            entries=_take(packed, rows).entries(),
         )
 
 
@@ -61,7 +74,7 @@ def document_block(shard: Shard, doc: int, layer: int, layers: tuple[int, ...]) 
     """One document of a shard; `doc` is its number in the store."""
     start, end = shard.offsets[doc - shard.first_doc : doc - shard.first_doc + 2].tolist()
     rows = shard.some_tokens(start, end)
-    codes = {stored: shard.packed(stored).rows(start, end).unpack() for stored in layers}
+    entries = {stored: shard.packed(stored).rows(start, end).entries() for stored in layers}
     keep = ~rows[f"extreme_{layer}"].to_numpy(zero_copy_only=False)
     keep[:1] &= shard.has_last_tokens
     return DocumentBlock(
@@ -69,10 +82,10 @@ def document_block(shard: Shard, doc: int, layer: int, layers: tuple[int, ...]) 
         position=np.arange(end - start, dtype=np.int64),
         token_ids=rows["token_id"].to_numpy().astype(np.int64),
         keep=keep,
-        codes=codes[layer],
+        entries=entries[layer],
         tokens=rows["token"].to_pylist(),
         spans=spans_of(rows),
-        layers=codes,
+        entries_of=entries,
     )
 
 

@@ -10,14 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from qwen_scope_lens.errors import StoreDamaged
-from qwen_scope_lens.saes.codes import SparseCodes
 
-__all__ = ["OVERFLOW", "REPAIR", "Packed", "pack", "stored_values"]
+if TYPE_CHECKING:
+    from qwen_scope_lens.saes.codes import SparseCodes
+
+__all__ = ["OVERFLOW", "REPAIR", "Entries", "Packed", "pack", "stored_values"]
 
 REPAIR = "`qsl store check` finds all damage, and running the same `qsl extract` again repairs it"
 
@@ -26,6 +29,26 @@ OVERFLOW = np.dtype([("at", "<i8"), ("value", "<f4")])
 
 _NARROW = 1 << 16
 _LEAST = np.float16(6e-8)  # the least positive float16
+
+
+@dataclass(frozen=True)
+class Entries:
+    """`[n, k]` entries that were looked at: in NumPy for those who count, so without torch."""
+
+    values: np.ndarray  # float32 [n, k], descending; 0 where fewer features fire
+    indices: np.ndarray  # int32 [n, k]
+    d_sae: int
+
+    @cached_property
+    def codes(self) -> SparseCodes:
+        """The same as tensors, which share their memory. `[n]`"""
+        import torch
+
+        from qwen_scope_lens.saes.codes import SparseCodes
+
+        return SparseCodes(
+            torch.from_numpy(self.values), torch.from_numpy(self.indices), self.d_sae
+        )
 
 
 @dataclass(frozen=True)
@@ -110,16 +133,17 @@ class Packed:
             )
         return values
 
+    def entries(self) -> Entries:
+        return Entries(self.numbers(), self.indices(), self.d_sae)
+
     def unpack(self) -> SparseCodes:
-        return SparseCodes(
-            torch.from_numpy(self.numbers()), torch.from_numpy(self.indices()), self.d_sae
-        )
+        return self.entries().codes
 
 
 def pack(codes: SparseCodes) -> Packed:
     """Round `SparseCodes [n, k]` to what a store keeps, and order the entries again."""
     codes = codes.detach().to("cpu")
-    values = codes.values.to(torch.float32).numpy()
+    values = codes.values.float().numpy()
     indices = codes.indices.numpy()
     stored = stored_values(values)
     # Rounding makes ties, and ties are in order of the index: sort by descending value, then index.

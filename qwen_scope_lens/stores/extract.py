@@ -38,6 +38,7 @@ from qwen_scope_lens.stores.fingerprints import is_sample, sampled_fingerprint
 from qwen_scope_lens.stores.manifest import CorpusFacts, Manifest, SAEFacts, Settings
 from qwen_scope_lens.stores.remote import Remote
 from qwen_scope_lens.stores.store import FeatureStore
+from qwen_scope_lens.version import versions
 
 __all__ = [
     "SHARD_DOCS",
@@ -277,7 +278,7 @@ def prepare(
         settings=request.settings,
         labels={},
         corpora=(),
-        versions=facts.versions(),
+        versions=versions(),
     )
     if Manifest.exists(folder) and is_sample(Manifest.read(folder).model.fingerprint):
         older = sampled_fingerprint(model, wanted[-1])

@@ -11,7 +11,6 @@ import json
 import os
 import re
 from collections.abc import Iterable
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from torch import nn
@@ -41,18 +40,8 @@ __all__ = [
     "other_model",
     "sae_facts",
     "tokenizer_facts",
-    "versions",
 ]
 
-PACKAGES = (
-    "qwen-scope-lens",
-    "torch",
-    "transformers",
-    "tokenizers",
-    "sae-lens",
-    "numpy",
-    "pyarrow",
-)
 _BLOB = re.compile(r"[0-9a-f]{64}")
 
 
@@ -164,19 +153,6 @@ def sae_facts(
         revision=file.revision,
         subtracts_b_dec=subtracts_b_dec(file),
     )
-
-
-def versions(*more: str) -> dict[str, str]:
-    """The versions of the packages that every artefact names, and of `more` packages."""
-    found = {}
-    for package in (*PACKAGES, *more):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            from qwen_scope_lens.version import __version__
-
-            found[package] = __version__ if package == "qwen-scope-lens" else "unknown"
-    return found
 
 
 def _sha(text: str) -> str:

@@ -16,11 +16,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import pyarrow as pa
-import torch
 
 from qwen_scope_lens.address import FeatureRef
 from qwen_scope_lens.errors import (
@@ -30,12 +29,14 @@ from qwen_scope_lens.errors import (
     UnknownName,
 )
 from qwen_scope_lens.files import is_url
-from qwen_scope_lens.saes.codes import SparseCodes
 from qwen_scope_lens.stores.blocks import Block, DocumentBlock, blocks_of, document_block
 from qwen_scope_lens.stores.codec import Packed
 from qwen_scope_lens.stores.manifest import Manifest, SAEFacts
 from qwen_scope_lens.stores.shard_files import RESERVED, shard_folder
 from qwen_scope_lens.stores.shard_reader import Shard, spans_of
+
+if TYPE_CHECKING:
+    from qwen_scope_lens.saes.codes import SparseCodes
 
 __all__ = ["Block", "DocumentBlock", "FeatureStore", "Hits"]
 
@@ -227,6 +228,10 @@ class FeatureStore:
             parts.append(shard.packed(layer).take(rows))
             order.append(chosen)
         if not parts:
+            import torch
+
+            from qwen_scope_lens.saes.codes import SparseCodes
+
             return SparseCodes.from_dense(torch.zeros(0, facts.d_sae), facts.k)
         back = np.argsort(np.concatenate(order))
         return Packed.cat(parts).take(back).unpack()

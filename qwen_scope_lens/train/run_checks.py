@@ -18,7 +18,7 @@ import yaml
 
 from qwen_scope_lens.errors import BadFile
 from qwen_scope_lens.files import file_sha256, load_yaml, whole_file
-from qwen_scope_lens.stores.facts import versions
+from qwen_scope_lens.version import versions
 
 __all__ = ["check_checkpoint", "check_numbers", "check_same_run", "check_settings", "record"]
 
