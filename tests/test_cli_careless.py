@@ -39,9 +39,13 @@ extract one.jsonl --sae MINI --layers 99 --out o                        | layer 
 extract one.jsonl --sae MINI --layers 6 --out o --model ./nowhere       | not a folder
 extract one.jsonl --sae MINI --layers 6 --out o --device banana         | device 'banana'
 extract one.jsonl --sae MINI --layers 6 --out o --ray 2                 | ray, which is not
+extract one.jsonl --sae MINI --layers 6 --out memory://x                | is lost when it ends
+extract one.jsonl --sae MINI --layers 6 --out s3://                     | expected a bucket
 store info folder                                                       | not a feature store
 store sql nosuch select                                                 | not a feature store
 store merge new nosuch                                                  | not a feature store
+store copy store memory://x                                             | is lost when it ends
+store info s3://                                                        | expected a bucket
 stats nosuch                                                            | not a feature store
 stats store --layers 99                                                 | layer 99 is not in store
 stats store --feature 9999                                              | feature 9999

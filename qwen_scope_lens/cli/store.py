@@ -195,7 +195,13 @@ def _copy_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source", type=place, action=Input, check=inputs.store, help="a store's folder or URL"
     )
-    parser.add_argument("target", type=place, help="a URL, or an empty folder")
+    parser.add_argument(
+        "target",
+        type=place,
+        action=Input,
+        check=inputs.lasting,
+        help="a URL, or an empty folder",
+    )
 
 
 def _copy(arguments: argparse.Namespace) -> None:
