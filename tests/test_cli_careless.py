@@ -55,6 +55,7 @@ rank store --label lang --positive p --layers 99                        | layer 
 label list none.jsonl                                                   | there is no file
 label list empty.jsonl                                                  | empty.jsonl is empty
 label check labels.jsonl --store nosuch                                 | not a feature store
+find a --sae MINI --labels labels.jsonl --embed openai:http://127.0.0.1:9/v1#m| no connection
 dash build store --out o --layers 99                                    | layer 99 is not in store
 dash export nosuch --out o                                              | not a feature store
 dash serve nosuch                                                       | not a site of features
