@@ -181,6 +181,7 @@ def test_all_layers_that_are_here(home: Path) -> None:
         ({"words": "  "}, BadText, "needs some words"),
         ({"words": "x" * 301}, BadText, "name it in a few words"),
         ({"against": ["a text"]}, BadText, "no examples"),
+        ({"examples": ["a", "b"], "against": ["b", "a"]}, BadText, "are the same"),
         ({"examples": "one text"}, BadText, "put it into a list"),
         ({"examples": [""]}, BadText, "one is empty"),
         ({"columns": ["labels"]}, TooLittleData, "needs labels"),
