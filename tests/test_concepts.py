@@ -359,8 +359,11 @@ def test_what_is_no_lens_is_refused(content: Any, tmp_path: Path, capsys: Any) -
         path.write_bytes(content)
     else:
         torch.save(content, path, pickle_module=pickle)
-    with pytest.raises(BadFile, match=r"lens\.pt"):
+    with pytest.raises(BadFile, match=r"lens\.pt") as said:
         read_lens(path)
+    if isinstance(content, bytes):
+        assert "it begins with b'no a' and not with" in str(said.value)
+        assert "`qsl lens fit`" in str(said.value)
     assert capsys.readouterr().out == ""  # the code in it did not run
 
 

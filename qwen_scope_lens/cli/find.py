@@ -186,6 +186,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.causal is not None:
         arguments.dtype = None
         model = plans.load(arguments, [first])
+    lens = _read_lens(arguments.lens, first.row.d_model)
     with tqdm(unit="layer", leave=False) as bar:
 
         def progress(done: int, total: int) -> None:
@@ -200,7 +201,7 @@ def run(arguments: argparse.Namespace) -> int:
             labels=labels,
             embedder=embedder,
             store=FeatureStore.open(arguments.store) if arguments.store else None,
-            lens=_read_lens(arguments.lens, first.row.d_model),
+            lens=lens,
             exact=arguments.exact,
             model=model,
             layers=arguments.layers,
