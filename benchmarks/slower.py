@@ -6,8 +6,8 @@
 
 Only ratios that were measured in one run are compared, because milliseconds of two machines say
 nothing: `x SAELens` and `times as fast` (more is better), `of GEMM` and `1.06x [1.04, 1.08]` (less
-is better). A figure is found in both files by its heading and label.
-Exits with 1 where something got slower.
+is better). A figure is found in both files by its heading and label: one that was named anew has no
+partner. What could not be compared is counted and named. Exits with 1 where something got slower.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ LIMIT = 1.1
 
 NUMBER = r"\d[\d,]*\.?\d*"
 TIMED = re.compile(rf"^\s*({NUMBER})x? \[[^\]]*\]\s+(\S.*)$")
-FASTER = re.compile(rf"({NUMBER}) times as fast")
+FASTER = re.compile(rf"(?:(\S.*): )?.*?({NUMBER})(?: times as fast|x as fast|x \([\d,.]+ against )")
+ROW_FASTER = re.compile(rf"\s+(\S.*?)\s{{2,}}.*us/token\s+({NUMBER})x")
 
 
 class Figure(NamedTuple):
@@ -40,8 +41,10 @@ def figures(text: str) -> Iterator[Figure]:
     for line in text.splitlines():
         if found := TIMED.match(line):
             yield Figure(f"{heading}: {found[2]}", _number(found[1]))
-        elif faster := FASTER.search(line):
-            yield Figure(f"{heading}: times as fast", 1 / _number(faster[1]))
+        elif faster := FASTER.match(line):
+            yield Figure(f"{faster[1] or heading}: times as fast", 1 / _number(faster[2]))
+        elif row := ROW_FASTER.match(line):
+            yield Figure(f"{heading}: {row[1]}, times as fast", 1 / _number(row[2]))
         elif line.startswith("|"):
             cells = [cell.strip() for cell in line.strip("|").split("|")]
             if columns and re.fullmatch(NUMBER, cells[0]):
@@ -59,7 +62,7 @@ def figures(text: str) -> Iterator[Figure]:
             ]
             yield from _costs(f"{heading}: {label[0]}", iter(named))
         else:
-            heading = re.sub(rf"{NUMBER} (ms|s|MB|tokens/s)\b", r"\1", line).strip()
+            heading = re.sub(rf"{NUMBER} (ms|s|MB|tokens/s|us/token)\b", r"\1", line).strip()
 
 
 def _costs(label: str, cells: Iterator[tuple[tuple[int, str], str]]) -> Iterator[Figure]:
@@ -76,14 +79,56 @@ def _number(text: str) -> float:
     return float(text.replace(",", ""))
 
 
-def compare(before: str, after: str) -> tuple[list[str], int]:
-    """A line per figure that got slower, and how many were compared."""
+class Compared(NamedTuple):
+    """What two results of one benchmark have in common."""
+
+    slower: list[str]  # a line per figure that got slower, the worst first
+    ratios: int  # those with the same name in both
+    alone: int  # those that only one of the two has
+
+
+def compare(before: str, after: str) -> Compared:
     old, new = (_numbered(text) for text in (before, after))
     both = [name for name in old if name in new]
     slower = [(new[name] / old[name], name) for name in both if new[name] > LIMIT * old[name]]
-    return [f"{ratio:.2f} times the cost: {name}" for ratio, name in sorted(slower)[::-1]], len(
-        both
+    return Compared(
+        [f"{ratio:.2f} times the cost: {name}" for ratio, name in sorted(slower)[::-1]],
+        len(both),
+        len(old.keys() ^ new.keys()),
     )
+
+
+def report(pairs: dict[str, tuple[str | None, str | None]]) -> tuple[list[str], bool]:
+    """The lines to print of results by name, before and after (None: not there), and whether a
+    ratio got slower."""
+    lines, apart, slower = list[str](), dict[str, list[str]](), 0
+    files = ratios = same = 0
+    for name, (before, after) in pairs.items():
+        if before is None or after is None:
+            apart.setdefault("only before" if after is None else "only after", []).append(name)
+            continue
+        found = compare(before, after)
+        if not found.ratios:
+            why = "the ratios have other names" if found.alone else "without a ratio of one run"
+            apart.setdefault(why, []).append(name)
+        elif before == after:
+            apart.setdefault("not measured again", []).append(name)
+            same += found.ratios
+        else:
+            number = len(found.slower)
+            alone = f", {found.alone} without a partner" if found.alone else ""
+            lines.append(f"{name}: {found.ratios} ratios compared{alone}, {number} slower")
+            lines += [f"  {line}" for line in found.slower]
+            files, ratios, slower = files + 1, ratios + found.ratios, slower + number
+    verdict = f"{slower or 'none'} slower by more than {LIMIT - 1:.0%}"
+    if not ratios:
+        verdict = "which says nothing about speed"
+    lines.append(
+        f"{len(pairs)} result files: {ratios} ratios of {files} files compared, {verdict};"
+        f" {same} ratios are of the same measurement"
+    )
+    lines += [f"  {why} ({len(names)}): {', '.join(names)}" for why, names in apart.items()]
+    return lines, slower > 0
 
 
 def _numbered(text: str) -> dict[str, float]:
@@ -103,29 +148,36 @@ def main() -> int:
     parser.add_argument("files", nargs="*", type=Path, metavar="BEFORE AFTER")
     parser.add_argument("--since", metavar="REVISION", help="compare all results with git's")
     given = parser.parse_args()
+    pairs: dict[str, tuple[str | None, str | None]]
     if given.since is None and len(given.files) == 2:
-        pairs = {given.files[1].name: tuple(file.read_text("utf-8") for file in given.files)}
+        pairs = {given.files[1].name: _both(given.files)}
     elif given.since is not None and not given.files:
-        pairs = {
-            file.name: (_at(given.since, file), file.read_text("utf-8"))
-            for file in sorted((HERE / "results").glob("*.txt"))
-        }
+        now = {file.name: file.read_text("utf-8") for file in (HERE / "results").glob("*.txt")}
+        before = _at(given.since)
+        pairs = {name: (before.get(name), now.get(name)) for name in sorted(before | now)}
     else:
         parser.error("expected two files, or --since REVISION")
-    any_slower = False
-    for name, (before, after) in pairs.items():
-        lines, compared = compare(before, after)
-        if compared and before != after:
-            print(f"{name}: {compared} ratios compared, {len(lines)} slower")
-        print(*(f"  {line}" for line in lines), sep="\n", end="\n" if lines else "")
-        any_slower |= bool(lines)
-    return int(any_slower)
+    lines, slower = report(pairs)
+    print(*lines, sep="\n")
+    return int(slower)
 
 
-def _at(revision: str, file: Path) -> str:
-    """The file at a revision; empty where it was not there."""
-    name = f"{revision}:benchmarks/results/{file.name}"
-    done = subprocess.run(["git", "show", name], cwd=HERE, capture_output=True, text=True)
+def _both(files: list[Path]) -> tuple[str, str]:
+    before, after = (file.read_text("utf-8") for file in files)
+    return before, after
+
+
+def _at(revision: str) -> dict[str, str]:
+    """The results at a revision, by name."""
+    folder = f"{revision}:benchmarks/results"
+    names = _git("ls-tree", "--full-tree", "--name-only", folder).splitlines()
+    return {name: _git("show", f"{folder}/{name}") for name in names if name.endswith(".txt")}
+
+
+def _git(*words: str) -> str:
+    done = subprocess.run(["git", *words], cwd=HERE, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"git {' '.join(words)}: {done.stderr.strip()}")
     return done.stdout
 
 

@@ -272,7 +272,7 @@ def gunzip(data: bytes, most: int = MOST_UNPACKED) -> bytes:
 
 def is_url(place: object) -> bool:
     """Whether a place is a URL and not a path: `s3://bucket/store`."""
-    return re.match(r"[a-z][a-z0-9+.-]+://.", str(place)) is not None
+    return re.match(r"[a-z][a-z0-9+.-]+://", str(place)) is not None
 
 
 def file_sha256(path: Path) -> str:

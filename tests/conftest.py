@@ -23,6 +23,7 @@ OUTSIDE = {
 
 if TYPE_CHECKING:
     from serving import Served
+    from steering_reference import World
 
     from qwen_scope_lens.stores import FeatureStore
 
@@ -42,6 +43,28 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     planted.write_group(folder / "mine")
     monkeypatch.setenv("QWEN_SCOPE_HOME", str(folder))
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """SAEs for the layers of a tiny random model: see `steering_reference.py`."""
+    from steering_reference import write_saes
+
+    return write_saes(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> Any:
+    """The model of `tiny_world`, which never ends a text."""
+    from steering_reference import endless_bridge
+
+    return endless_bridge()
+
+
+@pytest.fixture
+def tiny_home(tiny_world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """QWEN_SCOPE_HOME with the SAEs of `tiny_world`."""
+    monkeypatch.setenv("QWEN_SCOPE_HOME", str(tiny_world.home))
 
 
 @pytest.fixture(scope="session")

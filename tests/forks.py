@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import auto, std
 
 __all__ = ["Fork", "command", "forget", "forked"]
 
@@ -32,6 +34,9 @@ class Fork:
             sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1) for n in (1, 2))
             # torch makes its threads anew in a fork: before several threads want them, not then.
             torch.set_num_threads(torch.get_num_threads())
+            # tqdm shares its lock with forks; one that is killed while it holds it keeps it.
+            for kind in (std.tqdm, auto.tqdm):
+                kind.set_lock(threading.RLock())
             try:
                 code = work()
             except BaseException:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import steering_reference as reference
 import torch
 from tiny_models import make_tokenizer
 
@@ -27,47 +26,35 @@ NEUTRAL = ["a neutral text of some length", "and one more of them"]
 REF = "local/tiny/1/3"
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return reference.write_saes(tmp_path_factory.mktemp("causal"))
+pytestmark = pytest.mark.usefixtures("tiny_home")
 
 
-@pytest.fixture(autouse=True)
-def _home(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("QWEN_SCOPE_HOME", str(world.home))
-
-
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return reference.endless_bridge()
-
-
-def test_a_mean_difference_is_that_of_texts(model: Any) -> None:
+def test_a_mean_difference_is_that_of_texts(tiny_model: Any) -> None:
     means = []
     for side in (EXAMPLES.positive, EXAMPLES.negative):
         rows = []
         for text in side:
-            read = qsl.capture(model, [text], [1])
+            read = qsl.capture(tiny_model, [text], [1])
             rows.append(read.residuals[1][read.keep(1)].double().mean(0))
         means.append(torch.stack(rows).mean(0))
-    found = mean_difference(model, EXAMPLES, [1])
+    found = mean_difference(tiny_model, EXAMPLES, [1])
     torch.testing.assert_close(found[1].double(), means[0] - means[1], rtol=1e-4, atol=1e-5)
     with pytest.raises(TooLittleData, match="at least one of each"):
         Examples(("one",), ())
     with pytest.raises(TooLittleData, match="several tokens"):
-        mean_difference(model, Examples(("a",), ("b",)), [1])
+        mean_difference(tiny_model, Examples(("a",), ("b",)), [1])
 
 
-def test_a_push_along_a_direction_is_as_long_as_before(model: Any, world: Any) -> None:
+def test_a_push_along_a_direction_is_as_long_as_before(tiny_model: Any, tiny_world: Any) -> None:
     plan = Plan([f"{REF}:add:4"])
-    direction = torch.randn(world[1]["W_dec"].shape[0])
+    direction = torch.randn(tiny_world[1]["W_dec"].shape[0])
     ids = torch.tensor([list(b"some text")])
-    plain = qsl.capture(model, [ids[0].tolist()], [1]).residuals[1]
+    plain = qsl.capture(tiny_model, [ids[0].tolist()], [1]).residuals[1]
     pushed = {}
     for name, control in (("plan", None), ("along", {1: direction})):
         seen: list[torch.Tensor] = []
-        with steer(model, plan, control=control), torch.no_grad():
-            model.run_with_hooks(
+        with steer(tiny_model, plan, control=control), torch.no_grad():
+            tiny_model.run_with_hooks(
                 ids,
                 fwd_hooks=[
                     ("blocks.1.hook_resid_post", lambda x, hook, s=seen: s.append(x.clone()))
@@ -81,39 +68,39 @@ def test_a_push_along_a_direction_is_as_long_as_before(model: Any, world: Any) -
     torch.testing.assert_close(cosine, torch.ones_like(cosine), rtol=1e-3, atol=1e-3)
     with (
         pytest.raises(BadPlan, match="a length above 0"),
-        steer(model, plan, control={1: torch.zeros_like(direction)}),
+        steer(tiny_model, plan, control={1: torch.zeros_like(direction)}),
     ):
         pass
 
 
-def test_every_arm_is_what_it_is_called(model: Any, tmp_path: Path) -> None:
+def test_every_arm_is_what_it_is_called(tiny_model: Any, tmp_path: Path) -> None:
     plan, keep = Plan([f"{REF}:add:1"]), tmp_path / "sweep.json"
     options: dict[str, Any] = {"sampling": Sampling(new_tokens=5), "allow_other_model": True}
     more: dict[str, Any] = {"ask": "Write well.", "examples": EXAMPLES, "neutral": NEUTRAL}
-    found = sweep(model, plan, [8], TEXTS, "change", keep=keep, **more, **options)
+    found = sweep(tiny_model, plan, [8], TEXTS, "change", keep=keep, **more, **options)
     assert Sweep.load(keep) == found
-    assert sweep(model, plan, [8], TEXTS, "change", keep=keep, **more, **options) == found
+    assert sweep(tiny_model, plan, [8], TEXTS, "change", keep=keep, **more, **options) == found
     [_, mine] = found.arm(PLAN)
     [_, along] = found.arm(DIFFERENCE)
     [_, chance] = found.arm(CONTROL)
-    directions = mean_difference(model, EXAMPLES, [1])
-    texts = generate(model, TEXTS, plan.at(8), control=directions, **options)
+    directions = mean_difference(tiny_model, EXAMPLES, [1])
+    texts = generate(tiny_model, TEXTS, plan.at(8), control=directions, **options)
     assert along.sample == texts[0].text
-    assert along.perplexity == pytest.approx(perplexity(surprisals(model, texts)))
-    asked = generate(model, asking(TEXTS, "Write well."), None, **options)
+    assert along.perplexity == pytest.approx(perplexity(surprisals(tiny_model, texts)))
+    asked = generate(tiny_model, asking(TEXTS, "Write well."), None, **options)
     assert found.asked is not None
     assert found.asked.sample == asked[0].text
-    unsteered = capability(model, NEUTRAL)
+    unsteered = capability(tiny_model, NEUTRAL)
     assert found.plain.capability == pytest.approx(unsteered)
     read = [Continuation((ids[0],), tuple(ids[1:]), "") for ids in map(_ids, NEUTRAL)]
-    assert unsteered == pytest.approx(perplexity(surprisals(model, read)))
-    assert mine.capability == pytest.approx(capability(model, NEUTRAL, plan.at(8)))
+    assert unsteered == pytest.approx(perplexity(surprisals(tiny_model, read)))
+    assert mine.capability == pytest.approx(capability(tiny_model, NEUTRAL, plan.at(8)))
     assert mine.capability != pytest.approx(unsteered)
     assert chance.capability is None
     only_generation = Plan([f"{REF}:add:8@generation"])
-    assert capability(model, NEUTRAL, only_generation) == pytest.approx(mine.capability)
-    with pytest.raises(BadPlan, match="a plan is active"), steer(model, plan, must_fire=False):
-        surprisals(model, read)
+    assert capability(tiny_model, NEUTRAL, only_generation) == pytest.approx(mine.capability)
+    with pytest.raises(BadPlan, match="a plan is active"), steer(tiny_model, plan, must_fire=False):
+        surprisals(tiny_model, read)
     page = found.page().render()
     assert "prompt only" in page
     assert "mean difference of activations" in page
@@ -147,18 +134,18 @@ def test_prompts_are_asked_in_their_own_form() -> None:
             asking(prompts, ask)
 
 
-def test_likeness_is_what_the_examples_save(model: Any) -> None:
-    measure = likeness(model, EXAMPLES)
+def test_likeness_is_what_the_examples_save(tiny_model: Any) -> None:
+    measure = likeness(tiny_model, EXAMPLES)
     text = Continuation((1, 2), tuple(b"good words"), "good words")
     values = []
     for side in (EXAMPLES.positive, EXAMPLES.negative):
         context = tuple(token for one in side for token in _ids(f"{one}\n"))
-        [value] = surprisals(model, [Continuation(context, text.ids, "")])
+        [value] = surprisals(tiny_model, [Continuation(context, text.ids, "")])
         assert value is not None
         values.append(value)
     assert measure.of(text, text) == pytest.approx(values[1] - values[0])
     assert measure.of(Continuation((1,), (), ""), text) == 0
-    assert measure.name != likeness(model, Examples(("x",), ("y",))).name
+    assert measure.name != likeness(tiny_model, Examples(("x",), ("y",))).name
 
 
 def test_the_verdict_asks_for_more_than_chance() -> None:
@@ -184,9 +171,9 @@ def test_the_verdict_asks_for_more_than_chance() -> None:
     assert judged(good, asked=1.0).verdict == "moves it; asking moves it more"
 
 
-def test_features_are_ordered_by_what_they_cause(model: Any) -> None:
+def test_features_are_ordered_by_what_they_cause(tiny_model: Any) -> None:
     found = causes(
-        model,
+        tiny_model,
         [REF, "local/tiny/1/5"],
         "change",
         prompts=TEXTS,
@@ -199,4 +186,4 @@ def test_features_are_ordered_by_what_they_cause(model: Any) -> None:
     assert {row.ref for row in found.rows} == {REF, "local/tiny/1/5"}
     assert "mean difference" in str(found)
     with pytest.raises(BadPlan, match="nothing to measure"):
-        causes(model, [REF])
+        causes(tiny_model, [REF])

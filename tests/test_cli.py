@@ -38,6 +38,16 @@ def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> N
     assert f"  {verb}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("verb", ["label", "synth"])
+def test_a_word_of_two_verbs_shows_the_one_that_was_asked(
+    verb: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main([verb, "describe", "--help"])
+    examples = re.findall("^    (qsl .*? describe) ", capsys.readouterr().out, re.MULTILINE)
+    assert examples == [f"qsl {verb} describe"] * 2
+
+
 @pytest.mark.slow
 def test_every_converter_runs_by_itself() -> None:
     code = "import runpy, sys\n"
@@ -78,11 +88,13 @@ HEAVY = ("torch", "transformers", "sae_lens", "transformer_lens", "starlette", "
 
 
 READERS = (
+    "stores.remote",
     "stores.store",
     "stores.sql",
     "stores.merge",
     "stores.inspect",
     "stores.reread",
+    "features.pool",
     "features.rank",
     "features.statistics",
     "features.statistics_table",

@@ -39,9 +39,13 @@ extract one.jsonl --sae MINI --layers 99 --out o                        | layer 
 extract one.jsonl --sae MINI --layers 6 --out o --model ./nowhere       | not a folder
 extract one.jsonl --sae MINI --layers 6 --out o --device banana         | device 'banana'
 extract one.jsonl --sae MINI --layers 6 --out o --ray 2                 | ray, which is not
+extract one.jsonl --sae MINI --layers 6 --out memory://x                | is lost when it ends
+extract one.jsonl --sae MINI --layers 6 --out s3://                     | expected a bucket
 store info folder                                                       | not a feature store
 store sql nosuch select                                                 | not a feature store
 store merge new nosuch                                                  | not a feature store
+store copy store memory://x                                             | is lost when it ends
+store info s3://                                                        | expected a bucket
 stats nosuch                                                            | not a feature store
 stats store --layers 99                                                 | layer 99 is not in store
 stats store --feature 9999                                              | feature 9999
@@ -51,6 +55,7 @@ rank store --label lang --positive p --layers 99                        | layer 
 label list none.jsonl                                                   | there is no file
 label list empty.jsonl                                                  | empty.jsonl is empty
 label check labels.jsonl --store nosuch                                 | not a feature store
+find a --sae MINI --labels labels.jsonl --embed openai:http://127.0.0.1:9/v1#m| no connection
 dash build store --out o --layers 99                                    | layer 99 is not in store
 dash export nosuch --out o                                              | not a feature store
 dash serve nosuch                                                       | not a site of features

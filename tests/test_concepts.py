@@ -181,6 +181,7 @@ def test_all_layers_that_are_here(home: Path) -> None:
         ({"words": "  "}, BadText, "needs some words"),
         ({"words": "x" * 301}, BadText, "name it in a few words"),
         ({"against": ["a text"]}, BadText, "no examples"),
+        ({"examples": ["a", "b"], "against": ["b", "a"]}, BadText, "are the same"),
         ({"examples": "one text"}, BadText, "put it into a list"),
         ({"examples": [""]}, BadText, "one is empty"),
         ({"columns": ["labels"]}, TooLittleData, "needs labels"),
@@ -358,8 +359,11 @@ def test_what_is_no_lens_is_refused(content: Any, tmp_path: Path, capsys: Any) -
         path.write_bytes(content)
     else:
         torch.save(content, path, pickle_module=pickle)
-    with pytest.raises(BadFile, match=r"lens\.pt"):
+    with pytest.raises(BadFile, match=r"lens\.pt") as said:
         read_lens(path)
+    if isinstance(content, bytes):
+        assert "it begins with b'no a' and not with" in str(said.value)
+        assert "`qsl lens fit`" in str(said.value)
     assert capsys.readouterr().out == ""  # the code in it did not run
 
 

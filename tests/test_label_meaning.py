@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,20 @@ def test_find_reads_labels_by_meaning(tmp_path: Path, monkeypatch: pytest.Monkey
     assert both.rows[0].meaning == pytest.approx(1, abs=1e-5)
     with pytest.raises(TooLittleData, match="a model for embeddings"):
         find("snow", columns=["meaning"], **how)
+
+
+def test_a_dead_endpoint_is_known_before_anything_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    module = sys.modules["qwen_scope_lens.concepts.find"]  # `find` is the function's name, too
+    monkeypatch.setattr(module, "layers_of", lambda *_: pytest.fail("late"))
+    with Server(lambda call: {"data": []}) as server:
+        url = server.url
+    dead = open_embedder(f"openai:{url}#good", backoff=0.0)
+    pack = LabelPack([Label(SAE.feature(3), "winter weather")])
+    with pytest.raises(GeneratorFailed, match="no connection"):
+        find("snow", labels=pack, embedder=dead)
 
 
 def test_poolings_of_a_local_model() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -144,6 +146,27 @@ def test_refusals(local: FeatureStore, url: str, tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("evil.parquet"))
 
 
+def test_a_storage_that_fails_is_named_as_what_was_asked_of_it(
+    local: FeatureStore, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise TimeoutError("nobody")
+
+    copy(local.path, url, progress=False)
+    there, memory = Remote.of(url), type(fsspec.filesystem("memory"))
+    with monkeypatch.context() as patch:
+        patch.setattr(memory, "cat_file", fail)
+        with pytest.raises(StorageUnreachable) as said:
+            FeatureStore.open(url)
+    assert "manifest.json cannot be read: TimeoutError: nobody" in str(said.value)
+    assert "written" not in str(said.value)
+    monkeypatch.setattr(memory, "pipe_file", fail)
+    with pytest.raises(StorageUnreachable) as said:
+        there.send(local.path, 0)
+    assert "cannot be written: TimeoutError: nobody" in str(said.value)
+    assert "Nothing half counts as written" in str(said.value)
+
+
 def test_extraction_to_a_url(url: str, tmp_path: Path) -> None:
     corpus = tmp_path / "texts.txt"
     corpus.write_text("\n".join(TEXTS), encoding="utf-8")
@@ -195,9 +218,27 @@ def test_a_server_of_the_s3_protocol(
     with pytest.raises(StorageUnreachable, match="no bucket nowhere"):
         copy(local.path, "s3://nowhere/store", progress=False)
     other = build_store(tmp_path / "other", DOCUMENTS[:2], shard_docs=1)
-    monkeypatch.setattr(Remote, "manifest", lambda self: None)  # as if both began at once
-    with pytest.raises(StoreMismatch):
-        Remote.of(bucket).begin(other.manifest)
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(Remote, "manifest", lambda self: None)  # as if both began at once
+        with pytest.raises(StoreMismatch):
+            Remote.of(bucket).begin(other.manifest)
     assert FeatureStore.open(bucket).n_docs == 3
     shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+
+
+@pytest.mark.slow
+def test_a_silent_server_is_not_waited_for_long(
+    local: FeatureStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a limit of ours s3fs asks for more than five minutes."""
+    fs = pytest.importorskip("s3fs").S3FileSystem
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "id")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+        fs.clear_instance_cache()
+        started = time.monotonic()
+        with pytest.raises(StorageUnreachable, match="cannot be read: ReadTimeoutError"):
+            copy(local.path, "s3://shelf/store", progress=False)
+        assert time.monotonic() - started < 40
+    fs.clear_instance_cache()

@@ -55,19 +55,7 @@ from qwen_scope_lens.tables import printable, width_of
 TEXTS = ["a first text, long enough", "another one", "third: 123"]
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return reference.write_saes(tmp_path_factory.mktemp("tools"))
-
-
-@pytest.fixture(autouse=True)
-def _home(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("QWEN_SCOPE_HOME", str(world.home))
-
-
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return reference.endless_bridge()
+pytestmark = pytest.mark.usefixtures("tiny_home")
 
 
 def ref(layer: int, feature: int) -> str:
@@ -77,16 +65,18 @@ def ref(layer: int, feature: int) -> str:
 # --- calibration ---------------------------------------------------------------------------------
 
 
-def by_hand(model: Any, world: Any, layer: int) -> torch.Tensor:
+def by_hand(tiny_model: Any, tiny_world: Any, layer: int) -> torch.Tensor:
     """Codes of every token that counts, from the published formula."""
-    read = qsl.capture(model, TEXTS, [layer])
+    read = qsl.capture(tiny_model, TEXTS, [layer])
     x = read.residuals[layer][read.keep(layer)]
-    return reference.planted.model_card_encode(world[layer], x, reference.K)
+    return reference.planted.model_card_encode(tiny_world[layer], x, reference.K)
 
 
-def test_typical_activations_are_means_where_features_fire(model: Any, world: Any) -> None:
-    codes = by_hand(model, world, 1)
-    found = calibrate(model, ["local/tiny/1", ref(2, 3)], TEXTS)
+def test_typical_activations_are_means_where_features_fire(
+    tiny_model: Any, tiny_world: Any
+) -> None:
+    codes = by_hand(tiny_model, tiny_world, 1)
+    found = calibrate(tiny_model, ["local/tiny/1", ref(2, 3)], TEXTS)
     fired = [f for f in range(reference.D_SAE) if bool((codes[:, f] > 0).any())]
     assert [r for r in found if r.startswith("local/tiny/1/")] == [ref(1, f) for f in fired]
     for f in fired:
@@ -99,8 +89,8 @@ def test_typical_activations_are_means_where_features_fire(model: Any, world: An
     assert plan.edits[0].value == pytest.approx(2 * found[ref(1, fired[0])])
 
 
-def test_a_calibration_survives_a_file(model: Any, tmp_path: Path) -> None:
-    found = calibrate(model, ["local/tiny/1"], TEXTS)
+def test_a_calibration_survives_a_file(tiny_model: Any, tmp_path: Path) -> None:
+    found = calibrate(tiny_model, ["local/tiny/1"], TEXTS)
     found.save(tmp_path / "typical.json")
     again = Calibration.load(tmp_path / "typical.json")
     assert again.facts == found.facts
@@ -112,15 +102,15 @@ def test_a_calibration_survives_a_file(model: Any, tmp_path: Path) -> None:
         with pytest.raises(BadFile, match="damaged"):
             Calibration.load(tmp_path / "typical.json")
     with pytest.raises(TooLittleData):
-        calibrate(model, ["local/tiny/1"], ["x"])  # only a first token
+        calibrate(tiny_model, ["local/tiny/1"], ["x"])  # only a first token
 
 
-def test_a_store_gives_the_same(model: Any, tmp_path: Path) -> None:
+def test_a_store_gives_the_same(tiny_model: Any, tmp_path: Path) -> None:
     from qwen_scope_lens.stores import extract
 
-    store = extract(TEXTS, model=model, group="local/tiny", layers=[1], out=tmp_path / "store")
+    store = extract(TEXTS, model=tiny_model, group="local/tiny", layers=[1], out=tmp_path / "store")
     from_store = calibrate_from_store(store, ["local/tiny/1"])
-    direct = calibrate(model, ["local/tiny/1"], TEXTS)
+    direct = calibrate(tiny_model, ["local/tiny/1"], TEXTS)
     assert list(from_store) == list(direct)
     for name in direct:
         assert from_store[name] == pytest.approx(direct[name], rel=1e-3)
@@ -131,39 +121,40 @@ def test_a_store_gives_the_same(model: Any, tmp_path: Path) -> None:
 # --- generation, coherence, measures -------------------------------------------------------------
 
 
-def test_batches_of_any_size_continue_the_same(model: Any) -> None:
+def test_batches_of_any_size_continue_the_same(tiny_model: Any) -> None:
     sampling = Sampling(new_tokens=6)
     plan = Plan([f"{ref(1, 3)}:add:+5"])
     mixed: list[Plan | None] = [plan, None, plan]
-    together = generate(model, TEXTS, mixed, sampling=sampling)
+    together = generate(tiny_model, TEXTS, mixed, sampling=sampling)
     alone = [
-        generate(model, [t], p, sampling=sampling)[0] for t, p in zip(TEXTS, mixed, strict=True)
+        generate(tiny_model, [t], p, sampling=sampling)[0]
+        for t, p in zip(TEXTS, mixed, strict=True)
     ]
-    assert together == alone == generate(model, TEXTS, mixed, sampling=sampling, batch=2)
-    assert together[1] == generate(model, TEXTS, sampling=sampling)[1]
-    assert together[0] != generate(model, TEXTS, sampling=sampling)[0]
+    assert together == alone == generate(tiny_model, TEXTS, mixed, sampling=sampling, batch=2)
+    assert together[1] == generate(tiny_model, TEXTS, sampling=sampling)[1]
+    assert together[0] != generate(tiny_model, TEXTS, sampling=sampling)[0]
     warm = Sampling(new_tokens=6, temperature=1.0, seed=3)
-    assert generate(model, TEXTS, sampling=warm) == generate(model, TEXTS, sampling=warm)
+    assert generate(tiny_model, TEXTS, sampling=warm) == generate(tiny_model, TEXTS, sampling=warm)
     with pytest.raises(PlanNeverFired):
-        generate(model, TEXTS, Plan([f"{ref(1, 3)}:add:+5@pos=99"]), sampling=sampling)
+        generate(tiny_model, TEXTS, Plan([f"{ref(1, 3)}:add:+5@pos=99"]), sampling=sampling)
     with pytest.raises(BadPlan, match="2 plans for 3"):
-        generate(model, TEXTS, [plan, None])
+        generate(tiny_model, TEXTS, [plan, None])
     with pytest.raises(BadText, match="room"):
-        generate(model, TEXTS, sampling=Sampling(new_tokens=300))
+        generate(tiny_model, TEXTS, sampling=Sampling(new_tokens=300))
 
 
-def test_surprisals_are_the_models_own(model: Any) -> None:
+def test_surprisals_are_the_models_own(tiny_model: Any) -> None:
     ids = make_tokenizer()(["prompt", "and more"])["input_ids"]
     cases = [
         Continuation(tuple(ids[0]), (65, 66, 67), ""),
         Continuation(tuple(ids[1]), (70,), ""),
         Continuation(tuple(ids[0]), (), ""),
     ]
-    found = surprisals(model, cases)
+    found = surprisals(tiny_model, cases)
     for case, value in zip(cases[:2], found[:2], strict=True):
         whole = torch.tensor([[*case.prompt_ids, *case.ids]])
         with torch.no_grad():
-            scores = model(whole)[0].double().log_softmax(-1)
+            scores = tiny_model(whole)[0].double().log_softmax(-1)
         at = range(len(case.prompt_ids) - 1, whole.shape[1] - 1)
         truth = -np.mean([float(scores[i, whole[0, i + 1]]) for i in at])
         assert value == pytest.approx(truth, rel=1e-4)
@@ -171,9 +162,9 @@ def test_surprisals_are_the_models_own(model: Any) -> None:
     assert perplexity(found) == pytest.approx(math.exp((found[0] + found[1]) / 2))  # type: ignore[operator]
     with (
         pytest.raises(BadPlan, match="unsteered"),
-        steer(model, Plan([f"{ref(1, 3)}:add:1"]), must_fire=False),
+        steer(tiny_model, Plan([f"{ref(1, 3)}:add:1"]), must_fire=False),
     ):
-        surprisals(model, cases)
+        surprisals(tiny_model, cases)
 
 
 def test_repetition() -> None:
@@ -192,13 +183,13 @@ def test_measures() -> None:
             Measure.parse(bad)
 
 
-def test_a_control_pushes_as_hard_elsewhere(model: Any, world: Any) -> None:
+def test_a_control_pushes_as_hard_elsewhere(tiny_model: Any, tiny_world: Any) -> None:
     plan = Plan([f"{ref(1, 3)}:set:4", f"{ref(1, 5)}:add:2"])
     seen: dict[int | None, torch.Tensor] = {}
     reports: dict[int | None, tuple[EditReport, ...]] = {}
     for control in (None, 0, 1):
-        with steer(model, plan, control=control) as report, torch.no_grad():
-            model.run_with_hooks(
+        with steer(tiny_model, plan, control=control) as report, torch.no_grad():
+            tiny_model.run_with_hooks(
                 torch.tensor([list(b"some text")]),
                 fwd_hooks=[
                     (
@@ -208,11 +199,11 @@ def test_a_control_pushes_as_hard_elsewhere(model: Any, world: Any) -> None:
                 ],
             )
         reports[control] = report.edits
-    plain = qsl.capture(model, [list(b"some text")], [1]).residuals[1]
+    plain = qsl.capture(tiny_model, [list(b"some text")], [1]).residuals[1]
     pushes = {c: (seen[c][0] - plain)[1:] for c in (None, 0, 1)}
     for i in range(2):
         assert reports[0][i].moved == pytest.approx(reports[None][i].moved, rel=1e-5)
-    d = world[1]["W_dec"][:, [3, 5]]
+    d = tiny_world[1]["W_dec"][:, [3, 5]]
     along = torch.linalg.lstsq(d, pushes[None].T).solution
     torch.testing.assert_close(d @ along, pushes[None].T, rtol=1e-3, atol=1e-3)
     for c in (0, 1):
@@ -252,7 +243,7 @@ def test_open_edits() -> None:
             parse_open_edit(bad)
 
 
-def test_a_sweep_measures_every_dose_and_goes_on(model: Any, tmp_path: Path) -> None:
+def test_a_sweep_measures_every_dose_and_goes_on(tiny_model: Any, tmp_path: Path) -> None:
     plan = Plan([parse_open_edit(f"{ref(1, 3)}:add")])
     keep = tmp_path / "sweep.json"
     options: dict[str, Any] = {"sampling": Sampling(new_tokens=6), "keep": keep}
@@ -263,29 +254,29 @@ def test_a_sweep_measures_every_dose_and_goes_on(model: Any, tmp_path: Path) -> 
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        sweep(model, plan, [-4, 0, 4], TEXTS, progress=stop_early, **options)
+        sweep(tiny_model, plan, [-4, 0, 4], TEXTS, progress=stop_early, **options)
     kept = Sweep.load(keep)
     assert [(d.arm, d.strength) for d in kept.doses] == [(PLAN, 0), (PLAN, -4), (CONTROL, -4)]
-    found = sweep(model, plan, [-4, 4], TEXTS, **options)
+    found = sweep(tiny_model, plan, [-4, 4], TEXTS, **options)
     assert found.doses[:3] == kept.doses
     assert Sweep.load(keep) == found
-    texts = generate(model, TEXTS, plan.at(4), sampling=options["sampling"])
-    plain = generate(model, TEXTS, sampling=options["sampling"])
+    texts = generate(tiny_model, TEXTS, plan.at(4), sampling=options["sampling"])
+    plain = generate(tiny_model, TEXTS, sampling=options["sampling"])
     change = Measure.parse("change")
     effects = [change.of(a, b) for a, b in zip(texts, plain, strict=True)]
     top = found.arm(PLAN)[-1]
     assert top.strength == 4
     assert top.effect == pytest.approx(np.mean(effects))
     assert top.low <= top.effect <= top.high
-    assert top.perplexity == pytest.approx(perplexity(surprisals(model, texts)))
+    assert top.perplexity == pytest.approx(perplexity(surprisals(tiny_model, texts)))
     assert found.plain.effect == 0
     page = found.page().save(tmp_path / "page.html").read_text()
     assert page.count("<svg") == 2
     assert "95% interval" in str(found)
     with pytest.raises(StoreMismatch, match="other edits"):
-        sweep(model, plan, [-4, 4], TEXTS[:2], **options)
+        sweep(tiny_model, plan, [-4, 4], TEXTS[:2], **options)
     with pytest.raises(BadPlan, match="the only strength is 0"):
-        sweep(model, plan, [0], TEXTS)
+        sweep(tiny_model, plan, [0], TEXTS)
 
 
 def test_the_guard_refuses_broken_text() -> None:
@@ -308,14 +299,14 @@ def test_the_guard_refuses_broken_text() -> None:
 # --- blame ---------------------------------------------------------------------------------------
 
 
-def test_blame_finds_what_is_stronger_on_the_bad_tokens(model: Any, world: Any) -> None:
+def test_blame_finds_what_is_stronger_on_the_bad_tokens(tiny_model: Any, tiny_world: Any) -> None:
     """Against sums over the published formula's codes, token by token."""
     cases = [
         Case("ask", "good 12"),
         Case("then", "9 fine", bad=True),
         Case("ok", "well", bad=False),
     ]
-    found = blame(model, ["local/tiny/1", "local/tiny/2"], cases, classes=["digit"], top=500)
+    found = blame(tiny_model, ["local/tiny/1", "local/tiny/2"], cases, classes=["digit"], top=500)
     tokenizer = make_tokenizer()
     for layer in (1, 2):
         bad: list[torch.Tensor] = []
@@ -324,9 +315,9 @@ def test_blame_finds_what_is_stronger_on_the_bad_tokens(model: Any, world: Any) 
             assert isinstance(case.prompt, str)
             text = case.prompt + case.reply
             ids = tokenizer(text)["input_ids"]
-            read = qsl.capture(model, [ids], [layer])
+            read = qsl.capture(tiny_model, [ids], [layer])
             codes = reference.planted.model_card_encode(
-                world[layer], read.residuals[layer], reference.K
+                tiny_world[layer], read.residuals[layer], reference.K
             )
             for at in range(1, len(ids)):  # the first token is left out
                 digit = text[at].isdigit() and at >= len(case.prompt) and case.bad
@@ -342,11 +333,11 @@ def test_blame_finds_what_is_stronger_on_the_bad_tokens(model: Any, world: Any) 
     assert [s.difference for s in found] == sorted((s.difference for s in found), reverse=True)
 
 
-def test_blame_refuses_what_it_cannot_answer(model: Any, tmp_path: Path) -> None:
+def test_blame_refuses_what_it_cannot_answer(tiny_model: Any, tmp_path: Path) -> None:
     with pytest.raises(TooLittleData, match="no bad reply"):
-        blame(model, ["local/tiny/1"], [Case("a", "b", bad=False)])
+        blame(tiny_model, ["local/tiny/1"], [Case("a", "b", bad=False)])
     with pytest.raises(TooLittleData, match="class han"):
-        blame(model, ["local/tiny/1"], [Case("a", "b")], classes=["han"])
+        blame(tiny_model, ["local/tiny/1"], [Case("a", "b")], classes=["han"])
     path = tmp_path / "cases.jsonl"
     rows = [
         {"prompt": "a", "reply": "b"},
@@ -394,12 +385,14 @@ def test_columns_grow_line_by_line() -> None:
 
 
 @pytest.mark.parametrize("compare", [False, True])
-def test_a_stream_writes_what_generate_makes(model: Any, compare: bool) -> None:
+def test_a_stream_writes_what_generate_makes(tiny_model: Any, compare: bool) -> None:
     written: list[str] = []
     plan = Plan([f"{ref(1, 3)}:add:+5"])
     sampling = Sampling(new_tokens=8)
-    report = stream(model, TEXTS[0], plan, sampling, written.append, compare=compare, width=200)
-    text = generate(model, TEXTS[:1], plan, sampling=sampling)[0].text
+    report = stream(
+        tiny_model, TEXTS[0], plan, sampling, written.append, compare=compare, width=200
+    )
+    text = generate(tiny_model, TEXTS[:1], plan, sampling=sampling)[0].text
     shown = "".join(written)
     for line in text.replace("\t", "    ").split("\n"):
         assert printable(line).strip() in shown

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from qwen_scope_lens.catalog import find_group
-from qwen_scope_lens.errors import WrongSettings
+from qwen_scope_lens.errors import LayerOutOfRange, WrongSettings
 from qwen_scope_lens.stores.cost import Job, cost, cost_table, parameters
 
 GROUP = find_group("qwen3-8b-base/w64k-l0-50")
@@ -38,6 +38,14 @@ def test_it_grows_with_what_it_is_made_of() -> None:
 
 
 def test_impossible_jobs_are_refused() -> None:
+    for layers in (0, 37, 99):
+        with pytest.raises(LayerOutOfRange, match="expected 1 to 36, which qwen3-8b-base"):
+            cost(GROUP, Job(layers=layers))
+    deepest = max(cost_table(Job()).records(), key=lambda row: row["layers"])["layers"]
+    with pytest.raises(LayerOutOfRange, match=f"expected 1 to {deepest}"):
+        cost_table(Job(layers=deepest + 1))
+    shallower = cost_table(Job(layers=deepest)).records()
+    assert len({row["layers"] for row in shallower}) > 1  # these have fewer, and the table says so
     for wrong in ({"tokens": 0}, {"utilisation": 1.5}, {"peak": float("nan")}):
         with pytest.raises(WrongSettings, match="sizes above 0"):
             Job(**wrong)

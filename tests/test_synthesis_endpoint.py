@@ -11,12 +11,13 @@ import signal
 import socket
 import time
 import traceback
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from email.utils import formatdate
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 import pytest
 from endpoint_server import Call, Server, answer
@@ -367,6 +368,35 @@ def test_nothing_that_a_server_repeats_holds_the_key(
     kept = (tmp_path / "ledger.jsonl").read_text() + caplog.text
     assert not [name for name, w in some.items() if w in kept]
     assert MASKED in kept + seen
+
+
+def test_answers_of_another_server_are_used_again_and_named(tmp_path: Path) -> None:
+    with Server(echo) as one, Server(echo) as two:
+        with Ledger.open(tmp_path) as ledger:
+            ledger.ask(endpoint(one), requests(2))
+        places = [urlsplit(server.url).netloc for server in (one, two)]
+        with Ledger.open(tmp_path) as ledger:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")  # the same server
+                ledger.ask(endpoint(one), requests(2))
+            said = f"2 answers of openai:writer .* came from {places[0]}, .* names {places[1]}"
+            with pytest.warns(UserWarning, match=said):
+                ledger.ask(endpoint(two), requests(3))
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")  # said once
+                ledger.ask(endpoint(two), requests(3))
+            assert len(one.calls) == 2
+            assert len(two.calls) == 1
+        # A ledger from before servers were written is read as it is.
+        path = tmp_path / "ledger.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        older = [{k: v for k, v in row.items() if k != "server"} for row in rows]
+        assert older != rows
+        path.write_text("".join(json.dumps(row) + "\n" for row in older))
+        with Ledger.open(tmp_path) as ledger, warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert all(ledger.ask(endpoint(two), requests(3)))
+        assert len(two.calls) == 1
 
 
 def test_a_redirect_is_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

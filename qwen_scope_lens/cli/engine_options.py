@@ -66,7 +66,7 @@ def check_engine(arguments: argparse.Namespace) -> tuple[str, str]:
         raise UnknownName(f"--engine {name!r:.60}: expected own, {LLAMA}=WHERE or {INTERP}")
     if name == "own" and (equals or arguments.no_reader):
         raise UnknownName("the server's own engine takes no =WHERE, and cannot do with --no-reader")
-    started = name == LLAMA and not _is_url(where)
+    started = name == LLAMA and not _is_http(where)
     if name == LLAMA:
         _check_llama(where, arguments)
     if not started and (arguments.gguf is not None or arguments.engine_args):
@@ -90,12 +90,12 @@ def check_engine(arguments: argparse.Namespace) -> tuple[str, str]:
     return name, where
 
 
-def _is_url(where: str) -> bool:
+def _is_http(where: str) -> bool:
     return where.startswith(("http://", "https://"))
 
 
 def _check_llama(where: str, arguments: argparse.Namespace) -> None:
-    if _is_url(where):
+    if _is_http(where):
         if not urlsplit(where).hostname:
             raise UnknownName(f"{where!r:.60} names no host: expected http://127.0.0.1:8080")
         return
@@ -149,7 +149,7 @@ def open_engine(
         from qwen_scope_lens.serve.engines.programs import Address, Programs
 
         source: Any = Address(where, os.environ.get("LLAMA_API_KEY") or None)
-        if not _is_url(where):
+        if not _is_http(where):
             more = shlex.split(arguments.engine_args)
             program = Path(str(shutil.which(where)))
             source = Programs(program, arguments.gguf, more, arguments.engine_processes)

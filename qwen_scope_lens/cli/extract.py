@@ -49,7 +49,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_group(parser)
     add_layers(parser, "such as 12,20 or 0-7", required=True, check=inputs.group_layers)
     parser.add_argument(
-        "--out", required=True, type=place, help="the store's folder, or a URL (s3://bucket/store)"
+        "--out",
+        required=True,
+        type=place,
+        action=Input,
+        check=inputs.lasting,
+        help="the store's folder, or a URL (s3://bucket/store)",
     )
     add_model(parser)
 

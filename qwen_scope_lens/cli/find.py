@@ -186,6 +186,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.causal is not None:
         arguments.dtype = None
         model = plans.load(arguments, [first])
+    lens = _read_lens(arguments.lens, first.row.d_model)
     with tqdm(unit="layer", leave=False) as bar:
 
         def progress(done: int, total: int) -> None:
@@ -200,7 +201,7 @@ def run(arguments: argparse.Namespace) -> int:
             labels=labels,
             embedder=embedder,
             store=FeatureStore.open(arguments.store) if arguments.store else None,
-            lens=_read_lens(arguments.lens, first.row.d_model),
+            lens=lens,
             exact=arguments.exact,
             model=model,
             layers=arguments.layers,
@@ -257,10 +258,16 @@ def _embedder(arguments: argparse.Namespace, labels: LabelPack | None) -> Embedd
         return None
     if labels is None:
         raise TooLittleData("--embed finds labels by their meaning: give --labels")
-    from qwen_scope_lens.labels.embeddings import open_embedder
+    from qwen_scope_lens.labels.embeddings import embedded, open_embedder
 
-    more = endpoint_settings(arguments) if arguments.embed.startswith("openai:") else {}
-    return open_embedder(arguments.embed, arguments.embed_pooling, arguments.embed_query, **more)
+    there = arguments.embed.startswith("openai:")
+    more = endpoint_settings(arguments) if there else {}
+    found = open_embedder(arguments.embed, arguments.embed_pooling, arguments.embed_query, **more)
+    if there and "meaning" in (
+        arguments.by or BY
+    ):  # one that does not answer is known before anything is written or read
+        embedded([found.query + arguments.words], found)
+    return found
 
 
 def _written(arguments: argparse.Namespace, concept: Concept) -> Written | None:

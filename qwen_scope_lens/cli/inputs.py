@@ -26,7 +26,7 @@ from qwen_scope_lens.errors import (
     NotACheckpoint,
     UnknownName,
 )
-from qwen_scope_lens.files import open_regular, read_json
+from qwen_scope_lens.files import is_url, open_regular, read_json
 
 if TYPE_CHECKING:
     from qwen_scope_lens.stores.manifest import Manifest
@@ -46,6 +46,7 @@ __all__ = [
     "group",
     "group_layers",
     "labels",
+    "lasting",
     "layer_address",
     "layers_in",
     "made_by",
@@ -208,16 +209,17 @@ def site(path: Path, _: argparse.Namespace) -> None:
 
 
 def store(path: Path | str, _: argparse.Namespace) -> Manifest:
-    from qwen_scope_lens.files import is_url
-    from qwen_scope_lens.stores.manifest import Manifest
-
-    if not is_url(path):
-        return Manifest.open(Path(path).expanduser())
-    from qwen_scope_lens.stores.remote import (
-        open_manifest,
-    )  # with torch, which a folder's needs not
+    from qwen_scope_lens.stores.remote import open_manifest
 
     return open_manifest(path)
+
+
+def lasting(place: Path | str, _: argparse.Namespace) -> None:
+    """Where a store is written to: a folder, or a URL that is there when the command has ended."""
+    if is_url(place):
+        from qwen_scope_lens.stores.remote import Remote
+
+        Remote.of(str(place)).refuse_memory()
 
 
 def data(path: str, arguments: argparse.Namespace) -> None:

@@ -3,13 +3,13 @@
     qsl label list texts/labels.jsonl --match chinese
     qsl label show texts/labels.jsonl mini-qwen3/w1k-l0-16/6/423
     qsl label check texts/labels.jsonl --store store/
-    # needs a second pack, of `qsl synth describe`:
+    # needs a second pack, of `qsl label describe`:
     qsl label merge texts/labels.jsonl machine.jsonl --prefer score --out labels.jsonl
     # needs a download from Neuronpedia:
     qsl label import v1/qwen3.5-2b-pt/ --out labels.jsonl
 
 A line of a pack is {"address": "GROUP/LAYER/FEATURE", "text": "...", "score": 0.9, "provenance":
-{...}}; score and provenance may be left out, so a pack can be written by hand. `qsl synth describe`
+{...}}; score and provenance may be left out, so a pack can be written by hand. `qsl label describe`
 writes packs; dashboards, `qsl synth targets` and classification read them.
 """
 

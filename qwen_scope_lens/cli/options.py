@@ -73,7 +73,8 @@ Parser = argparse.ArgumentParser | argparse._ArgumentGroup
 
 @dataclass(frozen=True)
 class Word:
-    """One of the words of a verb. The docstring of `run` is the word's help."""
+    """One of the words of a verb. The docstring of `run` is the word's help; in it %(prog)s is the
+    command that was asked, because a word may stand under two verbs."""
 
     name: str
     add_arguments: Callable[[argparse.ArgumentParser], None]
@@ -91,9 +92,9 @@ def add_words(parser: argparse.ArgumentParser, words: Sequence[Word], dest: str 
         one = choices.add_parser(
             word.name,
             help=doc.splitlines()[0].replace("%", "%%"),
-            description=doc,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
+        one.description = doc.replace("%(prog)s", one.prog)
         word.add_arguments(one)
         add_quiet(one)
         one.set_defaults(**{f"run_{dest}": word.run})

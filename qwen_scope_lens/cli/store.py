@@ -195,7 +195,13 @@ def _copy_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source", type=place, action=Input, check=inputs.store, help="a store's folder or URL"
     )
-    parser.add_argument("target", type=place, help="a URL, or an empty folder")
+    parser.add_argument(
+        "target",
+        type=place,
+        action=Input,
+        check=inputs.lasting,
+        help="a URL, or an empty folder",
+    )
 
 
 def _copy(arguments: argparse.Namespace) -> None:
@@ -212,7 +218,9 @@ def _cost_arguments(parser: argparse.ArgumentParser) -> None:
         "--sae", metavar="GROUP", action=Input, check=inputs.group, help="default: all of Qwen's"
     )
     parser.add_argument("--tokens", type=positive, default=1e9, help="default: 1e9")
-    parser.add_argument("--layers", type=count, metavar="N", help="the first N; default: all")
+    parser.add_argument(
+        "--layers", type=count, metavar="N", help="the first N of a model; default: all"
+    )
     parser.add_argument("--tokens-per-document", type=positive, default=250.0, help="default: 250")
     parser.add_argument("--shard-docs", type=count, default=4096, help="default: 4096")
     parser.add_argument(

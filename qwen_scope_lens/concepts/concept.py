@@ -69,6 +69,11 @@ class Concept:
             object.__setattr__(self, name, texts)
         if self.against and not self.examples:
             raise BadText("there are texts to compare with, but no examples: give some")
+        if self.against and set(self.against) == set(self.examples):
+            raise BadText(
+                "the examples and the texts to compare with are the same, so nothing tells them"
+                " apart: give other texts to compare with, or leave them out"
+            )
 
     def texts(self) -> Iterator[tuple[str, str]]:
         """Every text that is read, after the name of its group."""

@@ -34,7 +34,7 @@ from qwen_scope_lens.errors import (
 )
 from qwen_scope_lens.features.token_effects import promoted_of
 from qwen_scope_lens.files import write_json
-from qwen_scope_lens.labels.embeddings import Embedder, by_meaning
+from qwen_scope_lens.labels.embeddings import Embedder, by_meaning, embedded
 from qwen_scope_lens.labels.packs import LabelPack
 from qwen_scope_lens.labels.search import bm25
 from qwen_scope_lens.models.architecture import Model, describe
@@ -199,6 +199,10 @@ def find(
     """
     concept = Concept(words, tuple(examples), tuple(against))
     chosen = columns_of(columns, concept, labels is not None, embedder is not None)
+    if embedder is not None and "meaning" in chosen:
+        embedded(
+            [embedder.query + concept.words], embedder
+        )  # one that does not answer is known now
     refs = layers_of(sae, layers, sae_folder)
     row, numbers = refs[0].row, [ref.layer for ref in refs]
     if store is not None:

@@ -17,8 +17,12 @@ import torch
 from torch import Tensor
 
 from qwen_scope_lens.errors import BadFile, LayerOutOfRange, WrongModel
+from qwen_scope_lens.files import open_regular
 
 __all__ = ["Lens", "read_lens"]
+
+ARCHIVE = b"PK\x03\x04"
+EXPECTED = "what `qsl lens fit` or transformer-lens's JacobianLens.save wrote"
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,19 +72,26 @@ def read_lens(path: str | Path, width: int | None = None) -> Lens:
     """
     path = Path(path).expanduser()
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with open_regular(path) as file:
+            begin = file.read(len(ARCHIVE))
     except FileNotFoundError as error:
-        raise BadFile(f"{path} does not exist: expected a Jacobian lens") from error
+        raise BadFile(f"{path} does not exist: expected {EXPECTED}") from error
+    if begin != ARCHIVE:
+        raise BadFile(
+            f"{path} is not a Jacobian lens: it begins with {begin!r} and not with {ARCHIVE!r}."
+            f" Expected is {EXPECTED}"
+        )
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
         raise BadFile(
-            f"{path} is not a Jacobian lens ({str(error).splitlines()[0]:.120}): expected a file of"
-            " transformer-lens's JacobianLens.save"
+            f"{path} is damaged, or is not a Jacobian lens ({str(error).splitlines()[0]:.120}):"
+            f" expected is {EXPECTED}"
         ) from error
     given = content.get("J") if isinstance(content, dict) else None
     if not isinstance(given, dict) or not given:
         raise BadFile(
-            f"{path} has no matrices under `J`: expected what transformer-lens's JacobianLens.save"
-            " wrote"
+            f"{path} is not a Jacobian lens: it has no matrices under `J`. Expected is {EXPECTED}"
         )
     matrices: dict[int, Tensor] = {}
     sizes = set()

@@ -13,10 +13,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qwen_scope_lens.catalog import GROUPS, Backbone, Group
-from qwen_scope_lens.errors import TooLittleData, WrongSettings
+from qwen_scope_lens.errors import LayerOutOfRange, TooLittleData, WrongSettings
 from qwen_scope_lens.tables import Table
 
 __all__ = ["Cost", "Job", "cost", "cost_table"]
@@ -80,9 +80,11 @@ def parameters(backbone: Backbone) -> float:
 
 def cost(group: Group, job: Job) -> Cost:
     """What `job` costs with the SAEs of `group`."""
-    depth = len(group.layers) if job.layers is None else min(job.layers, len(group.layers))
-    if depth < 1:
-        raise TooLittleData(f"{depth} layers: expected at least one")
+    depth = len(group.layers) if job.layers is None else job.layers
+    if not 1 <= depth <= len(group.layers):
+        raise LayerOutOfRange(
+            f"the first {depth} layers: expected 1 to {len(group.layers)}, which {group.short} has"
+        )
     last = group.layers[depth - 1]
     share = (last + 1) / group.backbone.num_layers
     speed = job.peak * job.utilisation * 3600
@@ -102,9 +104,11 @@ def cost(group: Group, job: Job) -> Cost:
 
 
 def cost_table(job: Job, groups: Sequence[Group] | None = None) -> Table:
-    """One row per group of SAEs; by default all that Qwen published."""
+    """One row per group of SAEs; by default all that Qwen published. A group with fewer layers
+    than the job takes part with all of its own if another one has so many."""
     wanted = [g for g in GROUPS if g.origin == "official"] if groups is None else groups
-    rows = [cost(group, job) for group in wanted]
+    deepest = cost(max(wanted, key=lambda group: len(group.layers)), job).layers
+    rows = [cost(group, replace(job, layers=min(deepest, len(group.layers)))) for group in wanted]
     return Table.of(
         (
             "group",

@@ -18,11 +18,13 @@ import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from qwen_scope_lens.errors import (
     BadFile,
+    CannotWrite,
     MissingExtra,
     ScopeError,
     StorageUnreachable,
@@ -50,6 +52,12 @@ CACHE_VARIABLE = "QWEN_SCOPE_CACHE"
 _SHA = re.compile(r"[0-9a-f]{64}")
 _RANGE = 1 << 18  # bytes that are read ahead of a range
 _AT_ONCE = 16
+S3_HINT = (
+    ". Credentials and address of S3 come from AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY,"
+    " AWS_PROFILE and AWS_ENDPOINT_URL"
+)
+_WAIT = {"connect_timeout": 3, "read_timeout": 5, "retries": 1}
+"""Seconds and attempts of the first question to s3fs, which by itself asks for minutes."""
 
 
 def cache_folder() -> Path:
@@ -71,6 +79,10 @@ class Remote:
         """The folder at a URL; nothing is read yet. Raises where its file system is not known."""
         import fsspec
 
+        if not url.partition("://")[2].strip("/"):
+            raise BadFile(
+                f"{url} names no place: expected a bucket and a folder, as in s3://bucket/store"
+            )
         url = url.rstrip("/")
         try:
             fs, root = fsspec.core.url_to_fs(url)
@@ -88,19 +100,29 @@ class Remote:
 
     # What is there.
 
-    def text(self, name: str) -> str | None:
-        """A small file as text, or None where it is not there."""
-        with _named(f"{self.url}/{name}"):
-            try:
-                found: bytes = self.fs.cat_file(f"{self.root}/{name}")
-            except FileNotFoundError:
-                return None
-            return found.decode("utf-8", "replace")
+    @cached_property
+    def asked(self) -> Any:
+        """The file system for the first question: one that soon says that nobody answers."""
+        import fsspec
+
+        if not hasattr(self.fs, "config_kwargs"):
+            return self.fs
+        fs, _ = fsspec.core.url_to_fs(self.url, skip_instance_cache=True)
+        for name, value in _WAIT.items():
+            setattr(fs, name, value)
+        if "AWS_MAX_ATTEMPTS" not in os.environ:
+            fs.config_kwargs = {"retries": {"total_max_attempts": 2}} | fs.config_kwargs
+        return fs
 
     def manifest(self) -> Manifest | None:
         """The manifest, or None where there is none."""
-        text = self.text(manifests.NAME)
-        return None if text is None else Manifest.parse(text, f"{self.url}/{manifests.NAME}")
+        place = f"{self.url}/{manifests.NAME}"
+        with _named(place):
+            try:
+                found: bytes = self.asked.cat_file(f"{self.root}/{manifests.NAME}")
+            except FileNotFoundError:
+                return None
+        return Manifest.parse(found.decode("utf-8", "replace"), place)
 
     def shards(self, numbers: Iterable[int]) -> dict[int, RemoteShard]:
         """Those of these shards whose `shard.json` is there."""
@@ -138,11 +160,20 @@ class Remote:
 
     # Writing.
 
+    def refuse_memory(self) -> None:
+        """Raise where what a command writes is lost when it ends."""
+        if self.url.startswith("memory:"):
+            raise CannotWrite(
+                f"{self.url} is in the memory of this process and is lost when it ends: expected a"
+                " folder, or a URL such as s3://bucket/store"
+            )
+
     def refuse_unreachable(self) -> None:
         """Raise where the bucket is not there or may not be read, before any work is done."""
+        self.manifest()  # a place that does not answer raises here; `exists` would say no
         bucket = self.root.split("/")[0]
         with _named(self.url):
-            there = not bucket or self.fs.exists(bucket)
+            there = not bucket or self.asked.exists(bucket)
         if not there:
             raise StorageUnreachable(
                 f"{self.url}: there is no bucket {bucket} that these credentials can see. Make it,"
@@ -160,7 +191,7 @@ class Remote:
                 raise StoreMismatch(
                     f"{self.url} holds other files than a feature store: choose an empty place"
                 )
-            with _named(self.url), contextlib.suppress(FileExistsError):
+            with _named(self.url, WRITING), contextlib.suppress(FileExistsError):
                 path = f"{self.root}/{manifests.NAME}"
                 self.fs.pipe_file(path, manifest.text().encode(), mode="create")
             there = self.manifest()
@@ -176,7 +207,7 @@ class Remote:
         source, target = shard_folder(folder, number), self._shard(number)
         text = (source / NAME).read_text(encoding="utf-8")
         names = [_inside(name) for name in RemoteShard(self, number, text).facts()["files"]]
-        with _named(self.url):
+        with _named(self.url, WRITING):
             with contextlib.suppress(FileNotFoundError):
                 self.fs.rm_file(f"{target}/{NAME}")  # of a damaged shard that is made again
             self.fs.put([str(source / n) for n in names], [f"{target}/{n}" for n in names])
@@ -323,7 +354,7 @@ def fetch_corpus(url: str) -> Path:
     remote = Remote.of(url)
     with _named(url):
         try:
-            key = str(remote.fs.ukey(remote.root))
+            key = str(remote.asked.ukey(remote.root))
         except FileNotFoundError:
             raise BadFile(f"{url} does not exist") from None
         name = PurePosixPath(remote.root).name
@@ -343,19 +374,21 @@ def _inside(name: str) -> str:
     return name
 
 
+READING = "be read", ""
+WRITING = "be written", ". Nothing half counts as written: run it again"
+
+
 @contextlib.contextmanager
-def _named(url: str) -> Iterator[None]:
+def _named(url: str, what: tuple[str, str] = READING) -> Iterator[None]:
     """Raise whatever a file system raises as `StorageUnreachable`, with what can be done."""
     try:
         yield
     except ScopeError:
         raise
     except Exception as error:
-        raise StorageUnreachable(
-            f"{url} cannot be used: {_words(error)}. Credentials and address of S3 come from"
-            " AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_PROFILE and AWS_ENDPOINT_URL. Nothing"
-            " half counts as written: run it again"
-        ) from error
+        done, after = what
+        hint = ". Check the address" if not url.startswith("s3") else S3_HINT
+        raise StorageUnreachable(f"{url} cannot {done}: {_words(error)}{hint}{after}") from error
 
 
 def _words(error: BaseException) -> str:

@@ -102,6 +102,11 @@ class Endpoint:
     def name(self) -> str:
         return f"openai:{self.model}"
 
+    @property
+    def server(self) -> str:
+        """Host and port, for the ledger."""
+        return urlsplit(self.base_url).netloc
+
     def generate(self, requests: Sequence[Request], book: Book) -> None:
         self._stop.clear()
         key = self._key()

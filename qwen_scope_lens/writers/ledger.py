@@ -4,7 +4,8 @@ A synthesis run is a function of its settings and of the answers that it got. Th
 answers, each as a line of JSON that is on disk before the answer is used. A run that was killed can
 therefore be started again: it finds its answers and continues where it ended. Calls that were in
 flight when the process died may have been charged; they are counted and sent again. Keys and
-headers of requests are never written here.
+headers of requests are never written here. A generator is known by its model's name, because one
+server has many addresses over time; a warning says where answers of another server are used again.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import math
 import os
 import threading
 import time
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -93,6 +95,8 @@ class Ledger:
         self._file, self._lock = file, threading.Lock()
         self._answers: dict[str, Completion] = {}
         self._measured: dict[str, Any] = {}
+        self._servers: dict[str, str] = {}  # of the answers; those of older ledgers have none
+        self._told: set[str] = set()
         open_calls: set[str] = set()
         for row in _rows(path):
             self._take(row, open_calls)
@@ -120,12 +124,27 @@ class Ledger:
         new = [i for i, key in enumerate(keys) if key not in self._answers]
         new = list({keys[i]: i for i in reversed(new)}.values())[::-1]  # each question once
         self.spent.reused += len(requests) - len(new)
+        self._tell_servers(generator, keys)
         failed: dict[str, Completion] = {}
         if new:
-            book = _Book(self, generator.name, [keys[i] for i in new], [requests[i] for i in new])
+            book = _Book(self, generator, [keys[i] for i in new], [requests[i] for i in new])
             generator.generate([requests[i] for i in new], book)
             failed = book.failed
         return [self._answers.get(key) or failed.get(key) for key in keys]
+
+    def _tell_servers(self, generator: Generator, keys: Sequence[str]) -> None:
+        """Warn where answers of another server with the same model name are used again."""
+        here = _server(generator)
+        found = Counter(self._servers[key] for key in dict.fromkeys(keys) if key in self._servers)
+        for server, count in found.items():
+            if server != here and server not in self._told:
+                self._told.add(server)
+                warnings.warn(
+                    f"{count} answers of {generator.name} in {self.path} came from {server}, and"
+                    f" this run names {here}: they are used again. If another model answers there,"
+                    " name it differently (#NAME), or begin with another ledger",
+                    stacklevel=3,
+                )
 
     def unanswered(self, generator: str, requests: Sequence[Request]) -> list[Request]:
         """Those whose answers are not here yet, each once: what `ask` would send."""
@@ -186,6 +205,8 @@ class Ledger:
             names = Completion.__dataclass_fields__
             completion = Completion(**{k: v for k, v in row.items() if k in names})
             self._answers[key] = completion
+            if server := row.get("server"):
+                self._servers[key] = server
             self.spent.calls += 1
             self.spent.calls_by_purpose[row["purpose"]] += 1
             self.spent.prompt_tokens += completion.prompt_tokens
@@ -204,7 +225,7 @@ class _Book:
     """Reports the calls of one `ask` to the ledger."""
 
     def __init__(
-        self, ledger: Ledger, generator: str, keys: list[str], requests: list[Request]
+        self, ledger: Ledger, generator: Generator, keys: list[str], requests: list[Request]
     ) -> None:
         self.failed: dict[str, Completion] = {}
         self._ledger, self._generator, self._keys, self._requests = (
@@ -229,18 +250,25 @@ class _Book:
         if completion.error:  # asked again by the next run
             self.failed[key] = completion
             return
-        head = {
+        head: dict[str, Any] = {
             "event": "answer",
             "key": key,
-            "generator": self._generator,
+            "generator": self._generator.name,
             "purpose": self._requests[number].purpose,
             "cost": self._ledger.prices.cost(completion),
         }
+        if server := _server(self._generator):
+            head["server"] = server
         self._ledger._record(head | asdict(completion))
 
     def trouble(self, number: int, what: str, maybe_charged: bool) -> None:
         row = {"event": "trouble", "key": self._keys[number], "what": what}
         self._ledger._record(row | {"maybe_charged": maybe_charged})
+
+
+def _server(generator: Generator) -> str:
+    """Host and port of the server that answers; empty for a model in memory."""
+    return str(getattr(generator, "server", ""))
 
 
 _NUMBER = (int, float)
@@ -286,6 +314,8 @@ def _wrong(line: bytes) -> str:
         return "expected an object with a key"
     if not isinstance(row.get("event"), str) or row["event"] not in _FIELDS:
         return f"unknown event {row.get('event')!r:.40}"
+    if not isinstance(row.get("server", ""), str):  # rows of older ledgers have none
+        return f"server is {row['server']!r:.40}"
     for name, kind in _FIELDS[row["event"]].items():
         value = row.get(name)
         if name not in row or not isinstance(value, kind):

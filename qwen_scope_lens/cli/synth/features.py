@@ -181,9 +181,9 @@ def _describe(arguments: argparse.Namespace) -> int:
     """Describe features from passages with a model, test the descriptions, write a label pack.
 
         # needs an endpoint that writes:
-        qsl synth describe store/ --layers 6 --features 423,431 --out labels.jsonl \\
+        %(prog)s store/ --layers 6 --features 423,431 --out labels.jsonl \\
             --generator openai:http://localhost:8000/v1#NAME
-        qsl synth describe store/ --targets targets.json --out labels.jsonl \\
+        %(prog)s store/ --targets targets.json --out labels.jsonl \\
             --generator openai:http://localhost:8000/v1#NAME --scorer hf:Qwen/Qwen3-8B
 
     The describer sees a feature's strongest passages and some weaker ones. The scorer sees only the

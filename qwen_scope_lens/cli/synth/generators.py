@@ -40,7 +40,11 @@ def add_generator_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--body", type=_mapping, default={}, metavar="JSON", help="further fields of every request"
     )
-    cost = parser.add_argument_group("cost", "counted in a ledger that no answer is paid for twice")
+    cost = parser.add_argument_group(
+        "cost",
+        "counted in a ledger that no answer is paid for twice; it knows a model by the name after #"
+        " and not by its URL, so two models need two names",
+    )
     cost.add_argument("--price-prompt", type=float, default=0.0, help="per million tokens")
     cost.add_argument("--price-completion", type=float, default=0.0, help="per million tokens")
     cost.add_argument(
