@@ -26,7 +26,8 @@ __all__ = ["HASHES_NAME", "write_saelens_folder"]
 
 HASHES_NAME = "SHA256SUMS"  # as `sha256sum --check` reads it
 PAGE = 4096
-TILE = 2048  # a float32 tile is 16 MB, and its runs are two pages long
+ROWS, COLUMNS = 1024, 4096  # of a tile in the target, which has 16 MB in float32
+FLUSH = 2**28  # this many bytes are sent to the disk at a time
 SAFETENSORS_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 Progress = Callable[[int], object]  # it is called with the bytes written since the last call
@@ -114,21 +115,47 @@ def write_safetensors(
     text = json.dumps(header).encode()
     text += b" " * (-(8 + len(text)) % PAGE)  # the data begins on a page
     base, stored = 8 + len(text), extents(source, ("W_dec", "W_enc"))
-    with path.open("wb") as target, source.open("rb") as read:
+    with path.open("wb") as target, source.open("rb") as read, ThreadPoolExecutor(1) as pool:
         target.write(len(text).to_bytes(8, "little") + text)
         target.flush()
         os.posix_fallocate(target.fileno(), 0, base + end)  # fails now if the disk is too full
+        flushed = _Flusher(target.fileno(), pool)
+
+        def finished(place: int) -> None:
+            reached(place)
+            flushed.reach(place)
+
         for name, tensor in wanted.items():
             place = base + header[name]["data_offsets"][0]
             if tensor.ndim == 1:
                 rounded = tensor.to(dtype)
                 _check_range(rounded, dtype)
                 _pwrite(target.fileno(), _bytes_of(rounded), place)
+                finished(base + header[name]["data_offsets"][1])
             else:
                 matrix = _Matrix(stored[name], transposed=not tensor.is_contiguous())
-                matrix.copy(read.fileno(), target.fileno(), place, dtype, progress)
-            reached(base + header[name]["data_offsets"][1])
+                matrix.copy(read.fileno(), target.fileno(), place, dtype, progress, finished)
+        flushed.wait()
         os.fsync(target.fileno())
+
+
+class _Flusher:
+    """Sends a file to the disk while it is written, so that little is left for the end."""
+
+    def __init__(self, fd: int, pool: ThreadPoolExecutor) -> None:
+        self._fd, self._pool, self._end = fd, pool, 0
+        self._flushes: list[Future[None]] = []
+
+    def reach(self, end: int) -> None:
+        """Everything before byte `end` is written."""
+        if end - self._end >= FLUSH:
+            self._flushes.append(self._pool.submit(os.fdatasync, self._fd))
+            self._end = end
+
+    def wait(self) -> None:
+        """Raise what went wrong, which the system says only once."""
+        for flush in self._flushes:
+            flush.result()
 
 
 class _Matrix:
@@ -138,28 +165,40 @@ class _Matrix:
         self.extent, self.transposed = extent, transposed
 
     def copy(
-        self, source: int, target: int, place: int, dtype: torch.dtype, progress: Progress
+        self,
+        source: int,
+        target: int,
+        place: int,
+        dtype: torch.dtype,
+        progress: Progress,
+        finished: Callable[[int], None],
     ) -> None:
-        """Copy tile by tile. Each is read in short runs, transposed in memory, written in runs."""
-        height, width = self.extent.shape
-        row_bytes = (height if self.transposed else width) * dtype.itemsize
-        read_buffer = torch.empty(TILE * TILE, dtype=self.extent.dtype)
-        write_buffer = torch.empty(TILE * TILE, dtype=dtype)
-        for top in range(0, height, TILE):
-            rows = slice(top, min(top + TILE, height))
-            for left in range(0, width, TILE):
-                columns = slice(left, min(left + TILE, width))
-                tile = self.extent.read_tile(source, rows, columns, into=read_buffer)
-                first, at = top, left
+        """Copy tile by tile. Each is read in short runs, transposed in memory, written in runs.
+
+        The rows of the target are finished from the first to the last.
+        """
+        shape = self.extent.shape
+        height, width = reversed(shape) if self.transposed else shape
+        row_bytes = width * dtype.itemsize
+        read_buffer = torch.empty(ROWS * COLUMNS, dtype=self.extent.dtype)
+        write_buffer = torch.empty(ROWS * COLUMNS, dtype=dtype)
+        for top in range(0, height, ROWS):
+            rows = slice(top, min(top + ROWS, height))
+            for left in range(0, width, COLUMNS):
+                columns = slice(left, min(left + COLUMNS, width))
                 if self.transposed:
-                    tile, first, at = tile.T, left, top
+                    tile = self.extent.read_tile(source, columns, rows, into=read_buffer).T
+                else:
+                    tile = self.extent.read_tile(source, rows, columns, into=read_buffer)
                 turned = write_buffer[: tile.numel()].view(tile.shape).copy_(tile)
                 _check_range(turned, dtype)
                 data, run = _bytes_of(turned), turned.shape[1] * dtype.itemsize
-                start = place + first * row_bytes + at * dtype.itemsize
-                for row in range(turned.shape[0]):
+                run = len(data) if run == row_bytes else run  # whole rows follow each other
+                start = place + top * row_bytes + left * dtype.itemsize
+                for row in range(len(data) // run):
                     _pwrite(target, data[row * run : (row + 1) * run], start + row * row_bytes)
                 progress(len(data))
+            finished(place + rows.stop * row_bytes)
 
 
 def _check_range(rounded: torch.Tensor, dtype: torch.dtype) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import resource
 import signal
 import time
@@ -102,8 +104,11 @@ def test_tiles_of_every_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     """Matrices that are smaller than a tile, equal to one, and not a multiple of one."""
     from qwen_scope_lens.converters import saelens_folder
 
-    for number, (d_model, d_sae, tile) in enumerate([(5, 7, 3), (6, 9, 3), (4, 4, 4), (1, 8, 16)]):
-        monkeypatch.setattr(saelens_folder, "TILE", tile)
+    monkeypatch.setattr(saelens_folder, "FLUSH", 1)
+    shapes = [(5, 7, 3, 3), (6, 9, 2, 3), (4, 4, 4, 4), (1, 8, 16, 16), (5, 7, 3, 9), (5, 7, 9, 2)]
+    for number, (d_model, d_sae, rows, columns) in enumerate(shapes):
+        monkeypatch.setattr(saelens_folder, "ROWS", rows)
+        monkeypatch.setattr(saelens_folder, "COLUMNS", columns)
         home = tmp_path / str(number)
         folder = planted.write_group(home / "g", range(0), d_model=d_model, d_sae=d_sae, k=1)
         weights = {
@@ -120,6 +125,26 @@ def test_tiles_of_every_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         stored = load_file(done / "sae_weights.safetensors")
         assert torch.equal(stored["W_enc"], weights["W_enc"].T)
         assert torch.equal(stored["W_dec"], weights["W_dec"].T)
+
+
+@pytest.mark.usefixtures("home")
+def test_a_disk_that_fails_on_the_way_is_noticed(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A failed write is told to one flush only, which may be one before the last."""
+    from qwen_scope_lens.converters import saelens_folder
+
+    told = iter([OSError(errno.EIO, os.strerror(errno.EIO))])
+
+    def flush(fd: int) -> None:
+        for error in told:
+            raise error
+
+    monkeypatch.setattr(saelens_folder, "FLUSH", 1)
+    monkeypatch.setattr(os, "fdatasync", flush)
+    with pytest.raises(CannotWrite, match="Input/output error"):
+        official_to_saelens.convert("local/mine", out, layers=[1], progress=False)
+    assert list((out / "mine").glob("layer*")) == []
 
 
 @pytest.mark.usefixtures("home")

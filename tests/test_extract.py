@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import hashlib
+import json
 import multiprocessing
 import os
 import random
@@ -35,8 +37,8 @@ from qwen_scope_lens.errors import (
 )
 from qwen_scope_lens.features import pool
 from qwen_scope_lens.mini import heldout
-from qwen_scope_lens.saes import LayerSAE
-from qwen_scope_lens.stores import FeatureStore, extraction, merge
+from qwen_scope_lens.saes import LayerSAE, mapped
+from qwen_scope_lens.stores import FeatureStore, extraction, fingerprints, merge
 from qwen_scope_lens.stores import shard_files as shards
 from qwen_scope_lens.stores.codec import stored_values
 from qwen_scope_lens.stores.merge import check
@@ -127,6 +129,37 @@ def test_batches_are_encoded_together_or_one_by_one(
     assert sum(sizes) == 2 * len(ROWS)
 
 
+@pytest.mark.skipif(not Path("/proc/self/pagemap").exists(), reason="needs Linux's /proc")
+def test_pages_of_saes_are_given_back_after_their_turn(
+    store: FeatureStore, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[int] = []
+    monkeypatch.setattr(mapped, "WORTH", 1)
+    monkeypatch.setattr(extraction, "give_back", lambda w: given.append(mapped.give_back(w)))
+    run(model, tmp_path / "store")
+    assert files_of(tmp_path / "store") == files_of(store.path)
+    assert len(given) == 2 * 4  # layers and shards
+    assert min(given) > 200_000  # of 524,288; a page at either end may be shared with other weights
+    given.clear()
+    run(model, tmp_path / "one", layers=[LAYER])
+    assert given == []
+
+
+def test_a_tokenizers_hash_is_over_its_sorted_json(model: Any) -> None:
+    """As older stores have it, with and without spaces in the JSON."""
+    backend = model.tokenizer.backend_tokenizer
+    expected = json.loads(backend.to_str())
+    del expected["truncation"], expected["padding"]
+    text = json.dumps(expected, sort_keys=True)
+    assert fingerprints.tokenizer_hash(model.tokenizer) == hashlib.sha256(text.encode()).hexdigest()
+    for pretty in (False, True):
+        assert fingerprints.sorted_json(backend.to_str(pretty=pretty)) == text
+    odd = {"b": [], "a": {}, "c": {"é": [["]", "{"], [1]], "A": None}, "padding": 1}
+    compact = json.dumps(odd, separators=(",", ":"), ensure_ascii=False)
+    del odd["padding"]
+    assert fingerprints.sorted_json(compact) == json.dumps(odd, sort_keys=True)
+
+
 # Killed, stopped, damaged.
 
 
@@ -147,6 +180,7 @@ def dying(step: int, model: Any, out: Path) -> None:
 
     np.save = deadly(np.save)
     pq.write_table = deadly(pq.write_table)
+    pq.ParquetWriter.write_table = deadly(pq.ParquetWriter.write_table)
     for name in ("rename", "replace", "mkdir", "write_text"):
         setattr(Path, name, deadly(getattr(Path, name)))
     run(model, out, **SMALL)

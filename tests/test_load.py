@@ -14,6 +14,8 @@ from sae_lens.saes.topk_sae import TopKSAE
 
 import qwen_scope_lens as qsl
 from qwen_scope_lens.errors import CheckpointMissing, HubUnreachable, LayerOutOfRange
+from qwen_scope_lens.saes.checkpoint import read_tensors
+from qwen_scope_lens.saes.mapped import give_back
 
 
 @pytest.fixture
@@ -82,6 +84,23 @@ def test_a_full_size_layer_costs_no_memory(tmp_path: Path) -> None:
     sae = qsl.load_sae("qwen3-1.7b-base/w32k-l0-50/27", folder=tmp_path)
     assert _resident_bytes() - before < 64 * 2**20
     assert sae.W_enc.shape == (2048, 32768)
+
+
+@pytest.mark.skipif(not Path("/proc/self/pagemap").exists(), reason="needs Linux's /proc")
+def test_only_unchanged_pages_of_a_file_are_given_back(tmp_path: Path) -> None:
+    torch.save({"W": torch.arange(8 * 2**20).float().view(2048, 4096)}, tmp_path / "W.pt")
+    weight = read_tensors(tmp_path / "W.pt")["W"]
+    expected, before = weight.clone(), _resident_bytes()
+    assert give_back(weight.T) > 31 * 2**20
+    assert before - _resident_bytes() > 31 * 2**20
+    assert give_back(weight) == 0  # there are none left
+    assert torch.equal(weight, expected)
+    assert give_back(weight[:, :2048]) == 0  # between its rows are those of others
+    assert give_back(expected) == 0
+    weight[1000, 1000] = -1.0
+    assert give_back(weight) == 0
+    assert weight[1000, 1000] == -1.0
+    assert torch.equal(expected[:1000], weight[:1000])
 
 
 def _resident_bytes() -> int:

@@ -31,6 +31,7 @@ from qwen_scope_lens.errors import TooLittleData
 from qwen_scope_lens.files import exclusive
 from qwen_scope_lens.models.architecture import layer_device
 from qwen_scope_lens.models.residuals import Capture, iter_captures
+from qwen_scope_lens.saes.mapped import give_back
 from qwen_scope_lens.stores.codec import Packed, pack
 from qwen_scope_lens.stores.corpus import Corpus, Document
 from qwen_scope_lens.stores.manifest import CorpusFacts, Manifest
@@ -42,9 +43,10 @@ if TYPE_CHECKING:  # SAELens takes seconds, and a corpus is checked before it is
 
 __all__ = ["Encoder", "Job", "Piece", "Sender", "coded_documents"]
 
-TOGETHER = 1024
-"""The fewest tokens that are encoded at a time, except at the end of a shard. An encode reads and
-converts the whole encoder once, however few its tokens are."""
+TOGETHER = 448
+"""The fewest tokens that are encoded at a time, except at the end of a shard: two batches of a
+large model on a CPU. An encode reads and converts the whole encoder once, however few its tokens
+are, and needs more memory for more of them. On a CPU, 512 are as fast as 1,024."""
 
 
 @dataclass
@@ -105,6 +107,8 @@ class Encoder:
         for layer, sae in self._saes.items():
             if self._waiting:
                 _encode(sae, layer, self._waiting)
+                if len(self._saes) > 1:
+                    give_back(sae.W_enc)
         self._waiting = []
 
 

@@ -5,9 +5,7 @@ It also refuses a model to which the SAEs cannot belong, before any work is done
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import json
 import os
 import re
 from collections.abc import Iterable
@@ -29,7 +27,7 @@ from qwen_scope_lens.models.architecture import (
 from qwen_scope_lens.models.checkpoint import open_config
 from qwen_scope_lens.saes.checkpoint import subtracts_b_dec
 from qwen_scope_lens.saes.locate import HubOptions, locate
-from qwen_scope_lens.stores.fingerprints import fingerprint
+from qwen_scope_lens.stores.fingerprints import fingerprint, tokenizer_hash
 from qwen_scope_lens.stores.manifest import ModelFacts, SAEFacts, TokenizerFacts
 
 __all__ = [
@@ -104,39 +102,14 @@ def model_facts(model: nn.Module, layers: Iterable[int]) -> ModelFacts:
 
 
 def tokenizer_facts(tokenizer: Any) -> TokenizerFacts:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        sha256 = _backend_sha(backend.to_str())
-    else:
-        sha256 = _sha(json.dumps(sorted(tokenizer.get_vocab().items())))
     name = str(getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__)
     template = getattr(tokenizer, "chat_template", None)
     return TokenizerFacts(
         name=name_of_model(name),
         size=len(tokenizer),
-        sha256=sha256,
+        sha256=tokenizer_hash(tokenizer),
         chat_template_sha256=_sha(template) if isinstance(template, str) else None,
     )
-
-
-_BACKENDS: dict[str, str] = {}
-"""Hashes of tokenizers seen in this process: sorting one of 150,000 tokens takes 0.9 s."""
-
-
-def _backend_sha(text: str) -> str:
-    """The hash of a fast tokenizer's JSON, without what calls set in it."""
-    head, mark, tail = text.partition('"added_tokens":')
-    with contextlib.suppress(ValueError):  # where the order is another one, nothing is left out
-        head = json.dumps(_without_volatile(json.loads(head + '"end": 0}')))
-    key = _sha(head + mark + tail)
-    if key not in _BACKENDS:
-        content = _without_volatile(json.loads(text))
-        _BACKENDS[key] = _sha(json.dumps(content, sort_keys=True))
-    return _BACKENDS[key]
-
-
-def _without_volatile(content: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in content.items() if name not in ("truncation", "padding")}
 
 
 def sae_facts(

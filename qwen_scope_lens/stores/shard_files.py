@@ -53,6 +53,15 @@ SHARD_FORMAT = ("qwen-scope-shard", 1)
 
 _ROW_GROUP = 16384  # one feature is read from one or two of them
 _TOKEN_GROUP = 4096
+_HITS = pa.schema(
+    [
+        ("layer", pa.int16()),
+        ("feature", pa.int32()),
+        ("doc", pa.int32()),
+        ("position", pa.int32()),
+        ("value", pa.float32()),
+    ]
+)
 _ARROW = {"bool": pa.bool_(), "int": pa.int64(), "float": pa.float64(), "str": pa.string()}
 
 
@@ -180,39 +189,37 @@ def _write_codes(
     if len(codes.overflow):
         np.save(place / "overflow.npy", codes.overflow)
     [active] = np.nonzero(codes.values.reshape(-1) > 0)
-    index = codes.low if codes.high is None else codes.indices()
+    index = (codes.low if codes.high is None else codes.indices()).reshape(-1)
     # Entries of a token have distinct features, so a stable sort leaves (feature, doc, position).
-    order = active[np.argsort(index.reshape(-1)[active], kind="stable")]
-    rows = order // codes.k
-    feature = index.reshape(-1)[order].astype(np.int32)
-    value = codes.values.reshape(-1)[order].astype(np.float32)
-    if len(codes.overflow):
-        big = np.isinf(value)
-        found = np.searchsorted(codes.overflow["at"], order[big])
-        value[big] = codes.overflow["value"][found]
-    table = pa.table(
-        {
-            "layer": pa.array(np.full(len(order), layer, dtype=np.int16)),
-            "feature": pa.array(feature),
-            "doc": pa.array(doc[rows]),
-            "position": pa.array(position[rows]),
-            "value": pa.array(value),
-        }
-    )
-    pq.write_table(
-        table,
-        place / "features.parquet",
-        compression="zstd",
-        row_group_size=_ROW_GROUP,
-        use_dictionary=["layer"],
-        column_encoding={
+    order = active[np.argsort(index[active], kind="stable")]
+    np.save(place / FIRING, firing_of(index[order].astype(np.int32)))
+    del active
+    options: dict[str, Any] = {
+        "compression": "zstd",
+        "use_dictionary": ["layer"],
+        "column_encoding": {
             "feature": "DELTA_BINARY_PACKED",
             "doc": "DELTA_BINARY_PACKED",
             "position": "BYTE_STREAM_SPLIT",
             "value": "BYTE_STREAM_SPLIT",
         },
-    )
-    np.save(place / FIRING, firing_of(feature))
+    }
+    with pq.ParquetWriter(place / "features.parquet", _HITS, **options) as writer:
+        for start in range(0, max(1, len(order)), _ROW_GROUP):
+            part = order[start : start + _ROW_GROUP]
+            rows, value = part // codes.k, codes.values.reshape(-1)[part].astype(np.float32)
+            if len(codes.overflow):
+                big = np.isinf(value)
+                found = np.searchsorted(codes.overflow["at"], part[big])
+                value[big] = codes.overflow["value"][found]
+            columns = [
+                np.full(len(part), layer, dtype=np.int16),
+                index[part].astype(np.int32),
+                doc[rows],
+                position[rows],
+                value,
+            ]
+            writer.write_table(pa.table([pa.array(column) for column in columns], _HITS))
     return len(order)
 
 
