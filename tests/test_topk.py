@@ -161,7 +161,7 @@ def test_scores_are_within_their_bounds(parts: int) -> None:
         value, error, _ = block.scores(token, feature, parts)
         off = (value - (x.double() @ rows.double().T + bias.double()).flatten()).abs()
         assert (off <= error).all()
-        # The bound falls with the number of parts: it is no larger than what the docstring says.
+        # The bound falls with the number of parts: it is at most what the docstring says.
         size = block.length.double().repeat_interleave(1024) * encoder.snapshot.norms.repeat(40)
         rounding = 2.0**-24 * (1.1 * (96 / parts + 4) * size + 1.1 * value.abs())
         assert (error <= rounding + block.slack[token]).all()

@@ -145,7 +145,9 @@ class LayerSAE(nn.Module):
             block = flat[start : start + size]
             block = block if size == 2**62 else self.process_sae_in(block)
             parts.append(encode_topk(block, encoder, self._k))
-        values, indices = (torch.cat(part) for part in zip(*parts, strict=True))
+        values, indices = (
+            part[0] if len(part) == 1 else torch.cat(part) for part in zip(*parts, strict=True)
+        )
         full = (*shape, self._k)
         return SparseCodes(values.reshape(full), indices.reshape(full), self.cfg.d_sae)
 
