@@ -27,6 +27,7 @@ bfloat16), and what underflow can hide.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -117,8 +118,7 @@ def select(encoder: Snapshot, x: torch.Tensor, k: int, precision: torch.dtype) -
 
 
 def are_few(encoder: Snapshot, x: torch.Tensor, precision: torch.dtype) -> bool:
-    """Whether all dots of these positions are computed at once, by `all_dots`, in place of steps 1
-    to 3: for one or two positions that is faster."""
+    """Whether `all_dots` replaces steps 1 to 3: for one or two positions that is faster."""
     full = precision == encoder.rows.dtype == torch.float32
     return full and 0 < len(x) <= BY_DOTS and on_cpu(x)
 
@@ -131,13 +131,13 @@ def clear_scores(
     That is so where the k-th score is above the next one, and above zero, by more than the errors.
     """
     best, feature = (dots + encoder.bias).topk(min(k + 1, encoder.d_sae), dim=1)
-    size = norm_above(x) * encoder.norms_max + encoder.bias_max
+    size = float(norm_above(x).max()) * encoder.norms_max + encoder.bias_max
     error = 1.1 * (encoder.d_in + 4) * U * size + TINY * encoder.d_in * (1 + encoder.norms_max)
-    last = best[:, k - 1]
-    clear = (last > 2 * error) & best.isfinite().all(1)
-    if k < encoder.d_sae:
-        clear &= last - best[:, k] > 3 * error
-    return (best[:, :k], feature[:, :k]) if bool(clear.all()) else None
+    for scores in best.tolist():  # a comparison with NaN is false
+        last, after = scores[k - 1], scores[k] if k < len(scores) else -math.inf
+        if not (2 * error < last and last - after > 3 * error and scores[0] < math.inf):
+            return None
+    return best[:, :k], feature[:, :k]
 
 
 def select_few(encoder: Snapshot, x: torch.Tensor, dots: torch.Tensor, k: int) -> Selection:

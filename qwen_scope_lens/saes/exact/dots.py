@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import warnings
 from fractions import Fraction
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 
@@ -104,9 +104,15 @@ def all_dots(rows: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     `rows [d_sae, d]`, `x [n, d] -> [n, d_sae]`
     """
     d_sae, n = len(rows), len(x)
-    starts = torch.arange(0, d_sae * n + 1, n, dtype=torch.int32, device=x.device)
-    column = torch.arange(n, dtype=torch.int32, device=x.device).repeat(d_sae)
-    return _dots(rows, x, starts, column).view(d_sae, n).T
+    return _dots(rows, x, *_every_pair(d_sae, n)).view(d_sae, n).T
+
+
+@lru_cache(maxsize=8)
+def _every_pair(rows: int, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where each row begins among all pairs, and the position of each pair, for `_dots`."""
+    with torch.inference_mode(False):
+        starts = torch.arange(0, rows * n + 1, n, dtype=torch.int32, device="cpu")
+        return starts, torch.arange(n, dtype=torch.int32, device="cpu").repeat(rows)
 
 
 def _starts(row: torch.Tensor, rows: int) -> torch.Tensor:
