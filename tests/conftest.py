@@ -7,6 +7,7 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.request import Request, urlopen
 
 # Before huggingface_hub is imported anywhere: it reads these once.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -113,3 +114,27 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         if skipped:
             terminalreporter.section(title, red=True, bold=True)
             terminalreporter.write_line(f"{len(skipped)} tests: {skipped[0].longrepr[2]}", red=True)
+
+
+@pytest.fixture
+def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The place of a store on a server of the S3 protocol, which ends with the test."""
+    server = pytest.importorskip("moto.server").ThreadedMotoServer(port=0)
+    fs = pytest.importorskip("s3fs")
+    server.start()
+    host, port = server.get_host_and_port()
+    # Servers of one process share their buckets.
+    urlopen(Request(f"http://{host}:{port}/moto-api/reset", method="POST")).close()
+    monkeypatch.setenv("QWEN_SCOPE_CACHE", str(tmp_path / "cache"))
+    for name, value in {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "id",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    fs.S3FileSystem.clear_instance_cache()
+    fs.S3FileSystem().mkdir("shelf")
+    yield "s3://shelf/store"
+    server.stop()
+    fs.S3FileSystem.clear_instance_cache()

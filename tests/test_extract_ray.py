@@ -16,6 +16,7 @@ from qwen_scope_lens.errors import BadCorpus, LayerOutOfRange, WrongModel
 from qwen_scope_lens.stores import Settings
 from qwen_scope_lens.stores.extract import Request
 from qwen_scope_lens.stores.extract_ray import extract_on_ray
+from qwen_scope_lens.stores.remote import copy
 
 psutil = pytest.importorskip("psutil")
 pytest.importorskip("ray")
@@ -64,6 +65,17 @@ def test_a_killed_worker_changes_nothing(tmp_path: Path) -> None:
     assert files_of(on_ray.path) == files_of(single.path)
     # There is nothing to do, so no cluster starts.
     assert extract_on_ray(TEXTS, request, progress=False).n_docs == len(TEXTS)
+
+
+@pytest.mark.slow
+def test_actors_write_to_a_url(bucket: str, tmp_path: Path) -> None:
+    request = Request(out=bucket, **JOB)
+    store = extract_on_ray(TEXTS[:4], request, progress=False, workers=2)
+    assert store.n_docs == 4
+    assert store.is_complete
+    copy(bucket, tmp_path / "copied", progress=False)
+    single = qsl.extract(TEXTS[:4], out=tmp_path / "single", progress=False, **JOB)
+    assert files_of(tmp_path / "copied") == files_of(single.path)
 
 
 def test_refusals_need_no_cluster(tmp_path: Path) -> None:

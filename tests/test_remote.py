@@ -186,27 +186,6 @@ def test_extraction_to_a_url(url: str, tmp_path: Path) -> None:
         qsl.extract(TEXTS, out=url, append=True, **JOB)
 
 
-@pytest.fixture
-def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    server = pytest.importorskip("moto.server").ThreadedMotoServer(port=0)
-    fs = pytest.importorskip("s3fs")
-    server.start()
-    host, port = server.get_host_and_port()
-    monkeypatch.setenv("QWEN_SCOPE_CACHE", str(tmp_path / "cache"))
-    for name, value in {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "id",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    fs.S3FileSystem.clear_instance_cache()
-    fs.S3FileSystem().mkdir("shelf")
-    yield "s3://shelf/store"
-    server.stop()
-    fs.S3FileSystem.clear_instance_cache()
-
-
 @pytest.mark.slow
 def test_a_server_of_the_s3_protocol(
     local: FeatureStore, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

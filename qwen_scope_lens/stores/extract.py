@@ -251,9 +251,10 @@ def check_remote(documents: Any, request: Request, remote: Remote, folder: Path)
         )
     remote.refuse_unreachable()
     try:
-        return check(documents, replace(request, out=folder))
+        checked = check(documents, replace(request, out=folder))
     except ScopeError as error:
         raise type(error)(str(error).replace(str(folder), remote.url)) from error
+    return replace(checked, request=request)
 
 
 def prepare(
