@@ -56,7 +56,7 @@ S3_HINT = (
     ". Credentials and address of S3 come from AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY,"
     " AWS_PROFILE and AWS_ENDPOINT_URL"
 )
-_WAIT = {"connect_timeout": 3, "read_timeout": 5, "retries": 1}
+_WAIT = {"connect_timeout": 3, "read_timeout": 10, "retries": 1}
 """Seconds and attempts of the first question to s3fs, which by itself asks for minutes."""
 
 
