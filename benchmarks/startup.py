@@ -7,8 +7,7 @@ Each verb runs as a user runs it, in a fresh process with a warm disk, on the to
 `qsl mini`, until its first line of real work, which ends it: the first pass through the model, the
 first codes that are read from a store, the last step before a server listens. A verb that only
 reads a small file runs to its end. Python's own start is counted, and so is the reading of the toy
-model's weights. Behind the figures are the large packages that had been imported by then. A verb is
-measured twice, and the smaller figure counts.
+model's weights. Behind the figures are the large packages that had been imported by then.
 """
 
 from __future__ import annotations
@@ -188,6 +187,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--beside", type=Path, help="another checkout of this project")
     parser.add_argument("--only", help="verbs that begin with this")
+    parser.add_argument("--turns", type=int, default=2, help="the smallest figure of these counts")
     options = parser.parse_args()
     started = time.strftime("%H:%M")
     print(f"{today()} {started}, commit {commit()}; {cpu_name()}; CPU seconds\n", flush=True)
@@ -205,7 +205,10 @@ def main() -> None:
                 if options.only and not words.startswith(options.only):
                     continue
                 try:
-                    turns = [[run(place, words, folders[p], p) for p in checkouts] for _ in "12"]
+                    turns = [
+                        [run(place, words, folders[p], p) for p in checkouts]
+                        for _ in range(options.turns)
+                    ]
                 except NotReached as error:
                     print(error, flush=True)
                     continue

@@ -44,7 +44,7 @@ def test_a_planted_language_feature_is_found_and_chance_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "qwen_scope_lens.train.language_features.mean_pre_activations",
+        "qwen_scope_lens.train.thresholds.mean_pre_activations",
         lambda store, refs, docs, model: {ref: dict.fromkeys(docs, 0.0) for ref in refs},
     )
     langs = [LANGUAGES[doc % 3] for doc in range(60)]

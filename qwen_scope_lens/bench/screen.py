@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -22,10 +23,12 @@ from qwen_scope_lens.bench.footprint import Footprint, check_comparable
 from qwen_scope_lens.bench.prompts import PromptFormat, read_prompts
 from qwen_scope_lens.bench.suite import Benchmark, extract_suite, read_footprint
 from qwen_scope_lens.errors import BadFile
-from qwen_scope_lens.models.architecture import Model
 from qwen_scope_lens.stores.manifest import Manifest
 from qwen_scope_lens.stores.reread import StoreReader
 from qwen_scope_lens.stores.store import FeatureStore
+
+if TYPE_CHECKING:
+    from qwen_scope_lens.models.architecture import Model
 
 __all__ = ["Screened", "footprint_like", "own_novelty", "screen"]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,9 +17,11 @@ from qwen_scope_lens.classify.methods import Documents
 from qwen_scope_lens.classify.pooled import pool_layers
 from qwen_scope_lens.errors import BadPlan, TooLittleData
 from qwen_scope_lens.features.document_sets import DocumentLabel, held_out_texts
-from qwen_scope_lens.models.architecture import Model
 from qwen_scope_lens.stores.reread import StoreReader
 from qwen_scope_lens.stores.store import FeatureStore
+
+if TYPE_CHECKING:
+    from qwen_scope_lens.models.architecture import Model
 
 __all__ = ["Task", "by_language", "documents_of", "open_data", "residuals_of", "split"]
 
@@ -76,7 +78,6 @@ def open_data(
     """
     from qwen_scope_lens.catalog import find_group
     from qwen_scope_lens.stores.corpus import read_corpus
-    from qwen_scope_lens.stores.extract import extract
     from qwen_scope_lens.stores.manifest import Manifest, is_stored
 
     path = Path(data).expanduser()
@@ -92,6 +93,8 @@ def open_data(
         manifest = Manifest.open(Path(place))
         wanted = list(manifest.saes) if layers is None else wanted
         max_tokens = manifest.settings.max_tokens if max_tokens is None else max_tokens
+    from qwen_scope_lens.stores.extract import extract
+
     return extract(
         corpus, model=str(model), group=row.short, layers=wanted, out=place, max_tokens=max_tokens
     )

@@ -138,12 +138,13 @@ def run(arguments: argparse.Namespace) -> int:
 def _store(arguments: argparse.Namespace) -> Any:
     from qwen_scope_lens.concepts.pairs import pairs_of
     from qwen_scope_lens.stores.corpus import read_corpus
-    from qwen_scope_lens.stores.extract import extract
     from qwen_scope_lens.stores.manifest import Manifest
     from qwen_scope_lens.stores.store import FeatureStore
 
     if Manifest.exists(Path(arguments.corpus)):
         return FeatureStore.open(arguments.corpus)
+    from qwen_scope_lens.stores.extract import extract
+
     group = find_group(arguments.sae)
     remark(f"Note: {group.notice}\n")
     documents: Any = (
@@ -170,12 +171,11 @@ def _written(arguments: argparse.Namespace, store: Any, found: Any) -> Any:
     from qwen_scope_lens.cli.synth.generators import agreed, prices, roles
     from qwen_scope_lens.labels.describe import describe, expected_requests, plan
     from qwen_scope_lens.labels.packs import LabelPack
-    from qwen_scope_lens.models.open import open_model
     from qwen_scope_lens.writers.ledger import Ledger
     from qwen_scope_lens.writers.price import price_of
 
     refs = [FeatureRef.parse(row.ref) for row in found.held if not row.label]
-    writer, planned = roles(arguments, open_model).open(arguments.generator), plan(store, refs)
+    writer, planned = roles(arguments).open(arguments.generator), plan(store, refs)
     with Ledger.open(arguments.out / "labels.run", prices(arguments)) as ledger:
         requests = expected_requests(planned)
         new = ledger.unanswered(writer.name, requests)

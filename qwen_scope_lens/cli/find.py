@@ -278,14 +278,9 @@ def _written(arguments: argparse.Namespace, concept: Concept) -> Written | None:
     from qwen_scope_lens.writers.price import price_of
     from qwen_scope_lens.writers.templates import Templates
 
-    def load(name: str) -> Any:
-        from qwen_scope_lens.models.open import open_model
-
-        return open_model(name)
-
     templates = Templates(arguments.templates)
     requests = examples_requests(concept.words, arguments.write, templates)
-    writer = roles(arguments, load).open(arguments.generator)
+    writer = roles(arguments).open(arguments.generator)
     with Ledger.open(cache_folder("examples"), prices(arguments)) as ledger:
         new = ledger.unanswered(writer.name, requests)
         price = price_of(new, prices(arguments), writer, len(requests) - len(new))

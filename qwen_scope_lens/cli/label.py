@@ -288,7 +288,6 @@ def _score(arguments: argparse.Namespace) -> int:
     from qwen_scope_lens.features.token_effects import promoted_of
     from qwen_scope_lens.labels.packs import LabelPack
     from qwen_scope_lens.labels.scores import questions, requests_of, score, table_of
-    from qwen_scope_lens.models.open import open_model
     from qwen_scope_lens.stores.store import FeatureStore
     from qwen_scope_lens.writers.ledger import Ledger
     from qwen_scope_lens.writers.price import price_of
@@ -309,7 +308,7 @@ def _score(arguments: argparse.Namespace) -> int:
         return 0
     folder = arguments.out.with_name(f"{arguments.out.stem}.run")
     with Ledger.open(folder, prices(arguments)) as ledger:
-        judge = roles(arguments, open_model).open(arguments.judge)
+        judge = roles(arguments).open(arguments.judge)
         new = ledger.unanswered(judge.name, requests)
         price = price_of(new, prices(arguments), judge, len(requests) - len(new))
         if not agreed(arguments, price):

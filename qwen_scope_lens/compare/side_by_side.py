@@ -71,7 +71,7 @@ def side_by_side(base: FeatureStore, tuned: FeatureStore, layer: int) -> SideByS
         by_doc = csr_matrix(
             (np.ones(len(doc)), (local, np.arange(len(doc)))), shape=(local[-1] + 1, len(doc))
         )
-        sides = [block.codes.to_scipy_csr()[keep].astype(np.float64) for block in (ours, theirs)]
+        sides = [block.matrix()[keep].astype(np.float64) for block in (ours, theirs)]
         ones = [_ones(values) for values in sides]
         for side, block in enumerate((ours, theirs)):
             active[side] += ones[side].nnz

@@ -37,8 +37,8 @@ class Passages:
         """The same with the feature's tokens in << >>; with `scale` (its maximum) each is followed
         by its strength from 0 to 10."""
         block = self._read(example.doc)
-        codes = block.layers[layer]
-        mine = codes.values.numpy() * (codes.indices.numpy() == feature)
+        values, indices, _ = block.entries[layer]
+        mine = values * (indices == feature)
         return self._cut(example.doc, example.position, mine.max(axis=-1), scale)
 
     def moved(self, layer: int, feature: int, example: Example, rng: random.Random) -> str:
@@ -46,8 +46,8 @@ class Passages:
 
         Empty where it fires on every token of the passage.
         """
-        codes = self._read(example.doc).layers[layer]
-        fires = ((codes.indices.numpy() == feature) & (codes.values.numpy() > 0)).any(-1)
+        values, indices, _ = self._read(example.doc).entries[layer]
+        fires = ((indices == feature) & (values > 0)).any(-1)
         start, end = max(0, example.position - self._before), example.position + self._after + 1
         window = range(start, min(end, len(fires)))
         silent = [i for i in window if not fires[i]]

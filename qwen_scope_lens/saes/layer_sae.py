@@ -8,10 +8,12 @@ SAELens SAE around them: the codes of both are the same, bit for bit. `exact/` c
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import wraps
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, cast
 
 import torch
 from torch import nn
@@ -33,6 +35,25 @@ _INPUT_BYTES = 16 * 2**20
 """How many bytes of x, as float32, are cast at a time."""
 
 _MADE_FROM = {"encoder": ("W_enc", "b_enc"), "decoder rows": ("W_dec",)}
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _uncompiled(method: F) -> F:
+    """`torch.compiler.disable`, put off until torch's compiler is there: its import takes a whole
+    second of a CPU. Before that, nothing can be compiled."""
+    disabled: list[Callable[..., Any]] = []
+
+    @wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if not disabled and "torch._dynamo" in sys.modules:
+            disabled.append(torch.compiler.disable(method))
+        return (disabled[0] if disabled else method)(*args, **kwargs)
+
+    # The compiler looks at this mark before it follows a call.
+    call._torchdynamo_disable = True  # type: ignore[attr-defined]
+    return cast(F, call)
 
 
 class Metadata(SimpleNamespace):
@@ -115,7 +136,7 @@ class LayerSAE(nn.Module):
         super().requires_grad_(requires_grad)
         return self
 
-    @torch.compiler.disable
+    @_uncompiled
     def encode_sparse(self, x: torch.Tensor) -> SparseCodes:
         """The k largest values of `ReLU(pre)`. `[.., d_in] -> SparseCodes [.., k]` in float32
 
@@ -163,7 +184,7 @@ class LayerSAE(nn.Module):
         self.exact_encoder()
         return self
 
-    @torch.compiler.disable
+    @_uncompiled
     def decode_sparse(self, codes: SparseCodes) -> torch.Tensor:
         """Reconstruct residuals, reading only the decoder rows of the codes' features.
 

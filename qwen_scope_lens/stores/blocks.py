@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qwen_scope_lens.stores.codec import Packed, as_codes
+from qwen_scope_lens.stores.codec import Packed, as_codes, as_matrix
 from qwen_scope_lens.stores.shard_reader import Shard, spans_of
 
 if TYPE_CHECKING:
+    from scipy.sparse import csr_matrix
+
     from qwen_scope_lens.saes.codes import SparseCodes
 
 __all__ = ["BLOCK_TOKENS", "Block", "DocumentBlock", "blocks_of", "document_block"]
@@ -40,6 +42,10 @@ class Block:
     def active(self) -> np.ndarray:
         """Which entries are features that fire, as opposed to padding. bool `[n, k]`"""
         return self.values > 0
+
+    def matrix(self) -> csr_matrix:
+        """A row per token, a column per feature, no padding. float32 `[n, d_sae]`"""
+        return as_matrix(self.values, self.indices, self.d_sae)
 
     @cached_property
     def codes(self) -> SparseCodes:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from qwen_scope_lens.saes.codes import SparseCodes
 
-__all__ = ["OVERFLOW", "REPAIR", "Packed", "as_codes", "pack", "stored_values"]
+__all__ = ["OVERFLOW", "REPAIR", "Packed", "as_codes", "as_matrix", "pack", "stored_values"]
 
 REPAIR = "`qsl store check` finds all damage, and running the same `qsl extract` again repairs it"
 
@@ -120,20 +120,22 @@ class Packed:
         return values
 
     def matrix(self) -> csr_matrix:
-        """A row per position, a column per feature, no padding: `SparseCodes.to_scipy_csr`."""
-        from scipy.sparse import csr_matrix
-
-        values, indices = self.numbers(), self.indices()
-        active = values > 0
-        starts = np.concatenate([[0], np.cumsum(active.sum(1))])
-        matrix = csr_matrix(
-            (values[active], indices[active], starts), shape=(len(self), self.d_sae)
-        )
-        matrix.sort_indices()
-        return matrix
+        """A row per position, a column per feature, no padding."""
+        return as_matrix(self.numbers(), self.indices(), self.d_sae)
 
     def unpack(self) -> SparseCodes:
         return as_codes(self.numbers(), self.indices(), self.d_sae)
+
+
+def as_matrix(values: np.ndarray, indices: np.ndarray, d_sae: int) -> csr_matrix:
+    """What `SparseCodes.to_scipy_csr` makes, of arrays `[n, k]` and without torch."""
+    from scipy.sparse import csr_matrix
+
+    active = values > 0
+    starts = np.concatenate([[0], np.cumsum(active.sum(1))])
+    matrix = csr_matrix((values[active], indices[active], starts), shape=(len(values), d_sae))
+    matrix.sort_indices()
+    return matrix
 
 
 def as_codes(values: np.ndarray, indices: np.ndarray, d_sae: int) -> SparseCodes:

@@ -19,12 +19,11 @@ from qwen_scope_lens.address import FeatureRef, LayerRef
 from qwen_scope_lens.errors import BadFile, ScopeError, TooLittleData, UnknownName
 from qwen_scope_lens.features.document_sets import DocumentLabel, halves
 from qwen_scope_lens.files import read_json, write_json
-from qwen_scope_lens.models.architecture import Model
-from qwen_scope_lens.train.thresholds import mean_pre_activations
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
 
+    from qwen_scope_lens.models.architecture import Model
     from qwen_scope_lens.stores.store import FeatureStore
 
 __all__ = [
@@ -189,7 +188,7 @@ class _Sums:
         values = csr_matrix((store.n_docs, store.sae(layer).d_sae))
         tokens = np.zeros(store.n_docs)
         for block in store.iter_blocks(layer, keep=True, docs=docs):
-            values += _indicator(np.asarray(block.doc), store.n_docs) @ block.codes.to_scipy_csr()
+            values += _indicator(np.asarray(block.doc), store.n_docs) @ block.matrix()
             tokens += np.bincount(block.doc, minlength=store.n_docs)
         return cls(values, tokens)
 
@@ -257,6 +256,8 @@ def find_language_features(
                 scores = float(found[row, feature]), float(again[row, feature])
                 chosen.append(LanguageFeature(ref, target, *scores, chance, {}))
     docs_of = {name: np.sort(np.concatenate([first[name], second[name]])) for name in languages}
+    from qwen_scope_lens.train.thresholds import mean_pre_activations
+
     means = mean_pre_activations(store, [f.ref for f in chosen], docs_of, model)
     limits = store.manifest.settings
     settings = {

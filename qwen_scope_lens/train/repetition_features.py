@@ -156,7 +156,7 @@ def _rises(
     """Mean rises and mean last activations of repeating documents. `-> [n, d_sae]` each"""
     rises, lasts = [], []
     for block in store.iter_blocks(layer, docs=docs):
-        matrix = block.codes.to_scipy_csr()
+        matrix = block.matrix()
         starts = np.flatnonzero(np.diff(block.doc, prepend=-1))
         for start, end in zip(starts, [*starts[1:], len(block.doc)], strict=True):
             tokens = block.token_ids[start:end].tolist()

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qwen_scope_lens.address import FeatureRef
 from qwen_scope_lens.errors import UnknownName
-from qwen_scope_lens.steering.readers import SAEs
 from qwen_scope_lens.writers.endpoint import Endpoint
 from qwen_scope_lens.writers.generator import Generator
+
+if TYPE_CHECKING:
+    from qwen_scope_lens.steering.readers import SAEs
 
 __all__ = ["Roles"]
 

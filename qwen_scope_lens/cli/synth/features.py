@@ -99,7 +99,6 @@ def _targets(arguments: argparse.Namespace) -> None:
     expresses: from the judge, from --harmful REGEX over the labels, or from --kind for all.
     """
     from qwen_scope_lens.errors import BadPlan
-    from qwen_scope_lens.models.open import open_model
     from qwen_scope_lens.stores.store import FeatureStore
     from qwen_scope_lens.synth.find import find_targets
     from qwen_scope_lens.synth.judgements import (
@@ -115,7 +114,7 @@ def _targets(arguments: argparse.Namespace) -> None:
     seed = FeatureStore.open(arguments.seed)
     reference = FeatureStore.open(arguments.reference) if arguments.reference else None
     labels = read_labels(arguments.labels)
-    judge = roles(arguments, open_model).open(arguments.judge) if arguments.judge else None
+    judge = roles(arguments).open(arguments.judge) if arguments.judge else None
     relevance = choose_relevance(
         reference,
         labels,
@@ -192,7 +191,6 @@ def _describe(arguments: argparse.Namespace) -> int:
     After an interruption the same command continues, and pays for no answer twice.
     """
     from qwen_scope_lens.labels.describe import describe, expected_requests, plan
-    from qwen_scope_lens.models.open import open_model
     from qwen_scope_lens.stores.store import FeatureStore
     from qwen_scope_lens.synth.find import features_to_describe
     from qwen_scope_lens.writers.ledger import Ledger
@@ -201,7 +199,7 @@ def _describe(arguments: argparse.Namespace) -> int:
 
     store = FeatureStore.open(arguments.store)
     refs = features_to_describe(store, arguments.targets, arguments.layer, arguments.features)
-    who = roles(arguments, open_model)
+    who = roles(arguments)
     folder = arguments.out.with_name(f"{arguments.out.stem}.run")
     templates, writer = Templates(arguments.templates), who.open(arguments.generator)
     planned = plan(store, refs, templates=templates)

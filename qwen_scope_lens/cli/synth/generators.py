@@ -105,20 +105,26 @@ def endpoint_settings(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def roles(
     arguments: argparse.Namespace,
-    load: Callable[[str], Any],
+    load: Callable[[str], Any] | None = None,
     typical: Mapping[FeatureRef, float] | None = None,
     saes: Any = None,
 ) -> Roles:
     from qwen_scope_lens.writers.roles import Roles
 
     return Roles(
-        load,
+        load or _load,
         arguments.model_name,
         typical=typical or {},
         saes=saes,
         endpoint=endpoint_settings(arguments),
         **({"strength": arguments.strength} if "strength" in arguments else {}),
     )
+
+
+def _load(name: str) -> Any:
+    from qwen_scope_lens.models.open import open_model
+
+    return open_model(name)
 
 
 def _price(text: str) -> tuple[float, float]:
