@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import logging
+import os
+import signal
+import socket
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 import torch
+from forks import command
 from serving import GROUP, Served
+from starlette.applications import Starlette
 
 from qwen_scope_lens.errors import CannotWrite
 from qwen_scope_lens.features import rank, read
 from qwen_scope_lens.serve.recorder import Recorder, Recording, rotated
 from qwen_scope_lens.serve.rows import Wanted
+from qwen_scope_lens.serve.run import make_server
 from qwen_scope_lens.stores import FeatureStore, Manifest, merge
 from qwen_scope_lens.stores.merge import check
 
@@ -163,3 +174,70 @@ def test_stores_rotate_and_the_oldest_go(served: Served, recorder: Any, tmp_path
     serve_one(served, two)
     recorded(two, 1)
     assert [path.name for path in rotated(two.store)] == ["store-0003"]
+
+
+def test_the_first_signal_waits_for_replies_and_the_second_does_not(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    server = make_server(Starlette())
+    cut: Any = (asyncio.CancelledError, asyncio.CancelledError(), None)
+    broken: Any = (ValueError, ValueError(), None)
+    names = ("uvicorn.error", logging.ERROR, "", 0)
+    records = [
+        logging.LogRecord(*names, "Exception in ASGI application", (), cut),
+        logging.LogRecord(*names, "Cancel %s running task(s), timeout exceeded", (4,), None),
+        logging.LogRecord(*names, "Exception in ASGI application", (), broken),
+    ]
+    assert [server.is_news(record) for record in records] == [True, True, True]
+    server.server_state.tasks.add(object())
+    server.handle_exit(signal.SIGINT, None)
+    assert (server.should_exit, server.force_exit, server.ended_by) == (True, False, signal.SIGINT)
+    assert "Ctrl-C again cuts them" in capsys.readouterr().err
+    assert [server.is_news(record) for record in records] == [False, False, True]
+    server.handle_exit(signal.SIGINT, None)
+    assert server.force_exit
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("times", [1, 2])
+def test_interrupted_in_the_middle_of_replies(times: int, tmp_path: Path) -> None:
+    """Nothing but one line is said, and what was written before the cut is in the store."""
+    listening = socket.create_server(("127.0.0.1", 0))
+    port = listening.getsockname()[1]
+    listening.close()
+    store, log = tmp_path / "served", tmp_path / "log"
+    server = command(["serve", "--port", str(port), "--record", str(store)], log)
+    url = f"http://127.0.0.1:{port}/v1"
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
+        with suppress(httpx.HTTPError):
+            httpx.get(f"{url}/models")
+            break
+        time.sleep(0.1)
+    asked: Any = {"prompt": "It opens", "max_tokens": 480, "stream": True}
+    begun = threading.Semaphore(0)
+
+    def ask() -> None:
+        with (
+            suppress(httpx.HTTPError),
+            httpx.stream("POST", f"{url}/completions", json=asked, timeout=60) as reply,
+        ):
+            for _ in reply.iter_lines():
+                begun.release()
+
+    threads = [threading.Thread(target=ask, daemon=True) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for _ in range(40):
+        assert begun.acquire(timeout=60)
+    for _ in range(times):
+        os.kill(server.pid, signal.SIGINT)
+        time.sleep(0.3)
+    assert server.wait() == 130
+    said = log.read_text()
+    assert "Traceback" not in said
+    assert "ERROR" not in said
+    assert said.endswith("qsl serve: interrupted\n")
+    assert check(store) == []
+    assert FeatureStore.open(store).n_docs == 4

@@ -17,8 +17,10 @@ other machine.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import os
 import re
+import signal
 import tempfile
 import threading
 from concurrent.futures import Future
@@ -182,6 +184,7 @@ def run(arguments: argparse.Namespace) -> int:
         allow_other_model=True,  # `plans.load` has looked
     )
     with ExitStack() as stack:
+        stack.callback(signal.signal, signal.SIGINT, signal.getsignal(signal.SIGINT))
         engine = None
         if choice[0] != "own":
             facts = tokenizer, ends, context
@@ -234,7 +237,9 @@ def run(arguments: argparse.Namespace) -> int:
         address = f"http://{host}:{listening.getsockname()[1]}/"
         fragment = "" if token is None else f"#token={token}"
         print(f"{address}  (API: {address}v1; Ctrl-C ends it)", flush=True)
-        serve(serving, listening, address + fragment if arguments.open else None)
+        ended_by = serve(serving, listening, address + fragment if arguments.open else None)
+    if ended_by is not None:
+        signal.raise_signal(ended_by)
     return 0
 
 
@@ -276,5 +281,17 @@ def _site(arguments: argparse.Namespace, group: Any, layers: list[int], stack: E
         except Exception as error:
             made.set_exception(error)
 
-    threading.Thread(target=make, name="qsl-site", daemon=True).start()
+    thread = threading.Thread(target=make, name="qsl-site", daemon=True)
+    stack.callback(_end, thread)
+    thread.start()
     return made
+
+
+def _end(thread: threading.Thread) -> None:
+    """End a thread at its next line of Python: torch aborts a process that ends while it computes
+    in a thread."""
+    for _ in range(3):
+        if thread.is_alive():
+            number = ctypes.c_ulong(thread.ident or 0)
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(number, ctypes.py_object(SystemExit))
+            thread.join(5)

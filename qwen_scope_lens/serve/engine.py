@@ -172,6 +172,7 @@ class Engine:
             except Exception as error:  # whatever a kernel raises; the next requests are served
                 log.exception("a step failed")
                 self._fail(self._batch.clear(), error)
+        self._let_go()  # what was cut on the way out is recorded as far as it went
         stopping = Stopping("the server is being shut down")
         self._fail([*self._batch.rows, *self._waiting], stopping)
         for _, future in self._jobs:

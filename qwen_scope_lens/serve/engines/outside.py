@@ -63,6 +63,7 @@ class Outside:
         self._going: dict[Row, Future[None]] = {}
         self._writing = 0
         self._closing = False
+        self._stopped: set[Row] = set()  # told that the server ends
         self._loop = asyncio.new_event_loop()
         self._places = asyncio.Semaphore(rows)
         self._thread = threading.Thread(
@@ -124,6 +125,7 @@ class Outside:
             self._closing = True
             left = list(self._going)
         stopping = Stopping("the server is being shut down")
+        self._stopped = {row for row in left if not row.cancelled}
         for row in left:
             self._fail(row, stopping)
         self.cancel(left)
@@ -159,7 +161,7 @@ class Outside:
                 self.counts["prompt_tokens"] += len(row.wanted.prompt)
                 await self._write(row)
         except asyncio.CancelledError:
-            if row.reason is None and not self._closing:
+            if row.reason is None and row not in self._stopped:
                 self.counts["cancelled"] += 1
                 row.reason, row.read = "cut", len(row.ids) * bool(row.tokens)
                 row.sink(row, Step(reason="cut"))
