@@ -1,10 +1,15 @@
 """Loading, feature directions and conversion, against SAELens's own loader in the same run.
 
     python benchmarks/loading.py    # writes about 8 GB to a temporary folder, and deletes it
+    python benchmarks/loading.py --conversion > benchmarks/results/conversion.txt
 
 One synthetic layer of the size of Qwen3-8B's (65536 x 4096, float32, 2.15 GB). Times are wall-clock
 medians of interleaved runs with a warm page cache; memory is the peak of resident memory beyond
 what the process held before, each in a fresh process.
+
+`--conversion` measures conversion alone, beside the parts that no converter can do without: both
+hashes, and reading and writing every byte once. Here CPU time counts as well, because on a busy
+machine the two threads of a conversion share one core.
 """
 
 from __future__ import annotations
@@ -12,6 +17,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import statistics
 import sys
 import tempfile
 import time
@@ -22,7 +28,9 @@ from unittest import mock
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
-from _measure import cpu_name, interleaved, peak_extra, peak_in_fresh_process
+from _measure import commit, cpu_name, interleaved, peak_extra, peak_in_fresh_process, today
+
+from qwen_scope_lens.files import file_sha256
 
 GROUP = "qwen3-8b-base/w64k-l0-50"
 RELEASE = "qwen-scope-3-8b-base-w64k-l50"
@@ -34,6 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--peak", nargs=2, metavar=("CASE", "FOLDER"), help=argparse.SUPPRESS)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--conversion", action="store_true", help="only conversion, and its parts")
     parser.add_argument("--folder", type=Path, help="where to put the temporary files")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -44,7 +53,7 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(dir=arguments.folder, prefix="qwen-scope-loading-"))
     try:
         _write_layer(folder / "published" / REPO / "layer20.sae.pt")
-        _report(folder, arguments.repeats)
+        (_conversion if arguments.conversion else _report)(folder, arguments.repeats)
     finally:
         shutil.rmtree(folder)
 
@@ -134,6 +143,45 @@ def _sync(path: Path) -> None:
     """Both sides must reach the disk: ours does before it gives a file its name."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
+
+
+def _conversion(folder: Path, repeats: int) -> None:
+    source = folder / "published" / REPO / "layer20.sae.pt"
+    copied = folder / "copied"
+
+    def copy_in_order() -> None:
+        buffer = memoryview(bytearray(2**24))
+        with source.open("rb", buffering=0) as read, copied.open("wb", buffering=0) as write:
+            while count := read.readinto(buffer):
+                write.write(buffer[:count])
+            os.fsync(write.fileno())
+        copied.unlink()
+
+    def hash_both() -> None:
+        file_sha256(source)
+        file_sha256(source)  # the result is as large
+
+    all_cases = _cases(folder)
+    names = ("load + transpose + save", "convert", "convert, without its hashes")
+    cases = {name: all_cases[name] for name in names}
+    cases |= {"both hashes alone": hash_both, "a copy in order": copy_in_order}
+    took: dict[str, list[tuple[float, float]]] = {name: [] for name in cases}
+    for number in range(-1, repeats):
+        for name, case in cases.items():
+            start, began = time.process_time(), time.perf_counter()
+            case()
+            if number >= 0:  # a round to warm up
+                took[name].append((time.perf_counter() - began, time.process_time() - start))
+    print(f"{today()}, commit {commit()}; {cpu_name()}; torch {torch.__version__}")
+    print(f"one layer of 65536 x 4096 float32, 2.15 GB; medians of {repeats} interleaved rounds\n")
+    print(f"{'':30}{'wall, s':>9}{'CPU, s':>9}{'times as fast, wall':>21}{'CPU':>7}")
+    for name, times in took.items():
+        wall, cpu = (statistics.median(column) for column in zip(*times, strict=True))
+        pairs = list(zip(took["load + transpose + save"], times, strict=True))
+        ratios = [statistics.median(a[i] / b[i] for a, b in pairs) for i in (0, 1)]
+        print(f"{name:30}{wall:9.2f}{cpu:9.2f}{ratios[0]:21.2f}{ratios[1]:7.2f}")
+    fast = [a[0] / b[0] for a, b in zip(took[names[0]], took["convert"], strict=True)]
+    print(f"\nconvert, wall, in single rounds: {', '.join(f'{ratio:.2f}' for ratio in fast)}")
 
 
 def _report(folder: Path, repeats: int) -> None:
