@@ -99,13 +99,18 @@ READERS = (
     "features.statistics",
     "features.statistics_table",
     "labels.packs",
+    "labels.passages",
     "labels.search",
     "bench.analysis",
     "bench.report",
     "classify.estimator",
     "classify.report",
+    "classify.task",
     "concepts.discover",
     "compare.drift",
+    "train.language_features",
+    "train.repetition_features",
+    "writers.roles",
 )
 """What reads stores and other files. torch takes over a second of a CPU."""
 
@@ -118,7 +123,8 @@ SAES = (
     "saes.verify",
     "site.build",
 )
-"""What reads SAEs, and runs no model. transformers takes two to three seconds more."""
+"""What reads SAEs, and runs no model. transformers takes two to three seconds more, and torch's
+compiler one."""
 
 MODELS = (
     "classify.read",
@@ -175,7 +181,8 @@ import importlib
 for modules, allowed in (({READERS!r}, 0), ({SAES!r}, 1), ({MODELS!r}, 2)):
     for module in modules:
         importlib.import_module(f"qwen_scope_lens.{{module}}")
-        heavy = [name for name in {HEAVY[:4]!r}[allowed:] if name in sys.modules]
+        names = {HEAVY[:4]!r}[allowed:] + (("torch._dynamo",) if allowed < 2 else ())
+        heavy = [name for name in names if name in sys.modules]
         assert not heavy, f"{{module}} imported {{heavy}}"
 for words in {runs!r}:
     with contextlib.redirect_stdout(out):

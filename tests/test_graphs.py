@@ -258,7 +258,7 @@ def test_all_features_are_faithful_and_none_are_not(model: ScopeBridge, ablation
 def test_an_ablation_is_that_of_a_plan(model: ScopeBridge) -> None:
     found = attribute(model, TEXT, GROUP, layers=[7], most=10_000)
     codes = qsl.load_sae(f"{GROUP}/7").encode_sparse(qsl.capture(model, [TEXT], [7]).residuals[7])
-    alone = [n for n in found.features if int((codes.indices == n.number).sum()) == 1]
+    alone = [n for n in found.features if codes.indices.flatten().tolist().count(n.number) == 1]
     one = replace(found, nodes=(found.nodes[0], alone[0]), sources=np.array([], dtype=int))
     test = faithfulness(model, one, draws=1)
     with qsl.steer(model, found.plan([alone[0].name], "ablate")):

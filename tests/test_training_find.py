@@ -143,7 +143,9 @@ class _Planted:
             ids = [*range(100, 104), *[1, 2, 3, 4] * 4] * len(pair)
             dense = torch.cat([self._document(doc) for doc in pair])
             codes = qsl.SparseCodes.from_dense(dense, 16)
-            yield SimpleNamespace(doc=np.repeat(pair, 20), token_ids=np.array(ids), codes=codes)
+            yield SimpleNamespace(
+                doc=np.repeat(pair, 20), token_ids=np.array(ids), matrix=codes.to_scipy_csr
+            )
 
     def _document(self, doc: int) -> torch.Tensor:
         rng = torch.Generator().manual_seed(doc)
