@@ -82,6 +82,13 @@ def test_a_store_is_copied_and_read(local: FeatureStore, url: str, tmp_path: Pat
     assert files_of(tmp_path / "back") == files_of(tmp_path / "local")
 
 
+def test_a_folder_has_a_url_too(local: FeatureStore, url: str, tmp_path: Path) -> None:
+    there = f"file://{tmp_path}/new/there"
+    copy(local.path, there, progress=False)
+    assert files_of(tmp_path / "new" / "there") == files_of(tmp_path / "local")
+    same_answers(local, FeatureStore.open(there))
+
+
 def test_a_half_sent_store_never_looks_whole(local: FeatureStore, url: str) -> None:
     copy(local.path, url, progress=False)
     memory, root = fsspec.filesystem("memory"), "/bucket/store"

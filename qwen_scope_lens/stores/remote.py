@@ -85,7 +85,8 @@ class Remote:
             )
         url = url.rstrip("/")
         try:
-            fs, root = fsspec.core.url_to_fs(url)
+            local = {"auto_mkdir": True} if url.startswith(("file:", "local:")) else {}
+            fs, root = fsspec.core.url_to_fs(url, **local)
         except ImportError as error:
             raise MissingExtra(
                 f"{url} needs a package that is not installed ({error}): for s3://, pip install"
