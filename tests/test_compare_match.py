@@ -333,7 +333,9 @@ def test_addresses_are_matched_by_directions(
     two_stores: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["compare", "match", "mini-qwen3/w1k-l0-16/2", "mini-qwen3/w1k-l0-16/2"]) == 0
-    assert "matched beyond chance (q <= 0.05): 1,024 of 1,024" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "matched beyond chance (q <= 0.05): 1,024 of 1,024" in said.out
+    assert "every feature matches itself" in said.err
     assert main(["compare", "match", "mini-qwen3/w1k-l0-16/2", "mini-qwen3.5/w1k-l0-16/2"]) == 1
     assert "needs a store of each" in capsys.readouterr().err
     words = ["compare", "match", *map(str, two_stores), "--by", "decoder"]

@@ -15,7 +15,14 @@ import pytest
 from feature_stores import GROUP, LAYER, build_store
 
 import qwen_scope_lens as qsl
-from qwen_scope_lens.errors import BadFile, StorageUnreachable, StoreDamaged, StoreMismatch
+from qwen_scope_lens.errors import (
+    BadFile,
+    StorageUnreachable,
+    StoreDamaged,
+    StoreMismatch,
+    TooLittleData,
+)
+from qwen_scope_lens.features import statistics
 from qwen_scope_lens.stores import FeatureStore, merge, read_corpus
 from qwen_scope_lens.stores.inspect import check
 from qwen_scope_lens.stores.remote import Remote, copy
@@ -80,6 +87,26 @@ def test_a_store_is_copied_and_read(local: FeatureStore, url: str, tmp_path: Pat
     assert check(url, checksums=False) == []
     copy(url, tmp_path / "back", progress=False)
     assert files_of(tmp_path / "back") == files_of(tmp_path / "local")
+
+
+def test_a_folder_has_a_url_too(local: FeatureStore, url: str, tmp_path: Path) -> None:
+    there = f"file://{tmp_path}/new/there"
+    copy(local.path, there, progress=False)
+    assert files_of(tmp_path / "new" / "there") == files_of(tmp_path / "local")
+    same_answers(local, FeatureStore.open(there))
+    (tmp_path / "new" / "there" / "shards" / "00001" / f"layer{LAYER}" / "values.npy").unlink()
+    shutil.rmtree(tmp_path / "cache")
+    with pytest.raises(StoreDamaged, match=r"values\.npy is missing: what sent it"):
+        list(FeatureStore.open(there).iter_blocks(LAYER))
+    shutil.rmtree(tmp_path / "new" / "there" / "shards")
+    with pytest.raises(TooLittleData, match="no finished document"):
+        statistics(FeatureStore.open(there), LAYER)
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "thesis.txt").write_text("mine")
+    with pytest.raises(StoreMismatch, match="full holds other files"):
+        copy(there, full, progress=False)
+    assert [path.name for path in full.iterdir()] == ["thesis.txt"]
 
 
 def test_a_half_sent_store_never_looks_whole(local: FeatureStore, url: str) -> None:

@@ -438,6 +438,7 @@ WRONG: list[tuple[list[str], str]] = [
     (["--engine", "llama.cpp=/nowhere/llama-server"], "is not a program"),
     (["--engine", "llama.cpp=sh"], "name them with --gguf"),
     (["--engine", "llama.cpp=sh", "--gguf", "x", "--engine-args", "'"], "No closing quotation"),
+    (["--engine", "llama.cpp=sh", "--gguf", "{add}"], "is not a GGUF file: it begins with b'{"),
     (["--engine", "llama.cpp=http://"], "names no host"),
     (["--engine", "llama.cpp=http://x", "--gguf", "x"], "go with --engine llama.cpp=PROGRAM only"),
     (["--engine", "interp-engine=cuda"], "expected auto, eager, vllm"),

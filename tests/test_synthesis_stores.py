@@ -517,7 +517,13 @@ def test_describe_and_label_on_the_command_line(
     with Server(behave) as server:
         words = ["synth", "describe", str(folder / "anchor"), "--layer", "6", "--features", "0-20"]
         assert main([*words, "--generator", f"openai:{server.url}#m", "--out", str(out)]) == 0
+    kept = out.read_bytes()
+    words[-1] = "0-3"
+    gone = [*words, "--generator", f"openai:{server.url}#n", "--backoff", "0", "--out", str(out)]
     printed = capsys.readouterr().out
+    assert main(gone) == 1  # its server has ended
+    assert "nothing is written" in capsys.readouterr().err
+    assert out.read_bytes() == kept
     assert "of 21 features described" in printed
     assert "mean score 0.500" in printed
     pack = LabelPack.read(out)

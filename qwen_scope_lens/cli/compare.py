@@ -98,7 +98,9 @@ def _match(arguments: argparse.Namespace) -> None:
     from qwen_scope_lens.compare.sides import sides_of
 
     a, feature = _one_of(arguments)
-    sides_of(a, arguments.b, arguments.layers, arguments.by)  # before torch is imported
+    refs, by = sides_of(a, arguments.b, arguments.layers, arguments.by)  # before torch is imported
+    if refs[0] == refs[1] and by == "decoder":
+        remark(f"A and B are both {refs[0]}: by decoder every feature matches itself")
     if feature is not None:
         _match_one(arguments, a, feature)
         return

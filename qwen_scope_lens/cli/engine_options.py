@@ -14,8 +14,9 @@ from urllib.parse import urlsplit
 
 from qwen_scope_lens.cli import inputs, options
 from qwen_scope_lens.cli.inputs import Input
-from qwen_scope_lens.errors import BadPlan, CannotWrite, CheckpointMissing, UnknownName
+from qwen_scope_lens.errors import BadFile, BadPlan, CannotWrite, CheckpointMissing, UnknownName
 from qwen_scope_lens.extras import check
+from qwen_scope_lens.files import open_regular
 
 if TYPE_CHECKING:
     from qwen_scope_lens.catalog import Group
@@ -110,6 +111,13 @@ def _check_llama(where: str, arguments: argparse.Namespace) -> None:
         shlex.split(arguments.engine_args)
     except ValueError as error:
         raise UnknownName(f"--engine-args {arguments.engine_args!r:.60}: {error}") from error
+    with open_regular(arguments.gguf) as file:
+        begin = file.read(4)
+    if begin != b"GGUF":
+        raise BadFile(
+            f"{arguments.gguf} is not a GGUF file: it begins with {begin!r} and not with b'GGUF'."
+            " llama.cpp's convert_hf_to_gguf makes one of a model's folder"
+        )
 
 
 def without_model(name: str) -> tuple[Any, frozenset[int], int]:

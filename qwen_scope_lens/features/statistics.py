@@ -196,6 +196,8 @@ def statistics(
     from tqdm import tqdm
 
     facts = store.sae(layer)
+    if not store.n_docs:
+        raise TooLittleData(f"{store.place} has no finished document yet: let `qsl extract` run")
     chosen = None if docs is None else list(docs)
     counts = _Counts(facts.d_sae)
     top = Best(facts.d_sae, examples, one_per_doc=True)
@@ -218,7 +220,7 @@ def statistics(
     if not counts.n_tokens:
         raise TooLittleData(
             f"layer {layer} of this store has no tokens to count (first and extreme ones are left"
-            " out by default: keep=False counts them)"
+            " out by default: keep=False or --all-tokens counts them)"
         )
     top_doc, top_position, top_value = top.result()
     sampled = _strongest_first(*uniform.result())

@@ -52,9 +52,11 @@ CACHE_VARIABLE = "QWEN_SCOPE_CACHE"
 _SHA = re.compile(r"[0-9a-f]{64}")
 _RANGE = 1 << 18  # bytes that are read ahead of a range
 _AT_ONCE = 16
-S3_HINT = (
-    ". Credentials and address of S3 come from AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY,"
-    " AWS_PROFILE and AWS_ENDPOINT_URL"
+READING = "read", ""
+WRITING = "written", ". Nothing half counts as written: run it again"
+S3 = (
+    "Credentials and address of S3 come from AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_PROFILE"
+    " and AWS_ENDPOINT_URL"
 )
 _WAIT = {"connect_timeout": 3, "read_timeout": 10, "retries": 1}
 """Seconds and attempts of the first question to s3fs, which by itself asks for minutes."""
@@ -85,7 +87,8 @@ class Remote:
             )
         url = url.rstrip("/")
         try:
-            fs, root = fsspec.core.url_to_fs(url)
+            local = {"auto_mkdir": True} if url.startswith(("file:", "local:")) else {}
+            fs, root = fsspec.core.url_to_fs(url, **local)
         except ImportError as error:
             raise MissingExtra(
                 f"{url} needs a package that is not installed ({error}): for s3://, pip install"
@@ -331,8 +334,11 @@ def copy(
             if number not in whole:
                 remote.send(folder, number)
         return
-    if Manifest.exists(folder) and Manifest.read(folder) != manifest:
-        raise StoreMismatch(f"{folder} holds another store: choose an empty folder")
+    if Manifest.exists(folder):
+        if Manifest.read(folder) != manifest:
+            raise StoreMismatch(f"{folder} holds another store: choose an empty folder")
+    elif folder.is_dir() and {path.name for path in folder.iterdir()} - {"shards", ".lock"}:
+        raise StoreMismatch(f"{folder} holds other files than a store: choose an empty folder")
     with exclusive(folder):
         refuse_link(folder / "shards")
         manifest.write(folder)
@@ -374,10 +380,6 @@ def _inside(name: str) -> str:
     return name
 
 
-READING = "be read", ""
-WRITING = "be written", ". Nothing half counts as written: run it again"
-
-
 @contextlib.contextmanager
 def _named(url: str, what: tuple[str, str] = READING) -> Iterator[None]:
     """Raise whatever a file system raises as `StorageUnreachable`, with what can be done."""
@@ -386,9 +388,12 @@ def _named(url: str, what: tuple[str, str] = READING) -> Iterator[None]:
     except ScopeError:
         raise
     except Exception as error:
-        done, after = what
-        hint = ". Check the address" if not url.startswith("s3") else S3_HINT
-        raise StorageUnreachable(f"{url} cannot {done}: {_words(error)}{hint}{after}") from error
+        if isinstance(error, FileNotFoundError) and "/shards/" in url:
+            raise StoreDamaged(f"{url} is missing: what sent it sends it again") from error
+        way_out = S3 if url.startswith("s3") else "Check the address"
+        raise StorageUnreachable(
+            f"{url} cannot be {what[0]}: {_words(error)}. {way_out}{what[1]}"
+        ) from error
 
 
 def _words(error: BaseException) -> str:

@@ -17,6 +17,7 @@ from qwen_scope_lens.cli.options import (
     layer_list,
     output,
     read_labels,
+    remark,
 )
 from qwen_scope_lens.cli.synth.generators import add_generator_arguments, agreed, prices, roles
 
@@ -220,6 +221,9 @@ def _describe(arguments: argparse.Namespace) -> int:
             progress=True,
         )
         print(ledger.limit_reached or "finished", ledger.spent, sep="\n")
+    if not pack:
+        remark("nothing is written: no feature was described")
+        return 1
     pack.write(arguments.out)
     scores = [label.score for label in pack.values() if label.score is not None]
     print(f"{len(pack)} of {len(refs)} features described, {len(scores)} tested", end="")
