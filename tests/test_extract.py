@@ -12,7 +12,7 @@ import shutil
 import signal
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -124,9 +124,38 @@ def test_batches_are_encoded_together_or_one_by_one(
     one, many = sizes[: sizes.index(-1)], sizes[sizes.index(-1) + 1 : -1]
     assert sum(one) == sum(many) == 2 * store.n_tokens
     assert len(many) < len(one)
-    sizes.clear()
-    run(model, tmp_path / "last", last_token=True)  # encodes nothing that is not stored
-    assert sum(sizes) == 2 * len(ROWS)
+
+
+def test_the_last_token_alone_is_encoded_and_kept(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded: list[int] = []
+    read: list[weakref.ref[Any]] = []
+    alive: list[int] = []
+    encode, captures = ScopeSAE.encode_sparse, extraction.iter_captures
+
+    def counted(sae: ScopeSAE, x: Any) -> Any:
+        encoded.append(len(x))
+        return encode(sae, x)
+
+    def watched(*arguments: Any, **options: Any) -> Iterator[Any]:
+        for capture in captures(*arguments, **options):
+            read.extend(map(weakref.ref, capture.residuals.values()))
+            box = [capture]
+            del capture
+            yield box.pop()
+
+    monkeypatch.setattr(ScopeSAE, "encode_sparse", counted)
+    monkeypatch.setattr(extraction, "iter_captures", watched)
+
+    def look(texts: int, tokens: int) -> None:
+        alive.append(sum(each() is not None for each in read))
+
+    with before_each_run(model, look):
+        store = run(model, tmp_path / "last", last_token=True, token_budget=96)
+    assert sum(encoded) == 2 * len(ROWS) == 2 * store.n_tokens
+    assert len(read) == 2 * len(alive) > 8
+    assert set(alive) == {0}
 
 
 @pytest.mark.skipif(not Path("/proc/self/pagemap").exists(), reason="needs Linux's /proc")

@@ -224,7 +224,7 @@ def _batches(
             count = max(1, budget // longest)
             batch = waiting[:count]
             try:
-                residuals = _forward(model, [document for _, document in batch], wanted)
+                read = [_forward(model, [document for _, document in batch], wanted)]
             except Exception as error:
                 if not _out_of_memory(error):
                     raise
@@ -234,9 +234,9 @@ def _batches(
                         " pass max_tokens with truncate=True, or load fewer layers"
                     )
                     raise
-                residuals = None
+                read = []
             # Not inside the handler: the error would keep the failed run's tensors alive.
-            if residuals is None:
+            if not read:
                 budget = max(1, (len(batch) // 2) * longest)
                 warnings.warn(
                     f"out of memory with {len(batch)} documents of up to {longest} tokens: going on"
@@ -247,7 +247,7 @@ def _batches(
                     torch.cuda.empty_cache()
                 continue
             del waiting[: len(batch)]
-            yield finish(wanted, batch, residuals)
+            yield finish(wanted, batch, read.pop())  # nothing keeps them during the next run
 
 
 class _EnoughLayers(Exception):

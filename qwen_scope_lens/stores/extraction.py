@@ -281,6 +281,7 @@ class Job:
                 rate = tokens / (time.monotonic() - began)
                 bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
                 bar.update(len(capture))
+                del capture  # whose residuals may be elsewhere by now, during the next run
             documents = [ahead.popleft() for _ in range(end - start)]
             yield _Read(shard, first, documents, pieces)
             first += end - start
