@@ -132,9 +132,9 @@ def test_the_last_token_alone_is_encoded_and_kept(
     encoded: list[int] = []
     read: list[weakref.ref[Any]] = []
     alive: list[int] = []
-    encode, captures = ScopeSAE.encode_sparse, extraction.iter_captures
+    encode, captures = LayerSAE.encode_sparse, extraction.iter_captures
 
-    def counted(sae: ScopeSAE, x: Any) -> Any:
+    def counted(sae: LayerSAE, x: Any) -> Any:
         encoded.append(len(x))
         return encode(sae, x)
 
@@ -145,7 +145,7 @@ def test_the_last_token_alone_is_encoded_and_kept(
             del capture
             yield box.pop()
 
-    monkeypatch.setattr(ScopeSAE, "encode_sparse", counted)
+    monkeypatch.setattr(LayerSAE, "encode_sparse", counted)
     monkeypatch.setattr(extraction, "iter_captures", watched)
 
     def look(texts: int, tokens: int) -> None:
