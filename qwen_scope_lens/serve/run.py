@@ -33,10 +33,13 @@ def listen(host: str, port: int) -> socket.socket:
 
 def make_server(app: Any) -> Any:
     uvicorn = require("uvicorn", "serve")
+    Base: Any = uvicorn.Server
 
-    class Server(uvicorn.Server):  # type: ignore[misc]
+    class Server(Base):
         """The first Ctrl-C gives replies three seconds to end, the second one cuts them."""
 
+        should_exit: bool
+        force_exit: bool
         ended_by: int | None = None
 
         def handle_exit(self, sig: int, frame: object) -> None:
