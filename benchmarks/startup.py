@@ -29,6 +29,8 @@ EDIT = f"{SAE}/423:add:40"
 WORDED = ("label", "store", "bench", "classify", "train", "synth", "compare", "dash", "lens")
 FORWARD = "torch.nn.modules.module:"
 CODES = "qwen_scope_lens.stores.shard_reader:Shard.packed"
+COSINES = "qwen_scope_lens.features.nearest:nearest_by_cosine"
+EFFECTS = "qwen_scope_lens.features.token_effects:token_effects"
 LISTENS = "qwen_scope_lens.serve.run:serve"
 END = ""
 
@@ -58,9 +60,9 @@ VERBS = {
     },
     "SAEs, and no model": {
         f"export --edit {EDIT} --out vectors.safetensors": END,
-        f"compare match {SAE} mini-qwen3/w1k-l0-16/5 --out match.parquet": END,
+        f"compare match {SAE} mini-qwen3/w1k-l0-16/5 --out match.parquet": COSINES,
         f"calibrate {SAE} --store store --out layer6.json": CODES,
-        "dash build store --layers 6 --out site": CODES,
+        "dash build store --layers 6 --out site": EFFECTS,
     },
     "a model that runs": {
         "extract texts/new.jsonl --sae mini-qwen3/w1k-l0-16 --layers 6 --out new": FORWARD,
@@ -76,7 +78,7 @@ VERBS = {
         "classify fit texts/corpus.jsonl --label chinese --out clf.json --store fitted"
         " --model mini-qwen3 --sae mini-qwen3/w1k-l0-16 --layers 6": FORWARD,
         "train repetition loops texts/prompts.jsonl --model mini-qwen3 --out own.jsonl": FORWARD,
-        "mcp": "qwen_scope_lens.mcp.server:make_server",
+        "mcp": "mcp.server.mcpserver:MCPServer.run",
         "serve --port 0": LISTENS,
         "demo": FORWARD,
     },
