@@ -46,7 +46,7 @@ __all__ = ["Encoder", "Job", "Piece", "Sender", "coded_documents"]
 TOGETHER = 448
 """The fewest tokens that are encoded at a time, except at the end of a shard: two batches of a
 large model on a CPU. An encode reads and converts the whole encoder once, however few its tokens
-are, and needs more memory for more of them. On a CPU, 512 are as fast as 1,024."""
+are, and needs more memory for more of them. On a CPU, 512 are about as fast as 1,024."""
 
 
 @dataclass
