@@ -2,12 +2,13 @@
 
 They are the gather decode, and the dots of chosen pairs: the re-scoring of an encode, and the
 gradient of the decode. The plain PyTorch code is the reference for both. Triton is imported with
-this module; if `TRITON_INTERPRET=1` is set before that, the kernels run on a CPU.
+this module where there is a GPU; if `TRITON_INTERPRET=1` is set before, the kernels run on a CPU.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import os
 from dataclasses import dataclass
 
 import torch
@@ -32,7 +33,9 @@ TILES = Tiles()
 # mypy: disable-error-code="no-untyped-def"
 # (The arguments of a kernel are pointers and numbers, and Triton reads annotations in its own way.)
 
-if importlib.util.find_spec("triton") is not None:
+_WANTED = torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
+
+if _WANTED and importlib.util.find_spec("triton") is not None:
     import triton
     import triton.language as tl
 
