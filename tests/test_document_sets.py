@@ -67,7 +67,7 @@ def test_the_other_commands_take_every_spelling(
     store: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "qwen_scope_lens.train.language_features.mean_pre_activations",
+        "qwen_scope_lens.train.thresholds.mean_pre_activations",
         lambda store, refs, docs, model: {ref: dict.fromkeys(docs, 0.0) for ref in refs},
     )
     for value in YES:
