@@ -149,6 +149,24 @@ def test_too_many_candidates_are_left_to_a_tighter_pass() -> None:
         assert settled.tolist() == [False, True] * 20
 
 
+def test_sums_of_a_rounded_product_stay_in_float32() -> None:
+    """Of a GPU's product, in any number of threads. The process has its own setting afterwards."""
+    setting, real = torch.backends.cuda.matmul, torch.mm
+    name = "allow_bf16_reduced_precision_reduction"
+    assert getattr(setting, name)
+    x, rows, bias = problem()
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            torch, "mm", lambda *a, **k: (seen.append(getattr(setting, name)), real(*a, **k))[1]
+        )
+        with float32.full_sums:
+            encode_topk(x, Encoder(rows, bias), 5, torch.bfloat16)
+            assert not getattr(setting, name)
+    assert set(seen) == {False}
+    assert getattr(setting, name)
+
+
 @pytest.mark.parametrize("parts", [1, 16])
 def test_scores_are_within_their_bounds(parts: int) -> None:
     x, rows, bias = problem()

@@ -35,7 +35,7 @@ import torch
 
 from qwen_scope_lens.saes.exact.dots import exact_scores, pair_dots, part_dots
 from qwen_scope_lens.saes.exact.encoder import EXTRA, TILE, Snapshot, norm_above
-from qwen_scope_lens.saes.exact.matmul import BY_DOTS, product
+from qwen_scope_lens.saes.exact.matmul import BY_DOTS, full_sums, product
 from qwen_scope_lens.saes.exact.pairs import (
     Grid,
     Pairs,
@@ -179,10 +179,11 @@ def approximate(
         extra = centre.extra_input(outliers)
         row = torch.cat([rest.to(torch.bfloat16), extra], 1)
         buffer, start = encoder.half_buffer(), 0
-        while start < d_sae:
-            tile = encoder.half_tile(start, buffer)
-            torch.mm(row, tile[:, : row.shape[1]].T, out=approx[:, start : start + len(tile)])
-            start += len(tile)
+        with full_sums:
+            while start < d_sae:
+                tile = encoder.half_tile(start, buffer)
+                torch.mm(row, tile[:, : row.shape[1]].T, out=approx[:, start : start + len(tile)])
+                start += len(tile)
     else:
         bias = centre.bias.float()
         whole = len(rest) <= BY_DOTS and encoder.rows.dtype == torch.float32
@@ -317,9 +318,7 @@ def _kth_of_groups(bits: torch.Tensor, k: int) -> torch.Tensor:
     is negative need not be the k-th, but then fewer than k groups hold a number above zero.
     """
     n, width = bits.shape
-    size = (
-        1  # With larger groups the k-th is found sooner, and with 8 k of them it is hardly lower.
-    )
+    size = 1  # Of larger groups the k-th is found sooner, and of 8 k it is hardly lower.
     while width % (2 * size) == 0 and width // (2 * size) >= 8 * k:
         size *= 2
     return kth_largest(bits.view(n, size, width // size).amax(1), k)

@@ -9,6 +9,7 @@ which torch brings along, uses all of it.
 from __future__ import annotations
 
 import os
+import threading
 import time
 from functools import cache
 
@@ -16,7 +17,7 @@ import torch
 
 from qwen_scope_lens.saes.exact.dots import all_dots
 
-__all__ = ["BY_DOTS", "full_float32", "product"]
+__all__ = ["BY_DOTS", "full_float32", "full_sums", "product"]
 
 BY_DOTS = 2
 """Up to this many positions, reading the weights from memory takes most of the time. `all_dots`
@@ -50,6 +51,33 @@ def _product(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     if len(x) <= BY_DOTS:
         return all_dots(rows, x)
     return _by_onednn(x, rows) if onednn_wins() else _by_blas(x, rows)
+
+
+class _FullSums:
+    """Within it, bfloat16 products on a GPU keep their sums in float32, as their bound needs.
+
+    By itself torch lets a product whose sums are split add the parts in bfloat16. That setting
+    belongs to the process, so it is put back when the last thread has left.
+    """
+
+    def __init__(self) -> None:
+        self._inside, self._before, self._turn = 0, True, threading.Lock()
+
+    def __enter__(self) -> None:
+        with self._turn:
+            if not self._inside:
+                self._before = torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
+                torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+            self._inside += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._turn:
+            self._inside -= 1
+            if not self._inside:
+                torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = self._before
+
+
+full_sums = _FullSums()
 
 
 def full_float32(device: str) -> bool:
