@@ -155,15 +155,18 @@ def test_sums_of_a_rounded_product_stay_in_float32() -> None:
     name = "allow_bf16_reduced_precision_reduction"
     assert getattr(setting, name)
     x, rows, bias = problem()
-    seen = []
+    seen: set[bool] = set()
+
+    def watched(*arguments: Any, **options: Any) -> torch.Tensor:
+        seen.add(getattr(setting, name))
+        return real(*arguments, **options)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            torch, "mm", lambda *a, **k: (seen.append(getattr(setting, name)), real(*a, **k))[1]
-        )
+        patch.setattr(torch, "mm", watched)
         with float32.full_sums:
             encode_topk(x, Encoder(rows, bias), 5, torch.bfloat16)
             assert not getattr(setting, name)
-    assert set(seen) == {False}
+    assert seen == {False}
     assert getattr(setting, name)
 
 
