@@ -40,6 +40,13 @@ def test_from_a_file_to_an_answer(tmp_path: Path, capsys: pytest.CaptureFixture[
     more = [*command, out, "--append", "--quiet"]
     assert main([*more[:1], str(tmp_path / "d.txt"), *more[2:]]) == 0
     assert FeatureStore.open(out).n_docs == 3
+    last = str(tmp_path / "last")
+    assert main([*command, last, "--positions", "last", "--quiet"]) == 0
+    store = FeatureStore.open(last)
+    assert (store.n_docs, store.n_tokens) == (2, 2)
+    for wrong, said in ((tmp_path / "none", "does not exist"), (corpus, "it is a file")):
+        assert main(["store", "info", str(wrong)]) == 1
+        assert said in capsys.readouterr().err
 
 
 def test_merge_and_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

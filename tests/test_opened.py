@@ -53,6 +53,8 @@ ANSWERS: tuple[Callable[[LayerSAE, torch.Tensor], Any], ...] = (
     lambda sae, x: sae.decoder_norms(),
     lambda sae, x: sae.prepare(half_copy=True).encode_sparse(x),
     lambda sae, x: copy.deepcopy(sae).to(torch.float16).encode_sparse(x),
+    lambda sae, x: copy.deepcopy(sae).half().encode_sparse(x),
+    lambda sae, x: copy.deepcopy(sae).bfloat16().dtype,
     lambda sae, x: torch.func.vmap(lambda row: sae.encode_sparse(row).values)(x),
     lambda sae, x: torch.func.grad(lambda row: sae(row).float().sum())(x[0]),
     lambda sae, x: Membership(sae, [1, 2, 3]).values(x),
@@ -73,6 +75,25 @@ def test_both_kinds_give_the_same_bits(
         assert torch.equal(opened, loaded)
     else:
         assert str(opened) == str(loaded)
+
+
+def test_both_kinds_can_be_trained(
+    pair: tuple[LayerSAE, qsl.ScopeSAE], x: torch.Tensor, recwarn: pytest.WarningsRecorder
+) -> None:
+    found: list[list[torch.Tensor]] = []
+    for sae in pair:
+        one = copy.deepcopy(sae).requires_grad_(True)
+        wants = x[:4].clone().requires_grad_()
+        one(wants).float().square().sum().backward()
+        weights = (wants, one.W_enc, one.b_enc, one.W_dec, one.b_dec)
+        found.append([weight.grad for weight in weights if weight.grad is not None])
+        sae.encode_sparse(wants).values.sum().backward()
+    assert [len(grads) for grads in found] == [5, 5]
+    for grad, wanted in zip(*found, strict=True):
+        tolerance = 1e-5 if grad.dtype == pair[0].dtype == torch.float32 else 0.1
+        assert bool(wanted.any())
+        assert torch.allclose(grad, wanted, rtol=tolerance, atol=tolerance * wanted.abs().max())
+    assert not recwarn.list
 
 
 WRONG: tuple[tuple[type[Exception], Callable[[LayerSAE, torch.Tensor], Any]], ...] = (

@@ -86,6 +86,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--generation-prompt", action="store_true", help="end chats with the prompt for a reply"
     )
 
+    tokens.add_argument(
+        "--positions",
+        choices=("all", "last"),
+        default="all",
+        help="last: encode and store the last token of each document only",
+    )
+
     work = parser.add_argument_group("the work")
     work.add_argument("--token-budget", type=count, help="tokens per batch; default: 4096")
     work.add_argument("--shard-docs", type=count, help="documents per shard; default: 512")
@@ -134,6 +141,7 @@ def run(arguments: argparse.Namespace) -> int:
         truncate=not arguments.no_truncate,
         enable_thinking=arguments.thinking,
         add_generation_prompt=arguments.generation_prompt,
+        last_token=arguments.positions == "last",
     )
     request = Request(
         model=arguments.model or group.backbone.model_id,

@@ -217,8 +217,17 @@ class LayerSAE(nn.Module):
         return pre.reshape(*sae_in.shape[:-1], *index.shape)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Encode and decode. `[.., d_in] -> [.., d_in]`"""
+        """Encode and decode. `[.., d_in] -> [.., d_in]`
+
+        Gradients reach the input, and the weights after `requires_grad_(True)`.
+        """
+        if self._trains("W_enc", "b_enc", "b_dec"):
+            return self.decode_sparse(SparseCodes.from_dense(self._dense_pre(x), self._k))
         return self.decode_sparse(self.encode_sparse(x))
+
+    def extra_repr(self) -> str:
+        cfg = self.cfg
+        return f"{cfg.metadata.qwen_scope_ref}: d_in={cfg.d_in}, d_sae={cfg.d_sae}, k={self._k}"
 
     def direction(self, features: int | Sequence[int] | torch.Tensor) -> torch.Tensor:
         """The direction that a feature writes: its decoder row. `[..] -> [.., d_in]`"""

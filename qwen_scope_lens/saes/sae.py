@@ -88,7 +88,10 @@ class ScopeSAE(LayerSAE, TopKSAE):
         return sae.to(device=torch.device(cfg.device))
 
     def _moved(self) -> None:
-        """SAELens's `to` has noted it in the configuration."""
+        """SAELens's `to` notes a dtype itself, but not `half()` and the like."""
+        if self.dtype != self.W_enc.dtype:
+            self.dtype = self.W_enc.dtype
+            self.cfg.dtype = str(self.dtype)
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         """SAELens's dense `[.., d_sae]`, made from the codes of `encode_sparse`."""

@@ -231,10 +231,13 @@ class Manifest:
     @classmethod
     def open(cls, folder: Path) -> Manifest:
         """The manifest of a feature store; raises where the folder is not one."""
-        if not folder.is_dir() or not cls.exists(folder):
+        if not cls.exists(folder):
+            found = "it has no manifest.json" if folder.is_dir() else "it does not exist"
+            if folder.is_file():
+                found = "it is a file; a store is a folder with a manifest.json"
             raise BadFile(
-                f"{folder} is not a feature store (it has no manifest.json): `qsl extract CORPUS"
-                f" --out {folder}` makes one"
+                f"{folder} is not a feature store ({found}): `qsl extract CORPUS --out FOLDER`"
+                " makes one"
             )
         return cls.read(folder)
 

@@ -238,7 +238,7 @@ def _in_order(values: torch.Tensor, features: torch.Tensor) -> tuple[torch.Tenso
 
 def require_finite(flat: torch.Tensor, shape: torch.Size) -> None:
     """Refuse NaN and infinity in `[n, d_in]`. The message names positions in `shape`."""
-    if math.isfinite(flat.sum(dtype=torch.float32)):  # NaN and infinity stay in any sum
+    if math.isfinite(flat.detach().sum(dtype=torch.float32)):  # NaN and infinity stay in any sum
         return
     # Block by block: the mask of a block is small, while one of x would take a quarter of its size.
     blocks = [block.isfinite().all(dim=-1) for block in flat.split(1024)]
