@@ -151,22 +151,17 @@ MODELS = (
 """What runs models. SAELens, which brings TransformerLens along, takes seconds more."""
 
 
-def test_nothing_heavy_is_imported_before_it_is_needed(tmp_path: Path) -> None:
+def test_nothing_heavy_is_imported_before_it_is_needed() -> None:
     """All in one process that has imported nothing yet; one that imported it would be seen.
 
     Help needs nothing heavy, what reads stores needs no torch, and what makes an SAE or runs a
-    model, no SAELens: at the end, `extract` and `read` work.
+    model, no SAELens: at the end, `read` works.
     """
     asked = [words for verb in VERBS for words in words_of(verb)]
     assert len(asked) > len(VERBS) + 25
     for words in (["train", "repetition", "screen"], ["convert", "saelens-to-official"]):
         assert words in asked
-    corpus, group = tmp_path / "texts.jsonl", "mini-qwen3/w1k-l0-16"
-    corpus.write_text('{"text": "The kernel reads a file."}\n', "utf-8")
-    runs = (
-        ["extract", str(corpus), "--sae", group, "--layers", "2", "--out", str(tmp_path / "store")],
-        ["read", "The kernel reads a file.", "--sae", group, "--layers", "2"],
-    )
+    run = ["read", "The kernel reads a file.", "--sae", "mini-qwen3/w1k-l0-16", "--layers", "2"]
     code = f"""
 import contextlib, io, sys
 from qwen_scope_lens.cli import main
@@ -184,11 +179,10 @@ for modules, allowed in (({READERS!r}, 0), ({SAES!r}, 1), ({MODELS!r}, 2)):
         names = {HEAVY[:4]!r}[allowed:] + (("torch._dynamo",) if allowed < 2 else ())
         heavy = [name for name in names if name in sys.modules]
         assert not heavy, f"{{module}} imported {{heavy}}"
-for words in {runs!r}:
-    with contextlib.redirect_stdout(out):
-        assert main(words) == 0
-    heavy = [name for name in {HEAVY[2:4]!r} if name in sys.modules]
-    assert not heavy, f"{{words}} imported {{heavy}}"
+with contextlib.redirect_stdout(out):
+    assert main({run!r}) == 0
+heavy = [name for name in {HEAVY[2:4]!r} if name in sys.modules]
+assert not heavy, f"read imported {{heavy}}"
 assert "kernel" in out.getvalue()
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)

@@ -277,8 +277,15 @@ def test_right_to_left_text_reads_from_the_right(site: Path, browser: Browser) -
         assert mine.evaluate("e => getComputedStyle(e).unicodeBidi") == "plaintext"
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [360, 1280])
+@pytest.mark.parametrize(
+    ("width", "scheme"),
+    [
+        (360, "dark"),
+        (1280, "light"),
+        pytest.param(360, "light", marks=pytest.mark.slow),
+        pytest.param(1280, "dark", marks=pytest.mark.slow),
+    ],
+)
 def test_light_and_dark_narrow_and_wide(
     site: Path, browser: Browser, scheme: Any, width: int
 ) -> None:
