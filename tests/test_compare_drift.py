@@ -242,6 +242,7 @@ def test_fidelity_is_that_of_a_plain_loop(base_model: ScopeBridge, texts: list[s
         assert getattr(found, name) == pytest.approx(float(torch.cat(values).mean()), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_transfer_orders_own_model_edited_model_and_random_sae(
     base_model: ScopeBridge, edited_folder: Path, texts: list[str]
 ) -> None:

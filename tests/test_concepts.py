@@ -458,6 +458,7 @@ def test_the_sign_test_is_exact() -> None:
         assert found.size[feature] == pytest.approx(above / (above + below))
 
 
+@pytest.mark.slow
 def test_rank_and_blame_test_their_winners(
     small_store: qsl.FeatureStore, capsys: Any, tmp_path: Path
 ) -> None:

@@ -129,6 +129,7 @@ def test_a_search_says_what_is_not_there_and_reads_all_layers(site: Path, browse
         assert page.locator("#search").input_value() == only
 
 
+@pytest.mark.slow
 def test_a_reader_takes_a_feature_along(site: Path, browser: Browser, tmp_path: Path) -> None:
     content = read_data(site, f"{FOLDER}/block-0000")[3]
     ref = f"{REF}/3"
@@ -160,6 +161,7 @@ def test_a_reader_takes_a_feature_along(site: Path, browser: Browser, tmp_path: 
         expect(page.locator("#address")).to_have_text(near[8])
 
 
+@pytest.mark.slow
 def test_the_whole_document_of_an_example(
     site: Path, small_store: FeatureStore, browser: Browser
 ) -> None:
@@ -212,6 +214,7 @@ def test_a_feature_page_shows_its_examples(site: Path, browser: Browser) -> None
         expect(page.locator("#address")).to_have_text(f"{REF}/{content['nearest'][0][0]}")
 
 
+@pytest.mark.slow
 def test_keyboard_alone(site: Path, browser: Browser) -> None:
     with browser.page() as page:
         page.goto(address(site, REF))
@@ -266,6 +269,7 @@ def test_hostile_documents_are_shown_and_do_nothing(site: Path, browser: Browser
         page.get_by_text("No such feature").wait_for()
 
 
+@pytest.mark.slow
 def test_right_to_left_text_reads_from_the_right(site: Path, browser: Browser) -> None:
     feature = strongest_on(site, 24)
     with browser.page() as page:
@@ -304,6 +308,7 @@ def test_light_and_dark_narrow_and_wide(
         assert not page.locator("header.bar").is_visible()
 
 
+@pytest.mark.slow
 def test_served_it_is_the_same(site: Path, browser: Browser) -> None:
     with make_server(site, port=0) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()

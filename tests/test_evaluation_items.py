@@ -23,6 +23,7 @@ from qwen_scope_lens.bench.screen import own_novelty
 from qwen_scope_lens.errors import BadFile, TooLittleData, UnknownName
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=80)
 @given(matrices(), st.floats(0.1, 1.0))
 def test_the_subset_keeps_the_share_and_its_bounds_hold(matrix: np.ndarray, share: float) -> None:

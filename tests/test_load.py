@@ -74,6 +74,7 @@ def test_weights_are_views_until_written_and_the_file_never_changes(home: Path) 
     assert torch.equal(qsl.load_sae("local/mine/1").W_enc, planted.tensors(seed=1)["W_enc"].T)
 
 
+@pytest.mark.slow
 def test_a_full_size_layer_costs_no_memory(tmp_path: Path) -> None:
     """2048 x 32768, 0.5 GB on disk; loading must not read it."""
     folder = tmp_path / "SAE-Res-Qwen3-1.7B-Base-W32K-L0_50"

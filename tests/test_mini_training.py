@@ -148,6 +148,7 @@ def mini_rows() -> tuple[Any, list[list[int]]]:
     return model, [row[:48] for row in tokenizer(texts)["input_ids"]]
 
 
+@pytest.mark.slow
 def test_layer_figures_follow_the_formulas(mini_rows: tuple[Any, list[list[int]]]) -> None:
     model, rows = mini_rows
     saes = load_saes("mini-qwen3")

@@ -405,8 +405,15 @@ SHOWN = {
 }
 
 
-SLOW = ("bench-redundancy", "repetition-rl", "safety-synthesis", "sasft")
-"""They train models, or render 17 benchmarks; `make test-all` runs them."""
+SLOW = (
+    "bench-overlap",
+    "bench-redundancy",
+    "toxicity-hatecheck",
+    "repetition-rl",
+    "safety-synthesis",
+    "sasft",
+)
+"""They train models, render many benchmarks, or repeat what another shows: `make test-all`."""
 
 
 def test_every_recipe_has_its_smoke_run() -> None:

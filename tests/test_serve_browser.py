@@ -190,6 +190,7 @@ def test_steered_beside_unsteered(served: Served, page: Any) -> None:
     assert [plain(strips[name]) for name in strips] == said
 
 
+@pytest.mark.slow
 def test_plans_are_kept_shared_and_refused_in_words(
     served: Served, page: Any, browser: Browser, tmp_path: Path
 ) -> None:
@@ -251,6 +252,7 @@ def test_plans_are_kept_shared_and_refused_in_words(
     refusals(browser, 400)
 
 
+@pytest.mark.slow
 def test_compare_find_and_label(served: Served, page: Any) -> None:
     opened(page, served, "tab=compare&layer=6")
     page.locator("#compare-go").click()

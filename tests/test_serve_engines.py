@@ -238,6 +238,7 @@ def test_rubbish_from_an_engine_is_an_error_of_the_gateway(
     assert engine.gauges["rows"] == 0
 
 
+@pytest.mark.slow
 def test_an_engine_that_does_not_start_or_answer_in_time(
     llama_engine: Maker, served: Served, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -291,6 +291,7 @@ def test_the_verbs_work_together(tmp_path: Path, capsys: Any, monkeypatch: Any) 
     assert len([line for line in errors if line.startswith("qsl ")]) == 4
 
 
+@pytest.mark.slow
 def test_qsl_lm_eval(task: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
     monkeypatch.delenv("QWEN_SCOPE_HOME")
     out = tmp_path / "results.json"

@@ -689,6 +689,7 @@ def test_the_model_writes_the_same_with_and_without_pads(tmp_path: Path, model: 
     assert all(one and one.text and one.completion_tokens > 0 for one in alone)
 
 
+@pytest.mark.slow
 def test_steering_raises_the_feature_that_is_missing(
     tmp_path: Path, model: Any, reader: Reader, planted: TargetSet, firing: Any
 ) -> None:

@@ -130,6 +130,7 @@ def test_what_goes_wrong_once_is_tried_again(tmp_path: Path, wrong: str) -> None
         assert ledger.spent.maybe_charged == charged
 
 
+@pytest.mark.slow
 def test_it_waits_as_long_as_the_server_says(tmp_path: Path) -> None:
     def behave(call: Call) -> Any:
         times.append(time.monotonic())

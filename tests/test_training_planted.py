@@ -111,6 +111,7 @@ def found_file(group: str, tmp_path: Path) -> Path:
     return tmp_path / "found.json"
 
 
+@pytest.mark.slow
 def test_screening_writes_a_plan_or_refuses(
     group: str, found_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

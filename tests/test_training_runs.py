@@ -41,6 +41,7 @@ def sasft_run(folder: Path, **changes: Any) -> Path:
     )
 
 
+@pytest.mark.slow
 def test_a_sasft_run_and_its_resumption(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = sasft_run(tmp_path, max_steps=1)
     assert main(["train", "sasft", str(path)]) == 0

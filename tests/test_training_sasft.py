@@ -204,6 +204,7 @@ def test_accumulated_batches_weigh_as_one(tmp_path: Path) -> None:
     assert losses(two)[0] - losses(plain)[0] == pytest.approx(sum(penalties) / 2, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_the_feature_falls_and_others_do_not(tmp_path: Path) -> None:
     """On English and Russian text the pre-activation falls; other features stay near."""
     data = examples(24).filter(lambda row: row["language"] != "zh", keep_in_memory=True)
@@ -256,6 +257,7 @@ def test_features_below_chance_stay_out_of_the_loss(tmp_path: Path) -> None:
     assert build_penalty(model, config, mixed).thresholds[7].shape == (3, 2)
 
 
+@pytest.mark.slow
 def test_lora_and_resuming(tmp_path: Path) -> None:
     from peft import LoraConfig
 
