@@ -263,9 +263,8 @@ def _embedder(arguments: argparse.Namespace, labels: LabelPack | None) -> Embedd
     there = arguments.embed.startswith("openai:")
     more = endpoint_settings(arguments) if there else {}
     found = open_embedder(arguments.embed, arguments.embed_pooling, arguments.embed_query, **more)
-    if there and "meaning" in (
-        arguments.by or BY
-    ):  # one that does not answer is known before anything is written or read
+    # One that does not answer is known before anything is written or read.
+    if there and "meaning" in (arguments.by or BY):
         embedded([found.query + arguments.words], found)
     return found
 

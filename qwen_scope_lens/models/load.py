@@ -17,9 +17,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 from transformer_lens.model_bridge.sources import build_bridge_config_from_hf
 
-from qwen_scope_lens.errors import (
-    WrongModel,
-)
+from qwen_scope_lens.errors import WrongModel
 from qwen_scope_lens.models.adapters import prepare_full, register_adapters, residual_name
 from qwen_scope_lens.models.architecture import (
     Model,

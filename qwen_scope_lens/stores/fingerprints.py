@@ -141,7 +141,8 @@ def tokenizer_hash(tokenizer: Any) -> str:
     if backend is None:
         return _sha(json.dumps(sorted(tokenizer.get_vocab().items())))
     text = backend.to_str()
-    head, begun = text[: text.find('"added_tokens":')], text.find('"added_tokens":')
+    begun = text.find('"added_tokens":')
+    head = text[:begun]
     with contextlib.suppress(ValueError):  # where the order is another one, nothing is left out
         head = json.dumps(_without_volatile(json.loads(head + '"end": 0}')))
     key = _sha(head, text[begun:])

@@ -307,7 +307,7 @@ def _candidates(
         found.append(place + start * width)
     at = torch.cat(found)
     token = at // width
-    pairs = Pairs(token, at - token * width, approx.view(-1).index_select(0, at).float())
+    pairs = Pairs(token, at - token * width, pick(approx.view(-1), at).float())
     return pairs, settled
 
 

@@ -22,7 +22,7 @@ import torch
 
 from qwen_scope_lens.saes.exact import kernels
 from qwen_scope_lens.saes.exact.encoder import norm_above
-from qwen_scope_lens.saes.exact.pairs import on_cpu
+from qwen_scope_lens.saes.exact.pairs import on_cpu, pick
 
 __all__ = ["all_dots", "exact_scores", "exact_topk", "pair_dots", "part_dots", "rounded_sums"]
 
@@ -61,7 +61,7 @@ def pair_dots(
         return _dots(x, rows, _starts(token, len(x)), feature)
     # The pairs are sorted by feature: each encoder row is read once, the positions stay in cache.
     order = (feature * len(x) + token).argsort()
-    token, feature = token.index_select(0, order), feature.index_select(0, order)
+    token, feature = pick(token, order), pick(feature, order)
     out = x.new_empty(len(token))
     if full:
         return out.scatter_(0, order, _dots(rows, x, _starts(feature, len(rows)), token))
@@ -166,7 +166,7 @@ def exact_scores(
     step = max(1, (_ELEMENTS // 8 if on_cpu(x) else _ON_GPU) // x.shape[1])
     for start in range(0, len(token), step):
         t, f = token[start : start + step], feature[start : start + step]
-        row, near = rows.index_select(0, f), x.index_select(0, t)
+        row, near = pick(rows, f), pick(x, t)
         add = bias[f].double()
         terms = row.double().mul_(near)
         score = terms.sum(-1).add_(add)

@@ -97,7 +97,10 @@ def kth_largest(table: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def pick(values: torch.Tensor, which: torch.Tensor) -> torch.Tensor:
-    """`values[which]` for whole numbers `[p]`: on a CPU, indexing takes four times as long."""
+    """`values[which]` for whole numbers `[p]`: on a CPU, indexing takes four times as long.
+
+    `[n, ..] -> [p, ..]`
+    """
     return values.index_select(0, which)
 
 
